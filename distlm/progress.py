@@ -1,0 +1,158 @@
+"""What a person sees while a job runs: the same records on a terminal, in a log, and across the wire from a submitted job.
+
+    progress = Progress.for_stdout()
+    with progress:
+        progress.stage("prepare", "stdlib")
+        progress.update("documents", 120, 612)
+        progress.update("steps", 40, 300, loss=4.21, tokens_per_s=5100)
+        progress.note("3 documents rejected: not UTF-8")
+        progress.table("result", [("tokens", "3,104,233")])
+"""
+
+import json
+import os
+import sys
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+
+MARK = '{"distlm": '
+"""Begins every line of a job that stands for a record, where DISTLM_PROGRESS=json."""
+
+
+class Progress:
+    """Base: turns calls into records. A subclass shows them. Use as a context manager."""
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take down what is shown."""
+
+    def show(self, record: dict[str, Any]) -> None:
+        """Show one record: {"distlm": stage | update | note | table, ...}."""
+
+    def stage(self, kind: str, name: str) -> None:
+        self.show({"distlm": "stage", "kind": kind, "name": name})
+
+    def update(self, unit: str, done: int, total: int | None = None, **figures: float) -> None:
+        self.show({"distlm": "update", "unit": unit, "done": done, "total": total, "figures": figures})
+
+    def note(self, text: str) -> None:
+        self.show({"distlm": "note", "text": text})
+
+    def table(self, title: str, rows: list[tuple[str, ...]], header: tuple[str, ...] = ()) -> None:
+        self.show({"distlm": "table", "title": title, "rows": rows, "header": header})
+
+    @staticmethod
+    def for_stdout() -> "Progress":
+        """Bars on a terminal, records under DISTLM_PROGRESS=json, else plain lines."""
+        if os.environ.get("DISTLM_PROGRESS") == "json":
+            return JsonProgress()
+        return RichProgress() if sys.stdout.isatty() else PlainProgress()
+
+
+class JsonProgress(Progress):
+    """One JSON line per record, updates twice a second at most: a follower shows them."""
+
+    def __init__(self) -> None:
+        self._next = 0.0
+
+    def show(self, record: dict[str, Any]) -> None:
+        if record["distlm"] == "update" and record["done"] != record["total"]:
+            if time.monotonic() < self._next:
+                return
+            self._next = time.monotonic() + 0.5
+        print(json.dumps(record), flush=True)
+
+
+class PlainProgress(Progress):
+    """Lines without control codes, for logs: an update every ten seconds, and the last one."""
+
+    def __init__(self) -> None:
+        self._console = Console(width=110, highlight=False)
+        self._next = 0.0
+
+    def show(self, record: dict[str, Any]) -> None:
+        if record["distlm"] == "update":
+            if record["done"] != record["total"] and time.monotonic() < self._next:
+                return
+            self._next = time.monotonic() + 10
+            total = f"/{record['total']:,}" if record["total"] is not None else ""
+            self._console.print(f"  {record['unit']} {record['done']:,}{total} {figures(record['figures'])}".rstrip(), markup=False)
+        else:
+            draw(self._console, record)
+
+
+class RichProgress(Progress):
+    """A live bar per unit of the present stage."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or Console(highlight=False)
+        self._bars: Bars | None = None
+        self._tasks: dict[str, TaskID] = {}
+
+    def close(self) -> None:
+        if self._bars:
+            self._bars.stop()
+        self._bars, self._tasks = None, {}
+
+    def show(self, record: dict[str, Any]) -> None:
+        if record["distlm"] == "update":
+            unit = record["unit"]
+            if self._bars is None:
+                self._bars = Bars(TextColumn("  {task.description:<11}"), BarColumn(24), MofNCompleteColumn(), TimeRemainingColumn(),
+                                  TextColumn("[dim]{task.fields[figures]}"), console=self._console)
+                self._bars.start()
+            if unit not in self._tasks:
+                self._tasks[unit] = self._bars.add_task(unit, total=record["total"], figures="")
+            self._bars.update(self._tasks[unit], completed=record["done"], total=record["total"], figures=figures(record["figures"]))
+            return
+        if record["distlm"] in ("stage", "table"):
+            self.close()
+        draw(self._console, record)
+
+
+def draw(console: Console, record: dict[str, Any]) -> None:
+    """Print a stage, a note or a table."""
+    if record["distlm"] == "stage":
+        console.print(f"[bold]{record['kind']}[/bold] {record['name']}")
+    elif record["distlm"] == "note":
+        console.print(f"  {record['text']}", markup=False, soft_wrap=True)
+    elif record["distlm"] == "table":
+        table = Table(title=record["title"], title_justify="left", title_style="bold", show_header=bool(record["header"]),
+                      header_style="dim", box=None, pad_edge=False, padding=(0, 2))
+        width = max(len(row) for row in [*record["rows"], record["header"]])
+        for i in range(width):
+            table.add_column(record["header"][i] if i < len(record["header"]) else "", overflow="fold")
+        for row in record["rows"]:
+            table.add_row(*(str(cell).replace("[", "\\[") for cell in row))
+        console.print(table)
+
+
+def figures(values: dict[str, Any]) -> str:
+    """`loss 4.21  tokens/s 5,100`."""
+    return "  ".join(f"{name.replace('_per_s', '/s').replace('_', ' ')} {number(value)}" for name, value in values.items())
+
+
+def number(value: Any) -> str:
+    if not isinstance(value, float):
+        return f"{value:,}" if isinstance(value, int) else str(value)
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def parse(line: str) -> dict[str, Any] | None:
+    """The record that a line of a job's output stands for, or None."""
+    if not line.startswith(MARK):
+        return None
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None

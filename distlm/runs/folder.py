@@ -1,0 +1,146 @@
+"""A job's folder and its append-only journals.
+
+    folder = RunFolder.create(path, spec_yaml, lineage(...))      # refuses a name that is taken
+    with folder.running():                                        # records how it ends, whatever happens
+        folder.metrics({"step": 1, "loss": 8.3})
+"""
+
+import contextlib
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from distlm.errors import CAUSES, DistlmError, InputError
+from distlm.storage import read_json, write_atomic, write_json, writing
+
+STATES = ("queued", "starting", "running", "succeeded", "failed", "stopped")
+ENDED = ("succeeded", "failed", "stopped")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """`spec.yaml`, `lineage.json`, `events.jsonl`, `metrics.jsonl` and what the job makes."""
+
+    path: Path
+
+    @staticmethod
+    def create(path: Path, spec_yaml: str, lineage: dict[str, Any], *, resume: bool = False) -> "RunFolder":
+        """Make the folder of a new job, or take an ended one up again with `resume`. Raises InputError for a name that is taken."""
+        folder = RunFolder(path)
+        state, _ = folder.state() if folder.exists() else ("", "")
+        if state in ("starting", "running"):
+            raise InputError(f"{path.name} is {state}", where=str(path), remedy=f"`distlm status {path.name}` shows it, "
+                             f"`distlm stop {path.name}` ends it")
+        if state and state != "queued" and not resume:
+            raise InputError(f"the name {path.name} is taken by a job that has {state}", where=str(path),
+                             remedy="take another name, or go on with --resume")
+        with writing(path):
+            (path / "logs").mkdir(parents=True, exist_ok=True)
+        write_atomic(path / "spec.yaml", spec_yaml)
+        write_json(path / "lineage.json", lineage)
+        return folder
+
+    @staticmethod
+    def open(path: Path) -> "RunFolder":
+        """Raises InputError where there is no job."""
+        if not RunFolder(path).exists():
+            raise InputError("there is no such job", where=str(path), remedy="`distlm runs` lists them")
+        return RunFolder(path)
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    def exists(self) -> bool:
+        return (self.path / "spec.yaml").exists() or (self.path / "events.jsonl").exists()
+
+    def event(self, state: str, cause: str = "", message: str = "", **more: Any) -> None:
+        """Append to events.jsonl: time in seconds since the epoch, state, cause and what else matters."""
+        assert state in (*STATES, "note") and (not cause or cause in CAUSES), (state, cause)
+        owner = {"host": socket.gethostname(), "pid": os.getpid(), "started": psutil.Process().create_time()}
+        self._append("events.jsonl", {"time": time.time(), "state": state, "cause": cause, "message": message, **more,
+                                      **({} if state in (*ENDED, "note") else {"owner": owner})})
+
+    def events(self) -> list[dict[str, Any]]:
+        return _lines(self.path / "events.jsonl")
+
+    def state(self) -> tuple[str, str]:
+        """(state, cause) as it is now: a job whose process is gone without a word has failed, whatever it last wrote."""
+        last = next((e for e in reversed(self.events()) if e["state"] != "note"), None)
+        if last is None:
+            return "queued", ""
+        if last["state"] in ("starting", "running") and not _alive(last.get("owner")):
+            return "failed", "head_lost"
+        return last["state"], last["cause"]
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Record starting, and how the block ends: succeeded, stopped by the user, or failed with a cause."""
+        self.event("starting")
+        try:
+            yield
+        except KeyboardInterrupt:
+            self.event("stopped", "user", "interrupted")
+            raise
+        except BaseException as error:
+            cause = error.cause if isinstance(error, DistlmError) else "internal"
+            with contextlib.suppress(DistlmError):         # a full disk must not hide the error that it caused
+                self.event("failed", cause, f"{type(error).__name__}: {error}"[:2000])
+            raise
+        self.event("succeeded", "completed")
+
+    def metrics(self, values: dict[str, Any]) -> None:
+        """Append a record to metrics.jsonl."""
+        self._append("metrics.jsonl", values)
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        return _lines(self.path / "metrics.jsonl")
+
+    def result(self, values: dict[str, Any]) -> None:
+        """Write result.json: what the job made, for tables and for other jobs."""
+        write_json(self.path / "result.json", values)
+
+    def read_result(self) -> dict[str, Any]:
+        return read_json(self.path / "result.json")
+
+    def lineage(self) -> dict[str, Any]:
+        return read_json(self.path / "lineage.json")
+
+    def _append(self, name: str, value: dict[str, Any]) -> None:
+        with writing(self.path / name):
+            self.path.mkdir(parents=True, exist_ok=True)
+            line = (json.dumps(value) + "\n").encode()
+            handle = os.open(self.path / name, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+            try:                                           # a torn last line, from a kill, is closed and not joined to
+                size = os.fstat(handle).st_size
+                if size and os.pread(handle, 1, size - 1) != b"\n":
+                    line = b"\n" + line
+                os.write(handle, line)
+            finally:
+                os.close(handle)
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    found = []
+    for line in path.read_text(errors="replace").splitlines():
+        with contextlib.suppress(ValueError):              # a torn line
+            found.append(json.loads(line))
+    return [value for value in found if isinstance(value, dict)]
+
+
+def _alive(owner: dict[str, Any] | None) -> bool:
+    if not owner or owner["host"] != socket.gethostname():
+        return True                                        # another node's process cannot be seen from here
+    try:
+        return abs(psutil.Process(owner["pid"]).create_time() - owner["started"]) < 2
+    except psutil.Error:
+        return False

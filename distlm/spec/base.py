@@ -1,0 +1,40 @@
+"""The base of all specs: frozen, strict, documented by the strings under their fields."""
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+
+
+class Part(BaseModel):
+    """A section of a spec. Unknown keys are errors; nothing changes after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, populate_by_name=True,
+                              protected_namespaces=())
+
+
+class Job(Part):
+    """What every kind of job has."""
+
+    name: Name
+    """The job's name: that of its folder under the storage root."""
+    storage: str | None = None
+    """The storage root, a path that every node sees. Default: $DISTLM_STORAGE, else ~/distlm."""
+
+
+class Rule(ValueError):
+    """A rule between several keys is broken: `key` is the dotted path of the one to change."""
+
+    def __init__(self, key: str, message: str) -> None:
+        super().__init__(message)
+        self.key = key
+
+
+def exactly_one(part: Part, *keys: str) -> Any:
+    """Return the value of the one key of `keys` that is set. Raises Rule where none or several are."""
+    given = [key for key in keys if getattr(part, key) is not None]
+    if len(given) != 1:
+        names = [type(part).model_fields[key].alias or key for key in keys]
+        raise Rule("", f"exactly one of {', '.join(names)} must be given, not {len(given)}")
+    return getattr(part, given[0])

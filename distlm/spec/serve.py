@@ -1,0 +1,38 @@
+"""`kind: serve`: an OpenAI-compatible endpoint over an exported model."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from distlm.spec.base import Job
+
+
+class ServeSpec(Job):
+    """From a run to an endpoint."""
+
+    kind: Literal["serve"] = "serve"
+    """The kind of the job."""
+    model: str
+    """A run by name or path, or a folder that `AutoModelForCausalLM.from_pretrained` loads."""
+    host: str = "127.0.0.1"
+    """The address that the endpoint listens on."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    """The port; 0 takes a free one."""
+    api_key_file: str | None = None
+    """A file of mode 600 with the key that clients send. Default: made in the endpoint's folder."""
+    replicas: Annotated[int, Field(ge=1)] = 1
+    """Copies of the model."""
+    gpus_per_replica: Annotated[float, Field(ge=0)] = 0
+    """GPUs of one replica; 0 serves on CPU."""
+    cpus_per_replica: Annotated[float, Field(ge=0)] = 1
+    """Logical CPUs that one replica reserves."""
+    threads: Annotated[int | None, Field(ge=1)] = None
+    """Threads of a replica's matrix products. Default: the node's cores over the replicas."""
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic; auto: bf16 on GPU, fp32 on CPU."""
+    max_sequences: Annotated[int, Field(ge=1)] = 8
+    """Requests that one replica decodes together."""
+    max_queued: Annotated[int, Field(ge=0)] = 64
+    """Requests that wait for a place; more are answered 429."""
+    max_tokens: Annotated[int, Field(ge=1)] = 128
+    """Tokens of a completion where the request does not say."""

@@ -1,0 +1,199 @@
+"""`kind: train`: from a corpus to a run with checkpoints and an export."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from distlm.spec.base import Job, Part, Rule, exactly_one
+from distlm.spec.presets import PRESETS
+
+
+class ModelSpec(Part):
+    """The Transformer: exactly one of preset, config, from."""
+
+    preset: Annotated[str | None, Field(json_schema_extra={"enum": [*PRESETS, None]})] = None
+    """A shape by name."""
+    config: dict[str, Any] | None = None
+    """A `transformers` configuration: model_type and whatever that family takes."""
+    source: Annotated[str | None, Field(alias="from")] = None
+    """A folder that `AutoModelForCausalLM.from_pretrained` loads, or a run of ours by name or path."""
+    context: Annotated[int | None, Field(ge=8)] = None
+    """Tokens of context. Default, and only value possible: the corpus's."""
+
+    @model_validator(mode="after")
+    def _one(self) -> "ModelSpec":
+        exactly_one(self, "preset", "config", "source")
+        if self.preset is not None and self.preset not in PRESETS:
+            raise Rule("preset", f"unknown preset {self.preset!r}; there are {', '.join(PRESETS)}")
+        if self.config is not None and "model_type" not in self.config:
+            raise Rule("config", "a transformers configuration needs model_type, e.g. llama, gpt2, qwen3")
+        return self
+
+
+class Batch(Part):
+    """One optimizer step. Its loss is the sum over all tokens divided by their count, however it is cut into micro-batches."""
+
+    global_tokens: Annotated[int | None, Field(ge=1)] = None
+    """Tokens of a step over all workers: a multiple of the context."""
+    global_sequences: Annotated[int | None, Field(ge=1)] = None
+    """The same as a number of sequences."""
+    micro_sequences: Annotated[int | None, Field(ge=1)] = None
+    """Sequences of one forward pass on one worker. Default: the largest divisor of a worker's share up to 16."""
+
+    @model_validator(mode="after")
+    def _one(self) -> "Batch":
+        exactly_one(self, "global_tokens", "global_sequences")
+        return self
+
+
+class Optimizer(Part):
+    """AdamW with decoupled weight decay on matrices alone (Loshchilov and Hutter 2019)."""
+
+    name: Literal["adamw"] = "adamw"
+    """The algorithm."""
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    """Peak learning rate."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    """Decay of parameters with two dimensions or more."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    """Decay rates of the two moments."""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Added to the denominator."""
+    clip: Annotated[float, Field(ge=0)] = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""
+
+
+class Schedule(Part):
+    """The learning rate as a function of the step: warm-up, then the named shape."""
+
+    name: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """cosine and linear fall to min_ratio; wsd (warm-up, stable, decay) is constant until its last part falls linearly."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps over which the rate rises linearly."""
+    decay_fraction: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """wsd: the share of all steps that decays."""
+    min_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """The final rate over the peak rate."""
+
+
+class Duration(Part):
+    """How long: exactly one of steps, tokens, epochs."""
+
+    steps: Annotated[int | None, Field(ge=1)] = None
+    """Optimizer steps."""
+    tokens: Annotated[int | None, Field(ge=1)] = None
+    """Tokens, rounded up to whole steps."""
+    epochs: Annotated[float | None, Field(gt=0)] = None
+    """Passes over the training split, rounded up to whole steps."""
+
+    @model_validator(mode="after")
+    def _one(self) -> "Duration":
+        exactly_one(self, "steps", "tokens", "epochs")
+        return self
+
+
+class Sharding(Part):
+    """How DeepSpeed divides the model over the workers."""
+
+    zero: Literal[0, 1, 2, 3] = 0
+    """ZeRO stage: 1 shards optimizer states, 2 gradients too, 3 parameters too (Rajbhandari et al. 2020)."""
+    deepspeed: dict[str, Any] = {}
+    """Raw DeepSpeed keys for experts. A key that the spec sets elsewhere is refused."""
+
+
+class Scale(Part):
+    """What the job asks of the cluster."""
+
+    workers: Annotated[int, Field(ge=1)] = 1
+    """Worker processes: one per GPU, or several CPU ranks."""
+    gpus_per_worker: Annotated[int, Field(ge=0, le=1)] = 0
+    """GPUs of a worker: 0 trains on CPU over gloo, 1 on GPU over NCCL."""
+    cpus_per_worker: Annotated[float, Field(gt=0)] = 1
+    """Logical CPUs that a worker reserves."""
+    threads_per_worker: Annotated[int | None, Field(ge=1)] = None
+    """Threads of a worker's matrix products. Default: the node's cores over the workers on it."""
+
+
+class Evaluate(Part):
+    """Validation loss during training."""
+
+    every_steps: Annotated[int | None, Field(ge=1)] = None
+    """Default: a tenth of the run. The first and the last step always evaluate."""
+    max_windows: Annotated[int, Field(ge=1)] = 512
+    """Windows of the validation split that are used, the same ones every time."""
+
+
+class Checkpoints(Part):
+    """Committed checkpoints: shards, then a manifest with hashes, then the marker."""
+
+    every_steps: Annotated[int | None, Field(ge=1)] = None
+    """Default: a quarter of the run, 1,000 steps at most. The last step always saves."""
+    keep: Annotated[int, Field(ge=2)] = 2
+    """The newest ones that are kept."""
+
+
+class Retry(Part):
+    """How often a run is resumed from its last checkpoint, by cause."""
+
+    worker_died: Annotated[int, Field(ge=0)] = 2
+    """A worker process ended."""
+    node_lost: Annotated[int, Field(ge=0)] = 2
+    """A node left the cluster."""
+
+
+class TrainSpec(Job):
+    """From a corpus to a trained model."""
+
+    kind: Literal["train"] = "train"
+    """The kind of the job."""
+    corpus: str
+    """A prepared corpus, by name or path."""
+    model: ModelSpec
+    """What is trained."""
+    objective: Literal["pretrain"] = "pretrain"
+    """What the loss is: the next token's cross-entropy."""
+    batch: Batch = Batch(global_sequences=32)
+    """The global batch, the same at every number of workers."""
+    optimizer: Optimizer = Optimizer()
+    """The optimizer."""
+    schedule: Schedule = Schedule()
+    """The learning rate over time."""
+    duration: Duration
+    """How long."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """bf16 computes in bfloat16 and keeps fp32 master weights."""
+    sharding: Sharding = Sharding()
+    """ZeRO."""
+    scale: Scale = Scale()
+    """Workers and their resources."""
+    evaluate: Evaluate = Evaluate()
+    """Validation."""
+    checkpoint: Checkpoints = Checkpoints()
+    """Saving."""
+    retry: Retry = Retry()
+    """Going on after a failure."""
+    seed: int = 0
+    """Initial weights and the order of the samples."""
+
+    @model_validator(mode="after")
+    def _rules(self) -> "TrainSpec":
+        batch, workers = self.batch, self.scale.workers
+        if batch.global_sequences is not None:
+            check_batch(batch.global_sequences, batch.micro_sequences, workers)
+        return self
+
+
+def check_batch(global_sequences: int, micro_sequences: int | None, workers: int) -> int:
+    """Return the sequences of a micro-batch. Raises Rule where the global batch cannot be cut as the spec asks."""
+    if global_sequences % workers:
+        near = [n for n in range(workers, global_sequences + workers + 1, workers)][-2:]
+        raise Rule("batch.global_sequences" if workers <= global_sequences else "scale.workers",
+                   f"{global_sequences} sequences cannot be divided over {workers} workers; try {' or '.join(map(str, near))} sequences")
+    share = global_sequences // workers
+    divisors = [n for n in range(1, share + 1) if share % n == 0]
+    if micro_sequences is None:
+        return max(n for n in divisors if n <= 16)
+    if share % micro_sequences:
+        raise Rule("batch.micro_sequences", f"{micro_sequences} does not divide {global_sequences} sequences over {workers} workers "
+                                            f"({share} each); try {', '.join(map(str, divisors))}")
+    return micro_sequences

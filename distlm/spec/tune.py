@@ -1,0 +1,60 @@
+"""`kind: tune`: a sweep of training runs."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from distlm.spec.base import Job, Part, Rule, exactly_one
+
+
+class Dimension(Part):
+    """The values that one key may take: exactly one of uniform, loguniform, choice, grid."""
+
+    uniform: tuple[float, float] | None = None
+    """Any number between the two."""
+    loguniform: tuple[float, float] | None = None
+    """Any number between the two, even on a logarithmic scale."""
+    choice: Annotated[list[Any] | None, Field(min_length=1)] = None
+    """One of these, at random."""
+    grid: Annotated[list[Any] | None, Field(min_length=1)] = None
+    """Each of these in turn."""
+
+    @model_validator(mode="after")
+    def _rules(self) -> "Dimension":
+        exactly_one(self, "uniform", "loguniform", "choice", "grid")
+        for name in ("uniform", "loguniform"):
+            bounds = getattr(self, name)
+            if bounds and not (bounds[0] < bounds[1] and (name == "uniform" or bounds[0] > 0)):
+                raise Rule(name, f"{list(bounds)} is no range: the first number must be smaller"
+                                 + (" and above 0" if name == "loguniform" else ""))
+        return self
+
+
+class Asha(Part):
+    """Asynchronous successive halving (Li et al. 2020): weak trials stop early."""
+
+    grace_steps: Annotated[int, Field(ge=1)] = 50
+    """No trial stops before this step."""
+    reduction: Annotated[int, Field(ge=2)] = 2
+    """At each rung the best 1/reduction go on."""
+
+
+class TuneSpec(Job):
+    """A sweep: one training spec, a space over its keys, a metric."""
+
+    kind: Literal["tune"] = "tune"
+    """The kind of the job."""
+    train: dict[str, Any] | str
+    """The training spec that every trial starts from, inline (without name) or as a file."""
+    space: Annotated[dict[str, Dimension], Field(min_length=1)]
+    """Keys of the training spec, dotted, each with its values."""
+    trials: Annotated[int, Field(ge=1)] = 8
+    """Random samples. With `grid` alone each point runs `trials` times 1 when trials is left out."""
+    metric: Literal["val_loss", "loss"] = "val_loss"
+    """What is minimised."""
+    asha: Asha | None = None
+    """Early stopping; left out, every trial runs to its end."""
+    concurrent: Annotated[int | None, Field(ge=1)] = None
+    """Trials at once. Default: as many as the cluster holds."""
+    seed: int = 0
+    """Draws the samples."""

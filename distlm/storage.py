@@ -1,0 +1,100 @@
+"""Where jobs keep their files: one root, a folder per kind, a folder per name.
+
+    root = Storage.find(spec.storage)
+    root.corpus("stdlib"), root.run("py-10m"), root.sweep("lr"), root.endpoint("py"), root.pipeline("quickstart")
+"""
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distlm.errors import StorageError
+
+FOLDERS = {"prepare": "corpora", "train": "runs", "tune": "sweeps", "serve": "endpoints", "pipeline": "pipelines"}
+
+
+@dataclass(frozen=True)
+class Storage:
+    """A root that every node of the cluster sees."""
+
+    root: Path
+
+    @staticmethod
+    def find(root: str | None = None) -> "Storage":
+        """The root that is named, else $DISTLM_STORAGE, else ~/distlm. Raises StorageError for one that cannot be used."""
+        text = root or os.environ.get("DISTLM_STORAGE") or "~/distlm"
+        if "://" in text:
+            raise StorageError("object stores are not supported yet", where=f"storage: {text}",
+                               remedy="name a folder that every node sees, e.g. on NFS, Lustre or a mounted bucket")
+        return Storage(Path(text).expanduser().absolute())
+
+    def folder(self, kind: str, name: str) -> Path:
+        """The folder of a job. Raises StorageError for a name that would leave the root."""
+        base = self.root / FOLDERS[kind]
+        path = Path(os.path.normpath(base / name))
+        if base not in path.parents:
+            raise StorageError(f"{name!r} leads out of {base}", remedy="use a plain name")
+        return path
+
+    def corpus(self, name: str) -> Path:
+        return self.folder("prepare", name)
+
+    def run(self, name: str) -> Path:
+        return self.folder("train", name)
+
+    def sweep(self, name: str) -> Path:
+        return self.folder("tune", name)
+
+    def endpoint(self, name: str) -> Path:
+        return self.folder("serve", name)
+
+    def pipeline(self, name: str) -> Path:
+        return self.folder("pipeline", name)
+
+
+@contextlib.contextmanager
+def writing(what: str | Path) -> Iterator[None]:
+    """Turn an OSError of the block, a full disk first, into a StorageError that names `what`."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"cannot write: {error.strerror or error}", where=str(what),
+                           remedy="free space or name another storage root") from error
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Write a file whole or not at all: a temporary file beside it, flushed to disk, then renamed."""
+    data = data.encode() if isinstance(data, str) else data
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomic(path, json.dumps(value, indent=2, sort_keys=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Raises StorageError where the file is missing or not JSON."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise StorageError("there is no such file", where=str(path)) from None
+    except (OSError, ValueError) as error:
+        raise StorageError(f"cannot be read: {error}", where=str(path)) from None
