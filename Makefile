@@ -1,0 +1,50 @@
+# Every target makes the virtual environment and installs by itself:
+#   make quickstart   text → corpus → model → endpoint on this machine; the endpoint stays up until `make down`
+#   make test         lint, types and the tests that are not marked slow;   make test-all: the slow ones too
+#   make bench        distlm beside its peers, one table each
+# Override with e.g. `make test PYTHON=python3.12 VENV=.venv312`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+STAMP = $(VENV)/.installed
+
+export PATH := $(abspath $(BIN)):$(PATH)
+export HF_HUB_OFFLINE = 1
+export RAY_USAGE_STATS_ENABLED = 0
+export TOKENIZERS_PARALLELISM = false
+ifeq ($(shell nvidia-smi -L 2>/dev/null),)
+export DS_ACCELERATOR = cpu
+endif
+
+.PHONY: quickstart down test test-all lint bench install clean
+.DEFAULT_GOAL = test
+
+$(STAMP): pyproject.toml constraints.txt scripts/install.sh
+	@scripts/install.sh $(VENV) $(PYTHON)
+	@touch $@
+
+install: $(STAMP)
+
+quickstart: $(STAMP)
+	$(BIN)/distlm cluster up
+	$(BIN)/distlm submit jobs/quickstart.yaml --follow
+
+down: $(STAMP)
+	$(BIN)/distlm cluster down
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" --durations=15
+
+test-all: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=15
+
+bench: $(STAMP)
+	@for file in benchmarks/*.py; do echo "$$file"; $(BIN)/python $$file || exit 1; done
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
