@@ -1,0 +1,168 @@
+"""What a corpus is made of: `manifest.json`, written last, so that a folder without one is no corpus.
+
+    manifest = read_manifest(storage.corpus("stdlib"))
+    manifest.splits["train"].shards[0].file            # "train/00000.arrow"
+    verify(manifest.path)                              # every checksum
+
+A shard is an Arrow IPC file of one record batch: `tokens`, fixed_size_list<uint16 | uint32>[context + 1], and `starts`,
+list<int32>, the positions in the window at which a document begins. A window begins with the last token of the one before it.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from distlm.errors import CorpusError, InputError, StorageError
+from distlm.storage import read_json, write_json
+
+FORMAT = 1
+FILE = "manifest.json"
+Accounts = dict[str, int]
+"""{"documents": ..., "bytes": ...}"""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of windows."""
+
+    file: str
+    """Relative to the corpus folder."""
+    windows: int
+    bytes: int
+    xxh3: str
+    """XXH3-64 of the file, in hexadecimal."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """What went into the training or the validation windows."""
+
+    documents: int
+    bytes: int
+    """UTF-8 bytes of the documents' cleaned text."""
+    tokens: int
+    """Tokens of all documents, each with its end token."""
+    dropped_tokens: int
+    """Those at the end that fill no window."""
+    windows: int
+    shards: tuple[Shard, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The manifest of a complete corpus. `data` holds it as it is on disk."""
+
+    path: Path
+    """The corpus folder."""
+    name: str
+    context: int
+    dtype: str
+    """uint16 or uint32."""
+    seed: int
+    vocab_size: int
+    eos_id: int
+    splits: dict[str, Split]
+    """`train` and `val`."""
+    data: dict[str, Any]
+
+    @property
+    def tokenizer(self) -> Path:
+        """The folder of the tokenizer, as transformers loads it."""
+        return self.path / "tokenizer"
+
+    def files(self, split: str) -> list[Path]:
+        """The shard files of a split, in order."""
+        return [self.path / shard.file for shard in self.splits[split].shards]
+
+
+def read_manifest(path: Path | str) -> Manifest:
+    """The manifest of the corpus in folder `path`. Raises InputError where there is no complete corpus, CorpusError for a manifest
+    that cannot be understood."""
+    path = Path(path)
+    if not (path / FILE).is_file():
+        raise InputError("there is no complete corpus: manifest.json is missing", where=str(path),
+                         remedy="prepare it, or go on with --resume where its job has failed" if path.is_dir() else
+                         "check the name, or prepare it")
+    try:
+        data = read_json(path / FILE)
+        if data["format"] != FORMAT:
+            raise CorpusError(f"format {data['format']} is not {FORMAT}", where=str(path / FILE), remedy="prepare the corpus again")
+        splits = {name: Split(split["documents"], split["bytes"], split["tokens"], split["dropped_tokens"], split["windows"],
+                              tuple(Shard(**shard) for shard in split["shards"])) for name, split in data["splits"].items()}
+        return Manifest(path, data["name"], data["context"], data["dtype"], data["seed"], data["tokenizer"]["vocab_size"],
+                        data["tokenizer"]["eos_id"], splits, data)
+    except (KeyError, TypeError, StorageError) as error:
+        raise CorpusError(f"the manifest is damaged: {type(error).__name__} {error}", where=str(path / FILE),
+                          remedy="prepare the corpus again") from None
+
+
+def manifest_hash(path: Path | str) -> str:
+    """The SHA-256 of the manifest file, which stands for the whole corpus. Raises InputError where there is none."""
+    file = Path(path) / FILE
+    if not file.is_file():
+        raise InputError("there is no complete corpus: manifest.json is missing", where=str(path), remedy="prepare it")
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def verify(path: Path | str) -> Manifest:
+    """Check the size and the hash of every shard and of the tokenizer. Raises CorpusError for the first that differs."""
+    manifest = read_manifest(path)
+    check_balance(manifest.data["steps"], str(path))
+    for split in manifest.splits.values():
+        for shard in split.shards:
+            file = manifest.path / shard.file
+            size = file.stat().st_size if file.is_file() else None
+            if size != shard.bytes:
+                raise CorpusError("the shard is missing" if size is None else f"the shard has {size:,} bytes, not {shard.bytes:,}",
+                                  where=str(file), remedy="prepare the corpus again")
+            if file_xxh3(file) != shard.xxh3:
+                raise CorpusError(f"the shard's hash is not {shard.xxh3}: it has been changed or damaged", where=str(file),
+                                  remedy="prepare the corpus again")
+        if sum(shard.windows for shard in split.shards) != split.windows:
+            raise CorpusError("the windows of the shards do not add up", where=str(manifest.path / FILE), remedy="prepare the corpus again")
+    if tokenizer_hash(manifest.tokenizer) != manifest.data["tokenizer"]["hash"]:
+        raise CorpusError("the tokenizer has been changed", where=str(manifest.tokenizer), remedy="prepare the corpus again")
+    return manifest
+
+
+def write_manifest(path: Path, data: dict[str, Any]) -> None:
+    """Make the folder a corpus: balance the accounts, then write the manifest, whole or not at all. Raises CorpusError, StorageError."""
+    check_balance(data["steps"], str(path))
+    write_json(path / FILE, {"format": FORMAT, **data})
+
+
+def check_balance(steps: list[dict[str, Any]], where: str) -> None:
+    """Raises CorpusError unless, in documents and in bytes, in = out + rejected at every step, and each step takes in what the one
+    before it gave out. What cleaning takes from documents that it keeps stands under `rejected` too, as bytes of no document."""
+    for i, step in enumerate(steps):
+        for unit in ("documents", "bytes"):
+            taken, given = step["in"][unit], step["out"][unit]
+            lost = sum(account[unit] for account in step["rejected"].values())
+            if taken != given + lost:
+                raise CorpusError(f"{unit} do not balance: {taken:,} in, {given:,} out, {lost:,} rejected", cause="internal",
+                                  where=f"{where}: step {step['name']}", remedy="this is a bug or a damaged scratch folder: please report it")
+            if i and taken != steps[i - 1]["out"][unit]:
+                raise CorpusError(f"{unit} do not balance: step {steps[i - 1]['name']} gave {steps[i - 1]['out'][unit]:,}, {taken:,} came",
+                                  cause="internal", where=f"{where}: step {step['name']}",
+                                  remedy="this is a bug or a damaged scratch folder: please report it")
+
+
+def file_xxh3(path: Path) -> str:
+    """XXH3-64 of a file, in hexadecimal."""
+    digest = xxhash.xxh3_64()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def tokenizer_hash(folder: Path) -> str:
+    """SHA-256 over the names and contents of a tokenizer's files."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*")):
+        content = file.read_bytes()
+        digest.update(f"{file.name}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()
