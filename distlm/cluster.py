@@ -1,0 +1,196 @@
+"""The cluster that a job runs in: the one that surrounds it, a named one, the local one, or an embedded one.
+
+    with connect(log_file) as connection:          # ray is initialised inside the block
+        print(connection.dashboard_url)
+"""
+
+import contextlib
+import io
+import logging
+import os
+import secrets
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from distlm import head as heads
+from distlm.errors import ClusterError, InputError
+from distlm.storage import Storage, writing
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A cluster that was found: `address` for ray.init, or the http address of its dashboard, or both."""
+
+    name: str
+    address: str
+    dashboard_url: str = ""
+    token_file: str | None = None
+
+
+@dataclass(frozen=True)
+class Connection:
+    """What `connect` gives. `embedded`: the cluster ends with the process."""
+
+    address: str
+    dashboard_url: str
+    embedded: bool
+    token_file: str | None = None
+
+
+def find(storage: Storage | None = None) -> Cluster | None:
+    """The cluster in $RAY_ADDRESS (a Ray job always has it), else the recorded local one that is alive, else None."""
+    address = os.environ.get("RAY_ADDRESS", "").strip()
+    alive = [head for head in heads.recorded(storage or Storage.find()) if head.alive()]
+    if address and address != "local":
+        for head in alive:
+            if address in (head.address, head.dashboard_url):
+                return _cluster(head)
+        return Cluster("$RAY_ADDRESS", address, address if "://" in address and not address.startswith("ray://") else "")
+    if len(alive) > 1:
+        named = os.environ.get("DISTLM_CLUSTER", "local")
+        chosen = [head for head in alive if head.name == named]
+        if not chosen:
+            raise InputError(f"several clusters are up: {', '.join(head.name for head in alive)}", where="cluster",
+                             remedy="choose one with DISTLM_CLUSTER=name")
+        alive = chosen
+    return _cluster(alive[0]) if alive else None
+
+
+def _cluster(head: heads.Head) -> Cluster:
+    return Cluster(head.name, head.address, head.dashboard_url, head.token_file)
+
+
+@contextlib.contextmanager
+def connect(log_file: Path | None = None, *, storage: Storage | None = None) -> Iterator[Connection]:
+    """Initialise Ray: in the cluster that `find` finds, else in an embedded one that ends with the block.
+
+    What Ray and the libraries around it write to standard error goes to `log_file`. Where Ray is initialised already, that
+    is used and left as it is. Raises ClusterError.
+    """
+    import ray
+
+    with quiet(log_file):
+        if ray.is_initialized():
+            context = ray.get_runtime_context()
+            yield Connection(context.gcs_address, _dashboard_url(), False)
+            return
+        cluster = find(storage)
+        if cluster and cluster.address.startswith(("http://", "https://")):
+            raise ClusterError("RAY_ADDRESS names a dashboard", where=cluster.address, remedy="send the job with `distlm submit`, or name "
+                               "the head as host:port")
+        with contextlib.ExitStack() as stack:
+            if cluster:
+                if cluster.token_file:
+                    stack.enter_context(authenticated(cluster.token_file))
+                connection = _join(cluster)
+            else:
+                connection = _embed(stack)
+            stack.callback(ray.shutdown)
+            yield connection
+
+
+def _join(cluster: Cluster) -> Connection:
+    import ray
+
+    try:
+        ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.WARNING)
+    except (ConnectionError, OSError, RuntimeError, ray.exceptions.RayError) as error:
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ClusterError(f"cannot be joined: {reason}", where=f"cluster {cluster.address}",
+                           remedy="unset RAY_ADDRESS, or bring one up with `distlm cluster up`") from error
+    return Connection(cluster.address, cluster.dashboard_url or _dashboard_url(), False, cluster.token_file)
+
+
+def _embed(stack: contextlib.ExitStack) -> Connection:
+    """A cluster inside this process's life: token, dashboard on loopback, more logical CPUs than cores."""
+    import ray
+
+    folder = Path(tempfile.mkdtemp(prefix="distlm-", dir="/tmp" if os.path.isdir("/tmp") else None))
+    stack.callback(shutil.rmtree, folder, ignore_errors=True)
+    token_file = folder / "token"
+    token_file.touch(mode=0o600)
+    token_file.write_text(secrets.token_hex(32))
+    stack.enter_context(authenticated(str(token_file)))
+    [port] = heads.free_ports(1)
+    stack.enter_context(_environment({"RAY_ADDRESS": None, "RAY_USAGE_STATS_ENABLED": "0"}))
+    context = ray.init(address="local", num_cpus=heads.default_cpus(), object_store_memory=heads.default_object_store_bytes(),
+                       include_dashboard=True, dashboard_host="127.0.0.1", dashboard_port=port, _node_ip_address="127.0.0.1",
+                       _temp_dir=str(folder / "ray"), log_to_driver=False, logging_level=logging.WARNING)
+    return Connection(context.address_info["gcs_address"], f"http://127.0.0.1:{port}", True, str(token_file))
+
+
+def _dashboard_url() -> str:
+    from ray._private.worker import get_dashboard_url
+
+    url = get_dashboard_url() or ""
+    return url if not url or "://" in url else f"http://{url}"
+
+
+@contextlib.contextmanager
+def authenticated(token_file: str) -> Iterator[None]:
+    """Inside the block this process, and what it starts, speaks to Ray with the token in `token_file`."""
+    with _environment({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": token_file, "RAY_AUTH_TOKEN": None}):
+        _reload_token()
+        yield
+    _reload_token()
+
+
+def _reload_token() -> None:
+    """Ray reads mode and token once per process and keeps them."""
+    if "ray" in sys.modules:
+        from ray._raylet import AuthenticationTokenLoader, Config
+
+        Config.initialize("")
+        AuthenticationTokenLoader.instance().reset_cache()
+
+
+@contextlib.contextmanager
+def _environment(values: dict[str, str | None]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+
+    def put(some: dict[str, str | None]) -> None:
+        for name, value in some.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+    put(values)
+    try:
+        yield
+    finally:
+        put(before)
+
+
+@contextlib.contextmanager
+def quiet(log_file: Path | None) -> Iterator[None]:
+    """Send what is written to standard error inside the block, log records first, to `log_file` instead of the terminal."""
+    if log_file is None:
+        yield
+        return
+    with writing(log_file):
+        log_file.parent.mkdir(parents=True, exist_ok=True)
+        log = open(log_file, "a", buffering=1, errors="replace")  # noqa: SIM115
+    terminal = sys.stderr
+    _redirect_handlers(terminal, log)
+    sys.stderr = log
+    try:
+        yield
+    finally:
+        sys.stderr = terminal
+        _redirect_handlers(log, terminal)                  # handlers that were made inside the block outlive it
+        with contextlib.suppress(OSError, io.UnsupportedOperation):
+            log.close()
+
+
+def _redirect_handlers(old: TextIO, new: TextIO) -> None:
+    loggers: list[Any] = [logging.getLogger(), *logging.Logger.manager.loggerDict.values()]
+    for logger in loggers:
+        for handler in getattr(logger, "handlers", ()):
+            if isinstance(handler, logging.StreamHandler) and handler.stream is old:
+                handler.setStream(new)

@@ -1,0 +1,278 @@
+"""One Ray head on this machine: started, recorded, and ended by its own record.
+
+    head, fresh = up(LocalCluster(), storage)      # everything under <storage root>/clusters/<name>
+    down(head)                                     # the processes that `up` started, and no others: never `ray stop`
+
+Every process of a cluster carries DISTLM_CLUSTER_ID in its environment or belongs to the session that `up` opened, so that
+several clusters, ours and others', live side by side.
+"""
+
+import contextlib
+import hashlib
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import httpx
+import psutil
+from pydantic import Field
+
+from distlm.errors import ClusterError, InputError
+from distlm.spec.base import Name, Part
+from distlm.storage import Storage, read_json, write_json, writing
+
+MARK = "DISTLM_CLUSTER_ID"
+LONGEST_RAY_FOLDER = 40
+"""Bytes. Ray puts sockets some 64 bytes below its folder, and the path of a socket may have 107."""
+START_TIMEOUT_S = 90
+STOP_GRACE_S = 15
+PORTS = ("port", "dashboard_port", "dashboard_agent_listen_port", "dashboard_agent_grpc_port", "metrics_export_port",
+         "runtime_env_agent_port", "node_manager_port", "object_manager_port", "ray_client_server_port")
+"""Options of `ray start`, in the same words."""
+
+
+class LocalCluster(Part):
+    """What a local cluster file may say. Ports that are left out are chosen among the free ones."""
+
+    name: Name = "local"
+    """The cluster's name: that of its folder under <storage root>/clusters."""
+    cpus: Annotated[int | None, Field(ge=1)] = None
+    """Logical CPUs: numbers to schedule by, not cores. Default: four per core, 8 at least."""
+    gpus: Annotated[int | None, Field(ge=0)] = None
+    """GPUs. Default: those that Ray finds."""
+    object_store_bytes: Annotated[int | None, Field(ge=80_000_000)] = None
+    """Shared memory of the object store. Default: a fifth of the free memory, 4 GiB at most."""
+    host: str = "127.0.0.1"
+    """The address that everything listens on. Another than loopback opens the cluster to the network: the token is all that guards it."""
+    port: Annotated[int | None, Field(ge=1024, le=65535)] = None
+    """Port of the head (GCS)."""
+    dashboard_port: Annotated[int | None, Field(ge=1024, le=65535)] = None
+    """Port of the dashboard and the job API."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """The record of a head, as cluster.json keeps it."""
+
+    name: str
+    id: str
+    folder: str
+    ray_folder: str
+    address: str
+    dashboard_url: str
+    token_file: str
+    cpus: int
+    host: str
+    pid: int
+    started: float
+
+    def alive(self) -> bool:
+        """Whether the head process is still the one that was started: false after a reboot, though the record remains."""
+        if self.host != socket.gethostname():
+            return False
+        with contextlib.suppress(psutil.Error):
+            process = psutil.Process(self.pid)
+            return abs(process.create_time() - self.started) < 2 and process.status() != psutil.STATUS_ZOMBIE
+        return False
+
+
+def recorded(storage: Storage) -> list[Head]:
+    """Every head that has a record under the storage root, alive or not."""
+    found = []
+    for path in sorted((storage.root / "clusters").glob("*/cluster.json")):
+        with contextlib.suppress(TypeError):               # a record of another version
+            found.append(Head(**read_json(path)))
+    return found
+
+
+def default_cpus() -> int:
+    return max(8, 4 * (psutil.cpu_count() or 1))
+
+
+def default_object_store_bytes() -> int:
+    return max(80_000_000, min(4 << 30, psutil.virtual_memory().available // 5))
+
+
+def up(config: LocalCluster, storage: Storage) -> tuple[Head, bool]:
+    """Start a head and wait until it answers. Returns (head, whether it was started just now).
+
+    Raises InputError for a port that is taken, ClusterError where Ray does not come up. Whatever interrupts it, nothing remains.
+    """
+    folder = storage.root / "clusters" / config.name
+    for head in recorded(storage):
+        if head.name == config.name:
+            if head.alive():
+                return head, False
+            down(head)                                     # what a head that crashed left behind
+    ports = _ports(config)
+    ray_folder = _ray_folder(folder)
+    token_file = folder / "token"
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        token_file.unlink(missing_ok=True)
+        token_file.touch(mode=0o600)
+        token_file.write_text(secrets.token_hex(32))
+    identity = secrets.token_hex(16)
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats",
+               f"--node-ip-address={config.host}", f"--dashboard-host={config.host}", f"--temp-dir={ray_folder}",
+               f"--num-cpus={config.cpus or default_cpus()}",
+               f"--object-store-memory={config.object_store_bytes or default_object_store_bytes()}",
+               *(f"--{name.replace('_', '-')}={ports[name]}" for name in PORTS)]
+    if config.gpus is not None:
+        command.append(f"--num-gpus={config.gpus}")
+    with writing(folder / "head.log"), open(folder / "head.log", "wb") as log:
+        process = subprocess.Popen(command, env=_environment(identity, token_file, ports), start_new_session=True, cwd=folder,
+                                   stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
+    head = Head(config.name, identity, str(folder), str(ray_folder), f"{config.host}:{ports['port']}",
+                f"http://{config.host}:{ports['dashboard_port']}", str(token_file), config.cpus or default_cpus(),
+                socket.gethostname(), process.pid, psutil.Process(process.pid).create_time())
+    try:
+        write_json(folder / "cluster.json", asdict(head))
+        _wait_until_ready(head, process)
+    except BaseException:
+        down(head)
+        raise
+    return head, True
+
+
+def down(head: Head) -> int:
+    """End the processes of this head, and remove its record and token; its logs stay. Returns how many there were."""
+    ended: set[int] = set()
+    deadline = time.monotonic() + STOP_GRACE_S
+    with contextlib.suppress(psutil.Error):
+        if head.alive():                                   # `ray start --block` takes its children along
+            psutil.Process(head.pid).terminate()
+    first = True
+    while found := processes(head):
+        ended.update(p.pid for p in found)
+        for process in found:
+            with contextlib.suppress(psutil.Error):
+                if time.monotonic() > deadline:
+                    process.kill()
+                elif first:
+                    process.terminate()
+        first = False
+        psutil.wait_procs(found, timeout=0.5)
+    folder = Path(head.folder)
+    for name in ("cluster.json", "token"):
+        (folder / name).unlink(missing_ok=True)
+    return len(ended)
+
+
+def processes(head: Head) -> list[psutil.Process]:
+    """The living processes of a head: by its mark, its session, and what descends from either."""
+    if head.host != socket.gethostname():
+        return []
+    found: dict[int, psutil.Process] = {}
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, ProcessLookupError):
+            if process.pid == os.getpid() or process.status() == psutil.STATUS_ZOMBIE:
+                continue
+            if _belongs(process, head):
+                for one in (process, *process.children(recursive=True)):
+                    if one.pid != os.getpid() and one.status() != psutil.STATUS_ZOMBIE:
+                        found[one.pid] = one
+    return list(found.values())
+
+
+def _belongs(process: psutil.Process, head: Head) -> bool:
+    if process.create_time() < head.started - 2:
+        return False
+    if os.getsid(process.pid) == head.pid:
+        return True
+    try:
+        return process.environ().get(MARK) == head.id
+    except (psutil.AccessDenied, OSError):
+        return False
+
+
+def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
+    """Different ports that nothing listens on."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind((host, 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+@contextlib.contextmanager
+def client(dashboard_url: str, token_file: str | None) -> Iterator[httpx.Client]:
+    """An HTTP client of a cluster's dashboard, with its token. Connection errors become ClusterError."""
+    headers = {}
+    if token_file and Path(token_file).exists():
+        headers["Authorization"] = f"Bearer {Path(token_file).read_text().strip()}"
+    try:
+        with httpx.Client(base_url=dashboard_url, headers=headers, timeout=10, trust_env=False) as http:
+            yield http
+    except httpx.HTTPError as error:
+        raise ClusterError(f"does not answer: {error}", where=dashboard_url, remedy="`distlm cluster status` shows what is up") from None
+
+
+def _ports(config: LocalCluster) -> dict[str, int]:
+    for key in ("port", "dashboard_port"):
+        port = getattr(config, key)
+        if port is not None:
+            try:
+                with socket.socket() as one:
+                    one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    one.bind((config.host, port))
+            except OSError as error:
+                raise InputError(f"port {port} cannot be had: {error.strerror}", where=key,
+                                 remedy="leave it out to take a free one, or name another") from None
+    try:
+        free = iter(free_ports(len(PORTS) + 2, config.host))
+    except OSError as error:
+        raise InputError(f"{config.host!r} is no address of this machine: {error.strerror}", where="host") from None
+    return {name: getattr(config, name, None) or next(free) for name in (*PORTS, "autoscaler", "dashboard_metrics")}
+
+
+def _ray_folder(folder: Path) -> Path:
+    """Where Ray keeps sockets and logs: in the cluster's folder, or, where that path is too long for sockets, a short one."""
+    path = folder / "ray"
+    if len(os.fsencode(path)) > LONGEST_RAY_FOLDER:
+        digest = hashlib.sha256(os.fsencode(folder)).hexdigest()[:8]
+        path = Path("/tmp" if os.path.isdir("/tmp") else tempfile.gettempdir()) / f"distlm-{os.getuid()}-{digest}"
+    with writing(path):
+        if path.is_symlink() or (path.exists() and path.stat().st_uid != os.getuid()):
+            raise ClusterError("belongs to somebody else", where=str(path), remedy="remove it")
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir(parents=True, mode=0o700)
+    return path
+
+
+def _environment(identity: str, token_file: Path, ports: dict[str, int]) -> dict[str, str]:
+    """The environment of every process of the cluster. `python` and `distlm` of a job are those of this installation."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_JOB_CONFIG_JSON_ENV_VAR")}
+    return {**kept, MARK: identity, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token_file),
+            "AUTOSCALER_METRIC_PORT": str(ports["autoscaler"]), "DASHBOARD_METRIC_PORT": str(ports["dashboard_metrics"]),
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"}
+
+
+def _wait_until_ready(head: Head, process: "subprocess.Popen[bytes]") -> None:
+    """Until the job API answers and a node is alive."""
+    deadline = time.monotonic() + START_TIMEOUT_S
+    log = Path(head.folder) / "head.log"
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+            raise ClusterError(f"Ray ended while it started: {lines[-1] if lines else 'without a word'}", where=str(log))
+        with contextlib.suppress(ClusterError, ValueError, KeyError, TypeError):
+            with client(head.dashboard_url, head.token_file) as http:
+                if http.get("/api/jobs/").status_code == 200 and _nodes(http):
+                    return
+        time.sleep(0.2)
+    raise ClusterError(f"Ray did not come up in {START_TIMEOUT_S} s", where=str(log), remedy="the log may say why")
+
+
+def _nodes(http: httpx.Client) -> list[Any]:
+    nodes = http.get("/nodes", params={"view": "summary"}).json()["data"]["summary"]
+    return [node for node in nodes if node["raylet"].get("state") == "ALIVE"]
