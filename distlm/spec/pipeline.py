@@ -14,3 +14,5 @@ class PipelineSpec(Job):
     """The kind of the job."""
     steps: Annotated[dict[Name, dict[str, Any]], Field(min_length=1)]
     """Each step is a job spec, inline, or `{file: other.yaml, set: {...}}`; `needs: [step]` orders steps that share no reference."""
+    prompt: str | None = None
+    """What each endpoint of the pipeline completes at the end, to show that it does."""
