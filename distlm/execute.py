@@ -1,0 +1,225 @@
+"""One spec to one finished job: the place where spec, storage, run folder, cluster and job function meet.
+
+    outputs = run("jobs/train.yaml", overrides=["seed=1"])
+    outputs = run({"kind": "prepare", "name": "mine", "sources": ["texts/"]}, storage="/data/distlm")
+"""
+
+import contextlib
+import importlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from distlm.errors import DistlmError, InputError, ServeError, SpecError
+from distlm.progress import Progress
+from distlm.runs import RunFolder, lineage
+from distlm.spec import PipelineSpec, PrepareSpec, ServeSpec, TrainSpec, TuneSpec
+from distlm.spec.load import Loaded, Spec, dotted, dump, leaves, load_spec, nearest, parse, to_yaml
+from distlm.storage import FOLDERS, Storage
+
+JOBS = {"prepare": "distlm.corpus.prepare:prepare", "train": "distlm.train.driver:train", "tune": "distlm.tune.sweep:tune",
+        "serve": "distlm.serve.deploy:serve", "pipeline": "distlm.pipeline:pipeline"}
+"""Kind -> the function that does the job: (spec, folder, storage, progress) -> outputs."""
+
+MAY_CHANGE = {"train": ("duration", "scale", "evaluate", "checkpoint", "retry", "batch.micro_sequences"), "tune": ("concurrent",),
+              "prepare": ("workers",), "serve": (), "pipeline": ("steps",)}
+"""Kind -> keys that may differ when a job is taken up again: they leave what was done before as it is."""
+
+
+def run(source: str | Path | Mapping[str, Any], *, overrides: Sequence[str] = (), resume: bool = False,
+        storage: str | Path | Storage | None = None, progress: Progress | None = None) -> dict[str, Any]:
+    """Do the job of a spec, a file or a mapping, and return its outputs, which also stand in the folder's result.json.
+
+    Ray is used as it is where the process has already initialised it, else connected to for the time of the job. An endpoint in a
+    cluster that this process has started ends with it: then this call returns by KeyboardInterrupt alone.
+    Raises DistlmError: SpecError, InputError before any work; the job's own errors, recorded in its folder; ClusterError.
+    """
+    loaded = resolve(source, overrides)
+    root = storage if isinstance(storage, Storage) else Storage.find(str(storage) if storage else loaded.spec.storage)
+    with progress or Progress.for_stdout() as shown:
+        return run_loaded(loaded, root, shown, resume=resume)
+
+
+def run_loaded(loaded: Loaded, storage: Storage, progress: Progress, *, resume: bool = False, hold: bool = True,
+               extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """`run` for a spec that is loaded. Without `hold` an endpoint is left to the caller; `extra` goes into the lineage."""
+    spec = loaded.spec
+    folder = RunFolder(storage.folder(spec.kind, spec.name))
+    state, _ = folder.state() if folder.exists() else ("", "")
+    resume = resume or spec.kind == "pipeline"             # a pipeline decides step by step what is still to be done
+    changes = check_resume(folder, spec) if resume and state and state != "queued" else []
+    if state == "succeeded" and resume and not changes and spec.kind in ("prepare", "train", "tune"):
+        progress.note(f"{spec.kind} {spec.name} has already succeeded: nothing to do")
+        return folder.read_result()
+    made_of = lineage(dump(spec), **inputs(spec, storage)) | dict(extra or {})
+    if state and state != "queued":
+        with contextlib.suppress(DistlmError):             # the earlier attempts stay on record
+            earlier = folder.lineage()
+            made_of["earlier"] = [*earlier.pop("earlier", []), earlier]
+    RunFolder.create(folder.path, spec_text(loaded, folder), made_of, resume=resume)
+    with folder.running():
+        if changes:
+            folder.event("note", message="resumed with " + ", ".join(changes))
+        with connected(folder, storage, progress) as embedded:
+            progress.stage(spec.kind, spec.name)
+            outputs = job(spec.kind)(spec, folder, storage, progress)
+            folder.result(outputs)
+            if embedded and hold:
+                hold_endpoints(endpoints(spec, outputs), storage, progress)
+    return outputs
+
+
+def resolve(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Loaded:
+    """Load a spec with all that it names as files put in place, so that its dump stands alone. Raises SpecError."""
+    from distlm import pipeline  # here: it runs steps through this module
+    from distlm.tune import space
+
+    loaded = load_spec(source, list(overrides))
+    if isinstance(loaded.spec, TuneSpec):
+        loaded = space.inline(loaded)
+        assert isinstance(loaded.spec, TuneSpec)
+        space.check(loaded.spec, loaded.path)
+    elif isinstance(loaded.spec, PipelineSpec):
+        loaded = pipeline.inline(loaded)
+        pipeline.check(loaded)
+    return loaded
+
+
+def job(kind: str) -> Callable[..., dict[str, Any]]:
+    """The function that does a kind of job, imported when it is needed: Ray and torch are slow to load."""
+    module, name = JOBS[kind].split(":")
+    return getattr(importlib.import_module(module), name)
+
+
+@contextlib.contextmanager
+def connected(folder: RunFolder, storage: Storage, progress: Progress) -> Iterator[bool]:
+    """A Ray connection for the block; yields whether the cluster was started here and ends with the block."""
+    import ray
+
+    if ray.is_initialized():
+        yield False
+        return
+    from distlm import cluster
+
+    with cluster.connect(folder.path / "logs" / "driver.log", storage=storage) as connection:
+        place = "a cluster of its own, on this machine" if connection.embedded else connection.address
+        progress.note(f"cluster {place}, dashboard {connection.dashboard_url or 'off'}")
+        yield connection.embedded
+
+
+def inputs(spec: Spec, storage: Storage) -> dict[str, Any]:
+    """What a job reads, by name and hash, for its lineage. Raises InputError for what does not exist."""
+    found: dict[str, Any] = {}
+    train = spec if isinstance(spec, TrainSpec) else None
+    if isinstance(spec, PrepareSpec):
+        from distlm.corpus.read import find_files
+
+        find_files(spec.sources)                           # their hashes stand in the manifest
+    if isinstance(spec, TuneSpec):
+        from distlm.tune import space
+
+        train = space.base_spec(spec)
+    if train is not None:
+        path = locate("prepare", train.corpus, storage, "manifest.json")
+        from distlm.corpus.manifest import manifest_hash
+
+        found = {"corpus": str(path), "corpus_hash": manifest_hash(path)}
+        if train.model.source:
+            found["model"] = str(locate("train", train.model.source, storage))
+    if isinstance(spec, ServeSpec):
+        found["model"] = str(locate("train", spec.model, storage))
+    return found
+
+
+def locate(kind: str, text: str, storage: Storage, holds: str = "") -> Path:
+    """The folder of a job of `kind` that a spec names, by path or by name. Raises InputError with the nearest name."""
+    for path in (Path(text).expanduser(), storage.root / FOLDERS[kind] / text):
+        if (path.is_absolute() or "/" in text or path.parent.name == FOLDERS[kind]) and (path / holds).exists():
+            return path.absolute()
+    base = storage.root / FOLDERS[kind]
+    names = sorted(p.name for p in base.iterdir() if p.is_dir()) if base.is_dir() else []
+    near = nearest(text, names)
+    what = {"prepare": "corpus", "train": "run or model folder"}[kind]
+    raise InputError(f"there is no {what} {text!r}", where=str(base), remedy=f"did you mean {near}?" if near else
+                     f"there are {', '.join(names[:8])}" if names else f"`distlm run` a {kind} spec first")
+
+
+def check_resume(folder: RunFolder, spec: Spec) -> list[str]:
+    """The keys in which `spec` differs from the recorded one, all of them such that may. Raises SpecError for others."""
+    try:
+        recorded = dict(leaves(dump(load_spec(folder.path / "spec.yaml").spec)))
+    except DistlmError as error:
+        raise SpecError(f"the recorded spec cannot be read: {error}", where=str(folder.path / "spec.yaml"),
+                        remedy="take another name") from None
+    now = dict(leaves(dump(spec)))
+    changed = [key for key in {**recorded, **now} if recorded.get(key) != now.get(key) and key != ("storage",)]
+    text = {key: f"{dotted(key)}: {recorded.get(key)!r} -> {now.get(key)!r}" for key in changed}
+    free = MAY_CHANGE[spec.kind]
+    fixed = [text[key] for key in changed if not any(f"{dotted(key)}.".startswith(f"{name}.") for name in free)]
+    if fixed:
+        raise SpecError(f"the spec is not the one that {folder.name} began with: {'; '.join(fixed)}", where=str(folder.path),
+                        remedy=("only " + ", ".join(free) + " may change; " if free else "") + "take another name for a changed job")
+    return list(text.values())
+
+
+def spec_text(loaded: Loaded, folder: RunFolder) -> str:
+    """The resolved spec as YAML, the origin of every value beside it."""
+    recorded = folder.path / "spec.yaml"
+    if recorded.exists() and Path(loaded.path).absolute() == recorded and "--set" not in loaded.origins.values():
+        return recorded.read_text()                        # a submitted job reads its own folder: the origins are there
+    data = dump(loaded.spec)
+    lines = to_yaml(data).splitlines()
+    for key, line in parse("\n".join(lines))[1].items():
+        if dotted(key) in loaded.origins:
+            lines[line - 1] += f"  # {loaded.origins[dotted(key)]}"
+    text = "\n".join(lines) + "\n"
+    with contextlib.suppress(DistlmError):
+        if parse(text)[0] == data:
+            return text
+    return to_yaml(data)                                   # a text of several lines takes no remark
+
+
+def endpoints(spec: Spec, outputs: dict[str, Any]) -> dict[str, str]:
+    """The names and addresses of the endpoints that a job has brought up."""
+    if spec.kind == "serve":
+        return {spec.name: outputs["url"]}
+    return outputs.get("endpoints", {}) if spec.kind == "pipeline" else {}
+
+
+def hold_endpoints(urls: Mapping[str, str], storage: Storage, progress: Progress, every_s: float = 10) -> None:
+    """Keep the process, and with it the cluster that it started, until Ctrl-C. Raises ServeError when an endpoint falls silent."""
+    if not urls:
+        return
+    progress.note(f"serving at {', '.join(urls.values())} as long as this process runs: Ctrl-C ends it "
+                  "(`distlm cluster up` first gives a cluster that stays)")
+    silent = 0
+    try:
+        while silent < 3:
+            time.sleep(every_s)
+            silent = 0 if all(map(healthy, urls.values())) else silent + 1
+        raise ServeError(f"no answer from {', '.join(urls.values())} for {3 * every_s:.0f} s", cause="worker_died",
+                         remedy="logs/ in its folder and the dashboard say more")
+    finally:
+        for name in urls:
+            if RunFolder(storage.endpoint(name)).state()[0] == "succeeded":
+                RunFolder(storage.endpoint(name)).event("stopped", "user", "ended with the cluster of the process that brought it up")
+
+
+def healthy(url: str) -> bool:
+    """Whether the endpoint at `url` (http://host:port or .../v1) answers /health."""
+    import httpx
+
+    try:
+        return httpx.get(url.rstrip("/").removesuffix("/v1") + "/health", timeout=10).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def with_spec(loaded: Loaded, spec: Spec, origins: Mapping[str, str]) -> Loaded:
+    """`loaded` with a spec in which files were put in place; `origins` are those of the values that came in."""
+    known = {**loaded.origins, **origins}
+    return replace(loaded, spec=spec, origins={dotted(key): known.get(dotted(key), loaded.path) for key, _ in leaves(dump(spec))})
+
+

@@ -1,0 +1,281 @@
+"""A job whose steps are jobs: ordered by what they need, filled with what the others made, skipped where nothing has changed.
+
+    kind: pipeline
+    name: quickstart
+    steps:
+      prepare: {kind: prepare, sources: [stdlib]}
+      train: {kind: train, corpus: "${prepare}", model: {preset: llama-tiny}, duration: {epochs: 1}}
+      serve: {file: serve.yaml, set: {model: "${train}"}, needs: [train]}
+"""
+
+import copy
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from distlm import execute
+from distlm.errors import InputError, SpecError
+from distlm.progress import Progress
+from distlm.runs import RunFolder
+from distlm.spec.load import REFERENCE, Loaded, dotted, dump, leaves, nearest, put, validate
+from distlm.spec.pipeline import PipelineSpec
+from distlm.storage import Storage
+from distlm.tune import space
+
+OUTPUTS = {
+    "prepare": ("documents", "bytes", "tokens", "train_tokens", "val_tokens", "val_bytes", "rejected", "manifest_hash"),
+    "train": ("export", "parameters", "loss_first", "loss_last", "val_loss", "val_loss_first", "perplexity", "bits_per_byte",
+              "tokens_per_s", "steps", "tokens", "checkpoint"),
+    "tune": ("best", "best_spec", "metric", "value", "trials"),
+    "serve": ("url", "api_key_file", "model"),
+}
+"""Kind -> what `${step.output}` may name; a sweep also has `best.<key>` for every key of its space."""
+
+
+def inline(loaded: Loaded) -> Loaded:
+    """Put every step's file in its place and give every step its name, `<pipeline>-<step>` where it has none. Raises SpecError."""
+    spec, folder = loaded.spec, Path(loaded.path).parent
+    assert isinstance(spec, PipelineSpec)
+    steps: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for step, given in spec.steps.items():
+        data, prefix, where = copy.deepcopy(given), f"steps.{step}", place(loaded, f"steps.{step}")
+        if "file" in data:
+            if unknown := sorted(set(data) - {"file", "set", "needs"}):
+                raise SpecError(f"beside file there can be set and needs, not {', '.join(unknown)}", where=where, remedy="put it under set")
+            file = data["file"]
+            data, found = space.read_file(str(file), folder, f"{where}.file")
+            for key, value in (given.get("set") or {}).items():
+                put(data, str(key), value)
+            origins |= {f"{prefix}.{key}": text for key, text in found.items()}
+            data["needs"] = given.get("needs", [])
+            folder_ = (folder / Path(str(file)).expanduser()).parent
+        else:
+            folder_ = folder
+        if data.get("kind") == "pipeline":
+            raise SpecError("a pipeline cannot be a step", where=where, remedy="put its steps here")
+        if data.get("kind") == "tune" and isinstance(data.get("train"), str) and not REFERENCE.search(data["train"]):
+            data["train"], found = space.read_file(data["train"], folder_, f"{where}.train")
+            origins |= {f"{prefix}.train.{key}": text for key, text in found.items()}
+        data.setdefault("name", f"{spec.name}-{step}")
+        steps[step] = data
+    return execute.with_spec(loaded, spec.model_copy(update={"steps": steps}), origins)
+
+
+def check(loaded: Loaded) -> list[str]:
+    """The steps in order. Every step is validated as far as it can be before the others have run. Raises SpecError."""
+    spec = loaded.spec
+    assert isinstance(spec, PipelineSpec)
+    problems = []
+    names: dict[tuple[str, str], str] = {}
+    for step, data in spec.steps.items():
+        where = place(loaded, f"steps.{step}")
+        try:
+            taken = names.setdefault((str(data.get("kind")), str(data["name"])), step)
+            if taken != step:
+                raise SpecError(f"{data['name']} is the name of the step {taken} too", where=where)
+            for key, value in leaves(data):
+                for text in value if isinstance(value, list) else [value]:
+                    for reference in REFERENCE.findall(text) if isinstance(text, str) else []:
+                        output(spec.steps, reference, place(loaded, f"steps.{step}.{dotted(key)}"))
+            check_step(spec.steps, step, where)
+        except SpecError as error:
+            problems.append(str(error))
+    if problems:
+        raise SpecError("\n".join(problems))
+    return order(spec.steps, lambda step: place(loaded, f"steps.{step}"))
+
+
+def check_step(steps: Mapping[str, Any], step: str, where: str) -> None:
+    """Validate a step with stand-ins for what is not there yet."""
+    data = {key: stand_in(steps, value) for key, value in steps[step].items() if key != "needs"}
+    spec = validate(data, where, references=True)
+    if data.get("kind") == "tune" and isinstance(data.get("train"), dict) and spec is not None:
+        space.check(spec, where, references=True)
+
+
+def stand_in(steps: Mapping[str, Any], value: Any) -> Any:
+    """`value` with every reference to a sweep's best value replaced by a value of its space: rules can be checked with it."""
+    if isinstance(value, dict):
+        return {k: stand_in(steps, v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [stand_in(steps, v) for v in value]
+    whole = REFERENCE.fullmatch(value) if isinstance(value, str) else None
+    if whole:
+        step, name = split(steps, whole[1])
+        dimension = (steps[step].get("space") or {}).get(name.removeprefix("best.")) if steps[step].get("kind") == "tune" else None
+        values = next(iter(dimension.values()), None) if isinstance(dimension, dict) else None
+        return values[0] if isinstance(values, list) and values else value
+    return value
+
+
+def output(steps: Mapping[str, Any], reference: str, where: str) -> tuple[str, str]:
+    """(step, output) of a reference. Raises SpecError, with the nearest name, for what is not there."""
+    step, name = split(steps, reference)
+    if not step:
+        near = nearest(reference.split(".")[0], steps)
+        raise SpecError(f"${{{reference}}}: there is no such step", where=where,
+                        remedy=f"did you mean {near}?" if near else f"there are {', '.join(steps)}")
+    kind = steps[step].get("kind")
+    known = [*OUTPUTS.get(str(kind), ()), *(f"best.{key}" for key in (steps[step].get("space") or {}) if kind == "tune")]
+    if name and kind in OUTPUTS and name not in known:
+        near = nearest(name, known)
+        raise SpecError(f"${{{reference}}}: a {kind} step has no output {name}", where=where,
+                        remedy=f"did you mean {near}?" if near else f"there are {', '.join(known)}")
+    return step, name
+
+
+def split(steps: Mapping[str, Any], reference: str) -> tuple[str, str]:
+    """`train.val_loss` -> ("train", "val_loss"); names of steps may hold dots, so the longest that fits is meant."""
+    found = max((step for step in steps if reference == step or reference.startswith(f"{step}.")), key=len, default="")
+    return found, reference[len(found) + 1:] if found else ""
+
+
+def wants(steps: Mapping[str, Any], step: str) -> list[str]:
+    """The steps that `step` needs, by `needs` or by reference."""
+    texts = [t for _, value in leaves(steps[step]) for t in (value if isinstance(value, list) else [value]) if isinstance(t, str)]
+    found = [split(steps, reference)[0] for text in texts for reference in REFERENCE.findall(text)]
+    needs = steps[step].get("needs") or []
+    return list(dict.fromkeys([*([needs] if isinstance(needs, str) else needs), *found]))
+
+
+def order(steps: Mapping[str, Any], where: Any = str) -> list[str]:
+    """The steps such that each comes after what it needs, otherwise as written. Raises SpecError for cycles and unknown steps."""
+    done: list[str] = []
+    path: list[str] = []
+
+    def visit(step: str) -> None:
+        if step in done:
+            return
+        if step in path:
+            raise SpecError(f"the steps need each other: {' -> '.join([*path[path.index(step):], step])}", where=where(step),
+                            remedy="take out one of the references")
+        path.append(step)
+        for other in wants(steps, step):
+            if other not in steps:
+                near = nearest(other, steps)
+                raise SpecError(f"needs {other!r}, which is no step", where=where(step),
+                                remedy=f"did you mean {near}?" if near else f"there are {', '.join(steps)}")
+            visit(other)
+        path.pop()
+        done.append(step)
+
+    for step in steps:
+        visit(step)
+    return done
+
+
+def fill(value: Any, steps: Mapping[str, Any], made: Mapping[str, dict[str, Any]]) -> Any:
+    """`value` with its references replaced by what the steps made. A reference that is the whole value keeps its type."""
+    if isinstance(value, dict):
+        return {k: fill(v, steps, made) for k, v in value.items()}
+    if isinstance(value, list):
+        return [fill(v, steps, made) for v in value]
+    if not isinstance(value, str):
+        return value
+
+    def lookup(reference: str) -> Any:
+        step, name = split(steps, reference)
+        if name not in made[step]:
+            near = nearest(name, made[step])
+            raise SpecError(f"${{{reference}}}: the step {step} made no {name}", remedy=f"did you mean {near}?" if near else
+                            f"there are {', '.join(k for k in made[step] if k)}")
+        return made[step][name]
+
+    whole = REFERENCE.fullmatch(value)
+    return lookup(whole[1]) if whole else REFERENCE.sub(lambda match: str(lookup(match[1])), value)
+
+
+def pipeline(spec: PipelineSpec, folder: RunFolder, storage: Storage, progress: Progress) -> dict[str, Any]:
+    """Run what is still to be done, step by step, and show what came of it. Raises what a step raises."""
+    made: dict[str, dict[str, Any]] = {}
+    marks: dict[str, str] = {}
+    folders: dict[str, RunFolder] = {}
+    steps = order(spec.steps)
+    for i, step in enumerate(steps):
+        data = {key: fill(value, spec.steps, made) for key, value in spec.steps[step].items() if key != "needs"}
+        loaded = execute.resolve(data)
+        folders[step] = RunFolder(storage.folder(loaded.spec.kind, loaded.spec.name))
+        mark = fingerprint(loaded, {other: marks[other] for other in wants(spec.steps, step)})
+        made[step] = run_step(spec.name, step, loaded, mark, folders[step], storage, progress)
+        marks[step] = identity(loaded.spec.kind, folders[step])
+        folder.event("note", message=f"step {step} is complete", step=step, folder=str(folders[step].path))
+        progress.update("steps done", i + 1, len(steps))
+    kinds = {step: spec.steps[step]["kind"] for step in steps}
+    from distlm import summary
+
+    summary.show(spec.prompt, {step: (kinds[step], folders[step], made[step]) for step in steps}, progress)
+    flat = {f"{step}.{name}" if name else step: value for step in steps for name, value in made[step].items()}
+    return {"": str(folder.path), "endpoints": {folders[step].name: made[step]["url"] for step in steps if kinds[step] == "serve"}, **flat}
+
+
+def run_step(owner: str, step: str, loaded: Loaded, mark: str, folder: RunFolder, storage: Storage, progress: Progress) -> dict[str, Any]:
+    """Skip the step where it is complete and unchanged, resume it where it has failed, run it anew where it has changed."""
+    kind = loaded.spec.kind
+    resume = False
+    if folder.exists():
+        state, _ = folder.state()
+        record = folder.lineage() if (folder.path / "lineage.json").exists() else {}
+        if record.get("pipeline") != owner:
+            raise InputError(f"the name {folder.name} is taken by a job that is not of the pipeline {owner}", where=str(folder.path),
+                             remedy=f"give the step {step} another name")
+        unchanged = record.get("fingerprint") == mark
+        if unchanged and state == "succeeded":
+            outputs = folder.read_result()
+            if kind != "serve" or execute.healthy(outputs["url"]):
+                progress.stage(kind, loaded.spec.name)
+                progress.note(f"step {step} is complete and unchanged: skipped")
+                return outputs
+        if unchanged:
+            progress.note(f"step {step} has {state} before: taken up again")
+            resume = True
+        elif state in ("starting", "running"):
+            raise InputError(f"{folder.name} is {state}", where=str(folder.path), remedy=f"`distlm stop {folder.name}` ends it")
+        else:
+            aside = move_aside(folder.path)
+            progress.note(f"step {step} or what it reads has changed: it runs again; what it made before lies in {aside}")
+    return execute.run_loaded(loaded, storage, progress, resume=resume, hold=False,
+                              extra={"pipeline": owner, "step": step, "fingerprint": mark})
+
+
+def move_aside(path: Path) -> Path:
+    """Rename a folder to the first free of `<name>.old-1`, `.old-2`, ..."""
+    n = 1
+    while (aside := path.with_name(f"{path.name}.old-{n}")).exists():
+        n += 1
+    path.rename(aside)
+    return aside
+
+
+def fingerprint(loaded: Loaded, needed: Mapping[str, str]) -> str:
+    """A hash of all that decides what a step makes: its spec, what it needs, the files it reads."""
+    spec = dump(loaded.spec) | {"storage": None}
+    files: list[Any] = source_files(loaded.spec) if loaded.spec.kind == "prepare" else []
+    return hashlib.sha256(json.dumps([spec, sorted(needed.items()), files]).encode()).hexdigest()
+
+
+def source_files(spec: Any) -> list[tuple[str, int, int]]:
+    """Path, size and time of change of every file that a prepare step reads."""
+    from distlm.corpus.read import find_files
+
+    return sorted((file.path, file.bytes, Path(file.path).stat().st_mtime_ns) for file in find_files(spec.sources))
+
+
+def identity(kind: str, folder: RunFolder) -> str:
+    """What stands for the content of a step's folder: a corpus by its manifest, others by when they were made and what came of them."""
+    if kind == "prepare":
+        from distlm.corpus.manifest import manifest_hash
+
+        return manifest_hash(folder.path)
+    return hashlib.sha256(json.dumps([folder.lineage().get("created"), folder.read_result()], sort_keys=True).encode()).hexdigest()
+
+
+def place(loaded: Loaded, key: str) -> str:
+    """`file.yaml:12: steps.train`: where a section of the spec begins."""
+    for name, origin in loaded.origins.items():
+        if (name == key or name.startswith(f"{key}.")) and (line := re.search(r":(\d+)$", origin)):
+            return f"{loaded.path}:{line[1]}: {key}" if origin.startswith(f"{Path(loaded.path).name}:") else f"{origin}: {key}"
+    return f"{loaded.path}: {key}"

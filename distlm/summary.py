@@ -1,0 +1,78 @@
+"""The end of a pipeline: one table of what it made, and a line to paste that tries its endpoint."""
+
+import json
+import shlex
+from typing import Any
+
+from distlm.errors import ServeError
+from distlm.progress import Progress
+from distlm.runs import RunFolder
+
+Step = tuple[str, RunFolder, dict[str, Any]]
+"""(kind, folder, outputs)"""
+
+
+def show(prompt: str | None, steps: dict[str, Step], progress: Progress) -> None:
+    """Print the table, let every endpoint complete `prompt`, print a curl line. Raises ServeError where an endpoint does not answer."""
+    rows: list[tuple[str, ...]] = []
+    for step, (kind, folder, outputs) in steps.items():
+        rows += [(step, *row) for row in {"prepare": of_corpus, "train": of_run, "tune": of_sweep, "serve": of_endpoint}[kind](outputs)]
+        rows.append((step, "folder", str(folder.path)))
+    progress.table("result", rows)
+    for kind, _, outputs in steps.values():
+        if kind == "serve":
+            text = prompt if prompt is not None else "Once"
+            progress.note(f"{outputs['model']} completes:\n{text}{complete(outputs, text)}")
+            progress.note(curl(outputs, text))
+
+
+def of_corpus(made: dict[str, Any]) -> list[tuple[str, str]]:
+    return [("documents", f"{made['documents']:,}"), ("bytes", f"{made['bytes']:,}"), ("tokens", f"{made['tokens']:,}")]
+
+
+def of_run(made: dict[str, Any]) -> list[tuple[str, str]]:
+    return [("parameters", f"{made['parameters']:,}"), ("steps", f"{made['steps']:,}, {made['tokens']:,} tokens"),
+            ("loss", f"{made['loss_first']:.3f} -> {made['loss_last']:.3f}"),
+            ("validation loss", f"{made['val_loss_first']:.3f} -> {made['val_loss']:.3f}"),
+            ("perplexity", f"{made['perplexity']:,.2f}"), ("bits per byte", f"{made['bits_per_byte']:.3f}"),
+            ("tokens/s", f"{made['tokens_per_s']:,.0f}")]
+
+
+def of_sweep(made: dict[str, Any]) -> list[tuple[str, str]]:
+    best = {key.removeprefix("best."): value for key, value in made.items() if key.startswith("best.")}
+    ends = [trial["state"] for trial in made["trials"]]
+    text = ", ".join(f"{ends.count(end)} {end}" for end in dict.fromkeys(ends))
+    return [("trials", f"{len(ends)}: {text}"), ("best", ", ".join(f"{key} = {value}" for key, value in best.items())),
+            (f"best {made['metric']}", f"{made['value']:.3f}"), ("best spec", made["best_spec"])]
+
+
+def of_endpoint(made: dict[str, Any]) -> list[tuple[str, str]]:
+    return [("url", made["url"]), ("key file", made["api_key_file"])]
+
+
+def complete(made: dict[str, Any], prompt: str, max_tokens: int = 48) -> str:
+    """What the endpoint adds to `prompt`, taking the likeliest token each time. Raises ServeError."""
+    import httpx
+
+    try:
+        with open(made["api_key_file"]) as file:
+            key = file.read().strip()
+        answer = httpx.post(f"{base(made)}/completions", headers={"Authorization": f"Bearer {key}"}, timeout=120,
+                            json={"model": made["model"], "prompt": prompt, "max_tokens": max_tokens, "temperature": 0})
+        answer.raise_for_status()
+        return answer.json()["choices"][0]["text"]
+    except (httpx.HTTPError, OSError, ValueError, KeyError) as error:
+        raise ServeError(f"the endpoint did not complete a prompt: {error}", where=made["url"],
+                         remedy="logs/ in its folder say more") from None
+
+
+def curl(made: dict[str, Any], prompt: str) -> str:
+    """A line for a shell that asks the endpoint for the same."""
+    body = json.dumps({"model": made["model"], "prompt": prompt, "max_tokens": 48, "temperature": 0})
+    return (f'curl {base(made)}/completions -H "Authorization: Bearer $(cat {shlex.quote(made["api_key_file"])})" '
+            f"-H 'Content-Type: application/json' -d {shlex.quote(body)}")
+
+
+def base(made: dict[str, Any]) -> str:
+    """The address under which the OpenAI paths lie."""
+    return made["url"].rstrip("/").removesuffix("/v1") + "/v1"

@@ -1,0 +1,183 @@
+"""A sweep's space: keys of the training spec, their values, and the trials that they make, all known before any work.
+
+    spec = load_spec("jobs/tune.yaml").spec
+    for values in samples(spec):                           # {"optimizer.lr": 0.0013}, ...
+        train = trial_spec(spec, values, "000-lr-0.0013")
+"""
+
+import copy
+import itertools
+import math
+import random
+import re
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel
+
+from distlm.errors import SpecError
+from distlm.spec.load import Loaded, dotted, leaves, nearest, parse, put, validate
+from distlm.spec.train import TrainSpec
+from distlm.spec.tune import Dimension, TuneSpec
+
+OWN = ("name", "kind", "storage")
+"""Keys of a training spec that the sweep itself sets."""
+
+
+def inline(loaded: Loaded) -> Loaded:
+    """Put a training spec that is named as a file, relative to the sweep's, in its place. Raises SpecError."""
+    from distlm.execute import with_spec
+
+    spec = loaded.spec
+    assert isinstance(spec, TuneSpec)
+    if not isinstance(spec.train, str):
+        return loaded
+    data, origins = read_file(spec.train, Path(loaded.path).parent, f"{loaded.path}: train")
+    return with_spec(loaded, spec.model_copy(update={"train": data}), {f"train.{key}": text for key, text in origins.items()})
+
+
+def read_file(name: str, folder: Path, where: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """A spec file's data, not validated, and the line of every value. Raises SpecError."""
+    path = folder / Path(name).expanduser()
+    try:
+        data, lines = parse(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"{name} cannot be read: {getattr(error, 'strerror', None) or error}", where=where,
+                        remedy=f"a file is named relative to {folder}") from None
+    found = {}
+    for key, _ in leaves(data):
+        line = next((lines[key[:end]] for end in range(len(key), 0, -1) if key[:end] in lines), 0)
+        found[dotted(key)] = f"{path.name}:{line}"
+    return data, found
+
+
+def check(spec: TuneSpec, path: str, *, references: bool = False) -> None:
+    """Every key of the space, the base spec, the ends of every range and every trial. With `references`, values that hold `${...}`
+    are passed over. Raises SpecError."""
+    for key in spec.space:
+        check_key(key, f"{path}: space.{key}")
+    for dimension in spec.space.values():
+        if any(isinstance(v, str) and "${" in v for v in (dimension.choice or []) + (dimension.grid or [])):
+            raise SpecError("a space cannot hold references", where=f"{path}: space")
+    base = base_data(spec)
+    first = samples(spec)[0]
+    whole = with_values(base, first)                       # a key that the space sets may be missing from the base
+    try:
+        validate(whole, "train", references=references)
+    except SpecError as error:
+        keys = [key for key in spec.space if f"train: {key}:" in str(error)]
+        if not keys:
+            raise SpecError(f"{path}: {error}") from None
+    for values in itertools.chain(extremes(spec, first), samples(spec)):
+        try:
+            validate(with_values(base, values), "train", references=references)
+        except SpecError as error:
+            text = ", ".join(f"{key}={value!r}" for key, value in values.items())
+            broken = str(error).splitlines()[0].removeprefix("train: ")
+            hint = "draw whole numbers with choice or grid" if "integer" in broken else "every value of the space must give a valid spec"
+            raise SpecError(f"with {text}: {broken}", where=f"{path}: space", remedy=hint) from None
+
+
+def check_key(key: str, where: str) -> None:
+    """Raises SpecError, with the nearest name, where `key` is none of a training spec."""
+    if key in OWN:
+        raise SpecError(f"{key} is set by the sweep", where=where)
+    known = list(keys(TrainSpec))
+    model: Any = TrainSpec
+    for part in key.split("."):
+        fields = {f.alias or n: f for n, f in model.model_fields.items()} if model is not None else {}
+        if part not in fields:
+            near = nearest(key, known) or nearest(key.split(".")[-1], [k.split(".")[-1] for k in known])
+            near = next((k for k in known if k == near or k.endswith(f".{near}")), "") if near else ""
+            raise SpecError("a training spec has no such key", where=where, remedy=f"did you mean {near}?" if near else
+                            f"there are {', '.join(known)}")
+        annotation = fields[part].annotation
+        if _free(annotation):
+            return
+        model = next((a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)), None)
+
+
+def keys(model: Any, prefix: str = "") -> Any:
+    """The dotted keys of a model's values, as they are written in YAML."""
+    for name, field in model.model_fields.items():
+        key = prefix + (field.alias or name)
+        part = next((a for a in (field.annotation, *get_args(field.annotation)) if isinstance(a, type) and issubclass(a, BaseModel)), None)
+        if part:
+            yield from keys(part, f"{key}.")
+        elif key not in OWN:
+            yield key
+
+
+def _free(annotation: Any) -> bool:
+    """Whether a field takes a mapping with any keys."""
+    return any(getattr(a, "__origin__", None) is dict for a in (annotation, *get_args(annotation)))
+
+
+def samples(spec: TuneSpec) -> list[dict[str, Any]]:
+    """The values of every trial, a pure function of space, trials and seed; more trials leave the first ones as they are."""
+    grids = {key: dimension.grid for key, dimension in spec.space.items() if dimension.grid is not None}
+    pure = len(grids) == len(spec.space)
+    repeats = spec.trials or (1 if pure else 8)
+    rng = random.Random(spec.seed)
+    base_seed = base_data(spec).get("seed", 0)
+    found = []
+    for repeat in range(repeats):
+        for point in itertools.product(*grids.values()):
+            fixed = dict(zip(grids, point, strict=True))
+            values = {key: fixed[key] if key in fixed else draw(dimension, rng) for key, dimension in spec.space.items()}
+            if pure and repeats > 1 and "seed" not in values and isinstance(base_seed, int):
+                values["seed"] = base_seed + repeat
+            found.append(values)
+    return found
+
+
+def draw(dimension: Dimension, rng: random.Random) -> Any:
+    """One value, six digits of it, inside the bounds."""
+    if dimension.choice is not None:
+        return rng.choice(dimension.choice)
+    if dimension.uniform:
+        low, high = dimension.uniform
+        value = rng.uniform(low, high)
+    else:
+        assert dimension.loguniform
+        low, high = dimension.loguniform
+        value = math.exp(rng.uniform(math.log(low), math.log(high)))
+    return min(max(float(f"{value:.6g}"), low), high)
+
+
+def extremes(spec: TuneSpec, values: dict[str, Any]) -> list[dict[str, Any]]:
+    """`values` with every key in turn at each of its ends, or each of its choices."""
+    found = []
+    for key, d in spec.space.items():
+        found += [{**values, key: value} for value in [*(d.uniform or ()), *(d.loguniform or ()), *(d.choice or ()), *(d.grid or ())]]
+    return found
+
+
+def base_data(spec: TuneSpec) -> dict[str, Any]:
+    assert isinstance(spec.train, dict), "space.inline puts the file in its place first"
+    return {"kind": "train", "name": spec.name, **{k: v for k, v in spec.train.items() if k not in OWN}}
+
+
+def with_values(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    data = copy.deepcopy(base)
+    for key, value in values.items():
+        put(data, key, copy.deepcopy(value))
+    return data
+
+
+def base_spec(spec: TuneSpec) -> TrainSpec:
+    """The training spec of the first trial: what all trials read is named in it."""
+    return trial_spec(spec, samples(spec)[0], spec.name)
+
+
+def trial_spec(spec: TuneSpec, values: dict[str, Any], name: str) -> TrainSpec:
+    """The training spec of one trial. Raises SpecError."""
+    return validate({**with_values(base_data(spec), values), "name": name}, f"trial {name}")
+
+
+def trial_name(index: int, values: dict[str, Any]) -> str:
+    """`003-lr-0.00131-weight_decay-0.1`: sorts in order, names a folder."""
+    text = "".join(f"-{key.split('.')[-1]}-{value}" for key, value in values.items())
+    return f"{index:03d}" + re.sub(r"[^A-Za-z0-9._-]+", "_", text)[:60].rstrip("._-")
+
+
