@@ -5,13 +5,14 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]               # what numpy and torch both take
 
 
 class Part(BaseModel):
     """A section of a spec. Unknown keys are errors; nothing changes after validation."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, populate_by_name=True,
-                              protected_namespaces=())
+                              protected_namespaces=(), allow_inf_nan=False)
 
 
 class Job(Part):
@@ -33,8 +34,9 @@ class Rule(ValueError):
 
 def exactly_one(part: Part, *keys: str) -> Any:
     """Return the value of the one key of `keys` that is set. Raises Rule where none or several are."""
+    names = {key: type(part).model_fields[key].alias or key for key in keys}
     given = [key for key in keys if getattr(part, key) is not None]
     if len(given) != 1:
-        names = [type(part).model_fields[key].alias or key for key in keys]
-        raise Rule("", f"exactly one of {', '.join(names)} must be given, not {len(given)}")
+        found = " and ".join(names[key] for key in given) or "none"
+        raise Rule("", f"exactly one of {', '.join(names.values())} must be given, not {found}")
     return getattr(part, given[0])

@@ -3,21 +3,23 @@
 Errors are one line each: `jobs/a.yaml:12: batch.micro_sequences: 3 does not divide ...; try 1, 2, 4`.
 """
 
-import difflib
+import datetime
 import io
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
+from ruamel.yaml.composer import ComposerError
+from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from distlm.errors import SpecError
-from distlm.spec.base import Rule
+from distlm.spec.explain import KeyPath, at, describe, explain, field_names, merge_unions, nearest, shown
 from distlm.spec.pipeline import PipelineSpec
 from distlm.spec.prepare import PrepareSpec
 from distlm.spec.serve import ServeSpec
@@ -28,7 +30,9 @@ Spec = PrepareSpec | TrainSpec | TuneSpec | ServeSpec | PipelineSpec
 KINDS: dict[str, type[Spec]] = {"prepare": PrepareSpec, "train": TrainSpec, "tune": TuneSpec, "serve": ServeSpec,
                                 "pipeline": PipelineSpec}
 REFERENCE = re.compile(r"\$\{([^}]*)\}")
-Path_ = tuple[str | int, ...]
+SCALARS = (bool, int, float, str, datetime.date, type(None))
+__all__ = ["KINDS", "Loaded", "Spec", "at", "describe", "dotted", "dump", "field_names", "leaves", "load_spec", "nearest", "parse",
+           "plain", "put", "to_yaml", "validate"]
 
 
 @dataclass(frozen=True)
@@ -47,13 +51,13 @@ def load_spec(source: str | Path | Mapping[str, Any], overrides: list[str] | Non
 
     Raises SpecError with one line per mistake: file:line, key path, value, rule, remedy and the nearest name.
     """
-    lines: dict[Path_, int] = {}
+    lines: dict[KeyPath, int] = {}
     if isinstance(source, Mapping):
         path, data = "spec", plain(source)
     else:
         path = str(source)
         data, lines = _read(Path(source))
-    origins: dict[Path_, str] = {key: f"{Path(path).name}:{line}" for key, line in lines.items()}
+    origins: dict[KeyPath, str] = {key: f"{Path(path).name}:{line}" for key, line in lines.items()}
     for text in overrides or []:
         key = _override(data, text)
         origins = {k: v for k, v in origins.items() if k[:len(key)] != key}
@@ -62,13 +66,15 @@ def load_spec(source: str | Path | Mapping[str, Any], overrides: list[str] | Non
     return Loaded(spec, {dotted(key): _origin(key, origins, path, data) for key, _ in leaves(dump(spec))}, path)
 
 
-def validate(data: dict[str, Any], path: str = "spec", lines: Mapping[Path_, int] | None = None,
-             overridden: set[Path_] | frozenset[Path_] = frozenset(), references: bool = False) -> Any:
+def validate(data: dict[str, Any], path: str = "spec", lines: Mapping[KeyPath, int] | None = None,
+             overridden: set[KeyPath] | frozenset[KeyPath] = frozenset(), references: bool = False) -> Any:
     """Return the spec that `data` describes. With `references`, errors about values that hold `${...}` are passed over,
     and None is returned where there are any. Raises SpecError."""
     lines = lines or {}
 
-    def where(key: Path_) -> str:
+    def where(key: KeyPath) -> str:
+        if key and key not in lines and any(k[:len(key)] == key for k in overridden):
+            return f"--set {dotted(key)}"
         for end in range(len(key), -1, -1):
             if key[:end] in overridden:
                 return f"--set {dotted(key)}"
@@ -77,17 +83,18 @@ def validate(data: dict[str, Any], path: str = "spec", lines: Mapping[Path_, int
         return f"{path}: {dotted(key)}" if key else path
 
     kind = data.get("kind")
-    if kind not in KINDS:
-        near = nearest(str(kind), KINDS)
-        raise SpecError("the key kind is missing" if kind is None else f"unknown kind {kind!r}", where=where(("kind",)),
-                        remedy=f"did you mean {near}?" if near and kind is not None else f"one of {', '.join(KINDS)}")
+    if not isinstance(kind, str) or kind not in KINDS:
+        near = nearest(str(kind), KINDS) if kind is not None else ""
+        raise SpecError("the key kind is missing" if kind is None else f"unknown kind {shown(kind)}",
+                        where=where(("kind",)) if "kind" in data else path,
+                        remedy=f"did you mean {near}?" if near else f"one of {', '.join(KINDS)}")
     model = KINDS[kind]
     try:
-        return model.model_validate(data)
+        return model.model_validate(data, by_alias=True, by_name=False)
     except ValidationError as error:
         problems, passed_over = [], False
-        for item in error.errors():
-            key, message, remedy = _explain(model, item, data)
+        for item in merge_unions(data, error.errors()):
+            key, message, remedy = explain(model, item)
             value = at(data, key)
             if references and isinstance(value, str) and REFERENCE.search(value):
                 passed_over = True
@@ -99,69 +106,7 @@ def validate(data: dict[str, Any], path: str = "spec", lines: Mapping[Path_, int
         return None
 
 
-def _explain(model: type[BaseModel], item: Any, data: Any) -> tuple[Path_, str, str]:
-    """(key, message, remedy) of one of pydantic's errors."""
-    key = tuple(part for part in item["loc"] if not (isinstance(part, str) and part.startswith("function-")))
-    cause = item.get("ctx", {}).get("error")
-    if isinstance(cause, Rule):
-        message, _, remedy = str(cause).partition("; ")
-        return key + (tuple(cause.key.split(".")) if cause.key else ()), message, remedy
-    value = item["input"]
-    if item["type"] == "extra_forbidden":
-        fields = field_names(model, key[:-1])
-        near = nearest(str(key[-1]), fields)
-        return key, "unknown key", f"did you mean {near}?" if near else f"there are {', '.join(fields)}"
-    if item["type"] == "missing":
-        return key, "this key is missing", describe(model, key)
-    message = item["msg"][0].lower() + item["msg"][1:]
-    if item["type"] == "string_pattern_mismatch":
-        return key, f"{value!r} is no name", "letters, digits, '.', '_' and '-', starting with a letter or digit, 100 at most"
-    if item["type"] == "literal_error" and isinstance(value, str):
-        choices = re.findall(r"'([^']*)'", item["ctx"]["expected"])
-        near = nearest(value, choices)
-        return key, f"{value!r} is not one of {', '.join(choices)}", f"did you mean {near}?" if near else ""
-    shown = repr(value) if len(repr(value)) < 60 else f"a {type(value).__name__}"
-    return key, f"{shown}: {message}", ""
-
-
-def field_names(model: Any, key: Path_) -> list[str]:
-    """The keys that the section at `key` takes, as they are written in YAML."""
-    for part in key:
-        if isinstance(part, int):
-            continue
-        field = next((f for n, f in model.model_fields.items() if part in (n, f.alias)), None)
-        found = list(_models(field.annotation)) if field else []
-        if not found:
-            return []
-        model = found[0]
-    return [field.alias or name for name, field in model.model_fields.items()]
-
-
-def describe(model: Any, key: Path_) -> str:
-    """What the documentation says of the field at `key`, in one sentence."""
-    for part in key[:-1]:
-        field = model.model_fields.get(part)
-        found = list(_models(field.annotation)) if field else []
-        if not found:
-            return ""
-        model = found[0]
-    field = model.model_fields.get(key[-1])
-    return (field.description or "").split("\n")[0].rstrip(".").replace(": ", ", ") if field else ""
-
-
-def _models(annotation: Any) -> Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for argument in get_args(annotation):
-        yield from _models(argument)
-
-
-def nearest(name: str, names: Any) -> str:
-    """The most similar of `names`, or nothing."""
-    return next(iter(difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)), "")
-
-
-def _read(path: Path) -> tuple[dict[str, Any], dict[Path_, int]]:
+def _read(path: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -169,37 +114,58 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[Path_, int]]:
         near = nearest(path.name, [p.name for p in folder.iterdir() if p.suffix in (".yaml", ".yml")])
         raise SpecError("there is no such file", where=str(path), remedy=f"did you mean {folder / near}?" if near else
                         "`distlm init` writes one") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise SpecError(f"cannot be read: {error}", where=str(path)) from None
+    except UnicodeDecodeError:
+        raise SpecError("cannot be read: it is not UTF-8 text", where=str(path)) from None
+    except OSError as error:
+        raise SpecError(f"cannot be read: {error.strerror}", where=str(path)) from None
     return parse(text, str(path))
 
 
-def parse(text: str, path: str = "spec") -> tuple[dict[str, Any], dict[Path_, int]]:
+def parse(text: str, path: str = "spec") -> tuple[dict[str, Any], dict[KeyPath, int]]:
     """YAML 1.2 text to (data, line of each key path). Raises SpecError."""
     try:
         tree = YAML(typ="rt").load(text)
-    except MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        problem = str(error.problem).split("\n")[0]
-        raise SpecError(f"not valid YAML: {problem}", where=f"{path}:{mark.line + 1}" if mark else path) from None
     except YAMLError as error:
-        raise SpecError(f"not valid YAML: {str(error).splitlines()[0]}", where=path) from None
-    if not isinstance(tree, dict):
-        raise SpecError("a spec is a mapping that begins with `kind:`", where=path)
-    lines: dict[Path_, int] = {}
+        raise _not_yaml(error, path) from None
+    if not isinstance(tree, CommentedMap):
+        raise SpecError("the file is empty" if tree is None else "this is no mapping", where=path,
+                        remedy="a spec is a mapping that begins with `kind:`")
+    lines: dict[KeyPath, int] = {}
 
-    def walk(node: Any, key: Path_) -> None:
-        if isinstance(node, CommentedMap):
-            for name in node:
-                lines[key + (name,)] = node.lc.key(name)[0] + 1
-                walk(node[name], (*key, name))
-        elif isinstance(node, CommentedSeq):
-            for i, item in enumerate(node):
-                lines[key + (i,)] = node.lc.item(i)[0] + 1
-                walk(item, (*key, i))
+    def walk(node: Any, key: KeyPath) -> None:
+        tag = getattr(getattr(node, "tag", None), "value", None)
+        if tag is not None or not isinstance(node, (*SCALARS, CommentedMap, CommentedSeq)):
+            raise SpecError(f"YAML's tags are not supported, and this is a {tag or type(node).__name__}",
+                            where=f"{path}:{lines.get(key, 1)}: {dotted(key)}")
+        if not isinstance(node, CommentedMap | CommentedSeq):
+            return
+        numbers = node.lc.data or {}                       # what `<<` merges in has no line of its own
+        for name, child in node.items() if isinstance(node, CommentedMap) else enumerate(node):
+            place = (*key, name if isinstance(node, CommentedSeq) else str(name))
+            lines[place] = numbers[name][0] + 1 if name in numbers else lines.get(key, 1)
+            walk(child, place)
 
     walk(tree, ())
     return plain(tree), lines
+
+
+def _not_yaml(error: YAMLError, path: str) -> SpecError:
+    if not isinstance(error, MarkedYAMLError):
+        return SpecError(f"not valid YAML: {str(error).splitlines()[0]}", where=path)
+    mark, start = error.problem_mark or error.context_mark, error.context_mark
+    where = f"{path}:{mark.line + 1}" if mark else path
+    problem = str(error.problem).split("\n")[0]
+    if isinstance(error, DuplicateKeyError):
+        name = re.search(r'duplicate key "(.*?)" with value', problem)
+        return SpecError(f"the key {name.group(1) if name else ''} is given twice", where=where, remedy="keep one of them")
+    if isinstance(error, ComposerError) and "another document" in problem:
+        return SpecError("the file holds several documents", where=where, remedy="one spec a file")
+    if "'\\t'" in problem:
+        return SpecError("not valid YAML: a tab", where=where, remedy="indent with spaces")
+    if mark and start and start.line != mark.line:
+        problem += f", {error.context} that begins in line {start.line + 1}"
+    hint = "is a space missing after a colon, or quotes around a text with a colon?" if "mapping values" in problem else ""
+    return SpecError(f"not valid YAML: {problem}", where=where, remedy=hint)
 
 
 def plain(value: Any) -> Any:
@@ -211,17 +177,17 @@ def plain(value: Any) -> Any:
     for kind in (bool, int, float, str):
         if isinstance(value, kind):
             return kind(value)
-    return value
+    return value.isoformat() if isinstance(value, datetime.date) else value
 
 
-def _override(data: dict[str, Any], text: str) -> Path_:
+def _override(data: dict[str, Any], text: str) -> KeyPath:
     key, equals, value = text.partition("=")
-    if not equals or not key:
+    if not equals or not all(key.split(".")):
         raise SpecError(f"{text!r} is no override", where="--set", remedy="write key.path=value, e.g. --set optimizer.lr=0.001")
     try:
         parsed = plain(YAML(typ="safe").load(value)) if value else None
     except YAMLError as error:
-        raise SpecError(f"{value!r} is not valid YAML: {str(error).splitlines()[0]}", where=f"--set {key}") from None
+        raise SpecError(f"{value!r} is not valid YAML: {getattr(error, 'problem', None) or error}", where=f"--set {key}") from None
     put(data, key, parsed)
     return tuple(int(part) if part.isdigit() else part for part in key.split("."))
 
@@ -252,22 +218,12 @@ def put(data: dict[str, Any], key: str, value: Any) -> None:
             raise SpecError(f"{'.'.join(parts[:i])} holds a value, not a section", where=f"--set {key}")
 
 
-def at(data: Any, key: Path_) -> Any:
-    """The value at a key path, or None."""
-    for part in key:
-        try:
-            data = data[part]
-        except (KeyError, IndexError, TypeError):
-            return None
-    return data
-
-
 def dump(spec: BaseModel) -> dict[str, Any]:
     """The spec as plain data, keys as they are written in YAML."""
     return spec.model_dump(mode="json", by_alias=True)
 
 
-def leaves(data: Any, key: Path_ = ()) -> Iterator[tuple[Path_, Any]]:
+def leaves(data: Any, key: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
     """Every (key path, value) of plain data; an empty section is a leaf."""
     if isinstance(data, dict) and data:
         for name, value in data.items():
@@ -279,7 +235,7 @@ def leaves(data: Any, key: Path_ = ()) -> Iterator[tuple[Path_, Any]]:
         yield key, data
 
 
-def dotted(key: Path_) -> str:
+def dotted(key: KeyPath) -> str:
     return ".".join(map(str, key))
 
 
@@ -293,7 +249,7 @@ def to_yaml(data: Any) -> str:
     return stream.getvalue()
 
 
-def _origin(key: Path_, origins: Mapping[Path_, str], path: str, data: Any) -> str:
+def _origin(key: KeyPath, origins: Mapping[KeyPath, str], path: str, data: Any) -> str:
     if at(data, key) is None and not any(k[:len(key)] == key for k in origins):
         parent = next((key[:end] for end in range(len(key), 0, -1) if key[:end] in origins), ())
         value = at(data, parent) if parent else None

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from distlm.spec.base import Job, Part, Rule
+from distlm.spec.base import Job, Part, Rule, Seed
 
 
 class Source(Part):
@@ -82,5 +82,5 @@ class PrepareSpec(Job):
     """Windows per shard file."""
     workers: Annotated[int | None, Field(ge=1)] = None
     """Parallel tasks; default: as many as the cluster has CPUs. It does not change the result."""
-    seed: int = 0
+    seed: Seed = 0
     """Orders the documents."""

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from distlm.spec.base import Job, Part, Rule, exactly_one
+from distlm.spec.base import Job, Part, Rule, Seed, exactly_one
 from distlm.spec.presets import PRESETS
 
 
@@ -172,7 +172,7 @@ class TrainSpec(Job):
     """Saving."""
     retry: Retry = Retry()
     """Going on after a failure."""
-    seed: int = 0
+    seed: Seed = 0
     """Initial weights and the order of the samples."""
 
     @model_validator(mode="after")

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from distlm.spec.base import Job, Part, Rule, exactly_one
+from distlm.spec.base import Job, Part, Rule, Seed, exactly_one
 
 
 class Dimension(Part):
@@ -57,5 +57,5 @@ class TuneSpec(Job):
     """Early stopping; left out, every trial runs to its end."""
     concurrent: Annotated[int | None, Field(ge=1)] = None
     """Trials at once. Default: as many as the cluster holds."""
-    seed: int = 0
+    seed: Seed = 0
     """Draws the samples."""
