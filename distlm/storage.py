@@ -31,11 +31,11 @@ class Storage:
         if "://" in text:
             raise StorageError("object stores are not supported yet", where=f"storage: {text}",
                                remedy="name a folder that every node sees, e.g. on NFS, Lustre or a mounted bucket")
-        return Storage(Path(text).expanduser().absolute())
+        return Storage(Path(os.path.abspath(Path(text).expanduser())))
 
     def folder(self, kind: str, name: str) -> Path:
         """The folder of a job. Raises StorageError for a name that would leave the root."""
-        base = self.root / FOLDERS[kind]
+        base = Path(os.path.abspath(self.root / FOLDERS[kind]))
         path = Path(os.path.normpath(base / name))
         if base not in path.parents:
             raise StorageError(f"{name!r} leads out of {base}", remedy="use a plain name")

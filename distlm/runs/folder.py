@@ -122,7 +122,8 @@ class RunFolder:
                 size = os.fstat(handle).st_size
                 if size and os.pread(handle, 1, size - 1) != b"\n":
                     line = b"\n" + line
-                os.write(handle, line)
+                while line:                                # a full disk takes a part and says so at the next write
+                    line = line[os.write(handle, line):]
             finally:
                 os.close(handle)
 
