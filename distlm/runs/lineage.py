@@ -35,6 +35,7 @@ def _git(folder: Path) -> dict[str, str]:
         return subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=True).stdout
 
     try:
+        git("ls-files", "--error-unmatch", __file__)       # an installed copy may lie inside somebody else's repository
         commit, changes = git("rev-parse", "HEAD").strip(), git("diff", "HEAD", "--", ".")
     except (OSError, subprocess.SubprocessError):
         return {}
