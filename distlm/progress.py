@@ -16,9 +16,11 @@ import time
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
+from rich.text import Text
 
 MARK = '{"distlm": '
 """Begins every line of a job that stands for a record, where DISTLM_PROGRESS=json."""
@@ -123,17 +125,17 @@ class RichProgress(Progress):
 def draw(console: Console, record: dict[str, Any]) -> None:
     """Print a stage, a note or a table."""
     if record["distlm"] == "stage":
-        console.print(f"[bold]{record['kind']}[/bold] {record['name']}")
+        console.print(f"[bold]{record['kind']}[/bold] {escape(record['name'])}")
     elif record["distlm"] == "note":
         console.print(f"  {record['text']}", markup=False, soft_wrap=True)
     elif record["distlm"] == "table":
-        table = Table(title=record["title"], title_justify="left", title_style="bold", show_header=bool(record["header"]),
+        table = Table(title=escape(record["title"]), title_justify="left", title_style="bold", show_header=bool(record["header"]),
                       header_style="dim", box=None, pad_edge=False, padding=(0, 2))
         width = max(len(row) for row in [*record["rows"], record["header"]])
         for i in range(width):
             table.add_column(record["header"][i] if i < len(record["header"]) else "", overflow="fold")
         for row in record["rows"]:
-            table.add_row(*(str(cell).replace("[", "\\[") for cell in row))
+            table.add_row(*(Text(str(cell)) for cell in row))
         console.print(table)
 
 
