@@ -1,0 +1,79 @@
+"""What the API asks of an engine, and what it gets back.
+
+    async for index, chunk in engine.generate([Request(prompt=(1, 2, 3), max_tokens=16)]):
+        ...                                               # chunk.text; the last one has a finish_reason
+"""
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from distlm.errors import ServeError
+
+
+class EngineFull(ServeError):
+    """As many requests wait as may: the client should come again."""
+
+
+class EngineFailed(ServeError):
+    """The engine's thread has died: no request will be answered."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One sequence to continue."""
+
+    prompt: tuple[int, ...]
+    """At least one token."""
+    max_tokens: int
+    """0 only scores the prompt."""
+    temperature: float = 0.0
+    """0 takes the likeliest token, as `generate(do_sample=False)` does."""
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    """The text ends before the first of these."""
+    logprobs: int | None = None
+    """Alternatives to report for each token; 0 reports the chosen token alone, None nothing."""
+    echo: bool = False
+    """The prompt's text, and with `logprobs` its tokens, come first."""
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token with its log-probability in nats under the model itself, before temperature and top_p."""
+
+    id: int
+    logprob: float | None
+    """None for the first token of a prompt, which nothing predicts."""
+    top: tuple[tuple[int, float], ...]
+    """The likeliest tokens, best first."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What one step added to a sequence."""
+
+    text: str
+    """Whole characters only; may be empty."""
+    ids: tuple[int, ...] = ()
+    """The generated tokens, an end token too."""
+    tokens: tuple[Token, ...] = ()
+    """Where logprobs were asked for: those of the prompt with `echo`, then those of `ids`."""
+    finish_reason: str | None = None
+    """stop (end token or stop string) or length, in the last chunk."""
+
+
+class Engine(Protocol):
+    """A model that answers many requests at once."""
+
+    tokenizer: Any
+    context: int
+    """Tokens of prompt and completion together, at most."""
+    vocabulary: int
+
+    def generate(self, requests: Sequence[Request]) -> AsyncIterator[tuple[int, Chunk]]:
+        """Chunks with the place of their request. Closing the iterator cancels what is left. Raises EngineFull, EngineFailed."""
+
+    def check(self) -> None:
+        """Raises EngineFailed where no request can be answered any more."""

@@ -1,0 +1,351 @@
+"""The embedded engine: continuous batching over a `transformers` model, on CPU or GPU.
+
+A thread owns the model. Between two decode steps it drops what was cancelled, takes in what waits (one forward pass per prompt), then
+decodes all sequences together in one forward pass. Tokens go back to the asyncio loops of the callers, one call per step and loop.
+
+    engine = TorchEngine(folder, max_sequences=8)
+    async for index, chunk in engine.generate([Request(prompt, max_tokens=16)]): ...
+"""
+
+import asyncio
+import contextlib
+import logging
+import random
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from distlm.errors import ServeError
+from distlm.serve.engine import Chunk, EngineFailed, EngineFull, Request, Token
+from distlm.serve.metrics import Metrics
+from distlm.serve.sample import choose, score
+from distlm.serve.slots import SlotCache
+from distlm.serve.text import TextStream
+
+log = logging.getLogger(__name__)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Stream:
+    """The chunks of the sequences of one call, as an async iterator. Dropping or closing it cancels what is left."""
+
+    def __init__(self, num_sequences: int) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.queue: asyncio.Queue[tuple[int, Chunk] | Exception] = asyncio.Queue()
+        self.open = num_sequences
+        self.cancelled = False
+
+    def __aiter__(self) -> "Stream":
+        return self
+
+    async def __anext__(self) -> tuple[int, Chunk]:
+        if not self.open:
+            raise StopAsyncIteration
+        try:
+            item = await self.queue.get()
+        except asyncio.CancelledError:
+            self.cancelled = True
+            raise
+        if isinstance(item, Exception):
+            self.open = 0
+            raise item
+        self.open -= item[1].finish_reason is not None
+        return item
+
+    async def aclose(self) -> None:
+        self.cancelled, self.open = True, 0
+
+    def __del__(self) -> None:
+        self.cancelled = True
+
+
+@dataclass(eq=False)
+class Channel:
+    """The engine's side of a stream. It does not keep the stream itself alive, so a stream that is dropped is noticed."""
+
+    loop: asyncio.AbstractEventLoop
+    queue: "asyncio.Queue[Any]"
+    stream: "weakref.ref[Stream]"
+
+    def cancelled(self) -> bool:
+        stream = self.stream()
+        return stream is None or stream.cancelled
+
+
+@dataclass(eq=False)
+class Running:
+    """A sequence on its way."""
+
+    request: Request
+    index: int
+    channel: Channel
+    text: TextStream
+    source: random.Random
+    arrived: float = field(default_factory=time.monotonic)
+    last_time: float = 0.0
+    last_token: int = 0
+    num_tokens: int = 0
+
+
+class TorchEngine:
+    """See the module. Raises ServeError where the model cannot be loaded or decoded in slots."""
+
+    def __init__(self, folder: str | Path, *, dtype: str = "auto", device: str | None = None, threads: int | None = None,
+                 max_sequences: int = 8, max_queued: int = 64, metrics: Metrics | None = None) -> None:
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        kind = DTYPES[dtype] if dtype != "auto" else torch.float32 if self.device.type == "cpu" else torch.bfloat16
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        self.model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=kind).to(self.device).eval()
+        self.context = context_of(self.model.config)
+        self.vocabulary = self.model.get_input_embeddings().num_embeddings
+        ends = self.model.generation_config.eos_token_id
+        ends = self.tokenizer.eos_token_id if ends is None else ends
+        self.ends = frozenset([] if ends is None else [ends] if isinstance(ends, int) else ends)
+        self.metrics = metrics or Metrics()
+        self.max_sequences, self.max_queued, self.threads = max_sequences, max_queued, threads
+        with torch.inference_mode():
+            self.cache = self._proven_cache()
+        self._wake = threading.Condition()                 # guards _waiting, _error, _closed
+        self._waiting: deque[Running] = deque()
+        self._error: EngineFailed | None = None
+        self._closed = False
+        self._active: list[Running] = []                   # row i of the cache belongs to _active[i]
+        self._outbox: list[tuple[Channel, Any]] = []
+        self._started: set[Channel] = set()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    def generate(self, requests: Sequence[Request]) -> Stream:
+        """Chunks with the place of their request, from within a running asyncio loop. Raises EngineFull and EngineFailed at once."""
+        for request in requests:
+            assert request.prompt and len(request.prompt) + request.max_tokens <= self.context, "the API checks this"
+        stream = Stream(len(requests))
+        channel = Channel(stream.loop, stream.queue, weakref.ref(stream))
+        with self._wake:
+            self.check()
+            queued = len({running.channel for running in self._waiting} - self._started)
+            if queued >= self.max_queued and len(self._active) + len(self._waiting) >= self.max_sequences:
+                raise EngineFull(f"{len(self._active)} sequences are decoded and {queued} requests wait, which is the limit",
+                                 remedy="try again later")
+            for index, request in enumerate(requests):
+                self._waiting.append(Running(request, index, channel, TextStream(self.tokenizer, request.prompt, request.stop),
+                                             random.Random(request.seed)))
+            self.metrics.waiting.set(len(self._waiting))
+            self._wake.notify()
+        return stream
+
+    def check(self) -> None:
+        """Raises EngineFailed where the thread has died."""
+        if self._error is not None:
+            raise self._error
+        if not self._thread.is_alive():
+            raise EngineFailed("the engine has been closed")
+
+    def close(self) -> None:
+        """End the thread; sequences that are on their way fail."""
+        with self._wake:
+            self._closed = True
+            self._wake.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        if self.threads:
+            torch.set_num_threads(self.threads)            # OpenMP keeps this per thread
+        try:
+            with torch.inference_mode():
+                while self._wait_for_work():
+                    self._drop_cancelled()
+                    self._admit()
+                    if self._active:
+                        self._decode()
+                    self._deliver()
+            self._fail(EngineFailed("the engine has been closed"))
+        except BaseException as error:                     # a thread's last stop: whoever waits must hear of it
+            log.exception("the engine has died")
+            self._fail(EngineFailed(f"the engine has died: {type(error).__name__}: {error}"))
+
+    def _wait_for_work(self) -> bool:
+        with self._wake:
+            while not (self._waiting or self._active or self._closed):
+                self._wake.wait()
+            return not self._closed
+
+    def _drop_cancelled(self) -> None:
+        for row in reversed(range(len(self._active))):
+            if self._active[row].channel.cancelled():
+                self._leave(row)
+                self.metrics.finished("abort")
+        with self._wake:
+            gone = [running for running in self._waiting if running.channel.cancelled()]
+            if gone:
+                self._waiting = deque(running for running in self._waiting if running not in gone)
+        for _ in gone:
+            self.metrics.finished("abort")
+
+    def _admit(self) -> None:
+        while len(self._active) < self.max_sequences:
+            with self._wake:
+                if not self._waiting:
+                    break
+                running = self._waiting.popleft()
+                self._started.add(running.channel)
+            self._prefill(running)
+        with self._wake:
+            self._started &= {running.channel for running in self._waiting}
+            self.metrics.waiting.set(len(self._waiting))
+
+    def _prefill(self, running: Running) -> None:
+        """Run the prompt, and take the first token from its last logits."""
+        request = running.request
+        prompt = request.prompt
+        scored = request.echo and request.logprobs is not None
+        cache, logits = self._forward(prompt, keep=0 if scored else 1)
+        tokens: list[Token] = []
+        if scored:
+            tokens = [Token(prompt[0], None, ()), *score(logits[:-1], prompt[1:], request.logprobs or 0)]
+        text = self.tokenizer.decode(prompt, skip_special_tokens=True, clean_up_tokenization_spaces=False) if request.echo else ""
+        self.metrics.prompt_tokens.inc(len(prompt))
+        if not request.max_tokens:
+            self._send(running, Chunk(text, (), tuple(tokens), "length"))
+            return
+        self._take(running, choose(logits[-1:], [request], [running.source])[0], logits[-1:], text, tokens)
+        if running.last_token >= 0:
+            self.cache.join(cache, len(prompt))
+            self._active.append(running)
+        self._gauge()
+
+    def _decode(self) -> None:
+        """One token more for every active sequence."""
+        positions, mask = self.cache.step(self.device, self.model.dtype)
+        ids = torch.tensor([[running.last_token] for running in self._active], device=self.device)
+        logits = self.model(input_ids=ids, position_ids=positions, attention_mask=mask, past_key_values=self.cache,
+                            use_cache=True).logits[:, -1]
+        tokens = choose(logits, [running.request for running in self._active], [running.source for running in self._active])
+        for row in reversed(range(len(tokens))):
+            self._take(self._active[row], tokens[row], logits[row:row + 1])
+            if self._active[row].last_token < 0:
+                self._leave(row)
+        self._gauge()
+
+    def _take(self, running: Running, token: int, logits: torch.Tensor, echoed: str = "", scored: Sequence[Token] = ()) -> None:
+        """Pass a token on. A sequence that ends with it has last_token -1 afterwards."""
+        request, now = running.request, time.monotonic()
+        (self.metrics.inter_token if running.num_tokens else self.metrics.first_token).observe(now - (running.last_time or running.arrived))
+        self.metrics.generation_tokens.inc()
+        running.last_time, running.last_token = now, token
+        running.num_tokens += 1
+        reason = "stop" if token in self.ends else None
+        text = running.text.push(token) if not reason else ""
+        if running.text.stopped:
+            reason = "stop"
+        if not reason and running.num_tokens >= request.max_tokens:
+            reason = "length"
+        if reason:
+            text += running.text.finish()
+            reason = "stop" if running.text.stopped else reason
+            running.last_token = -1
+        tokens = [*scored, *(score(logits, [token], request.logprobs) if request.logprobs is not None else [])]
+        self._send(running, Chunk(echoed + text, (token,), tuple(tokens), reason))
+
+    def _send(self, running: Running, chunk: Chunk) -> None:
+        self._outbox.append((running.channel, (running.index, chunk)))
+        if chunk.finish_reason:
+            self.metrics.finished(chunk.finish_reason)
+            self.metrics.end_to_end.observe(time.monotonic() - running.arrived)
+
+    def _leave(self, row: int) -> None:
+        self.cache.leave(row)
+        self._active[row] = self._active[-1]
+        self._active.pop()
+        self._gauge()
+
+    def _gauge(self) -> None:
+        self.metrics.running.set(len(self._active))
+        self.metrics.cache_usage.set(sum(self.cache.lengths) / (self.max_sequences * self.context))
+
+    def _deliver(self) -> None:
+        outbox, self._outbox = self._outbox, []
+        for loop in {channel.loop for channel, _ in outbox}:
+            mine = [(channel.queue, item) for channel, item in outbox if channel.loop is loop]
+            with contextlib.suppress(RuntimeError):        # the caller's loop is closed
+                loop.call_soon_threadsafe(_put, mine)
+
+    def _fail(self, error: EngineFailed) -> None:
+        with self._wake:
+            self._error = error
+            channels = {running.channel for running in [*self._active, *self._waiting]}
+            channels |= {channel for channel, _ in self._outbox}
+            self._waiting.clear()
+        self._outbox += [(channel, error) for channel in channels]
+        self._deliver()
+        self._active.clear()
+
+    def _forward(self, ids: Sequence[int], keep: int) -> tuple[DynamicCache, torch.Tensor]:
+        """One sequence from its start. Returns its cache and logits [keep or all, vocabulary]."""
+        cache = DynamicCache()
+        tokens = torch.tensor([list(ids)], device=self.device)
+        positions = torch.arange(len(ids), device=self.device)[None]
+        logits = self.model(input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=keep).logits
+        return cache, logits[0]
+
+    def _proven_cache(self) -> SlotCache:
+        """A slot cache that gives this model the logits which it has without one. Families differ; this finds those that do not fit."""
+        family = self.model.config.model_type
+        with _family(family):
+            samples = [tuple(n * 7 % self.vocabulary for n in range(1, length)) for length in (4, 7, 3)]
+            first, _ = self._forward(samples[0], keep=1)
+            if any(type(layer) is not DynamicLayer for layer in first.layers):
+                raise ValueError("not every layer has a plain attention cache")
+            cache = SlotCache(len(first.layers), max(3, self.max_sequences), self.context)
+            for sample in samples:
+                cache.join(self._forward(sample, keep=1)[0], len(sample))
+            cache.leave(0)
+            rows = [samples[2], samples[1]]
+            positions, mask = cache.step(self.device, self.model.dtype)
+            ids = torch.tensor([[1], [2]], device=self.device)
+            found = self.model(input_ids=ids, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True).logits
+            for row, (sample, token) in enumerate(zip(rows, (1, 2), strict=True)):
+                wanted = self._forward((*sample, token), keep=1)[1][-1].float()
+                error = (found[row, -1].float() - wanted).abs().max() / wanted.abs().max()
+                if not error < (1e-3 if self.model.dtype == torch.float32 else 0.1):
+                    raise ValueError(f"logits are off by {float(error):.2g} of their size")
+        return SlotCache(len(first.layers), self.max_sequences, self.context)
+
+
+def context_of(config: Any) -> int:
+    """The positions that a model can attend to. Sliding windows are served up to their width, where they are plain attention."""
+    text = config.get_text_config()
+    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
+    if kinds - {"full_attention", "sliding_attention"}:
+        raise ServeError(f"{text.model_type}: layers of kind {', '.join(sorted(kinds))} cannot be served",
+                         remedy="serve a model whose layers are full_attention or sliding_attention", cause="bad_input")
+    context = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+    if not context:
+        raise ServeError(f"{text.model_type}: config.json names no max_position_embeddings", cause="bad_input",
+                         remedy="add it: it is the limit of prompt and completion")
+    window = getattr(text, "sliding_window", None)
+    slides = "sliding_attention" in kinds or not getattr(text, "layer_types", None)
+    return min(context, window) if window and slides else context
+
+
+@contextlib.contextmanager
+def _family(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+        raise ServeError(f"models of the family {name} cannot be decoded in slots: {error}", cause="bad_input",
+                         remedy="llama, gpt2, qwen and others with plain attention caches can") from error
+
+
+def _put(items: list[tuple["asyncio.Queue[Any]", Any]]) -> None:
+    for queue, item in items:
+        queue.put_nowait(item)
