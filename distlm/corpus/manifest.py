@@ -20,8 +20,6 @@ from distlm.storage import read_json, write_json
 
 FORMAT = 1
 FILE = "manifest.json"
-Accounts = dict[str, int]
-"""{"documents": ..., "bytes": ...}"""
 
 
 @dataclass(frozen=True)
@@ -137,17 +135,18 @@ def write_manifest(path: Path, data: dict[str, Any]) -> None:
 def check_balance(steps: list[dict[str, Any]], where: str) -> None:
     """Raises CorpusError unless, in documents and in bytes, in = out + rejected at every step, and each step takes in what the one
     before it gave out. What cleaning takes from documents that it keeps stands under `rejected` too, as bytes of no document."""
+    def wrong(step: dict[str, Any], text: str) -> CorpusError:
+        return CorpusError(f"the accounts do not balance: {text}", where=f"{where}: step {step['name']}", cause="internal",
+                           remedy="a file has changed meanwhile, or this is a bug: prepare again")
+
     for i, step in enumerate(steps):
         for unit in ("documents", "bytes"):
             taken, given = step["in"][unit], step["out"][unit]
             lost = sum(account[unit] for account in step["rejected"].values())
             if taken != given + lost:
-                raise CorpusError(f"{unit} do not balance: {taken:,} in, {given:,} out, {lost:,} rejected", cause="internal",
-                                  where=f"{where}: step {step['name']}", remedy="this is a bug or a damaged scratch folder: please report it")
+                raise wrong(step, f"{taken:,} {unit} in, {given:,} out, {lost:,} rejected")
             if i and taken != steps[i - 1]["out"][unit]:
-                raise CorpusError(f"{unit} do not balance: step {steps[i - 1]['name']} gave {steps[i - 1]['out'][unit]:,}, {taken:,} came",
-                                  cause="internal", where=f"{where}: step {step['name']}",
-                                  remedy="this is a bug or a damaged scratch folder: please report it")
+                raise wrong(step, f"{taken:,} {unit} in, but step {steps[i - 1]['name']} gave out {steps[i - 1]['out'][unit]:,}")
 
 
 def file_xxh3(path: Path) -> str:

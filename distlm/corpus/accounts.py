@@ -1,0 +1,76 @@
+"""Counting documents and bytes through the steps, and keeping samples of what is rejected."""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from distlm.storage import write_atomic
+
+MAX_SAMPLES = 20
+SAMPLE_CHARS = 200
+Account = dict[str, int]
+
+
+def account(documents: int = 0, size: int = 0) -> Account:
+    return {"documents": documents, "bytes": size}
+
+
+def add(to: Account, documents: int, size: int) -> None:
+    to["documents"] += documents
+    to["bytes"] += size
+
+
+@dataclass
+class Step:
+    """One step's books. Those of several tasks add up."""
+
+    name: str
+    taken: Account = field(default_factory=account)
+    given: Account = field(default_factory=account)
+    rejected: defaultdict[str, Account] = field(default_factory=lambda: defaultdict(account))
+
+    def reject(self, reason: str, documents: int, size: int) -> None:
+        if documents or size:
+            add(self.rejected[reason], documents, size)
+
+    def merge(self, other: "Step") -> None:
+        add(self.taken, **_named(other.taken))
+        add(self.given, **_named(other.given))
+        for reason, lost in other.rejected.items():
+            self.reject(reason, **_named(lost))
+
+    def data(self, parameters: dict[str, Any]) -> dict[str, Any]:
+        """As the manifest has it."""
+        return {"name": self.name, "parameters": parameters, "in": self.taken, "out": self.given,
+                "rejected": {reason: self.rejected[reason] for reason in sorted(self.rejected)}}
+
+
+def _named(value: Account) -> dict[str, int]:
+    return {"documents": value["documents"], "size": value["bytes"]}
+
+
+@dataclass
+class Samples:
+    """The first rejected records of each reason, in the order of the corpus' files."""
+
+    kept: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+
+    def add(self, reason: str, sample: dict[str, Any]) -> None:
+        samples = self.kept.setdefault(reason, [])
+        if len(samples) < MAX_SAMPLES:
+            samples.append(sample)
+
+    def merge(self, others: Iterable["Samples"], order: tuple[str, ...]) -> None:
+        """Take the first of all together; `order` names the fields that they are sorted by."""
+        everything = [self, *others]
+        for reason in sorted({reason for samples in everything for reason in samples.kept}):
+            found = [sample for samples in everything for sample in samples.kept.get(reason, [])]
+            self.kept[reason] = sorted(found, key=lambda sample: [sample[name] for name in order])[:MAX_SAMPLES]
+
+
+def write_rejects(folder: Path, samples: Samples, to_line: Any) -> None:
+    """One file per reason, one JSON line per sample. Raises StorageError."""
+    for reason, kept in samples.kept.items():
+        write_atomic(folder / f"{reason}.jsonl", "".join(to_line(sample) + "\n" for sample in kept))

@@ -1,0 +1,63 @@
+"""One function over many items, as tasks of Ray Data.
+
+    for index, result in spread(tokenize, partitions, workers=4): ...
+"""
+
+import contextlib
+import functools
+import logging
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import ray
+import ray.data
+
+from distlm.errors import DistlmError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def spread(function: Callable[[Item], Result], items: Sequence[Item], workers: int) -> Iterator[tuple[int, Result]]:
+    """Yield (index, function(item)) in the order in which tasks end, `workers` at a time. A task that is lost with its node is run
+    again, so that `function` must come to the same files and result each time. Raises the first DistlmError of a task."""
+    if not items:
+        return
+    context = ray.data.DataContext.get_current().copy()
+    context.enable_progress_bars = context.print_on_execution_start = False
+    context.execution_no_progress_timeout_s = -1           # one task may be long
+    cpus = max(0.01, min(1.0, ray.cluster_resources().get("CPU", 1.0) / workers))
+    with ray.data.DataContext.current(context), _quiet():
+        rows = [{"index": i, "item": pickle.dumps(item)} for i, item in enumerate(items)]
+        dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+            functools.partial(_run, function), batch_size=None, num_cpus=cpus, compute=ray.data.TaskPoolStrategy(size=workers))
+        for row in dataset.iter_rows():
+            result = pickle.loads(row["result"])
+            if isinstance(result, DistlmError):
+                raise result
+            yield row["index"], result
+
+
+def _run(function: Callable[[Any], Any], batch: dict[str, Any]) -> dict[str, Any]:
+    results = []
+    for item in batch["item"]:
+        try:
+            results.append(pickle.dumps(function(pickle.loads(item))))
+        except DistlmError as error:                       # as a value, it comes back as it is
+            results.append(pickle.dumps(error))
+    return {"index": batch["index"], "result": results}
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Ray Data's own lines off the terminal: what goes wrong is raised, and its log files have it all."""
+    handlers = [handler for handler in logging.getLogger("ray.data").handlers if isinstance(handler, logging.StreamHandler)]
+    levels = [handler.level for handler in handlers]
+    for handler in handlers:
+        handler.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for handler, level in zip(handlers, levels, strict=True):
+            handler.setLevel(level)

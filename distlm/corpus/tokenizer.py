@@ -1,0 +1,226 @@
+"""The tokenizer of a corpus, and the third task: a partition's documents to tokens.
+
+A vocabulary that is made here is a byte-level BPE: any text survives encoding and decoding unchanged. With no merges it is the 256
+bytes themselves. Its special tokens are the end of a document and the three roles of a conversation.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from distlm.corpus.accounts import Account, account, add
+from distlm.corpus.manifest import tokenizer_hash
+from distlm.corpus.split import SplitRule
+from distlm.errors import InputError
+from distlm.spec.prepare import Tokenizer
+from distlm.storage import write_atomic, write_json, writing
+
+END = "<|endoftext|>"
+SPECIAL = [END, "<|system|>", "<|user|>", "<|assistant|>"]
+CHAT_TEMPLATE = ("{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] }}"
+                 "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+                 "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
+FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "vocab.json",
+         "merges.txt", "tokenizer.model")
+"""What is taken from a given tokenizer's folder."""
+ENCODE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """A tokenizer on disk, and what is needed to pack its tokens."""
+
+    folder: Path
+    kind: str
+    """bpe, bytes or from."""
+    size: int
+    """One more than the highest token id."""
+    eos_id: int
+
+    @property
+    def dtype(self) -> str:
+        return "uint16" if self.size <= 1 << 16 else "uint32"
+
+    def data(self) -> dict[str, Any]:
+        """As the manifest has it."""
+        return {"kind": self.kind, "vocab_size": self.size, "eos_id": self.eos_id, "hash": tokenizer_hash(self.folder)}
+
+
+def check_given(rules: Tokenizer) -> None:
+    """Raises InputError where a tokenizer is to be taken from a folder that has none, or has one without an end token."""
+    if rules.source:
+        _given(Path(rules.source).expanduser())
+
+
+def make_tokenizer(rules: Tokenizer, folder: Path, sample: Iterator[str]) -> Vocabulary:
+    """Train the tokenizer on `sample`, or take the given one, and write it to `folder` as transformers reads it."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    if rules.source:
+        source = Path(rules.source).expanduser()
+        tokenizer, end = _given(source)
+        for name in FILES:
+            if (source / name).is_file():
+                with writing(folder / name):
+                    shutil.copyfile(source / name, folder / name)
+        if not (folder / "tokenizer_config.json").exists():
+            write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end,
+                                                          "clean_up_tokenization_spaces": False})
+        return Vocabulary(folder, "from", _size(tokenizer), tokenizer.token_to_id(end))
+    tokenizer = _bytes() if rules.train == "bytes" else _trained(rules.vocab_size, sample)
+    write_atomic(folder / "tokenizer.json", tokenizer.to_str(pretty=False))
+    write_json(folder / "tokenizer_config.json", {
+        "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END, "pad_token": END, "add_prefix_space": False,
+        "clean_up_tokenization_spaces": False, "chat_template": CHAT_TEMPLATE})
+    return Vocabulary(folder, rules.train or "bpe", _size(tokenizer), tokenizer.token_to_id(END))
+
+
+def _size(tokenizer: tokenizers.Tokenizer) -> int:
+    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+
+def _given(source: Path) -> tuple[tokenizers.Tokenizer, str]:
+    """The tokenizer in a folder and its end token."""
+    where = f"tokenizer.from: {source}"
+    if not (source / "tokenizer.json").is_file():
+        raise InputError("there is no tokenizer.json" if source.is_dir() else "there is no such folder", where=where,
+                         remedy="name the folder of a model or tokenizer that transformers has saved")
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(source / "tokenizer.json"))
+    except Exception as error:                             # the library raises bare Exception
+        raise InputError(f"tokenizer.json cannot be read: {error}", where=where, remedy="save the tokenizer again") from None
+    end: Any = None
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if end is None and (source / name).is_file():
+            try:
+                end = json.loads((source / name).read_text(encoding="utf-8")).get("eos_token")
+            except (ValueError, AttributeError) as error:
+                raise InputError(f"{name} cannot be read: {error}", where=where, remedy="save the tokenizer again") from None
+    end = end["content"] if isinstance(end, dict) else end
+    end = end or next((token for token in (END, "</s>") if tokenizer.token_to_id(token) is not None), None)
+    if end is None or tokenizer.token_to_id(end) is None:
+        raise InputError("the tokenizer has no end token", where=where, remedy='give "eos_token" in its tokenizer_config.json')
+    return tokenizer, end
+
+
+def _byte_characters() -> list[str]:
+    """The character that byte-level BPE writes for each byte (Radford et al. 2019, `bytes_to_unicode`)."""
+    shown = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    return [chr(byte) if byte in shown else chr(256 + hidden.index(byte)) for byte in range(256)]
+
+
+def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _bytes() -> tokenizers.Tokenizer:
+    names = [*SPECIAL, *_byte_characters()]
+    tokenizer = _byte_level(models.BPE(vocab={name: i for i, name in enumerate(names)}, merges=[]))
+    tokenizer.add_special_tokens(SPECIAL)
+    return tokenizer
+
+
+def _trained(vocab_size: int, sample: Iterator[str]) -> tokenizers.Tokenizer:
+    tokenizer = _byte_level(models.BPE())
+    tokenizer.train_from_iterator(sample, trainers.BpeTrainer(
+        vocab_size=vocab_size, show_progress=False, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    return tokenizer
+
+
+class Sample:
+    """The first training documents in the order of the corpus, which is that of their hashes, up to a number of bytes."""
+
+    def __init__(self, partitions: list[Path], rule: SplitRule, max_bytes: int) -> None:
+        self.partitions, self.rule, self.max_bytes = partitions, rule, max_bytes
+        self.taken = account()
+
+    def __iter__(self) -> Iterator[str]:
+        for split, text in _documents(self.partitions, self.rule):
+            if self.taken["bytes"] >= self.max_bytes:
+                return
+            if split == "train":
+                add(self.taken, 1, len(text.encode()))
+                yield text
+
+
+def _documents(partitions: list[Path], rule: SplitRule) -> Iterator[tuple[str, str]]:
+    """(split, text) of every document, in order, holding one small batch at a time."""
+    for path in partitions:
+        with pa.memory_map(str(path)) as file:
+            reader = pa.ipc.open_file(file)
+            for i in range(reader.num_record_batches):
+                batch = reader.get_batch(i)
+                for content, text in zip(batch["hash"].to_pylist(), batch["text"], strict=True):
+                    yield "val" if rule.is_val(content) else "train", text.as_py()
+
+
+@dataclass(frozen=True)
+class EncodeTask:
+    """A partition of documents, and where its tokens go."""
+
+    documents: Path
+    rule: SplitRule
+    tokenizer: Path
+    eos_id: int
+    dtype: str
+    output: Path
+    """`<output>-train.npy`, `<output>-train-starts.npy` and the same for val."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One split of one partition."""
+
+    account: Account
+    tokens: int
+
+
+def encode_partition(task: EncodeTask) -> dict[str, Encoded]:
+    """Write each split's tokens, every document followed by the end token, and the places where documents begin. Raises StorageError."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"         # tasks are what is parallel
+    tokenizer = tokenizers.Tokenizer.from_file(str(task.tokenizer / "tokenizer.json"))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True                 # text that spells a special token is text
+    counts = {"train": account(), "val": account()}
+    arrays: dict[str, list[npt.NDArray[Any]]] = {"train": [], "val": []}
+    waiting: dict[str, list[str]] = {"train": [], "val": []}
+    waiting_bytes = dict.fromkeys(waiting, 0)
+
+    def encode(split: str) -> None:
+        for encoding in tokenizer.encode_batch_fast(waiting[split], add_special_tokens=False):
+            arrays[split].append(np.array([*encoding.ids, task.eos_id], dtype=task.dtype))
+        waiting[split].clear()
+        waiting_bytes[split] = 0
+
+    for split, text in _documents([task.documents], task.rule):
+        size = len(text.encode())
+        add(counts[split], 1, size)
+        waiting[split].append(text)
+        waiting_bytes[split] += size
+        if waiting_bytes[split] >= ENCODE_BYTES:
+            encode(split)
+    result = {}
+    for split, found in arrays.items():
+        encode(split)
+        lengths = np.array([len(tokens) for tokens in found], dtype=np.int64)
+        tokens = np.concatenate(found) if found else np.zeros(0, task.dtype)
+        with writing(task.output):
+            np.save(f"{task.output}-{split}.npy", tokens)
+            np.save(f"{task.output}-{split}-starts.npy", np.cumsum(lengths) - lengths)
+        result[split] = Encoded(counts[split] | {"documents": len(found)}, len(tokens))
+    return result
