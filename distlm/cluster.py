@@ -10,10 +10,12 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -61,6 +63,67 @@ def find(storage: Storage | None = None) -> Cluster | None:
     return _cluster(alive[0]) if alive else None
 
 
+def require(storage: Storage | None = None) -> Cluster:
+    """The cluster that `find` finds. Raises ClusterError where there is none."""
+    found = find(storage)
+    if found is None:
+        raise ClusterError("no cluster is up", remedy="`distlm cluster up` starts one here; `distlm run` does without")
+    return found
+
+
+def dashboard(cluster: Cluster) -> Cluster:
+    """The same with the address of its dashboard, which serves the job API. Raises ClusterError."""
+    if cluster.dashboard_url:
+        return cluster
+    from ray.dashboard.utils import get_address_for_submission_client
+
+    with authenticated(cluster.token_file):
+        try:
+            return replace(cluster, dashboard_url=get_address_for_submission_client(cluster.address))
+        except (ConnectionError, OSError, RuntimeError, ValueError) as error:
+            raise _unreachable(cluster, error) from error
+
+
+@dataclass(frozen=True)
+class Status:
+    """A cluster as it stands: nodes alive, (used, total) per resource, jobs that are not done, Serve applications by state."""
+
+    cluster: Cluster
+    nodes: int
+    resources: dict[str, tuple[float, float]]
+    jobs: list[str]
+    applications: dict[str, str]
+
+
+def status(cluster: Cluster) -> Status:
+    """Ask the dashboard. Raises ClusterError where it does not answer."""
+    cluster = dashboard(cluster)
+    with heads.client(cluster.dashboard_url, cluster.token_file) as http:
+        answers = {}
+        for path in ("/nodes?view=summary", "/api/cluster_status", "/api/jobs/", "/api/serve/applications/"):
+            answer = http.get(path)
+            if answer.status_code != 200:
+                raise ClusterError(f"{path} answers {answer.status_code}", where=cluster.dashboard_url,
+                                   remedy="RAY_AUTH_TOKEN_PATH must name the cluster's token" if answer.status_code == 401 else "")
+            answers[path] = answer.json()
+    nodes = [node["raylet"] for node in answers["/nodes?view=summary"]["data"]["summary"] if node["raylet"].get("state") == "ALIVE"]
+    usage = ((answers["/api/cluster_status"]["data"]["clusterStatus"] or {}).get("loadMetricsReport") or {}).get("usage") or {}
+    resources = {}
+    for name in ("CPU", "GPU"):
+        total = sum(node.get("resourcesTotal", {}).get(name, 0) for node in nodes)
+        if total:
+            resources[name] = (float(usage.get(name, (0, 0))[0]), total)
+    jobs = [str(job.get("submission_id") or job.get("job_id")) for job in answers["/api/jobs/"] if job["status"] in ("PENDING", "RUNNING")]
+    applications = {name: str(one["status"]) for name, one in answers["/api/serve/applications/"]["applications"].items()}
+    return Status(cluster, len(nodes), resources, jobs, applications)
+
+
+def _unreachable(cluster: Cluster, error: Exception) -> ClusterError:
+    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return ClusterError(f"cannot be reached: {reason}", where=f"cluster {cluster.address}",
+                        remedy="unset RAY_ADDRESS, or bring one up with `distlm cluster up`")
+
+
 def _cluster(head: heads.Head) -> Cluster:
     return Cluster(head.name, head.address, head.dashboard_url, head.token_file)
 
@@ -83,15 +146,22 @@ def connect(log_file: Path | None = None, *, storage: Storage | None = None) -> 
         if cluster and cluster.address.startswith(("http://", "https://")):
             raise ClusterError("RAY_ADDRESS names a dashboard", where=cluster.address, remedy="send the job with `distlm submit`, or name "
                                "the head as host:port")
+        before = signal.getsignal(signal.SIGTERM)
         with contextlib.ExitStack() as stack:
             if cluster:
-                if cluster.token_file:
-                    stack.enter_context(authenticated(cluster.token_file))
+                stack.enter_context(authenticated(cluster.token_file))
                 connection = _join(cluster)
             else:
                 connection = _embed(stack)
             stack.callback(ray.shutdown)
+            _keep_handler(before)
             yield connection
+
+
+def _keep_handler(before: Any) -> None:
+    """Ray takes SIGTERM for itself; a handler that was there before comes back."""
+    if callable(before) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)
 
 
 def _join(cluster: Cluster) -> Connection:
@@ -100,9 +170,7 @@ def _join(cluster: Cluster) -> Connection:
     try:
         ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.WARNING)
     except (ConnectionError, OSError, RuntimeError, ray.exceptions.RayError) as error:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ClusterError(f"cannot be joined: {reason}", where=f"cluster {cluster.address}",
-                           remedy="unset RAY_ADDRESS, or bring one up with `distlm cluster up`") from error
+        raise _unreachable(cluster, error) from error
     return Connection(cluster.address, cluster.dashboard_url or _dashboard_url(), False, cluster.token_file)
 
 
@@ -116,9 +184,10 @@ def _embed(stack: contextlib.ExitStack) -> Connection:
     token_file.touch(mode=0o600)
     token_file.write_text(secrets.token_hex(32))
     stack.enter_context(authenticated(str(token_file)))
-    [port] = heads.free_ports(1)
-    stack.enter_context(_environment({"RAY_ADDRESS": None, "RAY_USAGE_STATS_ENABLED": "0"}))
-    context = ray.init(address="local", num_cpus=heads.default_cpus(), object_store_memory=heads.default_object_store_bytes(),
+    port, *metrics = heads.free_ports(3)
+    stack.enter_context(environment({"RAY_ADDRESS": None, "RAY_USAGE_STATS_ENABLED": "0", "AUTOSCALER_METRIC_PORT": str(metrics[0]),
+                                     "DASHBOARD_METRIC_PORT": str(metrics[1])}))
+    context: Any = ray.init(address="local", num_cpus=heads.default_cpus(), object_store_memory=heads.default_object_store_bytes(),
                        include_dashboard=True, dashboard_host="127.0.0.1", dashboard_port=port, _node_ip_address="127.0.0.1",
                        _temp_dir=str(folder / "ray"), log_to_driver=False, logging_level=logging.WARNING)
     return Connection(context.address_info["gcs_address"], f"http://127.0.0.1:{port}", True, str(token_file))
@@ -132,9 +201,11 @@ def _dashboard_url() -> str:
 
 
 @contextlib.contextmanager
-def authenticated(token_file: str) -> Iterator[None]:
-    """Inside the block this process, and what it starts, speaks to Ray with the token in `token_file`."""
-    with _environment({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": token_file, "RAY_AUTH_TOKEN": None}):
+def authenticated(token_file: str | None) -> Iterator[None]:
+    """Inside the block this process, and what it starts, speaks to Ray with the token in `token_file`, or the user's own."""
+    own: dict[str, str | None] = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": token_file, "RAY_AUTH_TOKEN": None}
+    mode = os.environ.get("RAY_AUTH_MODE") or ("token" if heads.token(None) else None)
+    with environment(own if token_file else {"RAY_AUTH_MODE": mode}):
         _reload_token()
         yield
     _reload_token()
@@ -143,14 +214,15 @@ def authenticated(token_file: str) -> Iterator[None]:
 def _reload_token() -> None:
     """Ray reads mode and token once per process and keeps them."""
     if "ray" in sys.modules:
-        from ray._raylet import AuthenticationTokenLoader, Config
+        from ray import _raylet
 
-        Config.initialize("")
-        AuthenticationTokenLoader.instance().reset_cache()
+        compiled: Any = _raylet
+        compiled.Config.initialize("")
+        compiled.AuthenticationTokenLoader.instance().reset_cache()
 
 
 @contextlib.contextmanager
-def _environment(values: dict[str, str | None]) -> Iterator[None]:
+def environment(values: dict[str, str | None]) -> Iterator[None]:
     before = {name: os.environ.get(name) for name in values}
 
     def put(some: dict[str, str | None]) -> None:

@@ -52,7 +52,7 @@ class LocalCluster(Part):
     object_store_bytes: Annotated[int | None, Field(ge=80_000_000)] = None
     """Shared memory of the object store. Default: a fifth of the free memory, 4 GiB at most."""
     host: str = "127.0.0.1"
-    """The address that everything listens on. Another than loopback opens the cluster to the network: the token is all that guards it."""
+    """The address of the head and its dashboard. Ray's own daemons listen on every interface in any case: the token guards them."""
     port: Annotated[int | None, Field(ge=1024, le=65535)] = None
     """Port of the head (GCS)."""
     dashboard_port: Annotated[int | None, Field(ge=1024, le=65535)] = None
@@ -204,12 +204,21 @@ def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
         return [one.getsockname()[1] for one in sockets]
 
 
+def token(token_file: str | None) -> str:
+    """The token in the file, else the one that Ray itself would take; empty where there is none."""
+    if not token_file and os.environ.get("RAY_AUTH_TOKEN"):
+        return os.environ["RAY_AUTH_TOKEN"].strip()
+    path = Path(token_file or os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
+    with contextlib.suppress(OSError):
+        return path.read_text().strip()
+    return ""
+
+
 @contextlib.contextmanager
 def client(dashboard_url: str, token_file: str | None) -> Iterator[httpx.Client]:
     """An HTTP client of a cluster's dashboard, with its token. Connection errors become ClusterError."""
-    headers = {}
-    if token_file and Path(token_file).exists():
-        headers["Authorization"] = f"Bearer {Path(token_file).read_text().strip()}"
+    secret = token(token_file)
+    headers = {"Authorization": f"Bearer {secret}"} if secret else {}
     try:
         with httpx.Client(base_url=dashboard_url, headers=headers, timeout=10, trust_env=False) as http:
             yield http

@@ -1,0 +1,84 @@
+"""Cluster files: one of our own for this machine, or one of Ray's cluster launcher (`ray up`) for machines in a cloud."""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from distlm.errors import ClusterError, SpecError
+from distlm.head import LocalCluster
+from distlm.spec.load import _explain, _read, dotted
+
+
+@dataclass(frozen=True)
+class RayUpFile:
+    """A file that `ray up` takes, checked by Ray's own schema."""
+
+    path: Path
+    config: dict[str, Any]
+
+    def rows(self) -> list[tuple[str, str]]:
+        """What `ray up` will make: the provider, then each kind of node."""
+        provider = self.config["provider"]
+        place = provider.get("region") or provider.get("location") or ""
+        rows = [("cluster", self.config["cluster_name"]), ("provider", f"{provider['type']} {place}".strip()),
+                ("workers", f"{self.config.get('max_workers', 2)} at most")]
+        for name, node in self.config.get("available_node_types", {}).items():
+            machine = node.get("node_config", {})
+            kind = machine.get("InstanceType") or machine.get("machineType") or machine.get("azure_arm_parameters", {}).get("vmSize", "?")
+            head = name == self.config.get("head_node_type")
+            count = "1, the head" if head else f"{node.get('min_workers', 0)} to {node.get('max_workers', self.config.get('max_workers', 2))}"
+            rows.append((name, f"{kind}, {count}"))
+        return rows
+
+    def up(self) -> None:
+        """`ray up`, which shows what it does. Raises ClusterError where it fails."""
+        self._ray("up")
+
+    def down(self) -> None:
+        """`ray down`: ends the machines of this cluster alone, which the provider knows by its name."""
+        self._ray("down")
+
+    def _ray(self, verb: str) -> None:
+        code = subprocess.run([sys.executable, "-m", "ray.scripts.scripts", verb, "--yes", str(self.path)], check=False,
+                              env={k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}).returncode
+        if code:
+            raise ClusterError(f"`ray {verb}` ended with {code}", where=str(self.path), remedy="its output above says why")
+
+
+def read(path: Path) -> LocalCluster | RayUpFile:
+    """Read and check a cluster file of either sort. Raises SpecError with file and line."""
+    data, lines = _read(path)
+    if "provider" in data:
+        _check_ray_up(path, data, lines)
+        return RayUpFile(path, data)
+    try:
+        return LocalCluster.model_validate(data)
+    except ValidationError as error:
+        problems = []
+        for item in error.errors():
+            key, message, remedy = _explain(LocalCluster, item, data)
+            line = f":{lines[key]}" if key in lines else ""
+            problems.append(str(SpecError(message, where=f"{path}{line}: {dotted(key)}", remedy=remedy)))
+        raise SpecError("\n".join(problems)) from None
+
+
+def _check_ray_up(path: Path, data: dict[str, Any], lines: Any) -> None:
+    """Ray's own check, with its defaults filled in as `ray up` does."""
+    import copy
+
+    from jsonschema import ValidationError as Mismatch
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    try:
+        validate_config(prepare_config(copy.deepcopy(data)))
+    except Mismatch as error:
+        key = tuple(error.absolute_path)
+        line = next((f":{lines[key[:end]]}" for end in range(len(key), 0, -1) if key[:end] in lines), "")
+        raise SpecError(error.message, where=f"{path}{line}: {dotted(key)}".rstrip(": ")) from None
+    except (ValueError, KeyError, NotImplementedError, ImportError, RuntimeError) as error:
+        raise SpecError(str(error), where=str(path)) from None

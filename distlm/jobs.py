@@ -1,0 +1,386 @@
+"""Jobs of all kinds by name: send one to a cluster, follow it, stop it, see how it stands.
+
+    submission = submit("jobs/train.yaml", storage=Storage.find())
+    for line in follow(submission): ...
+    stop(locate("py-10m", storage), storage)
+
+A job's folder is the truth about it; Ray's job API is asked for what only it knows: whether the process still lives.
+"""
+
+import asyncio
+import contextlib
+import os
+import shlex
+import signal
+import socket
+import tempfile
+import time
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from distlm import cluster as clusters
+from distlm import upload
+from distlm.errors import ClusterError, InputError
+from distlm.head import client, token
+from distlm.runs.folder import ENDED, RunFolder
+from distlm.spec.load import dump, nearest, to_yaml
+from distlm.storage import FOLDERS, Storage
+
+ENDED_IN_RAY = ("SUCCEEDED", "FAILED", "STOPPED")
+STOP_GRACE_S = 30
+LOST_AFTER_S = 120
+"""A follower gives up when the cluster has not answered for so long."""
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A job as Ray knows it."""
+
+    id: str
+    dashboard_url: str
+    token_file: str | None
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job as its folder tells."""
+
+    kind: str
+    name: str
+    folder: Path
+    state: str
+    cause: str
+    message: str
+    started: float | None
+    ended: float | None
+    """Seconds since the epoch; None while it runs."""
+    metrics: dict[str, Any]
+    """The last values of loss, val_loss, step."""
+    submission: str
+    """Ray's id of it, empty for one that was not submitted."""
+
+    @property
+    def duration_s(self) -> float | None:
+        return (self.ended or time.time()) - self.started if self.started else None
+
+    @property
+    def active(self) -> bool:
+        return self.state not in ENDED
+
+
+def submit(source: str | Path | Mapping[str, Any], *, overrides: Sequence[str] = (), resume: bool = False,
+           storage: Storage | None = None, working_dir: Path | None = None) -> Submission:
+    """Check a spec here, then run it as a Ray job with the files of `working_dir` (default: the present one).
+
+    Raises SpecError and InputError before anything is sent, ClusterError where no cluster answers.
+    """
+    from distlm.execute import check_resume, resolve
+
+    loaded = resolve(source, overrides)
+    spec = loaded.spec
+    storage = storage or Storage.find(spec.storage)
+    folder = RunFolder(storage.folder(spec.kind, spec.name))
+    here = (working_dir or Path.cwd()).absolute()
+    _check_name(folder, resume or spec.kind == "pipeline")
+    if resume and (folder.path / "spec.yaml").exists():
+        check_resume(folder, spec)
+    at = clusters.dashboard(clusters.require())
+    path = Path(source).absolute() if isinstance(source, str | Path) else None
+    words = ["python", "-m", "distlm", "run"]
+    extra: dict[str, str] = {}
+    if path and here in path.parents and path in set(upload.files(here, storage.root)):
+        words += [path.relative_to(here).as_posix(), *(f"--set={text}" for text in overrides)]
+    else:                                                  # a mapping, or a file from elsewhere, travels as it was resolved
+        extra[f".distlm/{spec.name}.yaml"] = to_yaml(dump(spec))
+        words += [*extra]
+    if spec.storage and Path(spec.storage).expanduser().absolute() != Path(spec.storage):
+        words.append(f"--set=storage={storage.root}")      # a relative path would mean another folder over there
+    if resume:
+        words.append("--resume")
+    submission = Submission(f"{spec.kind}-{spec.name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}", at.dashboard_url,
+                            at.token_file, folder.path)
+    with tempfile.TemporaryDirectory() as scratch:
+        archive = Path(scratch) / "working_dir.zip"
+        upload.pack(here, archive, storage.root, extra)
+        variables = {"DISTLM_STORAGE": str(storage.root), "DISTLM_PROGRESS": "json", "PYTHONUNBUFFERED": "1",
+                     "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_GRACE_S)}
+        folder.event("queued", message=f"submitted to {at.dashboard_url}", submission=submission.id, dashboard=at.dashboard_url)
+        try:
+            send(submission, shlex.join(words), archive, variables, {"kind": spec.kind, "name": spec.name, "folder": str(folder.path)})
+        except BaseException as error:
+            folder.event("failed", "head_lost" if isinstance(error, ClusterError) else "internal", f"could not be submitted: {error}")
+            raise
+    return submission
+
+
+def send(submission: Submission, entrypoint: str, archive: Path, variables: dict[str, str], metadata: dict[str, str]) -> None:
+    """Hand a command with its files to Ray's job API. Raises ClusterError."""
+    from ray.job_submission import JobSubmissionClient
+
+    with clusters.authenticated(submission.token_file), clusters.environment({"RAY_ADDRESS": None, "RAY_API_SERVER_ADDRESS": None}):
+        try:
+            JobSubmissionClient(submission.dashboard_url).submit_job(
+                entrypoint=entrypoint, submission_id=submission.id, metadata=metadata,
+                runtime_env={"working_dir": str(archive), "env_vars": variables})
+        except (RuntimeError, ConnectionError, OSError) as error:
+            raise ClusterError(f"did not take the job: {str(error).strip().splitlines()[-1]}", where=submission.dashboard_url) from error
+
+
+def _check_name(folder: RunFolder, resume: bool) -> None:
+    """Raises InputError for a name that is taken, in the words of RunFolder.create."""
+    if not folder.exists():
+        return
+    job = reconcile(read(folder))
+    if job.active:
+        raise InputError(f"{folder.name} is {job.state}", where=str(folder.path),
+                         remedy=f"`distlm status {folder.name}` shows it, `distlm stop {folder.name}` ends it")
+    never_began = not (folder.path / "lineage.json").exists()
+    if not resume and not never_began:
+        raise InputError(f"the name {folder.name} is taken by a job that has {job.state}", where=str(folder.path),
+                         remedy="take another name, or go on with --resume")
+
+
+def jobs(storage: Storage) -> list[Job]:
+    """Every job under the storage root, of all kinds, the latest first."""
+    found = [reconcile(read(RunFolder(path))) for folder in FOLDERS.values()
+             for path in sorted((storage.root / folder).glob("*")) if RunFolder(path).exists()]
+    return sorted(found, key=lambda job: -(job.started or 0))
+
+
+def locate(name: str, storage: Storage) -> Job:
+    """The job of that name, `runs/name` where several kinds share it, or that of a folder. Raises InputError with the nearest name."""
+    paths = [storage.root / folder / name for folder in FOLDERS.values()] + [storage.root / name, Path(name).absolute()]
+    found = {path.resolve(): RunFolder(path) for path in paths if RunFolder(path).exists()}
+    if not found:
+        known = [path.name for folder in FOLDERS.values() for path in (storage.root / folder).glob("*") if RunFolder(path).exists()]
+        near = nearest(name, known)
+        raise InputError(f"there is no job {name!r}", where=str(storage.root),
+                         remedy=f"did you mean {near}?" if near else "`distlm runs` lists them")
+    candidates = [reconcile(read(folder)) for folder in found.values()]
+    if len(candidates) > 1:
+        active = [job for job in candidates if job.active]
+        if len(active) != 1:
+            names = ", ".join(f"{job.folder.parent.name}/{job.name}" for job in candidates)
+            raise InputError(f"{name!r} is the name of {len(candidates)} jobs", where=str(storage.root), remedy=f"say which: {names}")
+        candidates = active
+    return candidates[0]
+
+
+def read(folder: RunFolder) -> Job:
+    """A job as its folder tells, without asking anybody."""
+    events = folder.events()
+    state, cause = folder.state()
+    attempt = events[max((i for i, e in enumerate(events) if e["state"] == "starting"), default=0):]
+    last: dict[str, Any] = next((e for e in reversed(events) if e["state"] != "note"), {})
+    submission, fresh = "", False
+    for event in events:
+        if event["state"] == "queued":
+            submission, fresh = event.get("submission", ""), True
+        elif event["state"] == "starting":                 # a second start was made by hand
+            submission, fresh = submission if fresh else "", False
+        elif event["state"] in ENDED:
+            fresh = False
+    metrics: dict[str, Any] = {}
+    for record in folder.read_metrics():
+        metrics.update({k: v for k, v in record.items() if v is not None})
+    kind = next((kind for kind, name in FOLDERS.items() if name == folder.path.parent.name), "train")
+    ended = None
+    if state in ENDED:                                     # one that died without a word ended when it last wrote
+        written = [p.stat().st_mtime for p in (folder.path / "events.jsonl", folder.path / "metrics.jsonl") if p.exists()]
+        ended = last["time"] if last.get("state") in ENDED else max(written, default=None)
+    message = last.get("message", "") or ("its process is gone" if cause == "head_lost" else "")
+    return Job(kind, folder.name, folder.path, state, cause, message,
+               attempt[0]["time"] if attempt else None, ended, metrics, submission)
+
+
+def reconcile(job: Job) -> Job:
+    """Ask Ray about a submitted job that has not ended, and record the end that the job could not record itself."""
+    if not job.active or not job.submission:
+        return job
+    try:
+        info = ray_job(submission_of(job))
+    except ClusterError:
+        return job                                         # nobody to ask: the folder's word stands
+    folder = RunFolder(job.folder)
+    if folder.state()[0] not in ENDED:                     # it may have said so itself by now
+        if info is None:
+            folder.event("failed", "head_lost", "the cluster that it was submitted to has gone")
+        elif info["status"] == "STOPPED":
+            folder.event("stopped", "user", "its Ray job was stopped")
+        elif info["status"] in ENDED_IN_RAY:
+            message = str(info.get("message") or "").strip().replace("\n", " ")
+            folder.event("failed", "internal", f"its Ray job has {info['status']}: {message}"[:2000])
+    return read(folder)
+
+
+def submission_of(job: Job) -> Submission:
+    """Where a submitted job can be asked for. Raises ClusterError where no cluster is up."""
+    at = clusters.dashboard(clusters.require())
+    return Submission(job.submission, at.dashboard_url, at.token_file, job.folder)
+
+
+def ray_job(submission: Submission) -> dict[str, Any] | None:
+    """What Ray's job API says of a job: status, message, driver_exit_code; None where it knows of none. Raises ClusterError."""
+    with client(submission.dashboard_url, submission.token_file) as http:
+        answer = http.get(f"/api/jobs/{submission.id}")
+        if answer.status_code == 404:
+            return None
+        if answer.status_code != 200:
+            raise ClusterError(f"answers {answer.status_code}: {answer.text[:200]}", where=submission.dashboard_url)
+        return answer.json()
+
+
+def logs(submission: Submission) -> str:
+    """All that the job has written so far. Raises ClusterError."""
+    with client(submission.dashboard_url, submission.token_file) as http:
+        answer = http.get(f"/api/jobs/{submission.id}/logs")
+        if answer.status_code != 200:
+            raise ClusterError(f"answers {answer.status_code}: {answer.text[:200]}", where=submission.dashboard_url)
+        return answer.json()["logs"] or ""
+
+
+def follow(submission: Submission) -> Iterator[str]:
+    """The lines of a job from its first to its last, each once, however often the connection breaks. Ends with the job.
+
+    Raises ClusterError when the cluster has not answered for LOST_AFTER_S.
+    """
+    seen, rest, answered = 0, "", time.monotonic()
+    ended = False
+    while True:
+        chunks = _final(submission) if ended else _tail(submission)
+        position = 0                                       # the stream begins anew with each connection
+        try:
+            for chunk in chunks:
+                answered = time.monotonic()
+                fresh = chunk[max(0, seen - position):]
+                position += len(chunk)
+                seen = max(seen, position)
+                *lines, rest = (rest + fresh).split("\n")
+                yield from lines
+            if ended:
+                break
+            info = ray_job(submission)
+            if info is None:
+                raise InputError("the cluster knows of no such job", where=submission.id, remedy="`distlm runs` lists jobs")
+            answered = time.monotonic()
+            ended = info["status"] in ENDED_IN_RAY
+        except (ClusterError, OSError, asyncio.TimeoutError):
+            if time.monotonic() - answered > LOST_AFTER_S:
+                raise ClusterError(f"has not answered for {LOST_AFTER_S} s", where=submission.dashboard_url,
+                                   remedy="the job may go on: `distlm status` tells once it answers") from None
+        if not ended:
+            time.sleep(0.5)
+    if rest:
+        yield rest
+
+
+def _final(submission: Submission) -> Iterator[str]:
+    yield logs(submission)
+
+
+def _tail(submission: Submission) -> Iterator[str]:
+    """Chunks of the job's output from its beginning, until it ends or the connection breaks (OSError)."""
+    loop = asyncio.new_event_loop()
+    stream = _stream(submission)
+    try:
+        while True:
+            try:
+                yield loop.run_until_complete(anext(stream))
+            except StopAsyncIteration:
+                return
+    finally:
+        loop.run_until_complete(stream.aclose())
+        loop.close()
+
+
+async def _stream(submission: Submission) -> AsyncGenerator[str, None]:
+    import aiohttp
+
+    secret = token(submission.token_file)
+    headers = {"Authorization": f"Bearer {secret}"} if secret else {}
+    url = f"{submission.dashboard_url}/api/jobs/{submission.id}/logs/tail"
+    try:
+        async with aiohttp.ClientSession(headers=headers) as session:
+            async with session.ws_connect(url, heartbeat=20, max_msg_size=0) as socket_:
+                async for message in socket_:
+                    if message.type == aiohttp.WSMsgType.TEXT:
+                        yield message.data
+    except aiohttp.ClientError as error:
+        raise OSError(str(error)) from None
+
+
+def stop(job: Job, storage: Storage, grace_s: float = STOP_GRACE_S) -> Job:
+    """End a job: its endpoint, its Ray job or its process, gently first. Returns it as it then stands.
+
+    Raises InputError where it has ended already, ClusterError where its process cannot be reached.
+    """
+    if job.kind == "serve" and (job.folder / "endpoint.json").exists():
+        from distlm.serve import deploy
+
+        with clusters.connect(job.folder / "logs" / "stop.log"):
+            deploy.undeploy(job.name, storage)
+    elif not job.active:
+        raise InputError(f"{job.name} has already {job.state}", where=str(job.folder))
+    job = read(RunFolder(job.folder))
+    if job.active:
+        RunFolder(job.folder).event("note", message="stop was asked for")
+        if job.submission:
+            _stop_ray_job(submission_of(job), grace_s)
+        else:
+            _stop_process(job, grace_s)
+    folder = RunFolder(job.folder)
+    if folder.events()[-1]["state"] not in ENDED:
+        folder.event("stopped", "user", "stopped")
+    return read(folder)
+
+
+def _stop_ray_job(submission: Submission, grace_s: float) -> None:
+    with client(submission.dashboard_url, submission.token_file) as http:
+        http.post(f"/api/jobs/{submission.id}/stop")
+    deadline = time.monotonic() + grace_s + 10
+    while time.monotonic() < deadline:
+        info = ray_job(submission)
+        if info is None or info["status"] in ENDED_IN_RAY:
+            return
+        time.sleep(0.2)
+    raise ClusterError(f"Ray did not stop the job within {grace_s + 10:.0f} s", where=submission.id)
+
+
+def _stop_process(job: Job, grace_s: float) -> None:
+    owner = next((e["owner"] for e in reversed(RunFolder(job.folder).events()) if e.get("owner")), None)
+    if not owner:
+        return
+    if owner["host"] != socket.gethostname():
+        raise ClusterError(f"{job.name} runs on {owner['host']}, not here", where=str(job.folder), remedy="stop it there")
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(owner["pid"])
+        if abs(process.create_time() - owner["started"]) > 2:
+            return
+        children = process.children(recursive=True)
+        process.send_signal(signal.SIGINT)
+        _, alive = psutil.wait_procs([process], timeout=grace_s)
+        if alive:
+            for one in (process, *children):
+                with contextlib.suppress(psutil.Error):
+                    one.kill()
+            psutil.wait_procs([process], timeout=5)
+
+
+def to_dict(job: Job) -> dict[str, Any]:
+    """For `--json`."""
+    return {"kind": job.kind, "name": job.name, "state": job.state, "cause": job.cause, "message": job.message, "started": job.started,
+            "ended": job.ended, "duration_s": job.duration_s, "metrics": job.metrics, "folder": str(job.folder),
+            "submission": job.submission}
+
+
+def records(job: Job) -> Iterator[str]:
+    """The lines of the log of a job that was not submitted."""
+    path = job.folder / "logs" / "driver.log"
+    if path.exists():
+        yield from path.read_text(errors="replace").splitlines()
+

@@ -1,0 +1,68 @@
+"""The working directory of a submitted job, as one zip: what git would keep, never `.git`, virtual environments or run folders."""
+
+import os
+import subprocess
+import zipfile
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from distlm.errors import InputError
+
+LIMIT_BYTES = 100 << 20
+"""Ray's job API takes no more; counted here before compression."""
+LEFT_OUT = (".git", ".hg", ".svn", "__pycache__", "node_modules", ".mypy_cache", ".ruff_cache", ".pytest_cache", ".tox")
+
+
+def pack(folder: Path, archive: Path, storage_root: Path, extra: Mapping[str, str] | None = None) -> int:
+    """Write the files of `folder`, and `extra` ones by name, to `archive`. Equal files give equal bytes. Returns the number of bytes read.
+
+    Raises InputError above LIMIT_BYTES, naming the largest entries.
+    """
+    found = {path: path.stat().st_size for path in files(folder, storage_root)}
+    total = sum(found.values())
+    if total > LIMIT_BYTES:
+        sizes: Counter[str] = Counter()
+        for path, size in found.items():
+            parts = path.relative_to(folder).parts
+            sizes[parts[0] + ("/" if len(parts) > 1 else "")] += size
+        largest = ", ".join(f"{name} {size / 2**20:,.0f} MiB" for name, size in sizes.most_common(4))
+        raise InputError(f"{total / 2**20:,.0f} MiB are more than the {LIMIT_BYTES >> 20} MiB that a job may carry: {largest}",
+                         where=str(folder), remedy="list data in .gitignore or keep it elsewhere, and name it by its path")
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as packed:
+        def put(name: str, data: bytes, mode: int) -> None:
+            entry = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
+            entry.external_attr = mode << 16
+            entry.compress_type = zipfile.ZIP_DEFLATED
+            packed.writestr(entry, data)
+
+        for path in sorted(found):
+            put(path.relative_to(folder).as_posix(), path.read_bytes(), path.stat().st_mode)
+        for name, text in (extra or {}).items():
+            put(name, text.encode(), 0o100644)
+    return total
+
+
+def files(folder: Path, storage_root: Path) -> Iterator[Path]:
+    """The files below `folder` that a job takes along; what git ignores is left out where there is git."""
+    kept = _git_files(folder)
+    for base, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not _left_out(Path(base) / name, storage_root))
+        for name in sorted(names):
+            path = Path(base) / name
+            if path.is_file() and (kept is None or path in kept):
+                yield path
+
+
+def _left_out(folder: Path, storage_root: Path) -> bool:
+    return (folder.name in LEFT_OUT or folder.is_symlink() or (folder / "pyvenv.cfg").exists() or (folder / "events.jsonl").exists()
+            or folder == storage_root)
+
+
+def _git_files(folder: Path) -> set[Path] | None:
+    try:
+        output = subprocess.run(["git", "-C", str(folder), "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+                                capture_output=True, check=True, timeout=60).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return {folder / os.fsdecode(name) for name in output.split(b"\0") if name}
