@@ -112,7 +112,7 @@ def connected(folder: RunFolder, storage: Storage, progress: Progress) -> Iterat
 def inputs(spec: Spec, storage: Storage) -> dict[str, Any]:
     """What a job reads, by name and hash, for its lineage. Raises InputError for what does not exist."""
     found: dict[str, Any] = {}
-    train = spec if isinstance(spec, TrainSpec) else None
+    trains = [spec] if isinstance(spec, TrainSpec) else []
     if isinstance(spec, PrepareSpec):
         from distlm.corpus.read import find_files
 
@@ -120,30 +120,29 @@ def inputs(spec: Spec, storage: Storage) -> dict[str, Any]:
     if isinstance(spec, TuneSpec):
         from distlm.tune import space
 
-        train = space.base_spec(spec)
-    if train is not None:
-        path = locate("prepare", train.corpus, storage, "manifest.json")
-        from distlm.corpus.manifest import manifest_hash
+        trains = [space.trial_spec(spec, values, f"trial-{i}") for i, values in enumerate(space.samples(spec))]
+    for train in reversed(trains):                         # the first trial's inputs stand for the sweep
+        from distlm.train.recipe import make_recipe
 
-        found = {"corpus": str(path), "corpus_hash": manifest_hash(path)}
+        recipe = make_recipe(train, storage)
+        found = {"corpus": recipe.corpus, "corpus_hash": recipe.corpus_hash}
         if train.model.source:
-            found["model"] = str(locate("train", train.model.source, storage))
+            found["model"] = str(locate(train.model.source, storage))
     if isinstance(spec, ServeSpec):
-        found["model"] = str(locate("train", spec.model, storage))
+        found["model"] = str(locate(spec.model, storage))
     return found
 
 
-def locate(kind: str, text: str, storage: Storage, holds: str = "") -> Path:
-    """The folder of a job of `kind` that a spec names, by path or by name. Raises InputError with the nearest name."""
-    for path in (Path(text).expanduser(), storage.root / FOLDERS[kind] / text):
-        if (path.is_absolute() or "/" in text or path.parent.name == FOLDERS[kind]) and (path / holds).exists():
+def locate(text: str, storage: Storage) -> Path:
+    """The folder of a run, or of a model, that a spec names by name or by path. Raises InputError with the nearest name."""
+    for path in (storage.root / FOLDERS["train"] / text, Path(text).expanduser()):
+        if path.is_dir() and (path.parent.name == FOLDERS["train"] or "/" in text):
             return path.absolute()
-    base = storage.root / FOLDERS[kind]
+    base = storage.root / FOLDERS["train"]
     names = sorted(p.name for p in base.iterdir() if p.is_dir()) if base.is_dir() else []
     near = nearest(text, names)
-    what = {"prepare": "corpus", "train": "run or model folder"}[kind]
-    raise InputError(f"there is no {what} {text!r}", where=str(base), remedy=f"did you mean {near}?" if near else
-                     f"there are {', '.join(names[:8])}" if names else f"`distlm run` a {kind} spec first")
+    raise InputError(f"there is no run or model folder {text!r}", where=str(base), remedy=f"did you mean {near}?" if near else
+                     f"there are {', '.join(names[:8])}" if names else "`distlm run` a train spec first")
 
 
 def check_resume(folder: RunFolder, spec: Spec) -> list[str]:

@@ -1,0 +1,173 @@
+"""What a job will need, found without touching a cluster: parameters, tokens, steps, arithmetic, memory, CPUs and GPUs.
+
+    for what, how_much in needs(resolve("jobs/train.yaml"), Storage.find()):
+        print(what, how_much)
+"""
+
+from typing import Any
+
+from distlm.errors import InputError, SpecError
+from distlm.spec import PipelineSpec, PrepareSpec, ServeSpec, TrainSpec, TuneSpec
+from distlm.spec.load import Loaded, Spec, validate
+from distlm.storage import Storage
+
+Rows = list[tuple[str, str]]
+
+
+def needs(loaded: Loaded, storage: Storage) -> Rows:
+    """(what, how much) rows. `loaded` comes from `execute.resolve`. Raises SpecError, InputError for what can be seen to fail."""
+    return _needs(loaded.spec, storage)
+
+
+def _needs(spec: Spec, storage: Storage) -> Rows:
+    if isinstance(spec, PrepareSpec):
+        return of_prepare(spec)
+    if isinstance(spec, TrainSpec):
+        return of_train(spec, storage)
+    if isinstance(spec, TuneSpec):
+        return of_tune(spec, storage)
+    if isinstance(spec, ServeSpec):
+        return of_serve(spec, storage)
+    return of_pipeline(spec, storage)
+
+
+def of_prepare(spec: PrepareSpec) -> Rows:
+    from distlm.corpus.read import find_files
+
+    files = find_files(spec.sources)
+    vocabulary = f"taken from {spec.tokenizer.source}" if spec.tokenizer.source else (
+        "256 bytes" if spec.tokenizer.train == "bytes" else f"{spec.tokenizer.vocab_size:,} tokens, trained")
+    return [("files", f"{len(files):,}"), ("bytes", size(sum(file.bytes for file in files))), ("vocabulary", vocabulary),
+            ("context", f"{spec.context:,} tokens"), ("CPUs", str(spec.workers) if spec.workers else "as many as the cluster has")]
+
+
+def of_train(spec: TrainSpec, storage: Storage) -> Rows:
+    """A corpus that does not exist yet leaves open what depends on it."""
+    from distlm.train.recipe import make_recipe
+
+    try:
+        recipe = make_recipe(spec, storage)
+    except InputError as error:
+        return [("corpus", f"{spec.corpus}: not there yet ({error.message})"), *of_scale(spec)]
+    return [("corpus", f"{recipe.corpus}, {recipe.shape.vocab_size:,} tokens of vocabulary, context {recipe.shape.context:,}"),
+            ("steps", f"{recipe.num_steps:,} of {recipe.global_sequences:,} sequences, {recipe.micro_sequences} in a micro-batch"),
+            ("tokens", f"{recipe.num_steps * recipe.tokens_per_step:,}"),
+            ("evaluations", f"every {recipe.evaluate_every:,} steps over {recipe.val_windows:,} windows"),
+            ("checkpoints", f"every {recipe.checkpoint_every:,} steps"),
+            *of_model(spec, recipe.shape, recipe.num_steps * recipe.tokens_per_step), *of_scale(spec)]
+
+
+def of_model(spec: TrainSpec, shape: Any, tokens: int | None) -> Rows:
+    """Parameters are counted on the meta device: nothing is allocated."""
+    from distlm.model.build import model_config, num_parameters
+
+    config = model_config(spec.model, shape)
+    parameters = num_parameters(config)
+    flops = flops_per_token(parameters, config.num_hidden_layers, config.hidden_size, shape.context)
+    memory = memory_per_rank(parameters, spec.precision, spec.sharding.zero, spec.scale.workers)
+    parts = ", ".join(f"{name} {size(value)}" for name, value in memory.items())
+    total = f"{flops * tokens:.2e} FLOPs, " if tokens else ""
+    return [("parameters", f"{parameters:,}"), ("arithmetic", f"{total}{flops:.2e} FLOPs a token"),
+            ("memory a worker", f"{size(sum(memory.values()))} ({parts}), activations not counted")]
+
+
+def flops_per_token(parameters: int, layers: int, width: int, context: int) -> float:
+    """Forward and backward: 6 N, and causal attention's 6 L T d (Chowdhery et al. 2022, appendix B, with half of the scores masked)."""
+    return 6.0 * parameters + 6.0 * layers * context * width
+
+
+def memory_per_rank(parameters: int, precision: str, zero: int, workers: int) -> dict[str, int]:
+    """Bytes of model states on one worker (Rajbhandari et al. 2020, section 3): with bf16 2 + 2 + 12 a parameter, with fp32 4 + 4 + 8."""
+    weight, optimizer = (2, 12) if precision == "bf16" else (4, 8)
+
+    def share(bytes_each: int, from_stage: int) -> int:
+        return -(-parameters * bytes_each // (workers if zero >= from_stage else 1))
+
+    return {"weights": share(weight, 3), "gradients": share(weight, 2), "optimizer": share(optimizer, 1)}
+
+
+def of_scale(spec: TrainSpec) -> Rows:
+    scale = spec.scale
+    rows = [("workers", f"{scale.workers}, ZeRO stage {spec.sharding.zero}, {spec.precision}"),
+            ("CPUs", f"{scale.workers * scale.cpus_per_worker + 1:g}: {scale.cpus_per_worker:g} a worker and one to read data")]
+    return rows + ([("GPUs", f"{scale.workers * scale.gpus_per_worker}")] if scale.gpus_per_worker else [])
+
+
+def of_tune(spec: TuneSpec, storage: Storage) -> Rows:
+    from distlm.tune import space
+
+    samples = space.samples(spec)
+    asha = "none: every trial runs to its end"
+    if spec.asha:
+        asha = f"ASHA from step {spec.asha.grace_steps}, the best 1/{spec.asha.reduction} go on"
+    first = of_train(space.trial_spec(spec, samples[0], spec.name), storage)
+    return [("trials", f"{len(samples)}, {spec.concurrent or 'as many as the cluster holds'} at once"),
+            *((key, described(dimension)) for key, dimension in spec.space.items()), ("early stopping", asha),
+            *((f"a trial's {what}", how_much) for what, how_much in first)]
+
+
+def described(dimension: Any) -> str:
+    name = next(name for name in ("uniform", "loguniform", "choice", "grid") if getattr(dimension, name) is not None)
+    values = getattr(dimension, name)
+    return f"{name}: {values[0]} to {values[1]}" if name.endswith("uniform") else f"{name}: {', '.join(map(str, values))}"
+
+
+def of_serve(spec: ServeSpec, storage: Storage) -> Rows:
+    from distlm.execute import locate
+
+    try:
+        model = str(locate(spec.model, storage))
+    except InputError as error:
+        model = f"{spec.model}: not there yet ({error.message})"
+    rows = [("model", model), ("address", f"{spec.host}:{spec.port or 'a free port'}"), ("replicas", str(spec.replicas)),
+            ("CPUs", f"{spec.replicas * spec.cpus_per_replica:g}")]
+    return rows + ([("GPUs", f"{spec.replicas * spec.gpus_per_replica:g}")] if spec.gpus_per_replica else [])
+
+
+def of_pipeline(spec: PipelineSpec, storage: Storage) -> Rows:
+    """Step by step. What a step reads of another is not there yet, but a corpus's vocabulary and context stand in its spec."""
+    from distlm import pipeline
+
+    rows: Rows = []
+    for step in pipeline.order(spec.steps):
+        data = {key: pipeline.stand_in(spec.steps, value) for key, value in spec.steps[step].items() if key != "needs"}
+        try:
+            parsed = validate(data, f"steps.{step}", references=True)
+            found = _of_step(spec, parsed, storage) if parsed is not None else [("spec", "depends on other steps")]
+        except SpecError as error:
+            if "${" not in str(error):
+                raise
+            found = [("spec", "depends on other steps")]
+        rows += [(f"{step}: {what}", how_much) for what, how_much in found]
+    return rows
+
+
+def _of_step(pipe: PipelineSpec, spec: Spec, storage: Storage) -> Rows:
+    if isinstance(spec, TuneSpec):
+        from distlm.tune import space
+
+        train: Any = space.base_spec(spec)
+    else:
+        train = spec
+    if not isinstance(train, TrainSpec) or not train.corpus.startswith("${"):
+        return _needs(spec, storage)
+    made_by = pipe.steps.get(train.corpus[2:-1], {})
+    rows = of_tune(spec, storage)[:len(spec.space) + 2] if isinstance(spec, TuneSpec) else []
+    prefix = "a trial's " if rows else ""
+    tokenizer = made_by.get("tokenizer") or {}
+    if made_by.get("kind") == "prepare" and "from" not in tokenizer and not train.model.source:
+        from distlm.model.build import Shape
+
+        vocabulary = 260 if tokenizer.get("train") == "bytes" else tokenizer.get("vocab_size", 4096)
+        rows += [(prefix + what, text) for what, text in of_model(train, Shape(vocabulary, made_by.get("context", 256), 0), None)]
+    return rows + [(prefix + what, text) for what, text in of_scale(train)]
+
+
+def size(count: int) -> str:
+    """Bytes for people: `3.1 GB`."""
+    value = float(count)
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:,.0f} bytes" if unit == "bytes" else f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:,.3g} TB"

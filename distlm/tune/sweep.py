@@ -1,0 +1,292 @@
+"""A sweep: trials of one training spec, each a run folder of its own, under Ray Tune.
+
+Tune decides which trial runs when and, with ASHA, which stops early; each trial's actor drives a Ray Train run of its own and relays
+its metrics. Folders are the truth: a sweep that is taken up again reads them, leaves what has ended as it is and resumes the rest.
+"""
+
+import contextlib
+import math
+import os
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune as ray_tune
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
+
+from distlm import execute
+from distlm.errors import ClusterError, DistlmError, TrainError
+from distlm.progress import Progress, number
+from distlm.runs import RunFolder, lineage
+from distlm.spec.load import dump, to_yaml
+from distlm.spec.train import TrainSpec
+from distlm.spec.tune import TuneSpec
+from distlm.storage import Storage, write_atomic
+from distlm.tune import space
+
+QUIET = {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1", "TUNE_DISABLE_SIGINT_HANDLER": "1",
+         "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0", "RAY_CHDIR_TO_TRIAL_DIR": "0"}
+"""Our folders are the record, and Ctrl-C is ours: Tune would finish the trials at its leisure."""
+
+Train = Callable[..., dict[str, Any]]
+"""The train job: (spec, folder, storage, progress, on_metrics=...) -> outputs."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One point of the space."""
+
+    name: str
+    values: dict[str, Any]
+    """Dotted key of the training spec -> its value in this trial."""
+    spec: TrainSpec
+    folder: RunFolder
+
+    def ended(self) -> bool:
+        """Whether nothing is left to be done: it went to its end, or ASHA stopped it."""
+        return self.folder.exists() and self.folder.state() in (("succeeded", "completed"), ("stopped", "completed"))
+
+    def steps(self) -> int:
+        return max((record["step"] for record in self.folder.read_metrics() if "step" in record), default=0)
+
+    def score(self, metric: str) -> float:
+        """The last value of the metric; infinite where there is none."""
+        if self.folder.state()[0] == "succeeded" and (self.folder.path / "result.json").exists():
+            value = self.folder.read_result().get({"loss": "loss_last"}.get(metric, metric))
+        else:
+            value = next((r[metric] for r in reversed(self.folder.read_metrics()) if r.get(metric) is not None), None)
+        return value if value is not None and math.isfinite(value) else math.inf
+
+
+def tune(spec: TuneSpec, folder: RunFolder, storage: Storage, progress: Progress) -> dict[str, Any]:
+    """Run every trial that has not ended, and name the best. Raises TrainError where no trial has a result."""
+    trials = plan_trials(spec, folder)
+    todo = [trial for trial in trials if not trial.ended()]
+    if len(todo) < len(trials):
+        progress.note(f"{len(trials) - len(todo)} of {len(trials)} trials have ended before and stay as they are")
+    if todo:
+        run_trials(spec, trials, todo, folder, storage, progress)
+    progress.table(f"trials of {spec.name}", rows(spec, trials), header=("trial", *spec.space, "steps", spec.metric, "state"))
+    best = min(trials, key=lambda trial: (trial.folder.state()[0] != "succeeded", trial.score(spec.metric)))
+    if math.isinf(best.score(spec.metric)):
+        causes = sorted({trial.folder.state()[1] for trial in trials})
+        raise TrainError(f"no trial of {len(trials)} has a {spec.metric}: {', '.join(causes)}; {message(best)}", where=str(folder.path),
+                         cause=causes[0] if len(causes) == 1 else "internal", remedy=f"events.jsonl of {trials[0].folder.path} says more")
+    best_spec = write_best(spec, best, folder, storage)
+    progress.note(f"the best trial is {best.name}; `distlm run {best_spec}` trains it anew")
+    values = {key: best.values[key] for key in spec.space}
+    return {"": str(folder.path), "best": str(best.folder.path), **{f"best.{key}": value for key, value in values.items()},
+            "best_spec": str(best_spec), "metric": spec.metric, "value": best.score(spec.metric),
+            "trials": [record(spec, trial) for trial in trials]}
+
+
+def plan_trials(spec: TuneSpec, folder: RunFolder) -> list[Trial]:
+    """Every trial of the sweep, in the order of its samples."""
+    found = []
+    for index, values in enumerate(space.samples(spec)):
+        name = space.trial_name(index, values)
+        train = space.trial_spec(spec, values, f"{spec.name[:99 - len(name)]}.{name}")
+        found.append(Trial(name, values, train, RunFolder(folder.path / "trials" / name)))
+    return found
+
+
+def run_trials(spec: TuneSpec, trials: list[Trial], todo: list[Trial], folder: RunFolder, storage: Storage, progress: Progress) -> None:
+    """Let Tune run the trials of `todo`. Afterwards the folder of each says how it ended. Raises ClusterError, KeyboardInterrupt."""
+    concurrent = min(spec.concurrent or capacity(todo), len(todo))
+    progress.note(f"{len(todo)} trials, {concurrent} at once")
+    scheduler = FIFOScheduler()
+    if spec.asha:                                          # a trial's own duration is its end: ASHA only stops weak ones before it
+        scheduler = ASHAScheduler(time_attr="step", max_t=10**9, grace_period=spec.asha.grace_steps, reduction_factor=spec.asha.reduction)
+    watch = Watch(spec, trials, todo, progress)
+    attempt = f"{len(list((folder.path / 'ray').glob('*'))) + 1}"
+    with environment(QUIET), attached(watch):
+        tuner = ray_tune.Tuner(
+            ray_tune.with_resources(trial_function(todo, spec, storage, execute.job("train")), {"CPU": 0.01}),
+            param_space={"trial": ray_tune.grid_search(list(range(len(todo))))},
+            tune_config=ray_tune.TuneConfig(metric=spec.metric, mode="min", scheduler=scheduler, max_concurrent_trials=concurrent,
+                                            trial_name_creator=lambda t: todo[t.config["trial"]].name,
+                                            trial_dirname_creator=lambda t: todo[t.config["trial"]].name),
+            run_config=ray_tune.RunConfig(name=attempt, storage_path=str(folder.path / "ray"), verbose=0, callbacks=[watch]))
+        tuner.fit()
+
+
+def capacity(trials: list[Trial]) -> int:
+    """How many trials the cluster holds at once. Beside its workers a run needs a CPU to read its data. Raises ClusterError."""
+    have = ray.cluster_resources()
+    cpus = max(t.spec.scale.workers * t.spec.scale.cpus_per_worker + 1 for t in trials)
+    gpus = max(t.spec.scale.workers * t.spec.scale.gpus_per_worker for t in trials)
+    count = min(int(have.get("CPU", 0) // cpus), int(have.get("GPU", 0) // gpus) if gpus else 10**9)
+    if count < 1:
+        raise ClusterError(f"a trial needs {cpus:g} CPUs and {gpus} GPUs, the cluster has {have.get('CPU', 0):g} and "
+                           f"{have.get('GPU', 0):g}", where="scale", remedy="lower workers or cpus_per_worker, or take a larger cluster")
+    return count
+
+
+def trial_function(trials: list[Trial], spec: TuneSpec, storage: Storage, train: Train) -> Callable[[dict[str, Any]], None]:
+    """What Tune runs in an actor: the training of one trial in a thread, its metrics reported as they come."""
+
+    def trial(config: dict[str, Any]) -> None:
+        mine = trials[config["trial"]]
+        records: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        stopped = threading.Event()
+        thread = threading.Thread(target=run_trial, args=(mine, spec, storage, train, records, stopped), daemon=True)
+        thread.start()
+        held = None                                        # a result waits for the next one: ASHA must not stop a trial that has
+        try:                                               # come to its end and is writing what it made
+            while (latest := records.get()) is not None:
+                if held:
+                    ray_tune.report(held)
+                held = {"step": latest["step"], spec.metric: latest[spec.metric]} if latest.get(spec.metric) is not None else None
+            if mine.folder.state()[0] == "succeeded":
+                ray_tune.report({"step": mine.steps(), spec.metric: mine.score(spec.metric)})
+        except SystemExit:                                 # Tune stops the trial: what breaks from now on is no failure
+            stopped.set()
+            raise
+
+    return trial
+
+
+def run_trial(trial: Trial, spec: TuneSpec, storage: Storage, train: Train, records: Any, stopped: threading.Event) -> None:
+    """Train one trial in its folder; puts every metrics record, and None at the end, into `records`."""
+    data = dump(trial.spec)
+    try:
+        folder = RunFolder.create(trial.folder.path, to_yaml(data),
+                                  lineage(data, **execute.inputs(trial.spec, storage), sweep=spec.name, trial=trial.name), resume=True)
+        folder.event("starting")
+        outputs = train(trial.spec, folder, storage, Progress(), on_metrics=records.put)
+        folder.result(outputs)
+        folder.event("succeeded", "completed")
+    except BaseException as error:
+        if not stopped.is_set():
+            cause = error.cause if isinstance(error, DistlmError) else "internal"
+            trial.folder.event("failed", cause, f"{type(error).__name__}: {error}"[:2000])
+    finally:
+        records.put(None)
+
+
+class Watch(ray_tune.Callback):
+    """Follows the sweep in the driver: records what Tune stopped, writes results for TensorBoard, shows how far it is."""
+
+    def __init__(self, spec: TuneSpec, trials: list[Trial], todo: list[Trial], progress: Progress) -> None:
+        self.spec, self.trials, self.todo, self.progress = spec, trials, todo, progress
+        self.began: set[str] = set()
+        self.best = math.inf
+
+    def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        self.began.add(self.todo[trial.config["trial"]].name)
+        self.show()
+
+    def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any) -> None:
+        self.best = min(self.best, result.get(self.spec.metric, math.inf))
+        self.show()
+
+    def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        mine = self.todo[trial.config["trial"]]
+        if mine.folder.state()[0] not in ("succeeded", "failed"):
+            step = (trial.last_result or {}).get("step", mine.steps())
+            mine.folder.event("stopped", "completed", f"stopped early by ASHA at step {step}")
+        self.finish(mine)
+
+    def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        mine = self.todo[trial.config["trial"]]
+        if mine.folder.state() in (("starting", ""), ("running", ""), ("failed", "head_lost"), ("queued", "")):
+            mine.folder.event("failed", "worker_died", f"the trial's process ended: {trial.error_file or 'no trace'}")
+        self.finish(mine)
+
+    def finish(self, trial: Trial) -> None:
+        write_hparams(self.spec, trial)
+        state, cause = trial.folder.state()
+        if state == "failed":
+            self.progress.note(f"trial {trial.name} has failed: {cause}: {message(trial)}")
+        self.show()
+
+    def show(self) -> None:
+        done = sum(trial.ended() or (trial.name in self.began and trial.folder.state()[0] == "failed") for trial in self.trials)
+        self.progress.update("trials", done, len(self.trials), **({} if math.isinf(self.best) else {"best": self.best}))
+
+    def interrupted(self) -> None:
+        """Record that the user has ended what was running."""
+        for trial in self.todo:
+            if trial.name in self.began and not trial.ended() and trial.folder.state()[0] != "failed":
+                trial.folder.event("stopped", "user", "the sweep was interrupted")
+
+
+@contextlib.contextmanager
+def attached(watch: Watch) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        watch.interrupted()
+        raise
+
+
+def message(trial: Trial) -> str:
+    """What the trial last said about its end."""
+    return next((e["message"] for e in reversed(trial.folder.events()) if e["state"] != "note" and e["message"]), "")
+
+
+def record(spec: TuneSpec, trial: Trial) -> dict[str, Any]:
+    """One trial as it stands in the sweep's result."""
+    state, cause = trial.folder.state()
+    score = trial.score(spec.metric)
+    return {"trial": trial.name, "values": trial.values, "steps": trial.steps(), spec.metric: None if math.isinf(score) else score,
+            "state": state, "cause": cause, "message": message(trial), "folder": str(trial.folder.path)}
+
+
+def rows(spec: TuneSpec, trials: list[Trial]) -> list[tuple[str, ...]]:
+    """The table of trials, the best first."""
+    found = []
+    for trial in sorted(trials, key=lambda t: (t.folder.state()[0] != "succeeded", t.score(spec.metric))):
+        state, cause = trial.folder.state()
+        text = {"failed": f"failed: {cause}", "stopped": "stopped early" if cause == "completed" else f"stopped: {cause}"}.get(state, state)
+        score = trial.score(spec.metric)
+        found.append((trial.name, *(number(trial.values[key]) for key in spec.space), f"{trial.steps():,}",
+                      "" if math.isinf(score) else f"{score:.4f}", text))
+    return found
+
+
+def write_best(spec: TuneSpec, best: Trial, folder: RunFolder, storage: Storage) -> Path:
+    """Write <sweep>/best.yaml: the best trial's training spec under a name that is free."""
+    name, n = f"{spec.name[:90]}-best", 1
+    while storage.run(name).exists():
+        name, n = f"{spec.name[:90]}-best-{n + 1}", n + 1
+    data = {**space.with_values(space.base_data(spec), best.values), "name": name}
+    path = folder.path / "best.yaml"
+    remark = f"# The best of the sweep {spec.name}: trial {best.name}, {spec.metric} {best.score(spec.metric):.4f}\n"
+    write_atomic(path, remark + to_yaml(data))
+    return path
+
+
+def write_hparams(spec: TuneSpec, trial: Trial) -> None:
+    """Put the trial's values and results where TensorBoard shows trials side by side."""
+    from torch.utils.tensorboard import SummaryWriter
+    from torch.utils.tensorboard.summary import hparams
+
+    values = {key: value if isinstance(value, bool | int | float | str) else str(value) for key, value in trial.values.items()}
+    score = trial.score(spec.metric)
+    results = {f"result/{spec.metric}": score, "result/steps": trial.steps()}
+    with SummaryWriter(str(trial.folder.path / "tensorboard")) as writer:
+        for summary in hparams(values, results):
+            writer.file_writer.add_summary(summary)
+        for name, value in results.items():
+            if math.isfinite(value):
+                writer.add_scalar(name, value, trial.steps())
+
+
+@contextlib.contextmanager
+def environment(values: dict[str, str]) -> Iterator[None]:
+    """Set environment variables for the block."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name)
+            else:
+                os.environ[name] = value
