@@ -11,7 +11,8 @@ from pydantic import ValidationError
 
 from distlm.errors import ClusterError, SpecError
 from distlm.head import LocalCluster
-from distlm.spec.load import _explain, _read, dotted
+from distlm.spec.explain import explain
+from distlm.spec.load import dotted, parse
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,10 @@ class RayUpFile:
 
 def read(path: Path) -> LocalCluster | RayUpFile:
     """Read and check a cluster file of either sort. Raises SpecError with file and line."""
-    data, lines = _read(path)
+    try:
+        data, lines = parse(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"cannot be read: {getattr(error, 'strerror', None) or error}", where=str(path)) from None
     if "provider" in data:
         _check_ray_up(path, data, lines)
         return RayUpFile(path, data)
@@ -61,7 +65,7 @@ def read(path: Path) -> LocalCluster | RayUpFile:
     except ValidationError as error:
         problems = []
         for item in error.errors():
-            key, message, remedy = _explain(LocalCluster, item, data)
+            key, message, remedy = explain(LocalCluster, item)
             line = f":{lines[key]}" if key in lines else ""
             problems.append(str(SpecError(message, where=f"{path}{line}: {dotted(key)}", remedy=remedy)))
         raise SpecError("\n".join(problems)) from None
