@@ -1,0 +1,200 @@
+"""A job's folder says what happened, whatever became of the process."""
+
+import json
+import multiprocessing
+import os
+import pickle
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from distlm import errors
+from distlm.errors import CAUSES, CheckpointError, DistlmError, InputError, SpecError, StorageError, TrainError
+from distlm.runs import RunFolder, lineage
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return RunFolder.create(tmp_path / "a", "kind: train\n", {"seed": 1})
+
+
+def test_a_new_folder_is_queued_and_holds_spec_and_lineage(folder):
+    assert folder.state() == ("queued", "") and folder.events() == []
+    assert (folder.path / "spec.yaml").read_text() == "kind: train\n" and folder.lineage() == {"seed": 1}
+    assert RunFolder.open(folder.path) == folder
+
+
+def test_what_succeeds_keeps_its_name(folder):
+    with folder.running():
+        assert folder.state() == ("starting", "")
+        folder.event("running")
+        assert folder.state() == ("running", "")
+    assert folder.state() == ("succeeded", "completed")
+    with pytest.raises(InputError, match="the name a is taken by a job that has succeeded; take another name, or go on with --resume"):
+        RunFolder.create(folder.path, "", {})
+
+
+def test_an_ended_job_goes_on_with_resume_and_keeps_its_journals(folder):
+    with pytest.raises(TrainError):
+        with folder.running():
+            folder.metrics({"step": 1})
+            raise TrainError("lost", cause="worker_died")
+    assert folder.state() == ("failed", "worker_died")
+    again = RunFolder.create(folder.path, "kind: train\nseed: 2\n", {}, resume=True)
+    with again.running():
+        again.metrics({"step": 2})
+    assert [e["state"] for e in again.events()] == ["starting", "failed", "starting", "succeeded"]
+    assert [m["step"] for m in again.read_metrics()] == [1, 2]
+
+
+def test_a_job_that_runs_is_not_taken_up_again(folder):
+    with folder.running():
+        for resume in (False, True):
+            with pytest.raises(InputError, match="a is starting; `distlm status a` shows it, `distlm stop a` ends it"):
+                RunFolder.create(folder.path, "", {}, resume=resume)
+
+
+def test_there_is_no_job_where_there_is_no_folder(tmp_path):
+    with pytest.raises(InputError, match="there is no such job"):
+        RunFolder.open(tmp_path / "b")
+
+
+@pytest.mark.parametrize(("raised", "state", "cause"), [
+    (KeyboardInterrupt(), "stopped", "user"), (SpecError("x"), "failed", "bad_spec"), (InputError("x"), "failed", "bad_input"),
+    (StorageError("x"), "failed", "storage"), (TrainError("x", cause="oom"), "failed", "oom"), (ValueError("x"), "failed", "internal"),
+    (SystemExit(1), "failed", "internal"),
+])
+def test_every_end_has_its_cause(folder, raised, state, cause):
+    with pytest.raises(type(raised)):
+        with folder.running():
+            raise raised
+    assert folder.state() == (state, cause)
+
+
+def test_a_note_does_not_change_the_state(folder):
+    folder.event("running")
+    folder.event("note", "worker_died", "resumed from step 100", step=100)
+    assert folder.state() == ("running", "") and folder.events()[-1]["step"] == 100
+
+
+def test_states_and_causes_are_closed_lists(folder):
+    for state, cause in (("sleeping", ""), ("failed", "bad luck")):
+        with pytest.raises(AssertionError):
+            folder.event(state, cause)
+    with pytest.raises(AssertionError):
+        TrainError("x", cause="bad luck")
+    assert folder.events() == []
+
+
+def test_a_driver_that_is_killed_leaves_a_failed_job(folder):
+    code = f"import os, signal; from pathlib import Path; from distlm.runs import RunFolder\n" \
+           f"with RunFolder(Path({str(folder.path)!r})).running(): os.kill(os.getpid(), signal.SIGKILL)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -9
+    assert folder.events()[-1]["state"] == "starting"
+    assert folder.state() == ("failed", "head_lost")
+    RunFolder.create(folder.path, "", {}, resume=True)
+
+
+def test_a_process_that_took_a_dead_drivers_number_is_not_the_driver(folder):
+    folder.event("running")
+    event = folder.events()[-1]
+    assert event["owner"]["pid"] == os.getpid()
+    event["owner"]["started"] -= 100
+    (folder.path / "events.jsonl").write_text(json.dumps(event) + "\n")
+    assert folder.state() == ("failed", "head_lost")
+
+
+def test_a_driver_on_another_host_is_believed(folder):
+    folder.event("running")
+    event = folder.events()[-1]
+    event["owner"].update(host="elsewhere", pid=2**22 + 1)
+    (folder.path / "events.jsonl").write_text(json.dumps(event) + "\n")
+    assert folder.state() == ("running", "")
+
+
+def test_a_torn_last_line_costs_that_line_alone(folder):
+    folder.metrics({"step": 1})
+    with open(folder.path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 2, "lo')
+    assert [m["step"] for m in folder.read_metrics()] == [1]
+    folder.metrics({"step": 3})
+    assert [m["step"] for m in folder.read_metrics()] == [1, 3]
+
+
+def _append(folder, writer, count):
+    for i in range(count):
+        folder.metrics({"writer": writer, "i": i, "pad": "x" * 300})
+
+
+def test_lines_of_several_processes_do_not_mix(folder):
+    context = multiprocessing.get_context("spawn")
+    writers = [context.Process(target=_append, args=(folder, w, 100)) for w in range(3)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert [w.exitcode for w in writers] == [0, 0, 0]
+    found = folder.read_metrics()
+    assert all([m["i"] for m in found if m["writer"] == w] == list(range(100)) for w in range(3))
+
+
+def test_a_full_disk_is_an_error_and_not_a_shorter_line(folder):
+    folder.metrics({"step": 1})
+    size = (folder.path / "metrics.jsonl").stat().st_size
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 8, hard))
+    try:
+        with pytest.raises(StorageError, match=r"metrics\.jsonl: cannot write: File too large; free space"):
+            folder.metrics({"step": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    folder.metrics({"step": 3})
+    assert [m["step"] for m in folder.read_metrics()] == [1, 3]
+
+
+def test_a_full_disk_does_not_hide_the_error_that_it_caused(folder, monkeypatch):
+    def full(*_):
+        raise StorageError("cannot write: No space left on device")
+    with pytest.raises(CheckpointError, match="no shard"):
+        with folder.running():
+            monkeypatch.setattr(RunFolder, "_append", full)
+            raise CheckpointError("no shard")
+
+
+def test_a_result_is_read_back(folder):
+    folder.result({"": "path", "loss": 1.5})
+    assert folder.read_result() == {"": "path", "loss": 1.5}
+
+
+KINDS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, DistlmError)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_error_survives_the_way_through_ray(kind):
+    error = kind("3 is odd", where="a.yaml:1: x", remedy="try 4", cause="hang")
+    copy = pickle.loads(pickle.dumps(error))
+    assert type(copy) is kind and str(copy) == str(error) == "a.yaml:1: x: 3 is odd; try 4"
+    assert (copy.cause, copy.exit_code, copy.where, copy.remedy) == ("hang", kind.exit_code, "a.yaml:1: x", "try 4")
+    assert kind.cause in CAUSES and kind.exit_code in (2, 3, 4)
+
+
+def test_lineage_names_code_packages_and_inputs():
+    record = lineage({"kind": "train", "name": "a", "seed": 3}, corpus="c")
+    assert record["inputs"] == {"corpus": "c"} and record["seed"] == 3 and record["packages"]["ray"] and record["hardware"]["cpus"]
+    json.dumps(record)
+
+
+def test_lineage_claims_no_commit_for_code_that_git_does_not_track(tmp_path):
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    git = ["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a@example.com"]
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "x"], check=True)
+    (tmp_path / "copy_.py").write_text(Path(sys.modules["distlm.runs.lineage"].__file__).read_text())
+    shown = [sys.executable, "-c", "import copy_; print(copy_.lineage({})['code'])"]
+    found = subprocess.run(shown, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "{}"
+    subprocess.run([*git, "add", "copy_.py"], check=True)
+    found = subprocess.run(shown, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "commit" in found.stdout

@@ -1,0 +1,211 @@
+"""A mistake in a spec is one line that says where, what, the rule and the remedy; a right spec knows where each value came from."""
+
+from pathlib import Path
+
+import pytest
+
+from distlm.errors import SpecError
+from distlm.spec import KINDS, load_spec
+from distlm.spec.load import dump, to_yaml, validate
+from distlm.spec.train import check_batch
+
+TRAIN = "kind: train\nname: a\ncorpus: c\nmodel: {preset: llama-tiny}\nduration: {steps: 3}\n"
+PREPARE = "kind: prepare\nname: a\n"
+TUNE = "kind: tune\nname: a\ntrain: base.yaml\n"
+IS_NAME = "letters, digits, '.', '_' and '-', starting with a letter or digit, 100 at most"
+OPTIMIZER = "name, lr, weight_decay, betas, eps, clip"
+
+MISTAKES = {
+    # whole files
+    "": ": the file is empty; a spec is a mapping that begins with `kind:`",
+    "- a\n- b\n": ": this is no mapping; a spec is a mapping that begins with `kind:`",
+    "name: a\n": ": the key kind is missing; one of prepare, train, tune, serve, pipeline",
+    "kind:\nname: a\n": ":1: kind: the key kind is missing; one of prepare, train, tune, serve, pipeline",
+    "kind: trian\n": ":1: kind: unknown kind 'trian'; did you mean train?",
+    "kind: [train]\n": ":1: kind: unknown kind ['train']; did you mean train?",
+    "kind: 3\n": ":1: kind: unknown kind 3; one of prepare, train, tune, serve, pipeline",
+    TRAIN + "---\n" + TRAIN: ":6: the file holds several documents; one spec a file",
+    # YAML
+    TRAIN + "name: b\n": ":6: the key name is given twice; keep one of them",
+    TRAIN + "batch:\n  global_tokens: 3\n  global_tokens: 4\n": ":8: the key global_tokens is given twice; keep one of them",
+    TRAIN + "batch:\n\tglobal_tokens: 3\n": ":7: not valid YAML: a tab; indent with spaces",
+    TRAIN + "batch: {global_tokens: 3\n": ":7: not valid YAML: expected ',' or '}', but got '<stream end>', "
+                                          "while parsing a flow mapping that begins in line 6",
+    "kind:train\nname: a\n": ":2: not valid YAML: mapping values are not allowed here; is a space missing after a colon, "
+                             "or quotes around a text with a colon?",
+    TRAIN + "seed: *nope\n": ":6: not valid YAML: found undefined alias 'nope'",
+    TRAIN + "seed: !foo 3\n": ":6: seed: YAML's tags are not supported, and this is a !foo",
+    TRAIN + "batch: !!python/object:os.system {}\n":
+        ":6: batch: YAML's tags are not supported, and this is a tag:yaml.org,2002:python/object:os.system",
+    # keys
+    TRAIN + "optimiser: {lr: 1}\n": ":6: optimiser: unknown key; did you mean optimizer?",
+    TRAIN + "optimizer: {learning_rate: 1}\n": f":6: optimizer.learning_rate: unknown key; there are {OPTIMIZER}",
+    TRAIN + "optimizer.lr: 1\n": ":6: optimizer.lr: unknown key; write it as a section, optimizer: {lr: ...}",
+    TRAIN + "optimizer: {3: 4}\n": f":6: optimizer.3: unknown key; there are {OPTIMIZER}",
+    TRAIN.replace("preset: llama-tiny", "source: x"): ":4: model.source: unknown key; there are preset, config, from, context",
+    PREPARE + "sources:\n- a\n- path: b\n  fromat: text\n": ":6: sources.1.fromat: unknown key; did you mean format?",
+    TUNE + "space: {optimizer.lr: {unifrom: [1, 2]}}\n": ":4: space.optimizer.lr.unifrom: unknown key; did you mean uniform?",
+    TRAIN.replace("corpus: c\n", ""): ": corpus: this key is missing; a prepared corpus, by name or path",
+    # types
+    TRAIN.replace("name: a", "name:"): ":2: name: null: must be text",
+    TRAIN.replace("name: a", "name: 12"): ":2: name: 12: must be text; put it in quotes",
+    TRAIN.replace("name: a", "name: ../a"): f":2: name: '../a' is no name; {IS_NAME}",
+    TRAIN.replace("name: a", "name: " + "a" * 101): f":2: name: '{'a' * 49}… is no name; {IS_NAME}",
+    TRAIN.replace("{preset: llama-tiny}", "llama-tiny"):
+        ":4: model: 'llama-tiny': must be a section; its keys are preset, config, from, context",
+    TRAIN + "seed: abc\n": ":6: seed: 'abc': must be a whole number",
+    TRAIN + "seed: 1.5\n": ":6: seed: 1.5: must be a whole number",
+    TRAIN + "seed: 4294967296\n": ":6: seed: 4294967296: must be below 4294967296",
+    TRAIN + "optimizer:\n": f":6: optimizer: null: must be a section; its keys are {OPTIMIZER}",
+    TRAIN + "optimizer: [1, 2]\n": f":6: optimizer: [1, 2]: must be a section; its keys are {OPTIMIZER}",
+    TRAIN + "optimizer: {lr: -1}\n": ":6: optimizer.lr: -1: must be above 0",
+    TRAIN + "optimizer: {lr: .inf}\n": ":6: optimizer.lr: inf: must be finite",
+    TRAIN + "optimizer: {betas: 0.9}\n": ":6: optimizer.betas: 0.9: must be a list",
+    TRAIN + "optimizer: {betas: [0.9]}\n": ":6: optimizer.betas: entry 2 is missing",
+    TRAIN + "optimizer: {betas: [0.9, 1]}\n": ":6: optimizer.betas.1: 1: must be below 1",
+    TRAIN + "schedule: {name: cosin}\n": ":6: schedule.name: 'cosin' is not one of cosine, linear, constant, wsd; did you mean cosine?",
+    TRAIN + "sharding: {zero: 4}\n": ":6: sharding.zero: 4 is not one of 0, 1, 2, 3",
+    PREPARE + "sources: stdlib\n": ":3: sources: 'stdlib': must be a list; write [stdlib]",
+    PREPARE + "sources: []\n": ":3: sources: []: must have 1 entries at least, not 0",
+    TUNE.replace("base.yaml", "3") + "space: {seed: {grid: [1]}}\n": ":3: train: 3: must be a section or text",
+    TUNE + "space: {optimizer.lr: 3}\n": ":4: space.optimizer.lr: 3: must be a section; its keys are uniform, loguniform, choice, grid",
+    "kind: serve\nname: a\nmodel: m\nport: 99999\n": ":4: port: 99999: must be at most 65535",
+    "kind: pipeline\nname: a\nsteps: {a b: {}}\n": f":3: steps.a b: 'a b' is no name; {IS_NAME}",
+    # combinations
+    TRAIN + "batch: {global_sequences: 8, global_tokens: 3}\n":
+        ":6: batch: exactly one of global_tokens, global_sequences must be given, not global_tokens and global_sequences",
+    TRAIN.replace("{steps: 3}", "{}"): ":5: duration: exactly one of steps, tokens, epochs must be given, not none",
+    TRAIN.replace("preset: llama-tiny", "preset: llama-tiny, from: x"):
+        ":4: model: exactly one of preset, config, from must be given, not preset and from",
+    TRAIN.replace("llama-tiny", "llama-9"): ":4: model.preset: unknown preset 'llama-9'; there are ",
+    TRAIN + "batch: {global_sequences: 32, micro_sequences: 3}\nscale: {workers: 2}\n":
+        ":6: batch.micro_sequences: 3 does not divide 32 sequences over 2 workers (16 each); try 1, 2, 4, 8, 16",
+    TRAIN + "batch: {global_sequences: 32}\nscale: {workers: 3}\n":
+        ":6: batch.global_sequences: 32 sequences cannot be divided over 3 workers; try 30 or 33 sequences",
+    TUNE + "space: {optimizer.lr: {loguniform: [3, 1]}}\n":
+        ":4: space.optimizer.lr.loguniform: [3.0, 1.0] is no range: the first number must be smaller and above 0",
+    PREPARE + "sources: [a]\ntokenizer: {train: bpe, from: x}\n":
+        ":4: tokenizer.train: a tokenizer is either trained or taken from a folder: give train or from, not both",
+}
+
+
+@pytest.fixture
+def spec_file(tmp_path: Path):
+    def write(text: str) -> Path:
+        path = tmp_path / "a.yaml"
+        path.write_text(text, encoding="utf-8")
+        return path
+    return write
+
+
+def error(source, overrides=()) -> str:
+    with pytest.raises(SpecError) as caught:
+        load_spec(source, list(overrides))
+    assert caught.value.exit_code == 2 and caught.value.cause == "bad_spec"
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("text", MISTAKES, ids=[" ".join(message.split(";")[0].split()[:9]) for message in MISTAKES.values()])
+def test_a_mistake_is_told_in_one_line(spec_file, text):
+    path = spec_file(text)
+    told = error(path)
+    assert told.startswith(f"{path}{MISTAKES[text]}"), told
+    assert "\n" not in told and (told == f"{path}{MISTAKES[text]}" or MISTAKES[text].endswith("there are "))
+
+
+def test_several_mistakes_are_told_in_a_line_each(spec_file):
+    path = spec_file(TRAIN + "seed: a\nscale: {workers: 0}\nfoo_bar: 1\n")
+    lines = error(path).splitlines()
+    assert len(lines) == 3
+    assert {line.removeprefix(f"{path}:")[0] for line in lines} == {"6", "7", "8"}
+
+
+@pytest.mark.parametrize(("override", "told"), [
+    ("seed", "--set: 'seed' is no override; write key.path=value, e.g. --set optimizer.lr=0.001"),
+    ("=3", "--set: '=3' is no override; write key.path=value, e.g. --set optimizer.lr=0.001"),
+    ("batch..x=3", "--set: 'batch..x=3' is no override; write key.path=value, e.g. --set optimizer.lr=0.001"),
+    ("seed={", "--set seed: '{' is not valid YAML: expected the node content, but found '<stream end>'"),
+    ("seed=1e-3", "--set seed: 0.001: must be a whole number"),
+    ("seed.x=3", "--set seed: {'x': 3}: must be a whole number"),
+    ("batch.global_sequnces=3", "--set batch.global_sequnces: unknown key; did you mean global_sequences?"),
+    ("optimizer=3", f"--set optimizer: 3: must be a section; its keys are {OPTIMIZER}"),
+    ("name=", "--set name: null: must be text"),
+    ("kind=tran", "--set kind: unknown kind 'tran'; did you mean train?"),
+])
+def test_a_wrong_override_is_told_by_its_key(spec_file, override, told):
+    assert error(spec_file(TRAIN), [override]) == told
+
+
+def test_an_override_finds_its_place_in_a_list(spec_file):
+    path = spec_file(PREPARE + "sources: [a, {path: b}]\n")
+    loaded = load_spec(path, ["sources.1.format=text"])
+    assert [source.format for source in loaded.spec.sources] == ["auto", "text"]
+    assert error(path, ["sources.2.format=text"]) == "--set sources.2.format: '2' is no place in a list of 2"
+
+
+def test_a_file_that_is_not_there_names_the_nearest(spec_file, tmp_path):
+    spec_file(TRAIN)
+    assert error(tmp_path / "aa.yaml") == f"{tmp_path}/aa.yaml: there is no such file; did you mean {tmp_path}/a.yaml?"
+    assert error(tmp_path) == f"{tmp_path}: cannot be read: Is a directory"
+    (tmp_path / "b.yaml").write_bytes(b"kind: \xff\xfe")
+    assert error(tmp_path / "b.yaml") == f"{tmp_path}/b.yaml: cannot be read: it is not UTF-8 text"
+
+
+@pytest.mark.parametrize(("text", "value"), [("1e-3", 1e-3), ("1.5E3", 1500.0), ("2", 2.0), ("6.0e-4", 6e-4)])
+def test_numbers_are_read_as_yaml_1_2_says(spec_file, text, value):
+    lr = load_spec(spec_file(TRAIN + f"optimizer: {{lr: {text}}}\n")).spec.optimizer.lr
+    assert type(lr) is float and lr == value
+
+
+def test_yes_and_no_are_text(spec_file):
+    assert load_spec(spec_file(TRAIN.replace("corpus: c", "corpus: no"))).spec.corpus == "no"
+    assert load_spec(spec_file(TRAIN.replace("name: a", "name: 2026-01-31"))).spec.name == "2026-01-31"
+
+
+def test_every_value_knows_its_origin(spec_file):
+    text = TRAIN + "optimizer:\n  lr: 1e-3\n  betas: [0.9, 0.99]\nbatch: {global_sequences: 8}\n"
+    loaded = load_spec(spec_file(text), ["schedule.warmup_steps=2", "optimizer.lr=2e-3"])
+    origins = loaded.origins
+    assert origins["kind"] == "a.yaml:1" and origins["model.preset"] == "a.yaml:4"
+    assert origins["optimizer.betas"] == "a.yaml:8"
+    assert origins["optimizer.lr"] == "--set" and origins["schedule.warmup_steps"] == "--set"
+    assert {origins[key] for key in ("optimizer.clip", "schedule.name", "batch.micro_sequences", "seed")} == {"default"}
+    assert loaded.spec.optimizer.lr == 2e-3 and loaded.spec.batch.global_sequences == 8
+
+
+def test_what_a_merge_key_brings_has_the_line_of_its_section(spec_file):
+    loaded = load_spec(spec_file(TRAIN + "batch:\n  <<: {global_sequences: 8}\n"))
+    assert loaded.spec.batch.global_sequences == 8 and loaded.origins["batch.global_sequences"] == "a.yaml:6"
+
+
+@pytest.mark.parametrize("text", [
+    TRAIN + "sharding: {zero: 2, deepspeed: {a: {b: [1, 2]}}}\noptimizer: {lr: 1e-3}\n",
+    TRAIN.replace("preset: llama-tiny", "from: some/run"),
+    PREPARE + "sources: [a, {path: b, format: text}]\ntokenizer: {from: t}\n",
+    TUNE + "space: {optimizer.lr: {loguniform: [1e-4, 1e-2]}, seed: {grid: [1, 2]}}\nasha: {grace_steps: 3}\n",
+    "kind: serve\nname: a\nmodel: m\n", "kind: pipeline\nname: a\nsteps: {one: {kind: serve, model: '${two}'}, two: {file: b.yaml}}\n",
+])
+def test_a_resolved_spec_reads_back_as_itself(spec_file, text):
+    spec = load_spec(spec_file(text)).spec
+    again = load_spec(spec_file(to_yaml(dump(spec))))
+    assert again.spec == spec and type(again.spec) is KINDS[spec.kind]
+    assert load_spec(dump(spec)).spec == spec
+
+
+def test_a_spec_cannot_be_changed():
+    spec = load_spec({"kind": "serve", "name": "a", "model": "m"}).spec
+    with pytest.raises(ValueError, match="frozen"):
+        spec.port = 1
+
+
+def test_references_wait_but_mistakes_beside_them_do_not():
+    data = {"kind": "serve", "name": "a", "model": "${train}", "port": "${p}"}
+    assert validate(data, references=True) is None
+    with pytest.raises(SpecError, match="replcas: unknown key; did you mean replicas"):
+        validate({**data, "replcas": 2}, references=True)
+
+
+@pytest.mark.parametrize(("sequences", "micro", "workers", "expected"), [(32, None, 1, 16), (32, None, 4, 8), (24, None, 1, 12),
+                                                                       (32, 8, 2, 8), (17, None, 1, 1)])
+def test_a_micro_batch_divides_a_workers_share(sequences, micro, workers, expected):
+    assert check_batch(sequences, micro, workers) == expected

@@ -1,0 +1,82 @@
+"""The same records on a terminal, in a log, and across the wire."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from distlm import progress
+from distlm.progress import JsonProgress, PlainProgress, Progress, RichProgress, draw, figures, parse
+
+
+class Kept(Progress):
+    def __init__(self):
+        self.records = []
+
+    def show(self, record):
+        self.records.append(record)
+
+
+def tell(to: Progress) -> None:
+    """One job's worth of calls."""
+    with to:
+        to.stage("train", "a")
+        for step in range(1, 301):
+            to.update("steps", step, 300, loss=4.25, tokens_per_s=5100.4)
+        to.note("3 documents [not UTF-8] rejected")
+        to.table("result [x]", [("betas", "[0.9, 0.95]"), ("path", "[/bold]")], header=("key", "value"))
+
+
+def test_records_across_the_wire_show_as_they_would_here(capsys):
+    tell(JsonProgress())
+    lines = capsys.readouterr().out.splitlines()
+    records = [parse(line) for line in lines]
+    assert all(records) and len(lines) < 10, "updates are thinned"
+    kept = Kept()
+    tell(kept)
+    assert records[0] == kept.records[0] and records[-2] == kept.records[-2]
+    last = [r for r in records if r["distlm"] == "update"][-1]
+    assert last["done"] == last["total"] == 300, "the last update is never thinned"
+    shown = [io.StringIO(), io.StringIO()]
+    for text, source in zip(shown, (records, kept.records), strict=True):
+        for record in source:
+            draw(Console(file=text, width=100), record)
+    assert shown[0].getvalue() == shown[1].getvalue()
+
+
+def test_brackets_are_shown_as_they_are(capsys):
+    tell(PlainProgress())
+    out = capsys.readouterr().out
+    assert "[0.9, 0.95]" in out and "[/bold]" in out and "[not UTF-8]" in out and "result [x]" in out and "\\[" not in out
+    assert "\x1b" not in out, "a log has no control codes"
+    assert "steps 300/300 loss 4.25  tokens/s 5,100" in out
+
+
+def test_a_terminal_gets_a_bar_a_unit():
+    text = io.StringIO()
+    tell(RichProgress(Console(file=text, width=110, force_terminal=True, highlight=False)))
+    out = text.getvalue()
+    assert "steps" in out and "300/300" in out and "[not UTF-8]" in out and "[0.9, 0.95]" in out
+
+
+@pytest.mark.parametrize("line", ["", "hello", '{"a": 1}', '{"distlm": "update", "done', "2026 INFO x"])
+def test_other_output_of_a_job_is_no_record(line):
+    assert parse(line) is None
+
+
+def test_what_stdout_is_decides(monkeypatch):
+    monkeypatch.setenv("DISTLM_PROGRESS", "json")
+    assert isinstance(Progress.for_stdout(), JsonProgress)
+    monkeypatch.delenv("DISTLM_PROGRESS")
+    monkeypatch.setattr(progress.sys, "stdout", io.StringIO())
+    assert isinstance(Progress.for_stdout(), PlainProgress)
+
+
+def test_updates_without_a_total_are_shown(capsys):
+    PlainProgress().update("documents", 1200)
+    assert capsys.readouterr().out == "  documents 1,200\n"
+
+
+def test_figures_are_short():
+    shown = figures({"loss": 4.256789, "tokens_per_s": 12345.6, "step": 1200, "lr": 3e-05})
+    assert shown == "loss 4.257  tokens/s 12,346  step 1,200  lr 3e-05"
