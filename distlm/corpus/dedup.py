@@ -37,8 +37,7 @@ class SortResult:
     samples: Samples = field(default_factory=Samples)
     """Of duplicates, in the order of the documents: (file, record) of the copy that is dropped and of the one that is kept."""
     next_val: bytes = b""
-    """The hash of the training document that would be held out first, and its bytes."""
-    next_val_bytes: int = 0
+    """The hash of the training document that would be held out first."""
 
 
 def sort_partition(task: SortTask) -> SortResult:
@@ -61,7 +60,6 @@ def sort_partition(task: SortTask) -> SortResult:
         add(result.dedup.given, 1, sizes[row])
         add(result.splits["val" if task.rule.is_val(hashes[row]) else "train"], 1, sizes[row])
     result.next_val = first_held_out(hashes[row] for row in kept if not task.rule.is_val(hashes[row]))
-    result.next_val_bytes = next((sizes[row] for row in kept if hashes[row] == result.next_val), 0)
     documents = table.select(["hash", "text"]).take(pa.array(kept, pa.int64()))
     with writing(task.output), pa.OSFile(str(task.output), "wb") as file, pa.ipc.new_file(file, documents.schema) as writer:
         writer.write_table(documents, max_chunksize=BATCH_ROWS)

@@ -18,7 +18,7 @@ import pyarrow as pa
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from distlm.corpus.accounts import Account, account, add
+from distlm.corpus.accounts import Account, Step, account, add
 from distlm.corpus.manifest import tokenizer_hash
 from distlm.corpus.split import SplitRule
 from distlm.errors import InputError
@@ -46,6 +46,8 @@ class Vocabulary:
     size: int
     """One more than the highest token id."""
     eos_id: int
+    sampled: Account
+    """What the vocabulary was learned from."""
 
     @property
     def dtype(self) -> str:
@@ -62,8 +64,20 @@ def check_given(rules: Tokenizer) -> None:
         _given(Path(rules.source).expanduser())
 
 
-def make_tokenizer(rules: Tokenizer, folder: Path, sample: Iterator[str]) -> Vocabulary:
-    """Train the tokenizer on `sample`, or take the given one, and write it to `folder` as transformers reads it."""
+@dataclass(frozen=True)
+class VocabularyTask:
+    """What a tokenizer is made from, and where it goes."""
+
+    rules: Tokenizer
+    partitions: list[Path]
+    """The documents, in order: the vocabulary is learned from the first ones of the training split."""
+    split: SplitRule
+    folder: Path
+
+
+def make_tokenizer(task: VocabularyTask) -> Vocabulary:
+    """Train the tokenizer, or take the given one, and write it as transformers reads it. Raises StorageError."""
+    rules, folder, sampled = task.rules, task.folder, account()
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     if rules.source:
@@ -76,17 +90,25 @@ def make_tokenizer(rules: Tokenizer, folder: Path, sample: Iterator[str]) -> Voc
         if not (folder / "tokenizer_config.json").exists():
             write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end,
                                                           "clean_up_tokenization_spaces": False})
-        return Vocabulary(folder, "from", _size(tokenizer), tokenizer.token_to_id(end))
-    tokenizer = _bytes() if rules.train == "bytes" else _trained(rules.vocab_size, sample)
-    write_atomic(folder / "tokenizer.json", tokenizer.to_str(pretty=False))
-    write_json(folder / "tokenizer_config.json", {
-        "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END, "pad_token": END, "add_prefix_space": False,
-        "clean_up_tokenization_spaces": False, "chat_template": CHAT_TEMPLATE})
-    return Vocabulary(folder, rules.train or "bpe", _size(tokenizer), tokenizer.token_to_id(END))
+    else:
+        end = END
+        tokenizer = _bytes() if rules.train == "bytes" else _trained(rules.vocab_size, _sample(task, sampled))
+        write_atomic(folder / "tokenizer.json", tokenizer.to_str(pretty=False))
+        write_json(folder / "tokenizer_config.json", {
+            "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END, "pad_token": END, "add_prefix_space": False,
+            "clean_up_tokenization_spaces": False, "chat_template": CHAT_TEMPLATE})
+    ids = tokenizer.get_vocab(with_added_tokens=True)
+    return Vocabulary(folder, "from" if rules.source else rules.train or "bpe", max(ids.values()) + 1, ids[end], sampled)
 
 
-def _size(tokenizer: tokenizers.Tokenizer) -> int:
-    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+def _sample(task: VocabularyTask, taken: Account) -> Iterator[str]:
+    """The first training documents in the order of the corpus, which is that of their hashes, up to a number of bytes."""
+    for split, text in _documents(task.partitions, task.split):
+        if taken["bytes"] >= task.rules.sample_bytes:
+            return
+        if split == "train":
+            add(taken, 1, len(text.encode()))
+            yield text
 
 
 def _given(source: Path) -> tuple[tokenizers.Tokenizer, str]:
@@ -141,22 +163,6 @@ def _trained(vocab_size: int, sample: Iterator[str]) -> tokenizers.Tokenizer:
     return tokenizer
 
 
-class Sample:
-    """The first training documents in the order of the corpus, which is that of their hashes, up to a number of bytes."""
-
-    def __init__(self, partitions: list[Path], rule: SplitRule, max_bytes: int) -> None:
-        self.partitions, self.rule, self.max_bytes = partitions, rule, max_bytes
-        self.taken = account()
-
-    def __iter__(self) -> Iterator[str]:
-        for split, text in _documents(self.partitions, self.rule):
-            if self.taken["bytes"] >= self.max_bytes:
-                return
-            if split == "train":
-                add(self.taken, 1, len(text.encode()))
-                yield text
-
-
 def _documents(partitions: list[Path], rule: SplitRule) -> Iterator[tuple[str, str]]:
     """(split, text) of every document, in order, holding one small batch at a time."""
     for path in partitions:
@@ -185,7 +191,7 @@ class EncodeTask:
 class Encoded:
     """One split of one partition."""
 
-    account: Account
+    step: Step
     tokens: int
 
 
@@ -196,20 +202,21 @@ def encode_partition(task: EncodeTask) -> dict[str, Encoded]:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True                 # text that spells a special token is text
-    counts = {"train": account(), "val": account()}
+    steps = {split: Step("tokenize") for split in ("train", "val")}
     arrays: dict[str, list[npt.NDArray[Any]]] = {"train": [], "val": []}
     waiting: dict[str, list[str]] = {"train": [], "val": []}
     waiting_bytes = dict.fromkeys(waiting, 0)
 
     def encode(split: str) -> None:
-        for encoding in tokenizer.encode_batch_fast(waiting[split], add_special_tokens=False):
+        for text, encoding in zip(waiting[split], tokenizer.encode_batch_fast(waiting[split], add_special_tokens=False), strict=True):
             arrays[split].append(np.array([*encoding.ids, task.eos_id], dtype=task.dtype))
+            add(steps[split].given, 1, len(text.encode()))
         waiting[split].clear()
         waiting_bytes[split] = 0
 
     for split, text in _documents([task.documents], task.rule):
         size = len(text.encode())
-        add(counts[split], 1, size)
+        add(steps[split].taken, 1, size)
         waiting[split].append(text)
         waiting_bytes[split] += size
         if waiting_bytes[split] >= ENCODE_BYTES:
@@ -222,5 +229,5 @@ def encode_partition(task: EncodeTask) -> dict[str, Encoded]:
         with writing(task.output):
             np.save(f"{task.output}-{split}.npy", tokens)
             np.save(f"{task.output}-{split}-starts.npy", np.cumsum(lengths) - lengths)
-        result[split] = Encoded(counts[split] | {"documents": len(found)}, len(tokens))
+        result[split] = Encoded(steps[split], len(tokens))
     return result
