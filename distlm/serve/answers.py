@@ -45,8 +45,7 @@ class Completion:
         for text in texts:
             offsets.append(self._offsets.get(index, 0))
             self._offsets[index] = offsets[-1] + len(text)
-        top = [None if token.logprob is None else {self.spell(i): p for i, p in (*token.top, (token.id, token.logprob))} if token.top else {}
-               for token in tokens]
+        top = [{self.spell(i): p for i, p in (*token.top, (token.id, token.logprob))} if token.top else None for token in tokens]
         return {"tokens": texts, "token_logprobs": [token.logprob for token in tokens], "top_logprobs": top if any(top) else None,
                 "text_offset": offsets}
 

@@ -87,7 +87,8 @@ def create_app(engine: Engine, card: Card, key: str, metrics: Metrics, *, defaul
 
     def known(name: str) -> None:
         if name != card.id:
-            raise Refused(404, f"the model {name!r} does not exist; this endpoint serves {card.id!r}", param="model", code="model_not_found")
+            raise Refused(404, f"the model {name!r} does not exist; this endpoint serves {card.id!r}", param="model",
+                          code="model_not_found")
 
     async def answer(body: Sampling, prompts: list[list[int]], writer: Completion, http: HttpRequest) -> Response:
         requests = [request for prompt in prompts for request in requests_of(body, prompt, engine, default_max_tokens)]
@@ -228,9 +229,8 @@ def explain(problems: Any) -> dict[str, Any]:
     name = place[0] if place else None
     if problem["type"] == "json_invalid":
         return error(f"the body is not valid JSON: {problem.get('ctx', {}).get('error', '')}", code="invalid_json")
-    if not place or problem["type"] in ("model_attributes_type", "dict_type"):
-        if not place:
-            return error("the body must be a JSON object, sent with `Content-Type: application/json`")
+    if not place:
+        return error("the body must be a JSON object, sent with `Content-Type: application/json`")
     path = ".".join(place)
     if problem["type"] == "extra_forbidden":
         known = name in OFF or len(place) > 1

@@ -20,6 +20,11 @@ Count = Annotated[int, Field(ge=0)]
 Stop = str | Annotated[list[str], Field(max_length=16)]
 
 
+def is_off(name: str, value: Any) -> bool:
+    """Does this value of a field that is not supported change nothing?"""
+    return any(value == off and isinstance(value, bool) == isinstance(off, bool) for off in OFF.get(name, ()))
+
+
 class StrictModel(BaseModel):
     """Unknown fields and wrong types are errors."""
 
@@ -50,9 +55,7 @@ class Sampling(StrictModel):
     def _without_what_is_off(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        return {name: value for name, value in data.items()
-                if not (value is None or (name in OFF and any(value == off and type(value) is not bool or value is off
-                                                              for off in OFF[name])))}
+        return {name: value for name, value in data.items() if value is not None and not is_off(name, value)}
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -88,8 +91,8 @@ class CompletionRequest(Sampling):
     @property
     def prompts(self) -> list[str | list[int]]:
         if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
-            return [self.prompt]                           # type: ignore[list-item]
-        return list(self.prompt)                           # type: ignore[arg-type]
+            return [self.prompt]
+        return list(self.prompt)
 
     @property
     def num_top(self) -> int | None:

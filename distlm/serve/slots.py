@@ -9,14 +9,15 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 
 class SlotCache(Cache):
     """Rows of keys and values, per layer [rows, heads, width, dim]; both dimensions grow by doubling."""
 
     def __init__(self, num_layers: int, max_rows: int, context: int) -> None:
-        super().__init__(layers=[SlotLayer() for _ in range(num_layers)])
+        self.slots = [SlotLayer() for _ in range(num_layers)]
+        super().__init__(layers=[*self.slots])
         self.max_rows, self.context = max_rows, context
         self.lengths: list[int] = []
 
@@ -24,7 +25,8 @@ class SlotCache(Cache):
         """Append a row: the cache of one sequence of `length` positions, as a forward pass left it."""
         row = len(self.lengths)
         assert row < self.max_rows and length <= self.context
-        for layer, source in zip(self.layers, prefilled.layers, strict=True):
+        for layer, source in zip(self.slots, prefilled.layers, strict=True):
+            assert type(source) is DynamicLayer and source.keys is not None and source.values is not None
             layer.reserve(row + 1, length + 1, self.max_rows, self.context, source.keys, source.values)
             layer.keys[row, :, :length] = source.keys[0]
             layer.values[row, :, :length] = source.values[0]
@@ -34,7 +36,7 @@ class SlotCache(Cache):
         """Free a row; the last row moves into its place."""
         last, length = len(self.lengths) - 1, self.lengths[-1]
         if row != last:
-            for layer in self.layers:
+            for layer in self.slots:
                 layer.keys[row, :, :length] = layer.keys[last, :, :length]
                 layer.values[row, :, :length] = layer.values[last, :, :length]
             self.lengths[row] = length
@@ -45,7 +47,7 @@ class SlotCache(Cache):
         width = max(self.lengths) + 1
         positions = torch.tensor(self.lengths, device=device)
         rows = torch.arange(len(self.lengths), device=device)
-        for layer in self.layers:
+        for layer in self.slots:
             layer.reserve(len(self.lengths), width, self.max_rows, self.context, layer.keys, layer.values)
             layer.rows, layer.positions, layer.width = rows, positions, width
         hidden = torch.arange(width, device=device)[None, :] > positions[:, None]
@@ -57,6 +59,8 @@ class SlotCache(Cache):
 class SlotLayer(CacheLayerMixin):
     """One layer's rows."""
 
+    keys: Any
+    values: Any
     rows: torch.Tensor
     positions: torch.Tensor
     width = 0
@@ -96,3 +100,5 @@ class SlotLayer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         return -1
+
+    get_max_cache_shape = get_max_length                   # its name before transformers 5.23

@@ -103,10 +103,11 @@ class TorchEngine:
                  max_sequences: int = 8, max_queued: int = 64, metrics: Metrics | None = None) -> None:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         kind = DTYPES[dtype] if dtype != "auto" else torch.float32 if self.device.type == "cpu" else torch.bfloat16
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        self.model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=kind).to(self.device).eval()
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=kind)
+        self.model: Any = model.to(self.device).eval()
         self.context = context_of(self.model.config)
-        self.vocabulary = self.model.get_input_embeddings().num_embeddings
+        self.vocabulary: int = self.model.get_input_embeddings().num_embeddings
         ends = self.model.generation_config.eos_token_id
         ends = self.tokenizer.eos_token_id if ends is None else ends
         self.ends = frozenset([] if ends is None else [ends] if isinstance(ends, int) else ends)

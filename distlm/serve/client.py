@@ -1,0 +1,62 @@
+"""Ask an endpoint from Python, with nothing but httpx.
+
+    for piece in query(url, key, "def add(", max_tokens=32):
+        print(piece, end="", flush=True)
+"""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+
+from distlm.errors import ServeError
+
+
+def query(url: str, api_key: str, prompt: str, max_tokens: int | None = None, *, model: str | None = None, chat: bool = False,
+          temperature: float = 0.0, timeout_s: float = 600, **fields: Any) -> Iterator[str]:
+    """The completion of `prompt`, piece by piece. `url` as in endpoint.json; `fields` are more fields of the request.
+
+    Raises ServeError where the endpoint cannot be reached or refuses.
+    """
+    base = url.rstrip("/").removesuffix("/v1") + "/v1"
+    asked = {"prompt": prompt} if not chat else {"messages": [{"role": "user", "content": prompt}]}
+    limit = {} if max_tokens is None else {"max_tokens": max_tokens}
+    with httpx.Client(headers={"Authorization": f"Bearer {api_key}"}, timeout=timeout_s, trust_env=False) as http:
+        try:
+            if model is None:
+                answer = http.get(f"{base}/models")
+                _accept(answer, base)
+                model = answer.json()["data"][0]["id"]
+            body = {"model": model, **asked, **limit, "temperature": temperature, "stream": True, **fields}
+            with http.stream("POST", f"{base}/{'chat/' if chat else ''}completions", json=body) as answer:
+                _accept(answer, base)
+                yield from _pieces(answer, base)
+        except httpx.HTTPError as error:
+            raise ServeError(f"the endpoint cannot be reached: {error}", where=base,
+                             remedy="`distlm status` shows whether it runs") from None
+
+
+def _pieces(answer: httpx.Response, base: str) -> Iterator[str]:
+    for line in answer.iter_lines():
+        data = line.removeprefix("data: ")
+        if not line.startswith("data: ") or data == "[DONE]":
+            continue
+        event = json.loads(data)
+        if "error" in event:
+            raise ServeError(event["error"]["message"], where=base)
+        for choice in event["choices"]:
+            text = choice["text"] if "text" in choice else choice["delta"].get("content")
+            if text:
+                yield text
+
+
+def _accept(answer: httpx.Response, base: str) -> None:
+    if answer.status_code == 200:
+        return
+    answer.read()
+    try:
+        message = answer.json()["error"]["message"]
+    except (ValueError, KeyError, TypeError):
+        message = answer.text[:200]
+    raise ServeError(f"{message} (status {answer.status_code})", where=base, cause="bad_input" if answer.status_code < 500 else "")

@@ -1,0 +1,255 @@
+"""The serve job: from a model's folder to an endpoint that answers, on Ray Serve.
+
+    outputs = serve(spec, folder, storage, progress)      # Ray is initialised; the endpoint stays when this returns
+    undeploy("py", storage)
+
+Every endpoint is a Serve application of its own name. A cluster has one HTTP port, so the first endpoint lies at the root of it
+and later ones under /<name>.
+"""
+
+import contextlib
+import errno
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import ray
+from ray import serve as ray_serve
+from ray.serve.exceptions import RayServeException
+
+from distlm.errors import ClusterError, InputError, ServeError, StorageError
+from distlm.progress import Progress
+from distlm.runs import RunFolder
+from distlm.serve.api import Card, create_app
+from distlm.serve.guard import make_key, read_key
+from distlm.serve.metrics import Metrics
+from distlm.spec import ServeSpec
+from distlm.spec.load import nearest
+from distlm.storage import Storage, read_json, write_json
+
+START_TIMEOUT_S = 900
+IGNORED = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "encoder_repetition_penalty": 1.0, "min_new_tokens": 0,
+           "suppress_tokens": None, "bad_words_ids": None, "sequence_bias": None, "forced_eos_token_id": None}
+"""Settings of generation_config.json that change what `generate` gives and that the API has no field for, with what turns them off."""
+
+
+class Replica:
+    """One copy of the model, with the API in front."""
+
+    def __init__(self, model: Path, card: Card, key_file: Path, spec: ServeSpec) -> None:
+        from distlm.serve.torch_engine import TorchEngine
+
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self.key, self.card, self.spec = read_key(key_file), card, spec
+        self.metrics = Metrics(card.id, ray_serve.get_replica_context().replica_id.unique_id)
+        self.engine = TorchEngine(model, dtype=spec.dtype, device="cuda" if spec.gpus_per_replica else "cpu",
+                                  threads=spec.threads or max(1, cores // spec.replicas), max_sequences=spec.max_sequences,
+                                  max_queued=spec.max_queued, metrics=self.metrics)
+
+    def check_health(self) -> None:
+        """Ray Serve replaces a replica for which this raises."""
+        self.engine.check()
+
+    def __serve_build_asgi_app__(self) -> Any:
+        return create_app(self.engine, self.card, self.key, self.metrics, default_max_tokens=self.spec.max_tokens)
+
+
+def serve(spec: ServeSpec, folder: RunFolder, storage: Storage, progress: Progress) -> dict[str, Any]:
+    """Bring the endpoint up, or replace it, and wait until it answers. Returns url, api_key_file, model.
+
+    Raises InputError (no such model, key file), ClusterError (too few CPUs or GPUs) and ServeError (port taken, replica fails).
+    """
+    model = find_model(spec.model, storage)
+    key_file = Path(spec.api_key_file).expanduser().absolute() if spec.api_key_file else make_key(folder.path / "api_key")
+    read_key(key_file)
+    for name, value in ignored_settings(model).items():
+        progress.note(f"generation_config.json: {name}: {value} is not applied, the API has no field for it")
+    card = Card(spec.name, read_json(model / "distlm.json") if (model / "distlm.json").exists() else {})
+    check_resources(spec)
+    host, port = start(spec)
+    prefix = route_prefix(spec.name)
+    try:
+        deploy(spec, model, card, key_file, prefix)
+        wait_until_running(spec.name, progress)
+        base = f"http://{reachable(host)}:{port}{prefix.rstrip('/')}"
+        wait_until_healthy(base)
+    except BaseException:                                  # Ctrl-C too: nothing half-deployed stays behind
+        remove(spec.name)
+        raise
+    write_json(folder.path / "endpoint.json", {"url": f"{base}/v1", "model": card.id, "api_key_file": str(key_file), "app": spec.name,
+                                               "folder": str(model), "lineage": card.lineage})
+    folder.event("running", message=f"serving at {base}/v1", url=f"{base}/v1")
+    return {"": f"{base}/v1", "url": f"{base}/v1", "api_key_file": str(key_file), "model": card.id}
+
+
+def undeploy(name: str, storage: Storage) -> None:
+    """Take an endpoint down; the last one takes Ray Serve and its port with it. Ray is initialised. Raises InputError."""
+    record = storage.endpoint(name) / "endpoint.json"
+    if not record.exists():
+        near = nearest(name, [path.parent.name for path in storage.endpoint("x").parent.glob("*/endpoint.json")])
+        raise InputError(f"there is no endpoint {name}", where=str(record.parent), remedy=f"did you mean {near}?" if near else "")
+    remove(read_json(record)["app"])
+    record.unlink()
+
+
+def find_model(text: str, storage: Storage) -> Path:
+    """The folder to load for `spec.model`: a run by name, a run's folder, or a folder of `transformers`. Raises InputError."""
+    run = None
+    with contextlib.suppress(StorageError):                # an absolute path, or one with ..
+        run = storage.run(text)
+    for place in [run, Path(text).expanduser().absolute()]:
+        if place is None or not place.is_dir():
+            continue
+        if (place / "export" / "config.json").exists():
+            return place / "export"
+        if (place / "config.json").exists():
+            return place
+        raise InputError("the run has no export" if RunFolder(place).exists() else "there is no config.json in this folder",
+                         where=f"model: {place}", remedy="`distlm runs` shows whether the run has ended well" if RunFolder(place).exists()
+                         else "name a run, or a folder that AutoModelForCausalLM.from_pretrained loads")
+    runs = storage.run("x").parent
+    near = nearest(text, [path.name for path in runs.iterdir()] if runs.is_dir() else [])
+    raise InputError(f"there is no run and no folder {text!r}", where="model", remedy=f"did you mean {near}?" if near else
+                     f"the runs are in {runs}")
+
+
+def ignored_settings(model: Path) -> dict[str, Any]:
+    path = model / "generation_config.json"
+    settings = read_json(path) if path.exists() else {}
+    return {name: settings[name] for name, off in IGNORED.items() if settings.get(name) not in (None, off)}
+
+
+def check_resources(spec: ServeSpec) -> None:
+    """Serve would wait for ever where the cluster is too small. Raises ClusterError."""
+    total = ray.cluster_resources()
+    for name, each in (("CPU", spec.cpus_per_replica), ("GPU", spec.gpus_per_replica)):
+        if each * spec.replicas > total.get(name, 0):
+            raise ClusterError(f"{spec.replicas} replicas of {each:g} {name} do not fit the cluster's {total.get(name, 0):g}",
+                               where=f"{name.lower()}s_per_replica", remedy="ask for less, or add nodes", cause="bad_input")
+
+
+def start(spec: ServeSpec) -> tuple[str, int]:
+    """Start Ray Serve, or join the one that runs. Returns its host and port. Raises ServeError where the port cannot be had."""
+    client = running_serve()
+    if client is not None:
+        host, port = str(client.http_config.host), int(client.http_config.port)
+        if spec.port not in (0, port) or spec.host != host:
+            raise ServeError(f"this cluster serves at {host}:{port}, and a cluster has one address", cause="bad_input",
+                             where=f"{spec.host}:{spec.port}", remedy=f"set host: {host} and port: {port}, or stop the other endpoints")
+        return host, port
+    port = free_port(spec.host, spec.port)
+    # no request_timeout_s: it would cut streams
+    ray_serve.start(proxy_location="HeadOnly", http_options={"host": spec.host, "port": port, "request_timeout_s": None})
+    return spec.host, port
+
+
+def running_serve() -> Any:
+    """Serve's own client, or None. There is no public way to ask for the port of a Serve that runs, or for its routes."""
+    from ray.serve.context import _get_global_client
+
+    return _get_global_client(raise_if_no_controller_running=False)
+
+
+def free_port(host: str, port: int) -> int:
+    """The port if it can be listened on; for 0, one that is free. Raises ServeError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise ServeError(f"port {port} is taken by another process", where=f"port: {port}", cause="bad_input",
+                                 remedy="set port: 0 to take a free one, or end what listens there") from None
+            raise ServeError(f"{host}:{port} cannot be listened on: {error.strerror or error}", where=f"host: {host}", cause="bad_input",
+                             remedy="name an address of this machine and a port above 1023") from None
+        return int(probe.getsockname()[1])
+
+
+def route_prefix(name: str) -> str:
+    """The application's own prefix where it runs already; the root where that is free; else /name."""
+    taken = {app: status.route_prefix for app, status in applications().items()}
+    if taken.get(name):
+        return str(taken[name])
+    return "/" if "/" not in taken.values() else f"/{name}"
+
+
+def applications() -> dict[str, Any]:
+    """Serve's applications with their route_prefix."""
+    client = running_serve()
+    return dict(client.get_serve_details()["applications"]) if client else {}
+
+
+def deploy(spec: ServeSpec, model: Path, card: Card, key_file: Path, prefix: str) -> None:
+    """Hand the application to Serve, which brings it up in the background."""
+    options: dict[str, Any] = {"num_cpus": spec.cpus_per_replica, "num_gpus": spec.gpus_per_replica,
+                               "runtime_env": {"env_vars": {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}}}
+    # the engine counts and refuses by itself, in OpenAI's words; Serve's own limits lie outside, with room for /health and /metrics
+    deployment = ray_serve.deployment(
+        name="model", num_replicas=spec.replicas, ray_actor_options=options, max_constructor_retry_count=1, health_check_period_s=5,
+        max_ongoing_requests=spec.max_sequences + spec.max_queued + 16, max_queued_requests=spec.max_queued + 16,
+        backpressure_config={"status_code": 429, "retry_after_s": 2})(ray_serve.ingress()(Replica))
+    application = deployment.bind(model, card, key_file, spec)
+    ray_serve.run_many([ray_serve.RunTarget(application, spec.name, prefix)], wait_for_ingress_deployment_creation=False,
+                       wait_for_applications_running=False)
+
+
+def wait_until_running(name: str, progress: Progress, timeout_s: float = START_TIMEOUT_S) -> None:
+    """Raises ServeError with the replica's own words where it cannot start."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        status = ray_serve.status().applications.get(name)
+        state = status.status.value if status else "DEPLOYING"
+        if status and state == "RUNNING":
+            return
+        if status and state in ("DEPLOY_FAILED", "UNHEALTHY", "DELETING"):
+            words = [status.message, *(one.message for one in status.deployments.values())]
+            raise ServeError(f"the model cannot be served: {reason(words)}", where=name, remedy="see logs/ and the dashboard's Serve page")
+        if status:
+            for one in status.deployments.values():
+                states = {str(getattr(state, "value", state)): number for state, number in one.replica_states.items()}
+                progress.update("replicas running", states.get("RUNNING", 0), sum(states.values()) or None)
+        time.sleep(0.2)
+    raise ServeError(f"no replica has come up in {timeout_s:.0f} s", where=name, cause="timeout", remedy="are its CPUs and GPUs free?")
+
+
+def reason(words: list[str]) -> str:
+    """The line of Serve's messages that says what went wrong: the last of a traceback."""
+    lines = [line.strip() for text in words for line in text.splitlines() if line.strip()]
+    errors = [line for line in lines if "Error" in line.split(":")[0] or line.startswith("distlm.")]
+    return (errors or lines or ["Serve does not say why"])[-1]
+
+
+def wait_until_healthy(base: str, timeout_s: float = 60) -> None:
+    """Until /health answers through the proxy. Raises ServeError."""
+    deadline, last = time.monotonic() + timeout_s, ""
+    while time.monotonic() < deadline:
+        try:
+            answer = httpx.get(f"{base}/health", timeout=10, trust_env=False)
+            if answer.status_code == 200:
+                return
+            last = f"status {answer.status_code}"
+        except httpx.HTTPError as error:
+            last = str(error)
+        time.sleep(0.1)
+    raise ServeError(f"{base}/health does not answer: {last}", cause="timeout", remedy="see the dashboard's Serve page")
+
+
+def reachable(host: str) -> str:
+    """The address to tell clients."""
+    address = ray.util.get_node_ip_address() if host in ("0.0.0.0", "::") else host
+    return f"[{address}]" if ":" in address else address
+
+
+def remove(app: str) -> None:
+    """Delete an application; shut Serve down with the last one, so that its port is free again."""
+    try:
+        if app in applications():
+            ray_serve.delete(app)
+        if not applications():
+            ray_serve.shutdown()
+    except RayServeException as error:
+        raise ServeError(f"the endpoint cannot be taken down: {error}", where=app) from error
