@@ -1,3 +1,30 @@
-"""distlm: from raw text to a served language model, with one YAML spec per job, on Ray and DeepSpeed."""
+"""distlm: from raw text to a served language model, with one YAML spec per job, on Ray and DeepSpeed.
+
+    outputs = distlm.run("jobs/train.yaml", overrides=["seed=1"])
+    submission = distlm.submit("jobs/train.yaml")              # the same as a Ray job
+    print(distlm.load_run("py-10m").read_metrics()[-1])
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from distlm.execute import resolve, run
+    from distlm.jobs import load_run, submit
 
 __version__ = "0.1.0"
+__all__ = ["__version__", "load_run", "resolve", "run", "submit"]
+
+_HOMES = {"resolve": "distlm.execute", "run": "distlm.execute", "load_run": "distlm.jobs", "submit": "distlm.jobs"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for, when it is: Ray and torch are slow to load."""
+    if name in _HOMES:
+        from importlib import import_module
+
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -51,7 +51,7 @@ def find(storage: Storage | None = None) -> Cluster | None:
     if address and address != "local":
         for head in alive:
             if address in (head.address, head.dashboard_url):
-                return _cluster(head)
+                return of(head)
         return Cluster("$RAY_ADDRESS", address, address if "://" in address and not address.startswith("ray://") else "")
     if len(alive) > 1:
         named = os.environ.get("DISTLM_CLUSTER", "local")
@@ -60,7 +60,7 @@ def find(storage: Storage | None = None) -> Cluster | None:
             raise InputError(f"several clusters are up: {', '.join(head.name for head in alive)}", where="cluster",
                              remedy="choose one with DISTLM_CLUSTER=name")
         alive = chosen
-    return _cluster(alive[0]) if alive else None
+    return of(alive[0]) if alive else None
 
 
 def require(storage: Storage | None = None) -> Cluster:
@@ -124,7 +124,8 @@ def _unreachable(cluster: Cluster, error: Exception) -> ClusterError:
                         remedy="unset RAY_ADDRESS, or bring one up with `distlm cluster up`")
 
 
-def _cluster(head: heads.Head) -> Cluster:
+def of(head: heads.Head) -> Cluster:
+    """The cluster of a local head."""
     return Cluster(head.name, head.address, head.dashboard_url, head.token_file)
 
 

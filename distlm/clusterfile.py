@@ -1,5 +1,7 @@
 """Cluster files: one of our own for this machine, or one of Ray's cluster launcher (`ray up`) for machines in a cloud."""
 
+import copy
+import logging
 import os
 import subprocess
 import sys
@@ -31,8 +33,8 @@ class RayUpFile:
         for name, node in self.config.get("available_node_types", {}).items():
             machine = node.get("node_config", {})
             kind = machine.get("InstanceType") or machine.get("machineType") or machine.get("azure_arm_parameters", {}).get("vmSize", "?")
-            head = name == self.config.get("head_node_type")
-            count = "1, the head" if head else f"{node.get('min_workers', 0)} to {node.get('max_workers', self.config.get('max_workers', 2))}"
+            most = node.get("max_workers", self.config.get("max_workers", 2))
+            count = "1, the head" if name == self.config.get("head_node_type") else f"{node.get('min_workers', 0)} to {most}"
             rows.append((name, f"{kind}, {count}"))
         return rows
 
@@ -73,11 +75,10 @@ def read(path: Path) -> LocalCluster | RayUpFile:
 
 def _check_ray_up(path: Path, data: dict[str, Any], lines: Any) -> None:
     """Ray's own check, with its defaults filled in as `ray up` does."""
-    import copy
-
     from jsonschema import ValidationError as Mismatch
     from ray.autoscaler._private.util import prepare_config, validate_config
 
+    logging.getLogger("ray.autoscaler").setLevel(logging.WARNING)
     try:
         validate_config(prepare_config(copy.deepcopy(data)))
     except Mismatch as error:

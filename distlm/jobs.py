@@ -171,6 +171,11 @@ def locate(name: str, storage: Storage) -> Job:
     return candidates[0]
 
 
+def load_run(name: str | Path, storage: Storage | None = None) -> RunFolder:
+    """The folder of a job by name or path: its events, metrics, lineage, result. Raises InputError where there is none."""
+    return RunFolder(locate(str(name), storage or Storage.find()).folder)
+
+
 def read(folder: RunFolder) -> Job:
     """A job as its folder tells, without asking anybody."""
     events = folder.events()
@@ -378,9 +383,20 @@ def to_dict(job: Job) -> dict[str, Any]:
             "submission": job.submission}
 
 
-def records(job: Job) -> Iterator[str]:
-    """The lines of the log of a job that was not submitted."""
-    path = job.folder / "logs" / "driver.log"
-    if path.exists():
-        yield from path.read_text(errors="replace").splitlines()
-
+def driver_log(job: Job, follow: bool = False) -> Iterator[str]:
+    """The lines of the log of a job that was not submitted; with `follow` to the job's end."""
+    path, position, rest = job.folder / "logs" / "driver.log", 0, ""
+    while True:
+        ended = not read(RunFolder(job.folder)).active
+        if path.exists():
+            with path.open("rb") as file:
+                file.seek(position)
+                data = file.read()
+            position += len(data)
+            *lines, rest = (rest + data.decode(errors="replace")).split("\n")
+            yield from lines
+        if ended or not follow:
+            break
+        time.sleep(0.3)
+    if rest:
+        yield rest

@@ -1,0 +1,6 @@
+"""`python -m distlm` is `distlm`."""
+
+from distlm.cli import main
+
+if __name__ == "__main__":
+    main()

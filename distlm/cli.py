@@ -1,0 +1,454 @@
+"""The command line: every verb parses, calls one library function, prints. Libraries are imported inside, so that --help is quick."""
+
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from distlm.errors import ClusterError, DistlmError, InputError
+
+if TYPE_CHECKING:
+    from distlm.jobs import Job, Submission
+    from distlm.storage import Storage
+
+app = typer.Typer(name="distlm", no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
+                  context_settings={"help_option_names": ["-h", "--help"]},
+                  help="From raw text to a served language model: one YAML spec per job.")
+cluster_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Bring a cluster up or down.")
+app.add_typer(cluster_app, name="cluster")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit: 0 done, 2 the user's mistake, 3 the job failed, 4 no cluster or storage, 130 interrupted."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words or os.environ.get("DISTLM_DEBUG") == "1"
+    sys.exit(_run([word for word in words if word != "--debug"], debug))
+
+
+def _run(words: list[str], debug: bool) -> int:
+    try:
+        code = app(args=words, prog_name="distlm", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except typer.Abort:
+        _error("interrupted")
+        return 130
+    except KeyboardInterrupt:
+        _error("interrupted")
+        return 130
+    except BrokenPipeError:                                # the reader of a pipe, `head` for one, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except DistlmError as error:
+        if debug:
+            raise
+        _error(str(error))
+        return error.exit_code
+    except Exception as error:
+        message = getattr(error, "format_message", None)
+        if message:                                        # the command line itself is wrong
+            context = getattr(error, "ctx", None)
+            _error(f"{message().rstrip('.')}; `{context.command_path if context else 'distlm'} --help` shows the usage")
+            return 2
+        if debug:
+            raise
+        _error(f"{type(error).__name__}: {error}".splitlines()[0] + "; `--debug` shows where")
+        return 3
+
+
+def _error(text: str) -> None:
+    for line in text.splitlines():
+        print(f"distlm: error: {line}", file=sys.stderr)
+
+
+def _names(incomplete: str) -> list[str]:
+    """Names of jobs, for shell completion."""
+    from distlm.storage import FOLDERS, Storage
+
+    root = Storage.find().root
+    return sorted({path.name for kind in FOLDERS.values() for path in (root / kind).glob(f"{incomplete}*") if path.is_dir()})
+
+
+def _specs(incomplete: str) -> list[str]:
+    """Spec files, for shell completion."""
+    folder = Path(incomplete).parent if incomplete else Path(".")
+    return sorted(str(path) + ("/" if path.is_dir() else "") for path in folder.glob("*")
+                  if (path.is_dir() or path.suffix in (".yaml", ".yml")) and str(path).startswith(incomplete))
+
+
+SpecFile = Annotated[Path, typer.Argument(metavar="SPEC", help="A spec file.", autocompletion=_specs)]
+Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a value; may be given several times.")]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="A job's name, kind/NAME as in runs/NAME, or its folder.",
+                                     autocompletion=_names)]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the job of this name.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
+          debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; also DISTLM_DEBUG=1.")] = False) -> None:
+    if version:
+        import distlm
+
+        print(distlm.__version__)
+        raise typer.Exit
+
+
+@app.command()
+def init(folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to.")] = Path(".")) -> None:
+    """Write starter specs, and a schema for editors.
+
+    Example: distlm init my-project
+    """
+    from distlm.init import init as write
+
+    for path in write(folder):
+        print(path)
+
+
+@app.command()
+def plan(spec: SpecFile, set_: Sets = None) -> None:
+    """Show every value, its origin, and what the job needs.
+
+    Example: distlm plan train.yaml --set scale.workers=8
+    """
+    from distlm.execute import resolve
+    from distlm.plan import needs
+    from distlm.progress import PlainProgress
+    from distlm.spec.load import dotted, dump, leaves
+    from distlm.storage import Storage
+
+    loaded = resolve(spec, set_ or [])
+    values = [(dotted(key), _shown(value)) for key, value in leaves(dump(loaded.spec))]
+    rows = [(key, value, loaded.origins.get(key, "")) for key, value in values]
+    widths = [max(len(row[i]) for row in rows) for i in range(2)]
+    for key, value, origin in rows:
+        print(f"{key:<{widths[0]}}  {value:<{min(widths[1], 40)}}  {origin}".rstrip())
+    PlainProgress().table("\nneeds", list(needs(loaded, Storage.find(loaded.spec.storage))))
+
+
+@app.command()
+def run(spec: SpecFile, set_: Sets = None, resume: Resume = False) -> None:
+    """Do a job here, in the cluster that is up or one of its own.
+
+    Example: distlm run train.yaml --set optimizer.lr=0.001
+    """
+    from distlm.execute import run as run_job
+
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        run_job(spec, overrides=set_ or [], resume=resume)
+    except KeyboardInterrupt:
+        with contextlib.suppress(DistlmError):
+            from distlm.spec import load_spec
+
+            if load_spec(spec, set_ or []).spec.kind != "serve":
+                print(f"stopped; go on with `distlm run {spec} --resume`", file=sys.stderr)
+        raise
+
+
+@app.command()
+def submit(spec: SpecFile, set_: Sets = None, resume: Resume = False,
+           follow: Annotated[bool | None, typer.Option("--follow/--no-follow", "-f",
+                                                       help="Show its progress. Default: on a terminal.")] = None,
+           working_dir: Annotated[Path | None, typer.Option(help="The files that go along. Default: this folder.")] = None) -> None:
+    """Send a job to the cluster, with the files of this folder.
+
+    Example: distlm submit train.yaml --follow
+    """
+    from distlm import jobs
+
+    submission = jobs.submit(spec, overrides=set_ or [], resume=resume, working_dir=working_dir)
+    print(f"submitted {submission.id}\ndashboard {submission.dashboard_url}")
+    if sys.stdout.isatty() if follow is None else follow:
+        _follow(submission)
+    else:
+        print(f"`distlm logs -f {submission.folder.name}` follows it, `distlm stop {submission.folder.name}` ends it")
+
+
+@app.command()
+def status(name: Name, as_json: Json = False) -> None:
+    """Show how a job stands.
+
+    Example: distlm status my-run
+    """
+    from distlm import jobs
+
+    job = jobs.locate(name, _storage())
+    if as_json:
+        _print_json(jobs.to_dict(job))
+        return
+    rows = [("state", f"{job.state}{f' ({job.cause})' if job.cause else ''}"), ("message", job.message), ("duration", _duration(job)),
+            *((key, _number(job.metrics[key])) for key in ("step", "tokens", "loss", "val_loss", "tokens_per_s") if key in job.metrics),
+            ("submission", job.submission), ("dashboard", _dashboard()), ("folder", str(job.folder))]
+    print(f"{job.kind} {job.name}")
+    for key, value in rows:
+        if value:
+            print(f"  {key:<13} {value}")
+
+
+@app.command()
+def logs(name: Name, follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job ends.")] = False) -> None:
+    """Show what a job has written; -f outlives a broken connection.
+
+    Example: distlm logs -f my-run
+    """
+    from distlm import jobs
+
+    job = jobs.locate(name, _storage())
+    submission = None
+    if job.submission:
+        with contextlib.suppress(ClusterError):            # its cluster has gone: what its driver wrote remains
+            submission = jobs.submission_of(job)
+            if jobs.ray_job(submission) is None:
+                submission = None
+    if submission and follow:
+        _follow(submission)
+    elif submission:
+        _show(iter(jobs.logs(submission).splitlines()))
+    else:
+        _show(jobs.driver_log(job, follow))
+
+
+@app.command()
+def stop(name: Name) -> None:
+    """End a job, or take an endpoint down.
+
+    Example: distlm stop my-run
+    """
+    from distlm import jobs
+
+    storage = _storage()
+    job = jobs.stop(jobs.locate(name, storage), storage)
+    print(f"{job.kind} {job.name} {job.state} ({job.cause})")
+
+
+@app.command()
+def runs(as_json: Json = False) -> None:
+    """List all jobs under the storage root.
+
+    Example: distlm runs
+    """
+    from distlm import jobs
+    from distlm.progress import PlainProgress
+
+    found = jobs.jobs(_storage())
+    if as_json:
+        _print_json([jobs.to_dict(job) for job in found])
+    elif not found:
+        print(f"no jobs under {_storage().root}")
+    else:
+        rows: list[tuple[str, ...]] = [
+            (job.kind, job.name, job.state, job.cause, _time(job.started), _duration(job), _number(job.metrics.get("loss")),
+             _number(job.metrics.get("val_loss"))) for job in found]
+        PlainProgress().table("", rows, ("kind", "name", "state", "cause", "started", "duration", "loss", "val_loss"))
+
+
+@app.command()
+def query(name: Name, prompt: Annotated[str, typer.Argument(help="The text to complete.")],
+          max_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens at most. Default: the endpoint's.")] = None,
+          temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.0) -> None:
+    """Complete a text with an endpoint.
+
+    Example: distlm query my-model "def parse(" --max-tokens 32
+    """
+    from distlm.serve.client import query as ask
+    from distlm.storage import read_json
+
+    path = _storage().endpoint(name) / "endpoint.json"
+    if not path.exists():
+        raise InputError(f"there is no endpoint {name!r}", where=str(path.parent), remedy="`distlm runs` lists those that serve")
+    endpoint = read_json(path)
+    for piece in ask(endpoint["url"], Path(endpoint["api_key_file"]).read_text().strip(), prompt, max_tokens, model=endpoint.get("model"),
+                     temperature=temperature):
+        print(piece, end="", flush=True)
+    print()
+
+
+@app.command()
+def dashboard(names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Runs or sweeps. Default: all.",
+                                                                autocompletion=_names)] = None,
+              port: Annotated[int | None, typer.Option(help="Default: a free one.")] = None) -> None:
+    """Serve TensorBoard: curves, a sweep's trials side by side.
+
+    Example: distlm dashboard my-sweep
+    """
+    from distlm import dashboard as boards
+    from distlm import jobs
+
+    storage = _storage()
+    paths = [jobs.locate(name, storage).folder for name in names] if names else boards.all_of(storage)
+    signal.signal(signal.SIGTERM, _interrupt)
+    with boards.serve(paths, port) as url:
+        print(f"TensorBoard {url}  (Ctrl-C ends it)", flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            while True:
+                time.sleep(3600)
+
+
+ClusterFile = Annotated[Path | None, typer.Argument(metavar="[FILE]", help="A local cluster's file, or one of `ray up`.")]
+
+
+@cluster_app.command("up")
+def cluster_up(file: ClusterFile = None, yes: Yes = False) -> None:
+    """Start a cluster: on this machine, or in a cloud as the file says.
+
+    Example: distlm cluster up
+    """
+    from distlm import clusterfile, head
+
+    config = clusterfile.read(file) if file else head.LocalCluster()
+    if isinstance(config, clusterfile.RayUpFile):
+        _show_rows(config.rows())
+        if not yes:
+            typer.confirm("These machines cost money. Start them?", abort=True)
+        config.up()
+        return
+    signal.signal(signal.SIGTERM, _interrupt)
+    up, fresh = head.up(config, _storage())
+    print(f"cluster {up.name} {'is up' if fresh else 'was up already'}: {up.cpus} logical CPUs at {up.address}\n"
+          f"dashboard {up.dashboard_url} (token in {up.token_file})\n"
+          f"for Ray's own tools: export RAY_ADDRESS={up.dashboard_url} RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={up.token_file}\n"
+          f"`distlm cluster down{'' if up.name == 'local' else ' --name ' + up.name}` ends it")
+
+
+@cluster_app.command("down")
+def cluster_down(file: ClusterFile = None, name: Annotated[str, typer.Option(help="A local cluster by name.")] = "local",
+                 yes: Yes = False) -> None:
+    """End a cluster that `up` started, and no other.
+
+    Example: distlm cluster down
+    """
+    from distlm import cluster, clusterfile, head
+
+    config = clusterfile.read(file) if file else head.LocalCluster(name=name)
+    if isinstance(config, clusterfile.RayUpFile):
+        _show_rows(config.rows())
+        if not yes:
+            typer.confirm("Terminate these machines?", abort=True)
+        config.down()
+        return
+    found = [one for one in head.recorded(_storage()) if one.name == config.name]
+    if not found:
+        print(f"cluster {config.name} is not up")
+        return
+    if found[0].alive() and not yes:
+        with contextlib.suppress(ClusterError):            # one that does not answer goes down unasked
+            jobs = cluster.status(cluster.of(found[0])).jobs
+            if jobs:
+                typer.confirm(f"{', '.join(jobs)} would end with it. Go on?", abort=True)
+    print(f"cluster {config.name} is down: {head.down(found[0])} processes ended")
+
+
+@cluster_app.command("status")
+def cluster_status(as_json: Json = False) -> None:
+    """Show the cluster that jobs would run in.
+
+    Example: distlm cluster status
+    """
+    from distlm import cluster
+
+    now = cluster.status(cluster.require(_storage()))
+    if as_json:
+        _print_json({"name": now.cluster.name, "address": now.cluster.address, "dashboard": now.cluster.dashboard_url, "nodes": now.nodes,
+                     "resources": now.resources, "jobs": now.jobs, "applications": now.applications})
+        return
+    print(f"cluster {now.cluster.name} is up")
+    _show_rows([("address", now.cluster.address), ("dashboard", now.cluster.dashboard_url), ("nodes", str(now.nodes)),
+                *((f"{name}s", f"{used:g} of {total:g} in use") for name, (used, total) in now.resources.items()),
+                ("jobs", ", ".join(now.jobs) or "none"),
+                ("endpoints", ", ".join(f"{name} ({state})" for name, state in now.applications.items()) or "none")])
+
+
+def _storage() -> "Storage":
+    from distlm.storage import Storage
+
+    return Storage.find()
+
+
+def _interrupt(*_: Any) -> None:
+    """SIGTERM, with which Ray and schedulers end a job, stops it as Ctrl-C does."""
+    raise KeyboardInterrupt
+
+
+def _show(lines: Iterator[str]) -> None:
+    """Records as bars and tables, everything else as it is."""
+    from distlm.progress import PlainProgress, RichProgress, parse
+
+    with RichProgress() if sys.stdout.isatty() else PlainProgress() as progress:
+        for line in lines:
+            record = parse(line)
+            if record:
+                progress.show(record)
+            else:
+                print(line, flush=True)
+
+
+def _follow(submission: "Submission") -> None:
+    """Show a submitted job to its end, and end as it did."""
+    from distlm import jobs
+    from distlm.runs import RunFolder
+
+    name = submission.folder.name
+    try:
+        _show(jobs.follow(submission))
+    except KeyboardInterrupt:
+        print(f"\n{name} goes on: `distlm logs -f {name}` follows it, `distlm stop {name}` ends it", file=sys.stderr)
+        raise typer.Exit(130) from None
+    job = jobs.reconcile(jobs.read(RunFolder(submission.folder)))
+    if job.state != "succeeded":
+        code = (jobs.ray_job(submission) or {}).get("driver_exit_code")
+        _error(f"{name} {'was' if job.state == 'stopped' else 'has'} {job.state} ({job.cause}){': ' if job.message else ''}{job.message}")
+        raise typer.Exit(code if code in (2, 4, 130) else 3)
+
+
+def _show_rows(rows: list[tuple[str, str]]) -> None:
+    for key, value in rows:
+        print(f"  {key:<10} {value}")
+
+
+def _print_json(value: Any) -> None:
+    import json
+
+    print(json.dumps(value, indent=2))
+
+
+def _shown(value: Any) -> str:
+    import json
+
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _number(value: Any) -> str:
+    from distlm.progress import number
+
+    return "" if value is None else number(value)
+
+
+def _time(seconds: float | None) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds)) if seconds else ""
+
+
+def _duration(job: "Job") -> str:
+    if job.duration_s is None:
+        return ""
+    minutes, seconds = divmod(round(job.duration_s), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def _dashboard() -> str:
+    from distlm import cluster
+
+    try:
+        found = cluster.find(_storage())
+    except DistlmError:
+        return ""
+    return found.dashboard_url if found else ""
