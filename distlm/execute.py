@@ -104,8 +104,8 @@ def connected(folder: RunFolder, storage: Storage, progress: Progress) -> Iterat
     from distlm import cluster
 
     with cluster.connect(folder.path / "logs" / "driver.log", storage=storage) as connection:
-        place = "a cluster of its own, on this machine" if connection.embedded else connection.address
-        progress.note(f"cluster {place}, dashboard {connection.dashboard_url or 'off'}")
+        place = "a cluster for this job alone" if connection.embedded else f"cluster {connection.address}"
+        progress.note(f"{place}, dashboard {connection.dashboard_url or 'off'}")
         yield connection.embedded
 
 

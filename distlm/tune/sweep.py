@@ -16,6 +16,7 @@ from typing import Any
 
 import ray
 from ray import tune as ray_tune
+from ray.tune.progress_reporter import TrialProgressCallback
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 
 from distlm import execute
@@ -29,7 +30,7 @@ from distlm.storage import Storage, write_atomic
 from distlm.tune import space
 
 QUIET = {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1", "TUNE_DISABLE_SIGINT_HANDLER": "1",
-         "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0", "RAY_CHDIR_TO_TRIAL_DIR": "0"}
+         "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0", "RAY_CHDIR_TO_TRIAL_DIR": "0", "RAY_AIR_NEW_OUTPUT": "0"}
 """Our folders are the record, and Ctrl-C is ours: Tune would finish the trials at its leisure."""
 
 Train = Callable[..., dict[str, Any]]
@@ -44,6 +45,8 @@ class Trial:
     values: dict[str, Any]
     """Dotted key of the training spec -> its value in this trial."""
     spec: TrainSpec
+    inputs: dict[str, Any]
+    """What it reads, for its lineage."""
     folder: RunFolder
 
     def ended(self) -> bool:
@@ -64,7 +67,7 @@ class Trial:
 
 def tune(spec: TuneSpec, folder: RunFolder, storage: Storage, progress: Progress) -> dict[str, Any]:
     """Run every trial that has not ended, and name the best. Raises TrainError where no trial has a result."""
-    trials = plan_trials(spec, folder)
+    trials = plan_trials(spec, folder, storage)
     todo = [trial for trial in trials if not trial.ended()]
     if len(todo) < len(trials):
         progress.note(f"{len(trials) - len(todo)} of {len(trials)} trials have ended before and stay as they are")
@@ -84,13 +87,13 @@ def tune(spec: TuneSpec, folder: RunFolder, storage: Storage, progress: Progress
             "trials": [record(spec, trial) for trial in trials]}
 
 
-def plan_trials(spec: TuneSpec, folder: RunFolder) -> list[Trial]:
+def plan_trials(spec: TuneSpec, folder: RunFolder, storage: Storage) -> list[Trial]:
     """Every trial of the sweep, in the order of its samples."""
     found = []
     for index, values in enumerate(space.samples(spec)):
         name = space.trial_name(index, values)
         train = space.trial_spec(spec, values, f"{spec.name[:99 - len(name)]}.{name}")
-        found.append(Trial(name, values, train, RunFolder(folder.path / "trials" / name)))
+        found.append(Trial(name, values, train, execute.inputs(train, storage), RunFolder(folder.path / "trials" / name)))
     return found
 
 
@@ -154,12 +157,13 @@ def run_trial(trial: Trial, spec: TuneSpec, storage: Storage, train: Train, reco
     """Train one trial in its folder; puts every metrics record, and None at the end, into `records`."""
     data = dump(trial.spec)
     try:
-        folder = RunFolder.create(trial.folder.path, to_yaml(data),
-                                  lineage(data, **execute.inputs(trial.spec, storage), sweep=spec.name, trial=trial.name), resume=True)
+        made_of = lineage(data, **trial.inputs, sweep=spec.name, trial=trial.name)
+        folder = RunFolder.create(trial.folder.path, to_yaml(data), made_of, resume=True)
         folder.event("starting")
         outputs = train(trial.spec, folder, storage, Progress(), on_metrics=records.put)
-        folder.result(outputs)
-        folder.event("succeeded", "completed")
+        if not stopped.is_set():                           # Tune's word stands, even where the trial got to its end meanwhile
+            folder.result(outputs)
+            folder.event("succeeded", "completed")
     except BaseException as error:
         if not stopped.is_set():
             cause = error.cause if isinstance(error, DistlmError) else "internal"
@@ -168,13 +172,20 @@ def run_trial(trial: Trial, spec: TuneSpec, storage: Storage, train: Train, reco
         records.put(None)
 
 
-class Watch(ray_tune.Callback):
-    """Follows the sweep in the driver: records what Tune stopped, writes results for TensorBoard, shows how far it is."""
+class Watch(TrialProgressCallback):
+    """Follows the sweep in the driver: records what Tune stopped, writes results for TensorBoard, shows how far it is.
+
+    It takes the place of Tune's own callback of its base class, which prints.
+    """
 
     def __init__(self, spec: TuneSpec, trials: list[Trial], todo: list[Trial], progress: Progress) -> None:
+        super().__init__()
         self.spec, self.trials, self.todo, self.progress = spec, trials, todo, progress
         self.began: set[str] = set()
         self.best = math.inf
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}                                          # Tune saves its callbacks; what this one knows lies in the folders
 
     def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         self.began.add(self.todo[trial.config["trial"]].name)
@@ -194,7 +205,7 @@ class Watch(ray_tune.Callback):
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         mine = self.todo[trial.config["trial"]]
         if mine.folder.state() in (("starting", ""), ("running", ""), ("failed", "head_lost"), ("queued", "")):
-            mine.folder.event("failed", "worker_died", f"the trial's process ended: {trial.error_file or 'no trace'}")
+            mine.folder.event("failed", "worker_died", "the trial's process ended unexpectedly")
         self.finish(mine)
 
     def finish(self, trial: Trial) -> None:
