@@ -171,7 +171,7 @@ def free_port(host: str, port: int) -> int:
 
 def route_prefix(name: str) -> str:
     """The application's own prefix where it runs already; the root where that is free; else /name."""
-    taken = {app: status.route_prefix for app, status in applications().items()}
+    taken = {app: status["route_prefix"] for app, status in applications().items()}
     if taken.get(name):
         return str(taken[name])
     return "/" if "/" not in taken.values() else f"/{name}"

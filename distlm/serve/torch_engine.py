@@ -283,7 +283,7 @@ class TorchEngine:
     def _fail(self, error: EngineFailed) -> None:
         with self._wake:
             self._error = error
-            channels = {running.channel for running in [*self._active, *self._waiting]}
+            channels = {running.channel for running in [*self._active, *self._waiting]} | self._started
             channels |= {channel for channel, _ in self._outbox}
             self._waiting.clear()
         self._outbox += [(channel, error) for channel in channels]

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import pytest
-from tiny_models import LLAMA, make_model
+
+from tests.serve.tiny_models import LLAMA, make_model
 
 
 @pytest.fixture(scope="session")

@@ -13,14 +13,14 @@ import httpx
 import openai
 import pytest
 import uvicorn
-from test_torch_engine import reference
-from tiny_models import LLAMA, make_model
 
 from distlm.errors import ServeError
 from distlm.serve.api import Card, create_app
 from distlm.serve.client import query
 from distlm.serve.metrics import Metrics
 from distlm.serve.torch_engine import TorchEngine
+from tests.serve.test_torch_engine import reference
+from tests.serve.tiny_models import LLAMA, make_model
 
 KEY = "sk-0123456789abcdef"
 LINEAGE = {"run": "tiny", "corpus_hash": "ab12", "checkpoint": "step-000010", "trial": None}
@@ -154,8 +154,8 @@ def test_echo_and_logprobs_score_a_prompt_as_lm_eval_asks(server: Server) -> Non
 
 
 def test_chat_logprobs(server: Server) -> None:
-    answer = server.http.post("/v1/chat/completions", json={"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 3,
-                                                            "logprobs": True, "top_logprobs": 2, "temperature": 0}).json()
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 3, "temperature": 0}
+    answer = server.http.post("/v1/chat/completions", json={**body, "logprobs": True, "top_logprobs": 2}).json()
     for entry in answer["choices"][0]["logprobs"]["content"]:
         assert entry["logprob"] == entry["top_logprobs"][0]["logprob"] and len(entry["top_logprobs"]) == 2
 

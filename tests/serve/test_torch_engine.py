@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import FAMILIES, make_model
 from transformers import AutoModelForCausalLM
 
 from distlm.errors import ServeError
 from distlm.serve.engine import Chunk, EngineFailed, EngineFull, Request
 from distlm.serve.torch_engine import TorchEngine
+from tests.serve.tiny_models import FAMILIES, make_model
 
 
 @pytest.fixture

@@ -1,0 +1,171 @@
+"""The serve job: what it finds and refuses, and one endpoint on a real Ray Serve."""
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import ray
+
+from distlm.errors import ClusterError, InputError, ServeError
+from distlm.progress import Progress
+from distlm.runs import RunFolder
+from distlm.serve import deploy
+from distlm.serve.client import query
+from distlm.spec import ServeSpec
+from distlm.storage import Storage
+from tests.serve.test_torch_engine import reference
+from tests.serve.tiny_models import LLAMA, make_model
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Storage:
+    storage = Storage(tmp_path_factory.mktemp("storage"))
+    make_model(storage.run("tiny") / "export", LLAMA, chat=True)
+    return storage
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.serve.shutdown()
+    ray.shutdown()
+
+
+def endpoint(storage: Storage, **fields: Any) -> tuple[ServeSpec, RunFolder, Storage, Progress]:
+    spec = ServeSpec(**{"name": "py", "model": "tiny", "port": 0, "threads": 1, "cpus_per_replica": 0.5, **fields})
+    return spec, RunFolder.create(storage.endpoint(spec.name), "kind: serve\n", {}, resume=True), storage, Progress.for_stdout()
+
+
+def test_a_model_is_a_run_by_name_a_run_by_path_or_a_plain_folder(storage: Storage) -> None:
+    export = storage.run("tiny") / "export"
+    assert deploy.find_model("tiny", storage) == export
+    assert deploy.find_model(str(export.parent), storage) == deploy.find_model(str(export), storage) == export
+
+
+def test_a_model_that_is_not_there_is_named_with_the_nearest(storage: Storage, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="did you mean tiny"):
+        deploy.find_model("tinny", storage)
+    with pytest.raises(InputError, match=r"no config\.json"):
+        deploy.find_model(str(tmp_path), storage)
+    RunFolder.create(storage.run("young"), "kind: train\n", {})
+    with pytest.raises(InputError, match="the run has no export"):
+        deploy.find_model("young", storage)
+
+
+def test_a_taken_port_is_an_error_with_a_remedy() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(ServeError, match=f"{port} is taken.*port: 0"):
+            deploy.free_port("127.0.0.1", port)
+    assert deploy.free_port("127.0.0.1", port) == port and deploy.free_port("127.0.0.1", 0) > 0
+    with pytest.raises(ServeError, match="cannot be listened on"):
+        deploy.free_port("192.0.2.1", port)
+
+
+def test_settings_of_generate_that_the_api_does_not_know_are_noted(tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps({"repetition_penalty": 1.1, "no_repeat_ngram_size": 0, "top_k": 5}))
+    assert deploy.ignored_settings(tmp_path) == {"repetition_penalty": 1.1}
+
+
+def test_an_endpoint_from_start_to_end_on_ray_serve(cluster: None, storage: Storage, tmp_path: Path) -> None:
+    with pytest.raises(ClusterError, match="100 replicas"):
+        deploy.serve(*endpoint(storage, replicas=100))
+    with socket.create_server(("127.0.0.1", 0)) as other, pytest.raises(ServeError, match="is taken"):
+        deploy.serve(*endpoint(storage, port=other.getsockname()[1]))
+
+    outputs = deploy.serve(*endpoint(storage))
+    folder = storage.endpoint("py")
+    record = json.loads((folder / "endpoint.json").read_text())
+    assert outputs == {"": record["url"], "url": record["url"], "api_key_file": str(folder / "api_key"), "model": "py"}
+    assert record["app"] == "py" and record["lineage"]["corpus_hash"] == "ab12"
+    key = (folder / "api_key").read_text().strip()
+    base = outputs["url"].removesuffix("/v1")
+
+    client = openai.OpenAI(base_url=outputs["url"], api_key=key, max_retries=0)
+    card = client.models.list().data[0]
+    assert card.id == "py" and card.model_extra["lineage"]["run"] == "tiny"
+    ids = list(range(5, 25))
+    wanted = reference(storage.run("tiny") / "export", tuple(ids), 20)
+    whole = client.completions.create(model="py", prompt=ids, max_tokens=20, temperature=0)
+    assert whole.usage.completion_tokens == len(wanted)
+    pieces = list(client.completions.create(model="py", prompt=ids, max_tokens=20, temperature=0, stream=True,
+                                            stream_options={"include_usage": True}))
+    assert "".join(piece.choices[0].text for piece in pieces[:-1]) == whole.choices[0].text and pieces[-1].usage == whole.usage
+    assert len(pieces) > 5
+    assert "".join(query(outputs["url"], key, "hi", 4, chat=True)) == client.chat.completions.create(
+        model="py", messages=[{"role": "user", "content": "hi"}], max_tokens=4, temperature=0).choices[0].message.content
+
+    with pytest.raises(openai.AuthenticationError):
+        openai.OpenAI(base_url=outputs["url"], api_key="wrong", max_retries=0).models.list()
+    with pytest.raises(openai.BadRequestError, match="128 tokens"):
+        client.completions.create(model="py", prompt=[5] * 200)
+    with pytest.raises(openai.NotFoundError, match="does not exist"):
+        client.completions.create(model="other", prompt="x")
+    with pytest.raises(openai.BadRequestError, match="top_k"):
+        client.completions.create(model="py", prompt="x", extra_body={"top_k": 3})
+    assert httpx.get(f"{base}/health").status_code == 200 and httpx.get(f"{base}/metrics").status_code == 401
+
+    leaves_and_frees(base, key)
+
+    other = deploy.serve(*endpoint(storage, name="second", model=str(storage.run("tiny"))))
+    assert other["url"] == f"{base}/second/v1" and "".join(query(other["url"], (storage.endpoint("second") / "api_key").read_text().strip(),
+                                                                "x", 2)) is not None
+    assert httpx.get(f"{base}/second/v1/models").status_code == 401
+    with pytest.raises(ServeError, match="a cluster has one address"):
+        deploy.serve(*endpoint(storage, name="third", port=1))
+    deploy.undeploy("second", storage)
+
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ServeError, match="cannot be served"):
+        deploy.serve(*endpoint(storage, name="broken", model=str(broken)))
+    assert "broken" not in deploy.applications() and httpx.get(f"{base}/health").status_code == 200
+
+    deploy.undeploy("py", storage)
+    assert not (folder / "endpoint.json").exists() and deploy.running_serve() is None
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{base}/health")
+    with pytest.raises(InputError, match="no endpoint py"):
+        deploy.undeploy("py", storage)
+
+
+def leaves_and_frees(base: str, key: str) -> None:
+    """A client that goes away mid-stream, and one that does not stream, free their places."""
+    http = httpx.Client(base_url=base, headers={"Authorization": f"Bearer {key}"}, timeout=30)
+    body = {"model": "py", "prompt": [5] * 8, "max_tokens": 120, "temperature": 1, "seed": 2, "n": 60}
+
+    def value(name: str) -> float:
+        text = http.get("/metrics").text
+        return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith(f"vllm:{name}"))
+
+    for stream in (True, False):
+        aborted = value('request_success_total{finished_reason="abort"')
+        if stream:
+            with http.stream("POST", "/v1/completions", json={**body, "stream": True}) as answer:
+                assert answer.status_code == 200
+                next(answer.iter_lines())
+                assert value("num_requests_running") > 0
+        else:
+            leaver = threading.Thread(target=leave, args=(base, key, body))
+            leaver.start()
+            leaver.join()
+        deadline = time.monotonic() + 10
+        while value("num_requests_running") or value("num_requests_waiting"):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert value('request_success_total{finished_reason="abort"') > aborted, "the client must have left before the end"
+    http.close()
+
+
+def leave(base: str, key: str, body: dict[str, Any]) -> None:
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{base}/v1/completions", json=body, headers={"Authorization": f"Bearer {key}"}, timeout=0.3)
