@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import sys
 import time
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 app = typer.Typer(name="distlm", no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
                   context_settings={"help_option_names": ["-h", "--help"]},
                   help="From raw text to a served language model: one YAML spec per job.")
+PREAMBLE = re.compile(r"^Running entrypoint for job |job_manager\.py:\d+ -- Runtime env is setting up")
+"""What Ray says before a job says anything."""
 cluster_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Bring a cluster up or down.")
 app.add_typer(cluster_app, name="cluster")
 
@@ -387,7 +390,7 @@ def _show(lines: Iterator[str]) -> None:
             record = parse(line)
             if record:
                 progress.show(record)
-            else:
+            elif not PREAMBLE.search(line):
                 print(line, flush=True)
 
 

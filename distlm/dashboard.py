@@ -36,16 +36,17 @@ def all_of(storage: Storage) -> list[Path]:
 @contextlib.contextmanager
 def serve(paths: Sequence[Path], port: int | None = None) -> Iterator[str]:
     """TensorBoard on loopback for the time of the block; yields its address."""
-    from tensorboard import default, program
+    shown = folders(paths)
+    from tensorboard import program
 
     for name in ("tensorboard", "werkzeug"):
         logging.getLogger(name).setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory(prefix="distlm-tensorboard-") as view:
-        for label, folder in folders(paths).items():       # links give the runs short names, whatever lies around them
+        for label, folder in shown.items():                # links give the runs short names, whatever lies around them
             link = Path(view) / label
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(folder.absolute(), target_is_directory=True)
-        board = program.TensorBoard(default.get_plugins(), program.get_default_assets_zip_provider())
+        board = program.TensorBoard()
         board.configure(argv=["distlm", f"--logdir={view}", "--host=127.0.0.1", f"--port={port or free_ports(1)[0]}", "--reload_interval=5",
                               "--load_fast=false"])
         try:

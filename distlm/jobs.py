@@ -9,6 +9,7 @@ A job's folder is the truth about it; Ray's job API is asked for what only it kn
 
 import asyncio
 import contextlib
+import logging
 import os
 import shlex
 import signal
@@ -123,12 +124,15 @@ def send(submission: Submission, entrypoint: str, archive: Path, variables: dict
     from ray.job_submission import JobSubmissionClient
 
     with clusters.authenticated(submission.token_file), clusters.environment({"RAY_ADDRESS": None, "RAY_API_SERVER_ADDRESS": None}):
+        logging.disable(logging.INFO)                      # Ray tells of its upload
         try:
             JobSubmissionClient(submission.dashboard_url).submit_job(
                 entrypoint=entrypoint, submission_id=submission.id, metadata=metadata,
                 runtime_env={"working_dir": str(archive), "env_vars": variables})
         except (RuntimeError, ConnectionError, OSError) as error:
             raise ClusterError(f"did not take the job: {str(error).strip().splitlines()[-1]}", where=submission.dashboard_url) from error
+        finally:
+            logging.disable(logging.NOTSET)
 
 
 def _check_name(folder: RunFolder, resume: bool) -> None:
