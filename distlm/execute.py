@@ -202,6 +202,7 @@ def hold_endpoints(urls: Mapping[str, str], storage: Storage, progress: Progress
                          remedy="logs/ in its folder and the dashboard say more")
     finally:
         for name in urls:
+            (storage.endpoint(name) / "endpoint.json").unlink(missing_ok=True)
             if RunFolder(storage.endpoint(name)).state()[0] == "succeeded":
                 RunFolder(storage.endpoint(name)).event("stopped", "user", "ended with the cluster of the process that brought it up")
 

@@ -1,0 +1,137 @@
+"""From a spec to a finished folder: what is refused before any work, what is recorded, what may be taken up again."""
+
+import http.server
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distlm import cluster, execute
+from distlm.errors import InputError, ServeError, SpecError
+from distlm.runs import RunFolder
+from distlm.spec import load_spec
+from distlm.spec.load import dump, parse
+from distlm.storage import Storage
+from tests.records import Records
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Storage]:
+    root = Storage(tmp_path_factory.mktemp("storage"))
+    with cluster.connect(root.root / "driver.log", storage=root):
+        yield root
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    (tmp_path / "texts").mkdir()
+    for i in range(6):
+        (tmp_path / "texts" / f"{i}.txt").write_text(f"{i} is followed by {i + 1}. " * 40)
+    return tmp_path / "texts"
+
+
+def spec(texts: Path, name: str, **keys: Any) -> dict[str, Any]:
+    return {"kind": "prepare", "name": name, "sources": [str(texts)], "context": 16, "tokenizer": {"train": "bytes"},
+            "split": {"val_fraction": 0.3}, **keys}
+
+
+def test_a_job_leaves_its_spec_with_origins_its_lineage_its_end_and_its_result(storage: Storage, texts: Path) -> None:
+    file = texts.parent / "prepare.yaml"
+    file.write_text(f"kind: prepare\nname: full\nsources: [{texts}]\ncontext: 16\ntokenizer: {{train: bytes}}\n")
+    made = execute.run(file, overrides=["split.val_fraction=0.3"], storage=storage, progress=Records())
+    folder = RunFolder(storage.corpus("full"))
+    assert folder.state() == ("succeeded", "completed") and folder.read_result() == made and made["documents"] == 6
+    text = (folder.path / "spec.yaml").read_text()
+    assert "context: 16  # prepare.yaml:4" in text and "val_fraction: 0.3  # --set" in text and "dedup: exact  # default" in text
+    assert dump(load_spec(folder.path / "spec.yaml").spec) == dump(execute.resolve(file, ["split.val_fraction=0.3"]).spec)
+    assert folder.lineage()["kind"] == "prepare"
+
+
+def test_a_taken_name_is_refused_and_a_complete_job_is_not_done_again(storage: Storage, texts: Path) -> None:
+    made = execute.run(spec(texts, "twice"), storage=storage, progress=Records())
+    folder = RunFolder(storage.corpus("twice"))
+    events = folder.events()
+    with pytest.raises(InputError, match=r"the name twice is taken.*--resume"):
+        execute.run(spec(texts, "twice"), storage=storage, progress=Records())
+    shown = Records()
+    assert execute.run(spec(texts, "twice"), storage=storage, progress=shown, resume=True) == made
+    assert shown.notes == ["prepare twice has already succeeded: nothing to do"] and folder.events() == events
+
+
+def test_a_changed_spec_is_not_taken_up_again_and_the_error_names_the_differences(storage: Storage, texts: Path) -> None:
+    execute.run(spec(texts, "changed"), storage=storage, progress=Records())
+    RunFolder(storage.corpus("changed")).event("failed", "internal")
+    with pytest.raises(SpecError, match=r"context: 16 -> 32; seed: 0 -> 1.*take another name"):
+        execute.run(spec(texts, "changed", context=32, seed=1), storage=storage, progress=Records(), resume=True)
+    execute.run(spec(texts, "changed", workers=1), storage=storage, progress=Records(), resume=True)
+    folder = RunFolder(storage.corpus("changed"))
+    assert folder.state() == ("succeeded", "completed")
+    assert "resumed with workers: None -> 1" in [event["message"] for event in folder.events()]
+    assert len(folder.lineage()["earlier"]) == 1
+
+
+def test_a_job_that_was_submitted_takes_its_queued_folder(storage: Storage, texts: Path) -> None:
+    folder = RunFolder(storage.corpus("queued"))
+    folder.event("queued")
+    execute.run(spec(texts, "queued"), storage=storage, progress=Records())
+    assert folder.state() == ("succeeded", "completed")
+
+
+def test_a_job_that_fails_records_the_cause(storage: Storage, texts: Path) -> None:
+    with pytest.raises(Exception) as error:
+        execute.run(spec(texts, "fails", clean={"min_chars": 1_000_000}), storage=storage, progress=Records())
+    folder = RunFolder(storage.corpus("fails"))
+    assert folder.state() == ("failed", "bad_input") and str(error.value) in folder.events()[-1]["message"]
+
+
+TRAIN = {"corpus": "none", "model": {"preset": "llama-tiny"}, "duration": {"steps": 1}}
+
+
+@pytest.mark.parametrize("given", [{"kind": "prepare", "sources": ["/no/such/folder"]}, {"kind": "serve", "model": "fulll"},
+                                   {"kind": "train", **TRAIN}, {"kind": "tune", "space": {"optimizer.lr": {"grid": [1]}}, "train": TRAIN}])
+def test_an_input_that_does_not_exist_is_found_before_a_folder_is_made(given: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(InputError):
+        execute.run({"name": "x", **given}, storage=tmp_path, progress=Records())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_text_of_several_lines_survives_in_the_recorded_spec(tmp_path: Path) -> None:
+    steps = {"a": {"kind": "prepare", "sources": ["stdlib"]}}
+    loaded = execute.resolve({"kind": "pipeline", "name": "p", "prompt": "def f(x):\n    # a: b\n", "steps": steps})
+    assert parse(execute.spec_text(loaded, RunFolder(tmp_path / "p")))[0] == dump(loaded.spec)
+
+
+class Healthy(http.server.BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200 if self.path == "/health" else 404)
+        self.end_headers()
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def test_an_endpoint_is_held_until_it_falls_silent_and_then_recorded_as_stopped(tmp_path: Path) -> None:
+    folder = RunFolder(Storage(tmp_path).endpoint("e"))
+    folder.event("succeeded", "completed")
+    server = http.server.HTTPServer(("127.0.0.1", 0), Healthy)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}/v1"
+    assert execute.healthy(url)
+    ended = []
+
+    def hold() -> None:
+        try:
+            execute.hold_endpoints({"e": url}, Storage(tmp_path), Records(), every_s=0.1)
+        except ServeError as error:
+            ended.append(error)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    thread.join(timeout=1)
+    assert thread.is_alive() and folder.state()[0] == "succeeded"
+    server.shutdown()
+    server.server_close()
+    thread.join(timeout=60)
+    assert ended and ended[0].cause == "worker_died" and folder.state() == ("stopped", "user")

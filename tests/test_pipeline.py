@@ -1,0 +1,134 @@
+"""Steps in order, references filled, mistakes found before any work, and nothing done twice."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distlm import cluster, execute, pipeline
+from distlm.errors import InputError, SpecError
+from distlm.runs import RunFolder
+from distlm.spec import PipelineSpec
+from distlm.storage import Storage
+from tests.records import Records
+
+PREPARE = {"kind": "prepare", "sources": ["stdlib"]}
+TRAIN = {"kind": "train", "corpus": "${prepare}", "model": {"preset": "llama-tiny"}, "duration": {"steps": 3}}
+TUNE = {"kind": "tune", "train": {k: v for k, v in TRAIN.items() if k != "kind"}, "space": {"optimizer.lr": {"grid": [0.1, 0.2]}}}
+
+
+def steps(**given: Any) -> dict[str, Any]:
+    return {"kind": "pipeline", "name": "p", "steps": given}
+
+
+def refused(**given: Any) -> str:
+    with pytest.raises(SpecError) as error:
+        execute.resolve(steps(**given))
+    return str(error.value)
+
+
+def test_steps_run_after_what_they_need_by_reference_or_by_needs() -> None:
+    serve = {"kind": "serve", "model": "${train}"}
+    loaded = execute.resolve(steps(serve=serve, train={**TRAIN, "needs": "tune"}, tune=TUNE, prepare=PREPARE))
+    assert pipeline.check(loaded) == ["prepare", "tune", "train", "serve"]
+    assert isinstance(loaded.spec, PipelineSpec) and loaded.spec.steps["serve"]["name"] == "p-serve"
+
+
+@pytest.mark.parametrize(("given", "what"), [
+    ({"prepare": {**PREPARE, "needs": ["train"]}, "train": TRAIN}, "the steps need each other: prepare -> train -> prepare"),
+    ({"prepare": PREPARE, "train": {**TRAIN, "corpus": "${prepar}"}}, "${prepar}: there is no such step; did you mean prepare?"),
+    ({"prepare": PREPARE, "train": {**TRAIN, "needs": ["prepaer"]}}, "needs 'prepaer', which is no step; did you mean prepare?"),
+    ({"prepare": PREPARE, "train": {**TRAIN, "seed": "${prepare.token}"}}, "a prepare step has no output token; did you mean tokens?"),
+    ({"prepare": PREPARE, "tune": TUNE, "train": {**TRAIN, "seed": "${tune.best.optimizer.rl}"}}, "did you mean best.optimizer.lr?"),
+    ({"prepare": PREPARE, "train": {**TRAIN, "modle": {}}}, "did you mean model?"),
+    ({"prepare": PREPARE, "train": {**TRAIN, "duration": {"steps": -3}}}, "steps.train: duration.steps: -3"),
+    ({"prepare": PREPARE, "tune": {**TUNE, "space": {"optimizer.lrr": {"grid": [1]}}}}, "did you mean optimizer.lr?"),
+    ({"a": {**PREPARE, "name": "same"}, "b": {**PREPARE, "name": "same"}}, "same is the name of the step a too"),
+    ({"a": {"kind": "pipeline", "steps": {}}}, "a pipeline cannot be a step"),
+    ({"a": {"file": "none.yaml"}}, "none.yaml cannot be read"),
+    ({"a": {"file": "none.yaml", "corpus": "x"}}, "beside file there can be set and needs, not corpus"),
+])
+def test_a_mistake_is_found_before_any_work(given: dict[str, Any], what: str) -> None:
+    assert what in refused(**given)
+
+
+def test_every_wrong_step_is_named_at_once_with_its_line(tmp_path: Path) -> None:
+    (tmp_path / "p.yaml").write_text("kind: pipeline\nname: p\nsteps:\n"
+                                     "  a:\n    kind: prepare\n    surces: [stdlib]\n  b:\n    kind: serv\n")
+    with pytest.raises(SpecError) as error:
+        execute.resolve(tmp_path / "p.yaml")
+    first, second = str(error.value).splitlines()[0], str(error.value).splitlines()[-1]
+    assert "p.yaml:5: steps.a" in first and "p.yaml:8: steps.b" in second and "did you mean serve?" in second
+
+
+def test_a_step_in_a_file_lies_beside_the_pipeline_and_takes_overrides(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "train.yaml").write_text("kind: train\nname: t\ncorpus: c\nmodel: {preset: llama-tiny}\nduration: {steps: 7}\n")
+    (tmp_path / "p.yaml").write_text("kind: pipeline\nname: p\nsteps:\n  prepare: {kind: prepare, sources: [stdlib]}\n"
+                                     "  train: {file: sub/train.yaml, set: {corpus: '${prepare}', duration.steps: 9}}\n")
+    loaded = execute.resolve(tmp_path / "p.yaml")
+    assert isinstance(loaded.spec, PipelineSpec)
+    train = loaded.spec.steps["train"]
+    assert train["corpus"] == "${prepare}" and train["duration"] == {"steps": 9} and train["name"] == "t"
+    assert loaded.origins["steps.train.model.preset"] == "train.yaml:4"
+
+
+def test_a_reference_that_is_the_whole_value_keeps_its_type() -> None:
+    made = {"tune": {"": "/sweep", "best.optimizer.lr": 0.002}, "a.b": {"": "/x", "tokens": 5}}
+    given = {"lr": "${tune.best.optimizer.lr}", "text": "at ${tune}, ${a.b.tokens} tokens", "list": ["${a.b.tokens}"]}
+    assert pipeline.fill(given, {"tune": {}, "a.b": {}}, made) == {"lr": 0.002, "text": "at /sweep, 5 tokens", "list": [5]}
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Storage]:
+    root = Storage(tmp_path_factory.mktemp("storage"))
+    with cluster.connect(root.root / "driver.log", storage=root):
+        yield root
+
+
+def two_steps(texts: Path, **second: Any) -> dict[str, Any]:
+    """Two corpora, the second with the tokenizer of the first."""
+    common = {"kind": "prepare", "sources": [str(texts)], "context": 16, "split": {"val_fraction": 0.3}}
+    return steps(first={**common, "tokenizer": {"vocab_size": 280}},
+                 second={**common, "tokenizer": {"from": "${first}/tokenizer"}, **second})
+
+
+def test_a_rerun_skips_what_is_complete_and_repeats_what_has_changed_with_what_depends_on_it(storage: Storage, tmp_path: Path) -> None:
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for i in range(6):
+        (texts / f"{i}.txt").write_text(f"{i} is followed by {i + 1}. " * 40)
+
+    def run(**second: Any) -> list[str]:
+        shown = Records()
+        execute.run(two_steps(texts, **second), storage=storage, progress=shown)
+        return [text for text in shown.notes if text.startswith("step ")]
+
+    def attempts(name: str) -> int:
+        return sum(event["state"] == "starting" for event in RunFolder(storage.corpus(name)).events())
+
+    assert run() == []
+    assert run() == ["step first is complete and unchanged: skipped", "step second is complete and unchanged: skipped"]
+    assert (attempts("p-first"), attempts("p-second")) == (1, 1)
+
+    RunFolder(storage.corpus("p-second")).event("failed", "head_lost")
+    assert run()[1] == "step second has failed before: taken up again"
+    assert attempts("p-second") == 2
+
+    first, second = run(context=32)
+    assert "skipped" in first and second.startswith("step second or what it reads has changed") and "p-second.old-1" in second
+    assert storage.corpus("p-second.old-1").is_dir() and attempts("p-second") == 1
+
+    (texts / "6.txt").write_text("6 is the last one. " * 40)
+    first, second = run(context=32)
+    assert "step first or what it reads has changed" in first and "step second or what it reads has changed" in second
+    assert RunFolder(storage.pipeline("p")).state() == ("succeeded", "completed")
+
+
+def test_a_step_never_takes_the_folder_of_a_job_that_is_not_the_pipelines(storage: Storage, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a line. " * 100)
+    mine = {"kind": "prepare", "name": "mine", "sources": [str(tmp_path / "a.txt")], "context": 16, "tokenizer": {"train": "bytes"}}
+    execute.run(mine, storage=storage, progress=Records())
+    with pytest.raises(InputError, match="the name mine is taken by a job that is not of the pipeline other"):
+        execute.run({"kind": "pipeline", "name": "other", "steps": {"a": mine}}, storage=storage, progress=Records())

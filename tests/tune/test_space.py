@@ -1,0 +1,92 @@
+"""A sweep's trials are known, and every one of them is valid, before any work."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distlm.errors import SpecError
+from distlm.execute import resolve
+from distlm.spec.tune import TuneSpec
+from distlm.tune import space
+
+TRAIN = {"corpus": "c", "model": {"preset": "llama-tiny"}, "duration": {"steps": 10}}
+
+
+def spec(**keys: Any) -> TuneSpec:
+    return TuneSpec.model_validate({"name": "s", "train": TRAIN, **keys})
+
+
+def refused(**keys: Any) -> str:
+    with pytest.raises(SpecError) as error:
+        resolve({"kind": "tune", "name": "s", "train": TRAIN, **keys})
+    return str(error.value)
+
+
+def test_samples_are_a_function_of_the_seed_and_more_trials_leave_the_first_as_they_are() -> None:
+    lr = {"optimizer.lr": {"loguniform": [1e-4, 1e-2]}, "optimizer.weight_decay": {"choice": [0.0, 0.1]}}
+    assert space.samples(spec(space=lr, trials=4)) == space.samples(spec(space=lr, trials=9))[:4]
+    assert space.samples(spec(space=lr, trials=4, seed=1)) != space.samples(spec(space=lr, trials=4))
+
+
+def test_a_loguniform_key_is_even_on_a_logarithmic_scale_and_stays_inside() -> None:
+    drawn = [values["optimizer.lr"] for values in space.samples(spec(space={"optimizer.lr": {"loguniform": [1e-4, 1e-2]}}, trials=400))]
+    assert all(1e-4 <= value <= 1e-2 for value in drawn)
+    assert sum(math.log10(value) < -3 for value in drawn) == pytest.approx(200, abs=40)
+
+
+def test_a_grid_runs_each_point_once_and_again_with_other_seeds_when_trials_says_so() -> None:
+    grid = {"optimizer.lr": {"grid": [0.1, 0.2]}, "precision": {"grid": ["fp32", "bf16"]}}
+    assert space.samples(spec(space=grid)) == [{"optimizer.lr": lr, "precision": p} for lr in (0.1, 0.2) for p in ("fp32", "bf16")]
+    assert [values["seed"] for values in space.samples(spec(space={"optimizer.lr": {"grid": [0.1]}}, trials=3))] == [0, 1, 2]
+
+
+def test_a_grid_beside_a_random_key_runs_each_point_with_values_of_its_own() -> None:
+    found = space.samples(spec(space={"seed": {"grid": [0, 1]}, "optimizer.lr": {"uniform": [0.1, 0.2]}}, trials=2))
+    assert [values["seed"] for values in found] == [0, 1, 0, 1]
+    assert len({values["optimizer.lr"] for values in found}) == 4
+
+
+@pytest.mark.parametrize(("key", "remedy"), [("optimiser.lr", "did you mean optimizer.lr?"), ("lr", "did you mean optimizer.lr?"),
+                                             ("name", "set by the sweep"), ("seed.x", "no such key"),
+                                             ("batch.global_sequence", "did you mean batch.global_sequences?")])
+def test_a_wrong_key_is_refused_with_the_nearest_name(key: str, remedy: str) -> None:
+    message = refused(space={key: {"grid": [1]}})
+    assert f"space.{key}" in message and remedy in message
+
+
+@pytest.mark.parametrize(("values", "what"), [({"optimizer.lr": {"grid": [0.1, -1]}}, "optimizer.lr: -1: must be"),
+                                              ({"optimizer.lr": {"uniform": [-1e-9, 0.1]}}, "optimizer.lr: -1e-09: must be"),
+                                              ({"schedule.warmup_steps": {"uniform": [1, 9]}}, "draw whole numbers with choice or grid"),
+                                              ({"scale.workers": {"grid": [1, 5]}}, "cannot be divided over 5 workers")])
+def test_a_value_that_breaks_the_spec_is_refused(values: dict[str, Any], what: str) -> None:
+    message = refused(space=values)
+    assert what in message and "spec: space: with" in message
+
+
+def test_keys_of_a_transformers_configuration_are_free() -> None:
+    train = {**TRAIN, "model": {"config": {"model_type": "llama"}}}
+    loaded = resolve({"kind": "tune", "name": "s", "train": train, "space": {"model.config.hidden_size": {"grid": [64, 128]}}})
+    assert isinstance(loaded.spec, TuneSpec)
+    assert space.trial_spec(loaded.spec, {"model.config.hidden_size": 128}, "t").model.config == {"model_type": "llama", "hidden_size": 128}
+
+
+def test_a_mistake_in_the_training_spec_is_found() -> None:
+    assert "unknown preset 'lama'" in refused(train={**TRAIN, "model": {"preset": "lama"}}, space={"optimizer.lr": {"grid": [1]}})
+
+
+def test_a_training_spec_in_a_file_is_put_in_its_place_with_its_lines(tmp_path: Path) -> None:
+    (tmp_path / "train.yaml").write_text("kind: train\nname: x\ncorpus: c\nmodel: {preset: llama-tiny}\nduration: {steps: 7}\n")
+    (tmp_path / "tune.yaml").write_text("kind: tune\nname: s\ntrain: train.yaml\nspace:\n  optimizer.lr: {grid: [0.1]}\n")
+    loaded = resolve(tmp_path / "tune.yaml")
+    assert isinstance(loaded.spec, TuneSpec) and isinstance(loaded.spec.train, dict)
+    assert loaded.spec.train["duration"] == {"steps": 7}
+    assert loaded.origins["train.corpus"] == "train.yaml:3" and loaded.origins["space.optimizer.lr.grid"] == "tune.yaml:5"
+    (tmp_path / "train.yaml").unlink()
+    with pytest.raises(SpecError, match=r"train\.yaml cannot be read"):
+        resolve(tmp_path / "tune.yaml")
+
+
+def test_trial_names_sort_and_name_folders() -> None:
+    assert space.trial_name(3, {"optimizer.lr": 1e-05, "model.preset": "a/b"}) == "003-lr-1e-05-preset-a_b"

@@ -1,0 +1,103 @@
+"""A sweep over real runs: what stops early, what fails, what is best, and that nothing is left behind."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from ray.util import placement_group_table
+from ray.util.state import list_actors
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from distlm import cluster, execute
+from distlm.errors import TrainError
+from distlm.runs import RunFolder
+from distlm.spec import TrainSpec, load_spec
+from distlm.spec.presets import PRESETS
+from distlm.storage import Storage
+from tests.records import Records
+
+TRAIN: dict[str, Any] = {"corpus": "c", "model": {"preset": "llama-tiny"}, "duration": {"steps": 12}, "precision": "fp32",
+                         "batch": {"global_sequences": 4}, "evaluate": {"every_steps": 4, "max_windows": 4},
+                         "scale": {"threads_per_worker": 1}}
+GOOD, WEAK = {"preset": "llama-tiny"}, {"config": {**PRESETS["llama-tiny"], "initializer_range": 3.0}}
+BROKEN = {"config": {"model_type": "no"}}
+SWEEP = {"kind": "tune", "name": "s", "train": TRAIN, "space": {"model": {"grid": [GOOD, WEAK, BROKEN]}}, "asha": {"grace_steps": 4},
+         "concurrent": 1}
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Storage]:
+    root = Storage(tmp_path_factory.mktemp("storage"))
+    (root.root / "texts").mkdir()
+    for i in range(12):
+        (root.root / "texts" / f"{i}.txt").write_text(f"{i} is followed by {i + 1}, and that by {i + 2}. " * 40)
+    with cluster.connect(root.root / "driver.log", storage=root):
+        execute.run({"kind": "prepare", "name": "c", "sources": [str(root.root / "texts")], "context": 32, "tokenizer": {"train": "bytes"},
+                     "split": {"val_fraction": 0.2}}, storage=root, progress=Records())
+        yield root
+
+
+@pytest.mark.timeout(280)
+def test_asha_stops_the_weak_trial_a_failed_one_is_in_the_table_and_nothing_is_left_behind(storage: Storage) -> None:
+    shown = Records()
+    made = execute.run(SWEEP, storage=storage, progress=shown)
+    good, weak, broken = made["trials"]
+    assert (good["state"], good["steps"]) == ("succeeded", 12)
+    assert (weak["state"], weak["cause"], weak["message"]) == ("stopped", "completed", "stopped early by ASHA at step 4")
+    assert (broken["state"], broken["cause"]) == ("failed", "bad_spec")
+    assert made["best"] == good["folder"] and made["best.model"] == GOOD and made["value"] == good["val_loss"]
+    assert (Path(good["folder"]) / "export" / "config.json").exists()
+
+    [table] = [record for record in shown.records if record["distlm"] == "table"]
+    assert [row[-1] for row in table["rows"]] == ["succeeded", "stopped early", "failed: bad_spec"]
+    assert any("has failed: bad_spec" in text for text in shown.notes)
+
+    best = load_spec(made["best_spec"]).spec
+    assert isinstance(best, TrainSpec) and best.model.preset == "llama-tiny" and not storage.run(best.name).exists()
+    for trial in made["trials"]:
+        events = EventAccumulator(str(Path(trial["folder"]) / "tensorboard")).Reload()
+        assert "_hparams_/session_start_info" in events.PluginTagToContent("hparams")
+
+    deadline = time.monotonic() + 60
+    while left := leftovers():
+        assert time.monotonic() < deadline, left
+        time.sleep(0.5)
+
+
+def leftovers() -> list[str]:
+    """Actors of trials that live, and placement groups that hold resources."""
+    actors = [a.class_name for a in list_actors(filters=[("state", "!=", "DEAD")], limit=1000) if a.class_name not in ("JobSupervisor",)]
+    groups = [str(group["name"]) for group in placement_group_table().values() if group["state"] != "REMOVED"]
+    return actors + groups
+
+
+def test_a_sweep_that_is_taken_up_again_leaves_what_has_ended_and_resumes_the_rest(storage: Storage) -> None:
+    """Needs the sweep of the test before."""
+    folder = RunFolder(storage.sweep("s"))
+    trials = sorted((folder.path / "trials").iterdir())
+    before = [len(RunFolder(path).events()) for path in trials]
+    RunFolder(trials[2]).event("succeeded", "completed")   # only the first two would be left otherwise: make the sweep cheap
+    folder.event("failed", "head_lost", "as if the head had gone")
+    made = execute.run(SWEEP, storage=storage, resume=True, progress=(shown := Records()))
+    assert "3 of 3 trials have ended before and stay as they are" in shown.notes
+    assert [len(RunFolder(path).events()) for path in trials] == [before[0], before[1], before[2] + 1]
+    assert made["best"] == str(trials[0])
+
+
+def test_a_sweep_fails_only_when_all_trials_fail_and_says_why(storage: Storage) -> None:
+    train = {**TRAIN, "model": {"config": {"model_type": "no-such-family"}}}
+    with pytest.raises(TrainError, match=r"no trial of 2 has a val_loss: bad_spec.*no-such-family"):
+        execute.run({"kind": "tune", "name": "broken", "train": train, "space": {"optimizer.lr": {"grid": [1e-3, 2e-3]}}}, storage=storage,
+                    progress=Records())
+    assert RunFolder(storage.sweep("broken")).state() == ("failed", "bad_spec")
+
+
+def test_trials_at_once_leave_a_cpu_each_for_reading_data(storage: Storage) -> None:
+    from distlm.tune import sweep
+
+    loaded = execute.resolve({**SWEEP, "train": {**TRAIN, "scale": {"workers": 2}}, "name": "capacity"})
+    trials = sweep.plan_trials(loaded.spec, RunFolder(storage.sweep("capacity")), storage)  # type: ignore[arg-type]
+    assert sweep.capacity(trials) == int(ray.cluster_resources()["CPU"] // 3)
