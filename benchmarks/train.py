@@ -1,0 +1,194 @@
+"""Tokens per second of `distlm.run` beside a bare PyTorch loop and transformers' Trainer: same model, batch and machine, in one run.
+
+    python benchmarks/train.py                 # 12.2 M parameters, 256 tokens of context, 32 sequences a step, bf16, 2 threads
+    python benchmarks/train.py --quick         # one round of a few steps: does it work
+    python benchmarks/train.py --preset llama-1b --sequences 8 --rounds 3
+
+Each side runs in a process of its own, in turn, several rounds. A side's figure is the median time from the end of one step
+to the end of the next, so that waiting for data counts; the first steps, and those that evaluate or save, are left out.
+The three differ in what they keep: distlm and Trainer hold fp32 weights and compute in bf16, the bare loop holds bf16 alone.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+WARM_UP = 3
+SIDES = {"distlm": "distlm run", "bare": "bare loop, pure bf16", "trainer": "transformers Trainer, bf16"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--steps", type=int, default=24, help="steps of each side in each round")
+    parser.add_argument("--rounds", type=int, default=3, help="times that the sides run in turn")
+    parser.add_argument("--quick", action="store_true", help="one round of 8 steps")
+    parser.add_argument("--preset", default="llama-10m")
+    parser.add_argument("--context", type=int, default=256)
+    parser.add_argument("--sequences", type=int, default=32, help="sequences of a step")
+    parser.add_argument("--threads", type=int, default=2, help="threads of matrix products on CPU")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
+    parser.add_argument("--json", action="store_true", help="print figures, not a table")
+    parser.add_argument("--side", choices=[*SIDES, "corpus"], help=argparse.SUPPRESS)
+    parser.add_argument("--storage", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.quick:
+        options.steps, options.rounds = 8, 1
+    if options.side:
+        print(json.dumps({"seconds": SIDE[options.side](options)}))
+        return
+    with tempfile.TemporaryDirectory(prefix="distlm-bench-") as folder:
+        found: dict[str, list[float]] = {side: [] for side in options.sides}
+        measure("corpus", folder, options)
+        for number in range(options.rounds):
+            for side in options.sides:
+                seconds = measure(side, folder, options)[WARM_UP:]
+                found[side].append(options.sequences * options.context / statistics.median(seconds))
+                print(f"round {number + 1}: {SIDES[side]} {found[side][-1]:,.0f} tokens/s", file=sys.stderr, flush=True)
+    if options.json:
+        print(json.dumps(found))
+        return
+    print(f"{options.preset}, {options.sequences} sequences of {options.context} tokens a step, {options.threads} threads, "
+          f"{options.rounds} rounds of {options.steps} steps; median over rounds")
+    print(f"{'':28} {'tokens/s':>10} {'lowest':>10} {'highest':>10} {'ratio':>7}")
+    first = statistics.median(found[options.sides[0]])
+    for side, speeds in found.items():
+        middle = statistics.median(speeds)
+        print(f"{SIDES[side]:28} {middle:10,.0f} {min(speeds):10,.0f} {max(speeds):10,.0f} {first / middle:7.2f}")
+    print(f"ratio: {SIDES[options.sides[0]]} over this one")
+
+
+def measure(side: str, storage: str, options: argparse.Namespace) -> list[float]:
+    """Seconds of every step of one side, in a process of its own."""
+    settings = [f"--{name}={getattr(options, name)}" for name in ("steps", "preset", "context", "sequences", "threads")]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads), "DISTLM_STORAGE": storage, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, __file__, f"--side={side}", f"--storage={storage}", *settings], env=environment, text=True,
+                          capture_output=True)
+    if done.returncode:
+        sys.exit(f"{side} failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
+    return json.loads(done.stdout.splitlines()[-1])["seconds"]
+
+
+def prepare_corpus(options: argparse.Namespace) -> list[float]:
+    """A corpus of made-up words: enough windows for every step of a side."""
+    import distlm
+
+    draw = random.Random(0)
+    words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(2, 9))) for _ in range(20_000)]
+    weights = [1 / rank for rank in range(1, len(words) + 1)]
+    folder = options.storage / "text"
+    folder.mkdir()
+    for number in range(200):
+        (folder / f"{number}.txt").write_text(" ".join(draw.choices(words, weights, k=4000)))
+    distlm.run({"kind": "prepare", "name": "bench", "sources": [str(folder)], "context": options.context,
+                "tokenizer": {"vocab_size": 4096}}, storage=options.storage, progress=quiet())
+    return []
+
+
+def run_distlm(options: argparse.Namespace) -> list[float]:
+    """Step ends as rank 0 writes them to metrics.jsonl."""
+    import distlm
+
+    name = f"bench-{time.time_ns()}"
+    spec = {"kind": "train", "name": name, "corpus": "bench", "model": {"preset": options.preset},
+            "batch": {"global_sequences": options.sequences, "micro_sequences": options.sequences}, "duration": {"steps": options.steps},
+            "scale": {"threads_per_worker": options.threads, "gpus_per_worker": int(device() == "cuda")},
+            "evaluate": {"every_steps": options.steps}, "checkpoint": {"every_steps": options.steps}, "precision": "bf16"}
+    distlm.run(spec, storage=options.storage, progress=quiet())
+    lines = (options.storage / "runs" / name / "metrics.jsonl").read_text().splitlines()
+    return intervals([record["time"] for record in map(json.loads, lines) if "loss" in record][:-1])
+
+
+def run_bare(options: argparse.Namespace) -> list[float]:
+    """The loop that anybody would write: bf16 weights, fused AdamW, clipping."""
+    import torch
+
+    model, vocab = make_model(options)
+    model = model.to(device(), torch.bfloat16)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    ends = []
+    for _ in range(options.steps):
+        x = torch.randint(0, vocab, (options.sequences, options.context)).to(device())
+        loss = model(input_ids=x, labels=x).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        loss.item()
+        ends.append(time.time())
+    return intervals(ends)
+
+
+def run_trainer(options: argparse.Namespace) -> list[float]:
+    """transformers' Trainer with its bf16, nothing logged or saved."""
+    import torch
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    model, vocab = make_model(options)
+    ends: list[float] = []
+
+    class Samples(torch.utils.data.Dataset[Any]):
+        def __len__(self) -> int:
+            return options.steps * options.sequences
+
+        def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+            x = torch.randint(0, vocab, (options.context,), generator=torch.Generator().manual_seed(i))
+            return {"input_ids": x, "labels": x}
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            if device() == "cuda":
+                torch.cuda.synchronize()
+            ends.append(time.time())
+
+    arguments = TrainingArguments(output_dir=str(options.storage / "trainer"), per_device_train_batch_size=options.sequences, bf16=True,
+                                  max_steps=options.steps, use_cpu=device() == "cpu", report_to=[], save_strategy="no",
+                                  logging_strategy="no", optim="adamw_torch_fused", learning_rate=1e-3, disable_tqdm=True)
+    Trainer(model=model, args=arguments, train_dataset=Samples(), callbacks=[Clock()]).train()
+    return intervals(ends)
+
+
+def make_model(options: argparse.Namespace) -> tuple[Any, int]:
+    """The model that distlm trains here, and its vocabulary: that of the corpus."""
+    import torch
+
+    from distlm.corpus.manifest import read_manifest
+    from distlm.model.build import Shape, build_model, model_config
+    from distlm.spec.train import ModelSpec
+
+    torch.set_num_threads(options.threads)
+    manifest = read_manifest(options.storage / "corpora" / "bench")
+    spec = ModelSpec(preset=options.preset)
+    return build_model(spec, model_config(spec, Shape(manifest.vocab_size, options.context, manifest.eos_id)), 0), manifest.vocab_size
+
+
+def intervals(ends: list[float]) -> list[float]:
+    return [after - before for before, after in itertools.pairwise(ends)]
+
+
+def device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def quiet() -> Any:
+    from distlm.progress import Progress
+
+    return Progress()
+
+
+SIDE: dict[str, Callable[[argparse.Namespace], list[float]]] = {
+    "corpus": prepare_corpus, "distlm": run_distlm, "bare": run_bare, "trainer": run_trainer}
+
+if __name__ == "__main__":
+    main()
