@@ -92,7 +92,7 @@ def read_manifest(path: Path | str) -> Manifest:
                               tuple(Shard(**shard) for shard in split["shards"])) for name, split in data["splits"].items()}
         return Manifest(path, data["name"], data["context"], data["dtype"], data["seed"], data["tokenizer"]["vocab_size"],
                         data["tokenizer"]["eos_id"], splits, data)
-    except (KeyError, TypeError, StorageError) as error:
+    except (KeyError, TypeError, AttributeError, StorageError) as error:
         raise CorpusError(f"the manifest is damaged: {type(error).__name__} {error}", where=str(path / FILE),
                           remedy="prepare the corpus again") from None
 

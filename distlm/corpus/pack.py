@@ -4,6 +4,7 @@ The documents of a split follow each other in order, each with its end token. A 
 token of the one before, so that every token but the first is predicted once. What is left at the end and fills no window is counted.
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,16 @@ import pyarrow as pa
 import xxhash
 
 from distlm.corpus.manifest import Shard
-from distlm.storage import write_atomic
+from distlm.storage import writing
 
 
 @dataclass(frozen=True)
 class PackTask:
     """The windows `first` to `first + windows` of a split."""
 
-    corpus: Path
+    folder: Path
     file: str
-    """The shard, relative to the corpus folder."""
+    """The shard, relative to the folder."""
     parts: list[tuple[Path, int, int]]
     """Where the split's tokens lie, in order: (path without ending, number of the first token, tokens)."""
     first: int
@@ -39,7 +40,7 @@ def num_windows(tokens: int, context: int) -> tuple[int, int]:
 
 
 def write_shard(task: PackTask) -> Shard:
-    """Write one shard, whole or not at all. Raises StorageError."""
+    """Write one shard to a folder that exists. Raises StorageError."""
     begin, end = task.first * task.context, (task.first + task.windows) * task.context + 1
     tokens, starts = [], []
     for path, offset, length in task.parts:
@@ -48,7 +49,10 @@ def write_shard(task: PackTask) -> Shard:
             tokens.append(np.load(f"{path}.npy", mmap_mode="r")[low - offset:high - offset])
             starts.append(np.load(f"{path}-starts.npy") + offset)
     data = shard_bytes(np.concatenate(tokens), np.concatenate(starts) - begin, task.windows, task.context, task.dtype)
-    write_atomic(task.corpus / task.file, data)
+    with writing(task.folder / task.file), open(task.folder / task.file, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
     return Shard(task.file, task.windows, len(data), xxhash.xxh3_64(data).hexdigest())
 
 

@@ -4,10 +4,13 @@
 
 Each arrow is a function over files or partitions that Ray Data runs in parallel; what stands between is on a scratch folder in the
 corpus folder. The order of documents is that of a hash of (seed, content), so that the result depends neither on how the files were
-dealt to tasks nor on how many ran at a time. The manifest is written last: a folder without one is no corpus.
+dealt to tasks nor on how many ran at a time. What the corpus will hold is made on the scratch folder too and moved when it is whole;
+the manifest is written last: a folder without one is no corpus.
 """
 
 import json
+import os
+import secrets
 import shutil
 from collections import Counter
 from dataclasses import dataclass, field
@@ -35,7 +38,7 @@ from distlm.spec.load import dump, nearest
 from distlm.storage import Storage, write_atomic, writing
 
 SPLITS = ("train", "val")
-MADE = (FILE, "train", "val", "tokenizer", "sources.jsonl", "rejects", ".scratch")
+MADE = (FILE, "train", "val", "tokenizer", "sources.jsonl", ".scratch-*", "rejects")
 """What a prepare job makes, the manifest first: it goes first where the rest is to be made again."""
 READ_BYTES = 16 << 20
 PARTITION_BYTES = 8 << 20
@@ -54,19 +57,20 @@ def prepare(spec: PrepareSpec, folder: RunFolder, storage: Storage, progress: Pr
         progress.note("the corpus is complete, and its sources are as they were: nothing to do")
         return outputs(read_manifest(folder.path))
     _clear(folder.path, *MADE)
-    job = _Prepare(spec, folder.path, progress, files, spec.workers or max(1, int(ray.cluster_resources().get("CPU", 1))))
+    job = _Prepare(spec, folder.path, progress, files, spec.workers or _default_workers())
     try:
         with writing(job.scratch):
-            job.scratch.mkdir(parents=True)
+            for name in ("tokenizer", *SPLITS):
+                (job.scratch / name).mkdir(parents=True)
         job.read()
         job.sort()
         vocabulary = job.make_vocabulary()
         shards = job.pack(vocabulary, job.encode(vocabulary))
-        job.write_manifest(vocabulary, shards)
+        job.commit(vocabulary, shards)
     except BaseException:
-        _clear(folder.path, *(name for name in MADE if name != "rejects"))
+        _clear(folder.path, *MADE[:-1])                    # the samples of what was rejected may say why
         raise
-    _clear(folder.path, ".scratch")
+    _clear(folder.path, ".scratch-*")
     return outputs(read_manifest(folder.path))
 
 
@@ -105,15 +109,17 @@ class _Prepare:
     parts: list[Path] = field(default_factory=list)
     rule: SplitRule = field(default_factory=lambda: SplitRule(0))
     partitions: list[Path] = field(default_factory=list)
+    token: str = field(default_factory=lambda: secrets.token_hex(4))
 
     @property
     def scratch(self) -> Path:
-        return self.folder / ".scratch"
+        """A folder of this attempt alone: a task of a failed one may still be writing to its own."""
+        return self.folder / f".scratch-{self.token}"
 
     def read(self) -> None:
         """Read and clean every file."""
         size = sum(file.bytes for file in self.files)
-        self.partitions = [self.scratch / f"sorted-{i:04d}.arrow" for i in range(min(1024, max(4, size // PARTITION_BYTES)))]
+        self.partitions = [self.scratch / f"sorted-{i:04d}.arrow" for i in range(min(1024, max(8, size // PARTITION_BYTES)))]
         tasks = [ReadTask(i, first, self.files[first:last], self.spec.clean, self.spec.seed, len(self.partitions), self.scratch)
                  for i, (first, last) in enumerate(_groups(self.files, min(READ_BYTES, max(1 << 20, size // 16))))]
         results: list[ReadResult | None] = [None] * len(tasks)
@@ -172,7 +178,7 @@ class _Prepare:
         self._note_rejects(dedup)
 
     def make_vocabulary(self) -> Vocabulary:
-        task = VocabularyTask(self.spec.tokenizer, self.partitions, self.rule, self.folder / "tokenizer")
+        task = VocabularyTask(self.spec.tokenizer, self.partitions, self.rule, self.scratch / "tokenizer")
         (_, vocabulary), = spread(make_tokenizer, [task], 1)
         if self.spec.tokenizer.train != "bytes" and not self.spec.tokenizer.source and vocabulary.size < self.spec.tokenizer.vocab_size:
             self.progress.note(f"the vocabulary has {vocabulary.size:,} tokens, not {self.spec.tokenizer.vocab_size:,}: there is no more "
@@ -207,12 +213,9 @@ class _Prepare:
             windows, dropped = num_windows(tokens, self.spec.context)
             splits[name] = {**counts, "tokens": tokens, "dropped_tokens": dropped, "windows": windows, "shards": []}
             for shard, first in enumerate(range(0, windows, self.spec.shard_windows)):
-                tasks.append(PackTask(self.folder, f"{name}/{shard:05d}.arrow", parts, first, min(self.spec.shard_windows, windows - first),
-                                      self.spec.context, vocabulary.dtype))
+                tasks.append(PackTask(self.scratch, f"{name}/{shard:05d}.arrow", parts, first,
+                                      min(self.spec.shard_windows, windows - first), self.spec.context, vocabulary.dtype))
         self._check_windows(splits)
-        with writing(self.folder):
-            for name in SPLITS:
-                (self.folder / name).mkdir(exist_ok=True)
         total, done = sum(task.windows for task in tasks) * self.spec.context, 0
         shards: dict[int, Shard] = {}
         for i, shard_made in spread(write_shard, tasks, self.workers):
@@ -223,18 +226,22 @@ class _Prepare:
             splits[shards[i].file.split("/")[0]]["shards"].append(vars(shards[i]))
         return splits
 
-    def write_manifest(self, vocabulary: Vocabulary, splits: dict[str, dict[str, Any]]) -> None:
+    def commit(self, vocabulary: Vocabulary, splits: dict[str, dict[str, Any]]) -> None:
+        """Move what is whole to its place, and write the manifest."""
         self.facts.sort(key=lambda fact: fact["number"])
         lines = [{"file": self.files[fact["number"]].name, "bytes": fact["bytes"], "xxh3": fact["xxh3"], "documents": fact["documents"]}
                  for fact in self.facts]
         write_atomic(self.folder / "sources.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-        rules = parameters(self.spec)
+        tokenizer, rules = vocabulary.data(), parameters(self.spec)
+        with writing(self.folder):
+            for name in ("tokenizer", *SPLITS):
+                (self.scratch / name).rename(self.folder / name)
         of = {"read": {}, "clean": rules["clean"], "dedup": {"dedup": rules["dedup"]}, "split": rules["split"],
               "tokenize": rules["tokenizer"] | {"sampled": vocabulary.sampled}}
         write_manifest(self.folder, {
             "name": self.spec.name, "context": self.spec.context, "dtype": vocabulary.dtype, "seed": self.spec.seed, "parameters": rules,
             "sources": describe(self.spec, self.files, {fact["number"]: (fact["bytes"], fact["xxh3"]) for fact in self.facts}),
-            "steps": [step.data(of[step.name]) for step in self.steps], "tokenizer": vocabulary.data(),
+            "steps": [step.data(of[step.name]) for step in self.steps], "tokenizer": tokenizer,
             "split": {"rule": "blake2b-128(text)[:8] / 2^64 < val_fraction", **rules["split"], "held_out": self.rule.held_out.hex()},
             "splits": splits, "code": __version__})
 
@@ -291,6 +298,12 @@ def describe(spec: PrepareSpec, files: list[TextFile], facts: dict[int, tuple[in
     return sorted(sources, key=lambda source: json.dumps(source))
 
 
+def _default_workers() -> int:
+    """The cluster's CPUs; of a single node, no more than its cores, whatever number it was given."""
+    cpus = int(ray.cluster_resources().get("CPU", 1))
+    return max(1, cpus if len(ray.nodes()) > 1 else min(cpus, os.cpu_count() or 1))
+
+
 def _is_complete(spec: PrepareSpec, folder: Path, files: list[TextFile]) -> bool:
     """Whether the folder holds what this job would make: same rules, same code, same contents, and every shard whole."""
     if not (folder / FILE).exists():
@@ -316,10 +329,12 @@ def _groups(files: list[TextFile], target_bytes: int) -> list[tuple[int, int]]:
     return groups
 
 
-def _clear(folder: Path, *names: str) -> None:
-    for name in names:
-        path = folder / name
-        if path.is_dir():
+def _clear(folder: Path, *patterns: str) -> None:
+    for path in [path for pattern in patterns for path in folder.glob(pattern)]:
+        if not path.is_dir():
+            with writing(path):
+                path.unlink(missing_ok=True)
+        for _ in range(100):                               # a task that still runs may put a file there once more
+            if not path.exists():
+                break
             shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)

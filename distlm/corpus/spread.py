@@ -21,22 +21,26 @@ Result = TypeVar("Result")
 
 def spread(function: Callable[[Item], Result], items: Sequence[Item], workers: int) -> Iterator[tuple[int, Result]]:
     """Yield (index, function(item)) in the order in which tasks end, `workers` at a time. A task that is lost with its node is run
-    again, so that `function` must come to the same files and result each time. Raises the first DistlmError of a task."""
+    again, so that `function` must come to the same files and result each time. Raises the first DistlmError of a task; others may
+    still be running then."""
     if not items:
         return
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = context.print_on_execution_start = False
     context.execution_no_progress_timeout_s = -1           # one task may be long
+    workers = min(workers, len(items))
     cpus = max(0.01, min(1.0, ray.cluster_resources().get("CPU", 1.0) / workers))
     with ray.data.DataContext.current(context), _quiet():
-        rows = [{"index": i, "item": pickle.dumps(item)} for i, item in enumerate(items)]
-        dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+        blocks = [{"index": i, "item": pickle.dumps(item)} for i, item in enumerate(items)]
+        dataset = ray.data.from_items(blocks, override_num_blocks=len(blocks)).map_batches(
             functools.partial(_run, function), batch_size=None, num_cpus=cpus, compute=ray.data.TaskPoolStrategy(size=workers))
-        for row in dataset.iter_rows():
-            result = pickle.loads(row["result"])
-            if isinstance(result, DistlmError):
-                raise result
-            yield row["index"], result
+        rows: Any = iter(dataset.iter_rows())
+        with contextlib.closing(rows):                     # what has not begun when an error comes does not begin
+            for row in rows:
+                result = pickle.loads(row["result"])
+                if isinstance(result, DistlmError):
+                    raise result
+                yield row["index"], result
 
 
 def _run(function: Callable[[Any], Any], batch: dict[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from distlm.corpus.manifest import tokenizer_hash
 from distlm.corpus.split import SplitRule
 from distlm.errors import InputError
 from distlm.spec.prepare import Tokenizer
-from distlm.storage import write_atomic, write_json, writing
+from distlm.storage import writing
 
 END = "<|endoftext|>"
 SPECIAL = [END, "<|system|>", "<|user|>", "<|assistant|>"]
@@ -73,13 +73,13 @@ class VocabularyTask:
     """The documents, in order: the vocabulary is learned from the first ones of the training split."""
     split: SplitRule
     folder: Path
+    """One that exists."""
 
 
 def make_tokenizer(task: VocabularyTask) -> Vocabulary:
     """Train the tokenizer, or take the given one, and write it as transformers reads it. Raises StorageError."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"          # one task, so its threads are what is parallel
     rules, folder, sampled = task.rules, task.folder, account()
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
     if rules.source:
         source = Path(rules.source).expanduser()
         tokenizer, end = _given(source)
@@ -88,17 +88,22 @@ def make_tokenizer(task: VocabularyTask) -> Vocabulary:
                 with writing(folder / name):
                     shutil.copyfile(source / name, folder / name)
         if not (folder / "tokenizer_config.json").exists():
-            write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end,
-                                                          "clean_up_tokenization_spaces": False})
+            _write(folder / "tokenizer_config.json", json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end,
+                                                                 "clean_up_tokenization_spaces": False}, indent=2))
     else:
         end = END
         tokenizer = _bytes() if rules.train == "bytes" else _trained(rules.vocab_size, _sample(task, sampled))
-        write_atomic(folder / "tokenizer.json", tokenizer.to_str(pretty=False))
-        write_json(folder / "tokenizer_config.json", {
+        _write(folder / "tokenizer.json", tokenizer.to_str(pretty=False))
+        _write(folder / "tokenizer_config.json", json.dumps({
             "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END, "pad_token": END, "add_prefix_space": False,
-            "clean_up_tokenization_spaces": False, "chat_template": CHAT_TEMPLATE})
+            "clean_up_tokenization_spaces": False, "chat_template": CHAT_TEMPLATE}, indent=2))
     ids = tokenizer.get_vocab(with_added_tokens=True)
     return Vocabulary(folder, "from" if rules.source else rules.train or "bpe", max(ids.values()) + 1, ids[end], sampled)
+
+
+def _write(path: Path, text: str) -> None:
+    with writing(path):
+        path.write_text(text, encoding="utf-8")
 
 
 def _sample(task: VocabularyTask, taken: Account) -> Iterator[str]:

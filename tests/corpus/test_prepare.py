@@ -1,0 +1,200 @@
+import gzip
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import tokenizers
+
+from distlm.corpus import prepare as package
+from distlm.corpus.manifest import Manifest, read_manifest, verify
+from distlm.errors import CorpusError, InputError, StorageError
+from tests.corpus.conftest import Notes, document
+
+Run = Callable[..., dict[str, Any]]
+
+
+def files_of(path: str | Path) -> dict[str, bytes]:
+    return {str(file.relative_to(path)): file.read_bytes() for file in sorted(Path(path).rglob("*")) if file.is_file()}
+
+
+def documents_of(manifest: Manifest, split: str) -> list[str]:
+    """The documents of a split, read back out of its windows: all but those in the tail that fills no window."""
+    tokenizer = tokenizers.Tokenizer.from_file(str(manifest.tokenizer / "tokenizer.json"))
+    found: list[list[int]] = []
+    for path in manifest.files(split):
+        batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
+        for tokens, starts in zip(batch["tokens"].to_pylist(), batch["starts"].to_pylist(), strict=True):
+            for position, token in enumerate(tokens[:-1]):
+                if position in starts:
+                    found.append([])
+                found[-1].append(token)
+    assert all(manifest.eos_id not in tokens[:-1] for tokens in found)
+    return [tokenizer.decode(tokens[:-1], skip_special_tokens=False) for tokens in found if tokens[-1] == manifest.eos_id]
+
+
+def rejected(manifest: Manifest) -> dict[str, int]:
+    return {reason: lost["documents"] for step in manifest.data["steps"] for reason, lost in step["rejected"].items() if lost["documents"]}
+
+
+def test_a_corpus_is_byte_equal_with_one_worker_and_two_run_again_from_elsewhere_and_in_another_order(run: Run, texts: Path) -> None:
+    first = run([str(texts), str(texts / "more.jsonl")], "one", workers=1)
+    second = run([str(texts), str(texts / "more.jsonl")], "two", workers=2)
+    shutil.copytree(texts, texts.parent / "elsewhere" / "texts")
+    third = run([str(texts.parent / "elsewhere" / "texts" / "more.jsonl"), str(texts.parent / "elsewhere" / "texts")], "three")
+    assert files_of(first[""]) == files_of(second[""])
+    assert first["manifest_hash"] == second["manifest_hash"] == third["manifest_hash"]
+    assert {name.split("/")[0] for name in files_of(first[""])} == \
+        {"manifest.json", "sources.jsonl", "train", "val", "tokenizer", "rejects"}
+
+
+def test_every_document_is_in_the_windows_once_in_an_order_that_only_the_seed_changes(run: Run, texts: Path) -> None:
+    outputs = [run(texts, f"seed{seed}", seed=seed, split={"val_fraction": 0.3}) for seed in (0, 1)]
+    manifests = [verify(result[""]) for result in outputs]
+    found = [{split: documents_of(manifest, split) for split in ("train", "val")} for manifest in manifests]
+    for manifest in manifests:
+        for split in ("train", "val"):
+            missing = manifest.splits[split].documents - len(documents_of(manifest, split))
+            assert missing <= 1                            # the tail is shorter than a window, and a document longer
+    together = set(found[0]["train"] + found[0]["val"] + found[1]["train"] + found[1]["val"])
+    assert together == {document(i) for i in range(50)}
+    result = outputs[1]
+    assert result["documents"] == 50 and rejected(manifests[0]) == {"duplicate": 10}
+    assert found[0]["train"] != found[1]["train"]
+    assert not set(found[0]["train"]) & set(found[1]["val"])
+    assert result["bytes"] == sum(len(document(i).encode()) for i in range(50)) == result["train_bytes"] + result["val_bytes"]
+
+
+def test_the_split_does_not_move_when_documents_are_added(run: Run, texts: Path) -> None:
+    before = read_manifest(run(texts, "before", split={"val_fraction": 0.3})[""])
+    for i in range(100, 140):
+        (texts / f"{i}.txt").write_text(document(i))
+    after = read_manifest(run(texts, "after", split={"val_fraction": 0.3})[""])
+    held_out = set(documents_of(after, "val"))
+    assert set(documents_of(before, "val")) <= held_out and not set(documents_of(before, "train")) & held_out
+    assert len(held_out) > len(documents_of(before, "val"))
+
+
+def test_duplicates_stay_where_the_spec_says_so(run: Run, texts: Path) -> None:
+    assert run(texts, dedup="none")["documents"] == 60
+
+
+def test_bad_input_is_counted_by_reason_with_samples_and_loses_nothing_good(run: Run, texts: Path) -> None:
+    (texts / "bad.txt").write_bytes(b"\xff\xfe\x00")
+    (texts / "nul.txt").write_bytes(b"text with \0 a NUL\0 byte")
+    (texts / "empty.txt").write_bytes(b"")
+    (texts / "bad.jsonl").write_bytes(b'{"text": "good one"}\n{"text": broken\n{"title": "no text"}\n{"text": "good two"}\n'
+                                      b'{"text": "' + b"x" * 3_000_000 + b'"}\n{"text": "good three"}\n')
+    good = gzip.compress("".join(json.dumps({"text": document(i)}) + "\n" for i in range(200, 240)).encode())
+    (texts / "cut.jsonl.gz").write_bytes(good[:-4])
+    notes = Notes()
+    result = run(texts, progress=notes, split={"val_fraction": 0}, clean={"max_document_bytes": 1_000_000})
+    manifest = verify(result[""])
+    assert rejected(manifest) == {"not_utf8": 1, "malformed": 1, "missing_field": 1, "too_long": 1, "corrupt": 1, "too_short": 1,
+                                  "duplicate": 10}
+    assert result["rejected"] == 16 and result["rejected.too_long"] == 1
+    assert result["documents"] == 50 + 1 + 3 + 40
+    found = documents_of(manifest, "train")
+    assert {"good one", "good two", "good three", "text with  a NUL byte", document(239)} <= set(found)
+    assert manifest.data["steps"][1]["rejected"]["control_characters"] == {"documents": 0, "bytes": 2}
+    rejects = {path.stem: [json.loads(line) for line in path.read_text().splitlines()] for path in Path(result[""], "rejects").iterdir()}
+    assert {reason: len(samples) for reason, samples in rejects.items()} == rejected(manifest)
+    assert (rejects["malformed"][0]["source"], rejects["malformed"][0]["record"]) == ("texts/bad.jsonl", 1)
+    assert rejects["duplicate"][0]["same_as"]["source"].startswith("texts/")
+    assert "1 document rejected: too_long (3,000,013 bytes)" in notes.text and "10 documents rejected: duplicate" in notes.text
+
+
+def test_a_corpus_with_nothing_in_it_is_an_error_that_says_why_and_keeps_the_samples(run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "a.txt").write_bytes(b"\xff")
+    (folder / "b.txt").write_bytes(b"")
+    with pytest.raises(CorpusError, match="no document is left of 2: 1 not_utf8, 1 too_short"):
+        run(folder)
+    assert set(files_of(tmp_path / "store" / "corpora" / "words")) == {"rejects/not_utf8.jsonl", "rejects/too_short.jsonl"}
+
+
+def test_text_that_fills_no_window_is_an_error_and_leaves_no_corpus(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("few words")
+    with pytest.raises(CorpusError, match=r"the .* tokens of the train split do not fill a window of 1024 \+ 1"):
+        run(tmp_path / "a.txt", context=1024)
+    assert not files_of(tmp_path / "store" / "corpora" / "words")
+
+
+def test_a_field_that_no_record_has_is_an_error_with_the_nearest(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"texts": "x"}\n' * 3)
+    with pytest.raises(CorpusError, match=r"none of 3 records has the field 'text'; the first has texts; did you mean texts\?"):
+        run(tmp_path / "a.jsonl")
+
+
+def test_what_is_missing_is_found_before_anything_is_made(run: Run, tmp_path: Path, texts: Path) -> None:
+    with pytest.raises(InputError, match=r"did you mean .*texts"):
+        run(tmp_path / "text")
+    with pytest.raises(InputError, match=r"tokenizer\.from"):
+        run(texts, tokenizer={"from": str(tmp_path / "none")})
+    assert not files_of(tmp_path / "store")
+
+
+def test_a_small_corpus_holds_out_one_document_and_says_so(run: Run, texts: Path) -> None:
+    notes = Notes()
+    result = run(texts, split={"val_fraction": 0.0001}, progress=notes)
+    assert verify(result[""]).splits["val"].documents == 1 and "one is held out" in notes.text
+    assert result["val_windows"] > 0
+    assert run(texts, "none", split={"val_fraction": 0})["val_tokens"] == 0
+    notes = Notes()
+    assert run(texts / "01.txt", "single", progress=notes)["val_tokens"] == 0
+    assert "one document only" in notes.text
+
+
+def test_a_given_tokenizer_makes_the_same_tokens_as_when_it_was_trained(run: Run, texts: Path) -> None:
+    first = run(texts, "first")
+    second = run(texts, "second", tokenizer={"from": str(Path(first[""], "tokenizer"))})
+    shards = [{name: data for name, data in files_of(result[""]).items() if name.endswith((".arrow", "tokenizer.json"))}
+              for result in (first, second)]
+    assert shards[0] == shards[1]
+
+
+def test_a_complete_corpus_is_kept_and_one_whose_source_changed_is_made_again(run: Run, texts: Path) -> None:
+    first = run(texts)
+    shard = Path(first[""], "train", "00000.arrow")
+    made = shard.stat().st_mtime_ns
+    notes = Notes()
+    assert run(texts, progress=notes) == first
+    assert shard.stat().st_mtime_ns == made and "nothing to do" in notes.text
+    (texts / "00.txt").write_text("Another text, " + document(90))
+    second = run(texts)
+    assert second["manifest_hash"] != first["manifest_hash"]
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert run(texts) == second
+    verify(second[""])
+
+
+def test_a_disk_that_fills_while_a_shard_is_written_leaves_no_corpus_and_the_next_run_makes_it_whole(
+        run: Run, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = run(texts, "whole")
+
+    def on_a_full_disk(task: Any) -> Any:                  # runs in a worker: its files may not grow beyond 1,000 bytes
+        import resource
+
+        from distlm.corpus.pack import write_shard
+
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000 if task.file == "train/00001.arrow" else before[0], before[1]))
+        try:
+            return write_shard(task)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    module: Any = package
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "write_shard", on_a_full_disk)
+        with pytest.raises(StorageError, match=r"train/00001\.arrow: cannot write: .*; free space"):
+            run(texts)
+    corpus = tmp_path / "store" / "corpora" / "words"
+    assert {path.name for path in corpus.iterdir()} == {"rejects"}
+    with pytest.raises(InputError, match="no complete corpus"):
+        read_manifest(corpus)
+    assert run(texts)["manifest_hash"] == whole["manifest_hash"]

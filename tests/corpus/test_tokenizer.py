@@ -1,0 +1,151 @@
+import hashlib
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from transformers import AutoTokenizer
+
+from distlm.corpus.split import SplitRule, content_hash
+from distlm.corpus.tokenizer import END, EncodeTask, Vocabulary, VocabularyTask, check_given, encode_partition, make_tokenizer
+from distlm.errors import InputError
+from distlm.spec.prepare import Tokenizer
+
+TEXTS = [f"def f{i}(x):\n    return x + {i}  # größer 你好\n" for i in range(50)]
+
+
+def partition(folder: Path, texts: list[str]) -> Path:
+    path = folder / "documents.arrow"
+    table = pa.table({"hash": pa.array([content_hash(text.encode()) for text in texts], pa.binary(16)),
+                      "text": pa.array(texts, pa.large_string())})
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table, max_chunksize=7)
+    return path
+
+
+def make(folder: Path, texts: list[str] = TEXTS, **rules: Any) -> Vocabulary:
+    (folder / "tokenizer").mkdir(parents=True, exist_ok=True)
+    return make_tokenizer(VocabularyTask(Tokenizer(**rules), [partition(folder, texts)], SplitRule(0), folder / "tokenizer"))
+
+
+def encode(folder: Path, vocabulary: Vocabulary, texts: list[str], rule: SplitRule | None = None) -> dict[str, tuple[list[int], list[int]]]:
+    task = EncodeTask(partition(folder, texts), rule or SplitRule(0), vocabulary.folder, vocabulary.eos_id, vocabulary.dtype, folder / "t")
+    result = encode_partition(task)
+    found = {split: (np.load(f"{task.output}-{split}.npy").tolist(), np.load(f"{task.output}-{split}-starts.npy").tolist())
+             for split in result}
+    assert {split: len(tokens) for split, (tokens, _) in found.items()} == {split: encoded.tokens for split, encoded in result.items()}
+    return found
+
+
+def random_text(rng: random.Random) -> str:
+    ranges = [(0, 128), (0, 128), (128, 0x800), (0x800, 0xD800), (0xE000, 0x10000), (0x10000, 0x110000), (32, 33), (9, 14), (0x300, 0x370)]
+    return "".join(chr(rng.randrange(*rng.choice(ranges))) for _ in range(rng.randrange(60)))
+
+
+@pytest.mark.parametrize("train", ["bpe", "bytes"])
+def test_any_text_survives_encoding_and_decoding_as_transformers_does_it(tmp_path: Path, train: str) -> None:
+    vocabulary = make(tmp_path, train=train, vocab_size=320)
+    tokenizer = AutoTokenizer.from_pretrained(vocabulary.folder)
+    rng = random.Random(0)
+    texts = [random_text(rng) for _ in range(400)]
+    texts += ["", " ", "  two  spaces , and don 't . \n\n\t", "e\u0301", "\0\r\n", "🤷🏽‍♀️", "\ufeffx"]
+    for text in texts:
+        ids = tokenizer(text)["input_ids"]
+        assert tokenizer.decode(ids) == text
+        assert all(0 <= token < vocabulary.size for token in ids)
+    assert (tokenizer.eos_token, tokenizer.eos_token_id, vocabulary.eos_id) == (END, 0, 0)
+    assert len(tokenizer) == vocabulary.size == (260 if train == "bytes" else 320)
+
+
+def test_the_bytes_tokenizer_has_one_token_per_byte(tmp_path: Path) -> None:
+    vocabulary = make(tmp_path, train="bytes")
+    text = "aé你\n"
+    assert encode(tmp_path, vocabulary, [text])["train"][0] == [byte + 4 for byte in text.encode()] + [0]
+
+
+def test_a_conversation_becomes_a_prompt_that_ends_with_the_role_to_answer(tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(make(tmp_path, vocab_size=300).folder)
+    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"},
+                {"role": "user", "content": "v"}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert text == "<|system|>s<|user|>u<|assistant|>a<|endoftext|><|user|>v<|assistant|>"
+    assert tokenizer(text)["input_ids"].count(3) == 2
+
+
+def test_text_that_spells_a_special_token_is_text(tmp_path: Path) -> None:
+    vocabulary = make(tmp_path, vocab_size=300)
+    text = f"before{END}after<|user|>"
+    tokens, _ = encode(tmp_path, vocabulary, [text])["train"]
+    assert tokens.count(0) == 1 and tokens[-1] == 0 and 2 not in tokens
+    assert AutoTokenizer.from_pretrained(vocabulary.folder).decode(tokens[:-1]) == text
+
+
+def test_documents_go_to_their_split_each_with_its_end(tmp_path: Path) -> None:
+    vocabulary = make(tmp_path, train="bytes")
+    rule = SplitRule(0.3)
+    found = encode(tmp_path, vocabulary, TEXTS, rule)
+    for split, (tokens, starts) in found.items():
+        expected = [text for text in TEXTS if rule.is_val(content_hash(text.encode())) == (split == "val")]
+        assert expected and len(expected) < 50
+        assert [bytes(token - 4 for token in tokens[begin:end - 1]).decode() for begin, end in
+                zip(starts, [*starts[1:], len(tokens)], strict=True)] == expected
+
+
+def test_the_vocabulary_is_learned_from_the_training_split_up_to_the_sample_alone(tmp_path: Path) -> None:
+    rule = SplitRule(0.5)
+    train = [text for text in TEXTS if not rule.is_val(content_hash(text.encode()))]
+    (tmp_path / "a").mkdir()
+    task = VocabularyTask(Tokenizer(vocab_size=300, sample_bytes=200), [partition(tmp_path, TEXTS)], rule, tmp_path / "a")
+    sampled = make_tokenizer(task)
+    count = sampled.sampled["documents"]
+    assert sampled.sampled["bytes"] == sum(len(text.encode()) for text in train[:count])
+    assert sum(len(text.encode()) for text in train[:count - 1]) < 200 <= sampled.sampled["bytes"]
+    same = make(tmp_path / "b", texts=train[:count], vocab_size=300)
+    assert (same.folder / "tokenizer.json").read_bytes() == (sampled.folder / "tokenizer.json").read_bytes()
+
+
+def test_training_is_the_same_in_every_process(tmp_path: Path) -> None:
+    rng = random.Random(1)                                 # many pairs of equal count, so that ties must be broken
+    texts = [" ".join("".join(rng.choice("abcdefgh") for _ in range(4)) for _ in range(50)) for _ in range(40)]
+    expected = hashlib.sha256((make(tmp_path, texts, vocab_size=600).folder / "tokenizer.json").read_bytes()).hexdigest()
+    (tmp_path / "texts.json").write_text(json.dumps(texts))
+    program = f"""
+import hashlib, json
+from pathlib import Path
+from tests.corpus.test_tokenizer import make
+folder = Path({str(tmp_path)!r})
+made = make(folder / "again", json.loads((folder / "texts.json").read_text()), vocab_size=600)
+print(hashlib.sha256((made.folder / "tokenizer.json").read_bytes()).hexdigest())
+"""
+    again = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True,
+                           cwd=Path(__file__).parents[2])
+    assert again.stdout.strip() == expected
+
+
+def test_a_given_tokenizer_is_taken_with_its_end_token(tmp_path: Path) -> None:
+    made = make(tmp_path / "first", vocab_size=310)
+    vocabulary = make(tmp_path / "second", source=str(made.folder))
+    assert (vocabulary.kind, vocabulary.size, vocabulary.eos_id) == ("from", 310, 0)
+    assert (vocabulary.folder / "tokenizer.json").read_bytes() == (made.folder / "tokenizer.json").read_bytes()
+    config = json.loads((made.folder / "tokenizer_config.json").read_text())
+    (made.folder / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": {"content": "<|user|>"}}))
+    assert make(tmp_path / "third", source=str(made.folder)).eos_id == 2
+
+
+def test_a_given_tokenizer_that_cannot_be_taken_is_found_before_work(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such folder"):
+        check_given(Tokenizer(source=str(tmp_path / "none")))
+    with pytest.raises(InputError, match=r"no tokenizer\.json"):
+        check_given(Tokenizer(source=str(tmp_path)))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(InputError, match="cannot be read"):
+        check_given(Tokenizer(source=str(tmp_path)))
+    made = json.loads((make(tmp_path / "made", train="bytes").folder / "tokenizer.json").read_text().replace(END, "<|stop|>"))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(made))
+    with pytest.raises(InputError, match="no end token"):
+        check_given(Tokenizer(source=str(tmp_path)))
