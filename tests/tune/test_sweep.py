@@ -22,7 +22,7 @@ from tests.records import Records
 TRAIN: dict[str, Any] = {"corpus": "c", "model": {"preset": "llama-tiny"}, "duration": {"steps": 12}, "precision": "fp32",
                          "batch": {"global_sequences": 4}, "evaluate": {"every_steps": 4, "max_windows": 4},
                          "scale": {"threads_per_worker": 1}}
-GOOD, WEAK = {"preset": "llama-tiny"}, {"config": {**PRESETS["llama-tiny"], "initializer_range": 3.0}}
+GOOD, WEAK = {"preset": "llama-tiny"}, {"config": {**PRESETS["llama-tiny"], "initializer_range": 1.0}}
 BROKEN = {"config": {"model_type": "no"}}
 SWEEP = {"kind": "tune", "name": "s", "train": TRAIN, "space": {"model": {"grid": [GOOD, WEAK, BROKEN]}}, "asha": {"grace_steps": 4},
          "concurrent": 1}

@@ -1,0 +1,96 @@
+"""What a plan says is what the job will do; nothing is allocated and no cluster is touched."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from distlm import plan
+from distlm.corpus.manifest import write_manifest
+from distlm.errors import InputError, SpecError
+from distlm.execute import resolve
+from distlm.model.build import Shape, build_model, model_config
+from distlm.spec import TrainSpec
+from distlm.storage import Storage
+
+MODEL = {"config": {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+                    "intermediate_size": 64, "tie_word_embeddings": True}}
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Storage:
+    split = {"documents": 10, "bytes": 5000, "tokens": 4000, "dropped_tokens": 0, "windows": 250, "shards": []}
+    storage = Storage(tmp_path)
+    storage.corpus("c").mkdir(parents=True)
+    write_manifest(storage.corpus("c"), {"name": "c", "context": 16, "dtype": "uint16", "seed": 0, "steps": [],
+                                         "tokenizer": {"vocab_size": 300, "eos_id": 0}, "splits": {"train": split, "val": split}})
+    return storage
+
+
+def needs(storage: Storage, **keys: Any) -> dict[str, str]:
+    return dict(plan.needs(resolve({"name": "x", **keys}), storage))
+
+
+def test_training_is_planned_from_the_corpus(storage: Storage) -> None:
+    given = {"kind": "train", "corpus": "c", "model": MODEL, "duration": {"epochs": 2}, "batch": {"global_tokens": 160},
+             "scale": {"workers": 2, "cpus_per_worker": 2}}
+    rows = needs(storage, **given)
+    assert rows["steps"].startswith("50 of 10 sequences, 5 in a micro-batch")
+    assert rows["tokens"] == "8,000" and rows["CPUs"].startswith("5:")
+    spec = resolve({"name": "x", **given}).spec
+    assert isinstance(spec, TrainSpec)
+    model = build_model(spec.model, model_config(spec.model, Shape(300, 16, 0)), 0)
+    assert rows["parameters"] == f"{sum(p.numel() for p in model.parameters()):,}"
+
+
+def test_the_arithmetic_is_what_torch_counts_in_the_matrix_products(storage: Storage) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    spec: Any = resolve({"name": "x", "kind": "train", "corpus": "c", "model": MODEL, "duration": {"steps": 1}}).spec
+    config = model_config(spec.model, Shape(300, 16, 0))
+    model = build_model(spec.model, config, 0)
+    tokens = torch.zeros(1, 16, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=tokens).logits.sum().backward()
+    parameters = sum(p.numel() for p in model.parameters())
+    assert plan.flops_per_token(parameters, 2, 32, 16) * 16 == pytest.approx(counter.get_total_flops(), rel=0.1)
+
+
+def test_zero_divides_model_states_over_the_workers() -> None:
+    assert plan.memory_per_rank(1000, "bf16", 0, 4) == {"weights": 2000, "gradients": 2000, "optimizer": 12000}
+    assert plan.memory_per_rank(1000, "bf16", 1, 4) == {"weights": 2000, "gradients": 2000, "optimizer": 3000}
+    assert plan.memory_per_rank(1000, "fp32", 2, 4) == {"weights": 4000, "gradients": 1000, "optimizer": 2000}
+    assert plan.memory_per_rank(1000, "bf16", 3, 4) == {"weights": 500, "gradients": 500, "optimizer": 3000}
+
+
+def test_a_context_that_is_not_the_corpus_s_is_refused(storage: Storage) -> None:
+    with pytest.raises(SpecError, match="32 is not the context of the corpus c, 16"):
+        needs(storage, kind="train", corpus="c", model={**MODEL, "context": 32}, duration={"steps": 1})
+
+
+def test_a_corpus_that_is_not_there_yet_leaves_open_what_depends_on_it(storage: Storage) -> None:
+    rows = needs(storage, kind="train", corpus="d", model=MODEL, duration={"steps": 5})
+    assert "not there yet" in rows["corpus"] and "parameters" not in rows and rows["CPUs"].startswith("2:")
+
+
+def test_preparation_counts_the_files_it_finds(storage: Storage, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("x" * 1500)
+    rows = needs(storage, kind="prepare", sources=[str(tmp_path / "a.txt")], tokenizer={"train": "bytes"})
+    assert (rows["files"], rows["bytes"], rows["vocabulary"]) == ("1", "1.5 kB", "256 bytes")
+    with pytest.raises(InputError):
+        needs(storage, kind="prepare", sources=[str(tmp_path / "b.txt")])
+
+
+def test_a_sweep_counts_its_trials_and_a_pipeline_plans_step_by_step(storage: Storage) -> None:
+    train = {"corpus": "c", "model": MODEL, "duration": {"steps": 5}}
+    tune = {"kind": "tune", "train": train, "space": {"optimizer.lr": {"loguniform": [1e-4, 1e-2]}}, "trials": 3, "asha": {}}
+    rows = needs(storage, **tune)
+    assert rows["trials"].startswith("3, ") and rows["optimizer.lr"] == "loguniform: 0.0001 to 0.01" and rows["a trial's tokens"] == "2,560"
+    steps = {"prepare": {"kind": "prepare", "sources": ["stdlib"], "tokenizer": {"vocab_size": 300}, "context": 16},
+             "tune": {**tune, "train": {**train, "corpus": "${prepare}"}},
+             "train": {**train, "kind": "train", "corpus": "${prepare}", "optimizer": {"lr": "${tune.best.optimizer.lr}"}},
+             "serve": {"kind": "serve", "model": "${train}"}}
+    rows = needs(storage, kind="pipeline", steps=steps)
+    assert int(rows["prepare: files"].replace(",", "")) > 100 and rows["tune: trials"].startswith("3, ")
+    assert rows["train: parameters"] == rows["tune: a trial's parameters"] and "address" in "".join(rows)
