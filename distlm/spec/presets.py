@@ -11,6 +11,7 @@ def _llama(width: int, layers: int, heads: int, kv_heads: int, ffn: int, tied: b
 
 PRESETS: dict[str, dict[str, Any]] = {
     "llama-tiny": _llama(64, 2, 4, 2, 192, tied=True),
+    "llama-4m": _llama(256, 4, 4, 4, 704, tied=True),
     "llama-10m": _llama(384, 6, 6, 6, 1024, tied=True),
     "gpt2-124m": {"model_type": "gpt2", "n_embd": 768, "n_layer": 12, "n_head": 12},
     "llama-1b": _llama(2048, 16, 32, 8, 8192, tied=True, theta=500_000.0),
