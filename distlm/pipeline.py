@@ -60,7 +60,8 @@ def inline(loaded: Loaded) -> Loaded:
         if data.get("kind") == "tune" and isinstance(data.get("train"), str) and not REFERENCE.search(data["train"]):
             data["train"], found = space.read_file(data["train"], folder_, f"{where}.train")
             origins |= {f"{prefix}.train.{key}": text for key, text in found.items()}
-        data.setdefault("name", f"{spec.name}-{step}")
+        if "name" not in data:
+            data["name"], origins[f"{prefix}.name"] = f"{spec.name}-{step}", "default"
         steps[step] = data
     return execute.with_spec(loaded, spec.model_copy(update={"steps": steps}), origins)
 

@@ -116,7 +116,7 @@ def of_serve(spec: ServeSpec, storage: Storage) -> Rows:
     from distlm.execute import locate
 
     try:
-        model = str(locate(spec.model, storage))
+        model = "what another step makes" if "${" in spec.model else str(locate(spec.model, storage))
     except InputError as error:
         model = f"{spec.model}: not there yet ({error.message})"
     rows = [("model", model), ("address", f"{spec.host}:{spec.port or 'a free port'}"), ("replicas", str(spec.replicas)),
