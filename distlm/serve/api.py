@@ -30,6 +30,8 @@ from distlm.serve.metrics import Metrics
 RULES = {"prompt": "must be a string, a list of strings, a list of token ids, or a list of lists of token ids, and not an empty list",
          "stop": "must be a string or a list of at most 16 strings"}
 """What to say of fields that take several types."""
+MAX_CHOICES = 2048
+"""Completions of one request: prompts times n."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,9 @@ def create_app(engine: Engine, card: Card, key: str, metrics: Metrics, *, defaul
                           code="model_not_found")
 
     async def answer(body: Sampling, prompts: list[list[int]], writer: Completion, http: HttpRequest) -> Response:
+        if len(prompts) * body.n > MAX_CHOICES:
+            raise Refused(400, f"{len(prompts)} prompts times n: {body.n} are {len(prompts) * body.n} choices; {MAX_CHOICES} are the most "
+                          "of one request", param="n")
         requests = [request for prompt in prompts for request in requests_of(body, prompt, engine, default_max_tokens)]
         chunks = engine.generate(requests)
         num_prompt = sum(map(len, prompts))

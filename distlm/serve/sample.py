@@ -7,6 +7,9 @@ import torch
 
 from distlm.serve.engine import Request, Token
 
+IMPOSSIBLE = -9999.0
+"""The log-probability of what cannot be, as OpenAI and vLLM write it: JSON has no infinity."""
+
 
 def choose(logits: torch.Tensor, requests: Sequence[Request], sources: Sequence[random.Random]) -> list[int]:
     """The next token of every row of logits [rows, vocabulary]. A row's draw depends on its own source alone, not on its company."""
@@ -14,10 +17,10 @@ def choose(logits: torch.Tensor, requests: Sequence[Request], sources: Sequence[
     drawn = [i for i, request in enumerate(requests) if request.temperature > 0]
     if drawn:
         device = logits.device
-        temperature = torch.tensor([requests[i].temperature for i in drawn], device=device)
+        temperature = torch.tensor([max(requests[i].temperature, 1e-6) for i in drawn], device=device)
         top_p = torch.tensor([requests[i].top_p for i in drawn], device=device)
         uniform = torch.tensor([sources[i].random() for i in drawn], device=device)
-        # scaled from the row's maximum, so that a tiny temperature gives 0 and -inf, not an overflow
+        # scaled from the row's maximum, so that a tiny temperature does not overflow
         rows = logits[drawn].float()
         rows = (rows - rows.amax(-1, keepdim=True)) / temperature[:, None]
         probabilities, order = rows.softmax(-1).sort(descending=True, stable=True)
@@ -28,14 +31,14 @@ def choose(logits: torch.Tensor, requests: Sequence[Request], sources: Sequence[
             probabilities[top_p == 0, 0] = 1
         cumulative = probabilities.double().cumsum(-1)
         place = torch.searchsorted(cumulative, uniform[:, None].double() * cumulative[:, -1:], right=True)
-        kept = (probabilities > 0).sum(-1, keepdim=True)
-        chosen[drawn] = order.gather(-1, place.minimum(kept - 1))[:, 0]
+        last = ((probabilities > 0).sum(-1, keepdim=True) - 1).clamp(min=0)
+        chosen[drawn] = order.gather(-1, place.minimum(last))[:, 0]
     return chosen.tolist()
 
 
 def score(logits: torch.Tensor, ids: Sequence[int], num_top: int) -> list[Token]:
     """The log-probabilities of `ids` under logits [len(ids), vocabulary], and the `num_top` likeliest at each place."""
-    logprobs = logits.float().log_softmax(-1)
+    logprobs = logits.float().log_softmax(-1).nan_to_num(nan=IMPOSSIBLE, neginf=IMPOSSIBLE)
     own = logprobs.gather(-1, torch.tensor(list(ids), device=logits.device)[:, None])[:, 0].tolist()
     if not num_top:
         return [Token(token, value, ()) for token, value in zip(ids, own, strict=True)]

@@ -186,10 +186,11 @@ class TorchEngine:
                 self._leave(row)
                 self.metrics.finished("abort")
         with self._wake:
-            gone = [running for running in self._waiting if running.channel.cancelled()]
+            gone = {channel for channel in {running.channel for running in self._waiting} if channel.cancelled()}
+            num_waiting = len(self._waiting)
             if gone:
-                self._waiting = deque(running for running in self._waiting if running not in gone)
-        for _ in gone:
+                self._waiting = deque(running for running in self._waiting if running.channel not in gone)
+        for _ in range(num_waiting - len(self._waiting)):
             self.metrics.finished("abort")
 
     def _admit(self) -> None:

@@ -190,7 +190,7 @@ def test_without_the_key_there_is_401_everywhere_but_at_health(server: Server, h
     ({"best_of": 3}, "best_of", "not supported"), ({"top_k": 5}, "top_k", "no field"), ({"messages": []}, "messages", "no field"),
     ({"stream_options": {"include_usage": True}}, "stream_options", "stream: true"), ({"logprobs": 50}, "logprobs", "20"),
     ({"stream": True, "stream_options": {"x": 1}}, "stream_options", "not supported"), ({"max_tokens": 0}, "max_tokens", "echo"),
-    ({"presence_penalty": False}, "presence_penalty", "not supported"),
+    ({"n": 128, "prompt": ["x"] * 17}, "n", "2048"), ({"presence_penalty": False}, "presence_penalty", "not supported"),
 ])
 def test_a_field_that_cannot_be_honoured_is_refused_by_name(server: Server, fields: dict[str, Any], param: str, words: str) -> None:
     status, error = server.refused(**fields)
@@ -221,7 +221,8 @@ def test_neutral_values_of_unsupported_fields_pass(server: Server) -> None:
     assert answer.status_code == 200, answer.text
 
 
-@pytest.mark.parametrize("body", [b"{", b"", b"[1]", b'"x"', b'{"model": "tiny", "prompt": "\xff"}', b'{"model": NaN}', b"[" * 100_000])
+@pytest.mark.parametrize("body", [b"{", b"", b"[1]", b'"x"', b'{"model": "tiny", "prompt": "\xff"}', b'{"model": NaN}', b"[" * 100_000,
+                                  b'{"model": "tiny", "prompt": "\\ud800"}', b'{"model": "tiny", "prompt": "x", "seed": ' + b"9" * 5000 + b"}"])
 def test_a_body_that_is_no_object_is_a_400_of_openais_shape(server: Server, body: bytes) -> None:
     answer = server.http.post("/v1/completions", content=body, headers={"Content-Type": "application/json"})
     assert answer.status_code == 400 and answer.json()["error"]["type"] == "invalid_request_error", answer.text

@@ -141,7 +141,7 @@ def test_an_endpoint_from_start_to_end_on_ray_serve(cluster: None, storage: Stor
 def leaves_and_frees(base: str, key: str) -> None:
     """A client that goes away mid-stream, and one that does not stream, free their places."""
     http = httpx.Client(base_url=base, headers={"Authorization": f"Bearer {key}"}, timeout=30)
-    body = {"model": "py", "prompt": [5] * 8, "max_tokens": 120, "temperature": 1, "seed": 2, "n": 60}
+    body = {"model": "py", "prompt": [[5] * 8] * 32, "max_tokens": 120, "temperature": 1, "n": 64}
 
     def value(name: str) -> float:
         text = http.get("/metrics").text
