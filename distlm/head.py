@@ -151,16 +151,14 @@ def down(head: Head) -> int:
     with contextlib.suppress(psutil.Error):
         if head.alive():                                   # `ray start --block` takes its children along
             psutil.Process(head.pid).terminate()
-    first = True
     while found := processes(head):
-        ended.update(p.pid for p in found)
         for process in found:
             with contextlib.suppress(psutil.Error):
                 if time.monotonic() > deadline:
                     process.kill()
-                elif first:
+                elif process.pid not in ended:
                     process.terminate()
-        first = False
+            ended.add(process.pid)
         psutil.wait_procs(found, timeout=0.5)
     folder = Path(head.folder)
     for name in ("cluster.json", "token"):

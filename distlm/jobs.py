@@ -302,7 +302,11 @@ def _tail(submission: Submission) -> Iterator[str]:
                 yield loop.run_until_complete(anext(stream))
             except StopAsyncIteration:
                 return
-    finally:
+    finally:                                               # after Ctrl-C the last step still waits
+        pending = asyncio.all_tasks(loop)
+        for task in pending:
+            task.cancel()
+        loop.run_until_complete(asyncio.gather(*pending, return_exceptions=True))
         loop.run_until_complete(stream.aclose())
         loop.close()
 

@@ -1,0 +1,186 @@
+"""A real head, beside another Ray on the same machine: what `up` starts, `down` ends, and nothing else."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from distlm import cluster, head
+from distlm.errors import ClusterError, InputError
+from distlm.storage import Storage, write_json
+
+OTHER = """
+import os, sys
+from distlm import cluster
+import ray
+with cluster.connect() as connection:
+    assert connection.embedded
+    for line in sys.stdin:
+        print(ray.get(ray.remote(lambda: 6 * 7).remote()), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        root = tmp_path_factory.mktemp("store")
+        patch.setenv("DISTLM_STORAGE", str(root))
+        patch.delenv("RAY_ADDRESS", raising=False)
+        yield Storage(root)
+
+
+@pytest.fixture(scope="module")
+def other(storage):
+    """Another Ray on this machine, not ours to touch: one that a process carries in itself."""
+    process = subprocess.Popen([sys.executable, "-c", OTHER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                               env={**os.environ, "DISTLM_STORAGE": str(storage.root / "other")})
+
+    def ask() -> str:
+        process.stdin.write("\n")
+        process.stdin.flush()
+        return process.stdout.readline().strip()
+
+    yield ask
+    process.stdin.close()
+    process.wait(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def up(storage, other):
+    started, fresh = head.up(head.LocalCluster(cpus=6, object_store_bytes=100_000_000), storage)
+    assert fresh
+    yield started
+    head.down(started)
+
+
+def distlm(*words):
+    return subprocess.run([sys.executable, "-m", "distlm", *words], capture_output=True, text=True, timeout=120)
+
+
+def test_up_is_idempotent_and_prints_the_dashboard(up):
+    again = distlm("cluster", "up")
+    assert again.returncode == 0, again.stderr
+    assert "was up already" in again.stdout and f"dashboard {up.dashboard_url}" in again.stdout
+
+
+def test_status_shows_address_resources_and_jobs(up):
+    shown = json.loads(distlm("cluster", "status", "--json").stdout)
+    assert shown["address"] == up.address and shown["nodes"] == 1 and shown["resources"]["CPU"][1] == 6
+    assert shown["jobs"] == [] and shown["applications"] == {}
+
+
+def test_the_dashboard_wants_the_token_and_listens_on_loopback(up):
+    assert httpx.get(up.dashboard_url + "/api/jobs/", trust_env=False).status_code == 401
+    assert up.dashboard_url.startswith("http://127.0.0.1:")
+    assert Path(up.token_file).stat().st_mode & 0o077 == 0
+    for connection in psutil.net_connections("tcp"):
+        if connection.status == "LISTEN" and connection.laddr.port == int(up.dashboard_url.rsplit(":", 1)[1]):
+            assert connection.laddr.ip == "127.0.0.1"
+
+
+def test_everything_lies_in_one_folder(up, storage):
+    assert {Path(up.ray_folder).name, "token", "cluster.json", "head.log"} >= {path.name for path in Path(up.folder).iterdir()}
+    assert len(os.fsencode(up.ray_folder)) <= head.LONGEST_RAY_FOLDER and list(Path(up.ray_folder).glob("session_*"))
+
+
+def test_connect_joins_it_and_keeps_the_terminal_clean(up, tmp_path):
+    code = ("import sys, logging\nfrom pathlib import Path\nfrom distlm import cluster\n"
+            "with cluster.connect(Path(sys.argv[1])) as c:\n"
+            "    import ray\n    logging.getLogger('ray').error('noise of ray')\n    print('more noise', file=sys.stderr)\n"
+            "    print(c.address, c.dashboard_url, c.embedded, ray.get(ray.remote(lambda: 1 + 1).remote()))\n"
+            "print('after', file=sys.stderr)\n")
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "driver.log")], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == [up.address, up.dashboard_url, "False", "2"], done.stderr
+    assert done.stderr == "after\n"
+    assert "noise of ray" in (tmp_path / "driver.log").read_text() and "more noise" in (tmp_path / "driver.log").read_text()
+
+
+def test_a_port_that_is_taken_is_the_users_mistake_and_leaves_nothing(storage, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(InputError, match=f"dashboard_port: port {port} cannot be had"):
+            head.up(head.LocalCluster(name="second", dashboard_port=port), storage)
+        (tmp_path / "second.yaml").write_text(f"name: second\nport: {port}\n")
+        assert distlm("cluster", "up", str(tmp_path / "second.yaml")).returncode == 2
+    assert not (storage.root / "clusters" / "second").exists()
+
+
+def test_an_interrupted_up_leaves_nothing(storage, tmp_path):
+    (tmp_path / "brief.yaml").write_text("name: brief\n")
+    process = subprocess.Popen([sys.executable, "-m", "distlm", "cluster", "up", str(tmp_path / "brief.yaml")], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
+    record, deadline = storage.root / "clusters" / "brief" / "cluster.json", time.monotonic() + 60
+    while not record.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    [brief] = [one for one in head.recorded(storage) if one.name == "brief"]
+    assert head.processes(brief)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 130 and head.processes(brief) == [] and not record.exists()
+
+
+def test_a_head_that_cannot_start_says_why_and_leaves_nothing(storage, monkeypatch):
+    monkeypatch.setattr(head, "START_TIMEOUT_S", 0.5)
+    with pytest.raises(ClusterError, match="did not come up"):
+        head.up(head.LocalCluster(name="slow"), storage)
+    assert "slow" not in [one.name for one in head.recorded(storage)]
+
+
+def test_a_record_from_before_a_reboot_is_not_taken_for_a_cluster(up, tmp_path, monkeypatch):
+    stale = replace(up, pid=os.getpid(), started=1.0, id="0" * 32, folder=str(tmp_path / "clusters" / "local"))
+    write_json(tmp_path / "clusters" / "local" / "cluster.json", asdict(stale))
+    monkeypatch.setenv("DISTLM_STORAGE", str(tmp_path))
+    assert not stale.alive() and cluster.find() is None
+    with pytest.raises(ClusterError, match="no cluster is up"):
+        cluster.require()
+    done = distlm("cluster", "down")                       # takes the record away, and no process: this one has that pid
+    assert done.returncode == 0 and "0 processes" in done.stdout and head.recorded(Storage(tmp_path)) == []
+
+
+def test_ray_address_comes_before_the_recorded_cluster(up, monkeypatch):
+    assert cluster.find().name == "local"
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert cluster.find() == cluster.Cluster("$RAY_ADDRESS", "10.0.0.1:6379")
+    monkeypatch.setenv("RAY_ADDRESS", up.address)          # its token is known
+    assert cluster.find().token_file == up.token_file
+
+
+def test_several_clusters_ask_for_a_choice(up, storage, monkeypatch):
+    monkeypatch.setattr(head, "recorded", lambda _: [replace(up, name="a"), replace(up, name="b")])
+    with pytest.raises(InputError, match="several clusters are up: a, b"):
+        cluster.find()
+    monkeypatch.setenv("DISTLM_CLUSTER", "b")
+    assert cluster.find().name == "b"
+
+
+def test_a_long_storage_path_gets_a_short_folder_for_sockets(tmp_path):
+    deep = tmp_path / ("x" * 60) / "clusters" / "local"
+    short = head._ray_folder(deep)
+    try:
+        assert len(os.fsencode(short)) <= head.LONGEST_RAY_FOLDER and short == head._ray_folder(deep) and short.stat().st_mode & 0o077 == 0
+    finally:
+        short.rmdir()
+
+
+def test_down_ends_all_that_up_started_and_nothing_else(up, other):
+    mine = head.processes(up)
+    names = " ".join(" ".join(process.cmdline()) for process in mine)
+    assert "gcs_server" in names and "raylet" in names and "dashboard" in names and len(mine) >= 5
+    assert other() == "42"
+    done = distlm("cluster", "down")
+    assert done.returncode == 0 and "processes ended" in done.stdout, done.stderr
+    assert [process for process in mine if process.is_running() and process.status() != psutil.STATUS_ZOMBIE] == []
+    assert not up.alive() and cluster.find() is None
+    assert other() == "42"
+    assert "is not up" in distlm("cluster", "down").stdout
