@@ -9,8 +9,9 @@ from distlm.serve.engine import Token
 
 
 def error(message: str, *, kind: str = "invalid_request_error", param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    """The body of every error."""
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    """The body of every error. It may quote the client, who may have sent half a surrogate pair."""
+    texts = [None if text is None else text.encode(errors="backslashreplace").decode() for text in (message, param)]
+    return {"error": {"message": texts[0], "type": kind, "param": texts[1], "code": code}}
 
 
 def usage(prompt: int, completion: int) -> dict[str, int]:

@@ -147,6 +147,7 @@ def requests_of(body: Sampling, prompt: list[int], engine: Engine, default_max_t
 async def tokens_of(engine: Engine, prompt: str | list[int]) -> list[int]:
     """Token ids of a prompt; an empty text is the start of a document. Raises Refused."""
     if isinstance(prompt, str):
+        encodable(prompt, "prompt")
         ids = (await asyncio.to_thread(engine.tokenizer, prompt))["input_ids"]
         start = engine.tokenizer.bos_token_id if engine.tokenizer.bos_token_id is not None else engine.tokenizer.eos_token_id
         if not ids and start is None:
@@ -162,12 +163,22 @@ async def chat_tokens(engine: Engine, body: ChatRequest) -> list[int]:
     """Token ids of a conversation in the model's own template. Raises Refused."""
     if not engine.tokenizer.chat_template:
         raise Refused(400, "this model's tokenizer has no chat_template, so it cannot chat; use /v1/completions", code="no_chat_template")
+    for message in body.messages:
+        encodable(message.text, "messages")
     messages = [{"role": message.role, "content": message.text} for message in body.messages]
     try:
         return await asyncio.to_thread(engine.tokenizer.apply_chat_template, messages, tokenize=True, add_generation_prompt=True,
                                        return_dict=False)
     except jinja2.TemplateError as problem:
         raise Refused(400, f"the model's chat_template refuses these messages: {problem}", param="messages") from None
+
+
+def encodable(text: str, param: str) -> None:
+    """Raises Refused for half a surrogate pair, which JSON can carry and no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise Refused(400, f"{param}: the text holds half a surrogate pair, which is no character", param=param) from None
 
 
 async def whole(chunks: AsyncIterator[tuple[int, Any]], num_choices: int, num_prompt: int, writer: Completion) -> dict[str, Any]:

@@ -222,7 +222,8 @@ def test_neutral_values_of_unsupported_fields_pass(server: Server) -> None:
 
 
 @pytest.mark.parametrize("body", [b"{", b"", b"[1]", b'"x"', b'{"model": "tiny", "prompt": "\xff"}', b'{"model": NaN}', b"[" * 100_000,
-                                  b'{"model": "tiny", "prompt": "\\ud800"}', b'{"model": "tiny", "prompt": "x", "seed": ' + b"9" * 5000 + b"}"])
+                                  b'{"model": "tiny", "prompt": "\\ud800"}', b'{"model": "tiny", "prompt": "x", "\\ud800": 1}',
+                                  b'{"model": "tiny", "prompt": "x", "seed": ' + b"9" * 5000 + b"}"])
 def test_a_body_that_is_no_object_is_a_400_of_openais_shape(server: Server, body: bytes) -> None:
     answer = server.http.post("/v1/completions", content=body, headers={"Content-Type": "application/json"})
     assert answer.status_code == 400 and answer.json()["error"]["type"] == "invalid_request_error", answer.text
