@@ -1,0 +1,159 @@
+"""Checkpoints that commit: shards first, then a manifest with sizes and hashes, then the marker COMMITTED, last.
+
+A folder without the marker is no checkpoint; hashes are verified before anything is unpickled; DeepSpeed's own `latest`
+file is neither written nor read.
+
+    checkpoints/step-000100/state/...  rng-00000.pt ...  manifest.json  COMMITTED
+"""
+
+import hashlib
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from distlm.errors import CheckpointError, StorageError
+from distlm.storage import read_json, write_atomic, write_json
+from distlm.train.recipe import Recipe
+
+MARKER = "COMMITTED"
+TAG = "state"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A committed checkpoint: all that decides the future of a run."""
+
+    path: Path
+    step: int
+    """Optimizer steps done: the next one is this, counted from 0."""
+    manifest: dict[str, Any]
+
+
+def checkpoint_path(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:06d}"
+
+
+def committed(run: Path) -> list[Path]:
+    """The folders that carry the marker, oldest first."""
+    found = [path.parent for path in (run / "checkpoints").glob(f"step-*/{MARKER}")]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def latest(run: Path) -> tuple[Checkpoint | None, list[CheckpointError]]:
+    """The newest checkpoint whose every hash holds, and an error for each newer one that was refused."""
+    refused: list[CheckpointError] = []
+    for path in reversed(committed(run)):
+        try:
+            return verified(path), refused
+        except CheckpointError as error:
+            refused.append(error)
+    return None, refused
+
+
+def verified(path: Path) -> Checkpoint:
+    """Check marker, manifest, and the size and hash of each file. Raises CheckpointError."""
+    try:
+        marker, text = (path / MARKER).read_text().strip(), (path / "manifest.json").read_bytes()
+        manifest = read_json(path / "manifest.json")
+    except (OSError, StorageError) as error:
+        raise CheckpointError(f"is not readable: {error}", where=str(path)) from None
+    if hashlib.sha256(text).hexdigest() != marker:
+        raise CheckpointError("the manifest is not the one that was committed", where=str(path))
+    for entry in manifest["files"]:
+        file = path / entry["file"]
+        size = file.stat().st_size if file.is_file() else -1
+        if size != entry["bytes"]:
+            raise CheckpointError("is missing" if size < 0 else f"has {size:,} bytes, not {entry['bytes']:,}", where=str(file))
+        if _hash(file) != entry["xxh3"]:
+            raise CheckpointError("its bytes are not those that were committed", where=str(file))
+    return Checkpoint(path, manifest["step"], manifest)
+
+
+def check_fits(checkpoint: Checkpoint, recipe: Recipe) -> None:
+    """Raises CheckpointError where a run cannot go on exactly from this checkpoint."""
+    ours = _facts(recipe)
+    for key, value in ours.items():
+        saved = checkpoint.manifest[key]
+        if saved != value:
+            raise CheckpointError(f"was saved with {key} {saved}, and the spec says {value}", where=str(checkpoint.path), cause="bad_spec",
+                                  remedy=f"resume with {key} {saved}, or start a new run")
+
+
+def _facts(recipe: Recipe) -> dict[str, Any]:
+    return {"workers": recipe.world, "zero": recipe.spec.sharding.zero, "precision": recipe.spec.precision,
+            "global_sequences": recipe.global_sequences, "seed": recipe.spec.seed, "corpus_hash": recipe.corpus_hash}
+
+
+def save(engine: Any, run: Path, step: int, recipe: Recipe, rank: int) -> Path:
+    """Write and commit the state after `step` steps, then prune. All ranks take part. Raises StorageError."""
+    import torch
+    from torch import distributed
+
+    path = checkpoint_path(run, step)
+    try:
+        if rank == 0:
+            shutil.rmtree(path, ignore_errors=True)
+            path.mkdir(parents=True)
+        distributed.barrier()
+        engine.save_checkpoint(str(path), tag=TAG, client_state={}, save_latest=False)
+        cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else torch.empty(0, dtype=torch.uint8)
+        torch.save({"cpu": torch.get_rng_state(), "cuda": cuda}, path / f"rng-{rank:05d}.pt")
+    except (OSError, RuntimeError) as error:               # torch reports a full disk as a RuntimeError
+        raise StorageError(f"the checkpoint cannot be written: {str(error).splitlines()[0]}", where=str(path),
+                           remedy="free space; the run goes on from the checkpoint before") from error
+    distributed.barrier()
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    mine = [_entry(file, path) for file in files[rank::recipe.world]]
+    entries: list[Any] = [None] * recipe.world
+    distributed.all_gather_object(entries, mine)
+    if rank == 0:
+        manifest = {"format": 1, "step": step, "samples": step * recipe.global_sequences, "tokens": step * recipe.tokens_per_step,
+                    **_facts(recipe), "files": sorted((entry for part in entries for entry in part), key=lambda entry: entry["file"])}
+        write_json(path / "manifest.json", manifest)
+        write_atomic(path / MARKER, hashlib.sha256((path / "manifest.json").read_bytes()).hexdigest() + "\n")
+        prune(run, recipe.spec.checkpoint.keep)
+    distributed.barrier()
+    return path
+
+
+def load(engine: Any, checkpoint: Path, rank: int) -> None:
+    """Restore the engine and this rank's random numbers from a verified checkpoint. All ranks take part."""
+    import torch
+
+    path, _ = engine.load_checkpoint(str(checkpoint), tag=TAG)
+    if path is None:
+        raise CheckpointError("DeepSpeed found nothing to load", where=str(checkpoint), cause="internal")
+    states = torch.load(checkpoint / f"rng-{rank:05d}.pt", weights_only=True)
+    torch.set_rng_state(states["cpu"])
+    if len(states["cuda"]) and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def prune(run: Path, keep: int) -> None:
+    """Delete all but the newest `keep` committed checkpoints, and what was never committed. The marker goes first."""
+    kept = set(committed(run)[-keep:])
+    for path in (run / "checkpoints").glob("step-*"):
+        if path not in kept:
+            (path / MARKER).unlink(missing_ok=True)
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _entry(file: Path, root: Path) -> dict[str, Any]:
+    handle = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+    return {"file": str(file.relative_to(root)), "bytes": file.stat().st_size, "xxh3": _hash(file)}
+
+
+def _hash(file: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()

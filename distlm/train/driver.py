@@ -1,0 +1,183 @@
+"""The train job: a TorchTrainer over the plan-block stream, resumed by cause from our own checkpoints.
+
+Ray Train restarts nothing by itself: a data stream that it restarts would begin at the first sample again. After a
+failure the driver takes the last committed checkpoint, starts the plan at its sample, and launches a new group.
+"""
+
+import contextlib
+import math
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from distlm.corpus.stream import plan_dataset
+from distlm.errors import ClusterError, DistlmError, TrainError
+from distlm.model.build import model_config, num_parameters
+from distlm.progress import Progress
+from distlm.runs import RunFolder
+from distlm.spec.train import TrainSpec
+from distlm.storage import Storage
+from distlm.train import checkpoint
+from distlm.train.failures import diagnose
+from distlm.train.recipe import Recipe, make_recipe
+from distlm.train.worker import Task, work
+
+OnMetrics = Callable[[dict[str, Any]], None]
+DATA_CPUS = 0.5
+"""Logical CPUs that the stream needs beside the workers."""
+
+
+def train(spec: TrainSpec, folder: RunFolder, storage: Storage, progress: Progress, *,
+          on_metrics: OnMetrics | None = None) -> dict[str, Any]:
+    """Train to the end, from the last committed checkpoint where the folder holds one. `on_metrics` gets every record of
+    metrics.jsonl as it is written, on another thread. Raises SpecError, InputError, ClusterError, CheckpointError, TrainError."""
+    recipe = make_recipe(spec, storage)
+    parameters = num_parameters(model_config(spec.model, recipe.shape))
+    check_resources(spec)
+    progress.note(f"{parameters:,} parameters, {recipe.num_steps:,} steps of {recipe.tokens_per_step:,} tokens, "
+                  f"{recipe.world} worker{'s' * (recipe.world > 1)} under ZeRO-{spec.sharding.zero}, {spec.precision}")
+    failures: dict[str, int] = {}
+    while True:
+        start = _resume_point(recipe, folder, progress)
+        first_step = start.step if start else 0
+        if first_step == recipe.num_steps and (folder.path / "export").is_dir():
+            break
+        with _following(folder, recipe, progress, first_step, on_metrics):
+            error = _launch(recipe, folder, first_step, start.path if start else None, len(failures))
+        if error is None:
+            break
+        failures[error.cause] = failures.get(error.cause, 0) + 1
+        allowed = {"worker_died": spec.retry.worker_died, "node_lost": spec.retry.node_lost}.get(error.cause, 0)
+        if failures[error.cause] > allowed:
+            raise error
+        progress.note(f"{error.cause}: {error.message}; resuming from the last checkpoint, try {failures[error.cause]} of {allowed}")
+        folder.event("note", error.cause, f"resuming: {error}", attempt=failures[error.cause])
+    return outcome(recipe, folder, parameters)
+
+
+def check_resources(spec: TrainSpec) -> None:
+    """Raises ClusterError where the cluster can never hold the job: Ray would wait for ever."""
+    import ray
+
+    have = ray.cluster_resources()
+    need = {"CPU": spec.scale.workers * spec.scale.cpus_per_worker + DATA_CPUS, "GPU": spec.scale.workers * spec.scale.gpus_per_worker}
+    for name, amount in need.items():
+        if amount > have.get(name, 0):
+            raise ClusterError(f"{spec.scale.workers} workers and the data stream need {amount:g} {name}s, and the cluster has "
+                               f"{have.get(name, 0):g}", where="scale", cause="bad_spec",
+                               remedy="lower scale.workers or scale.cpus_per_worker, or take a larger cluster")
+
+
+def _resume_point(recipe: Recipe, folder: RunFolder, progress: Progress) -> checkpoint.Checkpoint | None:
+    """The checkpoint to go on from, verified; what was refused is told. Metrics beyond it are trimmed."""
+    start, refused = checkpoint.latest(folder.path)
+    for error in refused:
+        progress.note(f"refused: {error}")
+        folder.event("note", "storage", f"checkpoint refused: {error}")
+    if start is not None:
+        checkpoint.check_fits(start, recipe)
+        progress.note(f"resuming at step {start.step:,} of {recipe.num_steps:,}")
+    elif refused:
+        raise refused[0]
+    folder.trim_metrics(start.step if start else -1)
+    return start
+
+
+def _launch(recipe: Recipe, folder: RunFolder, first_step: int, resume_from: Path | None, attempt: int) -> DistlmError | None:
+    """Run one worker group to its end. Returns what stopped it, if it is not done. Raises KeyboardInterrupt after Ctrl-C."""
+    import ray
+    from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    scale, folder_ray = recipe.spec.scale, folder.path / "ray"
+    resources = {"CPU": scale.cpus_per_worker, **({"GPU": scale.gpus_per_worker} if scale.gpus_per_worker else {})}
+    environment = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **({} if scale.gpus_per_worker else {"DS_ACCELERATOR": "cpu"})}
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    data_context = ray.data.DataContext.get_current()
+    data_context.enable_progress_bars = False
+    data_context.execution_no_progress_timeout_s = -1      # a step may be slower than Ray's idea of progress
+    trainer = TorchTrainer(
+        work, train_loop_config={"task": Task(recipe, folder.path, first_step, resume_from)},
+        torch_config=TorchConfig(backend="nccl" if scale.gpus_per_worker else "gloo"),
+        scaling_config=ScalingConfig(num_workers=scale.workers, use_gpu=bool(scale.gpus_per_worker), resources_per_worker=resources),
+        datasets={"train": plan_dataset(recipe.plan(), first_step)} if first_step < recipe.num_steps else {},
+        dataset_config=DataConfig(execution_options=ray.data.ExecutionOptions(preserve_order=True), enable_shard_locality=False),
+        run_config=RunConfig(name=f"{folder.name}-{os.getpid()}-{attempt}", storage_path=str(folder_ray),
+                             failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),  # type: ignore[call-arg]
+                             worker_runtime_env={"env_vars": environment}))  # type: ignore[call-arg]
+    folder.event("running", message=f"from step {first_step}")
+    try:
+        with _sigint_kept():
+            trainer.fit()
+    except TrainingFailedError as error:
+        return diagnose(error)
+    if not (folder.path / "export").is_dir():              # Ray returns normally from an abort
+        raise KeyboardInterrupt
+    return None
+
+
+@contextlib.contextmanager
+def _sigint_kept() -> Iterator[None]:
+    """Ray Train sets a handler of its own for Ctrl-C and leaves it there."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
+def _following(folder: RunFolder, recipe: Recipe, progress: Progress, first_step: int, on_metrics: OnMetrics | None) -> Iterator[None]:
+    """Show and pass on each record of metrics.jsonl as rank 0 writes it: the file is the truth, wherever the ranks run."""
+    stop, latest_val = threading.Event(), {"val_loss": math.nan}
+
+    def handle(record: dict[str, Any]) -> None:
+        if "val_loss" in record:
+            latest_val["val_loss"] = record["val_loss"]
+        if "loss" in record:
+            shown = {} if math.isnan(latest_val["val_loss"]) else latest_val
+            progress.update("steps", record["step"], recipe.num_steps, loss=record["loss"], **shown, tokens_per_s=record["tokens_per_s"])
+        if on_metrics:
+            on_metrics(record)
+
+    def follow() -> None:
+        position = folder.metrics_size()
+        while True:
+            ending = stop.is_set()                         # read once more after the last write
+            records, position = folder.metrics_from(position)
+            for record in records:
+                handle(record)
+            if ending:
+                return
+            stop.wait(0.3)
+
+    thread = threading.Thread(target=follow, daemon=True, name="follow-metrics")
+    progress.update("steps", first_step, recipe.num_steps)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(timeout=10)
+
+
+def outcome(recipe: Recipe, folder: RunFolder, parameters: int) -> dict[str, Any]:
+    """The job's outputs, from what the run recorded."""
+    records = folder.read_metrics()
+    steps, values = [r for r in records if "loss" in r], [r for r in records if "val_loss" in r]
+    if not steps:
+        raise TrainError("the run has no metrics", where=str(folder.path / "metrics.jsonl"), cause="storage")
+    speeds = sorted(r["tokens_per_s"] for r in steps)
+    val_loss = values[-1]["val_loss"] if values else None
+    return {"": str(folder.path), "export": str(folder.path / "export"), "parameters": parameters, "steps": recipe.num_steps,
+            "tokens": recipe.num_steps * recipe.tokens_per_step, "loss_first": steps[0]["loss"], "loss_last": steps[-1]["loss"],
+            "val_loss_first": values[0]["val_loss"] if values else None, "val_loss": val_loss,
+            "perplexity": None if val_loss is None else math.exp(min(val_loss, 700)),
+            "bits_per_byte": None if val_loss is None else val_loss / math.log(2) / recipe.val_bytes_per_token,
+            "tokens_per_s": speeds[len(speeds) // 2], "checkpoint": checkpoint.checkpoint_path(folder.path, recipe.num_steps).name}

@@ -1,0 +1,126 @@
+"""The training loop of one rank. Ray is not needed here: ranks may be plain processes.
+
+    fit(recipe, run_folder, steps, rank=0, device=torch.device("cpu"))
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import distributed
+
+from distlm.errors import TrainError
+from distlm.model.build import buffers, build_model, model_config, restore_buffers
+from distlm.model.export import export_model
+from distlm.model.loss import CausalLoss
+from distlm.runs import RunFolder
+from distlm.train import checkpoint
+from distlm.train.evaluate import Evaluator
+from distlm.train.metrics import MetricsWriter
+from distlm.train.recipe import Recipe, manifest_of
+from distlm.train.schedule import learning_rate
+from distlm.train.zero import deepspeed_config, make_engine
+
+
+def fit(recipe: Recipe, folder: RunFolder, steps: Iterator[NDArray[np.int64]], *, rank: int, device: torch.device, first_step: int = 0,
+        resume_from: Path | None = None) -> None:
+    """Train from `first_step` to the end, evaluate, checkpoint and export. All ranks call it, each with its own `steps`.
+
+    `steps` yields int64[share, context + 1], one per optimizer step. `resume_from` is a verified checkpoint of `first_step`.
+    Raises TrainError with its cause.
+    """
+    spec = recipe.spec
+    model = build_model(spec.model, model_config(spec.model, recipe.shape), spec.seed)
+    kept = buffers(model)
+    engine = make_engine(spec, CausalLoss(model), deepspeed_config(spec, recipe.micro_sequences, recipe.accumulation))
+    restore_buffers(engine.module.model, kept)
+    if resume_from is not None:
+        checkpoint.load(engine, resume_from, rank)
+    evaluator = Evaluator(recipe, rank, device)
+    writer = MetricsWriter(folder, recipe, first_step) if rank == 0 else None
+    val_loss = evaluator.loss(engine) if first_step == 0 else None
+    if first_step == 0 and writer:
+        writer.start(val_loss)
+    for step in range(first_step, recipe.num_steps):
+        tokens = torch.from_numpy(next(steps)).to(device)
+        started = time.perf_counter()
+        rate = learning_rate(spec.schedule, spec.optimizer.lr, step, recipe.num_steps)
+        loss, norm = train_step(engine, tokens, recipe, rate, step)
+        seconds, done = time.perf_counter() - started, step + 1
+        val_loss = evaluator.loss(engine) if done % recipe.evaluate_every == 0 or done == recipe.num_steps else None
+        if writer:
+            writer.step(done, loss, rate, norm, seconds, val_loss)
+        if done % recipe.checkpoint_every == 0 or done == recipe.num_steps:
+            checkpoint.save(engine, folder.path, done, recipe, rank)
+    weights = gather_weights(engine, rank)
+    if rank == 0:
+        export_model(engine.module.model, weights, manifest_of(recipe).tokenizer, folder.path / "export", export_lineage(recipe, folder))
+    if writer:
+        writer.close()
+    distributed.barrier()
+
+
+def train_step(engine: Any, tokens: torch.Tensor, recipe: Recipe, rate: float, step: int) -> tuple[float, float]:
+    """One optimizer step on this rank's share: (mean loss in nats per token over the global batch, global gradient norm).
+
+    The loss of a step is the sum over its tokens divided by their global count; DeepSpeed averages over ranks and
+    micro-batches, so the sum of a micro-batch is multiplied by both first. All ranks take part.
+    """
+    for group in engine.optimizer.param_groups:
+        group["lr"] = rate
+    scale = recipe.accumulation * recipe.world / recipe.tokens_per_step
+    total = torch.zeros((), dtype=torch.float64, device=tokens.device)
+    for i, micro in enumerate(tokens.split(recipe.micro_sequences)):
+        loss = engine(micro)
+        total += loss.detach().double()
+        engine.backward(loss * scale)
+        if i < recipe.accumulation - 1:
+            engine.step()
+    distributed.all_reduce(total)
+    mean = total.item() / recipe.tokens_per_step
+    if not math.isfinite(mean):
+        first = step * recipe.global_sequences
+        raise TrainError(f"the loss is {mean} at step {step + 1}, samples {first} to {first + recipe.global_sequences - 1}",
+                         remedy="lower optimizer.lr, or look at these samples", cause="nonfinite_loss")
+    norm = gradient_norm(engine)
+    engine.step()
+    norm = norm if norm is not None else float(engine.get_global_grad_norm())
+    if not math.isfinite(norm):
+        raise TrainError(f"the gradient's norm is {norm} at step {step + 1}", remedy="lower optimizer.lr", cause="nonfinite_loss")
+    return mean, norm
+
+
+def gradient_norm(engine: Any) -> float | None:
+    """The global norm where DeepSpeed does not keep it (no ZeRO, fp32), before the update; else None."""
+    if hasattr(engine.optimizer, "_global_grad_norm") or engine.zero_optimization_stage():
+        return None
+    return float(torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None]))
+
+
+def gather_weights(engine: Any, rank: int) -> dict[str, torch.Tensor]:
+    """The whole model's weights on rank 0, on the CPU, named as the model itself names them; empty elsewhere. All ranks take part."""
+    import deepspeed
+
+    weights = {}
+    for name, parameter in engine.module.model.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter], enabled=engine.zero_optimization_stage() == 3):
+            if rank == 0:
+                weights[name] = parameter.detach().cpu().clone()
+    if rank == 0:
+        kept = set(engine.module.model.state_dict())
+        weights |= {name: value.detach().cpu().clone() for name, value in engine.module.model.named_buffers() if name in kept}
+    return weights
+
+
+def export_lineage(recipe: Recipe, folder: RunFolder) -> dict[str, Any]:
+    """What the endpoint tells about its model."""
+    trial = folder.path.parent.name == "trials"
+    last: dict[str, Any] = next((record for record in reversed(folder.read_metrics()) if "val_loss" in record), {})
+    return {"run": folder.path.parent.parent.name if trial else folder.name, "trial": folder.name if trial else None,
+            "corpus": Path(recipe.corpus).name, "corpus_hash": recipe.corpus_hash, "step": recipe.num_steps,
+            "checkpoint": checkpoint.checkpoint_path(folder.path, recipe.num_steps).name, "val_loss": last.get("val_loss")}

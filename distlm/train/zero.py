@@ -1,0 +1,66 @@
+"""One spec generates the DeepSpeed configuration: nothing is set in two places."""
+
+from typing import TYPE_CHECKING, Any
+
+from distlm.errors import SpecError
+from distlm.spec.train import TrainSpec
+
+if TYPE_CHECKING:
+    import torch
+
+OWNED = {"train_batch_size": "batch.global_sequences", "train_micro_batch_size_per_gpu": "batch.micro_sequences",
+         "gradient_accumulation_steps": "batch.micro_sequences", "gradient_clipping": "optimizer.clip", "optimizer": "optimizer",
+         "scheduler": "schedule", "bf16": "precision", "fp16": "precision", "zero_optimization.stage": "sharding.zero"}
+"""DeepSpeed's keys that the spec sets, and where."""
+
+
+def deepspeed_config(spec: TrainSpec, micro_sequences: int, accumulation: int) -> dict[str, Any]:
+    """The configuration for `deepspeed.initialize`. Raises SpecError where sharding.deepspeed contradicts the spec."""
+    raw = spec.sharding.deepspeed
+    for key, ours in OWNED.items():
+        section, _, name = key.partition(".")
+        if section in raw and (not name or name in raw[section]):
+            raise SpecError(f"contradicts {ours}, which sets it", where=f"sharding.deepspeed.{key}", remedy=f"leave it out, set {ours}")
+    config = {"train_micro_batch_size_per_gpu": micro_sequences, "gradient_accumulation_steps": accumulation,
+              "gradient_clipping": spec.optimizer.clip, "bf16": {"enabled": spec.precision == "bf16"},
+              "zero_optimization": {"stage": spec.sharding.zero}, "steps_per_print": 2**31 - 1}
+    return _merge(config, raw)
+
+
+def _merge(base: dict[str, Any], raw: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in raw.items():
+        merged[key] = _merge(base[key], value) if isinstance(value, dict) and isinstance(base.get(key), dict) else value
+    return merged
+
+
+def make_optimizer(spec: TrainSpec, model: "torch.nn.Module") -> "torch.optim.Optimizer":
+    """AdamW; parameters of less than two dimensions (norms, biases) do not decay. The loop sets the rate at every step; it is 0
+    until then, because DeepSpeed steps once with empty gradients to allocate states, which would decay the weights."""
+    import torch
+
+    options = spec.optimizer
+    decayed = [p for p in model.parameters() if p.requires_grad and p.dim() >= 2]
+    others = [p for p in model.parameters() if p.requires_grad and p.dim() < 2]
+    groups = [{"params": decayed, "weight_decay": options.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, betas=options.betas, eps=options.eps,
+                             fused=True)
+
+
+def make_engine(spec: TrainSpec, model: "torch.nn.Module", config: dict[str, Any]) -> Any:
+    """A DeepSpeed engine over `model`. All ranks take part; the process group exists already."""
+    import logging
+    import os
+
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")     # else it warns on every rank
+    import deepspeed
+
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False   # an inference op; building it costs 20 s and a compiler
+    engine, *_ = deepspeed.initialize(model=model, optimizer=make_optimizer(spec, model), config=config, dist_init_required=False)
+    if hasattr(engine.optimizer, "optimizer") and not engine.zero_optimization_stage():
+        engine.optimizer.optimizer.state.clear()           # bf16 without ZeRO: that empty step would count in Adam's bias correction
+    return engine

@@ -1,0 +1,153 @@
+"""Training without Ray: a corpus made in place, ranks as plain processes over gloo, results in files."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+from distlm.corpus.manifest import file_xxh3, tokenizer_hash, write_manifest
+from distlm.spec import TrainSpec
+from distlm.spec.load import dump, to_yaml
+
+VOCABULARY, CONTEXT = 64, 16
+
+
+def make_corpus(folder: Path, windows: tuple[int, ...] = (20, 17, 11), val: int = 7, context: int = CONTEXT) -> Path:
+    """A corpus folder of random windows: every window's first token pair tells its number, so that windows can be counted."""
+    random = np.random.default_rng(0)
+    tokenizer = Tokenizer(models.WordLevel({f"t{i}": i for i in range(VOCABULARY)}, unk_token="t0"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="t0").save_pretrained(folder / "tokenizer")
+    splits = {}
+    number = 0
+    for split, sizes in (("train", windows), ("val", (val,) if val else ())):
+        (folder / split).mkdir(parents=True)
+        shards = []
+        for i, size in enumerate(sizes):
+            tokens = random.integers(0, VOCABULARY, (size, context + 1), dtype=np.uint16)
+            tokens[:, 2::2] = tokens[:, 1:-1:2]            # something to learn: every other token repeats
+            tokens[:, 0], tokens[:, 1] = np.divmod(np.arange(number, number + size), VOCABULARY)
+            number += size
+            column = pa.FixedSizeListArray.from_arrays(pa.array(tokens.reshape(-1)), context + 1)
+            starts = pa.array([[0]] * size, type=pa.list_(pa.int32()))
+            batch = pa.record_batch([column, starts], names=["tokens", "starts"])
+            file = folder / split / f"{i:05d}.arrow"
+            with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
+                writer.write_batch(batch)
+            shards.append({"file": f"{split}/{i:05d}.arrow", "windows": size, "bytes": file.stat().st_size, "xxh3": file_xxh3(file)})
+        total = sum(sizes)
+        splits[split] = {"documents": 1, "bytes": total * context * 3, "tokens": total * context, "dropped_tokens": 0, "windows": total,
+                         "shards": shards}
+    write_manifest(folder, {"name": folder.name, "context": context, "dtype": "uint16", "seed": 0, "sources": [], "steps": [],
+                            "tokenizer": {"kind": "given", "vocab_size": VOCABULARY, "eos_id": 0,
+                                          "hash": tokenizer_hash(folder / "tokenizer")}, "split": {}, "splits": splits})
+    return folder
+
+
+def spec(corpus: Path, **sections: object) -> TrainSpec:
+    """A small training spec; `sections` replace whole keys."""
+    base: dict[str, object] = {
+        "name": "run", "corpus": str(corpus), "precision": "fp32", "duration": {"steps": 20},
+        "model": {"config": {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+                             "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}},
+        "batch": {"global_sequences": 12, "micro_sequences": 2}, "optimizer": {"lr": 0.01}, "schedule": {"name": "cosine", "warmup_steps": 3},
+        "evaluate": {"every_steps": 10}, "checkpoint": {"every_steps": 5}}
+    return TrainSpec.model_validate({**base, **sections})
+
+
+def run_ranks(runs: dict[Path, TrainSpec], *, kill_before_step: int | None = None, fail: bool = False) -> str:
+    """Train each run, one after the other in one group of `scale.workers` processes, from its last committed checkpoint.
+
+    `kill_before_step`: the last rank is sent SIGKILL when it asks for that step. `fail`: the ranks must not succeed.
+    Returns what the ranks printed."""
+    for run, spec in runs.items():
+        run.mkdir(parents=True, exist_ok=True)
+        (run / "spec.yaml").write_text(to_yaml(dump(spec)))
+    [world] = {spec.scale.workers for spec in runs.values()}
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {**os.environ, "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+                   "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
+    kill = {world - 1: str(kill_before_step)} if kill_before_step is not None else {}
+    ranks = [subprocess.Popen([sys.executable, "-m", "tests.train.ranks", *map(str, runs)], cwd=Path(__file__).parents[2],
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                              env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank), "DISTLM_TEST_KILL": kill.get(rank, "")})
+             for rank in range(world)]
+    outputs = [rank.communicate(timeout=240)[0].decode() for rank in ranks]
+    codes = [rank.returncode for rank in ranks]
+    if kill:
+        assert codes[-1] == -signal.SIGKILL, outputs[-1][-3000:]
+    else:
+        assert any(codes) == fail, "\n".join(output[-3000:] for output in outputs)
+    return "\n".join(outputs)
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run: Path) -> list[float]:
+    """The training loss of every step, in order; fails where a step is missing or there twice."""
+    records = [record for record in metrics(run) if "loss" in record]
+    assert [record["step"] for record in records] == list(range(1, len(records) + 1))
+    return [record["loss"] for record in records]
+
+
+def windows_seen(run: Path) -> dict[int, list[int]]:
+    """The numbers of the windows that the ranks took, by step; of a step that was run again, the last time."""
+    seen: dict[tuple[int, str], list[int]] = {}
+    for file in sorted(run.glob("windows-*.txt")):
+        for line in file.read_text().splitlines():
+            step, numbers = line.split(": ")
+            seen[int(step), file.name] = [int(number) for number in numbers.split()]
+    return {step: sorted(n for (s, _), numbers in seen.items() if s == step for n in numbers) for step in sorted({s for s, _ in seen})}
+
+
+def main() -> None:
+    """One rank."""
+    import torch
+    from torch import distributed
+
+    from distlm.corpus.stream import local_steps, ordered_steps
+    from distlm.runs import RunFolder
+    from distlm.spec import load_spec
+    from distlm.storage import Storage
+    from distlm.train import checkpoint, loop
+    from distlm.train.recipe import make_recipe
+
+    rank, kill = int(os.environ["RANK"]), os.environ["DISTLM_TEST_KILL"]
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo")
+    for run in map(Path, sys.argv[1:]):
+        recipe = make_recipe(load_spec(run / "spec.yaml").spec, Storage(run.parent))
+        start, _ = checkpoint.latest(run)
+        first = start.step if start else 0
+        if start:
+            checkpoint.check_fits(start, recipe)
+        if rank == 0:
+            RunFolder(run).trim_metrics(first if start else -1)
+        plan = recipe.plan()
+
+        def steps(run=run, plan=plan, first=first):
+            for i, tokens in enumerate(ordered_steps(local_steps(plan, rank, first), plan, rank, first)):
+                if kill and first + i == int(kill):
+                    os.kill(os.getpid(), signal.SIGKILL)
+                with open(run / f"windows-{rank}.txt", "a") as file:
+                    file.write(f"{first + i}: {' '.join(str(row[0] * VOCABULARY + row[1]) for row in tokens)}\n")
+                yield tokens
+
+        loop.fit(recipe, RunFolder(run), steps(), rank=rank, device=torch.device("cpu"), first_step=first,
+                 resume_from=start.path if start else None)
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""Only what was committed whole, and is still whole, is a checkpoint."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from distlm.errors import CheckpointError
+from distlm.storage import Storage
+from distlm.train import checkpoint
+from distlm.train.recipe import make_recipe
+from tests.train.ranks import losses, make_corpus, run_ranks, spec
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("run")
+    run_ranks({root / "run": spec(make_corpus(root / "c"))})
+    return root / "run"
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def test_the_newest_two_are_kept_and_each_is_committed(run: Path) -> None:
+    assert [path.name for path in checkpoint.committed(run)] == ["step-000015", "step-000020"]
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"step-000015", "step-000020"}
+    found, refused = checkpoint.latest(run)
+    assert found and found.step == 20 and not refused
+    assert found.manifest["samples"] == 20 * 12 and found.manifest["tokens"] == 20 * 12 * 16
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "manifest"])
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_taken(run: Path, damage: str) -> None:
+    newest = run / "checkpoints" / "step-000020"
+    shard = next((newest / "state").glob("*model_states.pt"))
+    if damage == "truncated":
+        shard.write_bytes(shard.read_bytes()[:-7])
+    elif damage == "flipped":
+        data = bytearray(shard.read_bytes())
+        data[len(data) // 2] ^= 1
+        shard.write_bytes(data)
+    elif damage == "missing":
+        shard.unlink()
+    else:
+        (newest / "manifest.json").write_text((newest / "manifest.json").read_text().replace('"step": 20', '"step": 21'))
+    found, refused = checkpoint.latest(run)
+    assert found and found.step == 15
+    assert len(refused) == 1 and str(newest) in str(refused[0])
+
+
+def test_a_folder_without_the_marker_is_no_checkpoint(run: Path) -> None:
+    (run / "checkpoints" / "step-000020" / "COMMITTED").unlink()
+    found, refused = checkpoint.latest(run)
+    assert found and found.step == 15 and not refused
+    checkpoint.prune(run, keep=2)
+    assert not (run / "checkpoints" / "step-000020").exists()
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_and_ends_the_same(run: Path) -> None:
+    before = losses(run)
+    shard = next((run / "checkpoints" / "step-000020" / "state").glob("*model_states.pt"))
+    shard.write_bytes(shard.read_bytes()[:100])
+    shutil.rmtree(run / "export")
+    run_ranks({run: spec(_corpus(run))})
+    assert losses(run) == before and (run / "export" / "model.safetensors").exists()
+
+
+def _corpus(run: Path) -> Path:
+    from distlm.spec import load_spec
+
+    return Path(load_spec(run / "spec.yaml").spec.corpus)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("change", "name"), [({"scale": {"workers": 2}}, "workers"), ({"sharding": {"zero": 1}}, "zero"),
+                                              ({"precision": "bf16"}, "precision"), ({"seed": 1}, "seed")])
+def test_a_checkpoint_of_another_set_up_is_refused_by_name(run: Path, change: dict[str, object], name: str) -> None:
+    found, _ = checkpoint.latest(run)
+    assert found
+    recipe = make_recipe(spec(_corpus(run), **change), Storage(run.parent))
+    with pytest.raises(CheckpointError, match=f"was saved with {name}"):
+        checkpoint.check_fits(found, recipe)

@@ -1,0 +1,123 @@
+"""However a step is sharded, cut and divided, it is the same step; and a run that was killed goes on as if it had not been."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from distlm.corpus.stream import Windows
+from tests.train.ranks import losses, make_corpus, metrics, run_ranks, spec, windows_seen
+
+CASES = {"zero0": {"sharding": {"zero": 0}}, "zero1": {"sharding": {"zero": 1}}, "zero2": {"sharding": {"zero": 2}},
+         "zero3": {"sharding": {"zero": 3}}, "bf16-zero0": {"sharding": {"zero": 0}, "precision": "bf16"},
+         "bf16-zero2": {"sharding": {"zero": 2}, "precision": "bf16"}}
+TWO = {"workers": 2}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_corpus(tmp_path_factory.mktemp("corpus") / "c")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of finished runs of two ranks, one for each case."""
+    root = tmp_path_factory.mktemp("undisturbed")
+    run_ranks({root / name: spec(corpus, scale=TWO, **case) for name, case in CASES.items()})
+    return root
+
+
+@pytest.fixture(scope="module")
+def one_worker(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("one")
+    run_ranks({root / "fp32": spec(corpus), root / "whole": spec(corpus, batch={"global_sequences": 12, "micro_sequences": 12}),
+               root / "bf16": spec(corpus, precision="bf16")})
+    return root
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_two_workers_under_any_stage_give_one_workers_losses(undisturbed: Path, one_worker: Path, zero: int) -> None:
+    np.testing.assert_allclose(losses(undisturbed / f"zero{zero}"), losses(one_worker / "fp32"), rtol=2e-6)
+
+
+@pytest.mark.parametrize("zero", [0, 2])
+def test_bf16_agrees_within_its_rounding(undisturbed: Path, one_worker: Path, zero: int) -> None:
+    np.testing.assert_allclose(losses(undisturbed / f"bf16-zero{zero}"), losses(one_worker / "bf16"), rtol=5e-3)
+    assert losses(one_worker / "bf16") != losses(one_worker / "fp32")
+
+
+def test_accumulation_does_not_change_a_step(one_worker: Path) -> None:
+    np.testing.assert_allclose(losses(one_worker / "whole"), losses(one_worker / "fp32"), rtol=2e-6)
+    norms = [[r["grad_norm"] for r in metrics(one_worker / name) if "loss" in r] for name in ("whole", "fp32")]
+    np.testing.assert_allclose(*norms, rtol=1e-4)
+
+
+def test_the_losses_are_those_of_a_loop_written_by_hand(corpus: Path, one_worker: Path) -> None:
+    """Plain PyTorch over the same windows: mean cross-entropy, clipped to 1, AdamW, the schedule's rate."""
+    from torch.nn import functional
+
+    from distlm.model.build import build_model, model_config
+    from distlm.storage import Storage
+    from distlm.train.recipe import make_recipe
+    from distlm.train.schedule import learning_rate
+
+    given = spec(corpus)
+    recipe = make_recipe(given, Storage(corpus.parent))
+    model = build_model(given.model, model_config(given.model, recipe.shape), given.seed)
+    flat = [p for p in model.parameters() if p.dim() < 2]
+    optimizer = torch.optim.AdamW([{"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": 0.1},
+                                   {"params": flat, "weight_decay": 0.0}], betas=(0.9, 0.95))
+    windows, plan, expected = Windows(corpus), recipe.plan(), []
+    for step in range(recipe.num_steps):
+        tokens = torch.from_numpy(windows.read(*windows.order(0).locate(plan.samples(step, 0))).astype(np.int64))
+        logits = model(input_ids=tokens[:, :-1]).logits
+        loss = functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(given.schedule, 0.01, step, recipe.num_steps)
+        optimizer.step()
+        optimizer.zero_grad()
+        expected.append(loss.item())
+    np.testing.assert_allclose(losses(one_worker / "fp32"), expected, rtol=1e-5)
+    assert expected[-1] < expected[0] - 0.5
+
+
+@pytest.mark.parametrize("names", [pytest.param(("zero0", "zero3", "bf16-zero2"), id="some"),
+                                   pytest.param(("zero1", "zero2", "bf16-zero0"), id="others", marks=pytest.mark.slow)])
+def test_a_killed_run_goes_on_bit_equal_and_sees_each_window_once(corpus: Path, undisturbed: Path, names: tuple[str, ...],
+                                                                  tmp_path: Path) -> None:
+    runs = {tmp_path / name: spec(corpus, scale=TWO, **CASES[name]) for name in names}
+    for run, given in runs.items():
+        run_ranks({run: given}, kill_before_step=13)
+        assert not (run / "export").exists()
+    run_ranks(runs)
+    for run in runs:
+        again = undisturbed / run.name
+        assert losses(run) == losses(again), run.name
+        assert windows_seen(run) == windows_seen(again)
+        assert [r["val_loss"] for r in metrics(run) if "val_loss" in r] == [r["val_loss"] for r in metrics(again) if "val_loss" in r]
+        ours, theirs = ((path / "export" / "model.safetensors").read_bytes() for path in (run, again))
+        assert ours == theirs, run.name
+        counted = [n for numbers in windows_seen(run).values() for n in numbers]
+        assert len(counted) == 20 * 12 and all(counted.count(n) == 240 // 48 for n in range(48)), "each of 48 windows five times"
+
+
+@pytest.mark.parametrize("name", ["zero0", "zero3", "bf16-zero2"])
+def test_the_export_is_the_model_that_was_trained(corpus: Path, undisturbed: Path, name: str) -> None:
+    """transformers alone loads it, and its validation loss is the trainer's own."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = undisturbed / name / "export"
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert AutoTokenizer.from_pretrained(folder).eos_token_id == 0
+    assert model.dtype == (torch.bfloat16 if name.startswith("bf16") else torch.float32) and model.config.use_cache
+    tokens = torch.from_numpy(Windows(corpus, "val").head(7).astype(np.int64))
+    with torch.no_grad():
+        logits = model(input_ids=tokens[:, :-1]).logits.float()
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).item()
+    assert loss == pytest.approx(metrics(undisturbed / name)[-1]["val_loss"], rel=1e-5)
+    lineage = json.loads((folder / "distlm.json").read_text())
+    assert lineage["run"] == name and lineage["checkpoint"] == "step-000020" and len(lineage["corpus_hash"]) == 64
