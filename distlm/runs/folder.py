@@ -103,6 +103,28 @@ class RunFolder:
     def read_metrics(self) -> list[dict[str, Any]]:
         return _lines(self.path / "metrics.jsonl")
 
+    def metrics_size(self) -> int:
+        """Bytes of metrics.jsonl so far."""
+        path = self.path / "metrics.jsonl"
+        return path.stat().st_size if path.exists() else 0
+
+    def metrics_from(self, position: int) -> tuple[list[dict[str, Any]], int]:
+        """(whole records written since byte `position`, the position after them)."""
+        if self.metrics_size() <= position:
+            return [], position
+        with open(self.path / "metrics.jsonl", "rb") as file:
+            file.seek(position)
+            whole = file.read()
+        whole = whole[:whole.rfind(b"\n") + 1]
+        return _records(whole.decode(errors="replace")), position + len(whole)
+
+    def trim_metrics(self, last_step: int) -> None:
+        """Drop the records after `last_step`: the run resumes there and writes them again."""
+        records = self.read_metrics()
+        kept = [record for record in records if record.get("step", 0) <= last_step]
+        if len(kept) < len(records):
+            write_atomic(self.path / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
+
     def result(self, values: dict[str, Any]) -> None:
         """Write result.json: what the job made, for tables and for other jobs."""
         write_json(self.path / "result.json", values)
@@ -129,10 +151,12 @@ class RunFolder:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
+    return _records(path.read_text(errors="replace")) if path.exists() else []
+
+
+def _records(text: str) -> list[dict[str, Any]]:
     found = []
-    for line in path.read_text(errors="replace").splitlines():
+    for line in text.splitlines():
         with contextlib.suppress(ValueError):              # a torn line
             found.append(json.loads(line))
     return [value for value in found if isinstance(value, dict)]

@@ -57,7 +57,8 @@ def spec(corpus: Path, **sections: object) -> TrainSpec:
         "name": "run", "corpus": str(corpus), "precision": "fp32", "duration": {"steps": 20},
         "model": {"config": {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
                              "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}},
-        "batch": {"global_sequences": 12, "micro_sequences": 2}, "optimizer": {"lr": 0.01}, "schedule": {"name": "cosine", "warmup_steps": 3},
+        "batch": {"global_sequences": 12, "micro_sequences": 2}, "optimizer": {"lr": 0.01},
+        "schedule": {"name": "cosine", "warmup_steps": 3},
         "evaluate": {"every_steps": 10}, "checkpoint": {"every_steps": 5}}
     return TrainSpec.model_validate({**base, **sections})
 

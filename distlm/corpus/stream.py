@@ -1,0 +1,152 @@
+"""A corpus as a stream of training steps that continues exactly at any sample.
+
+The driver builds a Ray dataset of plan blocks, one per (chunk of steps, rank), in order; a task reads the rows of each;
+`streaming_split` deals block j to rank j mod world. Every row carries its step and slot, and the worker checks both:
+
+    dataset = plan_dataset(plan, first_step=120)                       # driver
+    for tokens in ordered_steps(batches, plan, rank, first_step=120):  # worker: int64[share, context + 1]
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+from numpy.typing import NDArray
+
+from distlm.corpus.manifest import Manifest, read_manifest
+from distlm.corpus.order import Order
+from distlm.errors import CorpusError
+
+if TYPE_CHECKING:
+    import ray.data
+
+BLOCK_BYTES = 8 << 20
+MAX_CHUNK_STEPS = 32
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which samples make which step: step s is samples [s * global_sequences, (s + 1) * global_sequences)."""
+
+    corpus: str
+    """The corpus folder."""
+    global_sequences: int
+    world: int
+    num_steps: int
+    seed: int
+
+    @property
+    def share(self) -> int:
+        """Sequences of a rank in a step."""
+        return self.global_sequences // self.world
+
+    def samples(self, step: int, rank: int) -> NDArray[np.int64]:
+        """int64[share]: the global sample numbers that `rank` trains on in `step`."""
+        first = step * self.global_sequences + rank * self.share
+        return np.arange(first, first + self.share, dtype=np.int64)
+
+    def chunk_steps(self, context: int) -> int:
+        """Steps of a block: a few megabytes of tokens."""
+        return max(1, min(MAX_CHUNK_STEPS, BLOCK_BYTES // (self.share * (context + 1) * 4)))
+
+
+class Windows:
+    """The windows of one split, memory-mapped. A shard's size and hash are checked when it is first opened."""
+
+    def __init__(self, corpus: str | Path, split: str = "train") -> None:
+        self.folder, self.split = Path(corpus), split
+        self.manifest: Manifest = read_manifest(self.folder)
+        self.shards = self.manifest.splits[split].shards
+        self._open: dict[int, NDArray[Any]] = {}
+
+    def order(self, seed: int) -> Order:
+        return Order(tuple(shard.windows for shard in self.shards), seed)
+
+    def __len__(self) -> int:
+        return sum(shard.windows for shard in self.shards)
+
+    def read(self, shards: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[Any]:
+        """uint16 or uint32 [n, context + 1]: the windows at (shard, row). Raises CorpusError for a damaged shard."""
+        tokens = np.empty((len(rows), self.manifest.context + 1), dtype=self.manifest.dtype)
+        for shard in np.unique(shards):
+            here = shards == shard
+            tokens[here] = self._shard(int(shard))[rows[here]]
+        return tokens
+
+    def head(self, count: int) -> NDArray[Any]:
+        """The first `count` windows in file order."""
+        sizes = np.asarray([shard.windows for shard in self.shards], dtype=np.int64)
+        shards = np.repeat(np.arange(len(sizes)), sizes)[:count]
+        rows = np.concatenate([np.arange(n) for n in sizes] or [np.arange(0)])[:count]
+        return self.read(shards, rows.astype(np.int64))
+
+    def _shard(self, index: int) -> NDArray[Any]:
+        if index not in self._open:
+            shard = self.shards[index]
+            path = self.folder / shard.file
+            try:
+                source = pa.memory_map(str(path))
+                buffer = source.read_buffer()
+            except (OSError, pa.ArrowInvalid) as error:
+                raise CorpusError(f"cannot be read: {error}", where=str(path), remedy="prepare the corpus again") from None
+            if len(buffer) != shard.bytes or xxhash.xxh3_64_hexdigest(memoryview(buffer)) != shard.xxh3:
+                raise CorpusError("the shard is damaged: its bytes are not those that the manifest records", where=str(path),
+                                  remedy="restore it from a copy, or prepare the corpus again")
+            batch = pa.ipc.open_file(pa.BufferReader(buffer)).get_batch(0)
+            flat = batch.column("tokens").flatten().to_numpy(zero_copy_only=True)
+            self._open[index] = flat.reshape(batch.num_rows, self.manifest.context + 1)
+        return self._open[index]
+
+
+@lru_cache(maxsize=4)
+def _windows(corpus: str) -> Windows:
+    return Windows(corpus)
+
+
+def read_block(plan: Plan, steps: range, rank: int) -> dict[str, NDArray[Any]]:
+    """The rows of a block: tokens [len(steps) * share, context + 1], their step and their slot."""
+    windows = _windows(plan.corpus)
+    samples = np.concatenate([plan.samples(step, rank) for step in steps])
+    return {"tokens": windows.read(*windows.order(plan.seed).locate(samples)),
+            "step": np.repeat(np.asarray(steps, dtype=np.int64), plan.share), "slot": np.full(len(samples), rank, dtype=np.int32)}
+
+
+def plan_dataset(plan: Plan, first_step: int) -> "ray.data.Dataset":
+    """A dataset of the blocks from `first_step` on, in order, block j for rank j mod world."""
+    import ray.data
+
+    size = plan.chunk_steps(_windows(plan.corpus).manifest.context)
+    num_chunks = -(-(plan.num_steps - first_step) // size)
+
+    def read(batch: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        chunk, rank = divmod(int(batch["id"][0]), plan.world)
+        first = first_step + chunk * size
+        return read_block(plan, range(first, min(first + size, plan.num_steps)), rank)
+
+    blocks = num_chunks * plan.world
+    return ray.data.range(blocks, override_num_blocks=blocks).map_batches(read, batch_size=1, num_cpus=0.25)
+
+
+def local_steps(plan: Plan, rank: int, first_step: int) -> Iterator[dict[str, NDArray[Any]]]:
+    """The same batches without Ray, one per step, for a rank that runs as a plain process."""
+    for step in range(first_step, plan.num_steps):
+        yield read_block(plan, range(step, step + 1), rank)
+
+
+def ordered_steps(batches: Iterable[dict[str, NDArray[Any]]], plan: Plan, rank: int, first_step: int) -> Iterator[NDArray[np.int64]]:
+    """int64[share, context + 1] for each step. Raises CorpusError where a row is not the planned one."""
+    expected = first_step
+    for batch in batches:
+        if len(batch["tokens"]) != plan.share or (batch["step"] != expected).any() or (batch["slot"] != rank).any():
+            raise CorpusError(f"the stream is out of order: rank {rank} expected step {expected} and got "
+                              f"{len(batch['tokens'])} rows of steps {np.unique(batch['step'])}, slots {np.unique(batch['slot'])}",
+                              cause="internal")
+        yield batch["tokens"].astype(np.int64)
+        expected += 1
+    if expected != plan.num_steps:
+        raise CorpusError(f"the stream ended before step {expected} of {plan.num_steps}", cause="internal")

@@ -1,0 +1,106 @@
+"""A `transformers` model from a spec: same seed, same initial weights, whatever the sharding.
+
+    config = model_config(spec.model, Shape(vocab_size=4096, context=256, eos_id=0))
+    model = build_model(spec.model, config, seed=0)
+"""
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distlm.errors import InputError, SpecError
+from distlm.spec.presets import PRESETS
+from distlm.spec.train import ModelSpec
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+DROPOUTS = ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the corpus decides of a model."""
+
+    vocab_size: int
+    context: int
+    eos_id: int
+
+
+def model_config(spec: ModelSpec, shape: Shape) -> "PreTrainedConfig":
+    """The configuration that the spec describes. Raises SpecError for one that transformers does not accept, and InputError for a
+    checkpoint that is missing or does not fit the corpus."""
+    from transformers import AutoConfig
+
+    if spec.source is not None:
+        return _checkpoint_config(Path(spec.source), shape)
+    values = dict(PRESETS[spec.preset] if spec.preset is not None else spec.config or {})
+    family = values.pop("model_type")
+    given = {"vocab_size": shape.vocab_size, "max_position_embeddings": shape.context, "use_cache": False, "bos_token_id": shape.eos_id,
+             "eos_token_id": shape.eos_id, "pad_token_id": None, **values}
+    if family == "gpt2":
+        given.setdefault("n_positions", given.pop("max_position_embeddings"))
+    try:
+        known = AutoConfig.for_model(family)
+        given = {**{name: 0.0 for name in DROPOUTS if hasattr(known, name)}, **given}
+        config = AutoConfig.for_model(family, **given)
+    except (ValueError, TypeError, KeyError) as error:
+        raise SpecError(f"transformers does not accept this configuration: {str(error).splitlines()[0]}", where="model.config") from None
+    for key, value in (("vocab_size", shape.vocab_size), ("max_position_embeddings", shape.context)):
+        if getattr(config, key, value) < value:
+            raise SpecError(f"{getattr(config, key)} is less than the corpus needs, {value}", where=f"model.config.{key}",
+                            remedy="leave it out: the corpus sets it")
+    return config
+
+
+def _checkpoint_config(folder: Path, shape: Shape) -> "PreTrainedConfig":
+    from transformers import AutoConfig
+
+    if not (folder / "config.json").is_file():
+        raise InputError("no checkpoint of transformers: config.json is missing", where=f"model.from: {folder}")
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    if config.vocab_size < shape.vocab_size:
+        raise InputError(f"the checkpoint has {config.vocab_size} tokens and the corpus {shape.vocab_size}", where=f"model.from: {folder}",
+                         remedy=f"prepare the corpus with tokenizer: {{from: {folder}}}")
+    config.use_cache = False
+    return config
+
+
+def build_model(spec: ModelSpec, config: "PreTrainedConfig", seed: int) -> "PreTrainedModel":
+    """The model in fp32 on the CPU, with weights drawn from `seed`, or those of the checkpoint."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if spec.source is not None:
+        return AutoModelForCausalLM.from_pretrained(spec.source, config=config, dtype=torch.float32, local_files_only=True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
+
+
+def buffers(model: "torch.nn.Module") -> dict[str, "torch.Tensor"]:
+    """Copies of the buffers that no checkpoint holds, such as rotary frequencies. Casting a model to bf16 rounds them, which shifts
+    positions by whole radians; `restore_buffers` puts them back."""
+    kept = set(model.state_dict())
+    return {name: value.clone() for name, value in model.named_buffers() if name not in kept and value.is_floating_point()}
+
+
+def restore_buffers(model: "torch.nn.Module", saved: dict[str, "torch.Tensor"]) -> None:
+    """Put the buffers back in the precision that they had, on the device where they are."""
+    for name, value in saved.items():
+        owner: Any = model.get_submodule(name.rpartition(".")[0])
+        key = name.rpartition(".")[2]
+        owner._buffers[key] = value.to(owner._buffers[key].device)
+
+
+def num_parameters(config: "PreTrainedConfig") -> int:
+    """Parameters of a model of this configuration, tied ones counted once. Nothing is allocated."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+        model.tie_weights()
+    return sum(parameter.numel() for parameter in model.parameters())
