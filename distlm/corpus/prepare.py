@@ -306,7 +306,7 @@ def _default_workers() -> int:
 
 def _is_complete(spec: PrepareSpec, folder: Path, files: list[TextFile]) -> bool:
     """Whether the folder holds what this job would make: same rules, same code, same contents, and every shard whole."""
-    if not (folder / FILE).exists():
+    if not (folder / FILE).exists() or not all(os.path.isfile(file.path) for file in files):
         return False
     try:
         manifest = verify(folder)

@@ -104,8 +104,8 @@ def _find(index: int, source: Source) -> Iterator[TextFile]:
     name = source_name(source)
     for path in paths:
         below = "" if path == base else "/" + path.relative_to(base).as_posix()
-        with contextlib.suppress(OSError):
-            yield TextFile(str(path), name + below, _format(path, source), source.text_key, index, path.stat().st_size)
+        size = path.stat().st_size if path.is_file() else 0    # a broken link or a pipe is rejected when it is read
+        yield TextFile(str(path), name + below, _format(path, source), source.text_key, index, size)
 
 
 def _walk(folder: Path, skipped: set[str]) -> Iterator[Path]:
@@ -165,6 +165,8 @@ class Reader:
                 pass
 
     def _raw(self, start: int = 0, chunk: int = CHUNK) -> Iterator[bytes]:
+        if not os.path.isfile(self.file.path):
+            raise OSError("no such file, or not a regular one")
         with open(self.file.path, "rb") as file:
             file.seek(start)
             while block := file.read(chunk):

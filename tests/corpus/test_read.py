@@ -123,12 +123,14 @@ def test_text_files_are_one_document_each_and_bytes_that_are_no_utf8_are_rejecte
     assert [reasons(read(tmp_path / name)[0]) for name in ("a.txt", "b.md", "c.unknown")] == [["hello\n"], ["not_utf8"], [""]]
 
 
-def test_a_file_that_vanishes_is_a_reject(tmp_path: Path) -> None:
-    path = tmp_path / "a.txt"
-    path.write_text("x")
-    (file,) = find_files([Source(path=str(path))])
-    path.unlink()
-    assert reasons(list(Reader(file, 100).records())) == ["unreadable"]
+@pytest.mark.parametrize("format", ["text", "jsonl", "parquet"])
+def test_a_file_that_vanishes_a_broken_link_and_a_pipe_are_rejects(tmp_path: Path, format: str) -> None:
+    (tmp_path / "a.txt").write_text("x")
+    (tmp_path / "b.txt").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "c.txt")
+    files = find_files([Source(path=str(tmp_path), format=format)])  # type: ignore[arg-type]
+    (tmp_path / "a.txt").unlink()
+    assert [reasons(list(Reader(file, 100).records())) for file in files] == [["unreadable"]] * 3
 
 
 def test_names_do_not_tell_where_the_files_are_nor_in_which_order_they_were_given(tmp_path: Path) -> None:
