@@ -78,6 +78,7 @@ def serve(spec: ServeSpec, folder: RunFolder, storage: Storage, progress: Progre
         wait_until_healthy(base)
     except BaseException:                                  # Ctrl-C too: nothing half-deployed stays behind
         remove(spec.name)
+        (folder.path / "endpoint.json").unlink(missing_ok=True)
         raise
     write_json(folder.path / "endpoint.json", {"url": f"{base}/v1", "model": card.id, "api_key_file": str(key_file), "app": spec.name,
                                                "folder": str(model), "lineage": card.lineage})

@@ -36,7 +36,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Stream:
-    """The chunks of the sequences of one call, as an async iterator. Dropping or closing it cancels what is left."""
+    """The chunks of the sequences of one call, as an async iterator. Closing it, or letting go of it, cancels what is left."""
 
     def __init__(self, num_sequences: int) -> None:
         self.loop = asyncio.get_running_loop()
@@ -63,9 +63,6 @@ class Stream:
 
     async def aclose(self) -> None:
         self.cancelled, self.open = True, 0
-
-    def __del__(self) -> None:
-        self.cancelled = True
 
 
 @dataclass(eq=False)
