@@ -34,7 +34,7 @@ MARK = "DISTLM_CLUSTER_ID"
 LONGEST_RAY_FOLDER = 40
 """Bytes. Ray puts sockets some 64 bytes below its folder, and the path of a socket may have 107."""
 START_TIMEOUT_S = 90
-STOP_GRACE_S = 15
+STOP_GRACE_S = 5
 PORTS = ("port", "dashboard_port", "dashboard_agent_listen_port", "dashboard_agent_grpc_port", "metrics_export_port",
          "runtime_env_agent_port", "node_manager_port", "object_manager_port", "ray_client_server_port")
 """Options of `ray start`, in the same words."""

@@ -306,7 +306,8 @@ def _tail(submission: Submission) -> Iterator[str]:
         pending = asyncio.all_tasks(loop)
         for task in pending:
             task.cancel()
-        loop.run_until_complete(asyncio.gather(*pending, return_exceptions=True))
+        if pending:
+            loop.run_until_complete(asyncio.wait(pending))
         loop.run_until_complete(stream.aclose())
         loop.close()
 
@@ -337,6 +338,8 @@ def stop(job: Job, storage: Storage, grace_s: float = STOP_GRACE_S) -> Job:
 
         with clusters.connect(job.folder / "logs" / "stop.log"):
             deploy.undeploy(job.name, storage)
+        if not job.active:
+            RunFolder(job.folder).event("stopped", "user", "the endpoint was taken down")
     elif not job.active:
         raise InputError(f"{job.name} has already {job.state}", where=str(job.folder))
     job = read(RunFolder(job.folder))

@@ -94,7 +94,8 @@ def test_shell_completion_offers_verbs_specs_and_names(distlm, tmp_path):
 
 def test_mistakes_are_one_line_on_stderr_and_exit_2(distlm, tmp_path):
     (tmp_path / "bad.yaml").write_text("kind: prepare\nname: words\nsource: [x]\nsources: [x]\n")
-    for words, said in [(["run", "bad.yaml"], "bad.yaml:3: source: unknown key; did you mean sources?"), (["run", "no.yaml"], "no such file"),
+    for words, said in [(["run", "bad.yaml"], "bad.yaml:3: source: unknown key; did you mean sources?"),
+                        (["run", "no.yaml"], "no such file"),
                         (["bogus"], "No such command"), (["run"], "Missing argument"), (["status", "nobody"], "there is no job 'nobody'"),
                         (["query", "nobody", "x"], "there is no endpoint"), (["dashboard"], "no metrics"),
                         (["plan", "bad.yaml", "--set", "context"], "is no override")]:
@@ -151,7 +152,8 @@ def test_runs_and_status_tell_state_cause_and_progress(distlm, tmp_path):
 
 
 def test_a_job_that_died_without_a_word_has_failed(distlm, tmp_path):
-    code = "import os, sys; from pathlib import Path; from distlm.runs import RunFolder; RunFolder(Path(sys.argv[1])).event('starting'); os._exit(1)"
+    code = ("import os, sys; from pathlib import Path; from distlm.runs import RunFolder; "
+            "RunFolder(Path(sys.argv[1])).event('starting'); os._exit(1)")
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "store" / "runs" / "gone")], check=False)
     job = json.loads(distlm("status", "gone", "--json").stdout)
     assert (job["state"], job["cause"]) == ("failed", "head_lost") and job["ended"]

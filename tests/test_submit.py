@@ -1,0 +1,228 @@
+"""Jobs on a real cluster: sent, followed through a broken connection, stopped, and never lost sight of."""
+
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import psutil
+import pytest
+
+from distlm import head, jobs, upload
+from distlm.errors import InputError
+from distlm.runs import RunFolder
+from distlm.storage import Storage
+
+SPEC = """kind: prepare
+name: words
+sources: [{folder}/texts]
+tokenizer: {{train: bytes}}
+context: 32
+workers: 1
+"""
+COUNT = "import time\nfor i in range(300):\n    print(f'line {i:04}', flush=True)\n    time.sleep(0.01)\n"
+SLOW = """import signal, sys, time
+from pathlib import Path
+from distlm.cli import _interrupt
+from distlm.runs import RunFolder
+signal.signal(signal.SIGTERM, _interrupt)
+with RunFolder(Path(sys.argv[1])).running():
+    print("began", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        root = tmp_path_factory.mktemp("store")
+        patch.setenv("DISTLM_STORAGE", str(root))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.delenv("RAY_ADDRESS", raising=False)
+        yield Storage(root)
+
+
+@pytest.fixture(scope="module")
+def up(storage):
+    started, _ = head.up(head.LocalCluster(cpus=8, object_store_bytes=100_000_000), storage)
+    yield started
+    head.down(started)
+    assert head.processes(started) == []
+
+
+@pytest.fixture
+def send(up, storage, tmp_path):
+    """Send a Python script as a job of the name given, the way `submit` sends a spec."""
+    def call(name: str, script: str) -> jobs.Submission:
+        here = tmp_path / name
+        here.mkdir()
+        (here / "script.py").write_text(script)
+        folder = RunFolder(storage.run(name))
+        submission = jobs.Submission(f"train-{name}-{os.urandom(4).hex()}", up.dashboard_url, up.token_file, folder.path)
+        upload.pack(here, tmp_path / f"{name}.zip", storage.root)
+        folder.event("queued", submission=submission.id)
+        jobs.send(submission, f"python script.py {folder.path}", tmp_path / f"{name}.zip", {"PYTHONUNBUFFERED": "1"}, {})
+        return submission
+
+    return call
+
+
+def distlm(*words, cwd=None):
+    return subprocess.run([sys.executable, "-m", "distlm", *words], capture_output=True, text=True, timeout=200, cwd=cwd)
+
+
+class Breaking:
+    """A proxy before the dashboard that cuts every connection after some bytes of answer, later each time."""
+
+    def __init__(self, url: str, limit: int) -> None:
+        self.target, self.limit, self.cuts = int(url.rsplit(":", 1)[1]), limit, 0
+        self.server = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.server.getsockname()[1]}"
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self) -> None:
+        while True:
+            try:
+                one, _ = self.server.accept()
+            except OSError:
+                return
+            threading.Thread(target=self.serve, args=(one,), daemon=True).start()
+
+    def serve(self, one: socket.socket) -> None:
+        other, passed = socket.create_connection(("127.0.0.1", self.target)), 0
+        with one, other:
+            while True:
+                for ready in select.select([one, other], [], [])[0]:
+                    data = ready.recv(512)
+                    if not data:
+                        return
+                    if ready is other:
+                        passed += len(data)
+                        if passed > self.limit:
+                            self.cuts += 1
+                            self.limit += 1500
+                            return
+                    (one if ready is other else other).sendall(data)
+
+
+def test_submit_runs_a_spec_and_follows_it_to_its_end(up, storage, tmp_path):
+    (tmp_path / "texts").mkdir()
+    for i in range(6):
+        (tmp_path / "texts" / f"{i}.txt").write_text(f"some words {i} " * 50)
+    (tmp_path / "words.yaml").write_text(SPEC.format(folder=tmp_path))
+    sent = distlm("submit", "words.yaml", "--follow", "--set", "seed=3", cwd=tmp_path)
+    assert sent.returncode == 0, sent.stdout + sent.stderr
+    assert f"dashboard {up.dashboard_url}" in sent.stdout and "prepare words" in sent.stdout and '{"distlm"' not in sent.stdout
+    folder = RunFolder(storage.corpus("words"))
+    states = [event["state"] for event in folder.events() if event["state"] not in ("note", "running")]
+    assert states == ["queued", "starting", "succeeded"]
+    assert "seed: 3" in (folder.path / "spec.yaml").read_text()
+
+    taken = distlm("submit", "words.yaml", cwd=tmp_path)
+    assert taken.returncode == 2 and "the name words is taken" in taken.stderr and "--resume" in taken.stderr
+    changed = distlm("submit", "words.yaml", "--resume", "--set", "context=64", cwd=tmp_path)
+    assert changed.returncode == 2 and "context" in changed.stderr
+
+    # Ray's own command, with the environment that `cluster up` prints
+    ray = subprocess.run([str(Path(sys.executable).parent / "ray"), "job", "submit", "--working-dir", ".", "--", "distlm", "run",
+                          "words.yaml", "--set", "seed=3", "--resume"], cwd=tmp_path, capture_output=True, text=True, timeout=120,
+                         env={**os.environ, "RAY_ADDRESS": up.dashboard_url, "RAY_AUTH_MODE": "token",
+                              "RAY_AUTH_TOKEN_PATH": up.token_file})
+    assert ray.returncode == 0 and "nothing to do" in ray.stdout, ray.stdout + ray.stderr
+
+
+def test_a_mistake_in_a_spec_is_found_before_anything_is_sent(up, storage, tmp_path):
+    (tmp_path / "bad.yaml").write_text("kind: prepare\nname: bad\nsource: x\n")
+    done = distlm("submit", "bad.yaml", cwd=tmp_path)
+    assert done.returncode == 2 and "bad.yaml:3" in done.stderr and not storage.corpus("bad").exists()
+
+
+def test_following_loses_and_repeats_no_line_when_the_connection_breaks(send, up):
+    submission = send("count", COUNT)
+    proxy = Breaking(up.dashboard_url, 1500)
+    lines = list(jobs.follow(jobs.Submission(submission.id, proxy.url, up.token_file, submission.folder)))
+    proxy.server.close()
+    assert proxy.cuts >= 2
+    assert [line for line in lines if line.startswith("line")] == [f"line {i:04}" for i in range(300)]
+
+
+def test_interrupting_a_follower_leaves_the_job_and_stop_ends_it(send, storage):
+    submission = send("slow", SLOW)
+    follower = subprocess.Popen([sys.executable, "-m", "distlm", "logs", "-f", "slow"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                text=True)
+    while "began" not in follower.stdout.readline():
+        assert follower.poll() is None
+    follower.send_signal(signal.SIGINT)
+    _, said = follower.communicate(timeout=30)
+    assert follower.returncode == 130 and "slow goes on" in said and "`distlm stop slow`" in said, said
+    assert jobs.ray_job(submission)["status"] == "RUNNING" and jobs.locate("slow", storage).state in ("starting", "running")
+
+    owner = RunFolder(storage.run("slow")).events()[-1]["owner"]["pid"]
+    done = distlm("stop", "slow")
+    assert done.returncode == 0 and "train slow stopped (user)" in done.stdout, done.stderr
+    assert not psutil.pid_exists(owner) and jobs.ray_job(submission)["status"] == "STOPPED"
+    assert distlm("stop", "slow").returncode == 2
+    states = [event["state"] for event in RunFolder(storage.run("slow")).events() if event["state"] != "note"]
+    assert states.count("stopped") == 1
+
+
+def test_a_job_that_failed_before_it_began_is_seen_and_its_name_is_free(send, storage):
+    submission = send("early", "import sys; print('no luck'); sys.exit(7)")
+    assert "no luck" in list(jobs.follow(submission))
+    job = jobs.locate("early", storage)
+    assert (job.state, job.cause) == ("failed", "internal") and "FAILED" in job.message
+    jobs._check_name(RunFolder(storage.run("early")), resume=False)
+
+
+def test_a_job_that_is_queued_holds_its_name(send, storage):
+    send("held", SLOW)
+    with pytest.raises(InputError, match="held is"):
+        jobs._check_name(RunFolder(storage.run("held")), resume=True)
+    assert jobs.stop(jobs.locate("held", storage), storage).state == "stopped"
+
+
+def test_a_job_that_the_cluster_has_forgotten_has_failed(up, storage):
+    RunFolder(storage.run("lost")).event("queued", submission="train-lost-1")
+    job = jobs.locate("lost", storage)
+    assert (job.state, job.cause) == ("failed", "head_lost")
+
+
+@pytest.mark.parametrize("deaf", [False, True])
+def test_stop_ends_a_local_process_and_records_it(deaf, storage):
+    name = f"local-{deaf}"
+    script = SLOW.replace("with Run", "signal.signal(signal.SIGINT, signal.SIG_IGN)\nwith Run") if deaf else SLOW
+    process = subprocess.Popen([sys.executable, "-c", script, str(storage.run(name))], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "began\n"
+    job = jobs.stop(jobs.locate(name, storage), storage, grace_s=1.0 if deaf else 20.0)
+    assert (job.state, job.cause) == ("stopped", "user") and not psutil.pid_exists(process.pid)
+    with pytest.raises(InputError, match="has already stopped"):
+        jobs.stop(job, storage)
+
+
+def test_logs_of_a_local_job_are_followed_to_its_end(storage):
+    folder = RunFolder(storage.run("written"))
+    folder.event("starting")
+    log = folder.path / "logs" / "driver.log"
+    log.parent.mkdir()
+    log.write_text("one\ntw")
+    lines = jobs.driver_log(jobs.read(folder), follow=True)
+    assert next(lines) == "one"
+    with log.open("a") as file:
+        file.write("o\nthree")
+    folder.event("succeeded", "completed")
+    assert list(lines) == ["two", "three"]
+    assert distlm("logs", "runs/written").stdout == "one\ntwo\nthree\n"
+
+
+def test_load_run_finds_a_job_by_name_and_by_path(storage):
+    import distlm as package
+
+    folder = RunFolder(storage.run("named"))
+    folder.event("starting")
+    folder.metrics({"step": 1, "loss": 2.0})
+    for name in ("named", "runs/named", str(folder.path)):
+        assert package.load_run(name).read_metrics() == [{"step": 1, "loss": 2.0}]
