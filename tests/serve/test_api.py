@@ -287,7 +287,8 @@ def test_a_client_that_leaves_frees_its_place(server: Server) -> None:
     server.engine.model.forward = slow
     try:
         with server.http.stream("POST", "/v1/completions", json={**body, "stream": True}) as answer:
-            next(answer.iter_lines())
+            lines = answer.iter_lines()                    # kept: httpx closes the connection with the iterator
+            next(lines)
             assert server.engine._active
         wait(lambda: not server.engine._active, 3)
         with pytest.raises(httpx.ReadTimeout):

@@ -152,7 +152,8 @@ def leaves_and_frees(base: str, key: str) -> None:
         if stream:
             with http.stream("POST", "/v1/completions", json={**body, "stream": True}) as answer:
                 assert answer.status_code == 200
-                next(answer.iter_lines())
+                lines = answer.iter_lines()                # kept: httpx closes the connection with the iterator
+                next(lines)
                 assert value("num_requests_running") > 0
         else:
             leaver = threading.Thread(target=leave, args=(base, key, body))
