@@ -187,10 +187,12 @@ def _embed(stack: contextlib.ExitStack) -> Connection:
     stack.enter_context(authenticated(str(token_file)))
     port, *metrics = heads.free_ports(3)
     stack.enter_context(environment({"RAY_ADDRESS": None, "RAY_USAGE_STATS_ENABLED": "0", "AUTOSCALER_METRIC_PORT": str(metrics[0]),
-                                     "DASHBOARD_METRIC_PORT": str(metrics[1])}))
+                                     "DASHBOARD_METRIC_PORT": str(metrics[1]), "RAY_TMPDIR": str(folder)}))
     context: Any = ray.init(address="local", num_cpus=heads.default_cpus(), object_store_memory=heads.default_object_store_bytes(),
                        include_dashboard=True, dashboard_host="127.0.0.1", dashboard_port=port, _node_ip_address="127.0.0.1",
                        _temp_dir=str(folder / "ray"), log_to_driver=False, logging_level=logging.WARNING)
+    # Ray's own clean-up of a stopped Train run asks for the cluster without an address: beside another Ray it would find two.
+    (folder / "ray" / "ray_current_cluster").write_text(context.address_info["gcs_address"])
     return Connection(context.address_info["gcs_address"], f"http://127.0.0.1:{port}", True, str(token_file))
 
 
