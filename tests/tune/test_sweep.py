@@ -26,6 +26,8 @@ GOOD, WEAK = {"preset": "llama-tiny"}, {"config": {**PRESETS["llama-tiny"], "ini
 BROKEN = {"config": {"model_type": "no"}}
 SWEEP = {"kind": "tune", "name": "s", "train": TRAIN, "space": {"model": {"grid": [GOOD, WEAK, BROKEN]}}, "asha": {"grace_steps": 4},
          "concurrent": 1}
+KEPT_BY_DATA = ("_StatsActor", "_AutoscalingCoordinatorActor", "AutoscalingRequester")
+"""One each for the whole cluster, started by Ray Data for all that will use it."""
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +71,8 @@ def test_asha_stops_the_weak_trial_a_failed_one_is_in_the_table_and_nothing_is_l
 
 def leftovers() -> list[str]:
     """Actors of trials that live, and placement groups that hold resources."""
-    actors = [a.class_name for a in list_actors(filters=[("state", "!=", "DEAD")], limit=1000) if a.class_name not in ("JobSupervisor",)]
+    living = list_actors(ray.get_runtime_context().gcs_address, filters=[("state", "!=", "DEAD")], limit=1000)
+    actors = [actor.class_name for actor in living if actor.class_name not in KEPT_BY_DATA]
     groups = [str(group["name"]) for group in placement_group_table().values() if group["state"] != "REMOVED"]
     return actors + groups
 
