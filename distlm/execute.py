@@ -12,12 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from distlm.errors import DistlmError, InputError, ServeError, SpecError
+from distlm.errors import DistlmError, ServeError, SpecError
+from distlm.model.find import find_model
 from distlm.progress import Progress
 from distlm.runs import RunFolder, lineage
 from distlm.spec import PipelineSpec, PrepareSpec, ServeSpec, TrainSpec, TuneSpec
-from distlm.spec.load import Loaded, Spec, dotted, dump, leaves, load_spec, nearest, parse, to_yaml
-from distlm.storage import FOLDERS, Storage
+from distlm.spec.load import Loaded, Spec, dotted, dump, leaves, load_spec, parse, to_yaml
+from distlm.storage import Storage
 
 JOBS = {"prepare": "distlm.corpus.prepare:prepare", "train": "distlm.train.driver:train", "tune": "distlm.tune.sweep:tune",
         "serve": "distlm.serve.deploy:serve", "pipeline": "distlm.pipeline:pipeline"}
@@ -127,22 +128,10 @@ def inputs(spec: Spec, storage: Storage) -> dict[str, Any]:
         recipe = make_recipe(train, storage)
         found = {"corpus": recipe.corpus, "corpus_hash": recipe.corpus_hash}
         if train.model.source:
-            found["model"] = str(locate(train.model.source, storage))
+            found["model"] = recipe.spec.model.source
     if isinstance(spec, ServeSpec):
-        found["model"] = str(locate(spec.model, storage))
+        found["model"] = str(find_model(spec.model, storage))
     return found
-
-
-def locate(text: str, storage: Storage) -> Path:
-    """The folder of a run, or of a model, that a spec names by name or by path. Raises InputError with the nearest name."""
-    for path in (storage.root / FOLDERS["train"] / text, Path(text).expanduser()):
-        if path.is_dir() and (path.parent.name == FOLDERS["train"] or "/" in text):
-            return path.absolute()
-    base = storage.root / FOLDERS["train"]
-    names = sorted(p.name for p in base.iterdir() if p.is_dir()) if base.is_dir() else []
-    near = nearest(text, names)
-    raise InputError(f"there is no run or model folder {text!r}", where=str(base), remedy=f"did you mean {near}?" if near else
-                     f"there are {', '.join(names[:8])}" if names else "`distlm run` a train spec first")
 
 
 def check_resume(folder: RunFolder, spec: Spec) -> list[str]:

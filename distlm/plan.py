@@ -7,6 +7,7 @@
 from typing import Any
 
 from distlm.errors import InputError, SpecError
+from distlm.model.find import find_model
 from distlm.spec import PipelineSpec, PrepareSpec, ServeSpec, TrainSpec, TuneSpec
 from distlm.spec.load import Loaded, Spec, validate
 from distlm.storage import Storage
@@ -113,10 +114,8 @@ def described(dimension: Any) -> str:
 
 
 def of_serve(spec: ServeSpec, storage: Storage) -> Rows:
-    from distlm.execute import locate
-
     try:
-        model = "what another step makes" if "${" in spec.model else str(locate(spec.model, storage))
+        model = "what another step makes" if "${" in spec.model else str(find_model(spec.model, storage))
     except InputError as error:
         model = f"{spec.model}: not there yet ({error.message})"
     rows = [("model", model), ("address", f"{spec.host}:{spec.port or 'a free port'}"), ("replicas", str(spec.replicas)),

@@ -58,8 +58,6 @@ def model_config(spec: ModelSpec, shape: Shape) -> "PreTrainedConfig":
 def _checkpoint_config(folder: Path, shape: Shape) -> "PreTrainedConfig":
     from transformers import AutoConfig
 
-    if not (folder / "config.json").is_file():
-        raise InputError("no checkpoint of transformers: config.json is missing", where=f"model.from: {folder}")
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     if config.vocab_size < shape.vocab_size:
         raise InputError(f"the checkpoint has {config.vocab_size} tokens and the corpus {shape.vocab_size}", where=f"model.from: {folder}",

@@ -7,7 +7,6 @@ Every endpoint is a Serve application of its own name. A cluster has one HTTP po
 and later ones under /<name>.
 """
 
-import contextlib
 import errno
 import os
 import socket
@@ -20,7 +19,8 @@ import ray
 from ray import serve as ray_serve
 from ray.serve.exceptions import RayServeException
 
-from distlm.errors import ClusterError, InputError, ServeError, StorageError
+from distlm.errors import ClusterError, InputError, ServeError
+from distlm.model.find import find_model
 from distlm.progress import Progress
 from distlm.runs import RunFolder
 from distlm.serve.api import Card, create_app
@@ -94,27 +94,6 @@ def undeploy(name: str, storage: Storage) -> None:
         raise InputError(f"there is no endpoint {name}", where=str(record.parent), remedy=f"did you mean {near}?" if near else "")
     remove(read_json(record)["app"])
     record.unlink()
-
-
-def find_model(text: str, storage: Storage) -> Path:
-    """The folder to load for `spec.model`: a run by name, a run's folder, or a folder of `transformers`. Raises InputError."""
-    run = None
-    with contextlib.suppress(StorageError):                # an absolute path, or one with ..
-        run = storage.run(text)
-    for place in [run, Path(text).expanduser().absolute()]:
-        if place is None or not place.is_dir():
-            continue
-        if (place / "export" / "config.json").exists():
-            return place / "export"
-        if (place / "config.json").exists():
-            return place
-        raise InputError("the run has no export" if RunFolder(place).exists() else "there is no config.json in this folder",
-                         where=f"model: {place}", remedy="`distlm runs` shows whether the run has ended well" if RunFolder(place).exists()
-                         else "name a run, or a folder that AutoModelForCausalLM.from_pretrained loads")
-    runs = storage.run("x").parent
-    near = nearest(text, [path.name for path in runs.iterdir()] if runs.is_dir() else [])
-    raise InputError(f"there is no run and no folder {text!r}", where="model", remedy=f"did you mean {near}?" if near else
-                     f"the runs are in {runs}")
 
 
 def ignored_settings(model: Path) -> dict[str, Any]:

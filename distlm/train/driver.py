@@ -107,7 +107,7 @@ def _launch(recipe: Recipe, folder: RunFolder, first_step: int, resume_from: Pat
         dataset_config=DataConfig(execution_options=ray.data.ExecutionOptions(preserve_order=True), enable_shard_locality=False),
         run_config=RunConfig(name=f"{folder.name}-{os.getpid()}-{attempt}", storage_path=str(folder_ray),
                              failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),  # type: ignore[call-arg]
-                             worker_runtime_env={"env_vars": environment}))  # type: ignore[call-arg]
+                             worker_runtime_env={"env_vars": environment}))
     folder.event("running", message=f"from step {first_step}")
     try:
         with _sigint_kept():

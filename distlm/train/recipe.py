@@ -8,6 +8,7 @@ from distlm.corpus.manifest import Manifest, manifest_hash, read_manifest
 from distlm.corpus.stream import Plan
 from distlm.errors import InputError, SpecError
 from distlm.model.build import Shape
+from distlm.model.find import find_model
 from distlm.spec.base import Rule
 from distlm.spec.train import TrainSpec, check_batch
 from distlm.storage import Storage
@@ -68,6 +69,9 @@ def make_recipe(spec: TrainSpec, storage: Storage) -> Recipe:
             raise SpecError(f"{tokens} is no multiple of the context {context}", where="batch.global_tokens",
                             remedy=f"try {low} or {low + context}")
         sequences = tokens // context
+    if spec.model.source is not None:                      # a run's name becomes the folder of its export
+        source = str(find_model(spec.model.source, storage, "model.from"))
+        spec = spec.model_copy(update={"model": spec.model.model_copy(update={"source": source})})
     try:
         micro = check_batch(sequences, spec.batch.micro_sequences, spec.scale.workers)
     except Rule as rule:

@@ -44,22 +44,6 @@ def endpoint(storage: Storage, **fields: Any) -> tuple[ServeSpec, RunFolder, Sto
     return spec, RunFolder.create(storage.endpoint(spec.name), "kind: serve\n", {}, resume=True), storage, Progress.for_stdout()
 
 
-def test_a_model_is_a_run_by_name_a_run_by_path_or_a_plain_folder(storage: Storage) -> None:
-    export = storage.run("tiny") / "export"
-    assert deploy.find_model("tiny", storage) == export
-    assert deploy.find_model(str(export.parent), storage) == deploy.find_model(str(export), storage) == export
-
-
-def test_a_model_that_is_not_there_is_named_with_the_nearest(storage: Storage, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="did you mean tiny"):
-        deploy.find_model("tinny", storage)
-    with pytest.raises(InputError, match=r"no config\.json"):
-        deploy.find_model(str(tmp_path), storage)
-    RunFolder.create(storage.run("young"), "kind: train\n", {})
-    with pytest.raises(InputError, match="the run has no export"):
-        deploy.find_model("young", storage)
-
-
 def test_a_taken_port_is_an_error_with_a_remedy() -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]

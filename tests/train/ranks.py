@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -63,11 +64,11 @@ def spec(corpus: Path, **sections: object) -> TrainSpec:
     return TrainSpec.model_validate({**base, **sections})
 
 
-def run_ranks(runs: dict[Path, TrainSpec], *, kill_before_step: int | None = None, fail: bool = False) -> str:
+def run_ranks(runs: dict[Path, TrainSpec], *, kill_before_step: int | None = None, full_before_step: int | None = None) -> str:
     """Train each run, one after the other in one group of `scale.workers` processes, from its last committed checkpoint.
 
-    `kill_before_step`: the last rank is sent SIGKILL when it asks for that step. `fail`: the ranks must not succeed.
-    Returns what the ranks printed."""
+    `kill_before_step`: the last rank is sent SIGKILL when it asks for that step. `full_before_step`: from
+    that step on no file may grow beyond 10 kB, as on a full disk, and the ranks must fail. Returns what the ranks printed."""
     for run, spec in runs.items():
         run.mkdir(parents=True, exist_ok=True)
         (run / "spec.yaml").write_text(to_yaml(dump(spec)))
@@ -80,14 +81,15 @@ def run_ranks(runs: dict[Path, TrainSpec], *, kill_before_step: int | None = Non
     kill = {world - 1: str(kill_before_step)} if kill_before_step is not None else {}
     ranks = [subprocess.Popen([sys.executable, "-m", "tests.train.ranks", *map(str, runs)], cwd=Path(__file__).parents[2],
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                              env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank), "DISTLM_TEST_KILL": kill.get(rank, "")})
+                              env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank), "DISTLM_TEST_KILL": kill.get(rank, ""),
+                                   "DISTLM_TEST_FULL": "" if full_before_step is None else str(full_before_step)})
              for rank in range(world)]
     outputs = [rank.communicate(timeout=240)[0].decode() for rank in ranks]
     codes = [rank.returncode for rank in ranks]
     if kill:
         assert codes[-1] == -signal.SIGKILL, outputs[-1][-3000:]
     else:
-        assert any(codes) == fail, "\n".join(output[-3000:] for output in outputs)
+        assert any(codes) == (full_before_step is not None), "\n".join(output[-3000:] for output in outputs)
     return "\n".join(outputs)
 
 
@@ -124,7 +126,7 @@ def main() -> None:
     from distlm.train import checkpoint, loop
     from distlm.train.recipe import make_recipe
 
-    rank, kill = int(os.environ["RANK"]), os.environ["DISTLM_TEST_KILL"]
+    rank, kill, full = int(os.environ["RANK"]), os.environ["DISTLM_TEST_KILL"], os.environ["DISTLM_TEST_FULL"]
     torch.set_num_threads(1)
     distributed.init_process_group("gloo")
     for run in map(Path, sys.argv[1:]):
@@ -141,6 +143,8 @@ def main() -> None:
             for i, tokens in enumerate(ordered_steps(local_steps(plan, rank, first), plan, rank, first)):
                 if kill and first + i == int(kill):
                     os.kill(os.getpid(), signal.SIGKILL)
+                if full and first + i == int(full):
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
                 with open(run / f"windows-{rank}.txt", "a") as file:
                     file.write(f"{first + i}: {' '.join(str(row[0] * VOCABULARY + row[1]) for row in tokens)}\n")
                 yield tokens

@@ -68,6 +68,15 @@ def test_a_run_goes_on_from_the_checkpoint_before_and_ends_the_same(run: Path) -
     assert losses(run) == before and (run / "export" / "model.safetensors").exists()
 
 
+def test_a_disk_that_is_full_in_the_middle_of_a_save_leaves_the_checkpoint_before(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    output = run_ranks({run: spec(make_corpus(tmp_path / "c"))}, full_before_step=7)
+    assert "StorageError" in output and "step-000010: the checkpoint cannot be written" in output
+    found, refused = checkpoint.latest(run)
+    assert found and found.step == 5 and not refused
+    assert not (run / "checkpoints" / "step-000010" / "COMMITTED").exists() and not (run / "export").exists()
+
+
 def _corpus(run: Path) -> Path:
     from distlm.spec import load_spec
 

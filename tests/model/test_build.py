@@ -1,0 +1,89 @@
+"""A model is what the spec says, drawn from the seed, with positions that keep their precision."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from distlm.errors import InputError, SpecError
+from distlm.model.build import DROPOUTS, Shape, buffers, build_model, model_config, num_parameters, restore_buffers
+from distlm.model.export import export_model
+from distlm.spec.presets import PRESETS
+from distlm.spec.train import ModelSpec
+from distlm.train.recipe import make_recipe
+from tests.train.ranks import make_corpus, spec
+
+SHAPE = Shape(vocab_size=4096, context=256, eos_id=0)
+TINY = ModelSpec(preset="llama-tiny")
+
+
+@pytest.mark.parametrize("preset", [name for name in PRESETS if name.startswith("llama")])
+def test_llama_presets_have_the_parameters_of_their_shape(preset: str) -> None:
+    config, shape = model_config(ModelSpec(preset=preset), SHAPE), PRESETS[preset]
+    width, ffn = shape["hidden_size"], shape["intermediate_size"]
+    kv = width * shape["num_key_value_heads"] // shape["num_attention_heads"]
+    layer = 2 * width * width + 2 * width * kv + 3 * width * ffn + 2 * width
+    tables = 4096 * width * (1 if shape["tie_word_embeddings"] else 2)
+    assert num_parameters(config) == tables + shape["num_hidden_layers"] * layer + width
+    assert (config.vocab_size, config.max_position_embeddings, config.eos_token_id) == (4096, 256, 0)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_nothing_drops_out_unless_the_spec_says_so(preset: str) -> None:
+    config = model_config(ModelSpec(preset=preset), SHAPE).to_dict()
+    assert not any(config.get(name) for name in DROPOUTS)
+
+
+def test_gpt2_124m_has_124_million_with_its_own_vocabulary() -> None:
+    assert num_parameters(model_config(ModelSpec(preset="gpt2-124m"), Shape(50257, 1024, 0))) == 124_439_808
+
+
+def test_the_seed_decides_the_weights_and_nothing_else_does() -> None:
+    config = model_config(TINY, SHAPE)
+    torch.manual_seed(99)
+    first, before = build_model(TINY, config, 1), torch.rand(1)
+    torch.manual_seed(99)
+    assert torch.equal(before, torch.rand(1)), "the caller's random numbers are left alone"
+    second, other = build_model(TINY, config, 1), build_model(TINY, config, 2)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    assert not torch.equal(next(first.parameters()), next(other.parameters()))
+
+
+def test_rotary_frequencies_survive_the_cast_to_bf16() -> None:
+    model = build_model(TINY, model_config(TINY, SHAPE), 0)
+    kept = buffers(model)
+    assert any("inv_freq" in name for name in kept)
+    model.to(torch.bfloat16)
+    assert not torch.equal(model.model.rotary_emb.inv_freq.float(), kept["model.rotary_emb.inv_freq"])
+    restore_buffers(model, kept)
+    assert torch.equal(model.model.rotary_emb.inv_freq, kept["model.rotary_emb.inv_freq"])
+
+
+@pytest.mark.parametrize(("config", "text"), [
+    ({"model_type": "llamma"}, r"model\.config: transformers does not accept"),
+    ({"model_type": "llama", "vocab_size": 7}, r"model\.config\.vocab_size: 7 is less than the corpus needs, 4096"),
+    ({"model_type": "llama", "max_position_embeddings": 8}, "8 is less than the corpus needs, 256")])
+def test_a_configuration_that_cannot_be_is_an_error(config: dict[str, object], text: str) -> None:
+    with pytest.raises(SpecError, match=text):
+        model_config(ModelSpec(config=config), SHAPE)
+
+
+def test_a_run_goes_on_from_an_exported_model(tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path / "c")
+    given = spec(corpus)
+    from distlm.storage import Storage
+
+    storage = Storage(tmp_path)
+    recipe = make_recipe(given, storage)
+    model = build_model(given.model, model_config(given.model, recipe.shape), 5)
+    export_model(model, dict(model.named_parameters()), corpus / "tokenizer", storage.run("first") / "export", {"run": "first"})
+    second = make_recipe(spec(corpus, model={"from": "first"}), storage).spec.model
+    assert second.source == str(storage.run("first") / "export")
+    loaded = build_model(second, model_config(second, recipe.shape), 0)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
+    with pytest.raises(InputError, match="the checkpoint has 64 tokens and the corpus 4096"):
+        model_config(second, SHAPE)
+    shutil.rmtree(storage.run("first"))
+    with pytest.raises(InputError, match=r"model\.from: there is no run and no folder 'first'"):
+        make_recipe(spec(corpus, model={"from": "first"}), storage)

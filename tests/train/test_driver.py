@@ -1,0 +1,169 @@
+"""The train job on a real Ray: exact against ranks without Ray, and resumed by cause after real kills."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from threading import Thread
+
+import numpy as np
+import psutil
+import pytest
+import ray
+
+from distlm.corpus.stream import Plan, local_steps, ordered_steps, plan_dataset
+from distlm.errors import ClusterError, TrainError
+from distlm.runs import RunFolder
+from distlm.spec import TrainSpec
+from distlm.spec.load import dump, to_yaml
+from distlm.storage import Storage
+from distlm.train.driver import train
+from tests.records import Records
+from tests.train.ranks import VOCABULARY, losses, make_corpus, metrics, run_ranks, spec
+
+LONG = {"duration": {"steps": 150}, "checkpoint": {"every_steps": 25}, "evaluate": {"every_steps": 50}, "scale": {"workers": 2},
+        "sharding": {"zero": 2}}
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[str]:
+    context = ray.init(num_cpus=6, include_dashboard=False, log_to_driver=False)
+    yield context.address_info["address"]
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_corpus(tmp_path_factory.mktemp("corpus") / "c")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run by plain processes: what Ray adds must not show."""
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    run_ranks({run: spec(corpus, **LONG)})
+    return run
+
+
+def workers() -> list[psutil.Process]:
+    """The training workers of the Ray that this process has started, and of no other."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):            # it may end while it is looked at
+            if "RayTrainWorker" in " ".join(process.cmdline()):
+                found.append(process)
+    return found
+
+
+def wait_for(condition: Callable[[], object], what: str, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} did not happen in {seconds} s"
+        time.sleep(0.02)
+
+
+def steps_done(run: Path) -> int:
+    path = run / "metrics.jsonl"
+    return max((record["step"] for record in metrics(run)), default=0) if path.exists() else 0
+
+
+def make_run(root: Path, given: TrainSpec) -> RunFolder:
+    return RunFolder.create(Storage(root).run(given.name), to_yaml(dump(given)), {})
+
+
+def test_a_worker_that_is_killed_costs_nothing_but_time(cluster: str, corpus: Path, undisturbed: Path, tmp_path: Path) -> None:
+    given = spec(corpus, **LONG)
+    folder, progress, seen = make_run(tmp_path, given), Records(), []
+    killed: list[int] = []
+
+    def kill() -> None:
+        wait_for(lambda: steps_done(folder.path) >= 40, "step 40")
+        victim = workers()[0]
+        killed.append(victim.pid)
+        victim.send_signal(signal.SIGKILL)
+
+    killer = Thread(target=kill)
+    killer.start()
+    with folder.running():
+        outputs = train(given, folder, Storage(tmp_path), progress, on_metrics=seen.append)
+    killer.join()
+    assert killed, "the fault fired"
+    assert losses(folder.path) == losses(undisturbed)
+    assert (folder.path / "export" / "model.safetensors").read_bytes() == (undisturbed / "export" / "model.safetensors").read_bytes()
+    notes = [event for event in folder.events() if event["state"] == "note"]
+    assert [event["cause"] for event in notes] == ["worker_died"] and folder.state() == ("succeeded", "completed")
+    assert any("resuming at step" in note for note in progress.notes)
+    assert seen[0]["step"] == 0 and seen[-1]["step"] == 150
+    assert outputs["steps"] == 150 and outputs["loss_last"] == losses(undisturbed)[-1] and outputs["checkpoint"] == "step-000150"
+    assert outputs["perplexity"] == pytest.approx(np.exp(outputs["val_loss"]))
+    wait_for(lambda: not workers(), "the end of the workers", 30)
+
+
+def test_a_job_that_is_killed_whole_goes_on_bit_equal_with_resume(cluster: str, corpus: Path, undisturbed: Path, tmp_path: Path) -> None:
+    given = spec(corpus, **LONG)
+    file = tmp_path / "run.yaml"
+    file.write_text(to_yaml(dump(given)))
+    run = Storage(tmp_path).run("run")
+    environment = {**os.environ, "RAY_ADDRESS": cluster, "DISTLM_STORAGE": str(tmp_path)}
+
+    def distlm(*more: str) -> "subprocess.Popen[bytes]":
+        return subprocess.Popen([sys.executable, "-m", "distlm", "run", str(file), *more], env=environment, stdout=subprocess.PIPE,
+                                stderr=subprocess.STDOUT)
+
+    job = distlm()
+    wait_for(lambda: steps_done(run) >= 40 or job.poll() is not None, "step 40")
+    job.send_signal(signal.SIGKILL)
+    output = job.communicate()[0].decode()
+    assert job.returncode == -signal.SIGKILL, output
+    assert RunFolder(run).state() == ("failed", "head_lost"), "a driver that is gone is seen"
+    wait_for(lambda: not workers(), "the end of the workers", 60)
+    taken = distlm()
+    text = taken.communicate(timeout=60)[0].decode()
+    assert taken.returncode == 2 and "--resume" in text
+    again = distlm("--resume")
+    output = again.communicate(timeout=240)[0].decode()
+    assert again.returncode == 0, output
+    assert losses(run) == losses(undisturbed)
+    assert RunFolder(run).state() == ("succeeded", "completed")
+
+
+def test_a_failure_that_comes_back_ends_the_run_with_its_cause(cluster: str, corpus: Path, tmp_path: Path) -> None:
+    given = spec(corpus, optimizer={"lr": 1e30, "clip": 0.0}, duration={"steps": 30})
+    folder = make_run(tmp_path, given)
+    with pytest.raises(TrainError, match=r"the (loss|gradient's norm) is .*nan.*lower optimizer\.lr"), folder.running():
+        train(given, folder, Storage(tmp_path), Records())
+    assert folder.state() == ("failed", "nonfinite_loss")
+    assert not (folder.path / "export").exists()
+
+
+def test_a_job_that_the_cluster_can_never_hold_is_refused(cluster: str, corpus: Path, tmp_path: Path) -> None:
+    given = spec(corpus, scale={"workers": 12}, batch={"global_sequences": 12})
+    with pytest.raises(ClusterError, match=r"12 workers and the data stream need 12\.5 CPUs, and the cluster has 6"):
+        train(given, make_run(tmp_path, given), Storage(tmp_path), Records())
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_ray_data_deals_the_planned_blocks_to_the_ranks(cluster: str, corpus: Path, world: int) -> None:
+    plan = Plan(str(corpus), 12, world, 70, 0)
+    dataset = plan_dataset(plan, 7)
+    dataset.context.enable_progress_bars = False
+    dataset.context.execution_options.preserve_order = True
+    got: dict[int, list[np.ndarray]] = {}
+
+    def consume(rank: int, shard: "ray.data.DataIterator") -> None:
+        got[rank] = list(ordered_steps(shard.iter_batches(batch_size=plan.share, batch_format="numpy"), plan, rank, 7))
+
+    threads = [Thread(target=consume, args=pair) for pair in enumerate(dataset.streaming_split(world, equal=True))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    one = Plan(str(corpus), 12, 1, 70, 0)
+    for step, expected in enumerate(local_steps(one, 0, 7)):
+        np.testing.assert_array_equal(np.concatenate([got[rank][step] for rank in range(world)]), expected["tokens"])
+    numbers = np.concatenate([tokens[:, 0] * VOCABULARY + tokens[:, 1] for rank in got for tokens in got[rank]])
+    assert len(numbers) == 63 * 12 and set(np.bincount(numbers)) <= {15, 16, 17}, "each of 48 windows once an epoch"
