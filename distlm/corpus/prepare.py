@@ -52,7 +52,6 @@ def prepare(spec: PrepareSpec, folder: RunFolder, storage: Storage, progress: Pr
     """
     files = find_files(spec.sources)
     check_given(spec.tokenizer)
-    progress.stage("prepare", spec.name)
     if _is_complete(spec, folder.path, files):
         progress.note("the corpus is complete, and its sources are as they were: nothing to do")
         return outputs(read_manifest(folder.path))
