@@ -74,7 +74,8 @@ def check(spec: TuneSpec, path: str, *, references: bool = False) -> None:
         except SpecError as error:
             text = ", ".join(f"{key}={value!r}" for key, value in values.items())
             broken = str(error).splitlines()[0].removeprefix("train: ")
-            hint = "draw whole numbers with choice or grid" if "whole number" in broken else "every value of the space must give a valid spec"
+            whole_number = "whole number" in broken
+            hint = "draw whole numbers with choice or grid" if whole_number else "every value of the space must give a valid spec"
             raise SpecError(f"with {text}: {broken}", where=f"{path}: space", remedy=hint) from None
 
 
