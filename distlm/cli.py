@@ -143,10 +143,14 @@ def run(spec: SpecFile, set_: Sets = None, resume: Resume = False) -> None:
 
     Example: distlm run train.yaml --set optimizer.lr=0.001
     """
+    from distlm.cluster import import_ray
+    from distlm.execute import resolve
     from distlm.execute import run as run_job
 
+    resolve(spec, set_ or [])                              # mistakes before the second that Ray takes
     signal.signal(signal.SIGTERM, _interrupt)
     try:
+        import_ray()
         run_job(spec, overrides=set_ or [], resume=resume)
     except KeyboardInterrupt:
         with contextlib.suppress(DistlmError):

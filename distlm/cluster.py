@@ -136,8 +136,7 @@ def connect(log_file: Path | None = None, *, storage: Storage | None = None) -> 
     What Ray and the libraries around it write to standard error goes to `log_file`. Where Ray is initialised already, that
     is used and left as it is. Raises ClusterError.
     """
-    import ray
-
+    ray = import_ray()
     with quiet(log_file):
         if ray.is_initialized():
             context = ray.get_runtime_context()
@@ -151,12 +150,33 @@ def connect(log_file: Path | None = None, *, storage: Storage | None = None) -> 
         with contextlib.ExitStack() as stack:
             if cluster:
                 stack.enter_context(authenticated(cluster.token_file))
-                connection = _join(cluster)
-            else:
-                connection = _embed(stack)
-            stack.callback(ray.shutdown)
-            _keep_handler(before)
+            try:
+                connection = _join(cluster) if cluster else _embed(stack)
+            except SystemExit:                             # SIGTERM, met by the handler that Ray has just installed
+                ray.shutdown()
+                raise KeyboardInterrupt from None
+            finally:
+                _keep_handler(before)
+            stack.callback(ray.shutdown)                   # before the folder and the token go that it needs
             yield connection
+
+
+def import_ray() -> Any:
+    """Import Ray whole: an interrupt in the middle is raised at its end, where Ray's compiled modules would swallow it."""
+    if threading.current_thread() is not threading.main_thread() or "ray" in sys.modules:
+        import ray
+
+        return ray
+    waiting: list[int] = []
+    before = {number: signal.signal(number, lambda n, _: waiting.append(n)) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        import ray
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    for received in waiting:
+        signal.raise_signal(received)
+    return ray
 
 
 def _keep_handler(before: Any) -> None:

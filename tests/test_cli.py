@@ -171,7 +171,10 @@ def test_an_interrupted_run_is_recorded_as_stopped_by_the_user(number, distlm, t
     while not (folder.exists() and folder.events()) and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(number)
-    _, said = process.communicate(timeout=60)
+    try:
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130, said
     assert folder.state() == ("stopped", "user") and "--resume" in said and "Traceback" not in said
 
