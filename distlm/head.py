@@ -145,7 +145,10 @@ def up(config: LocalCluster, storage: Storage) -> tuple[Head, bool]:
 
 
 def down(head: Head) -> int:
-    """End the processes of this head, and remove its record and token; its logs stay. Returns how many there were."""
+    """End the processes of this head, and remove its record and token. Returns how many there were.
+
+    Logs in the cluster's own folder stay until the next `up`; a short folder of Ray's elsewhere goes.
+    """
     ended: set[int] = set()
     deadline = time.monotonic() + STOP_GRACE_S
     with contextlib.suppress(psutil.Error):
@@ -163,6 +166,8 @@ def down(head: Head) -> int:
     folder = Path(head.folder)
     for name in ("cluster.json", "token"):
         (folder / name).unlink(missing_ok=True)
+    if folder not in Path(head.ray_folder).parents:
+        shutil.rmtree(head.ray_folder, ignore_errors=True)
     return len(ended)
 
 

@@ -138,7 +138,8 @@ def test_a_head_that_cannot_start_says_why_and_leaves_nothing(storage, monkeypat
 
 
 def test_a_record_from_before_a_reboot_is_not_taken_for_a_cluster(up, tmp_path, monkeypatch):
-    stale = replace(up, pid=os.getpid(), started=1.0, id="0" * 32, folder=str(tmp_path / "clusters" / "local"))
+    stale = replace(up, pid=os.getpid(), started=1.0, id="0" * 32, folder=str(tmp_path / "clusters" / "local"),
+                    ray_folder=str(tmp_path / "clusters" / "local" / "ray"))
     write_json(tmp_path / "clusters" / "local" / "cluster.json", asdict(stale))
     monkeypatch.setenv("DISTLM_STORAGE", str(tmp_path))
     assert not stale.alive() and cluster.find() is None
@@ -182,5 +183,6 @@ def test_down_ends_all_that_up_started_and_nothing_else(up, other):
     assert done.returncode == 0 and "processes ended" in done.stdout, done.stderr
     assert [process for process in mine if process.is_running() and process.status() != psutil.STATUS_ZOMBIE] == []
     assert not up.alive() and cluster.find() is None
+    assert Path(up.folder) in Path(up.ray_folder).parents or not Path(up.ray_folder).exists()
     assert other() == "42"
     assert "is not up" in distlm("cluster", "down").stdout
