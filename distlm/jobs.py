@@ -17,7 +17,7 @@ import socket
 import tempfile
 import time
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from distlm.errors import ClusterError, InputError
 from distlm.head import client, token
 from distlm.runs.folder import ENDED, RunFolder
 from distlm.spec.load import dump, nearest, to_yaml
-from distlm.storage import FOLDERS, Storage
+from distlm.storage import FOLDERS, Storage, read_json
 
 ENDED_IN_RAY = ("SUCCEEDED", "FAILED", "STOPPED")
 STOP_GRACE_S = 30
@@ -208,7 +208,16 @@ def read(folder: RunFolder) -> Job:
 
 
 def reconcile(job: Job) -> Job:
-    """Ask Ray about a submitted job that has not ended, and record the end that the job could not record itself."""
+    """Ask Ray about a submitted job that has not ended, and record the end that the job could not record itself.
+
+    A serve job has done its work when its endpoint stands: as long as that answers, it is shown as running."""
+    endpoint = job.folder / "endpoint.json"
+    if job.kind == "serve" and job.state == "succeeded" and endpoint.exists():
+        from distlm.execute import healthy
+
+        if healthy(read_json(endpoint)["url"]):
+            return replace(job, state="running", cause="", ended=None, message=f"answers at {read_json(endpoint)['url']}")
+        return replace(job, state="failed", cause="head_lost", message="the endpoint does not answer")
     if not job.active or not job.submission:
         return job
     try:
@@ -338,7 +347,7 @@ def stop(job: Job, storage: Storage, grace_s: float = STOP_GRACE_S) -> Job:
 
         with clusters.connect(job.folder / "logs" / "stop.log"):
             deploy.undeploy(job.name, storage)
-        if not job.active:
+        if not read(RunFolder(job.folder)).active:
             RunFolder(job.folder).event("stopped", "user", "the endpoint was taken down")
     elif not job.active:
         raise InputError(f"{job.name} has already {job.state}", where=str(job.folder))

@@ -1,21 +1,39 @@
-"""The specs that are shipped are valid and say where their schema is."""
+"""What is said of a job is what is: an endpoint runs as long as it answers."""
 
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
-import pytest
-
-from distlm.execute import resolve
-
-JOBS = sorted((Path(__file__).parent.parent / "jobs").glob("*.yaml"))
+from distlm import jobs
+from distlm.runs import RunFolder
+from distlm.storage import Storage, write_json
 
 
-@pytest.mark.parametrize("path", JOBS, ids=lambda path: path.name)
-def test_a_shipped_spec_is_valid_and_names_its_schema(path: Path) -> None:
-    resolve(path)
-    first = path.read_text().splitlines()[0]
-    assert first == "# yaml-language-server: $schema=../distlm/spec/schema.json"
-    assert (path.parent / first.partition("=")[2]).is_file()
+class Healthy(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200 if self.path == "/health" else 404)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
 
 
-def test_there_is_one_for_every_kind() -> None:
-    assert {resolve(path).spec.kind for path in JOBS} == {"prepare", "train", "tune", "serve", "pipeline"}
+def test_an_endpoint_is_running_while_it_answers_and_lost_when_it_does_not(tmp_path: Path) -> None:
+    storage = Storage(tmp_path)
+    folder = RunFolder.create(storage.endpoint("py"), "kind: serve\n", {})
+    with folder.running():
+        pass
+    server = HTTPServer(("127.0.0.1", 0), Healthy)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    write_json(folder.path / "endpoint.json", {"url": f"http://127.0.0.1:{server.server_port}/v1"})
+    job = jobs.locate("py", storage)
+    assert (job.state, job.cause) == ("running", "") and str(server.server_port) in job.message
+    server.shutdown()
+    server.server_close()
+    thread.join()
+    job = jobs.locate("py", storage)
+    assert (job.state, job.cause) == ("failed", "head_lost")
+    (folder.path / "endpoint.json").unlink()
+    folder.event("stopped", "user")
+    assert jobs.locate("py", storage).state == "stopped"
