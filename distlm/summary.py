@@ -10,6 +10,8 @@ from distlm.runs import RunFolder
 
 Step = tuple[str, RunFolder, dict[str, Any]]
 """(kind, folder, outputs)"""
+SAMPLING = {"temperature": 0.7, "top_p": 0.9, "seed": 1}
+"""A small model repeats itself where it always takes the likeliest token."""
 
 
 def show(prompt: str | None, steps: dict[str, Step], progress: Progress) -> None:
@@ -51,14 +53,14 @@ def of_endpoint(made: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def complete(made: dict[str, Any], prompt: str, max_tokens: int = 48) -> str:
-    """What the endpoint adds to `prompt`, taking the likeliest token each time. Raises ServeError."""
+    """What the endpoint adds to `prompt`. Raises ServeError."""
     import httpx
 
     try:
         with open(made["api_key_file"]) as file:
             key = file.read().strip()
         answer = httpx.post(f"{base(made)}/completions", headers={"Authorization": f"Bearer {key}"}, timeout=120,
-                            json={"model": made["model"], "prompt": prompt, "max_tokens": max_tokens, "temperature": 0})
+                            json={"model": made["model"], "prompt": prompt, "max_tokens": max_tokens, **SAMPLING})
         answer.raise_for_status()
         return answer.json()["choices"][0]["text"]
     except (httpx.HTTPError, OSError, ValueError, KeyError) as error:
@@ -68,7 +70,7 @@ def complete(made: dict[str, Any], prompt: str, max_tokens: int = 48) -> str:
 
 def curl(made: dict[str, Any], prompt: str) -> str:
     """A line for a shell that asks the endpoint for the same."""
-    body = json.dumps({"model": made["model"], "prompt": prompt, "max_tokens": 48, "temperature": 0})
+    body = json.dumps({"model": made["model"], "prompt": prompt, "max_tokens": 48, **SAMPLING})
     return (f'curl {base(made)}/completions -H "Authorization: Bearer $(cat {shlex.quote(made["api_key_file"])})" '
             f"-H 'Content-Type: application/json' -d {shlex.quote(body)}")
 
