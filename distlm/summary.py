@@ -52,7 +52,7 @@ def of_endpoint(made: dict[str, Any]) -> list[tuple[str, str]]:
     return [("url", made["url"]), ("key file", made["api_key_file"])]
 
 
-def complete(made: dict[str, Any], prompt: str, max_tokens: int = 48) -> str:
+def complete(made: dict[str, Any], prompt: str) -> str:
     """What the endpoint adds to `prompt`. Raises ServeError."""
     import httpx
 
@@ -60,8 +60,9 @@ def complete(made: dict[str, Any], prompt: str, max_tokens: int = 48) -> str:
         with open(made["api_key_file"]) as file:
             key = file.read().strip()
         answer = httpx.post(f"{base(made)}/completions", headers={"Authorization": f"Bearer {key}"}, timeout=120,
-                            json={"model": made["model"], "prompt": prompt, "max_tokens": max_tokens, **SAMPLING})
-        answer.raise_for_status()
+                            json={"model": made["model"], "prompt": prompt, **SAMPLING})
+        if answer.status_code != 200:
+            raise ValueError(f"{answer.status_code} {answer.text[:300]}")
         return answer.json()["choices"][0]["text"]
     except (httpx.HTTPError, OSError, ValueError, KeyError) as error:
         raise ServeError(f"the endpoint did not complete a prompt: {error}", where=made["url"],
@@ -70,7 +71,7 @@ def complete(made: dict[str, Any], prompt: str, max_tokens: int = 48) -> str:
 
 def curl(made: dict[str, Any], prompt: str) -> str:
     """A line for a shell that asks the endpoint for the same."""
-    body = json.dumps({"model": made["model"], "prompt": prompt, "max_tokens": 48, **SAMPLING})
+    body = json.dumps({"model": made["model"], "prompt": prompt, **SAMPLING})
     return (f'curl {base(made)}/completions -H "Authorization: Bearer $(cat {shlex.quote(made["api_key_file"])})" '
             f"-H 'Content-Type: application/json' -d {shlex.quote(body)}")
 
