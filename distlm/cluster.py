@@ -264,7 +264,8 @@ def environment(values: dict[str, str | None]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet(log_file: Path | None) -> Iterator[None]:
-    """Send what is written to standard error inside the block, log records first, to `log_file` instead of the terminal."""
+    """Send what is written to standard error inside the block, log records first, to `log_file` instead of the terminal; what
+    Ray's threads print on standard output, too."""
     if log_file is None:
         yield
         return
@@ -273,14 +274,28 @@ def quiet(log_file: Path | None) -> Iterator[None]:
         log = open(log_file, "a", buffering=1, errors="replace")  # noqa: SIM115
     terminal = sys.stderr
     _redirect_handlers(terminal, log)
-    sys.stderr = log
+    out, sys.stderr, sys.stdout = sys.stdout, log, _Stdout(sys.stdout, log)
     try:
         yield
     finally:
-        sys.stderr = terminal
+        sys.stderr, sys.stdout = terminal, out
         _redirect_handlers(log, terminal)                  # handlers that were made inside the block outlive it
         with contextlib.suppress(OSError, io.UnsupportedOperation):
             log.close()
+
+
+class _Stdout:
+    """Standard output without what Ray's listener prints there of its own accord, in the middle of a progress bar."""
+
+    def __init__(self, out: TextIO, log: TextIO) -> None:
+        self._out, self._log = out, log
+
+    def write(self, text: str) -> int:
+        listener = threading.current_thread().name.startswith("ray_listen")
+        return (self._log if listener else self._out).write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._out, name)
 
 
 def _redirect_handlers(old: TextIO, new: TextIO) -> None:

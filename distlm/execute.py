@@ -8,7 +8,6 @@ import contextlib
 import importlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -123,12 +122,9 @@ def inputs(spec: Spec, storage: Storage) -> dict[str, Any]:
 
         trains = [space.trial_spec(spec, values, f"trial-{i}") for i, values in enumerate(space.samples(spec))]
     for train in reversed(trains):                         # the first trial's inputs stand for the sweep
-        from distlm.train.recipe import make_recipe
+        from distlm.train.recipe import inputs_of
 
-        recipe = make_recipe(train, storage)
-        found = {"corpus": recipe.corpus, "corpus_hash": recipe.corpus_hash}
-        if train.model.source:
-            found["model"] = recipe.spec.model.source
+        found = inputs_of(train, storage)
     if isinstance(spec, ServeSpec):
         found["model"] = str(find_model(spec.model, storage))
     return found
@@ -204,11 +200,5 @@ def healthy(url: str) -> bool:
         return httpx.get(url.rstrip("/").removesuffix("/v1") + "/health", timeout=10).status_code == 200
     except httpx.HTTPError:
         return False
-
-
-def with_spec(loaded: Loaded, spec: Spec, origins: Mapping[str, str]) -> Loaded:
-    """`loaded` with a spec in which files were put in place; `origins` are those of the values that came in."""
-    known = {**loaded.origins, **origins}
-    return replace(loaded, spec=spec, origins={dotted(key): known.get(dotted(key), loaded.path) for key, _ in leaves(dump(spec))})
 
 

@@ -20,7 +20,7 @@ from distlm import execute
 from distlm.errors import InputError, SpecError
 from distlm.progress import Progress
 from distlm.runs import RunFolder
-from distlm.spec.load import REFERENCE, Loaded, dotted, dump, leaves, nearest, put, validate
+from distlm.spec.load import REFERENCE, Loaded, dotted, dump, leaves, nearest, put, validate, with_spec
 from distlm.spec.pipeline import PipelineSpec
 from distlm.storage import Storage
 from distlm.tune import space
@@ -63,7 +63,7 @@ def inline(loaded: Loaded) -> Loaded:
         if "name" not in data:
             data["name"], origins[f"{prefix}.name"] = f"{spec.name}-{step}", "default"
         steps[step] = data
-    return execute.with_spec(loaded, spec.model_copy(update={"steps": steps}), origins)
+    return with_spec(loaded, spec.model_copy(update={"steps": steps}), origins)
 
 
 def check(loaded: Loaded) -> list[str]:

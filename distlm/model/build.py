@@ -32,6 +32,7 @@ class Shape:
 def model_config(spec: ModelSpec, shape: Shape) -> "PreTrainedConfig":
     """The configuration that the spec describes. Raises SpecError for one that transformers does not accept, and InputError for a
     checkpoint that is missing or does not fit the corpus."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     if spec.source is not None:
@@ -46,7 +47,7 @@ def model_config(spec: ModelSpec, shape: Shape) -> "PreTrainedConfig":
         known = AutoConfig.for_model(family)
         given = {**{name: 0.0 for name in DROPOUTS if hasattr(known, name)}, **given}
         config = AutoConfig.for_model(family, **given)
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
         raise SpecError(f"transformers does not accept this configuration: {str(error).splitlines()[0]}", where="model.config") from None
     for key, value in (("vocab_size", shape.vocab_size), ("max_position_embeddings", shape.context)):
         if getattr(config, key, value) < value:

@@ -66,6 +66,12 @@ def load_spec(source: str | Path | Mapping[str, Any], overrides: list[str] | Non
     return Loaded(spec, {dotted(key): _origin(key, origins, path, data) for key, _ in leaves(dump(spec))}, path)
 
 
+def with_spec(loaded: Loaded, spec: Spec, origins: Mapping[str, str]) -> Loaded:
+    """`loaded` with a spec in which files were put in place; `origins` are those of the values that came in."""
+    known = {**loaded.origins, **origins}
+    return Loaded(spec, {dotted(key): known.get(dotted(key), loaded.path) for key, _ in leaves(dump(spec))}, loaded.path)
+
+
 def validate(data: dict[str, Any], path: str = "spec", lines: Mapping[KeyPath, int] | None = None,
              overridden: set[KeyPath] | frozenset[KeyPath] = frozenset(), references: bool = False) -> Any:
     """Return the spec that `data` describes. With `references`, errors about values that hold `${...}` are passed over,

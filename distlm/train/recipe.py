@@ -82,6 +82,13 @@ def make_recipe(spec: TrainSpec, storage: Storage) -> Recipe:
                   min(spec.evaluate.max_windows, val.windows), val.bytes / val.tokens if val.tokens else 0.0)
 
 
+def inputs_of(spec: TrainSpec, storage: Storage) -> dict[str, str]:
+    """What a run reads, by path and hash, for its lineage. Raises SpecError and InputError, before any work."""
+    recipe = make_recipe(spec, storage)
+    model = {"model": recipe.spec.model.source} if recipe.spec.model.source else {}
+    return {"corpus": recipe.corpus, "corpus_hash": recipe.corpus_hash, **model}
+
+
 def find_corpus(name: str, storage: Storage) -> Path:
     """The folder of a corpus by path or by name."""
     path = Path(name).expanduser()

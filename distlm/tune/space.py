@@ -16,7 +16,7 @@ from typing import Any, get_args
 from pydantic import BaseModel
 
 from distlm.errors import SpecError
-from distlm.spec.load import Loaded, dotted, leaves, nearest, parse, put, validate
+from distlm.spec.load import Loaded, dotted, leaves, nearest, parse, put, validate, with_spec
 from distlm.spec.train import TrainSpec
 from distlm.spec.tune import Dimension, TuneSpec
 
@@ -26,8 +26,6 @@ OWN = ("name", "kind", "storage")
 
 def inline(loaded: Loaded) -> Loaded:
     """Put a training spec that is named as a file, relative to the sweep's, in its place. Raises SpecError."""
-    from distlm.execute import with_spec
-
     spec = loaded.spec
     assert isinstance(spec, TuneSpec)
     if not isinstance(spec.train, str):

@@ -19,7 +19,6 @@ from ray import tune as ray_tune
 from ray.tune.progress_reporter import TrialProgressCallback
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 
-from distlm import execute
 from distlm.errors import ClusterError, DistlmError, TrainError
 from distlm.progress import Progress, number
 from distlm.runs import RunFolder, lineage
@@ -27,15 +26,13 @@ from distlm.spec.load import dump, to_yaml
 from distlm.spec.train import TrainSpec
 from distlm.spec.tune import TuneSpec
 from distlm.storage import Storage, write_atomic
+from distlm.train.driver import train
+from distlm.train.recipe import inputs_of
 from distlm.tune import space
 
 QUIET = {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1", "TUNE_DISABLE_SIGINT_HANDLER": "1",
          "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0", "RAY_CHDIR_TO_TRIAL_DIR": "0", "RAY_AIR_NEW_OUTPUT": "0"}
 """Our folders are the record, and Ctrl-C is ours: Tune would finish the trials at its leisure."""
-
-Train = Callable[..., dict[str, Any]]
-"""The train job: (spec, folder, storage, progress, on_metrics=...) -> outputs."""
-
 
 @dataclass(frozen=True)
 class Trial:
@@ -93,7 +90,7 @@ def plan_trials(spec: TuneSpec, folder: RunFolder, storage: Storage) -> list[Tri
     for index, values in enumerate(space.samples(spec)):
         name = space.trial_name(index, values)
         train = space.trial_spec(spec, values, f"{spec.name[:99 - len(name)]}.{name}")
-        found.append(Trial(name, values, train, execute.inputs(train, storage), RunFolder(folder.path / "trials" / name)))
+        found.append(Trial(name, values, train, inputs_of(train, storage), RunFolder(folder.path / "trials" / name)))
     return found
 
 
@@ -108,7 +105,7 @@ def run_trials(spec: TuneSpec, trials: list[Trial], todo: list[Trial], folder: R
     attempt = f"{len(list((folder.path / 'ray').glob('*'))) + 1}"
     with environment(QUIET), attached(watch):
         tuner = ray_tune.Tuner(
-            ray_tune.with_resources(trial_function(todo, spec, storage, execute.job("train")), {"CPU": 0.01}),
+            ray_tune.with_resources(trial_function(todo, spec, storage), {"CPU": 0.01}),
             param_space={"trial": ray_tune.grid_search(list(range(len(todo))))},
             tune_config=ray_tune.TuneConfig(metric=spec.metric, mode="min", scheduler=scheduler, max_concurrent_trials=concurrent,
                                             trial_name_creator=lambda t: todo[t.config["trial"]].name,
@@ -129,14 +126,14 @@ def capacity(trials: list[Trial]) -> int:
     return count
 
 
-def trial_function(trials: list[Trial], spec: TuneSpec, storage: Storage, train: Train) -> Callable[[dict[str, Any]], None]:
+def trial_function(trials: list[Trial], spec: TuneSpec, storage: Storage) -> Callable[[dict[str, Any]], None]:
     """What Tune runs in an actor: the training of one trial in a thread, its metrics reported as they come."""
 
     def trial(config: dict[str, Any]) -> None:
         mine = trials[config["trial"]]
         records: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         stopped = threading.Event()
-        thread = threading.Thread(target=run_trial, args=(mine, spec, storage, train, records, stopped), daemon=True)
+        thread = threading.Thread(target=run_trial, args=(mine, spec, storage, records, stopped), daemon=True)
         thread.start()
         held = None                                        # a result waits for the next one: ASHA must not stop a trial that has
         try:                                               # come to its end and is writing what it made
@@ -153,7 +150,7 @@ def trial_function(trials: list[Trial], spec: TuneSpec, storage: Storage, train:
     return trial
 
 
-def run_trial(trial: Trial, spec: TuneSpec, storage: Storage, train: Train, records: Any, stopped: threading.Event) -> None:
+def run_trial(trial: Trial, spec: TuneSpec, storage: Storage, records: Any, stopped: threading.Event) -> None:
     """Train one trial in its folder; puts every metrics record, and None at the end, into `records`."""
     data = dump(trial.spec)
     try:
