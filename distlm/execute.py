@@ -11,21 +11,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from distlm.errors import DistlmError, ServeError, SpecError
+from distlm.errors import DistlmError, InputError, ServeError, SpecError
 from distlm.model.find import find_model
 from distlm.progress import Progress
 from distlm.runs import RunFolder, lineage
 from distlm.spec import PipelineSpec, PrepareSpec, ServeSpec, TrainSpec, TuneSpec
 from distlm.spec.load import Loaded, Spec, dotted, dump, leaves, load_spec, parse, to_yaml
-from distlm.storage import Storage
+from distlm.storage import Storage, read_json
 
 JOBS = {"prepare": "distlm.corpus.prepare:prepare", "train": "distlm.train.driver:train", "tune": "distlm.tune.sweep:tune",
         "serve": "distlm.serve.deploy:serve", "pipeline": "distlm.pipeline:pipeline"}
 """Kind -> the function that does the job: (spec, folder, storage, progress) -> outputs."""
 
 MAY_CHANGE = {"train": ("duration", "scale", "evaluate", "checkpoint", "retry", "batch.micro_sequences"), "tune": ("concurrent",),
-              "prepare": ("workers",), "serve": (), "pipeline": ("steps",)}
-"""Kind -> keys that may differ when a job is taken up again: they leave what was done before as it is."""
+              "prepare": ("workers",), "serve": tuple(ServeSpec.model_fields), "pipeline": ("steps", "prompt")}
+"""Kind -> keys that may differ when a job is taken up again: they leave what was done before as it is. An endpoint is replaced in place."""
 
 
 def run(source: str | Path | Mapping[str, Any], *, overrides: Sequence[str] = (), resume: bool = False,
@@ -115,8 +115,10 @@ def inputs(spec: Spec, storage: Storage) -> dict[str, Any]:
     trains = [spec] if isinstance(spec, TrainSpec) else []
     if isinstance(spec, PrepareSpec):
         from distlm.corpus.read import find_files
+        from distlm.corpus.tokenizer import check_given
 
         find_files(spec.sources)                           # their hashes stand in the manifest
+        check_given(spec.tokenizer)
     if isinstance(spec, TuneSpec):
         from distlm.tune import space
 
@@ -127,6 +129,10 @@ def inputs(spec: Spec, storage: Storage) -> dict[str, Any]:
         found = inputs_of(train, storage)
     if isinstance(spec, ServeSpec):
         found["model"] = str(find_model(spec.model, storage))
+        if spec.api_key_file:
+            from distlm.serve.guard import read_key
+
+            read_key(Path(spec.api_key_file).expanduser().absolute())
     return found
 
 
@@ -178,11 +184,11 @@ def hold_endpoints(urls: Mapping[str, str], storage: Storage, progress: Progress
         return
     progress.note(f"serving at {', '.join(urls.values())} as long as this process runs: Ctrl-C ends it "
                   "(`distlm cluster up` first gives a cluster that stays)")
-    silent = 0
+    silent, records = 0, [read_json(storage.endpoint(name) / "endpoint.json") for name in urls]
     try:
         while silent < 3:
             time.sleep(every_s)
-            silent = 0 if all(map(healthy, urls.values())) else silent + 1
+            silent = 0 if all(map(healthy, records)) else silent + 1
         raise ServeError(f"no answer from {', '.join(urls.values())} for {3 * every_s:.0f} s", cause="worker_died",
                          remedy="logs/ in its folder and the dashboard say more")
     finally:
@@ -192,13 +198,19 @@ def hold_endpoints(urls: Mapping[str, str], storage: Storage, progress: Progress
                 RunFolder(storage.endpoint(name)).event("stopped", "user", "ended with the cluster of the process that brought it up")
 
 
-def healthy(url: str) -> bool:
-    """Whether the endpoint at `url` (http://host:port or .../v1) answers /health."""
+def healthy(endpoint: Mapping[str, Any]) -> bool:
+    """Whether an endpoint answers to its key by its name: another one may have taken its port since. `endpoint` holds url, api_key_file
+    and model, as endpoint.json and the outputs of its job do."""
     import httpx
 
+    from distlm.serve.guard import read_key
+
     try:
-        return httpx.get(url.rstrip("/").removesuffix("/v1") + "/health", timeout=10).status_code == 200
-    except httpx.HTTPError:
+        key = read_key(Path(endpoint["api_key_file"]))
+        answer = httpx.get(endpoint["url"].rstrip("/").removesuffix("/v1") + "/v1/models", headers={"Authorization": f"Bearer {key}"},
+                           timeout=10, trust_env=False)
+        return answer.status_code == 200 and endpoint["model"] in [card["id"] for card in answer.json()["data"]]
+    except (httpx.HTTPError, InputError, ValueError, KeyError, TypeError):
         return False
 
 

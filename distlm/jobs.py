@@ -215,7 +215,7 @@ def reconcile(job: Job) -> Job:
     if job.kind == "serve" and job.state == "succeeded" and endpoint.exists():
         from distlm.execute import healthy
 
-        if healthy(read_json(endpoint)["url"]):
+        if healthy(read_json(endpoint)):
             return replace(job, state="running", cause="", ended=None, message=f"answers at {read_json(endpoint)['url']}")
         return replace(job, state="failed", cause="head_lost", message="the endpoint does not answer")
     if not job.active or not job.submission:

@@ -1,6 +1,5 @@
 """From a spec to a finished folder: what is refused before any work, what is recorded, what may be taken up again."""
 
-import http.server
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,9 +10,11 @@ import pytest
 from distlm import cluster, execute
 from distlm.errors import InputError, ServeError, SpecError
 from distlm.runs import RunFolder
+from distlm.serve.guard import make_key
 from distlm.spec import load_spec
-from distlm.spec.load import dump, parse
-from distlm.storage import Storage
+from distlm.spec.load import dump, parse, to_yaml
+from distlm.storage import Storage, write_json
+from tests.endpoints import fake_endpoint
 from tests.records import Records
 
 
@@ -103,35 +104,44 @@ def test_a_text_of_several_lines_survives_in_the_recorded_spec(tmp_path: Path) -
     assert parse(execute.spec_text(loaded, RunFolder(tmp_path / "p")))[0] == dump(loaded.spec)
 
 
-class Healthy(http.server.BaseHTTPRequestHandler):
-    def do_GET(self) -> None:
-        self.send_response(200 if self.path == "/health" else 404)
-        self.end_headers()
+def test_what_an_endpoint_is_made_of_and_a_pipelines_prompt_may_change(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "x")
+    serve = {"kind": "serve", "name": "x", "model": "a"}
+    step = {"steps": {"a": {"kind": "prepare", "sources": ["stdlib"]}}}
+    for before, now in [(serve, {**serve, "model": "b", "max_tokens": 7, "port": 0}),
+                        ({"kind": "pipeline", "name": "x", **step}, {"kind": "pipeline", "name": "x", "prompt": "def", **step})]:
+        RunFolder.create(folder.path, to_yaml(dump(execute.resolve(before).spec)), {}, resume=True)
+        assert execute.check_resume(folder, execute.resolve(now).spec)
 
-    def log_message(self, *_: Any) -> None:
-        pass
+
+def test_an_endpoint_is_healthy_only_by_its_own_key_and_name_and_no_proxy_is_asked(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    with fake_endpoint(tmp_path, "e") as record:
+        assert execute.healthy(record)
+        assert not execute.healthy({**record, "model": "another"})
+        assert not execute.healthy({**record, "api_key_file": str(make_key(tmp_path / "another"))})
+        assert not execute.healthy({**record, "api_key_file": str(tmp_path / "none")})
+    assert not execute.healthy(record)
 
 
 def test_an_endpoint_is_held_until_it_falls_silent_and_then_recorded_as_stopped(tmp_path: Path) -> None:
     folder = RunFolder(Storage(tmp_path).endpoint("e"))
     folder.event("succeeded", "completed")
-    server = http.server.HTTPServer(("127.0.0.1", 0), Healthy)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_port}/v1"
-    assert execute.healthy(url)
     ended = []
 
     def hold() -> None:
         try:
-            execute.hold_endpoints({"e": url}, Storage(tmp_path), Records(), every_s=0.1)
+            execute.hold_endpoints({"e": record["url"]}, Storage(tmp_path), Records(), every_s=0.1)
         except ServeError as error:
             ended.append(error)
 
-    thread = threading.Thread(target=hold)
-    thread.start()
-    thread.join(timeout=1)
-    assert thread.is_alive() and folder.state()[0] == "succeeded"
-    server.shutdown()
-    server.server_close()
+    with fake_endpoint(folder.path, "e") as record:
+        write_json(folder.path / "endpoint.json", record)
+        thread = threading.Thread(target=hold)
+        thread.start()
+        thread.join(timeout=1)
+        assert thread.is_alive() and folder.state()[0] == "succeeded"
     thread.join(timeout=60)
     assert ended and ended[0].cause == "worker_died" and folder.state() == ("stopped", "user")

@@ -1,0 +1,37 @@
+"""What looks like an endpoint from outside."""
+
+import contextlib
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+from distlm.serve.guard import make_key
+
+
+@contextlib.contextmanager
+def fake_endpoint(folder: Path, model: str) -> Iterator[dict[str, str]]:
+    """A server that tells the name of its model to whoever has the key, which lies in `folder`. Yields what endpoint.json would hold."""
+    key = make_key(folder / "api_key")
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            admitted = self.path == "/v1/models" and self.headers["Authorization"] == f"Bearer {key.read_text().strip()}"
+            self.send_response(200 if admitted or self.path == "/health" else 401)
+            self.end_headers()
+            if admitted:
+                self.wfile.write(json.dumps({"data": [{"id": model}]}).encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
+    thread.start()
+    try:
+        yield {"url": f"http://127.0.0.1:{server.server_port}/v1", "model": model, "api_key_file": str(key), "app": model}
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
