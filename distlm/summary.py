@@ -34,10 +34,15 @@ def of_corpus(made: dict[str, Any]) -> list[tuple[str, str]]:
 
 def of_run(made: dict[str, Any]) -> list[tuple[str, str]]:
     return [("parameters", f"{made['parameters']:,}"), ("steps", f"{made['steps']:,}, {made['tokens']:,} tokens"),
-            ("loss", f"{made['loss_first']:.3f} -> {made['loss_last']:.3f}"),
-            ("validation loss", f"{made['val_loss_first']:.3f} -> {made['val_loss']:.3f}"),
-            ("perplexity", f"{made['perplexity']:,.2f}"), ("bits per byte", f"{made['bits_per_byte']:.3f}"),
-            ("tokens/s", f"{made['tokens_per_s']:,.0f}")]
+            ("loss", f"{shown(made['loss_first'])} -> {shown(made['loss_last'])}"),
+            ("validation loss", f"{shown(made['val_loss_first'])} -> {shown(made['val_loss'])}" if made["val_loss"] is not None else "–"),
+            ("perplexity", shown(made["perplexity"], ",.2f")), ("bits per byte", shown(made["bits_per_byte"])),
+            ("tokens/s", shown(made["tokens_per_s"], ",.0f"))]
+
+
+def shown(value: float | None, form: str = ".3f") -> str:
+    """A number; a dash where there is none, as without a validation split."""
+    return "–" if value is None else format(value, form)
 
 
 def of_sweep(made: dict[str, Any]) -> list[tuple[str, str]]:
@@ -59,7 +64,7 @@ def complete(made: dict[str, Any], prompt: str) -> str:
     try:
         with open(made["api_key_file"]) as file:
             key = file.read().strip()
-        answer = httpx.post(f"{base(made)}/completions", headers={"Authorization": f"Bearer {key}"}, timeout=120,
+        answer = httpx.post(f"{base(made)}/completions", headers={"Authorization": f"Bearer {key}"}, timeout=120, trust_env=False,
                             json={"model": made["model"], "prompt": prompt, **SAMPLING})
         if answer.status_code != 200:
             raise ValueError(f"{answer.status_code} {answer.text[:300]}")
