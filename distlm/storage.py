@@ -5,6 +5,7 @@
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import tempfile
@@ -32,6 +33,11 @@ class Storage:
             raise StorageError("object stores are not supported yet", where=f"storage: {text}",
                                remedy="name a folder that every node sees, e.g. on NFS, Lustre or a mounted bucket")
         return Storage(Path(os.path.abspath(Path(text).expanduser())))
+
+    @staticmethod
+    def given(storage: "str | Path | Storage | None", otherwise: str | None = None) -> "Storage":
+        """What a caller has passed as storage, else the root `otherwise`, else the one that `find` finds."""
+        return storage if isinstance(storage, Storage) else Storage.find(str(storage) if storage else otherwise)
 
     def folder(self, kind: str, name: str) -> Path:
         """The folder of a job. Raises StorageError for a name that would leave the root."""
@@ -65,6 +71,23 @@ def writing(what: str | Path) -> Iterator[None]:
     except OSError as error:
         raise StorageError(f"cannot write: {error.strerror or error}", where=str(what),
                            remedy="free space or name another storage root") from error
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[int]:
+    """Hold the lock of a file, made where there is none, for the block; yields its handle. A process that dies lets go of it.
+
+    On a file system without locks (some NFS and Lustre mounts) the block runs without.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield handle
+    finally:
+        os.close(handle)
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:

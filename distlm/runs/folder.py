@@ -18,10 +18,14 @@ from typing import Any
 import psutil
 
 from distlm.errors import CAUSES, DistlmError, InputError
-from distlm.storage import read_json, write_atomic, write_json, writing
+from distlm.storage import locked, read_json, write_atomic, write_json, writing
 
 STATES = ("queued", "starting", "running", "succeeded", "failed", "stopped")
 ENDED = ("succeeded", "failed", "stopped")
+SUBMISSION = "DISTLM_SUBMISSION"
+"""Environment variable that tells a submitted job which one it is: a queued folder is for that one alone."""
+CLAIM_S = 60
+"""So long a claim from another host holds, whose process cannot be seen from here."""
 
 
 @dataclass(frozen=True)
@@ -32,19 +36,32 @@ class RunFolder:
 
     @staticmethod
     def create(path: Path, spec_yaml: str, lineage: dict[str, Any], *, resume: bool = False) -> "RunFolder":
-        """Make the folder of a new job, or take an ended one up again with `resume`. Raises InputError for a name that is taken."""
+        """Make the folder of a new job, or take an ended one up again with `resume`. Raises InputError for a name that is taken.
+
+        Of several at once one gets it: the claim holds until the first event, or until its process is gone.
+        """
         folder = RunFolder(path)
-        state, _ = folder.state() if folder.exists() else ("", "")
-        if state in ("starting", "running"):
-            raise InputError(f"{path.name} is {state}", where=str(path), remedy=f"`distlm status {path.name}` shows it, "
-                             f"`distlm stop {path.name}` ends it")
-        if state and state != "queued" and not resume:
-            raise InputError(f"the name {path.name} is taken by a job that has {state}", where=str(path),
-                             remedy="take another name, or go on with --resume")
-        with writing(path):
-            (path / "logs").mkdir(parents=True, exist_ok=True)
-        write_atomic(path / "spec.yaml", spec_yaml)
-        write_json(path / "lineage.json", lineage)
+        with locked(path / ".claim") as claim:
+            events = folder.events()
+            state, _ = folder.state() if folder.exists() else ("", "")
+            ends_it = f"`distlm status {path.name}` shows it, `distlm stop {path.name}` ends it"
+            if state in ("starting", "running"):
+                raise InputError(f"{path.name} is {state}", where=str(path), remedy=ends_it)
+            if state and state != "queued" and not resume:
+                raise InputError(f"the name {path.name} is taken by a job that has {state}", where=str(path),
+                                 remedy="take another name, or go on with --resume")
+            waiting = _last(events).get("submission") if state == "queued" else None
+            if waiting and waiting != os.environ.get(SUBMISSION):
+                raise InputError(f"{path.name} is queued as {waiting}", where=str(path), remedy=ends_it)
+            if _claimed(claim, len(events), resume):
+                raise InputError(f"{path.name} is being started by another process", where=str(path), remedy=ends_it)
+            with writing(path):
+                text = json.dumps({"owner": _me(), "time": time.time(), "events": len(events)}).encode()
+                os.ftruncate(claim, 0)
+                os.pwrite(claim, text, 0)
+                (path / "logs").mkdir(parents=True, exist_ok=True)
+            write_atomic(path / "spec.yaml", spec_yaml)
+            write_json(path / "lineage.json", lineage)
         return folder
 
     @staticmethod
@@ -64,17 +81,18 @@ class RunFolder:
     def event(self, state: str, cause: str = "", message: str = "", **more: Any) -> None:
         """Append to events.jsonl: time in seconds since the epoch, state, cause and what else matters."""
         assert state in (*STATES, "note") and (not cause or cause in CAUSES), (state, cause)
-        owner = {"host": socket.gethostname(), "pid": os.getpid(), "started": psutil.Process().create_time()}
+        if state == "starting" and os.environ.get(SUBMISSION):
+            more.setdefault("submission", os.environ[SUBMISSION])
         self._append("events.jsonl", {"time": time.time(), "state": state, "cause": cause, "message": message, **more,
-                                      **({} if state in (*ENDED, "note") else {"owner": owner})})
+                                      **({} if state in (*ENDED, "note") else {"owner": _me()})})
 
     def events(self) -> list[dict[str, Any]]:
         return _lines(self.path / "events.jsonl")
 
     def state(self) -> tuple[str, str]:
         """(state, cause) as it is now: a job whose process is gone without a word has failed, whatever it last wrote."""
-        last = next((e for e in reversed(self.events()) if e["state"] != "note"), None)
-        if last is None:
+        last = _last(self.events())
+        if not last:
             return "queued", ""
         if last["state"] in ("starting", "running") and not _alive(last.get("owner")):
             return "failed", "head_lost"
@@ -160,6 +178,27 @@ def _records(text: str) -> list[dict[str, Any]]:
         with contextlib.suppress(ValueError):              # a torn line
             found.append(json.loads(line))
     return [value for value in found if isinstance(value, dict)]
+
+
+def _last(events: list[dict[str, Any]]) -> dict[str, Any]:
+    """The last event that is no note, empty where there is none."""
+    return next((event for event in reversed(events) if event["state"] != "note"), {})
+
+
+def _me() -> dict[str, Any]:
+    return {"host": socket.gethostname(), "pid": os.getpid(), "started": psutil.Process().create_time()}
+
+
+def _claimed(claim: int, events: int, resume: bool) -> bool:
+    """Whether somebody has claimed the folder, lives, and has written no event since. One may resume what oneself has claimed."""
+    try:
+        found = json.loads(os.pread(claim, 4096, 0))
+        owner, mine = found["owner"], _me()
+        if found["events"] != events or (resume and owner["pid"] == mine["pid"] and owner["host"] == mine["host"]):
+            return False
+        return _alive(owner) and (owner["host"] == mine["host"] or time.time() - found["time"] < CLAIM_S)
+    except (ValueError, KeyError, TypeError):              # empty, or torn by a kill
+        return False
 
 
 def _alive(owner: dict[str, Any] | None) -> bool:

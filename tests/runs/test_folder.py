@@ -57,6 +57,55 @@ def test_a_job_that_runs_is_not_taken_up_again(folder):
                 RunFolder.create(folder.path, "", {}, resume=resume)
 
 
+def test_of_two_that_start_at_once_one_gets_the_name(folder):
+    with pytest.raises(InputError, match="a is being started by another process"):
+        RunFolder.create(folder.path, "kind: serve\n", {"seed": 2})
+    assert (folder.path / "spec.yaml").read_text() == "kind: train\n" and folder.lineage() == {"seed": 1}
+
+
+def _create(path, barrier, results):
+    barrier.wait()
+    try:
+        RunFolder.create(path, "kind: train\n", {"pid": os.getpid()}, resume=True)
+        results.put(os.getpid())
+    except InputError:
+        results.put(0)
+    barrier.wait()
+
+
+def test_of_processes_that_start_at_once_one_gets_the_name(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    barrier, results = context.Barrier(3), context.Queue()
+    processes = [context.Process(target=_create, args=(tmp_path / "x", barrier, results)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    found = sorted(results.get(timeout=60) for _ in processes)
+    for process in processes:
+        process.join()
+    assert found[:2] == [0, 0] and found[2] == RunFolder(tmp_path / "x").lineage()["pid"]
+
+
+def test_a_claim_ends_with_its_process(tmp_path):
+    code = f"import os, signal; from pathlib import Path; from distlm.runs import RunFolder\n" \
+           f"RunFolder.create(Path({str(tmp_path / 'a')!r}), '', {{}}); os.kill(os.getpid(), signal.SIGKILL)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -9
+    RunFolder.create(tmp_path / "a", "", {})
+
+
+def test_a_queued_folder_is_for_its_own_submission(tmp_path, monkeypatch):
+    folder = RunFolder(tmp_path / "a")
+    folder.event("queued", submission="train-a-1")
+    for mine in (None, "train-a-2"):
+        if mine:
+            monkeypatch.setenv("DISTLM_SUBMISSION", mine)
+        for resume in (False, True):
+            with pytest.raises(InputError, match="a is queued as train-a-1; .*`distlm stop a` ends it"):
+                RunFolder.create(folder.path, "", {}, resume=resume)
+    monkeypatch.setenv("DISTLM_SUBMISSION", "train-a-1")
+    with RunFolder.create(folder.path, "", {}).running():
+        assert folder.events()[-1]["submission"] == "train-a-1"
+
+
 def test_there_is_no_job_where_there_is_no_folder(tmp_path):
     with pytest.raises(InputError, match="there is no such job"):
         RunFolder.open(tmp_path / "b")
