@@ -99,7 +99,7 @@ def test_a_queued_folder_is_for_its_own_submission(tmp_path, monkeypatch):
         if mine:
             monkeypatch.setenv("DISTLM_SUBMISSION", mine)
         for resume in (False, True):
-            with pytest.raises(InputError, match="a is queued as train-a-1; .*`distlm stop a` ends it"):
+            with pytest.raises(InputError, match=r"a is queued as train-a-1; .*`distlm stop a` ends it"):
                 RunFolder.create(folder.path, "", {}, resume=resume)
     monkeypatch.setenv("DISTLM_SUBMISSION", "train-a-1")
     with RunFolder.create(folder.path, "", {}).running():
