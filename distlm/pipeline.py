@@ -16,13 +16,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from distlm import execute
-from distlm.errors import InputError, SpecError
+from distlm.errors import InputError, ServeError, SpecError
 from distlm.progress import Progress
 from distlm.runs import RunFolder
-from distlm.spec.load import REFERENCE, Loaded, dotted, dump, leaves, nearest, put, validate, with_spec
+from distlm.spec import PrepareSpec, TuneSpec
+from distlm.spec.load import REFERENCE, Loaded, Spec, dotted, dump, leaves, nearest, put, validate, with_spec
 from distlm.spec.pipeline import PipelineSpec
-from distlm.storage import Storage
+from distlm.storage import Storage, read_json
 from distlm.tune import space
 
 OUTPUTS = {
@@ -33,6 +36,7 @@ OUTPUTS = {
     "serve": ("url", "api_key_file", "model"),
 }
 """Kind -> what `${step.output}` may name; a sweep also has `best.<key>` for every key of its space."""
+HASHED_BYTES = 64 << 20
 
 
 def inline(loaded: Loaded) -> Loaded:
@@ -192,6 +196,7 @@ def fill(value: Any, steps: Mapping[str, Any], made: Mapping[str, dict[str, Any]
 
 def pipeline(spec: PipelineSpec, folder: RunFolder, storage: Storage, progress: Progress) -> dict[str, Any]:
     """Run what is still to be done, step by step, and show what came of it. Raises what a step raises."""
+    check_ports(spec, storage)
     made: dict[str, dict[str, Any]] = {}
     marks: dict[str, str] = {}
     folders: dict[str, RunFolder] = {}
@@ -200,7 +205,7 @@ def pipeline(spec: PipelineSpec, folder: RunFolder, storage: Storage, progress: 
         data = {key: fill(value, spec.steps, made) for key, value in spec.steps[step].items() if key != "needs"}
         loaded = execute.resolve(data)
         folders[step] = RunFolder(storage.folder(loaded.spec.kind, loaded.spec.name))
-        mark = fingerprint(loaded, {other: marks[other] for other in wants(spec.steps, step)})
+        mark = fingerprint(loaded, {other: marks[other] for other in wants(spec.steps, step)}, storage)
         made[step] = run_step(spec.name, step, loaded, mark, folders[step], storage, progress)
         marks[step] = identity(loaded.spec.kind, folders[step])
         folder.event("note", message=f"step {step} is complete", step=step, folder=str(folders[step].path))
@@ -213,8 +218,27 @@ def pipeline(spec: PipelineSpec, folder: RunFolder, storage: Storage, progress: 
     return {"": str(folder.path), "endpoints": {folders[step].name: made[step]["url"] for step in steps if kinds[step] == "serve"}, **flat}
 
 
+def check_ports(spec: PipelineSpec, storage: Storage) -> None:
+    """Raises ServeError where an endpoint's port cannot be had: at the end would be late. Its own, where it answers already, is fine."""
+    for step in spec.steps:
+        data = {key: stand_in(spec.steps, value) for key, value in spec.steps[step].items() if key != "needs"}
+        serve = validate(data, f"steps.{step}", references=True) if data.get("kind") == "serve" else None
+        if serve is None or not serve.port:
+            continue
+        from distlm.serve import deploy
+
+        record = storage.endpoint(serve.name) / "endpoint.json"
+        if record.exists() and f":{serve.port}/" in (endpoint := read_json(record))["url"] and execute.healthy(endpoint):
+            continue
+        try:
+            deploy.address(serve)
+        except ServeError as error:
+            raise ServeError(error.message, where=f"steps.{step}: {error.where}", remedy=error.remedy, cause=error.cause) from None
+
+
 def run_step(owner: str, step: str, loaded: Loaded, mark: str, folder: RunFolder, storage: Storage, progress: Progress) -> dict[str, Any]:
-    """Skip the step where it is complete and unchanged, resume it where it has failed, run it anew where it has changed."""
+    """Skip the step where it is complete and unchanged, resume it where it has failed, run it anew where it has changed. An endpoint that
+    has changed is replaced in place: its address and its key stay."""
     kind = loaded.spec.kind
     resume = False
     if folder.exists():
@@ -226,7 +250,7 @@ def run_step(owner: str, step: str, loaded: Loaded, mark: str, folder: RunFolder
         unchanged = record.get("fingerprint") == mark
         if unchanged and state == "succeeded":
             outputs = folder.read_result()
-            if kind != "serve" or execute.healthy(outputs["url"]):
+            if kind != "serve" or execute.healthy(outputs):
                 progress.stage(kind, loaded.spec.name)
                 progress.note(f"step {step} is complete and unchanged: skipped")
                 return outputs
@@ -235,6 +259,9 @@ def run_step(owner: str, step: str, loaded: Loaded, mark: str, folder: RunFolder
             resume = True
         elif state in ("starting", "running"):
             raise InputError(f"{folder.name} is {state}", where=str(folder.path), remedy=f"`distlm stop {folder.name}` ends it")
+        elif kind == "serve":
+            progress.note(f"step {step} or what it reads has changed: its endpoint is replaced and keeps its key")
+            resume = True
         else:
             aside = move_aside(folder.path)
             progress.note(f"step {step} or what it reads has changed: it runs again; what it made before lies in {aside}")
@@ -251,18 +278,49 @@ def move_aside(path: Path) -> Path:
     return aside
 
 
-def fingerprint(loaded: Loaded, needed: Mapping[str, str]) -> str:
-    """A hash of all that decides what a step makes: its spec, what it needs, the files it reads."""
+def fingerprint(loaded: Loaded, needed: Mapping[str, str], storage: Storage) -> str:
+    """A hash of all that decides what a step makes: its spec, what it needs, what it reads. Raises InputError for what does not exist."""
     spec = dump(loaded.spec) | {"storage": None}
-    files: list[Any] = source_files(loaded.spec) if loaded.spec.kind == "prepare" else []
-    return hashlib.sha256(json.dumps([spec, sorted(needed.items()), files]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([spec, sorted(needed.items()), reads(loaded.spec, storage)]).encode()).hexdigest()
 
 
-def source_files(spec: Any) -> list[tuple[str, int, int]]:
-    """Path, size and time of change of every file that a prepare step reads."""
+def reads(spec: Spec, storage: Storage) -> list[Any]:
+    """What stands for the content of all that a step reads: sources, tokenizers, corpora, models."""
+    found: list[Any] = [execute.inputs(spec, storage)]
+    if isinstance(spec, PrepareSpec):
+        found += source_files(spec)
+        found += folder_files(Path(spec.tokenizer.source).expanduser()) if spec.tokenizer.source else []
+    elif isinstance(spec, TuneSpec):
+        from distlm.train.recipe import inputs_of
+
+        trials = [inputs_of(space.trial_spec(spec, values, spec.name), storage) for values in space.samples(spec)]
+        found += trials
+        for model in sorted({trial["model"] for trial in trials if "model" in trial}):
+            found += folder_files(Path(model))
+    elif "model" in found[0]:
+        found += folder_files(Path(found[0]["model"]))
+    return found
+
+
+def source_files(spec: PrepareSpec) -> list[tuple[str, int, int]]:
+    """Path, size and time of change of every file that a prepare step reads; a broken link has none."""
     from distlm.corpus.read import find_files
 
-    return sorted((file.path, file.bytes, Path(file.path).stat().st_mtime_ns) for file in find_files(spec.sources))
+    return sorted((file.path, file.bytes, changed(Path(file.path))) for file in find_files(spec.sources))
+
+
+def folder_files(path: Path) -> list[tuple[str, int, int | str]]:
+    """Name, size and hash of every file of a model's or tokenizer's folder; of a large one the time of change instead of the hash."""
+    files = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
+    return [(file.name, size, xxhash.xxh3_64_hexdigest(file.read_bytes()) if size <= HASHED_BYTES else changed(file))
+            for file in files for size in [file.stat().st_size]]
+
+
+def changed(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return -1
 
 
 def identity(kind: str, folder: RunFolder) -> str:

@@ -1,5 +1,6 @@
 """Steps in order, references filled, mistakes found before any work, and nothing done twice."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -7,10 +8,11 @@ from typing import Any
 import pytest
 
 from distlm import cluster, execute, pipeline
-from distlm.errors import InputError, SpecError
+from distlm.errors import InputError, ServeError, SpecError
 from distlm.runs import RunFolder
 from distlm.spec import PipelineSpec
-from distlm.storage import Storage
+from distlm.storage import Storage, write_json
+from tests.endpoints import fake_endpoint
 from tests.records import Records
 
 PREPARE = {"kind": "prepare", "sources": ["stdlib"]}
@@ -124,6 +126,82 @@ def test_a_rerun_skips_what_is_complete_and_repeats_what_has_changed_with_what_d
     first, second = run(context=32)
     assert "step first or what it reads has changed" in first and "step second or what it reads has changed" in second
     assert RunFolder(storage.pipeline("p")).state() == ("succeeded", "completed")
+
+
+def test_an_input_that_is_named_without_a_reference_counts_by_its_content(tmp_path: Path) -> None:
+    storage, model, texts = Storage(tmp_path), tmp_path / "runs" / "my-run" / "export", tmp_path / "texts"
+    texts.mkdir()
+    (texts / "a.txt").write_text("a line. " * 30)
+    (texts / "broken.txt").symlink_to(tmp_path / "gone")
+    model.mkdir(parents=True)
+    vocabulary = {f"{i}": i for i in range(3)} | {"<|endoftext|>": 3}
+    (model / "tokenizer.json").write_text(json.dumps({"version": "1.0", "truncation": None, "padding": None, "added_tokens": [],
+                                                      "normalizer": None, "pre_tokenizer": None, "post_processor": None, "decoder": None,
+                                                      "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "0"}}))
+    (model / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
+    (model / "config.json").write_text("{}")
+    given = [{"kind": "serve", "name": "s", "model": "my-run"},
+             {"kind": "prepare", "name": "p", "sources": [str(texts)], "tokenizer": {"from": str(model)}}]
+
+    def marks() -> list[str]:
+        return [pipeline.fingerprint(execute.resolve(one), {}, storage) for one in given]
+
+    first = marks()
+    assert marks() == first
+    (model / "config.json").write_text('{"vocab_size": 5}')
+    assert all(a != b for a, b in zip(marks(), first, strict=True))
+    (model / "config.json").write_text("{}")
+    assert marks() == first
+    (texts / "a.txt").write_text("another line. " * 30)
+    assert marks()[0] == first[0] and marks()[1] != first[1]
+
+
+def test_a_replaced_corpus_changes_the_steps_that_name_it(storage: Storage, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a line. " * 100)
+    execute.run({"kind": "prepare", "name": "named", "sources": [str(tmp_path / "a.txt")], "context": 16, "tokenizer": {"train": "bytes"},
+                 "split": {"val_fraction": 0}}, storage=storage, progress=Records())
+    train = {**TRAIN, "corpus": "named"}
+    given = [execute.resolve({"name": "x", **train}),
+             execute.resolve({**TUNE, "name": "x", "metric": "loss", "train": {**TUNE["train"], "corpus": "named"}})]
+    first = [pipeline.fingerprint(one, {}, storage) for one in given]
+    with (storage.corpus("named") / "manifest.json").open("a") as file:
+        file.write("\n")
+    assert all(pipeline.fingerprint(one, {}, storage) != mark for one, mark in zip(given, first, strict=True))
+
+
+def test_an_endpoint_that_has_changed_is_replaced_where_it_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage, shown, calls = Storage(tmp_path), Records(), []
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    folder = RunFolder(storage.endpoint("e"))
+
+    def run_loaded(loaded: Any, storage: Storage, progress: Any, *, resume: bool, **_: Any) -> dict[str, Any]:
+        calls.append(resume)
+        return {}
+
+    monkeypatch.setattr(execute, "run_loaded", run_loaded)
+    loaded = execute.resolve({"kind": "serve", "name": "e", "model": str(model)})
+    with fake_endpoint(folder.path, "e") as record:
+        RunFolder.create(folder.path, "kind: serve\n", {"pipeline": "p", "fingerprint": "before"})
+        folder.result({"": record["url"], **record})
+        folder.event("succeeded", "completed")
+        assert pipeline.run_step("p", "serve", loaded, "before", folder, storage, shown)["url"] == record["url"] and not calls
+        pipeline.run_step("p", "serve", loaded, "now", folder, storage, shown)
+    assert calls == [True] and [path.name for path in folder.path.parent.iterdir()] == ["e"] and (folder.path / "api_key").exists()
+    assert "replaced and keeps its key" in shown.notes[-1]
+
+
+def test_a_port_that_is_taken_is_found_before_any_work(storage: Storage, tmp_path: Path) -> None:
+    with fake_endpoint(storage.endpoint("p-serve"), "p-serve") as record:
+        port = int(record["url"].split(":")[2].split("/")[0])
+        serve = {"kind": "serve", "model": "${train}", "port": port}
+        given = steps(prepare={**PREPARE, "sources": ["/no/such/folder"]}, train=TRAIN, serve=serve)
+        with pytest.raises(ServeError, match=f"steps.serve: port: {port}: port {port} is taken.*port: 0"):
+            execute.run(given, storage=storage, progress=Records())
+        write_json(storage.endpoint("p-serve") / "endpoint.json", record)
+        with pytest.raises(InputError, match="no such file or folder"):
+            execute.run(given, storage=storage, progress=Records())
 
 
 def test_a_step_never_takes_the_folder_of_a_job_that_is_not_the_pipelines(storage: Storage, tmp_path: Path) -> None:

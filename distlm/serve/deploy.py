@@ -81,7 +81,8 @@ def serve(spec: ServeSpec, folder: RunFolder, storage: Storage, progress: Progre
         (folder.path / "endpoint.json").unlink(missing_ok=True)
         raise
     write_json(folder.path / "endpoint.json", {"url": f"{base}/v1", "model": card.id, "api_key_file": str(key_file), "app": spec.name,
-                                               "folder": str(model), "lineage": card.lineage})
+                                               "folder": str(model), "lineage": card.lineage,
+                                               "cluster": ray.get_runtime_context().gcs_address})
     folder.event("running", message=f"serving at {base}/v1", url=f"{base}/v1")
     return {"": f"{base}/v1", "url": f"{base}/v1", "api_key_file": str(key_file), "model": card.id}
 
@@ -113,6 +114,15 @@ def check_resources(spec: ServeSpec) -> None:
 
 def start(spec: ServeSpec) -> tuple[str, int]:
     """Start Ray Serve, or join the one that runs. Returns its host and port. Raises ServeError where the port cannot be had."""
+    host, port = address(spec)
+    if running_serve() is None:
+        # no request_timeout_s: it would cut streams
+        ray_serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port, "request_timeout_s": None})
+    return host, port
+
+
+def address(spec: ServeSpec) -> tuple[str, int]:
+    """The host and port at which Serve listens, or can. Raises ServeError."""
     client = running_serve()
     if client is not None:
         host, port = str(client.http_config.host), int(client.http_config.port)
@@ -120,10 +130,7 @@ def start(spec: ServeSpec) -> tuple[str, int]:
             raise ServeError(f"this cluster serves at {host}:{port}, and a cluster has one address", cause="bad_input",
                              where=f"{spec.host}:{spec.port}", remedy=f"set host: {host} and port: {port}, or stop the other endpoints")
         return host, port
-    port = free_port(spec.host, spec.port)
-    # no request_timeout_s: it would cut streams
-    ray_serve.start(proxy_location="HeadOnly", http_options={"host": spec.host, "port": port, "request_timeout_s": None})
-    return spec.host, port
+    return spec.host, free_port(spec.host, spec.port)
 
 
 def running_serve() -> Any:
