@@ -123,6 +123,7 @@ def inputs(spec: Spec, storage: Storage) -> dict[str, Any]:
         from distlm.tune import space
 
         trains = [space.trial_spec(spec, values, f"trial-{i}") for i, values in enumerate(space.samples(spec))]
+        space.check_metric(spec, trains, storage)
     for train in reversed(trains):                         # the first trial's inputs stand for the sweep
         from distlm.train.recipe import inputs_of
 

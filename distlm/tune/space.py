@@ -15,10 +15,11 @@ from typing import Any, get_args
 
 from pydantic import BaseModel
 
-from distlm.errors import SpecError
+from distlm.errors import InputError, SpecError
 from distlm.spec.load import Loaded, dotted, leaves, nearest, parse, put, validate, with_spec
 from distlm.spec.train import TrainSpec
 from distlm.spec.tune import Dimension, TuneSpec
+from distlm.storage import Storage
 
 OWN = ("name", "kind", "storage")
 """Keys of a training spec that the sweep itself sets."""
@@ -75,6 +76,17 @@ def check(spec: TuneSpec, path: str, *, references: bool = False) -> None:
             whole_number = "whole number" in broken
             hint = "draw whole numbers with choice or grid" if whole_number else "every value of the space must give a valid spec"
             raise SpecError(f"with {text}: {broken}", where=f"{path}: space", remedy=hint) from None
+
+
+def check_metric(spec: TuneSpec, trials: list[TrainSpec], storage: Storage) -> None:
+    """Raises InputError where trials would be judged by a loss that their corpus cannot give."""
+    from distlm.corpus.manifest import read_manifest
+    from distlm.train.recipe import find_corpus
+
+    for corpus in dict.fromkeys(trial.corpus for trial in trials) if spec.metric == "val_loss" else ():
+        if not read_manifest(find_corpus(corpus, storage)).splits["val"].windows:
+            raise InputError(f"the corpus {corpus} has no validation window, so no trial would have a val_loss", where="metric",
+                             remedy="set metric: loss, or prepare the corpus with a larger split.val_fraction")
 
 
 def check_key(key: str, where: str) -> None:

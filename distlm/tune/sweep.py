@@ -73,9 +73,10 @@ def tune(spec: TuneSpec, folder: RunFolder, storage: Storage, progress: Progress
     progress.table(f"trials of {spec.name}", rows(spec, trials), header=("trial", *spec.space, "steps", spec.metric, "state"))
     best = min(trials, key=lambda trial: (trial.folder.state()[0] != "succeeded", trial.score(spec.metric)))
     if math.isinf(best.score(spec.metric)):
-        causes = sorted({trial.folder.state()[1] for trial in trials})
-        raise TrainError(f"no trial of {len(trials)} has a {spec.metric}: {', '.join(causes)}; {message(best)}", where=str(folder.path),
-                         cause=causes[0] if len(causes) == 1 else "internal", remedy=f"events.jsonl of {trials[0].folder.path} says more")
+        causes = sorted({trial.folder.state()[1] for trial in trials} - {"completed", ""})
+        raise TrainError(f"no trial of {len(trials)} has a {spec.metric}: {', '.join(causes) or 'none was measured'}; {message(best)}",
+                         where=str(folder.path), cause=causes[0] if len(causes) == 1 else "internal",
+                         remedy=f"events.jsonl of {trials[0].folder.path} says more")
     best_spec = write_best(spec, best, folder, storage)
     progress.note(f"the best trial is {best.name}; `distlm run {best_spec}` trains it anew")
     values = {key: best.values[key] for key in spec.space}
@@ -262,7 +263,7 @@ def write_best(spec: TuneSpec, best: Trial, folder: RunFolder, storage: Storage)
     name, n = f"{spec.name[:90]}-best", 1
     while storage.run(name).exists():
         name, n = f"{spec.name[:90]}-best-{n + 1}", n + 1
-    data = {**space.with_values(space.base_data(spec), best.values), "name": name}
+    data = {**space.with_values(space.base_data(spec), best.values), "name": name, **({"storage": spec.storage} if spec.storage else {})}
     path = folder.path / "best.yaml"
     remark = f"# The best of the sweep {spec.name}: trial {best.name}, {spec.metric} {best.score(spec.metric):.4f}\n"
     write_atomic(path, remark + to_yaml(data))

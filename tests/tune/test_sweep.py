@@ -1,5 +1,6 @@
 """A sweep over real runs: what stops early, what fails, what is best, and that nothing is left behind."""
 
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,11 +13,11 @@ from ray.util.state import list_actors
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from distlm import cluster, execute
-from distlm.errors import TrainError
+from distlm.errors import InputError, TrainError
 from distlm.runs import RunFolder
-from distlm.spec import TrainSpec, load_spec
+from distlm.spec import TrainSpec, TuneSpec, load_spec
 from distlm.spec.presets import PRESETS
-from distlm.storage import Storage
+from distlm.storage import Storage, read_json, write_json
 from tests.records import Records
 
 TRAIN: dict[str, Any] = {"corpus": "c", "model": {"preset": "llama-tiny"}, "duration": {"steps": 12}, "precision": "fp32",
@@ -96,6 +97,42 @@ def test_a_sweep_fails_only_when_all_trials_fail_and_says_why(storage: Storage) 
         execute.run({"kind": "tune", "name": "broken", "train": train, "space": {"optimizer.lr": {"grid": [1e-3, 2e-3]}}}, storage=storage,
                     progress=Records())
     assert RunFolder(storage.sweep("broken")).state() == ("failed", "bad_spec")
+
+
+def test_a_sweep_by_val_loss_over_a_corpus_without_validation_is_refused_before_any_work(storage: Storage) -> None:
+    manifest = read_json(storage.corpus("c") / "manifest.json")
+    manifest["splits"]["val"] |= {"windows": 0, "shards": []}
+    write_json(storage.corpus("no-val") / "manifest.json", manifest)
+    shutil.copytree(storage.corpus("c") / "tokenizer", storage.corpus("no-val") / "tokenizer")
+    given = {**SWEEP, "name": "no-val", "train": {**TRAIN, "corpus": "no-val"}, "space": {"optimizer.lr": {"grid": [0.1]}}}
+    with pytest.raises(InputError, match=r"metric: the corpus no-val has no validation window.*metric: loss"):
+        execute.run(given, storage=storage, progress=Records())
+    assert not storage.sweep("no-val").exists()
+    assert execute.inputs(execute.resolve({**given, "metric": "loss"}).spec, storage)["corpus_hash"]
+
+
+def test_having_completed_is_no_cause_of_failure(storage: Storage) -> None:
+    from distlm.tune import sweep
+
+    folder = RunFolder(storage.sweep("unmeasured"))
+    loaded = execute.resolve({**SWEEP, "name": "unmeasured", "space": {"optimizer.lr": {"grid": [0.1, 0.2]}}})
+    assert isinstance(loaded.spec, TuneSpec)
+    for trial in sweep.plan_trials(loaded.spec, folder, storage):
+        trial.folder.event("succeeded", "completed")
+    with pytest.raises(TrainError, match="none was measured") as error:
+        sweep.tune(loaded.spec, folder, storage, Records())
+    assert error.value.cause == "internal"
+
+
+def test_the_best_spec_keeps_the_storage_that_the_sweep_names(storage: Storage) -> None:
+    from distlm.tune import sweep
+
+    loaded = execute.resolve({**SWEEP, "name": "stored", "storage": str(storage.root), "space": {"optimizer.lr": {"grid": [0.1]}}})
+    assert isinstance(loaded.spec, TuneSpec)
+    folder = RunFolder(storage.sweep("stored"))
+    [trial] = sweep.plan_trials(loaded.spec, folder, storage)
+    trial.folder.metrics({"step": 1, "val_loss": 2.0})
+    assert load_spec(sweep.write_best(loaded.spec, trial, folder, storage)).spec.storage == str(storage.root)
 
 
 def test_trials_at_once_leave_a_cpu_each_for_reading_data(storage: Storage) -> None:
