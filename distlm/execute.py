@@ -16,7 +16,7 @@ from distlm.model.find import find_model
 from distlm.progress import Progress
 from distlm.runs import RunFolder, lineage
 from distlm.spec import PipelineSpec, PrepareSpec, ServeSpec, TrainSpec, TuneSpec
-from distlm.spec.load import Loaded, Spec, dotted, dump, leaves, load_spec, parse, to_yaml
+from distlm.spec.load import Loaded, Spec, dotted, dump, leaves, load_spec, locator, parse, to_yaml
 from distlm.storage import Storage, read_json
 
 JOBS = {"prepare": "distlm.corpus.prepare:prepare", "train": "distlm.train.driver:train", "tune": "distlm.tune.sweep:tune",
@@ -80,7 +80,7 @@ def resolve(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = (
     if isinstance(loaded.spec, TuneSpec):
         loaded = space.inline(loaded)
         assert isinstance(loaded.spec, TuneSpec)
-        space.check(loaded.spec, loaded.path)
+        space.check(loaded.spec, locator(loaded))
     elif isinstance(loaded.spec, PipelineSpec):
         loaded = pipeline.inline(loaded)
         pipeline.check(loaded)

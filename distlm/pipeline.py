@@ -11,8 +11,7 @@
 import copy
 import hashlib
 import json
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,8 @@ from distlm.errors import InputError, ServeError, SpecError
 from distlm.progress import Progress
 from distlm.runs import RunFolder
 from distlm.spec import PrepareSpec, TuneSpec
-from distlm.spec.load import REFERENCE, Loaded, Spec, dotted, dump, leaves, nearest, put, validate, with_spec
+from distlm.spec.explain import KeyPath
+from distlm.spec.load import REFERENCE, Loaded, Spec, dotted, dump, leaves, locator, nearest, put, validate, with_spec
 from distlm.spec.pipeline import PipelineSpec
 from distlm.storage import Storage, read_json
 from distlm.tune import space
@@ -51,9 +51,15 @@ def inline(loaded: Loaded) -> Loaded:
             if unknown := sorted(set(data) - {"file", "set", "needs"}):
                 raise SpecError(f"beside file there can be set and needs, not {', '.join(unknown)}", where=where, remedy="put it under set")
             file = data["file"]
-            data, found = space.read_file(str(file), folder, f"{where}.file")
+            data, found = space.read_file(str(file), folder, place(loaded, f"{prefix}.file"))
             for key, value in (given.get("set") or {}).items():
-                put(data, str(key), value)
+                try:
+                    put(data, str(key), value)
+                except SpecError as error:
+                    raise SpecError(error.message, where=place(loaded, f"{prefix}.set.{key}")) from None
+                found = {k: text for k, text in found.items() if k != key and not k.startswith(f"{key}.")}
+                found |= {name.removeprefix(f"{prefix}.set."): text for name, text in loaded.origins.items()
+                          if name == f"{prefix}.set.{key}" or name.startswith(f"{prefix}.set.{key}.")}
             origins |= {f"{prefix}.{key}": text for key, text in found.items()}
             data["needs"] = given.get("needs", [])
             folder_ = (folder / Path(str(file)).expanduser()).parent
@@ -86,7 +92,7 @@ def check(loaded: Loaded) -> list[str]:
                 for text in value if isinstance(value, list) else [value]:
                     for reference in REFERENCE.findall(text) if isinstance(text, str) else []:
                         output(spec.steps, reference, place(loaded, f"steps.{step}.{dotted(key)}"))
-            check_step(spec.steps, step, where)
+            check_step(spec.steps, step, locator(loaded, f"steps.{step}"))
         except SpecError as error:
             problems.append(str(error))
     if problems:
@@ -94,10 +100,10 @@ def check(loaded: Loaded) -> list[str]:
     return order(spec.steps, lambda step: place(loaded, f"steps.{step}"))
 
 
-def check_step(steps: Mapping[str, Any], step: str, where: str) -> None:
-    """Validate a step with stand-ins for what is not there yet."""
+def check_step(steps: Mapping[str, Any], step: str, where: Callable[[KeyPath], str]) -> None:
+    """Validate a step with stand-ins for what is not there yet. `where` tells the place of its keys."""
     data = {key: stand_in(steps, value) for key, value in steps[step].items() if key != "needs"}
-    spec = validate(data, where, references=True)
+    spec = validate(data, references=True, place=where)
     if data.get("kind") == "tune" and isinstance(data.get("train"), dict) and spec is not None:
         space.check(spec, where, references=True)
 
@@ -334,7 +340,4 @@ def identity(kind: str, folder: RunFolder) -> str:
 
 def place(loaded: Loaded, key: str) -> str:
     """`file.yaml:12: steps.train`: where a section of the spec begins."""
-    for name, origin in loaded.origins.items():
-        if (name == key or name.startswith(f"{key}.")) and (line := re.search(r":(\d+)$", origin)):
-            return f"{loaded.path}:{line[1]}: {key}" if origin.startswith(f"{Path(loaded.path).name}:") else f"{origin}: {key}"
-    return f"{loaded.path}: {key}"
+    return locator(loaded, key)(())

@@ -50,6 +50,11 @@ def test_steps_run_after_what_they_need_by_reference_or_by_needs() -> None:
     ({"a": {"kind": "pipeline", "steps": {}}}, "a pipeline cannot be a step"),
     ({"a": {"file": "none.yaml"}}, "none.yaml cannot be read"),
     ({"a": {"file": "none.yaml", "corpus": "x"}}, "beside file there can be set and needs, not corpus"),
+    ({"a": {**PREPARE, "needs": 5}}, "steps.a.needs: 5: must be the name of a step or a list of names"),
+    ({"a": {**PREPARE, "needs": [5]}}, "steps.a.needs: [5]: must be the name of a step or a list of names"),
+    ({"a": {"file": "none.yaml", "set": ["x"]}}, "steps.a.set: ['x']: must be a section"),
+    ({"a.b": {"file": "none.yaml", "set": "text"}}, "steps.a.b.set: 'text': must be a section"),
+    ({"a": {"file": 5}}, "steps.a.file: 5: must be text"),
 ])
 def test_a_mistake_is_found_before_any_work(given: dict[str, Any], what: str) -> None:
     assert what in refused(**given)
@@ -64,6 +69,42 @@ def test_every_wrong_step_is_named_at_once_with_its_line(tmp_path: Path) -> None
     assert "p.yaml:5: steps.a" in first and "p.yaml:8: steps.b" in second and "did you mean serve?" in second
 
 
+def test_a_mistake_in_a_step_is_told_with_its_own_line(tmp_path: Path) -> None:
+    (tmp_path / "train.yaml").write_text("kind: train\nname: t\ncorpus: c\nmodel:\n  preset: llama-tiny\nduration: {steps: 7}\nsed: 1\n")
+    (tmp_path / "p.yaml").write_text("""kind: pipeline
+name: p
+steps:
+  tune:
+    kind: tune
+    space:
+      optimizer.lr: {grid: [0.1]}
+    train:
+      corpus: c
+      model: {preset: llama-tiny}
+      duration:
+        steps: -3
+      seeed: 1
+  train:
+    file: train.yaml
+    needs: tune
+    set:
+      duration.steps: -9
+      optimizer: {lr: high}
+""")
+    with pytest.raises(SpecError) as error:
+        execute.resolve(tmp_path / "p.yaml", ["steps.tune.seed=-1"])
+    path = tmp_path / "p.yaml"
+    assert [line.split(";")[0] for line in str(error.value).splitlines()] == [
+        "--set steps.tune.seed: -1: must be at least 0",
+        f"{path}:19: steps.train: optimizer.lr: 'high': must be a number",
+        f"{path}:18: steps.train: duration.steps: -9: must be at least 1",
+        "train.yaml:7: steps.train: sed: unknown key"]
+    with pytest.raises(SpecError) as error:
+        execute.resolve(path)
+    assert f"{path}:12: steps.tune: train.duration.steps: -3" in str(error.value)
+    assert f"{path}:13: steps.tune: train.seeed: unknown key" in str(error.value)
+
+
 def test_a_step_in_a_file_lies_beside_the_pipeline_and_takes_overrides(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "train.yaml").write_text("kind: train\nname: t\ncorpus: c\nmodel: {preset: llama-tiny}\nduration: {steps: 7}\n")
@@ -74,6 +115,7 @@ def test_a_step_in_a_file_lies_beside_the_pipeline_and_takes_overrides(tmp_path:
     train = loaded.spec.steps["train"]
     assert train["corpus"] == "${prepare}" and train["duration"] == {"steps": 9} and train["name"] == "t"
     assert loaded.origins["steps.train.model.preset"] == "train.yaml:4"
+    assert loaded.origins["steps.train.duration.steps"] == "p.yaml:5" == loaded.origins["steps.train.corpus"]
 
 
 def test_a_reference_that_is_the_whole_value_keeps_its_type() -> None:

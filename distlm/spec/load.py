@@ -6,7 +6,7 @@ Errors are one line each: `jobs/a.yaml:12: batch.micro_sequences: 3 does not div
 import datetime
 import io
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,8 @@ KINDS: dict[str, type[Spec]] = {"prepare": PrepareSpec, "train": TrainSpec, "tun
                                 "pipeline": PipelineSpec}
 REFERENCE = re.compile(r"\$\{([^}]*)\}")
 SCALARS = (bool, int, float, str, datetime.date, type(None))
-__all__ = ["KINDS", "Loaded", "Spec", "at", "describe", "dotted", "dump", "field_names", "leaves", "load_spec", "nearest", "parse",
-           "plain", "put", "to_yaml", "validate"]
+__all__ = ["KINDS", "Loaded", "Spec", "at", "describe", "dotted", "dump", "field_names", "leaves", "load_spec", "locator", "nearest",
+           "parse", "plain", "put", "to_yaml", "validate"]
 
 
 @dataclass(frozen=True)
@@ -72,13 +72,37 @@ def with_spec(loaded: Loaded, spec: Spec, origins: Mapping[str, str]) -> Loaded:
     return Loaded(spec, {dotted(key): known.get(dotted(key), loaded.path) for key, _ in leaves(dump(spec))}, loaded.path)
 
 
+def locator(loaded: Loaded, section: str = "") -> Callable[[KeyPath], str]:
+    """A function from a key path inside a section of a spec to its place: `a.yaml:12: steps.train: batch.micro_sequences`."""
+
+    def where(key: KeyPath) -> str:
+        text = ": ".join(part for part in (section, dotted(key)) if part)
+        for end in range(len(key), -1, -1):                # what is missing has the line of the section that lacks it
+            name = ".".join(part for part in (section, dotted(key[:end])) if part)
+            for known, origin in loaded.origins.items() if name else ():
+                if known != name and not known.startswith(f"{name}."):
+                    continue
+                if origin == "--set" and key and (known == name or end == len(key)):
+                    return f"--set {name}"
+                file, _, line = origin.rpartition(":")
+                if file and line.isdigit():
+                    return f"{loaded.path if file == Path(loaded.path).name else file}:{line}: {text}"
+        return f"{loaded.path}: {text}" if text else loaded.path
+
+    return where
+
+
 def validate(data: dict[str, Any], path: str = "spec", lines: Mapping[KeyPath, int] | None = None,
-             overridden: set[KeyPath] | frozenset[KeyPath] = frozenset(), references: bool = False) -> Any:
+             overridden: set[KeyPath] | frozenset[KeyPath] = frozenset(), references: bool = False,
+             place: Callable[[KeyPath], str] | None = None) -> Any:
     """Return the spec that `data` describes. With `references`, errors about values that hold `${...}` are passed over,
-    and None is returned where there are any. Raises SpecError."""
+    and None is returned where there are any. `place` tells where a key stands, for data that are a part of a file, in place
+    of `path` and `lines`. Raises SpecError."""
     lines = lines or {}
 
     def where(key: KeyPath) -> str:
+        if place:
+            return place(key)
         if key and key not in lines and any(k[:len(key)] == key for k in overridden):
             return f"--set {dotted(key)}"
         for end in range(len(key), -1, -1):
@@ -92,7 +116,7 @@ def validate(data: dict[str, Any], path: str = "spec", lines: Mapping[KeyPath, i
     if not isinstance(kind, str) or kind not in KINDS:
         near = nearest(str(kind), KINDS) if kind is not None else ""
         raise SpecError("the key kind is missing" if kind is None else f"unknown kind {shown(kind)}",
-                        where=where(("kind",)) if "kind" in data else path,
+                        where=where(("kind",) if "kind" in data else ()),
                         remedy=f"did you mean {near}?" if near else f"one of {', '.join(KINDS)}")
     model = KINDS[kind]
     try:

@@ -10,12 +10,14 @@ import itertools
 import math
 import random
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import BaseModel
 
 from distlm.errors import InputError, SpecError
+from distlm.spec.explain import KeyPath
 from distlm.spec.load import Loaded, dotted, leaves, nearest, parse, put, validate, with_spec
 from distlm.spec.train import TrainSpec
 from distlm.spec.tune import Dimension, TuneSpec
@@ -50,23 +52,22 @@ def read_file(name: str, folder: Path, where: str) -> tuple[dict[str, Any], dict
     return data, found
 
 
-def check(spec: TuneSpec, path: str, *, references: bool = False) -> None:
-    """Every key of the space, the base spec, the ends of every range and every trial. With `references`, values that hold `${...}`
-    are passed over. Raises SpecError."""
+def check(spec: TuneSpec, where: Callable[[KeyPath], str], *, references: bool = False) -> None:
+    """Every key of the space, the base spec, the ends of every range and every trial. `where` tells the place of a key of the sweep's
+    spec. With `references`, values that hold `${...}` are passed over. Raises SpecError."""
     for key in spec.space:
-        check_key(key, f"{path}: space.{key}")
-    for dimension in spec.space.values():
+        check_key(key, where(("space", key)))
+    for key, dimension in spec.space.items():
         if any(isinstance(v, str) and "${" in v for v in (dimension.choice or []) + (dimension.grid or [])):
-            raise SpecError("a space cannot hold references", where=f"{path}: space")
+            raise SpecError("a space cannot hold references", where=where(("space", key)))
     base = base_data(spec)
     first = samples(spec)[0]
     whole = with_values(base, first)                       # a key that the space sets may be missing from the base
     try:
-        validate(whole, "train", references=references)
+        validate(whole, references=references, place=lambda key: where(("train", *key)))
     except SpecError as error:
-        keys = [key for key in spec.space if f"train: {key}:" in str(error)]
-        if not keys:
-            raise SpecError(f"{path}: {error}") from None
+        if not any(f"train.{key}:" in str(error) for key in spec.space):
+            raise
     for values in itertools.chain(extremes(spec, first), samples(spec)):
         try:
             validate(with_values(base, values), "train", references=references)
@@ -75,7 +76,7 @@ def check(spec: TuneSpec, path: str, *, references: bool = False) -> None:
             broken = str(error).splitlines()[0].removeprefix("train: ")
             whole_number = "whole number" in broken
             hint = "draw whole numbers with choice or grid" if whole_number else "every value of the space must give a valid spec"
-            raise SpecError(f"with {text}: {broken}", where=f"{path}: space", remedy=hint) from None
+            raise SpecError(f"with {text}: {broken}", where=where(("space",)), remedy=hint) from None
 
 
 def check_metric(spec: TuneSpec, trials: list[TrainSpec], storage: Storage) -> None:

@@ -76,6 +76,19 @@ def test_a_mistake_in_the_training_spec_is_found() -> None:
     assert "unknown preset 'lama'" in refused(train={**TRAIN, "model": {"preset": "lama"}}, space={"optimizer.lr": {"grid": [1]}})
 
 
+def test_a_mistake_in_a_sweep_is_told_with_its_own_line(tmp_path: Path) -> None:
+    path = tmp_path / "sw.yaml"
+    path.write_text("kind: tune\nname: s\ntrain:\n  corpus: c\n  model: {preset: llama-tiny}\n  duration: {steps: -1}\n  sed: 1\n"
+                    "space:\n  optimizer.lr: {grid: [0.1]}\n")
+    with pytest.raises(SpecError) as error:
+        resolve(path)
+    first, second = str(error.value).splitlines()
+    assert first.startswith(f"{path}:6: train.duration.steps: -1") and second.startswith(f"{path}:7: train.sed: unknown key")
+    path.write_text(path.read_text().replace("-1", "5").replace("  sed: 1\n", "").replace("optimizer.lr:", "optimizer.rl:"))
+    with pytest.raises(SpecError, match=r"sw\.yaml:8: space\.optimizer\.rl: .*did you mean optimizer\.lr"):
+        resolve(path)
+
+
 def test_a_training_spec_in_a_file_is_put_in_its_place_with_its_lines(tmp_path: Path) -> None:
     (tmp_path / "train.yaml").write_text("kind: train\nname: x\ncorpus: c\nmodel: {preset: llama-tiny}\nduration: {steps: 7}\n")
     (tmp_path / "tune.yaml").write_text("kind: tune\nname: s\ntrain: train.yaml\nspace:\n  optimizer.lr: {grid: [0.1]}\n")
