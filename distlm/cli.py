@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import shlex
 import signal
 import sys
 import time
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from distlm.errors import ClusterError, DistlmError, InputError
+from distlm.errors import ClusterError, DistlmError
 
 if TYPE_CHECKING:
     from distlm.jobs import Job, Submission
@@ -157,7 +158,8 @@ def run(spec: SpecFile, set_: Sets = None, resume: Resume = False) -> None:
             from distlm.spec import load_spec
 
             if load_spec(spec, set_ or []).spec.kind != "serve":
-                print(f"stopped; go on with `distlm run {spec} --resume`", file=sys.stderr)
+                words = shlex.join(["distlm", "run", str(spec), *(word for text in set_ or [] for word in ("--set", text)), "--resume"])
+                print(f"stopped; go on with `{words}`", file=sys.stderr)
         raise
 
 
@@ -225,7 +227,8 @@ def logs(name: Name, follow: Annotated[bool, typer.Option("--follow", "-f", help
 
 
 @app.command()
-def stop(name: Name) -> None:
+def stop(name: Name, force: Annotated[bool, typer.Option("--force", help="Record the end even of a job whose machine is gone.")] = False
+         ) -> None:
     """End a job, or take an endpoint down.
 
     Example: distlm stop my-run
@@ -233,8 +236,8 @@ def stop(name: Name) -> None:
     from distlm import jobs
 
     storage = _storage()
-    job = jobs.stop(jobs.locate(name, storage), storage)
-    print(f"{job.kind} {job.name} {job.state} ({job.cause})")
+    job = jobs.stop(jobs.locate(name, storage), storage, force=force)
+    print(f"{job.kind} {job.name} {job.state} ({job.cause}){'' if job.message in ('', 'stopped') else ': ' + job.message}")
 
 
 @app.command()
@@ -266,15 +269,9 @@ def query(name: Name, prompt: Annotated[str, typer.Argument(help="The text to co
 
     Example: distlm query my-model "def parse(" --max-tokens 32
     """
-    from distlm.serve.client import query as ask
-    from distlm.storage import read_json
+    from distlm import jobs
 
-    path = _storage().endpoint(name) / "endpoint.json"
-    if not path.exists():
-        raise InputError(f"there is no endpoint {name!r}", where=str(path.parent), remedy="`distlm runs` lists those that serve")
-    endpoint = read_json(path)
-    for piece in ask(endpoint["url"], Path(endpoint["api_key_file"]).read_text().strip(), prompt, max_tokens, model=endpoint.get("model"),
-                     temperature=temperature):
+    for piece in jobs.query(name, prompt, max_tokens, temperature=temperature):
         print(piece, end="", flush=True)
     print()
 

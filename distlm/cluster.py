@@ -63,6 +63,26 @@ def find(storage: Storage | None = None) -> Cluster | None:
     return of(alive[0]) if alive else None
 
 
+def of_endpoint(address: str, storage: Storage) -> Cluster | None:
+    """The cluster in which an endpoint that has this address on record may be, where one is up; never one that would be started."""
+    if mine := joined():
+        return Cluster("joined", mine)
+    alive = [head for head in heads.recorded(storage) if head.alive()]
+    for head in alive:
+        if head.address == address:
+            return of(head)
+    if address and alive and not os.environ.get("RAY_ADDRESS"):
+        return None
+    found = find(storage)
+    return None if found and address and found.address in [head.address for head in alive] else found
+
+
+def joined() -> str:
+    """The address of the cluster that this process has joined, empty where it has none."""
+    ray = sys.modules.get("ray")
+    return str(ray.get_runtime_context().gcs_address) if ray and ray.is_initialized() else ""
+
+
 def require(storage: Storage | None = None) -> Cluster:
     """The cluster that `find` finds. Raises ClusterError where there is none."""
     found = find(storage)
@@ -130,8 +150,8 @@ def of(head: heads.Head) -> Cluster:
 
 
 @contextlib.contextmanager
-def connect(log_file: Path | None = None, *, storage: Storage | None = None) -> Iterator[Connection]:
-    """Initialise Ray: in the cluster that `find` finds, else in an embedded one that ends with the block.
+def connect(log_file: Path | None = None, *, storage: Storage | None = None, cluster: Cluster | None = None) -> Iterator[Connection]:
+    """Initialise Ray: in `cluster`, else in the one that `find` finds, else in an embedded one that ends with the block.
 
     What Ray and the libraries around it write to standard error goes to `log_file`. Where Ray is initialised already, that
     is used and left as it is. Raises ClusterError.
@@ -142,7 +162,7 @@ def connect(log_file: Path | None = None, *, storage: Storage | None = None) -> 
             context = ray.get_runtime_context()
             yield Connection(context.gcs_address, _dashboard_url(), False)
             return
-        cluster = find(storage)
+        cluster = cluster or find(storage)
         if cluster and cluster.address.startswith(("http://", "https://")):
             raise ClusterError("RAY_ADDRESS names a dashboard", where=cluster.address, remedy="send the job with `distlm submit`, or name "
                                "the head as host:port")

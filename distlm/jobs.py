@@ -2,7 +2,7 @@
 
     submission = submit("jobs/train.yaml", storage=Storage.find())
     for line in follow(submission): ...
-    stop(locate("py-10m", storage), storage)
+    stop("py-10m")
 
 A job's folder is the truth about it; Ray's job API is asked for what only it knows: whether the process still lives.
 """
@@ -11,15 +11,18 @@ import asyncio
 import contextlib
 import logging
 import os
+import queue
 import shlex
 import signal
 import socket
 import tempfile
+import threading
 import time
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import psutil
 
@@ -27,8 +30,9 @@ from distlm import cluster as clusters
 from distlm import upload
 from distlm.errors import ClusterError, InputError
 from distlm.head import client, token
-from distlm.runs.folder import ENDED, RunFolder
-from distlm.spec.load import dump, nearest, to_yaml
+from distlm.runs.folder import ENDED, SUBMISSION, RunFolder
+from distlm.spec import PipelineSpec, TuneSpec
+from distlm.spec.load import Spec, dump, load_spec, nearest, to_yaml
 from distlm.storage import FOLDERS, Storage, read_json
 
 ENDED_IN_RAY = ("SUCCEEDED", "FAILED", "STOPPED")
@@ -75,7 +79,7 @@ class Job:
 
 
 def submit(source: str | Path | Mapping[str, Any], *, overrides: Sequence[str] = (), resume: bool = False,
-           storage: Storage | None = None, working_dir: Path | None = None) -> Submission:
+           storage: str | Path | Storage | None = None, working_dir: str | Path | None = None) -> Submission:
     """Check a spec here, then run it as a Ray job with the files of `working_dir` (default: the present one).
 
     Raises SpecError and InputError before anything is sent, ClusterError where no cluster answers.
@@ -84,9 +88,9 @@ def submit(source: str | Path | Mapping[str, Any], *, overrides: Sequence[str] =
 
     loaded = resolve(source, overrides)
     spec = loaded.spec
-    storage = storage or Storage.find(spec.storage)
+    storage = Storage.given(storage, spec.storage)
     folder = RunFolder(storage.folder(spec.kind, spec.name))
-    here = (working_dir or Path.cwd()).absolute()
+    here = Path(working_dir or Path.cwd()).absolute()
     _check_name(folder, resume or spec.kind == "pipeline")
     if resume and (folder.path / "spec.yaml").exists():
         check_resume(folder, spec)
@@ -94,9 +98,10 @@ def submit(source: str | Path | Mapping[str, Any], *, overrides: Sequence[str] =
     path = Path(source).absolute() if isinstance(source, str | Path) else None
     words = ["python", "-m", "distlm", "run"]
     extra: dict[str, str] = {}
-    if path and here in path.parents and path in set(upload.files(here, storage.root)):
+    alone = not names_files(load_spec(source, list(overrides)).spec)
+    if path and alone and here in path.parents and path in set(upload.files(here, storage.root)):
         words += [path.relative_to(here).as_posix(), *(f"--set={text}" for text in overrides)]
-    else:                                                  # a mapping, or a file from elsewhere, travels as it was resolved
+    else:                                                  # a mapping, a file from elsewhere or with others travels as it was resolved
         extra[f".distlm/{spec.name}.yaml"] = to_yaml(dump(spec))
         words += [*extra]
     if spec.storage and Path(spec.storage).expanduser().absolute() != Path(spec.storage):
@@ -109,14 +114,22 @@ def submit(source: str | Path | Mapping[str, Any], *, overrides: Sequence[str] =
         archive = Path(scratch) / "working_dir.zip"
         upload.pack(here, archive, storage.root, extra)
         variables = {"DISTLM_STORAGE": str(storage.root), "DISTLM_PROGRESS": "json", "PYTHONUNBUFFERED": "1",
-                     "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_GRACE_S)}
-        folder.event("queued", message=f"submitted to {at.dashboard_url}", submission=submission.id, dashboard=at.dashboard_url)
+                     SUBMISSION: submission.id, "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_GRACE_S)}
+        folder.event("queued", message=f"submitted to {at.dashboard_url}", submission=submission.id, dashboard=at.dashboard_url,
+                     token_file=at.token_file)
         try:
             send(submission, shlex.join(words), archive, variables, {"kind": spec.kind, "name": spec.name, "folder": str(folder.path)})
         except BaseException as error:
             folder.event("failed", "head_lost" if isinstance(error, ClusterError) else "internal", f"could not be submitted: {error}")
             raise
     return submission
+
+
+def names_files(spec: Spec) -> bool:
+    """Whether a spec names other specs as files, which need not lie in the working directory."""
+    if isinstance(spec, PipelineSpec):
+        return any("file" in step or isinstance(step.get("train"), str) for step in spec.steps.values())
+    return isinstance(spec, TuneSpec) and isinstance(spec.train, str)
 
 
 def send(submission: Submission, entrypoint: str, archive: Path, variables: dict[str, str], metadata: dict[str, str]) -> None:
@@ -149,15 +162,17 @@ def _check_name(folder: RunFolder, resume: bool) -> None:
                          remedy="take another name, or go on with --resume")
 
 
-def jobs(storage: Storage) -> list[Job]:
+def jobs(storage: str | Path | Storage | None = None) -> list[Job]:
     """Every job under the storage root, of all kinds, the latest first."""
+    storage = Storage.given(storage)
     found = [reconcile(read(RunFolder(path))) for folder in FOLDERS.values()
              for path in sorted((storage.root / folder).glob("*")) if RunFolder(path).exists()]
     return sorted(found, key=lambda job: -(job.started or 0))
 
 
-def locate(name: str, storage: Storage) -> Job:
+def locate(name: str | Path, storage: str | Path | Storage | None = None) -> Job:
     """The job of that name, `runs/name` where several kinds share it, or that of a folder. Raises InputError with the nearest name."""
+    name, storage = str(name), Storage.given(storage)
     paths = [storage.root / folder / name for folder in FOLDERS.values()] + [storage.root / name, Path(name).absolute()]
     found = {path.resolve(): RunFolder(path) for path in paths if RunFolder(path).exists()}
     if not found:
@@ -175,9 +190,9 @@ def locate(name: str, storage: Storage) -> Job:
     return candidates[0]
 
 
-def load_run(name: str | Path, storage: Storage | None = None) -> RunFolder:
+def load_run(name: str | Path, storage: str | Path | Storage | None = None) -> RunFolder:
     """The folder of a job by name or path: its events, metrics, lineage, result. Raises InputError where there is none."""
-    return RunFolder(locate(str(name), storage or Storage.find()).folder)
+    return RunFolder(locate(name, storage).folder)
 
 
 def read(folder: RunFolder) -> Job:
@@ -222,10 +237,12 @@ def reconcile(job: Job) -> Job:
         return job
     try:
         info = ray_job(submission_of(job))
-    except ClusterError:
-        return job                                         # nobody to ask: the folder's word stands
+    except ClusterError:                                   # nobody to ask: the folder's word stands
+        if job.state == "queued":
+            return replace(job, message=f"the cluster that it was submitted to does not answer: `distlm stop {job.name}` frees the name")
+        return job
     folder = RunFolder(job.folder)
-    if folder.state()[0] not in ENDED:                     # it may have said so itself by now
+    if not _driver_may_live(folder, job.submission, known=info is not None):
         if info is None:
             folder.event("failed", "head_lost", "the cluster that it was submitted to has gone")
         elif info["status"] == "STOPPED":
@@ -236,10 +253,30 @@ def reconcile(job: Job) -> Job:
     return read(folder)
 
 
+def _driver_may_live(folder: RunFolder, submission: str, known: bool) -> bool:
+    """Whether the folder has ended by its own word, or has a driver that Ray's word is not about: then nobody else ends it.
+
+    A driver on another host is the one that Ray speaks of where it began as this submission and Ray knows of that."""
+    state, _ = folder.state()
+    if state == "queued":
+        return False
+    last: dict[str, Any] = next((event for event in reversed(folder.events()) if event.get("owner")), {})
+    elsewhere = last.get("owner", {}).get("host") != socket.gethostname()
+    began_as = next((event.get("submission") for event in reversed(folder.events()) if event["state"] == "starting"), None)
+    return state in ENDED or not (known and elsewhere and began_as == submission)
+
+
 def submission_of(job: Job) -> Submission:
-    """Where a submitted job can be asked for. Raises ClusterError where no cluster is up."""
-    at = clusters.dashboard(clusters.require())
-    return Submission(job.submission, at.dashboard_url, at.token_file, job.folder)
+    """Where a submitted job can be asked for: the cluster that it was sent to. Raises ClusterError where that cannot be asked from here."""
+    queued: dict[str, Any] = next((event for event in reversed(RunFolder(job.folder).events()) if event["state"] == "queued"), {})
+    url, host = queued.get("dashboard"), queued.get("owner", {}).get("host")
+    if not url:
+        at = clusters.dashboard(clusters.require())
+        return Submission(job.submission, at.dashboard_url, at.token_file, job.folder)
+    if urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1") and host != socket.gethostname():
+        raise ClusterError(f"{job.name} was submitted on {host}, to a cluster that only that machine reaches", where=url,
+                           remedy="ask there")
+    return Submission(job.submission, url, queued.get("token_file"), job.folder)
 
 
 def ray_job(submission: Submission) -> dict[str, Any] | None:
@@ -302,23 +339,39 @@ def _final(submission: Submission) -> Iterator[str]:
 
 
 def _tail(submission: Submission) -> Iterator[str]:
-    """Chunks of the job's output from its beginning, until it ends or the connection breaks (OSError)."""
+    """Chunks of the job's output from its beginning, until it ends or the connection breaks (OSError).
+
+    The loop runs in a thread of its own: a notebook has one already in this one."""
+    chunks: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
     loop = asyncio.new_event_loop()
-    stream = _stream(submission)
+
+    async def receive() -> None:
+        async for chunk in _stream(submission):
+            chunks.put(chunk)
+
+    task = loop.create_task(receive())
+
+    def work() -> None:
+        try:
+            loop.run_until_complete(task)
+            chunks.put(None)
+        except BaseException as error:
+            chunks.put(error)
+        finally:
+            loop.run_until_complete(loop.shutdown_asyncgens())
+            loop.close()
+
+    thread = threading.Thread(target=work, name="distlm-tail", daemon=True)
+    thread.start()
     try:
-        while True:
-            try:
-                yield loop.run_until_complete(anext(stream))
-            except StopAsyncIteration:
-                return
-    finally:                                               # after Ctrl-C the last step still waits
-        pending = asyncio.all_tasks(loop)
-        for task in pending:
-            task.cancel()
-        if pending:
-            loop.run_until_complete(asyncio.wait(pending))
-        loop.run_until_complete(stream.aclose())
-        loop.close()
+        while (chunk := chunks.get()) is not None:
+            if isinstance(chunk, BaseException):
+                raise chunk
+            yield chunk
+    finally:                                               # after Ctrl-C the stream is still open
+        with contextlib.suppress(RuntimeError):            # the loop is closed
+            loop.call_soon_threadsafe(task.cancel)
+        thread.join(timeout=5)
 
 
 async def _stream(submission: Submission) -> AsyncGenerator[str, None]:
@@ -337,31 +390,71 @@ async def _stream(submission: Submission) -> AsyncGenerator[str, None]:
         raise OSError(str(error)) from None
 
 
-def stop(job: Job, storage: Storage, grace_s: float = STOP_GRACE_S) -> Job:
+def stop(job: Job | str | Path, storage: str | Path | Storage | None = None, grace_s: float = STOP_GRACE_S, *, force: bool = False) -> Job:
     """End a job: its endpoint, its Ray job or its process, gently first. Returns it as it then stands.
 
+    With `force` the end is recorded even where the process cannot be reached.
     Raises InputError where it has ended already, ClusterError where its process cannot be reached.
     """
+    storage = Storage.given(storage)
+    job = job if isinstance(job, Job) else locate(job, storage)
+    said = "stopped"
     if job.kind == "serve" and (job.folder / "endpoint.json").exists():
-        from distlm.serve import deploy
-
-        with clusters.connect(job.folder / "logs" / "stop.log"):
-            deploy.undeploy(job.name, storage)
+        taken_down = _take_down(job, storage, force)
         if not read(RunFolder(job.folder)).active:
-            RunFolder(job.folder).event("stopped", "user", "the endpoint was taken down")
+            RunFolder(job.folder).event("stopped", "user", taken_down)
     elif not job.active:
         raise InputError(f"{job.name} has already {job.state}", where=str(job.folder))
     job = read(RunFolder(job.folder))
     if job.active:
         RunFolder(job.folder).event("note", message="stop was asked for")
-        if job.submission:
-            _stop_ray_job(submission_of(job), grace_s)
-        else:
-            _stop_process(job, grace_s)
+        try:
+            said = _stop_submitted(job, grace_s) if job.submission else _stop_process(job, grace_s)
+        except ClusterError as error:
+            if not force:
+                raise
+            said = f"ended in this record only, its process was not reached: {error.message}"
     folder = RunFolder(job.folder)
     if folder.events()[-1]["state"] not in ENDED:
-        folder.event("stopped", "user", "stopped")
+        folder.event("stopped", "user", said)
     return read(folder)
+
+
+def _take_down(job: Job, storage: Storage, force: bool) -> str:
+    """Delete an endpoint from the cluster that it lives in, where that is up; else its record alone. Returns what to say of it."""
+    path = job.folder / "endpoint.json"
+    address = read_json(path).get("cluster", "")
+    at = clusters.of_endpoint(address, storage)
+    try:
+        if at is not None:
+            from distlm.serve import deploy
+
+            with clusters.connect(job.folder / "logs" / "stop.log", cluster=at):
+                if address in ("", clusters.joined()):
+                    deploy.undeploy(job.name, storage)
+                    return "the endpoint was taken down"
+    except ClusterError:
+        if not force:
+            raise
+    path.unlink()
+    return "its record was removed: the cluster that it was in is not up here"
+
+
+def _stop_submitted(job: Job, grace_s: float) -> str:
+    """Through Ray where that knows the job; else the driver that the folder names, where it has one."""
+    try:
+        submission = submission_of(job)
+        info = ray_job(submission)
+    except ClusterError as error:
+        if job.state == "queued":
+            return f"never began: its cluster {error.message}"
+        if _owner(job).get("host") != socket.gethostname():
+            raise
+        info = None
+    if info is not None and info["status"] not in ENDED_IN_RAY:
+        _stop_ray_job(submission, grace_s)
+        return "stopped"
+    return "never began" if job.state == "queued" else _stop_process(job, grace_s)
 
 
 def _stop_ray_job(submission: Submission, grace_s: float) -> None:
@@ -376,16 +469,21 @@ def _stop_ray_job(submission: Submission, grace_s: float) -> None:
     raise ClusterError(f"Ray did not stop the job within {grace_s + 10:.0f} s", where=submission.id)
 
 
-def _stop_process(job: Job, grace_s: float) -> None:
-    owner = next((e["owner"] for e in reversed(RunFolder(job.folder).events()) if e.get("owner")), None)
+def _owner(job: Job) -> dict[str, Any]:
+    return next((e["owner"] for e in reversed(RunFolder(job.folder).events()) if e.get("owner")), {})
+
+
+def _stop_process(job: Job, grace_s: float) -> str:
+    owner = _owner(job)
     if not owner:
-        return
+        return "stopped"
     if owner["host"] != socket.gethostname():
-        raise ClusterError(f"{job.name} runs on {owner['host']}, not here", where=str(job.folder), remedy="stop it there")
+        raise ClusterError(f"{job.name} runs on {owner['host']}, not here", where=str(job.folder),
+                           remedy=f"stop it there, or, where that is gone, `distlm stop {job.name} --force` ends it in the record")
     with contextlib.suppress(psutil.NoSuchProcess):
         process = psutil.Process(owner["pid"])
         if abs(process.create_time() - owner["started"]) > 2:
-            return
+            return "stopped"
         children = process.children(recursive=True)
         process.send_signal(signal.SIGINT)
         _, alive = psutil.wait_procs([process], timeout=grace_s)
@@ -394,6 +492,20 @@ def _stop_process(job: Job, grace_s: float) -> None:
                 with contextlib.suppress(psutil.Error):
                     one.kill()
             psutil.wait_procs([process], timeout=5)
+    return "stopped"
+
+
+def query(name: str, prompt: str, max_tokens: int | None = None, *, temperature: float = 0.0,
+          storage: str | Path | Storage | None = None) -> Iterator[str]:
+    """What an endpoint makes of `prompt`, piece by piece. Raises InputError where there is none of that name, ServeError."""
+    from distlm.serve.client import query as ask
+
+    path = Storage.given(storage).endpoint(name) / "endpoint.json"
+    if not path.exists():
+        raise InputError(f"there is no endpoint {name!r}", where=str(path.parent), remedy="`distlm runs` lists those that serve")
+    endpoint = read_json(path)
+    return ask(endpoint["url"], Path(endpoint["api_key_file"]).read_text().strip(), prompt, max_tokens, model=endpoint.get("model"),
+               temperature=temperature)
 
 
 def to_dict(job: Job) -> dict[str, Any]:

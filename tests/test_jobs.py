@@ -1,8 +1,20 @@
 """What is said of a job is what is: an endpoint runs as long as it answers."""
 
+import asyncio
+import contextlib
+import json
+import socket
+import threading
+import zipfile
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 
-from distlm import jobs
+import pytest
+
+from distlm import cluster, jobs
+from distlm.errors import ClusterError, InputError
 from distlm.runs import RunFolder
 from distlm.storage import Storage, write_json
 from tests.endpoints import fake_endpoint
@@ -24,3 +36,159 @@ def test_an_endpoint_is_running_while_it_answers_and_lost_when_it_does_not(tmp_p
     (folder.path / "endpoint.json").unlink()
     folder.event("stopped", "user")
     assert jobs.locate("py", storage).state == "stopped"
+
+
+@contextlib.contextmanager
+def dashboard(**jobs_: str) -> Iterator[str]:
+    """What answers as Ray's job API does: submission -> status; 404 for others."""
+    class Dashboard(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            status = jobs_.get(self.path.split("/")[-1].replace("-", "_"))
+            self.send_response(200 if status else 404)
+            self.end_headers()
+            self.wfile.write(json.dumps({"status": status, "message": "no luck"}).encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Dashboard)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def queued(tmp_path: Path, url: str) -> RunFolder:
+    folder = RunFolder(Storage(tmp_path).run("x"))
+    folder.event("queued", submission="train-x-1", dashboard=url)
+    return folder
+
+
+def elsewhere(folder: RunFolder, **more: Any) -> None:
+    """The journal of a job whose driver began on another host."""
+    folder.event("starting", **more)
+    events = folder.events()
+    events[-1]["owner"]["host"] = "elsewhere"
+    (folder.path / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+
+
+def test_a_submitted_job_is_asked_for_where_it_was_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with dashboard(train_x_1="RUNNING") as mine, dashboard() as other:
+        folder = queued(tmp_path, mine)
+        monkeypatch.setenv("RAY_ADDRESS", other)
+        assert jobs.locate("x", tmp_path).state == "queued"
+        elsewhere(folder)
+        assert jobs.locate("x", tmp_path).state == "starting" and len(folder.events()) == 2
+
+
+def test_a_cluster_that_does_not_answer_ends_no_job_and_stop_frees_the_name(tmp_path: Path) -> None:
+    with dashboard() as gone:
+        pass
+    folder = queued(tmp_path, gone)
+    job = jobs.locate("x", tmp_path)
+    assert job.state == "queued" and "`distlm stop x` frees the name" in job.message and len(folder.events()) == 1
+    with pytest.raises(InputError, match="x is queued"):
+        RunFolder.create(folder.path, "", {}, resume=True)
+    job = jobs.stop("x", tmp_path)
+    assert (job.state, job.cause) == ("stopped", "user") and "never began" in job.message
+    jobs._check_name(folder, resume=False)
+
+
+@pytest.mark.parametrize("status", ["FAILED", "STOPPED", ""])
+def test_what_ray_says_does_not_end_a_driver_that_lives(status: str, tmp_path: Path) -> None:
+    with dashboard(train_x_1=status) as url:
+        folder = queued(tmp_path, url)
+        folder.event("starting")
+        assert jobs.locate("x", tmp_path).state == "starting" and len(folder.events()) == 2
+
+
+@pytest.mark.parametrize(("status", "began_as", "state"), [("FAILED", "train-x-1", "failed"), ("STOPPED", "train-x-1", "stopped"),
+                                                          ("", "train-x-1", "starting"), ("FAILED", "", "starting")])
+def test_ray_is_believed_about_a_driver_on_another_host_that_it_has_started(status: str, began_as: str, state: str, tmp_path: Path) -> None:
+    with dashboard(train_x_1=status) as url:
+        elsewhere(queued(tmp_path, url), **({"submission": began_as} if began_as else {}))
+        assert jobs.locate("x", tmp_path).state == state
+
+
+def test_a_job_whose_machine_is_gone_ends_by_force(tmp_path: Path) -> None:
+    folder = RunFolder(Storage(tmp_path).run("x"))
+    elsewhere(folder)
+    with pytest.raises(ClusterError, match=r"x runs on elsewhere, not here; .*--force"):
+        jobs.stop("x", tmp_path)
+    job = jobs.stop("x", tmp_path, force=True)
+    assert (job.state, job.cause) == ("stopped", "user") and "its process was not reached" in job.message
+    RunFolder.create(folder.path, "", {}, resume=True)
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_an_endpoint_whose_cluster_is_gone_is_struck_off_without_a_new_one(held: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+                                                                           ) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if held:                                               # another cluster is up: an application of that name there is another's
+        other = cluster.heads.Head("local", "0", str(tmp_path), str(tmp_path), "127.0.0.1:2", "", "", 1, socket.gethostname(), 0, 0)
+        monkeypatch.setattr(cluster.heads, "recorded", lambda _: [other])
+        monkeypatch.setattr(cluster.heads.Head, "alive", lambda _: True)
+    monkeypatch.setattr(cluster, "connect", lambda *_, **__: pytest.fail("a cluster is joined or started"))
+    folder = RunFolder.create(Storage(tmp_path).endpoint("py"), "kind: serve\n", {})
+    with folder.running():
+        pass
+    write_json(folder.path / "endpoint.json", {"url": "http://127.0.0.1:1/v1", "app": "py", "cluster": "127.0.0.1:3"})
+    job = jobs.stop("py", tmp_path)
+    assert (job.state, job.cause) == ("stopped", "user") and "its record was removed" in job.message
+    assert not (folder.path / "endpoint.json").exists()
+
+
+def test_a_job_is_followed_inside_a_running_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def stream(_: Any) -> Any:
+        for text in ("one\n", "two\n"):
+            await asyncio.sleep(0)
+            yield text
+        raise OSError("cut")
+
+    async def notebook() -> list[str]:
+        found = []
+        with pytest.raises(OSError, match="cut"):
+            for chunk in jobs._tail(jobs.Submission("x", "", None, tmp_path)):
+                found.append(chunk)
+        return found
+
+    monkeypatch.setattr(jobs, "_stream", stream)
+    assert asyncio.run(notebook()) == ["one\n", "two\n"]
+    assert not [thread for thread in threading.enumerate() if thread.name == "distlm-tail"]
+
+
+def test_a_storage_root_is_given_as_text_path_or_storage(tmp_path: Path) -> None:
+    import distlm as package
+
+    folder = RunFolder(Storage(tmp_path).run("x"))
+    folder.event("succeeded", "completed")
+    for root in (str(tmp_path), tmp_path, Storage(tmp_path)):
+        assert package.load_run("x", root) == folder and package.status("x", root).state == "succeeded"
+        with pytest.raises(InputError, match="has already succeeded"):
+            package.stop("x", root)
+        with pytest.raises(InputError, match="there is no endpoint 'x'"):
+            package.query("x", "a", storage=root)
+
+
+@pytest.mark.parametrize("kind", ["tune", "pipeline", "prepare"])
+def test_a_spec_that_names_files_travels_whole(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    (tmp_path / "train.yaml").write_text("kind: train\nname: t\ncorpus: c\nmodel: {preset: llama-tiny}\nduration: {steps: 3}\n")
+    (here / "job.yaml").write_text({"tune": "kind: tune\nname: x\ntrain: ../train.yaml\nspace: {seed: {grid: [1]}}\n",
+                                    "pipeline": "kind: pipeline\nname: x\nsteps: {a: {file: ../train.yaml}}\n",
+                                    "prepare": "kind: prepare\nname: x\nsources: [stdlib]\n"}[kind])
+    sent: dict[str, Any] = {}
+
+    def send(submission: jobs.Submission, entrypoint: str, archive: Path, variables: dict[str, str], metadata: dict[str, str]) -> None:
+        with zipfile.ZipFile(archive) as packed:
+            sent.update(entrypoint=entrypoint, variables=variables, files={n: packed.read(n).decode() for n in packed.namelist()})
+
+    monkeypatch.setattr(cluster, "require", lambda *_: cluster.Cluster("c", "127.0.0.1:1", "http://127.0.0.1:1"))
+    monkeypatch.setattr(jobs, "send", send)
+    submission = jobs.submit(here / "job.yaml", storage=str(tmp_path / "store"), working_dir=here)
+    assert sent["variables"]["DISTLM_SUBMISSION"] == submission.id
+    if kind == "prepare":
+        assert "run job.yaml" in sent["entrypoint"]
+    else:
+        assert "run .distlm/x.yaml" in sent["entrypoint"] and "llama-tiny" in sent["files"][".distlm/x.yaml"]
