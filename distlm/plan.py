@@ -44,18 +44,20 @@ def of_prepare(spec: PrepareSpec) -> Rows:
 
 def of_train(spec: TrainSpec, storage: Storage) -> Rows:
     """A corpus that does not exist yet leaves open what depends on it."""
-    from distlm.train.recipe import make_recipe
+    from distlm.corpus.manifest import read_manifest
+    from distlm.train.recipe import find_corpus, make_recipe
 
     try:
-        recipe = make_recipe(spec, storage)
+        read_manifest(find_corpus(spec.corpus, storage))
     except InputError as error:
         return [("corpus", f"{spec.corpus}: not there yet ({error.message})"), *of_scale(spec)]
+    recipe = make_recipe(spec, storage)
     return [("corpus", f"{recipe.corpus}, {recipe.shape.vocab_size:,} tokens of vocabulary, context {recipe.shape.context:,}"),
             ("steps", f"{recipe.num_steps:,} of {recipe.global_sequences:,} sequences, {recipe.micro_sequences} in a micro-batch"),
             ("tokens", f"{recipe.num_steps * recipe.tokens_per_step:,}"),
             ("evaluations", f"every {recipe.evaluate_every:,} steps over {recipe.val_windows:,} windows"),
             ("checkpoints", f"every {recipe.checkpoint_every:,} steps"),
-            *of_model(spec, recipe.shape, recipe.num_steps * recipe.tokens_per_step), *of_scale(spec)]
+            *of_model(recipe.spec, recipe.shape, recipe.num_steps * recipe.tokens_per_step), *of_scale(spec)]
 
 
 def of_model(spec: TrainSpec, shape: Any, tokens: int | None) -> Rows:
@@ -88,9 +90,11 @@ def memory_per_rank(parameters: int, precision: str, zero: int, workers: int) ->
 
 
 def of_scale(spec: TrainSpec) -> Rows:
+    from distlm.train.driver import DATA_CPUS
+
     scale = spec.scale
     rows = [("workers", f"{scale.workers}, ZeRO stage {spec.sharding.zero}, {spec.precision}"),
-            ("CPUs", f"{scale.workers * scale.cpus_per_worker + 1:g}: {scale.cpus_per_worker:g} a worker and one to read data")]
+            ("CPUs", f"{scale.workers * scale.cpus_per_worker + DATA_CPUS:g}: {scale.cpus_per_worker:g} a worker, {DATA_CPUS} for data")]
     return rows + ([("GPUs", f"{scale.workers * scale.gpus_per_worker}")] if scale.gpus_per_worker else [])
 
 

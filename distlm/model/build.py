@@ -5,11 +5,13 @@
 """
 
 import copy
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distlm.errors import InputError, SpecError
+from distlm.spec.load import nearest
 from distlm.spec.presets import PRESETS
 from distlm.spec.train import ModelSpec
 
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 DROPOUTS = ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop")
+COMMON = ("vocab_size", "max_position_embeddings", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "attn_implementation")
+"""Keys that every family takes."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ def model_config(spec: ModelSpec, shape: Shape) -> "PreTrainedConfig":
     """The configuration that the spec describes. Raises SpecError for one that transformers does not accept, and InputError for a
     checkpoint that is missing or does not fit the corpus."""
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig
 
     if spec.source is not None:
         return _checkpoint_config(Path(spec.source), shape)
@@ -45,10 +49,19 @@ def model_config(spec: ModelSpec, shape: Shape) -> "PreTrainedConfig":
         given.setdefault("n_positions", given.pop("max_position_embeddings"))
     try:
         known = AutoConfig.for_model(family)
-        given = {**{name: 0.0 for name in DROPOUTS if hasattr(known, name)}, **given}
+    except (ValueError, KeyError):
+        raise SpecError(f"transformers knows no model_type {family!r}", where="model.config.model_type",
+                        remedy=f"did you mean {nearest(family, CONFIG_MAPPING)}?" if nearest(family, CONFIG_MAPPING) else "") from None
+    names = {*known.to_dict(), *known.attribute_map, *inspect.signature(type(known).__init__).parameters, *COMMON}
+    if unknown := [name for name in values if name not in names]:
+        near = nearest(unknown[0], names)
+        raise SpecError(f"the {family} family has no such key", where=f"model.config.{unknown[0]}",
+                        remedy=f"did you mean {near}?" if near else "")
+    given = {**{name: 0.0 for name in DROPOUTS if hasattr(known, name)}, **given}
+    try:
         config = AutoConfig.for_model(family, **given)
     except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
-        raise SpecError(f"transformers does not accept this configuration: {str(error).splitlines()[0]}", where="model.config") from None
+        raise SpecError(f"transformers does not accept this configuration: {last_line(error)}", where="model.config") from None
     for key, value in (("vocab_size", shape.vocab_size), ("max_position_embeddings", shape.context)):
         if getattr(config, key, value) < value:
             raise SpecError(f"{getattr(config, key)} is less than the corpus needs, {value}", where=f"model.config.{key}",
@@ -59,12 +72,26 @@ def model_config(spec: ModelSpec, shape: Shape) -> "PreTrainedConfig":
 def _checkpoint_config(folder: Path, shape: Shape) -> "PreTrainedConfig":
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    where = f"model.from: {folder}"
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"transformers cannot read its config.json: {last_line(error)}", where=where) from None
     if config.vocab_size < shape.vocab_size:
-        raise InputError(f"the checkpoint has {config.vocab_size} tokens and the corpus {shape.vocab_size}", where=f"model.from: {folder}",
+        raise InputError(f"the checkpoint has {config.vocab_size} tokens and the corpus {shape.vocab_size}", where=where,
                          remedy=f"prepare the corpus with tokenizer: {{from: {folder}}}")
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is not None and longest < shape.context:
+        raise InputError(f"the checkpoint takes {longest} tokens of context and the corpus has windows of {shape.context}", where=where,
+                         remedy=f"prepare the corpus with context: {longest}")
     config.use_cache = False
     return config
+
+
+def last_line(error: BaseException) -> str:
+    """The line of a long message that says what is wrong."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if len(lines) == 1 else f"{lines[0]} {lines[-1]}" if lines else type(error).__name__)[:300]
 
 
 def build_model(spec: ModelSpec, config: "PreTrainedConfig", seed: int) -> "PreTrainedModel":
@@ -95,11 +122,15 @@ def restore_buffers(model: "torch.nn.Module", saved: dict[str, "torch.Tensor"]) 
 
 
 def num_parameters(config: "PreTrainedConfig") -> int:
-    """Parameters of a model of this configuration, tied ones counted once. Nothing is allocated."""
+    """Parameters of a model of this configuration, tied ones counted once. Nothing is allocated. Raises SpecError where
+    there is no such model."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
-        model.tie_weights()
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+            model.tie_weights()
+    except (ValueError, TypeError, KeyError, AttributeError, AssertionError, RuntimeError) as error:
+        raise SpecError(f"no causal language model can be built from it: {last_line(error)}", where="model") from None
     return sum(parameter.numel() for parameter in model.parameters())

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from distlm.spec.base import Job, Part, Rule, Seed, exactly_one
+from distlm.spec.base import Job, Part, Rule, Seed, exactly_one, without_effect
 from distlm.spec.presets import PRESETS
 
 
@@ -75,6 +75,14 @@ class Schedule(Part):
     min_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
     """The final rate over the peak rate."""
 
+    @model_validator(mode="after")
+    def _effect(self) -> "Schedule":
+        if self.name != "wsd":
+            without_effect(self, f"with {self.name}: only wsd decays at the end", "decay_fraction")
+        if self.name == "constant":
+            without_effect(self, "with constant, which does not fall", "min_ratio")
+        return self
+
 
 class Duration(Part):
     """How long: exactly one of steps, tokens, epochs."""
@@ -90,6 +98,12 @@ class Duration(Part):
     def _one(self) -> "Duration":
         exactly_one(self, "steps", "tokens", "epochs")
         return self
+
+
+DEEPSPEED_KEYS = {"train_batch_size": "batch.global_sequences", "train_micro_batch_size_per_gpu": "batch.micro_sequences",
+         "gradient_accumulation_steps": "batch.micro_sequences", "gradient_clipping": "optimizer.clip", "optimizer": "optimizer",
+         "scheduler": "schedule", "bf16": "precision", "fp16": "precision", "zero_optimization.stage": "sharding.zero"}
+"""DeepSpeed's keys that the spec sets elsewhere, and where."""
 
 
 class Sharding(Part):
@@ -177,10 +191,27 @@ class TrainSpec(Job):
 
     @model_validator(mode="after")
     def _rules(self) -> "TrainSpec":
+        for key, ours in DEEPSPEED_KEYS.items():
+            section, _, name = key.partition(".")
+            raw = self.sharding.deepspeed.get(section)
+            if raw is not None and (not name or (isinstance(raw, dict) and name in raw)):
+                raise Rule(f"sharding.deepspeed.{key}", f"contradicts {ours}, which sets it; leave it out and set {ours}")
+        check_schedule(self.schedule, self.duration.steps)
         batch, workers = self.batch, self.scale.workers
         if batch.global_sequences is not None:
             check_batch(batch.global_sequences, batch.micro_sequences, workers)
         return self
+
+
+def check_schedule(schedule: Schedule, steps: int | None) -> None:
+    """Raises Rule where the warm-up does not fit a duration that is given in steps."""
+    warmup = schedule.warmup_steps
+    if steps is not None and warmup > steps:
+        raise Rule("schedule.warmup_steps", f"{warmup} are more than the {steps} of duration.steps; shorten the warm-up")
+    decay = max(1, round(schedule.decay_fraction * steps)) if steps is not None and schedule.name == "wsd" else 0
+    if steps is not None and warmup + decay > steps:
+        raise Rule("schedule.warmup_steps", f"{warmup} steps of warm-up overlap the last {decay} of {steps}, which decay; shorten the "
+                                            "warm-up or lower decay_fraction")
 
 
 def check_batch(global_sequences: int, micro_sequences: int | None, workers: int) -> int:

@@ -16,7 +16,8 @@ from typing import Any
 import xxhash
 
 from distlm.errors import CheckpointError, StorageError
-from distlm.storage import read_json, write_atomic, write_json
+from distlm.storage import read_json, write_atomic, write_json, writing
+from distlm.train.failures import peer_lost
 from distlm.train.recipe import Recipe
 
 MARKER = "COMMITTED"
@@ -76,6 +77,9 @@ def verified(path: Path) -> Checkpoint:
 def check_fits(checkpoint: Checkpoint, recipe: Recipe) -> None:
     """Raises CheckpointError where a run cannot go on exactly from this checkpoint."""
     ours = _facts(recipe)
+    if checkpoint.step > recipe.num_steps:
+        raise CheckpointError(f"has {checkpoint.step} steps done, and the spec asks for {recipe.num_steps}", where=str(checkpoint.path),
+                              cause="bad_spec", remedy=f"set duration to {checkpoint.step} steps or more, or start a new run")
     for key, value in ours.items():
         saved = checkpoint.manifest[key]
         if saved != value:
@@ -94,15 +98,18 @@ def save(engine: Any, run: Path, step: int, recipe: Recipe, rank: int) -> Path:
     from torch import distributed
 
     path = checkpoint_path(run, step)
-    try:
-        if rank == 0:
+    if rank == 0:
+        with writing(path):
             shutil.rmtree(path, ignore_errors=True)
             path.mkdir(parents=True)
-        distributed.barrier()
+    distributed.barrier()
+    try:
         engine.save_checkpoint(str(path), tag=TAG, client_state={}, save_latest=False)
         cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else torch.empty(0, dtype=torch.uint8)
         torch.save({"cpu": torch.get_rng_state(), "cuda": cuda}, path / f"rng-{rank:05d}.pt")
     except (OSError, RuntimeError) as error:               # torch reports a full disk as a RuntimeError
+        if peer_lost(error):
+            raise                                          # another rank has gone: no fault of the disk
         raise StorageError(f"the checkpoint cannot be written: {str(error).splitlines()[0]}", where=str(path),
                            remedy="free space; the run goes on from the checkpoint before") from error
     distributed.barrier()

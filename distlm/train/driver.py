@@ -14,19 +14,18 @@ from pathlib import Path
 from typing import Any
 
 from distlm.corpus.stream import plan_dataset
-from distlm.errors import ClusterError, DistlmError, TrainError
-from distlm.model.build import model_config, num_parameters
+from distlm.errors import ClusterError, DistlmError, StorageError, TrainError
 from distlm.progress import Progress
 from distlm.runs import RunFolder
 from distlm.spec.train import TrainSpec
-from distlm.storage import Storage
+from distlm.storage import Storage, read_json
 from distlm.train import checkpoint
 from distlm.train.failures import diagnose
 from distlm.train.recipe import Recipe, make_recipe
 from distlm.train.worker import Task, work
 
 OnMetrics = Callable[[dict[str, Any]], None]
-DATA_CPUS = 0.5
+DATA_CPUS = 1
 """Logical CPUs that the stream needs beside the workers."""
 
 
@@ -35,15 +34,14 @@ def train(spec: TrainSpec, folder: RunFolder, storage: Storage, progress: Progre
     """Train to the end, from the last committed checkpoint where the folder holds one. `on_metrics` gets every record of
     metrics.jsonl as it is written, on another thread. Raises SpecError, InputError, ClusterError, CheckpointError, TrainError."""
     recipe = make_recipe(spec, storage)
-    parameters = num_parameters(model_config(spec.model, recipe.shape))
     check_resources(spec)
-    progress.note(f"{parameters:,} parameters, {recipe.num_steps:,} steps of {recipe.tokens_per_step:,} tokens, "
+    progress.note(f"{recipe.parameters:,} parameters, {recipe.num_steps:,} steps of {recipe.tokens_per_step:,} tokens, "
                   f"{recipe.world} worker{'s' * (recipe.world > 1)} under ZeRO-{spec.sharding.zero}, {spec.precision}")
     failures: dict[str, int] = {}
     while True:
         start = _resume_point(recipe, folder, progress)
         first_step = start.step if start else 0
-        if first_step == recipe.num_steps and (folder.path / "export").is_dir():
+        if first_step == recipe.num_steps and exported(recipe, folder):
             break
         with _following(folder, recipe, progress, first_step, on_metrics):
             error = _launch(recipe, folder, first_step, start.path if start else None, len(failures))
@@ -55,7 +53,7 @@ def train(spec: TrainSpec, folder: RunFolder, storage: Storage, progress: Progre
             raise error
         progress.note(f"{error.cause}: {error.message}; resuming from the last checkpoint, try {failures[error.cause]} of {allowed}")
         folder.event("note", error.cause, f"resuming: {error}", attempt=failures[error.cause])
-    return outcome(recipe, folder, parameters)
+    return outcome(recipe, folder)
 
 
 def check_resources(spec: TrainSpec) -> None:
@@ -114,7 +112,7 @@ def _launch(recipe: Recipe, folder: RunFolder, first_step: int, resume_from: Pat
             trainer.fit()
     except TrainingFailedError as error:
         return diagnose(error)
-    if not (folder.path / "export").is_dir():              # Ray returns normally from an abort
+    if not exported(recipe, folder):                       # Ray returns normally from an abort
         raise KeyboardInterrupt
     return None
 
@@ -167,7 +165,15 @@ def _following(folder: RunFolder, recipe: Recipe, progress: Progress, first_step
         thread.join(timeout=10)
 
 
-def outcome(recipe: Recipe, folder: RunFolder, parameters: int) -> dict[str, Any]:
+def exported(recipe: Recipe, folder: RunFolder) -> bool:
+    """Whether the export is that of the last step: it is what a run does last."""
+    try:
+        return read_json(folder.path / "export" / "distlm.json")["step"] == recipe.num_steps
+    except StorageError:
+        return False
+
+
+def outcome(recipe: Recipe, folder: RunFolder) -> dict[str, Any]:
     """The job's outputs, from what the run recorded."""
     records = folder.read_metrics()
     steps, values = [r for r in records if "loss" in r], [r for r in records if "val_loss" in r]
@@ -175,7 +181,7 @@ def outcome(recipe: Recipe, folder: RunFolder, parameters: int) -> dict[str, Any
         raise TrainError("the run has no metrics", where=str(folder.path / "metrics.jsonl"), cause="storage")
     speeds = sorted(r["tokens_per_s"] for r in steps)
     val_loss = values[-1]["val_loss"] if values else None
-    return {"": str(folder.path), "export": str(folder.path / "export"), "parameters": parameters, "steps": recipe.num_steps,
+    return {"": str(folder.path), "export": str(folder.path / "export"), "parameters": recipe.parameters, "steps": recipe.num_steps,
             "tokens": recipe.num_steps * recipe.tokens_per_step, "loss_first": steps[0]["loss"], "loss_last": steps[-1]["loss"],
             "val_loss_first": values[0]["val_loss"] if values else None, "val_loss": val_loss,
             "perplexity": None if val_loss is None else math.exp(min(val_loss, 700)),

@@ -15,6 +15,11 @@ def diagnose(error: BaseException) -> DistlmError:
     return found[0][1]
 
 
+def peer_lost(error: BaseException) -> bool:
+    """Whether a collective operation failed because another rank has gone."""
+    return any(text in str(error) for text in PEER_LOST)
+
+
 def _causes(error: BaseException) -> list[BaseException]:
     failures = getattr(error, "worker_failures", None) or {}
     inner = list(failures.values()) or [getattr(error, "controller_failure", None) or error]
@@ -37,7 +42,7 @@ def _explain(error: BaseException) -> tuple[int, DistlmError]:
         return 2, TrainError(f"a node was lost: {line}", cause="node_lost")
     if isinstance(error, ray.exceptions.RayActorError | ray.exceptions.WorkerCrashedError):
         return 3, TrainError("a worker process ended unexpectedly", cause="worker_died", remedy="its log is in Ray's log folder")
-    if any(text in str(error) for text in PEER_LOST):
+    if peer_lost(error):
         return 4, TrainError(f"a worker lost another: {line}", cause="worker_died")
     if "timed out" in str(error).lower() and "gloo" in str(error).lower():
         return 4, TrainError(f"a worker stopped answering: {line}", cause="hang")

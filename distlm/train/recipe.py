@@ -7,11 +7,11 @@ from pathlib import Path
 from distlm.corpus.manifest import Manifest, manifest_hash, read_manifest
 from distlm.corpus.stream import Plan
 from distlm.errors import InputError, SpecError
-from distlm.model.build import Shape
+from distlm.model.build import Shape, model_config, num_parameters
 from distlm.model.find import find_model
 from distlm.spec.base import Rule
 from distlm.spec.train import TrainSpec, check_batch
-from distlm.storage import Storage
+from distlm.storage import Storage, read_json
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,8 @@ class Recipe:
     """The corpus folder."""
     corpus_hash: str
     shape: Shape
+    parameters: int
+    """Of the model, tied ones counted once."""
     global_sequences: int
     micro_sequences: int
     num_steps: int
@@ -77,7 +79,11 @@ def make_recipe(spec: TrainSpec, storage: Storage) -> Recipe:
     except Rule as rule:
         raise SpecError(str(rule), where=rule.key) from None
     steps = _num_steps(spec, sequences, train.windows, context)
-    return Recipe(spec, str(folder), manifest_hash(folder), Shape(manifest.vocab_size, context, manifest.eos_id), sequences, micro, steps,
+    shape = Shape(manifest.vocab_size, context, manifest.eos_id)
+    parameters = num_parameters(model_config(spec.model, shape))
+    if spec.model.source is not None:
+        check_tokenizer(Path(spec.model.source), manifest)
+    return Recipe(spec, str(folder), manifest_hash(folder), shape, parameters, sequences, micro, steps,
                   spec.evaluate.every_steps or max(1, steps // 10), spec.checkpoint.every_steps or max(1, min(1000, steps // 4)),
                   min(spec.evaluate.max_windows, val.windows), val.bytes / val.tokens if val.tokens else 0.0)
 
@@ -102,6 +108,14 @@ def find_corpus(name: str, storage: Storage) -> Path:
         raise InputError(f"there is no corpus {name} under {folder.parent}", where="corpus",
                          remedy=f"did you mean {near}?" if near else "prepare it first with a spec of `kind: prepare`")
     return folder
+
+
+def check_tokenizer(model: Path, manifest: Manifest) -> None:
+    """Raises InputError where a checkpoint brings another tokenizer than the corpus's: its weights would read other tokens."""
+    ours, theirs = manifest.tokenizer / "tokenizer.json", model / "tokenizer.json"
+    if theirs.is_file() and read_json(ours).get("model") != read_json(theirs).get("model"):
+        raise InputError(f"the tokenizer of the checkpoint is not that of the corpus {manifest.name}", where=f"model.from: {model}",
+                         remedy=f"prepare the corpus with tokenizer: {{from: {model}}}")
 
 
 def _num_steps(spec: TrainSpec, sequences: int, windows: int, context: int) -> int:

@@ -1,8 +1,12 @@
 """One rank of a run inside Ray Train: finds its device and its part of the stream, then runs the loop."""
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 from distlm.train.recipe import Recipe
 
@@ -32,6 +36,9 @@ def work(config: dict[str, Task]) -> None:
     rank, plan = context.get_world_rank(), recipe.plan()
     cores = os.cpu_count() or 1
     torch.set_num_threads(recipe.spec.scale.threads_per_worker or max(1, cores // context.get_local_world_size()))
-    batches = ray.train.get_dataset_shard("train").iter_batches(batch_size=plan.share, batch_format="numpy", prefetch_batches=2)
-    fit(recipe, RunFolder(task.folder), ordered_steps(batches, plan, rank, task.first_step), rank=rank,
-        device=ray.train.torch.get_device(), first_step=task.first_step, resume_from=task.resume_from)
+    steps: Iterator[NDArray[np.int64]] = iter(())
+    if task.first_step < recipe.num_steps:                 # else only the export is left to be made
+        batches = ray.train.get_dataset_shard("train").iter_batches(batch_size=plan.share, batch_format="numpy", prefetch_batches=2)
+        steps = ordered_steps(batches, plan, rank, task.first_step)
+    fit(recipe, RunFolder(task.folder), steps, rank=rank, device=ray.train.torch.get_device(), first_step=task.first_step,
+        resume_from=task.resume_from)

@@ -2,29 +2,17 @@
 
 from typing import TYPE_CHECKING, Any
 
-from distlm.errors import SpecError
 from distlm.spec.train import TrainSpec
 
 if TYPE_CHECKING:
     import torch
 
-OWNED = {"train_batch_size": "batch.global_sequences", "train_micro_batch_size_per_gpu": "batch.micro_sequences",
-         "gradient_accumulation_steps": "batch.micro_sequences", "gradient_clipping": "optimizer.clip", "optimizer": "optimizer",
-         "scheduler": "schedule", "bf16": "precision", "fp16": "precision", "zero_optimization.stage": "sharding.zero"}
-"""DeepSpeed's keys that the spec sets, and where."""
-
-
 def deepspeed_config(spec: TrainSpec, micro_sequences: int, accumulation: int) -> dict[str, Any]:
-    """The configuration for `deepspeed.initialize`. Raises SpecError where sharding.deepspeed contradicts the spec."""
-    raw = spec.sharding.deepspeed
-    for key, ours in OWNED.items():
-        section, _, name = key.partition(".")
-        if section in raw and (not name or name in raw[section]):
-            raise SpecError(f"contradicts {ours}, which sets it", where=f"sharding.deepspeed.{key}", remedy=f"leave it out, set {ours}")
+    """The configuration for `deepspeed.initialize`."""
     config = {"train_micro_batch_size_per_gpu": micro_sequences, "gradient_accumulation_steps": accumulation,
               "gradient_clipping": spec.optimizer.clip, "bf16": {"enabled": spec.precision == "bf16"},
               "zero_optimization": {"stage": spec.sharding.zero}, "steps_per_print": 2**31 - 1}
-    return _merge(config, raw)
+    return _merge(config, spec.sharding.deepspeed)
 
 
 def _merge(base: dict[str, Any], raw: dict[str, Any]) -> dict[str, Any]:

@@ -61,12 +61,15 @@ def test_rotary_frequencies_survive_the_cast_to_bf16() -> None:
 
 
 @pytest.mark.parametrize(("config", "text"), [
-    ({"model_type": "llamma"}, r"model\.config: transformers does not accept"),
+    ({"model_type": "llamma"}, r"model\.config\.model_type: transformers knows no model_type 'llamma'; did you mean llama\?"),
+    ({"model_type": "llama", "hidden_sizee": 64}, r"model\.config\.hidden_sizee: .* no such key; did you mean hidden_size\?"),
+    ({"model_type": "llama", "hidden_size": 65, "num_attention_heads": 4}, r"does not accept .*hidden size \(65\)"),
+    ({"model_type": "t5"}, "model: no causal language model can be built from it"),
     ({"model_type": "llama", "vocab_size": 7}, r"model\.config\.vocab_size: 7 is less than the corpus needs, 4096"),
     ({"model_type": "llama", "max_position_embeddings": 8}, "8 is less than the corpus needs, 256")])
 def test_a_configuration_that_cannot_be_is_an_error(config: dict[str, object], text: str) -> None:
     with pytest.raises(SpecError, match=text):
-        model_config(ModelSpec(config=config), SHAPE)
+        num_parameters(model_config(ModelSpec(config=config), SHAPE))
 
 
 def test_a_run_goes_on_from_an_exported_model(tmp_path: Path) -> None:
@@ -84,6 +87,12 @@ def test_a_run_goes_on_from_an_exported_model(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
     with pytest.raises(InputError, match="the checkpoint has 64 tokens and the corpus 4096"):
         model_config(second, SHAPE)
+    with pytest.raises(InputError, match="the checkpoint takes 16 tokens of context and the corpus has windows of 17"):
+        model_config(second, Shape(64, 17, 0))
+    tokenizer = storage.run("first") / "export" / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text().replace('"t5"', '"u5"'))
+    with pytest.raises(InputError, match=r"the tokenizer of the checkpoint is not that of the corpus c; prepare the corpus with"):
+        make_recipe(spec(corpus, model={"from": "first"}), storage)
     shutil.rmtree(storage.run("first"))
     with pytest.raises(InputError, match=r"model\.from: there is no run and no folder 'first'"):
         make_recipe(spec(corpus, model={"from": "first"}), storage)

@@ -83,6 +83,13 @@ def _corpus(run: Path) -> Path:
     return Path(load_spec(run / "spec.yaml").spec.corpus)  # type: ignore[union-attr]
 
 
+def test_a_run_that_has_gone_further_than_the_spec_asks_is_refused(run: Path) -> None:
+    found, _ = checkpoint.latest(run)
+    assert found
+    with pytest.raises(CheckpointError, match="has 20 steps done, and the spec asks for 10; set duration to 20 steps or more"):
+        checkpoint.check_fits(found, make_recipe(spec(_corpus(run), duration={"steps": 10}), Storage(run.parent)))
+
+
 @pytest.mark.parametrize(("change", "name"), [({"scale": {"workers": 2}}, "workers"), ({"sharding": {"zero": 1}}, "zero"),
                                               ({"precision": "bf16"}, "precision"), ({"seed": 1}, "seed")])
 def test_a_checkpoint_of_another_set_up_is_refused_by_name(run: Path, change: dict[str, object], name: str) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -131,6 +132,27 @@ def test_a_job_that_is_killed_whole_goes_on_bit_equal_with_resume(cluster: str, 
     assert RunFolder(run).state() == ("succeeded", "completed")
 
 
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_run_that_lacks_only_its_export_makes_it_and_a_truncated_shard_costs_the_steps_since_the_one_before(
+        cluster: str, corpus: Path, undisturbed: Path, tmp_path: Path, damaged: bool) -> None:
+    given = spec(corpus, **LONG)
+    folder, progress = RunFolder(Storage(tmp_path).run("run")), Records()
+    shutil.copytree(undisturbed, folder.path)
+    shutil.rmtree(folder.path / "export")
+    newest = folder.path / "checkpoints" / "step-000150"
+    if damaged:
+        shard = next((newest / "state").glob("*optim_states.pt"))
+        shard.write_bytes(shard.read_bytes()[:-100])
+    with folder.running():
+        train(given, folder, Storage(tmp_path), progress)
+    assert losses(folder.path) == losses(undisturbed)
+    assert (folder.path / "export" / "model.safetensors").read_bytes() == (undisturbed / "export" / "model.safetensors").read_bytes()
+    refused = [event["message"] for event in folder.events() if "refused" in event["message"]]
+    assert len(refused) == int(damaged) and all(str(newest) in text for text in refused)
+    assert [note for note in progress.notes if "resuming at step" in note] == [f"resuming at step {125 if damaged else 150} of 150"]
+    assert bool([note for note in progress.notes if note.startswith("refused: ")]) == damaged
+
+
 def test_a_failure_that_comes_back_ends_the_run_with_its_cause(cluster: str, corpus: Path, tmp_path: Path) -> None:
     given = spec(corpus, optimizer={"lr": 1e30, "clip": 0.0}, duration={"steps": 30})
     folder = make_run(tmp_path, given)
@@ -142,7 +164,7 @@ def test_a_failure_that_comes_back_ends_the_run_with_its_cause(cluster: str, cor
 
 def test_a_job_that_the_cluster_can_never_hold_is_refused(cluster: str, corpus: Path, tmp_path: Path) -> None:
     given = spec(corpus, scale={"workers": 12}, batch={"global_sequences": 12})
-    with pytest.raises(ClusterError, match=r"12 workers and the data stream need 12\.5 CPUs, and the cluster has 6"):
+    with pytest.raises(ClusterError, match=r"12 workers and the data stream need 13 CPUs, and the cluster has 6"):
         train(given, make_run(tmp_path, given), Storage(tmp_path), Records())
 
 

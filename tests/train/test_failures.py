@@ -1,0 +1,28 @@
+"""The cause of an end is the one that a person would name."""
+
+import pytest
+import ray.exceptions
+from ray.train import WorkerGroupError
+
+from distlm.errors import CheckpointError, StorageError
+from distlm.train.failures import diagnose
+
+GLOO = RuntimeError("[pair.cc:537] Read error [127.0.0.1]:1: Connection reset by peer. This is typically caused by a remote worker")
+
+
+@pytest.mark.parametrize(("failures", "cause"), [
+    ({0: ray.exceptions.ActorDiedError()}, "worker_died"),
+    ({0: GLOO}, "worker_died"),
+    ({0: GLOO, 1: StorageError("the checkpoint cannot be written")}, "storage"),
+    ({0: GLOO, 1: ray.exceptions.ActorDiedError()}, "worker_died"),
+    ({0: ray.exceptions.RayActorError(error_msg="The actor died because its node has died.")}, "node_lost"),
+    ({0: ray.exceptions.OutOfMemoryError("killed"), 1: GLOO}, "oom"),
+    ({0: ValueError("a bug")}, "internal"),
+    ({0: CheckpointError("damaged")}, "storage")])
+def test_the_cause_is_what_came_first(failures: dict[int, Exception], cause: str) -> None:
+    assert diagnose(WorkerGroupError("failed", failures)).cause == cause
+
+
+def test_ours_comes_through_as_it_was() -> None:
+    error = StorageError("full", where="/x", remedy="free space")
+    assert diagnose(WorkerGroupError("failed", {0: GLOO, 1: error})) is error
