@@ -13,6 +13,7 @@ import openai
 import pytest
 import ray
 
+from distlm import execute
 from distlm.errors import ClusterError, InputError, ServeError
 from distlm.progress import Progress
 from distlm.runs import RunFolder
@@ -98,6 +99,11 @@ def test_an_endpoint_from_start_to_end_on_ray_serve(cluster: None, storage: Stor
     assert httpx.get(f"{base}/health").status_code == 200 and httpx.get(f"{base}/metrics").status_code == 401
 
     leaves_and_frees(base, key)
+
+    assert execute.healthy(outputs) and not execute.healthy({**outputs, "model": "second"})
+    RunFolder(folder).event("succeeded", "completed")      # as execute.run records it
+    assert deploy.serve(*endpoint(storage, max_tokens=3)) == outputs and (folder / "api_key").read_text().strip() == key
+    assert client.completions.create(model="py", prompt=ids, temperature=0).usage.completion_tokens == 3, "replaced, with the key it had"
 
     other = deploy.serve(*endpoint(storage, name="second", model=str(storage.run("tiny"))))
     assert other["url"] == f"{base}/second/v1" and "".join(query(other["url"], (storage.endpoint("second") / "api_key").read_text().strip(),
