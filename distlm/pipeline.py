@@ -92,6 +92,9 @@ def check(loaded: Loaded) -> list[str]:
                 for text in value if isinstance(value, list) else [value]:
                     for reference in REFERENCE.findall(text) if isinstance(text, str) else []:
                         output(spec.steps, reference, place(loaded, f"steps.{step}.{dotted(key)}"))
+            if data.get("storage") is not None:
+                raise SpecError(f"{data['storage']} has no effect: a pipeline's steps share its storage",
+                                where=place(loaded, f"steps.{step}.storage"), remedy="set storage beside steps")
             check_step(spec.steps, step, locator(loaded, f"steps.{step}"))
         except SpecError as error:
             problems.append(str(error))

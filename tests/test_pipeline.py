@@ -55,6 +55,7 @@ def test_steps_run_after_what_they_need_by_reference_or_by_needs() -> None:
     ({"a": {"file": "none.yaml", "set": ["x"]}}, "steps.a.set: ['x']: must be a section"),
     ({"a.b": {"file": "none.yaml", "set": "text"}}, "steps.a.b.set: 'text': must be a section"),
     ({"a": {"file": 5}}, "steps.a.file: 5: must be text"),
+    ({"a": {**PREPARE, "storage": "/other"}}, "steps.a.storage: /other has no effect: a pipeline's steps share its storage; set storage"),
 ])
 def test_a_mistake_is_found_before_any_work(given: dict[str, Any], what: str) -> None:
     assert what in refused(**given)

@@ -40,3 +40,12 @@ def exactly_one(part: Part, *keys: str) -> Any:
         found = " and ".join(names[key] for key in given) or "none"
         raise Rule("", f"exactly one of {', '.join(names.values())} must be given, not {found}")
     return getattr(part, given[0])
+
+
+def without_effect(part: Part, why: str, *keys: str) -> None:
+    """Raises Rule where one of `keys` has another value than its default, though it has no effect. The default itself may be given:
+    a resolved spec names it."""
+    for key in keys:
+        field = type(part).model_fields[key]
+        if getattr(part, key) != field.default:
+            raise Rule(key, f"{getattr(part, key)} has no effect {why}; leave it out")

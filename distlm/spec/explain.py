@@ -19,7 +19,7 @@ MUST = {
     "bool_parsing": "must be true or false", "list_type": "must be a list", "tuple_type": "must be a list",
     "greater_than": "must be above {gt:.12g}", "greater_than_equal": "must be at least {ge:.12g}", "less_than": "must be below {lt:.12g}",
     "less_than_equal": "must be at most {le:.12g}", "too_short": "must have {min_length} entries at least, not {actual_length}",
-    "too_long": "must have {max_length} entries at most, not {actual_length}",
+    "string_too_short": "must not be empty", "too_long": "must have {max_length} entries at most, not {actual_length}",
 }
 
 

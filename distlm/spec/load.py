@@ -218,34 +218,37 @@ def _override(data: dict[str, Any], text: str) -> KeyPath:
         parsed = plain(YAML(typ="safe").load(value)) if value else None
     except YAMLError as error:
         raise SpecError(f"{value!r} is not valid YAML: {getattr(error, 'problem', None) or error}", where=f"--set {key}") from None
-    put(data, key, parsed)
-    return tuple(int(part) if part.isdigit() else part for part in key.split("."))
+    return put(data, key, parsed)
 
 
-def put(data: dict[str, Any], key: str, value: Any) -> None:
-    """Set the dotted `key` in `data`, making sections on the way. A key that itself holds dots is found first. Raises SpecError."""
+def put(data: dict[str, Any], key: str, value: Any) -> KeyPath:
+    """Set the dotted `key` in `data`, making sections on the way, and return its path. On each level the longest key that is there,
+    and that may hold dots itself, is taken. Raises SpecError."""
     node: Any = data
-    parts = key.split(".")
-    for i, part in enumerate(parts):
-        rest = ".".join(parts[i:])
-        if isinstance(node, dict) and len(parts) - i > 1 and rest in node:
-            node[rest] = value
-            return
-        last = i == len(parts) - 1
+    parts, done = key.split("."), 0
+    path: KeyPath = ()
+    while True:
         if isinstance(node, list):
+            part = parts[done]
             if not part.isdigit() or int(part) >= len(node):
                 raise SpecError(f"{part!r} is no place in a list of {len(node)}", where=f"--set {key}")
-            if last:
-                node[int(part)] = value
-            node = node[int(part)]
-        elif isinstance(node, dict):
-            if last:
-                node[part] = value
-            elif not isinstance(node.get(part), dict | list):
-                node[part] = {}
-            node = node[part]
+            place: Any = int(part)
+            done += 1
         else:
-            raise SpecError(f"{'.'.join(parts[:i])} holds a value, not a section", where=f"--set {key}")
+            ends = range(len(parts), done, -1)
+            end = next((end for end in ends if ".".join(parts[done:end]) in node), done + 1)
+            place = ".".join(parts[done:end])
+            done = end
+        path = (*path, place)
+        if done == len(parts):
+            node[place] = value
+            return path
+        inner = node.get(place) if isinstance(node, dict) else node[place]
+        if inner is None:
+            inner = node[place] = {}
+        elif not isinstance(inner, dict | list):
+            raise SpecError(f"{dotted(path)} holds a value, {shown(inner)}, not a section", where=f"--set {key}")
+        node = inner
 
 
 def dump(spec: BaseModel) -> dict[str, Any]:

@@ -4,13 +4,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from distlm.spec.base import Job, Part, Rule, Seed
+from distlm.spec.base import Job, Part, Rule, Seed, without_effect
 
 
 class Source(Part):
     """Where text comes from. A plain string in a spec stands for `{path: ...}`."""
 
-    path: str
+    path: Annotated[str, Field(min_length=1)]
     """A file, a folder, a glob, or the word `stdlib` for the sources of the running interpreter's standard library."""
     format: Literal["auto", "text", "jsonl", "parquet"] = "auto"
     """How a file becomes documents: one per file (text), per line (jsonl) or per row (parquet). auto: by the ending."""
@@ -51,6 +51,8 @@ class Tokenizer(Part):
     def _one(self) -> "Tokenizer":
         if self.train and self.source:
             raise Rule("train", "a tokenizer is either trained or taken from a folder: give train or from, not both")
+        if self.source or self.train == "bytes":
+            without_effect(self, f"beside {'from' if self.source else 'train: bytes'}", "vocab_size", "sample_bytes")
         return self
 
 

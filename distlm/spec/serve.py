@@ -2,9 +2,12 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from distlm.spec.base import Job
+from distlm.spec.base import Job, Rule
+
+ROUTES = ("v1", "health", "metrics", "docs", "openapi.json")
+"""The first path segments of an endpoint: where a cluster has several, /<name> must be none of these."""
 
 
 class ServeSpec(Job):
@@ -14,7 +17,7 @@ class ServeSpec(Job):
     """The kind of the job."""
     model: str
     """A run by name or path, or a folder that `AutoModelForCausalLM.from_pretrained` loads."""
-    host: str = "127.0.0.1"
+    host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
     """The address that the endpoint listens on."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     """The port; 0 takes a free one."""
@@ -36,3 +39,9 @@ class ServeSpec(Job):
     """Requests that wait for a place; more are answered 429."""
     max_tokens: Annotated[int, Field(ge=1)] = 128
     """Tokens of a completion where the request does not say."""
+
+    @model_validator(mode="after")
+    def _name(self) -> "ServeSpec":
+        if self.name in ROUTES:
+            raise Rule("name", f"an endpoint named {self.name} would hide the path /{self.name} of another; take another name")
+        return self

@@ -86,6 +86,21 @@ MISTAKES = {
         ":4: space.optimizer.lr.loguniform: [3.0, 1.0] is no range: the first number must be smaller and above 0",
     PREPARE + "sources: [a]\ntokenizer: {train: bpe, from: x}\n":
         ":4: tokenizer.train: a tokenizer is either trained or taken from a folder: give train or from, not both",
+    "kind: serve\nname: v1\nmodel: m\n": ":2: name: an endpoint named v1 would hide the path /v1 of another; take another name",
+    # without effect
+    TRAIN + "schedule: {decay_fraction: 0.1}\n":
+        ":6: schedule.decay_fraction: 0.1 has no effect with cosine: only wsd decays at the end; leave it out",
+    TRAIN + "schedule: {name: constant, min_ratio: 0.2}\n":
+        ":6: schedule.min_ratio: 0.2 has no effect with constant, which does not fall; leave it out",
+    TRAIN + "schedule: {warmup_steps: 4}\n": ":6: schedule.warmup_steps: 4 are more than the 3 of duration.steps; shorten the warm-up",
+    TRAIN + "schedule: {name: wsd, warmup_steps: 3}\n":
+        ":6: schedule.warmup_steps: 3 steps of warm-up overlap the last 1 of 3, which decay; shorten the warm-up or lower decay_fraction",
+    PREPARE + "sources: [a]\ntokenizer: {from: x, vocab_size: 300}\n":
+        ":4: tokenizer.vocab_size: 300 has no effect beside from; leave it out",
+    PREPARE + "sources: [a]\ntokenizer: {train: bytes, sample_bytes: 9}\n":
+        ":4: tokenizer.sample_bytes: 9 has no effect beside train: bytes; leave it out",
+    PREPARE + "sources: ['']\n": ":3: sources.0.path: '': must not be empty",
+    "kind: serve\nname: a\nmodel: m\nhost: ''\n": ":4: host: '': must not be empty",
 }
 
 
@@ -143,6 +158,20 @@ def test_an_override_finds_its_place_in_a_list(spec_file):
     assert error(path, ["sources.2.format=text"]) == "--set sources.2.format: '2' is no place in a list of 2"
 
 
+def test_an_override_finds_a_key_that_holds_dots(spec_file):
+    path = spec_file(TUNE + "space: {optimizer.lr: {loguniform: [1e-4, 1e-2]}}\n")
+    loaded = load_spec(path, ["space.optimizer.lr.loguniform=[1e-3,1e-2]"])
+    assert loaded.spec.space["optimizer.lr"].loguniform == (1e-3, 1e-2) and loaded.origins["space.optimizer.lr.loguniform"] == "--set"
+    steps = "kind: pipeline\nname: a\nsteps: {tune: {kind: tune, train: t.yaml, space: {optimizer.lr: {grid: [1]}}}}\n"
+    loaded = load_spec(spec_file(steps), ["steps.tune.space.optimizer.lr.grid=[2]"])
+    assert loaded.spec.steps["tune"]["space"] == {"optimizer.lr": {"grid": [2]}}
+
+
+def test_an_override_does_not_turn_a_value_into_a_section(spec_file):
+    path = spec_file(TUNE + "space: {seed: {grid: [1]}}\n")
+    assert error(path, ["train.optimizer.lr=0.1"]) == "--set train.optimizer.lr: train holds a value, 'base.yaml', not a section"
+
+
 def test_a_file_that_is_not_there_names_the_nearest(spec_file, tmp_path):
     spec_file(TRAIN)
     assert error(tmp_path / "aa.yaml") == f"{tmp_path}/aa.yaml: there is no such file; did you mean {tmp_path}/a.yaml?"
@@ -182,6 +211,7 @@ def test_what_a_merge_key_brings_has_the_line_of_its_section(spec_file):
     TRAIN + "sharding: {zero: 2, deepspeed: {a: {b: [1, 2]}}}\noptimizer: {lr: 1e-3}\n",
     TRAIN.replace("preset: llama-tiny", "from: some/run"),
     PREPARE + "sources: [a, {path: b, format: text}]\ntokenizer: {from: t}\n",
+    PREPARE + "sources: [a]\ntokenizer: {train: bytes}\n", TRAIN + "schedule: {name: constant}\n",
     TUNE + "space: {optimizer.lr: {loguniform: [1e-4, 1e-2]}, seed: {grid: [1, 2]}}\nasha: {grace_steps: 3}\n",
     "kind: serve\nname: a\nmodel: m\n", "kind: pipeline\nname: a\nsteps: {one: {kind: serve, model: '${two}'}, two: {file: b.yaml}}\n",
 ])
