@@ -123,8 +123,7 @@ def status(cluster: Cluster) -> Status:
         for path in ("/nodes?view=summary", "/api/cluster_status", "/api/jobs/", "/api/serve/applications/"):
             answer = http.get(path)
             if answer.status_code != 200:
-                raise ClusterError(f"{path} answers {answer.status_code}", where=cluster.dashboard_url,
-                                   remedy="RAY_AUTH_TOKEN_PATH must name the cluster's token" if answer.status_code == 401 else "")
+                raise refusal(cluster.dashboard_url, answer.status_code, path)
             answers[path] = answer.json()
     nodes = [node["raylet"] for node in answers["/nodes?view=summary"]["data"]["summary"] if node["raylet"].get("state") == "ALIVE"]
     usage = ((answers["/api/cluster_status"]["data"]["clusterStatus"] or {}).get("loadMetricsReport") or {}).get("usage") or {}
@@ -136,6 +135,12 @@ def status(cluster: Cluster) -> Status:
     jobs = [str(job.get("submission_id") or job.get("job_id")) for job in answers["/api/jobs/"] if job["status"] in ("PENDING", "RUNNING")]
     applications = {name: str(one["status"]) for name, one in answers["/api/serve/applications/"]["applications"].items()}
     return Status(cluster, len(nodes), resources, jobs, applications)
+
+
+def refusal(dashboard_url: str, code: int, what: str = "") -> ClusterError:
+    """The error for an answer that is not 200."""
+    return ClusterError(f"{what} answers {code}".strip(), where=dashboard_url,
+                        remedy="RAY_AUTH_TOKEN_PATH must name the cluster's token" if code in (401, 403) else "")
 
 
 def _unreachable(cluster: Cluster, error: Exception) -> ClusterError:

@@ -28,7 +28,7 @@ from pydantic import Field
 
 from distlm.errors import ClusterError, InputError
 from distlm.spec.base import Name, Part
-from distlm.storage import Storage, read_json, write_json, writing
+from distlm.storage import Storage, locked, read_json, write_json, writing
 
 MARK = "DISTLM_CLUSTER_ID"
 LONGEST_RAY_FOLDER = 40
@@ -51,7 +51,7 @@ class LocalCluster(Part):
     """GPUs. Default: those that Ray finds."""
     object_store_bytes: Annotated[int | None, Field(ge=80_000_000)] = None
     """Shared memory of the object store. Default: a fifth of the free memory, 4 GiB at most."""
-    host: str = "127.0.0.1"
+    host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
     """The address of the head and its dashboard. Ray's own daemons listen on every interface in any case: the token guards them."""
     port: Annotated[int | None, Field(ge=1024, le=65535)] = None
     """Port of the head (GCS)."""
@@ -106,7 +106,13 @@ def up(config: LocalCluster, storage: Storage) -> tuple[Head, bool]:
     """Start a head and wait until it answers. Returns (head, whether it was started just now).
 
     Raises InputError for a port that is taken, ClusterError where Ray does not come up. Whatever interrupts it, nothing remains.
+    Of several at once one starts it, and the others find it up.
     """
+    with locked(storage.root / "clusters" / f".{config.name}.lock"):
+        return _up(config, storage)
+
+
+def _up(config: LocalCluster, storage: Storage) -> tuple[Head, bool]:
     folder = storage.root / "clusters" / config.name
     for head in recorded(storage):
         if head.name == config.name:

@@ -95,6 +95,10 @@ def submit(source: str | Path | Mapping[str, Any], *, overrides: Sequence[str] =
     if resume and (folder.path / "spec.yaml").exists():
         check_resume(folder, spec)
     at = clusters.dashboard(clusters.require())
+    with client(at.dashboard_url, at.token_file) as http:  # a wrong token is told before anything is recorded
+        code = http.get("/api/version").status_code
+        if code in (401, 403):
+            raise clusters.refusal(at.dashboard_url, code)
     path = Path(source).absolute() if isinstance(source, str | Path) else None
     words = ["python", "-m", "distlm", "run"]
     extra: dict[str, str] = {}
@@ -286,7 +290,7 @@ def ray_job(submission: Submission) -> dict[str, Any] | None:
         if answer.status_code == 404:
             return None
         if answer.status_code != 200:
-            raise ClusterError(f"answers {answer.status_code}: {answer.text[:200]}", where=submission.dashboard_url)
+            raise clusters.refusal(submission.dashboard_url, answer.status_code)
         return answer.json()
 
 
@@ -295,7 +299,7 @@ def logs(submission: Submission) -> str:
     with client(submission.dashboard_url, submission.token_file) as http:
         answer = http.get(f"/api/jobs/{submission.id}/logs")
         if answer.status_code != 200:
-            raise ClusterError(f"answers {answer.status_code}: {answer.text[:200]}", where=submission.dashboard_url)
+            raise clusters.refusal(submission.dashboard_url, answer.status_code)
         return answer.json()["logs"] or ""
 
 

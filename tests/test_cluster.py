@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -85,6 +86,36 @@ def test_the_dashboard_wants_the_token_and_listens_on_loopback(up):
     for connection in psutil.net_connections("tcp"):
         if connection.status == "LISTEN" and connection.laddr.port == int(up.dashboard_url.rsplit(":", 1)[1]):
             assert connection.laddr.ip == "127.0.0.1"
+
+
+def test_a_wrong_token_is_told_in_one_line(up, tmp_path):
+    (tmp_path / "token").write_text("0" * 64)
+    (tmp_path / "a.yaml").write_text("kind: prepare\nname: a\nsources: [stdlib]\n")
+    environment = {**os.environ, "DISTLM_STORAGE": str(tmp_path / "store"), "RAY_ADDRESS": up.dashboard_url, "RAY_AUTH_MODE": "token",
+                   "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")}
+    for words in (["cluster", "status"], ["submit", "a.yaml"]):
+        done = subprocess.run([sys.executable, "-m", "distlm", *words], capture_output=True, text=True, timeout=120, cwd=tmp_path,
+                              env=environment)
+        assert done.returncode == 4 and len(done.stderr.splitlines()) == 1, done.stderr
+        assert up.dashboard_url in done.stderr and "RAY_AUTH_TOKEN_PATH must name the cluster's token" in done.stderr
+
+
+def test_of_two_that_bring_it_up_at_once_one_starts_it(tmp_path, monkeypatch):
+    inside, most = [], []
+
+    def start(*_):
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.2)
+        inside.pop()
+
+    monkeypatch.setattr(head, "_up", start)
+    threads = [threading.Thread(target=head.up, args=(head.LocalCluster(), Storage(tmp_path))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1, 1, 1]
 
 
 def test_everything_lies_in_one_folder(up, storage):

@@ -184,9 +184,10 @@ def test_a_spec_that_names_files_travels_whole(kind: str, tmp_path: Path, monkey
         with zipfile.ZipFile(archive) as packed:
             sent.update(entrypoint=entrypoint, variables=variables, files={n: packed.read(n).decode() for n in packed.namelist()})
 
-    monkeypatch.setattr(cluster, "require", lambda *_: cluster.Cluster("c", "127.0.0.1:1", "http://127.0.0.1:1"))
     monkeypatch.setattr(jobs, "send", send)
-    submission = jobs.submit(here / "job.yaml", storage=str(tmp_path / "store"), working_dir=here)
+    with dashboard() as url:
+        monkeypatch.setattr(cluster, "require", lambda *_: cluster.Cluster("c", "127.0.0.1:1", url))
+        submission = jobs.submit(here / "job.yaml", storage=str(tmp_path / "store"), working_dir=here)
     assert sent["variables"]["DISTLM_SUBMISSION"] == submission.id
     if kind == "prepare":
         assert "run job.yaml" in sent["entrypoint"]
