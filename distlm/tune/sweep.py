@@ -6,7 +6,6 @@ its metrics. Folders are the truth: a sweep that is taken up again reads them, l
 
 import contextlib
 import math
-import os
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from ray import tune as ray_tune
 from ray.tune.progress_reporter import TrialProgressCallback
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 
+from distlm.cluster import environment
 from distlm.errors import ClusterError, DistlmError, TrainError
 from distlm.progress import Progress, number
 from distlm.runs import RunFolder, lineage
@@ -30,8 +30,9 @@ from distlm.train.driver import train
 from distlm.train.recipe import inputs_of
 from distlm.tune import space
 
-QUIET = {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1", "TUNE_DISABLE_SIGINT_HANDLER": "1",
-         "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0", "RAY_CHDIR_TO_TRIAL_DIR": "0", "RAY_AIR_NEW_OUTPUT": "0"}
+QUIET: dict[str, str | None] = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1", "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0", "RAY_CHDIR_TO_TRIAL_DIR": "0", "RAY_AIR_NEW_OUTPUT": "0"}
 """Our folders are the record, and Ctrl-C is ours: Tune would finish the trials at its leisure."""
 
 @dataclass(frozen=True)
@@ -284,18 +285,3 @@ def write_hparams(spec: TuneSpec, trial: Trial) -> None:
         for name, value in results.items():
             if math.isfinite(value):
                 writer.add_scalar(name, value, trial.steps())
-
-
-@contextlib.contextmanager
-def environment(values: dict[str, str]) -> Iterator[None]:
-    """Set environment variables for the block."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name)
-            else:
-                os.environ[name] = value
