@@ -13,7 +13,7 @@ from ray.util.state import list_actors
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from distlm import cluster, execute
-from distlm.errors import InputError, TrainError
+from distlm.errors import InputError, SpecError, TrainError
 from distlm.runs import RunFolder
 from distlm.spec import TrainSpec, TuneSpec, load_spec
 from distlm.spec.presets import PRESETS
@@ -24,7 +24,8 @@ TRAIN: dict[str, Any] = {"corpus": "c", "model": {"preset": "llama-tiny"}, "dura
                          "batch": {"global_sequences": 4}, "evaluate": {"every_steps": 4, "max_windows": 4},
                          "scale": {"threads_per_worker": 1}}
 GOOD, WEAK = {"preset": "llama-tiny"}, {"config": {**PRESETS["llama-tiny"], "initializer_range": 1.0}}
-BROKEN = {"config": {"model_type": "no"}}
+BROKEN = {"config": {**PRESETS["llama-tiny"], "rms_norm_eps": -1.0}}
+"""Its loss is no number from the first step on."""
 SWEEP = {"kind": "tune", "name": "s", "train": TRAIN, "space": {"model": {"grid": [GOOD, WEAK, BROKEN]}}, "asha": {"grace_steps": 4},
          "concurrent": 1}
 KEPT_BY_DATA = ("_StatsActor", "_AutoscalingCoordinatorActor", "AutoscalingRequester")
@@ -50,13 +51,13 @@ def test_asha_stops_the_weak_trial_a_failed_one_is_in_the_table_and_nothing_is_l
     good, weak, broken = made["trials"]
     assert (good["state"], good["steps"]) == ("succeeded", 12)
     assert (weak["state"], weak["cause"], weak["message"]) == ("stopped", "completed", "stopped early by ASHA at step 4")
-    assert (broken["state"], broken["cause"]) == ("failed", "bad_spec")
+    assert (broken["state"], broken["cause"]) == ("failed", "nonfinite_loss")
     assert made["best"] == good["folder"] and made["best.model"] == GOOD and made["value"] == good["val_loss"]
     assert (Path(good["folder"]) / "export" / "config.json").exists()
 
     [table] = [record for record in shown.records if record["distlm"] == "table"]
-    assert [row[-1] for row in table["rows"]] == ["succeeded", "stopped early", "failed: bad_spec"]
-    assert any("has failed: bad_spec" in text for text in shown.notes)
+    assert [row[-1] for row in table["rows"]] == ["succeeded", "stopped early", "failed: nonfinite_loss"]
+    assert any("has failed: nonfinite_loss" in text for text in shown.notes)
 
     best = load_spec(made["best_spec"]).spec
     assert isinstance(best, TrainSpec) and best.model.preset == "llama-tiny" and not storage.run(best.name).exists()
@@ -92,11 +93,18 @@ def test_a_sweep_that_is_taken_up_again_leaves_what_has_ended_and_resumes_the_re
 
 
 def test_a_sweep_fails_only_when_all_trials_fail_and_says_why(storage: Storage) -> None:
+    given = {"kind": "tune", "name": "broken", "train": {**TRAIN, "model": BROKEN}, "space": {"optimizer.lr": {"grid": [1e-3, 2e-3]}}}
+    with pytest.raises(TrainError, match=r"no trial of 2 has a val_loss: nonfinite_loss; .*the loss is nan"):
+        execute.run(given, storage=storage, progress=Records())
+    assert RunFolder(storage.sweep("broken")).state() == ("failed", "nonfinite_loss")
+
+
+def test_a_model_that_cannot_be_built_is_refused_before_any_trial(storage: Storage) -> None:
     train = {**TRAIN, "model": {"config": {"model_type": "no-such-family"}}}
-    with pytest.raises(TrainError, match=r"no trial of 2 has a val_loss: bad_spec.*no-such-family"):
-        execute.run({"kind": "tune", "name": "broken", "train": train, "space": {"optimizer.lr": {"grid": [1e-3, 2e-3]}}}, storage=storage,
+    with pytest.raises(SpecError, match="no-such-family"):
+        execute.run({"kind": "tune", "name": "unbuilt", "train": train, "space": {"optimizer.lr": {"grid": [1e-3]}}}, storage=storage,
                     progress=Records())
-    assert RunFolder(storage.sweep("broken")).state() == ("failed", "bad_spec")
+    assert not storage.sweep("unbuilt").exists()
 
 
 def test_a_sweep_by_val_loss_over_a_corpus_without_validation_is_refused_before_any_work(storage: Storage) -> None:
