@@ -165,8 +165,8 @@ def test_an_interrupted_run_is_recorded_as_stopped_by_the_user(number, distlm, t
     (tmp_path / "texts" / "a.txt").write_text("words " * 1000)
     (tmp_path / "words.yaml").write_text(SPEC.format(folder=tmp_path))
     folder = RunFolder(tmp_path / "store" / "corpora" / "words")
-    process = subprocess.Popen([sys.executable, "-m", "distlm", "run", "words.yaml"], env=distlm.environment, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-m", "distlm", "run", "words.yaml", "--set", "clean={min_chars: 2}"],
+                               env=distlm.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while not (folder.exists() and folder.events()) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -176,7 +176,8 @@ def test_an_interrupted_run_is_recorded_as_stopped_by_the_user(number, distlm, t
     finally:
         process.kill()
     assert process.returncode == 130, said
-    assert folder.state() == ("stopped", "user") and "--resume" in said and "Traceback" not in said
+    assert folder.state() == ("stopped", "user") and "Traceback" not in said
+    assert "go on with `distlm run words.yaml --set 'clean={min_chars: 2}' --resume`" in said
 
 
 def test_dashboard_serves_tensorboard_until_interrupted(distlm, tmp_path):
