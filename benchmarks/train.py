@@ -6,7 +6,8 @@
 
 Each side runs in a process of its own, in turn, several rounds. A side's figure is the median time from the end of one step
 to the end of the next, so that waiting for data counts; the first steps, and those that evaluate or save, are left out.
-The three differ in what they keep: distlm and Trainer hold fp32 weights and compute in bf16, the bare loop holds bf16 alone.
+They differ in what they keep: distlm and Trainer hold fp32 weights and compute in bf16, the bare loop holds bf16 alone. `kept` is the
+bare loop with the settings of the C library that distlm gives to its workers on CPU.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 WARM_UP = 3
-SIDES = {"distlm": "distlm run", "bare": "bare loop, pure bf16", "trainer": "transformers Trainer, bf16"}
+SIDES = {"distlm": "distlm run", "bare": "bare loop, pure bf16", "kept": "bare loop, memory kept", "trainer": "transformers Trainer, bf16"}
 
 
 def main() -> None:
@@ -70,7 +71,10 @@ def main() -> None:
 def measure(side: str, storage: str, options: argparse.Namespace) -> list[float]:
     """Seconds of every step of one side, in a process of its own."""
     settings = [f"--{name}={getattr(options, name)}" for name in ("steps", "preset", "context", "sequences", "threads")]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads), "DISTLM_STORAGE": storage, "HF_HUB_OFFLINE": "1"}
+    from distlm.train.driver import KEEP_MEMORY
+
+    kept = {"GLIBC_TUNABLES": KEEP_MEMORY} if side == "kept" else {}
+    environment = {**os.environ, **kept, "OMP_NUM_THREADS": str(options.threads), "DISTLM_STORAGE": storage, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, __file__, f"--side={side}", f"--storage={storage}", *settings], env=environment, text=True,
                           capture_output=True)
     if done.returncode:
@@ -188,7 +192,7 @@ def quiet() -> Any:
 
 
 SIDE: dict[str, Callable[[argparse.Namespace], list[float]]] = {
-    "corpus": prepare_corpus, "distlm": run_distlm, "bare": run_bare, "trainer": run_trainer}
+    "corpus": prepare_corpus, "distlm": run_distlm, "bare": run_bare, "kept": run_bare, "trainer": run_trainer}
 
 if __name__ == "__main__":
     main()

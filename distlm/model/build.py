@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 
-DROPOUTS = ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop")
+DROPOUTS = ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout", "activation_dropout", "layerdrop",
+            "hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout_prob", "classifier_dropout")
 COMMON = ("vocab_size", "max_position_embeddings", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "attn_implementation")
 """Keys that every family takes."""
 
@@ -38,11 +39,12 @@ def model_config(spec: ModelSpec, shape: Shape) -> "PreTrainedConfig":
     checkpoint that is missing or does not fit the corpus."""
     from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING, AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
     if spec.source is not None:
         return _checkpoint_config(Path(spec.source), shape)
     values = dict(PRESETS[spec.preset] if spec.preset is not None else spec.config or {})
-    family = values.pop("model_type")
+    family = str(values.pop("model_type"))
     given = {"vocab_size": shape.vocab_size, "max_position_embeddings": shape.context, "use_cache": False, "bos_token_id": shape.eos_id,
              "eos_token_id": shape.eos_id, "pad_token_id": None, **values}
     if family == "gpt2":
@@ -60,8 +62,14 @@ def model_config(spec: ModelSpec, shape: Shape) -> "PreTrainedConfig":
     given = {**{name: 0.0 for name in DROPOUTS if hasattr(known, name)}, **given}
     try:
         config = AutoConfig.for_model(family, **given)
-    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
         raise SpecError(f"transformers does not accept this configuration: {last_line(error)}", where="model.config") from None
+    if getattr(config, "output_router_logits", False):
+        raise SpecError("the router's auxiliary loss is not a part of the training loss", where="model.config.output_router_logits",
+                        remedy="leave it out")
+    if family in MODEL_FOR_MASKED_LM_MAPPING_NAMES and getattr(config, "is_decoder", True) is False:
+        raise SpecError(f"{family} is an encoder: it sees the tokens that it is to predict", where="model.config.is_decoder",
+                        remedy="set is_decoder: true, or take a causal family such as llama")
     for key, value in (("vocab_size", shape.vocab_size), ("max_position_embeddings", shape.context)):
         if getattr(config, key, value) < value:
             raise SpecError(f"{getattr(config, key)} is less than the corpus needs, {value}", where=f"model.config.{key}",
@@ -77,6 +85,8 @@ def _checkpoint_config(folder: Path, shape: Shape) -> "PreTrainedConfig":
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"transformers cannot read its config.json: {last_line(error)}", where=where) from None
+    if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
+        raise InputError("there are no weights beside its config.json", where=where, remedy="copy the checkpoint whole")
     if config.vocab_size < shape.vocab_size:
         raise InputError(f"the checkpoint has {config.vocab_size} tokens and the corpus {shape.vocab_size}", where=where,
                          remedy=f"prepare the corpus with tokenizer: {{from: {folder}}}")
@@ -100,10 +110,29 @@ def build_model(spec: ModelSpec, config: "PreTrainedConfig", seed: int) -> "PreT
     from transformers import AutoModelForCausalLM
 
     if spec.source is not None:
-        return AutoModelForCausalLM.from_pretrained(spec.source, config=config, dtype=torch.float32, local_files_only=True)
+        return _load(AutoModelForCausalLM, spec.source, config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
+
+
+def _load(loader: Any, source: str, config: "PreTrainedConfig") -> "PreTrainedModel":
+    """Raises InputError where the checkpoint does not hold every weight of the model: the rest would be drawn at random."""
+    import torch
+    from safetensors import SafetensorError
+
+    where, remedy = f"model.from: {source}", "copy the checkpoint again, or mend its config.json"
+    try:
+        model, report = loader.from_pretrained(source, config=config, dtype=torch.float32, local_files_only=True, output_loading_info=True)
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise InputError(f"transformers cannot load the weights: {last_line(error)}", where=where, remedy=remedy) from None
+    for what, names in (("has no weights for", report["missing_keys"]), ("has other shapes for", report["mismatched_keys"]),
+                        ("has weights that the model has not:", report["unexpected_keys"])):
+        if names:
+            first = sorted(map(str, names))[:3]
+            raise InputError(f"the checkpoint {what} {', '.join(first)}{f' and {len(names) - 3} more' if len(names) > 3 else ''}",
+                             where=where, remedy=remedy)
+    return model
 
 
 def buffers(model: "torch.nn.Module") -> dict[str, "torch.Tensor"]:
@@ -131,6 +160,6 @@ def num_parameters(config: "PreTrainedConfig") -> int:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
             model.tie_weights()
-    except (ValueError, TypeError, KeyError, AttributeError, AssertionError, RuntimeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, AssertionError, RuntimeError, ImportError) as error:
         raise SpecError(f"no causal language model can be built from it: {last_line(error)}", where="model") from None
     return sum(parameter.numel() for parameter in model.parameters())

@@ -1,25 +1,57 @@
 """What a model is trained on: the next token's cross-entropy, summed, so that the caller divides by the global count once."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn import functional
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CHUNK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 26}
 """Logits that are in float32 at once: what a core's cache holds, or enough to fill a GPU."""
+BLOCK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 26}
+"""Logits that are there at once in the model's own precision: enough rows for a fast matrix product."""
+
+PLAIN_HEADS = frozenset({"gpt2", "gpt_neox", "llama", "mistral", "mixtral", "olmo", "olmo2", "phi", "phi3", "qwen2",
+                         "qwen2_moe", "qwen3", "qwen3_moe", "smollm3", "starcoder2"})
+"""Families whose logits are their last hidden states times one matrix, and nothing after it. Others scale or cap them."""
 
 
 class CausalLoss(nn.Module):
-    """Wraps a causal language model; its forward pass is the loss."""
+    """Wraps a causal language model; its forward pass is the loss. The model's head is replaced where that saves the logits."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: "PreTrainedModel") -> None:
         super().__init__()
+        if model.config.model_type in PLAIN_HEADS and isinstance(model.get_output_embeddings(), nn.Linear):
+            model.set_output_embeddings(LossHead(model.get_output_embeddings()))
         self.model = model
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """The sum over all predictions of -log p(token), a float32 scalar in nats. tokens: int64[batch, context + 1]."""
-        logits = self.model(input_ids=tokens[:, :-1], use_cache=False).logits
-        return summed_cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        head, targets = self.model.get_output_embeddings(), tokens[:, 1:].flatten()
+        if not isinstance(head, LossHead):
+            logits = self.model(input_ids=tokens[:, :-1], use_cache=False, return_dict=True).logits
+            return summed_cross_entropy(logits.flatten(0, 1), targets)
+        head.targets = targets
+        return self.model(input_ids=tokens[:, :-1], use_cache=False, return_dict=True).logits
+
+
+class LossHead(nn.Module):
+    """Stands in the place of a model's last linear layer, with its parameters under their names, and gives the loss."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        self.targets: torch.Tensor | None = None
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden: [batch, context, width]. Returns the summed cross-entropy of `targets`, a float32 scalar."""
+        targets, self.targets = self.targets, None
+        assert targets is not None, "one set of targets for each pass"
+        wanted = torch.is_grad_enabled() and (hidden.requires_grad or self.weight.requires_grad)
+        return _LinearCrossEntropy.apply(hidden.flatten(0, 1), self.weight, self.bias, targets, wanted)
 
 
 def summed_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -30,26 +62,71 @@ def summed_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.T
     return _SummedCrossEntropy.apply(logits, targets)
 
 
+def _by_chunks(logits: torch.Tensor, targets: torch.Tensor, gradient: torch.Tensor | None) -> torch.Tensor:
+    """The summed cross-entropy; its gradient goes to `gradient`, which may be `logits`."""
+    rows = max(1, CHUNK_ELEMENTS[_kind(logits)] // logits.shape[1])
+    total = torch.zeros((), dtype=torch.float32, device=logits.device)
+    for start in range(0, len(logits), rows):
+        part = slice(start, start + rows)
+        scores, target = logits[part].float(), targets[part, None]
+        p = torch.softmax(scores, dim=1)
+        log_sum = scores.amax(1, keepdim=True) - p.amax(1, keepdim=True).log()       # the largest p is never too small for a log
+        total += (log_sum - scores.gather(1, target)).sum()
+        if gradient is not None:
+            gradient[part] = p.scatter_add_(1, target, torch.full_like(target, -1, dtype=p.dtype))
+    return total
+
+
+def _kind(tensor: torch.Tensor) -> str:
+    return "cpu" if tensor.device.type == "cpu" else "cuda"
+
+
+def _scaled(gradient: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The scale, a float32 scalar, is not rounded to the gradient's type first: it depends on the number of ranks and micro-batches."""
+    return (gradient * scale).to(dtype)
+
+
 class _SummedCrossEntropy(torch.autograd.Function):
     """Whole float32 logits cost more time than the products around them: neither they nor their gradient are ever there."""
 
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        rows = max(1, CHUNK_ELEMENTS.get(logits.device.type, 1 << 26) // logits.shape[1])
-        total = torch.zeros((), dtype=torch.float32, device=logits.device)
         gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
-        for start in range(0, len(logits), rows):
-            part = slice(start, start + rows)
-            scores, target = logits[part].float(), targets[part, None]
-            p = torch.softmax(scores, dim=1)
-            log_sum = scores.amax(1, keepdim=True) - p.amax(1, keepdim=True).log()   # the largest p is never too small for a log
-            total += (log_sum - scores.gather(1, target)).sum()
-            if gradient is not None:
-                gradient[part] = p.scatter_add_(1, target, torch.full_like(target, -1, dtype=p.dtype))
         ctx.save_for_backward(gradient)
-        return total
+        return _by_chunks(logits, targets, gradient)
 
     @staticmethod
     def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * outputs[0].to(gradient.dtype), None
+        return _scaled(gradient, outputs[0], gradient.dtype), None
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """The last linear layer and the loss by blocks of rows, with all gradients in the same pass: whole logits are never there, in any
+    precision. The idea is Liger Kernel's (arXiv:2410.10989, section 3.2)."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor,
+                wanted: bool) -> torch.Tensor:
+        rows = max(1, BLOCK_ELEMENTS[_kind(hidden)] // len(weight))
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        by_hidden = torch.empty_like(hidden) if wanted else None
+        by_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted else None
+        by_bias = torch.zeros_like(bias, dtype=torch.float32) if wanted and bias is not None else None
+        for start in range(0, len(hidden), rows):
+            part = slice(start, start + rows)
+            logits = functional.linear(hidden[part], weight, bias)
+            total += _by_chunks(logits, targets[part], logits if wanted else None)
+            if by_hidden is not None and by_weight is not None:
+                by_hidden[part] = logits @ weight          # the logits' gradient by now
+                by_weight += logits.T @ hidden[part]
+            if by_bias is not None:
+                by_bias += logits.sum(0, dtype=torch.float32)
+        ctx.save_for_backward(by_hidden, by_weight, by_bias)
+        ctx.dtype = weight.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        hidden, weight, bias = (None if one is None else _scaled(one, outputs[0], ctx.dtype) for one in ctx.saved_tensors)
+        return hidden, weight, bias, None, None

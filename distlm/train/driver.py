@@ -27,6 +27,9 @@ from distlm.train.worker import Task, work
 OnMetrics = Callable[[dict[str, Any]], None]
 DATA_CPUS = 1
 """Logical CPUs that the stream needs beside the workers."""
+KEEP_MEMORY = ":".join(f"glibc.malloc.{name}" for name in ("mmap_max=0", "trim_threshold=17179869184", "top_pad=268435456", "hugetlb=1"))
+"""A worker on CPU keeps what it frees for the next step, in huge pages: 100,000 page faults a step cost a fifth of it, where glibc
+gives every large tensor back to the system (docs/experiments.md). Other C libraries ignore it."""
 
 
 def train(spec: TrainSpec, folder: RunFolder, storage: Storage, progress: Progress, *,
@@ -92,7 +95,8 @@ def _launch(recipe: Recipe, folder: RunFolder, first_step: int, resume_from: Pat
 
     scale, folder_ray = recipe.spec.scale, folder.path / "ray"
     resources = {"CPU": scale.cpus_per_worker, **({"GPU": scale.gpus_per_worker} if scale.gpus_per_worker else {})}
-    environment = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **({} if scale.gpus_per_worker else {"DS_ACCELERATOR": "cpu"})}
+    on_cpu = {"DS_ACCELERATOR": "cpu", "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", KEEP_MEMORY)}
+    environment = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **({} if scale.gpus_per_worker else on_cpu)}
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     data_context = ray.data.DataContext.get_current()
     data_context.enable_progress_bars = False

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import distributed
 
 from distlm.errors import TrainError
+from distlm.model.attention import use_cpu_attention
 from distlm.model.build import buffers, build_model, model_config, restore_buffers
 from distlm.model.export import export_model
 from distlm.model.loss import CausalLoss
@@ -36,6 +37,8 @@ def fit(recipe: Recipe, folder: RunFolder, steps: Iterator[NDArray[np.int64]], *
     """
     spec = recipe.spec
     model = build_model(spec.model, model_config(spec.model, recipe.shape), spec.seed)
+    if device.type == "cpu":
+        use_cpu_attention(model)
     kept = buffers(model)
     engine = make_engine(spec, CausalLoss(model), deepspeed_config(spec, recipe.micro_sequences, recipe.accumulation))
     restore_buffers(engine.module.model, kept)
@@ -122,5 +125,6 @@ def export_lineage(recipe: Recipe, folder: RunFolder) -> dict[str, Any]:
     trial = folder.path.parent.name == "trials"
     last: dict[str, Any] = next((record for record in reversed(folder.read_metrics()) if "val_loss" in record), {})
     return {"run": folder.path.parent.parent.name if trial else folder.name, "trial": folder.name if trial else None,
-            "corpus": Path(recipe.corpus).name, "corpus_hash": recipe.corpus_hash, "step": recipe.num_steps,
-            "checkpoint": checkpoint.checkpoint_path(folder.path, recipe.num_steps).name, "val_loss": last.get("val_loss")}
+            "corpus": ", ".join(Path(corpus).name for corpus in recipe.corpora), "corpus_hash": recipe.corpus_hash,
+            "step": recipe.num_steps, "checkpoint": checkpoint.checkpoint_path(folder.path, recipe.num_steps).name,
+            "val_loss": last.get("val_loss")}

@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
+from distlm.errors import SpecError
+from distlm.spec.load import nearest
 from distlm.spec.train import TrainSpec
 
 if TYPE_CHECKING:
@@ -13,6 +15,33 @@ def deepspeed_config(spec: TrainSpec, micro_sequences: int, accumulation: int) -
               "gradient_clipping": spec.optimizer.clip, "bf16": {"enabled": spec.precision == "bf16"},
               "zero_optimization": {"stage": spec.sharding.zero}, "steps_per_print": 2**31 - 1}
     return _merge(config, spec.sharding.deepspeed)
+
+
+SECTIONS = {"zero_optimization", "flops_profiler", "comms_logger", "activation_checkpointing", "tensorboard", "wandb", "csv_monitor",
+            "compile", "tensor_parallel", "autotuning"}
+"""Keys of DeepSpeed's configuration that are no constants of its own."""
+
+
+def check_raw(spec: TrainSpec) -> None:
+    """Raises SpecError for a raw key that DeepSpeed does not know: it would ignore one at the top, and fail on every rank below."""
+    import os
+
+    os.environ.setdefault("DS_ACCELERATOR", "cpu" if not spec.scale.gpus_per_worker else "cuda")
+    from deepspeed.runtime import constants
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
+
+    known = {value for value in vars(constants).values() if isinstance(value, str)} | SECTIONS
+    for key in spec.sharding.deepspeed:
+        if key not in known:
+            near = nearest(key, known)
+            raise SpecError("DeepSpeed has no such key", where=f"sharding.deepspeed.{key}", remedy=f"did you mean {near}?" if near else "")
+    try:
+        DeepSpeedZeroConfig(**spec.sharding.deepspeed.get("zero_optimization", {}))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise SpecError(f"DeepSpeed does not accept it: {first['msg']}",
+                        where=".".join(map(str, ("sharding.deepspeed.zero_optimization", *first["loc"])))) from None
 
 
 def _merge(base: dict[str, Any], raw: dict[str, Any]) -> dict[str, Any]:

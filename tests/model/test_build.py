@@ -64,6 +64,7 @@ def test_rotary_frequencies_survive_the_cast_to_bf16() -> None:
     ({"model_type": "llamma"}, r"model\.config\.model_type: transformers knows no model_type 'llamma'; did you mean llama\?"),
     ({"model_type": "llama", "hidden_sizee": 64}, r"model\.config\.hidden_sizee: .* no such key; did you mean hidden_size\?"),
     ({"model_type": "llama", "hidden_size": 65, "num_attention_heads": 4}, r"does not accept .*hidden size \(65\)"),
+    ({"model_type": "bert"}, r"model\.config\.is_decoder: bert is an encoder.*; set is_decoder: true"),
     ({"model_type": "t5"}, "model: no causal language model can be built from it"),
     ({"model_type": "llama", "vocab_size": 7}, r"model\.config\.vocab_size: 7 is less than the corpus needs, 4096"),
     ({"model_type": "llama", "max_position_embeddings": 8}, "8 is less than the corpus needs, 256")])
@@ -96,3 +97,24 @@ def test_a_run_goes_on_from_an_exported_model(tmp_path: Path) -> None:
     shutil.rmtree(storage.run("first"))
     with pytest.raises(InputError, match=r"model\.from: there is no run and no folder 'first'"):
         make_recipe(spec(corpus, model={"from": "first"}), storage)
+
+
+def test_a_checkpoint_that_lacks_weights_is_an_error(tmp_path: Path) -> None:
+    spec = ModelSpec(config={"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+                             "num_attention_heads": 4})
+    model = build_model(spec, model_config(spec, Shape(64, 16, 0)), 0)
+    model.save_pretrained(tmp_path)
+    source = ModelSpec(**{"from": str(tmp_path)})
+    text = (tmp_path / "config.json").read_text()
+    for change, message in (('"num_hidden_layers": 3', "has no weights for model.layers.2"),
+                            ('"num_hidden_layers": 1', "the model has not: model.layers.1")):
+        (tmp_path / "config.json").write_text(text.replace('"num_hidden_layers": 2', change))
+        with pytest.raises(InputError, match=message):
+            build_model(source, model_config(source, Shape(64, 16, 0)), 0)
+    (tmp_path / "config.json").write_text(text)
+    (tmp_path / "model.safetensors").write_bytes(b"short")
+    with pytest.raises(InputError, match="cannot load the weights"):
+        build_model(source, model_config(source, Shape(64, 16, 0)), 0)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(InputError, match="no weights beside"):
+        model_config(source, Shape(64, 16, 0))

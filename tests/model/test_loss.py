@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.nn import functional
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from distlm.model import loss
 
@@ -38,3 +39,84 @@ def test_bf16_logits_are_summed_in_float32() -> None:
 def test_evaluation_keeps_no_gradient() -> None:
     with torch.no_grad():
         assert not loss.summed_cross_entropy(torch.randn(3, 5), torch.zeros(3, dtype=torch.int64)).requires_grad
+
+
+TINY = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 32, "pad_token_id": None, "bos_token_id": 0, "eos_token_id": 0}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", sorted(loss.PLAIN_HEADS))
+def test_a_head_by_blocks_gives_the_loss_and_gradients_of_whole_logits(family: str, tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(loss.BLOCK_ELEMENTS, "cpu", 97 * 7)
+    values = dict(TINY)
+    if family == "gpt2":
+        values = {"vocab_size": 97, "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 32, "resid_pdrop": 0,
+                  "embd_pdrop": 0, "attn_pdrop": 0}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, tie_word_embeddings=tied, **values))
+    torch.nn.init.normal_(model.get_output_embeddings().weight, std=0.3)
+    tokens = torch.randint(0, 97, (3, 20))
+    logits = model(input_ids=tokens[:, :-1]).logits.flatten(0, 1)
+    theirs = functional.cross_entropy(logits, tokens[:, 1:].flatten(), reduction="sum")
+    (theirs / 57).backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    names = set(model.state_dict())
+    wrapped = loss.CausalLoss(model)
+    ours = wrapped(tokens)
+    (ours / 57).backward()
+    assert isinstance(model.get_output_embeddings(), loss.LossHead) and set(model.state_dict()) == names
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            assert (p.grad - expected[name]).norm() <= 1e-5 * expected[name].norm(), name
+
+
+def test_a_head_in_bf16_sums_its_gradients_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(loss.BLOCK_ELEMENTS, "cpu", 64 * 16)
+    torch.manual_seed(0)
+    linear, hidden, targets = torch.nn.Linear(32, 64, bias=True), torch.randn(8, 512, 32), torch.randint(0, 64, (4096,))
+    exact = functional.cross_entropy(linear.double()(hidden.double()).flatten(0, 1), targets, reduction="sum") / 768
+    exact.backward()
+    expected = [linear.weight.grad, linear.bias.grad]
+    linear = linear.bfloat16()
+    linear.zero_grad()
+    head, inside = loss.LossHead(linear), hidden.bfloat16().requires_grad_()
+    head.targets = targets
+    (head(inside) / 768).backward()
+    for p, gradient in zip((linear.weight, linear.bias), expected, strict=True):
+        assert gradient is not None and p.grad is not None and p.grad.dtype == torch.bfloat16
+        assert (p.grad.double() - gradient).norm() < 0.01 * gradient.norm()
+    gain = (inside.grad.double() * 768).abs().sum() / _hidden_gradient(linear, inside, targets).abs().sum()
+    assert abs(gain.item() - 1) < 1e-3                     # 1 / 768 is not rounded to bf16
+
+
+def _hidden_gradient(linear: torch.nn.Linear, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    head, inside = loss.LossHead(linear), hidden.detach().clone().requires_grad_()
+    head.targets = targets
+    head(inside).backward()
+    assert inside.grad is not None
+    return inside.grad.double()
+
+
+def test_evaluation_computes_no_gradient_of_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    inner, seen = loss._by_chunks, []
+    monkeypatch.setattr(loss, "_by_chunks", lambda logits, targets, gradient: (seen.append(gradient), inner(logits, targets, gradient))[1])
+    model = loss.CausalLoss(AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **TINY)))
+    with torch.no_grad():
+        model(torch.randint(0, 97, (2, 9)))
+    assert seen == [None]
+    model(torch.randint(0, 97, (2, 9)))
+    assert seen[1] is not None
+
+
+def test_a_family_that_caps_its_logits_keeps_its_head() -> None:
+    config = AutoConfig.for_model("gemma2", **TINY, head_dim=8, final_logit_softcapping=3.0)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    torch.nn.init.normal_(model.get_output_embeddings().weight, std=2.0)
+    tokens = torch.randint(0, 97, (2, 9))
+    logits = model(input_ids=tokens[:, :-1]).logits
+    expected = functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
+    assert loss.CausalLoss(model)(tokens).item() == pytest.approx(expected.item(), rel=1e-6)

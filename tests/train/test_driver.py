@@ -22,7 +22,7 @@ from distlm.runs import RunFolder
 from distlm.spec import TrainSpec
 from distlm.spec.load import dump, to_yaml
 from distlm.storage import Storage
-from distlm.train.driver import train
+from distlm.train.driver import KEEP_MEMORY, train
 from tests.records import Records
 from tests.train.ranks import VOCABULARY, losses, make_corpus, metrics, run_ranks, spec
 
@@ -80,11 +80,14 @@ def test_a_worker_that_is_killed_costs_nothing_but_time(cluster: str, corpus: Pa
     given = spec(corpus, **LONG)
     folder, progress, seen = make_run(tmp_path, given), Records(), []
     killed: list[int] = []
+    tunables: list[bool] = []
 
     def kill() -> None:
         wait_for(lambda: steps_done(folder.path) >= 40, "step 40")
         victim = workers()[0]
         killed.append(victim.pid)
+        environment = Path(f"/proc/{victim.pid}/environ").read_text().replace("\0", ":")   # glibc cuts its own variable into pieces
+        tunables.append(f"GLIBC_TUNABLES={KEEP_MEMORY}" in environment)
         victim.send_signal(signal.SIGKILL)
 
     killer = Thread(target=kill)
@@ -93,6 +96,7 @@ def test_a_worker_that_is_killed_costs_nothing_but_time(cluster: str, corpus: Pa
         outputs = train(given, folder, Storage(tmp_path), progress, on_metrics=seen.append)
     killer.join()
     assert killed, "the fault fired"
+    assert tunables == [True]
     assert losses(folder.path) == losses(undisturbed)
     assert (folder.path / "export" / "model.safetensors").read_bytes() == (undisturbed / "export" / "model.safetensors").read_bytes()
     notes = [event for event in folder.events() if event["state"] == "note"]

@@ -1,0 +1,91 @@
+"""Causal self-attention for training on CPU: PyTorch's flash kernel forward, and a backward pass of large matrix products.
+
+PyTorch's own backward kernel leaves a CPU's matrix units idle (docs/experiments.md).
+
+    use_cpu_attention(model)        # a transformers model that would have used "sdpa"
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+NAME = "distlm_cpu"
+BLOCK_ELEMENTS = 1 << 20
+"""Probabilities that are there at once: sequences, or else queries, are taken by as many as that."""
+
+
+def use_cpu_attention(model: "PreTrainedModel") -> None:
+    """Let the model attend with `causal_attention` where it would with PyTorch's kernel; another choice is left as it is."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+
+    def attend(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None,
+               dropout: float = 0.0, scaling: float | None = None, is_causal: bool | None = None, **rest: Any) -> tuple[torch.Tensor, None]:
+        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        if attention_mask is None and causal and not dropout and query.shape[2] == key.shape[2] and query.shape[3] == value.shape[3]:
+            groups = query.shape[1] // key.shape[1]
+            if groups > 1:
+                key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+            out = causal_attention(query, key, value, query.shape[3] ** -0.5 if scaling is None else scaling)
+            return out.transpose(1, 2).contiguous(), None
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, is_causal, **rest)
+
+    if model.config._attn_implementation == "sdpa":
+        AttentionInterface.register(NAME, attend)
+        AttentionMaskInterface.register(NAME, sdpa_mask)
+        model.set_attn_implementation(NAME)
+
+
+def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+    """softmax(scale · QKᵀ + causal mask) V. All [batch, heads, tokens, width] of one float type, on the CPU; so is the result."""
+    return _CausalAttention.apply(query, key, value, scale)
+
+
+class _CausalAttention(torch.autograd.Function):
+    """The backward pass computes probabilities again, in float32 as the kernel does, block by block: memory grows with the tokens,
+    not with their square. Equations: FlashAttention, arXiv:2205.14135, appendix B.2."""
+
+    @staticmethod
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+        ctx.save_for_backward(query, key, value)
+        ctx.scale = scale
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:
+        query, key, value = ctx.saved_tensors
+        batch, heads, length, width = query.shape
+        sequences = max(1, BLOCK_ELEMENTS // (heads * length * length))
+        # laid out as transformers transposes them back: [batch, tokens, heads, width]
+        gradients = [query.new_empty(batch, length, heads, width).transpose(1, 2) for _ in range(3)]
+        for start in range(0, batch, sequences):
+            part = slice(start, start + sequences)
+            flat = [one[part].reshape(-1, length, width) for one in (query, key, value, outputs[0])]
+            for one, gradient in zip(gradients, _flat_backward(ctx.scale, *flat), strict=True):
+                one[part] = gradient.view(-1, heads, length, width)
+        return gradients[0], gradients[1], gradients[2], None
+
+
+def _flat_backward(scale: float, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+                   outer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of query, key and value, all [batch · heads, tokens, width], by blocks of queries. outer: the output's gradient."""
+    length, dtype = query.shape[1], query.dtype
+    rows = max(64, min(length, BLOCK_ELEMENTS // (len(query) * length)))
+    precise_key = key.float().transpose(1, 2)
+    dq, dk, dv = torch.empty_like(query), torch.zeros_like(key, dtype=torch.float32), torch.zeros_like(value, dtype=torch.float32)
+    for start in range(0, length, rows):
+        end = min(start + rows, length)
+        part, seen = slice(start, end), slice(0, end)
+        mask = torch.full((end - start, end), -torch.inf).triu_(start + 1)
+        scores = torch.baddbmm(mask, query[:, part].float(), precise_key[..., seen], alpha=scale)
+        p = torch.softmax(scores, -1).to(dtype)
+        dp = torch.bmm(outer[:, part], value[:, seen].transpose(1, 2))
+        ds = torch._softmax_backward_data(dp, p, -1, dtype).mul_(scale)
+        dq[:, part] = torch.bmm(ds, key[:, seen])
+        dk[:, seen] += torch.bmm(ds.transpose(1, 2), query[:, part])
+        dv[:, seen] += torch.bmm(p.transpose(1, 2), outer[:, part])
+    return dq, dk, dv

@@ -1,0 +1,75 @@
+"""Attention on CPU gives PyTorch's own results, with gradients about as near to float64's."""
+
+import pytest
+import torch
+from torch.nn import functional
+from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, MistralConfig
+
+from distlm.model import attention
+from distlm.model.attention import NAME, causal_attention, use_cpu_attention
+
+
+def gradients(attend: object, dtype: torch.dtype, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    query, key, value, outer = (one.detach().clone().to(dtype).requires_grad_() for one in tensors)
+    attend(query, key, value).backward(outer)  # type: ignore[operator]
+    return [one.grad.double() for one in (query, key, value) if one.grad is not None]
+
+
+def pytorch(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    return functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+
+
+@pytest.mark.parametrize("elements", [1, 3 * 200 * 200 * 2, 1 << 20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sharpness", [1, 4])
+def test_gradients_are_about_as_exact_as_pytorchs(dtype: torch.dtype, elements: int, sharpness: int,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "BLOCK_ELEMENTS", elements)
+    torch.manual_seed(0)
+    tensors = [torch.randn(4, 3, 200, 16).to(dtype) for _ in range(4)]
+    tensors[0] *= sharpness                                # scores of a trained model are not small
+    exact = gradients(pytorch, torch.float64, tensors)
+    theirs = gradients(pytorch, dtype, tensors)
+    ours = gradients(lambda q, k, v: causal_attention(q, k, v, 0.25), dtype, tensors)
+    for a, b, c in zip(ours, theirs, exact, strict=True):
+        assert (a - c).norm() <= 1.5 * (b - c).norm() + 1e-7 * c.norm()
+
+
+@pytest.mark.parametrize("config", [
+    LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=64),
+    MistralConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=64,
+                  sliding_window=8)], ids=["grouped heads", "sliding window"])
+def test_a_model_computes_the_same_with_it(config: LlamaConfig) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    tokens, seen = torch.randint(0, 64, (3, 24)), []
+    for own in (False, True):
+        if own:
+            use_cpu_attention(model)
+        model.zero_grad()
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        seen.append([loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    assert model.config._attn_implementation == NAME
+    for a, b in zip(*seen, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+
+
+def test_dropout_and_attention_to_all_tokens_are_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "causal_attention", lambda *_: pytest.fail("it is causal, and drops nothing"))
+    use_cpu_attention(AutoModelForCausalLM.from_config(LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+                                                                   num_attention_heads=2, vocab_size=9)))
+    attend, module, tensor = AttentionInterface()[NAME], torch.nn.Module(), torch.randn(1, 2, 4, 8)
+    for rest in ({"dropout": 0.5}, {"is_causal": False}):
+        assert attend(module, tensor, tensor, tensor, None, **rest)[0].shape == (1, 4, 2, 8)
+    module.is_causal = False  # type: ignore[assignment]
+    expected = functional.scaled_dot_product_attention(tensor, tensor, tensor).transpose(1, 2)
+    torch.testing.assert_close(attend(module, tensor, tensor, tensor, None)[0], expected)
+
+
+def test_another_choice_of_attention_is_left_alone() -> None:
+    config = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=9,
+                         attn_implementation="eager")
+    model = AutoModelForCausalLM.from_config(config)
+    use_cpu_attention(model)
+    assert model.config._attn_implementation == "eager"
