@@ -15,3 +15,7 @@ class Records(Progress):
     @property
     def notes(self) -> list[str]:
         return [record["text"] for record in self.records if record["distlm"] == "note"]
+
+    @property
+    def text(self) -> str:
+        return "\n".join(self.notes)
