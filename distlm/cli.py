@@ -25,6 +25,8 @@ app = typer.Typer(name="distlm", no_args_is_help=True, rich_markup_mode=None, pr
 PREAMBLE = re.compile(r"^Running entrypoint for job |job_manager\.py:\d+ -- Runtime env is setting up")
 """What Ray says before a job says anything."""
 cluster_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Bring a cluster up or down.")
+corpus_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look into a corpus, check it, compare two.")
+app.add_typer(corpus_app, name="corpus")
 app.add_typer(cluster_app, name="cluster")
 
 
@@ -130,12 +132,13 @@ def plan(spec: SpecFile, set_: Sets = None) -> None:
     from distlm.storage import Storage
 
     loaded = resolve(spec, set_ or [])
+    required: list[tuple[str, ...]] = list(needs(loaded, Storage.find(loaded.spec.storage)))
     values = [(dotted(key), _shown(value)) for key, value in leaves(dump(loaded.spec))]
     rows = [(key, value, loaded.origins.get(key, "")) for key, value in values]
     widths = [max(len(row[i]) for row in rows) for i in range(2)]
     for key, value, origin in rows:
         print(f"{key:<{widths[0]}}  {value:<{min(widths[1], 40)}}  {origin}".rstrip())
-    PlainProgress().table("\nneeds", list(needs(loaded, Storage.find(loaded.spec.storage))))
+    PlainProgress().table("\nneeds", required)
 
 
 @app.command()
@@ -209,7 +212,7 @@ def logs(name: Name, follow: Annotated[bool, typer.Option("--follow", "-f", help
 
     Example: distlm logs -f my-run
     """
-    from distlm import jobs
+    from distlm import jobs, logs
 
     job = jobs.locate(name, _storage())
     submission = None
@@ -221,9 +224,9 @@ def logs(name: Name, follow: Annotated[bool, typer.Option("--follow", "-f", help
     if submission and follow:
         _follow(submission)
     elif submission:
-        _show(iter(jobs.logs(submission).splitlines()))
+        _show(iter(logs.logs(submission).splitlines()))
     else:
-        _show(jobs.driver_log(job, follow))
+        _show(logs.driver_log(job, follow))
 
 
 @app.command()
@@ -297,6 +300,76 @@ def dashboard(names: Annotated[list[str] | None, typer.Argument(metavar="[NAME].
                 time.sleep(3600)
 
 
+Corpus = Annotated[str, typer.Argument(metavar="NAME", help="A corpus by name or folder.", autocompletion=_names)]
+
+
+@corpus_app.command("inspect")
+def corpus_inspect(name: Corpus, ids: Annotated[list[str] | None, typer.Option("--id", help="Show the document of this id.")] = None,
+                   find: Annotated[str | None, typer.Option(help="Search the windows for a text.")] = None,
+                   windows: Annotated[int, typer.Option(min=0, help="Show so many decoded windows.")] = 0,
+                   first: Annotated[int, typer.Option(min=0, help="The first of them.")] = 0,
+                   split: Annotated[str, typer.Option(help="train or val.")] = "train",
+                   limit: Annotated[int, typer.Option(min=1, help="Show no more places than that.")] = 10) -> None:
+    """Show what a corpus holds: a summary, documents by id, windows, or where a text stands.
+
+    Example: distlm corpus inspect my-corpus --find "import os"
+    """
+    from distlm.corpus import inspect
+
+    path = _corpus(name)
+    for document in inspect.documents(path, ids) if ids else ():
+        _show_rows([("id", document.id or document.hash), ("source", f"{document.source}, record {document.record}"),
+                    ("split", document.split), ("size", f"{document.bytes:,} bytes, {document.tokens:,} tokens"),
+                    *((key, _shown(value)) for key, value in document.meta.items()),
+                    *([("reasons", ", ".join(document.reasons))] if document.reasons else [])])
+        print(document.text if document.whole else f"{document.text}\n[its end fills no window]")
+    for window in inspect.windows(path, split, first, windows) if windows else ():
+        print(f"--- {window.split} window {window.number:,}, documents begin at {window.starts}\n{window.text}")
+    if find is not None:
+        found = inspect.find(path, find, limit)
+        for match in found:
+            print(f"{match.split} window {match.window:,}: {match.excerpt}")
+        if not found:
+            print(f"no window holds {find!r}")
+    if not ids and not windows and find is None:
+        rows = inspect.summary(path)
+        width = max(len(what) for what, _ in rows)
+        for what, value in rows:
+            print(f"{what:<{width}}  {value}")
+        if (path / "report.html").exists():
+            print(f"\n{path / 'report.html'} shows more")
+
+
+@corpus_app.command("verify")
+def corpus_verify(name: Corpus) -> None:
+    """Check every checksum of a corpus, and that its accounts balance.
+
+    Example: distlm corpus verify my-corpus
+    """
+    from distlm.corpus.manifest import verify
+
+    manifest = verify(_corpus(name))
+    shards = [shard for one in manifest.splits.values() for shard in one.shards]
+    print(f"{manifest.name}: {len(shards):,} shards of {sum(shard.bytes for shard in shards):,} bytes and the tokenizer are whole; "
+          f"{len(manifest.data['steps'])} steps balance")
+
+
+@corpus_app.command("diff")
+def corpus_diff(a: Corpus, b: Annotated[str, typer.Argument(metavar="OTHER", help="The other one.", autocompletion=_names)]) -> None:
+    """Show what differs between two corpora, reasons first.
+
+    Example: distlm corpus diff corpus-1 corpus-2
+    """
+    from distlm.corpus import inspect
+    from distlm.progress import PlainProgress
+
+    differences = inspect.diff(_corpus(a), _corpus(b))
+    rows = differences.rows()
+    if rows:
+        PlainProgress().table("", list(rows), ("part", "key", Path(a).name, Path(b).name))
+    print("the windows are the same: training on either is the same" if differences.same_windows else "the windows differ")
+
+
 ClusterFile = Annotated[Path | None, typer.Argument(metavar="[FILE]", help="A local cluster's file, or one of `ray up`.")]
 
 
@@ -332,7 +405,7 @@ def cluster_down(file: ClusterFile = None, name: Annotated[str, typer.Option(hel
     """
     from distlm import cluster, clusterfile, head
 
-    config = clusterfile.read(file) if file else head.LocalCluster(name=name)
+    config = clusterfile.read(file) if file else clusterfile.named(name)
     if isinstance(config, clusterfile.RayUpFile):
         _show_rows(config.rows())
         if not yes:
@@ -397,12 +470,12 @@ def _show(lines: Iterator[str]) -> None:
 
 def _follow(submission: "Submission") -> None:
     """Show a submitted job to its end, and end as it did."""
-    from distlm import jobs
+    from distlm import jobs, logs
     from distlm.runs import RunFolder
 
     name = submission.folder.name
     try:
-        _show(jobs.follow(submission))
+        _show(logs.follow(submission))
     except KeyboardInterrupt:
         print(f"\n{name} goes on: `distlm logs -f {name}` follows it, `distlm stop {name}` ends it", file=sys.stderr)
         raise typer.Exit(130) from None
@@ -446,6 +519,12 @@ def _duration(job: "Job") -> str:
     minutes, seconds = divmod(round(job.duration_s), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def _corpus(name: str) -> Path:
+    from distlm.train.recipe import find_corpus
+
+    return find_corpus(name, _storage())
 
 
 def _dashboard() -> str:

@@ -28,7 +28,7 @@ class RayUpFile:
         """What `ray up` will make: the provider, then each kind of node."""
         provider = self.config["provider"]
         place = provider.get("region") or provider.get("location") or ""
-        rows = [("cluster", self.config["cluster_name"]), ("provider", f"{provider['type']} {place}".strip()),
+        rows = [("cluster", self.config.get("cluster_name", "default")), ("provider", f"{provider['type']} {place}".strip()),
                 ("workers", f"{self.config.get('max_workers', 2)} at most")]
         for name, node in self.config.get("available_node_types", {}).items():
             machine = node.get("node_config", {})
@@ -62,6 +62,15 @@ def read(path: Path) -> LocalCluster | RayUpFile:
     if "provider" in data:
         _check_ray_up(path, data, lines)
         return RayUpFile(path, data)
+    return _local(data, str(path), lines)
+
+
+def named(name: str) -> LocalCluster:
+    """The local cluster of a name. Raises SpecError for one that no cluster can have."""
+    return _local({"name": name}, "--name", {})
+
+
+def _local(data: dict[str, Any], path: str, lines: Any) -> LocalCluster:
     try:
         return LocalCluster.model_validate(data)
     except ValidationError as error:

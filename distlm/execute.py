@@ -16,7 +16,7 @@ from distlm.model.find import find_model
 from distlm.progress import Progress
 from distlm.runs import RunFolder, lineage
 from distlm.spec import PipelineSpec, PrepareSpec, ServeSpec, TrainSpec, TuneSpec
-from distlm.spec.load import Loaded, Spec, dotted, dump, leaves, load_spec, locator, parse, to_yaml
+from distlm.spec.load import Loaded, Spec, dotted, dump, leaves, load_spec, located, locator, parse, to_yaml
 from distlm.storage import Storage, read_json
 
 JOBS = {"prepare": "distlm.corpus.prepare:prepare", "train": "distlm.train.driver:train", "tune": "distlm.tune.sweep:tune",
@@ -53,7 +53,8 @@ def run_loaded(loaded: Loaded, storage: Storage, progress: Progress, *, resume: 
     if state == "succeeded" and resume and not changes and spec.kind in ("prepare", "train", "tune"):
         progress.note(f"{spec.kind} {spec.name} has already succeeded: nothing to do")
         return folder.read_result()
-    made_of = lineage(dump(spec), **inputs(spec, storage)) | dict(extra or {})
+    with located(loaded):
+        made_of = lineage(dump(spec), **inputs(spec, storage)) | dict(extra or {})
     if state and state != "queued":
         with contextlib.suppress(DistlmError):             # the earlier attempts stay on record
             earlier = folder.lineage()
@@ -114,11 +115,9 @@ def inputs(spec: Spec, storage: Storage) -> dict[str, Any]:
     found: dict[str, Any] = {}
     trains = [spec] if isinstance(spec, TrainSpec) else []
     if isinstance(spec, PrepareSpec):
-        from distlm.corpus.read import find_files
-        from distlm.corpus.tokenizer import check_given
+        from distlm.corpus.documents import check
 
-        find_files(spec.sources)                           # their hashes stand in the manifest
-        check_given(spec.tokenizer)
+        check(spec)                                        # the hashes of its files stand in the manifest
     if isinstance(spec, TuneSpec):
         from distlm.tune import space
 

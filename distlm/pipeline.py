@@ -313,7 +313,7 @@ def reads(spec: Spec, storage: Storage) -> list[Any]:
 
 def source_files(spec: PrepareSpec) -> list[tuple[str, int, int]]:
     """Path, size and time of change of every file that a prepare step reads; a broken link has none."""
-    from distlm.corpus.read import find_files
+    from distlm.corpus.files import find_files
 
     return sorted((file.path, file.bytes, changed(Path(file.path))) for file in find_files(spec.sources))
 

@@ -9,7 +9,7 @@ from typing import Any
 from distlm.errors import InputError, SpecError
 from distlm.model.find import find_model
 from distlm.spec import PipelineSpec, PrepareSpec, ServeSpec, TrainSpec, TuneSpec
-from distlm.spec.load import Loaded, Spec, validate
+from distlm.spec.load import Loaded, Spec, located, validate
 from distlm.storage import Storage
 
 Rows = list[tuple[str, str]]
@@ -17,7 +17,8 @@ Rows = list[tuple[str, str]]
 
 def needs(loaded: Loaded, storage: Storage) -> Rows:
     """(what, how much) rows. `loaded` comes from `execute.resolve`. Raises SpecError, InputError for what can be seen to fail."""
-    return _needs(loaded.spec, storage)
+    with located(loaded):
+        return _needs(loaded.spec, storage)
 
 
 def _needs(spec: Spec, storage: Storage) -> Rows:
@@ -33,9 +34,11 @@ def _needs(spec: Spec, storage: Storage) -> Rows:
 
 
 def of_prepare(spec: PrepareSpec) -> Rows:
-    from distlm.corpus.read import find_files
+    from distlm.corpus.documents import check
+    from distlm.corpus.files import find_files
 
-    files = find_files(spec.sources)
+    later = "${" in (spec.tokenizer.source or "")          # another step makes the tokenizer
+    files = find_files(spec.sources) if later else check(spec)
     vocabulary = f"taken from {spec.tokenizer.source}" if spec.tokenizer.source else (
         "256 bytes" if spec.tokenizer.train == "bytes" else f"{spec.tokenizer.vocab_size:,} tokens, trained")
     return [("files", f"{len(files):,}"), ("bytes", size(sum(file.bytes for file in files))), ("vocabulary", vocabulary),
@@ -47,12 +50,15 @@ def of_train(spec: TrainSpec, storage: Storage) -> Rows:
     from distlm.corpus.manifest import read_manifest
     from distlm.train.recipe import find_corpus, make_recipe
 
-    try:
-        read_manifest(find_corpus(spec.corpus, storage))
-    except InputError as error:
-        return [("corpus", f"{spec.corpus}: not there yet ({error.message})"), *of_scale(spec)]
+    for share in spec.mixture:
+        try:
+            read_manifest(find_corpus(share.corpus, storage))
+        except InputError as error:
+            return [("corpus", f"{share.corpus}: not there yet ({error.message})"), *of_scale(spec)]
     recipe = make_recipe(spec, storage)
-    return [("corpus", f"{recipe.corpus}, {recipe.shape.vocab_size:,} tokens of vocabulary, context {recipe.shape.context:,}"),
+    size_ = f"{recipe.shape.vocab_size:,} tokens of vocabulary, context {recipe.shape.context:,}"
+    return [("corpus", f"a mixture of {len(recipe.corpora)}, {size_}" if recipe.mix else f"{recipe.corpus}, {size_}"),
+            *of_mixture(recipe),
             ("steps", f"{recipe.num_steps:,} of {recipe.global_sequences:,} sequences, {recipe.micro_sequences} in a micro-batch"),
             ("tokens", f"{recipe.num_steps * recipe.tokens_per_step:,}"),
             ("evaluations", f"every {recipe.evaluate_every:,} steps over {recipe.val_windows:,} windows"),
@@ -60,13 +66,28 @@ def of_train(spec: TrainSpec, storage: Storage) -> Rows:
             *of_model(recipe.spec, recipe.shape, recipe.num_steps * recipe.tokens_per_step), *of_scale(spec)]
 
 
+def of_mixture(recipe: Any) -> Rows:
+    """Share and passes of each corpus; nothing for one corpus."""
+    from distlm.corpus.manifest import read_manifest
+
+    if recipe.mix is None:
+        return []
+    rows = []
+    for i, (corpus, count) in enumerate(zip(recipe.corpora, recipe.mix.counts(recipe.num_samples), strict=True)):
+        windows = read_manifest(corpus).splits["train"].windows
+        weights = [recipe.mix.weights[i], *(recipe.mix.final_weights[i:i + 1])]
+        rows.append((f"corpus {i}", f"{corpus}, {' to '.join(f'{weight:.3g}' for weight in weights)} of the samples, "
+                                    f"{count / windows:.3g} passes over {windows:,} windows"))
+    return rows
+
+
 def of_model(spec: TrainSpec, shape: Any, tokens: int | None) -> Rows:
     """Parameters are counted on the meta device: nothing is allocated."""
     from distlm.model.build import model_config, num_parameters
 
     config = model_config(spec.model, shape)
-    parameters = num_parameters(config)
-    flops = flops_per_token(parameters, config.num_hidden_layers, config.hidden_size, shape.context)
+    parameters, text = num_parameters(config), config.get_text_config()
+    flops = flops_per_token(parameters, text.num_hidden_layers, text.hidden_size, shape.context)
     memory = memory_per_rank(parameters, spec.precision, spec.sharding.zero, spec.scale.workers)
     parts = ", ".join(f"{name} {size(value)}" for name, value in memory.items())
     total = f"{flops * tokens:.2e} FLOPs, " if tokens else ""
@@ -152,9 +173,10 @@ def _of_step(pipe: PipelineSpec, spec: Spec, storage: Storage) -> Rows:
         train: Any = space.base_spec(spec)
     else:
         train = spec
-    if not isinstance(train, TrainSpec) or not train.corpus.startswith("${"):
+    made = [share.corpus[2:-1] for share in train.mixture if share.corpus.startswith("${")] if isinstance(train, TrainSpec) else []
+    if not made:
         return _needs(spec, storage)
-    made_by = pipe.steps.get(train.corpus[2:-1], {})
+    made_by = pipe.steps.get(made[0], {})
     rows = of_tune(spec, storage)[:len(spec.space) + 2] if isinstance(spec, TuneSpec) else []
     prefix = "a trial's " if rows else ""
     tokenizer = made_by.get("tokenizer") or {}

@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import json
 import os
+import secrets
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -107,6 +108,26 @@ def write_atomic(path: Path, data: bytes | str) -> None:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
             raise
+
+
+@contextlib.contextmanager
+def replacing(path: Path | str) -> Iterator[str]:
+    """A temporary path beside `path` to write to; the file takes its place, flushed to disk, when the block ends without an error.
+    Raises StorageError for an OSError of the block."""
+    handle, temporary = -1, f"{path}.{secrets.token_hex(4)}.partial"
+    with writing(path):
+        try:
+            yield temporary
+            handle = os.open(temporary, os.O_RDONLY)
+            os.fsync(handle)
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+        finally:
+            if handle >= 0:
+                os.close(handle)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -45,7 +45,7 @@ def test_a_job_leaves_its_spec_with_origins_its_lineage_its_end_and_its_result(s
     folder = RunFolder(storage.corpus("full"))
     assert folder.state() == ("succeeded", "completed") and folder.read_result() == made and made["documents"] == 6
     text = (folder.path / "spec.yaml").read_text()
-    assert "context: 16  # prepare.yaml:4" in text and "val_fraction: 0.3  # --set" in text and "dedup: exact  # default" in text
+    assert "context: 16  # prepare.yaml:4" in text and "val_fraction: 0.3  # --set" in text and "exact: true  # default" in text
     assert dump(load_spec(folder.path / "spec.yaml").spec) == dump(execute.resolve(file, ["split.val_fraction=0.3"]).spec)
     assert folder.lineage()["kind"] == "prepare"
 

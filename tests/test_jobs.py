@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from distlm import cluster, jobs
+from distlm import cluster, jobs, logs
 from distlm.errors import ClusterError, InputError
 from distlm.runs import RunFolder
 from distlm.storage import Storage, write_json
@@ -148,11 +148,11 @@ def test_a_job_is_followed_inside_a_running_loop(tmp_path: Path, monkeypatch: py
     async def notebook() -> list[str]:
         found = []
         with pytest.raises(OSError, match="cut"):
-            for chunk in jobs._tail(jobs.Submission("x", "", None, tmp_path)):
+            for chunk in logs._tail(jobs.Submission("x", "", None, tmp_path)):
                 found.append(chunk)
         return found
 
-    monkeypatch.setattr(jobs, "_stream", stream)
+    monkeypatch.setattr(logs, "_stream", stream)
     assert asyncio.run(notebook()) == ["one\n", "two\n"]
     assert not [thread for thread in threading.enumerate() if thread.name == "distlm-tail"]
 

@@ -94,3 +94,32 @@ def test_a_sweep_counts_its_trials_and_a_pipeline_plans_step_by_step(storage: St
     rows = needs(storage, kind="pipeline", steps=steps)
     assert int(rows["prepare: files"].replace(",", "")) > 100 and rows["tune: trials"].startswith("3, ")
     assert rows["train: parameters"] == rows["tune: a trial's parameters"] and "address" in "".join(rows)
+
+
+@pytest.mark.parametrize("line, text", [
+    ("batch: {global_tokens: 100}", r"train\.yaml:6: batch\.global_tokens: 100 is no multiple"),
+    ("batch: {global_sequences: 100000000000, micro_sequences: 3}", r"3 does not divide .*; try 1, 2, 4, 5"),
+    ("batch: {global_sequences: 10}\nschedule: {name: wsd, warmup_steps: 50}", r"train\.yaml:7: schedule\.warmup_steps: 50 "),
+    ("batch: {global_sequences: 10}\nsharding: {deepspeed: {zero_optimisation: {}}}",
+     r"train\.yaml:7: .*no such key; did you mean zero_optim"),
+    ("batch: {global_sequences: 10}\nsharding: {deepspeed: {zero_optimization: {stagee: 2}}}",
+     r"zero_optimization\.stagee: DeepSpeed does not"),
+    ("batch: {global_sequences: 10}\nsharding: {deepspeed: {zero_optimization: 3}}", r"3 is no mapping"),
+    ("batch: {global_sequences: 10}\nsharding: {deepspeed: {torch_autocast: {enabled: true}}}", r"contradicts precision"),
+    ("batch: {global_sequences: 10}\nsharding: {deepspeed: {gradient_accumulation_steps: null}}", r"contradicts batch\.micro_sequences"),
+])
+def test_what_the_corpus_or_deepspeed_refuses_is_found_at_its_line(line: str, text: str, storage: Storage, tmp_path: Path) -> None:
+    (tmp_path / "train.yaml").write_text("kind: train\nname: x\ncorpus: c\nmodel: {preset: llama-tiny}\nduration: {epochs: 0.1}\n" + line)
+    with pytest.raises(SpecError, match=text):
+        plan.needs(resolve(tmp_path / "train.yaml"), storage)
+
+
+def test_a_large_batch_is_planned_at_once(storage: Storage) -> None:
+    given = {"kind": "train", "corpus": "c", "model": MODEL, "duration": {"steps": 1}, "batch": {"global_sequences": 99_999_999_999}}
+    assert "in a micro-batch" in needs(storage, **given)["steps"]
+
+
+def test_a_tokenizer_that_is_not_there_is_found(storage: Storage, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(InputError, match=r"tokenizer\.from"):
+        needs(storage, kind="prepare", sources=[str(tmp_path / "a.txt")], tokenizer={"from": str(tmp_path / "none")})

@@ -17,7 +17,6 @@ TRAIN: dict[str, Any] = {"corpus": "${prepare}", "model": {"preset": "llama-tiny
                          "evaluate": {"every_steps": 4, "max_windows": 4}, "scale": {"threads_per_worker": 1}}
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_pipeline_prepares_tunes_trains_and_serves_and_a_rerun_does_nothing_again(tmp_path: Path) -> None:
     storage = Storage(tmp_path / "storage")

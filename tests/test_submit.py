@@ -12,10 +12,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from distlm import head, jobs, upload
+from distlm import head, jobs, logs, upload
 from distlm.errors import InputError
 from distlm.runs import RunFolder
 from distlm.storage import Storage
+from tests.codes import INTERRUPTED
 
 SPEC = """kind: prepare
 name: words
@@ -144,7 +145,7 @@ def test_a_mistake_in_a_spec_is_found_before_anything_is_sent(up, storage, tmp_p
 def test_following_loses_and_repeats_no_line_when_the_connection_breaks(send, up):
     submission = send("count", COUNT)
     proxy = Breaking(up.dashboard_url, 1500)
-    lines = list(jobs.follow(jobs.Submission(submission.id, proxy.url, up.token_file, submission.folder)))
+    lines = list(logs.follow(jobs.Submission(submission.id, proxy.url, up.token_file, submission.folder)))
     proxy.server.close()
     assert proxy.cuts >= 2
     assert [line for line in lines if line.startswith("line")] == [f"line {i:04}" for i in range(300)]
@@ -158,7 +159,7 @@ def test_interrupting_a_follower_leaves_the_job_and_stop_ends_it(send, storage):
         assert follower.poll() is None
     follower.send_signal(signal.SIGINT)
     _, said = follower.communicate(timeout=30)
-    assert follower.returncode == 130 and "slow goes on" in said and "`distlm stop slow`" in said, said
+    assert follower.returncode in INTERRUPTED and "slow goes on" in said and "`distlm stop slow`" in said, said
     assert jobs.ray_job(submission)["status"] == "RUNNING" and jobs.locate("slow", storage).state in ("starting", "running")
 
     owner = RunFolder(storage.run("slow")).events()[-1]["owner"]["pid"]
@@ -172,7 +173,7 @@ def test_interrupting_a_follower_leaves_the_job_and_stop_ends_it(send, storage):
 
 def test_a_job_that_failed_before_it_began_is_seen_and_its_name_is_free(send, storage):
     submission = send("early", "import sys; print('no luck'); sys.exit(7)")
-    assert "no luck" in list(jobs.follow(submission))
+    assert "no luck" in list(logs.follow(submission))
     job = jobs.locate("early", storage)
     assert (job.state, job.cause) == ("failed", "internal") and "FAILED" in job.message
     jobs._check_name(RunFolder(storage.run("early")), resume=False)
@@ -209,7 +210,7 @@ def test_logs_of_a_local_job_are_followed_to_its_end(storage):
     log = folder.path / "logs" / "driver.log"
     log.parent.mkdir()
     log.write_text("one\ntw")
-    lines = jobs.driver_log(jobs.read(folder), follow=True)
+    lines = logs.driver_log(jobs.read(folder), follow=True)
     assert next(lines) == "one"
     with log.open("a") as file:
         file.write("o\nthree")

@@ -57,10 +57,13 @@ class Samples:
 
     kept: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
-    def add(self, reason: str, sample: dict[str, Any]) -> None:
+    def add(self, reason: str, sample: dict[str, Any]) -> bool:
+        """Keep the sample if there are too few as yet. Returns whether it was kept."""
         samples = self.kept.setdefault(reason, [])
         if len(samples) < MAX_SAMPLES:
             samples.append(sample)
+            return True
+        return False
 
     def merge(self, others: Iterable["Samples"], order: tuple[str, ...]) -> None:
         """Take the first of all together; `order` names the fields that they are sorted by."""

@@ -1,13 +1,23 @@
-"""What every document passes before it is kept: line ends, control characters, Unicode normal form, length."""
+"""What every document passes before it is kept: encoding, line ends, control characters, Unicode form, white space, redaction, length.
+
+    cleaned = clean(text, rules)
+    len(text.encode()) == cleaned.bytes + sum(cleaned.taken.values())
+"""
 
 import re
 import unicodedata
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
+from distlm.corpus.redact import KINDS, redact
+from distlm.errors import InputError
 from distlm.spec.prepare import Clean
 
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 """Unicode's category Cc but for tab and line feed."""
+BLANKS = re.compile(r"[^\S\n]{2,}")
+EMPTY_LINES = re.compile(r"\n{3,}")
 
 
 @dataclass(frozen=True)
@@ -16,27 +26,76 @@ class Cleaned:
 
     text: str
     bytes: int
-    control_bytes: int
-    unicode_bytes: int
-    """Negative where the normal form is the longer one."""
+    taken: dict[str, int] = field(default_factory=dict)
+    """By what took them: encoding, control_characters, unicode, whitespace, redacted_email and so on for each kind. Negative where text
+    became longer; what took nothing is not there."""
     reason: str = ""
     """`too_short`, or nothing for a document that is kept."""
+    redactions: dict[str, int] = field(default_factory=dict)
+    """Marks that were set, by kind."""
 
 
 def clean(text: str, rules: Clean) -> Cleaned:
-    """Apply the rules to a document."""
-    before = _bytes(text)
+    """Apply the rules to a document. Raises InputError where ftfy is asked for and not installed."""
+    taken: dict[str, int] = {}
+    size = _bytes(text)
+    for name, step in _steps(rules):
+        changed = step(text)
+        if changed != text:
+            text, before, size = changed, size, _bytes(changed)
+            if before != size:
+                taken[name] = before - size
+    redactions: Counter[str] = Counter()
+    for kind in KINDS:
+        if kind in rules.redact:
+            text, found = redact(text, (kind,))
+            if found:
+                redactions += found
+                before, size = size, _bytes(text)
+                if before != size:
+                    taken[f"redacted_{kind}"] = before - size
+    return Cleaned(text, size, taken, "too_short" if len(text) < rules.min_chars else "", dict(redactions))
+
+
+def _steps(rules: Clean) -> list[tuple[str, Callable[[str], str]]]:
+    """In their order: wrongly decoded text may hold control characters, and what is composed may be white space."""
+    steps: list[tuple[str, Callable[[str], str]]] = []
+    if rules.fix_encoding:
+        steps.append(("encoding", _mend))
     if rules.control_characters == "remove":
-        if "\r" in text:
-            text = text.replace("\r\n", "\n").replace("\r", "\n")
-        if CONTROL.search(text):
-            text = CONTROL.sub("", text)
-    between = _bytes(text)
-    after = between
-    if rules.unicode != "none" and not text.isascii():
-        text = unicodedata.normalize(rules.unicode, text)
-        after = _bytes(text)
-    return Cleaned(text, after, before - between, between - after, "too_short" if len(text) < rules.min_chars else "")
+        steps.append(("control_characters", _without_control))
+    if rules.unicode != "none":
+        form = rules.unicode
+        steps.append(("unicode", lambda text: text if text.isascii() else unicodedata.normalize(form, text)))
+    if rules.whitespace != "keep":
+        steps.append(("whitespace", _trimmed if rules.whitespace == "trim" else _collapsed))
+    return steps
+
+
+def _mend(text: str) -> str:
+    """Undo a wrong decoding, line by line, and nothing else of what ftfy can do: quotes, ligatures and widths stay as they are."""
+    if text.isascii():
+        return text
+    try:
+        import ftfy
+    except ImportError:
+        raise InputError("ftfy is not installed", where="clean.fix_encoding", remedy="pip install distlm[text]") from None
+    return ftfy.fix_text(text, unescape_html=False, remove_terminal_escapes=False, fix_latin_ligatures=False, fix_character_width=False,
+                         uncurl_quotes=False, fix_line_breaks=False, fix_surrogates=False, remove_control_chars=False, normalization=None)
+
+
+def _without_control(text: str) -> str:
+    if "\r" in text:
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+    return CONTROL.sub("", text)
+
+
+def _trimmed(text: str) -> str:
+    return "\n".join(map(str.rstrip, text.split("\n"))).strip()
+
+
+def _collapsed(text: str) -> str:
+    return EMPTY_LINES.sub("\n\n", BLANKS.sub(" ", _trimmed(text)))
 
 
 def _bytes(text: str) -> int:

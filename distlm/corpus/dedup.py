@@ -3,6 +3,7 @@
 Equal texts have equal order keys, so they meet in one partition, side by side: nothing is shared between tasks, and no copy survives.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,9 +13,11 @@ import pyarrow.compute as pc
 from distlm.corpus.accounts import SAMPLE_CHARS, Account, Samples, Step, account, add
 from distlm.corpus.documents import SCHEMA
 from distlm.corpus.split import SplitRule, first_held_out
-from distlm.storage import writing
+from distlm.storage import replacing
 
 BATCH_ROWS = 256
+KEPT = ["hash", "file", "record", "id", "meta", "reasons", "text"]
+"""The columns of a partition of documents."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class SortResult:
     """What is left of the partition. The step `split` takes in what `dedup` gives out."""
 
     dedup: Step = field(default_factory=lambda: Step("dedup"))
-    splits: dict[str, Account] = field(default_factory=lambda: {"train": account(), "val": account()})
+    splits: dict[str, Account] = field(default_factory=dict)
     samples: Samples = field(default_factory=Samples)
     """Of duplicates, in the order of the documents: (file, record) of the copy that is dropped and of the one that is kept."""
     next_val: bytes = b""
@@ -58,12 +61,23 @@ def sort_partition(task: SortTask) -> SortResult:
             continue
         kept.append(row)
         add(result.dedup.given, 1, sizes[row])
-        add(result.splits["val" if task.rule.is_val(hashes[row]) else "train"], 1, sizes[row])
-    result.next_val = first_held_out(hashes[row] for row in kept if not task.rule.is_val(hashes[row]))
-    documents = table.select(["hash", "text"]).take(pa.array(kept, pa.int64()))
-    with writing(task.output), pa.OSFile(str(task.output), "wb") as file, pa.ipc.new_file(file, documents.schema) as writer:
-        writer.write_table(documents, max_chunksize=BATCH_ROWS)
+    result.splits, result.next_val = count_splits([hashes[row] for row in kept], [sizes[row] for row in kept], task.rule)
+    write_partition(task.output, table.select(KEPT).take(pa.array(kept, pa.int64())))
     return result
+
+
+def count_splits(hashes: Sequence[bytes], sizes: Sequence[int], rule: SplitRule) -> tuple[dict[str, Account], bytes]:
+    """(documents and bytes by split, the hash of the training document that would be held out first)."""
+    splits = {name: account() for name in rule.names}
+    for content, size in zip(hashes, sizes, strict=True):
+        add(splits[rule.of(content)], 1, size)
+    return splits, first_held_out(content for content in hashes if rule.of(content) == "train")
+
+
+def write_partition(path: Path, documents: pa.Table) -> None:
+    """Put documents in order where the next task finds them. Raises StorageError."""
+    with replacing(path) as partial, pa.OSFile(partial, "wb") as file, pa.ipc.new_file(file, documents.schema) as writer:
+        writer.write_table(documents, max_chunksize=BATCH_ROWS)
 
 
 def _batch(path: Path, number: int) -> pa.RecordBatch:

@@ -1,8 +1,10 @@
-"""The first task: read files, clean their documents, and put them on the scratch folder by the range of their order keys.
+"""The first task: read files, clean and filter their documents, and put them on the scratch folder by the range of their order keys.
 
 Every file that this writes has one Arrow record batch per partition, so that the next task finds its partition in each by number.
 """
 
+import json
+import pickle
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,14 +14,20 @@ import pyarrow as pa
 
 from distlm.corpus.accounts import SAMPLE_CHARS, Samples, Step, add
 from distlm.corpus.clean import clean
-from distlm.corpus.read import Reader, Record, TextFile
+from distlm.corpus.decontaminate import Evaluations, Found
+from distlm.corpus.files import TextFile, find_files
+from distlm.corpus.filters import Filters
+from distlm.corpus.read import Reader, Record
 from distlm.corpus.split import HASH_BYTES, content_hash, order_key, partition
-from distlm.spec.prepare import Clean
-from distlm.storage import writing
+from distlm.corpus.tokenizer import check_given
+from distlm.spec.prepare import Clean, Filter, PrepareSpec
+from distlm.storage import replacing
 
 SCHEMA = pa.schema([("key", pa.binary(HASH_BYTES)), ("hash", pa.binary(HASH_BYTES)), ("file", pa.int32()), ("record", pa.int64()),
-                    ("text", pa.large_string())])
+                    ("id", pa.string()), ("meta", pa.string()), ("reasons", pa.list_(pa.string())), ("text", pa.large_string())])
+"""`meta`: JSON, empty where there is none. `reasons`: what the filters say of a document that stays nevertheless."""
 BUFFER_BYTES = 32 << 20
+WAITING_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -29,7 +37,10 @@ class ReadTask:
     number: int
     first: int
     files: list[TextFile]
-    rules: Clean
+    clean: Clean
+    filter: Filter
+    evaluations: Path | None
+    """A pickle of Evaluations: too large to go along with each task."""
     seed: int
     partitions: int
     scratch: Path
@@ -41,8 +52,18 @@ class ReadResult:
 
     read: Step = field(default_factory=lambda: Step("read"))
     clean: Step = field(default_factory=lambda: Step("clean"))
+    filter: Step = field(default_factory=lambda: Step("filter"))
+    decontaminate: Step = field(default_factory=lambda: Step("decontaminate"))
+    annotated: Counter[str] = field(default_factory=Counter)
+    """Documents that stay although a filter has something to say of them, by reason."""
+    redactions: Counter[str] = field(default_factory=Counter)
+    """What was redacted, by kind."""
+    found: Found = field(default_factory=Found)
+    """What the documents shared with evaluation texts."""
+    kept: Counter[int] = field(default_factory=Counter)
+    """Documents that go on, by the number of their file."""
     facts: list[dict[str, Any]] = field(default_factory=list)
-    """Per file: number, bytes, xxh3, documents that were kept."""
+    """Per file: number, bytes, xxh3."""
     samples: Samples = field(default_factory=Samples)
     objects: Counter[int] = field(default_factory=Counter)
     """Per source, the JSON objects and rows that were read, and those that have the text field."""
@@ -51,51 +72,114 @@ class ReadResult:
     parts: list[Path] = field(default_factory=list)
 
 
+def check(spec: PrepareSpec) -> list[TextFile]:
+    """The files of a prepare job. Raises InputError for what it names and what is not there or not installed, before any work."""
+    files = find_files(spec.sources)
+    check_given(spec.tokenizer)
+    clean("text", spec.clean)
+    Filters(spec.filter)
+    if spec.decontaminate:
+        Evaluations.read(spec.decontaminate)
+    return files
+
+
 def read_documents(task: ReadTask) -> ReadResult:
-    """Read and clean. Raises StorageError where the scratch folder cannot be written."""
-    result = ReadResult()
-    store = _Store(task)
+    """Read, clean and filter. Raises StorageError where the scratch folder cannot be written, CorpusError for a filter of the user's
+    that fails."""
+    job = _Read(task)
     for number, file in enumerate(task.files, task.first):
-        reader = Reader(file, task.rules.max_document_bytes)
-        kept = 0
+        job.read(number, file)
+    job.decontaminate()
+    job.store.flush()
+    job.result.parts = job.store.parts
+    return job.result
+
+
+@dataclass(frozen=True)
+class _Document:
+    """One that has passed the filters."""
+
+    record: Record
+    file: TextFile
+    number: int
+    text: str
+    bytes: int
+    reasons: list[str]
+
+
+class _Read:
+    """The documents of one task on their way, in the order of the steps."""
+
+    def __init__(self, task: ReadTask) -> None:
+        self.task, self.result, self.store, self.filters = task, ReadResult(), _Store(task), Filters(task.filter)
+        self.evaluations: Evaluations | None = pickle.loads(task.evaluations.read_bytes()) if task.evaluations else None
+        self.waiting: list[_Document] = []
+        self.waiting_bytes = 0
+
+    def read(self, number: int, file: TextFile) -> None:
+        """Take in a file: what was read, and what of it is a document."""
+        result, reader = self.result, Reader(file, self.task.clean.max_document_bytes)
         for record in reader.records():
-            kept += _take(record, number, file, task, result, store)
+            result.read.taken["documents"] += record.documents
+            if record.reason:
+                self._reject(result.read, record.reason, record, file, number, record.documents, record.bytes, {"detail": record.detail})
+            elif record.documents:
+                self._clean(record, file, number)
+            else:
+                result.read.reject("markup", 0, record.bytes)
         result.read.taken["bytes"] += reader.stream_bytes
-        result.facts.append({"number": number, "bytes": reader.raw_bytes, "xxh3": reader.digest.hexdigest(), "documents": kept})
+        result.facts.append({"number": number, "bytes": reader.raw_bytes, "xxh3": reader.digest.hexdigest()})
         result.objects[file.source] += reader.objects
         result.with_key[file.source] += reader.with_key
         result.keys.setdefault(file.source, reader.keys)
-    store.flush()
-    result.parts = store.parts
-    return result
 
+    def _clean(self, record: Record, file: TextFile, number: int) -> None:
+        size = len(record.text) if record.text.isascii() else len(record.text.encode())
+        self.result.read.reject("markup", 0, record.bytes - size)
+        add(self.result.read.given, 1, size)
+        step = self.result.clean
+        add(step.taken, 1, size)
+        cleaned = clean(record.text, self.task.clean)
+        for name, taken in cleaned.taken.items():
+            step.reject(name, 0, taken)
+        self.result.redactions.update(cleaned.redactions)
+        sample = {"text": cleaned.text[:SAMPLE_CHARS]}
+        if cleaned.reason:
+            self._reject(step, cleaned.reason, record, file, number, 1, cleaned.bytes, sample)
+            return
+        add(step.given, 1, cleaned.bytes)
+        step = self.result.filter
+        add(step.taken, 1, cleaned.bytes)
+        reasons = self.filters.reasons(cleaned.text, path=file.name)
+        if reasons and self.task.filter.mode == "drop":
+            self._reject(step, reasons[0], record, file, number, 1, cleaned.bytes, sample)
+            return
+        add(step.given, 1, cleaned.bytes)
+        self.result.annotated.update(reasons)
+        self.waiting.append(_Document(record, file, number, cleaned.text, cleaned.bytes, reasons))
+        self.waiting_bytes += cleaned.bytes
+        if self.waiting_bytes >= WAITING_BYTES:
+            self.decontaminate()
 
-def _take(record: Record, number: int, file: TextFile, task: ReadTask, result: ReadResult, store: "_Store") -> int:
-    """Account for a record, and store it if it is kept: 1, else 0."""
-    result.read.taken["documents"] += record.documents
-    if record.reason:
-        result.read.reject(record.reason, record.documents, record.bytes)
-        result.samples.add(record.reason, {"number": number, "source": file.name, "record": record.number, "bytes": record.bytes,
-                                           "detail": record.detail})
-        return 0
-    if not record.documents:
-        result.read.reject("markup", 0, record.bytes)
-        return 0
-    size = len(record.text) if record.text.isascii() else len(record.text.encode())
-    result.read.reject("markup", 0, record.bytes - size)
-    for step_side in (result.read.given, result.clean.taken):
-        add(step_side, 1, size)
-    document = clean(record.text, task.rules)
-    result.clean.reject("control_characters", 0, document.control_bytes)
-    result.clean.reject("unicode", 0, document.unicode_bytes)
-    if document.reason:
-        result.clean.reject(document.reason, 1, document.bytes)
-        result.samples.add(document.reason, {"number": number, "source": file.name, "record": record.number, "bytes": document.bytes,
-                                             "text": document.text[:SAMPLE_CHARS]})
-        return 0
-    add(result.clean.given, 1, document.bytes)
-    store.add(number, record.number, document.text, document.bytes)
-    return 1
+    def decontaminate(self) -> None:
+        """Pass on what waits, but for documents that hold a part of an evaluation text: they are looked at many at a time."""
+        step, evaluations = self.result.decontaminate, self.evaluations
+        hits = evaluations.hits_each([one.text for one in self.waiting], self.result.found) if evaluations else [{} for _ in self.waiting]
+        for one, found in zip(self.waiting, hits, strict=True):
+            add(step.taken, 1, one.bytes)
+            if found:
+                self._reject(step, f"contaminated_{min(found)}", one.record, one.file, one.number, 1, one.bytes,
+                             {"text": one.text[:SAMPLE_CHARS]})
+                continue
+            add(step.given, 1, one.bytes)
+            self.result.kept[one.number] += 1
+            self.store.add(one)
+        self.waiting, self.waiting_bytes = [], 0
+
+    def _reject(self, step: Step, reason: str, record: Record, file: TextFile, number: int, documents: int, size: int,
+                sample: dict[str, Any]) -> None:
+        step.reject(reason, documents, size)
+        self.result.samples.add(reason, {"number": number, "source": file.name, "record": record.number, "bytes": size, **sample})
 
 
 class _Store:
@@ -103,13 +187,15 @@ class _Store:
 
     def __init__(self, task: ReadTask) -> None:
         self.task, self.parts, self.held = task, list[Path](), 0
-        self.rows: list[list[tuple[bytes, bytes, int, int, str]]] = [[] for _ in range(task.partitions)]
+        self.rows: list[list[tuple[Any, ...]]] = [[] for _ in range(task.partitions)]
 
-    def add(self, file: int, record: int, text: str, size: int) -> None:
-        content = content_hash(text.encode())
+    def add(self, one: _Document) -> None:
+        content = content_hash(one.text.encode())
         key = order_key(content, self.task.seed)
-        self.rows[partition(key, self.task.partitions)].append((key, content, file, record, text))
-        self.held += size + 100
+        meta = json.dumps(one.record.meta, sort_keys=True, ensure_ascii=False) if one.record.meta else ""
+        self.rows[partition(key, self.task.partitions)].append(
+            (key, content, one.number, one.record.number, one.record.id, meta, one.reasons, one.text))
+        self.held += one.bytes + len(meta) + 200
         if self.held >= BUFFER_BYTES:
             self.flush()
 
@@ -117,7 +203,7 @@ class _Store:
         if not self.held:
             return
         path = self.task.scratch / f"read-{self.task.number:06d}-{len(self.parts):04d}.arrow"
-        with writing(path), pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
+        with replacing(path) as partial, pa.OSFile(partial, "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
             for rows in self.rows:
                 columns = list(zip(*rows, strict=True)) or [()] * len(SCHEMA)
                 writer.write_batch(pa.record_batch([pa.array(column, kind.type) for column, kind in zip(columns, SCHEMA, strict=True)],

@@ -106,7 +106,8 @@ def manifest_hash(path: Path | str) -> str:
 
 
 def verify(path: Path | str) -> Manifest:
-    """Check the size and the hash of every shard and of the tokenizer. Raises CorpusError for the first that differs."""
+    """Check the size and the hash of every shard, of the tokenizer and of the list of documents. Raises CorpusError for the first that
+    differs."""
     manifest = read_manifest(path)
     check_balance(manifest.data["steps"], str(path))
     for split in manifest.splits.values():
@@ -123,6 +124,10 @@ def verify(path: Path | str) -> Manifest:
             raise CorpusError("the windows of the shards do not add up", where=str(manifest.path / FILE), remedy="prepare the corpus again")
     if tokenizer_hash(manifest.tokenizer) != manifest.data["tokenizer"]["hash"]:
         raise CorpusError("the tokenizer has been changed", where=str(manifest.tokenizer), remedy="prepare the corpus again")
+    if listed := manifest.data.get("documents"):
+        file = manifest.path / listed["file"]
+        if not file.is_file() or file_xxh3(file) != listed["xxh3"]:
+            raise CorpusError("the list of documents is missing or has been changed", where=str(file), remedy="prepare the corpus again")
     return manifest
 
 

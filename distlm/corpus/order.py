@@ -41,22 +41,22 @@ class Order:
         return shards, rows
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=64)
 def _shard_order(sizes: tuple[int, ...], seed: int, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     order = _permutation(len(sizes), seed, epoch, 0)
     starts = np.concatenate([[0], np.cumsum(np.asarray(sizes, dtype=np.int64)[order])[:-1]])
     return order, starts
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
 def _permutation(size: int, seed: int, epoch: int, stream: int) -> NDArray[np.int64]:
     """int64[size]: positions sorted by a hash, so that it never changes with a library's version."""
     with np.errstate(over="ignore"):
-        key = _mix(_mix(_mix(np.uint64(seed) + GOLDEN) + np.uint64(epoch)) + np.uint64(stream))
-        return np.argsort(_mix(key + GOLDEN * np.arange(1, size + 1, dtype=np.uint64)), kind="stable").astype(np.int64)
+        key = hash64(hash64(hash64(np.uint64(seed) + GOLDEN) + np.uint64(epoch)) + np.uint64(stream))
+        return np.argsort(hash64(key + GOLDEN * np.arange(1, size + 1, dtype=np.uint64)), kind="stable").astype(np.int64)
 
 
-def _mix(x: NDArray[np.uint64] | np.uint64) -> NDArray[np.uint64]:
+def hash64(x: NDArray[np.uint64] | np.uint64) -> NDArray[np.uint64]:
     """splitmix64's finaliser (Steele, Lea and Flood 2014), a bijection of uint64."""
     y = np.asarray(x, dtype=np.uint64)
     y = (y ^ (y >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -4,7 +4,6 @@ The documents of a split follow each other in order, each with its end token. A 
 token of the one before, so that every token but the first is predicted once. What is left at the end and fills no window is counted.
 """
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import pyarrow as pa
 import xxhash
 
 from distlm.corpus.manifest import Shard
-from distlm.storage import writing
+from distlm.storage import replacing
 
 
 @dataclass(frozen=True)
@@ -49,10 +48,8 @@ def write_shard(task: PackTask) -> Shard:
             tokens.append(np.load(f"{path}.npy", mmap_mode="r")[low - offset:high - offset])
             starts.append(np.load(f"{path}-starts.npy") + offset)
     data = shard_bytes(np.concatenate(tokens), np.concatenate(starts) - begin, task.windows, task.context, task.dtype)
-    with writing(task.folder / task.file), open(task.folder / task.file, "wb") as file:
+    with replacing(task.folder / task.file) as partial, open(partial, "wb") as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
     return Shard(task.file, task.windows, len(data), xxhash.xxh3_64(data).hexdigest())
 
 

@@ -8,38 +8,69 @@ dealt to tasks nor on how many ran at a time. What the corpus will hold is made 
 the manifest is written last: a folder without one is no corpus.
 """
 
+import functools
+import importlib
 import json
 import os
-import secrets
+import pickle
 import shutil
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import ray
 import xxhash
 
 from distlm import __version__
-from distlm.corpus.accounts import Samples, Step, account, add, write_rejects
-from distlm.corpus.dedup import SortTask, sort_partition
-from distlm.corpus.documents import ReadResult, ReadTask, read_documents
+from distlm.corpus import fuzzy
+from distlm.corpus.accounts import Account, Samples, Step, account, add, write_rejects
+from distlm.corpus.decontaminate import Evaluations, Found
+from distlm.corpus.dedup import BATCH_ROWS, SortTask, sort_partition
+from distlm.corpus.documents import ReadResult, ReadTask, check, read_documents
+from distlm.corpus.files import TextFile, source_name
 from distlm.corpus.manifest import FILE, Manifest, Shard, file_xxh3, manifest_hash, read_manifest, tokenizer_hash, verify, write_manifest
 from distlm.corpus.pack import PackTask, num_windows, write_shard
-from distlm.corpus.read import TextFile, find_files, source_name
-from distlm.corpus.split import SplitRule, first_held_out
+from distlm.corpus.paragraphs import REASON
+from distlm.corpus.refine import (
+    HashTask,
+    RefineResult,
+    RefineTask,
+    RepeatTask,
+    ShortenTask,
+    find_repeats,
+    hash_paragraphs,
+    refine_partition,
+    shorten_partition,
+)
+from distlm.corpus.report import write_report
+from distlm.corpus.split import HASH_BYTES, SplitRule, first_held_out
 from distlm.corpus.spread import spread
-from distlm.corpus.tokenizer import Encoded, EncodeTask, Vocabulary, VocabularyTask, check_given, encode_partition, make_tokenizer
-from distlm.errors import CorpusError, DistlmError
+from distlm.corpus.tokenizer import Encoded, EncodeTask, Vocabulary, VocabularyTask, encode_partition, make_tokenizer
+from distlm.errors import CorpusError, DistlmError, InputError
 from distlm.progress import Progress
 from distlm.runs import RunFolder
 from distlm.spec import PrepareSpec
 from distlm.spec.load import dump, nearest
-from distlm.storage import Storage, write_atomic, writing
+from distlm.spec.prepare import Filter
+from distlm.storage import Storage, replacing, write_atomic, writing
 
-SPLITS = ("train", "val")
-MADE = (FILE, "train", "val", "tokenizer", "sources.jsonl", ".scratch-*", "rejects")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+STAGES = ("read", "sort", "sign_partition", "pair_bucket", "confirm", "refine", "hash_paragraphs", "find_repeats", "shorten", "vocabulary",
+          "encode", "pack")
+MADE = (FILE, "train", "val", "test", "tokenizer", "sources.jsonl", "documents.parquet", "report.html", "rejects")
 """What a prepare job makes, the manifest first: it goes first where the rest is to be made again."""
+DOCUMENTS = pa.schema([("hash", pa.binary(HASH_BYTES)), ("source", pa.string()), ("record", pa.int64()), ("id", pa.string()),
+                       ("meta", pa.string()), ("split", pa.string()), ("bytes", pa.int64()), ("tokens", pa.int64()),
+                       ("reasons", pa.list_(pa.string()))])
+"""The columns of documents.parquet."""
+ROW_GROUP = 1 << 16
+RANGE_BYTES = 1 << 30
+"""Text whose paragraphs one task holds the hashes of."""
 READ_BYTES = 16 << 20
 PARTITION_BYTES = 8 << 20
 MAX_FILES_PER_TASK = 2000
@@ -50,24 +81,32 @@ def prepare(spec: PrepareSpec, folder: RunFolder, storage: Storage, progress: Pr
 
     Raises InputError before any work, CorpusError for text that cannot become a corpus, StorageError.
     """
-    files = find_files(spec.sources)
-    check_given(spec.tokenizer)
+    files = check(spec)
     if _is_complete(spec, folder.path, files):
         progress.note("the corpus is complete, and its sources are as they were: nothing to do")
+        _clear(folder.path, ".scratch-*")
         return outputs(read_manifest(folder.path))
-    _clear(folder.path, *MADE)
     job = _Prepare(spec, folder.path, progress, files, spec.workers or _default_workers())
+    _take_back(folder.path, job.scratch)
+    _clear(folder.path, *MADE, but=job.scratch)
     try:
         with writing(job.scratch):
-            for name in ("tokenizer", *SPLITS):
-                (job.scratch / name).mkdir(parents=True)
+            for name in ("tokenizer", *job.rule.names, *STAGES):
+                (job.scratch / name).mkdir(parents=True, exist_ok=True)
         job.read()
         job.sort()
+        job.drop_near_duplicates()
+        job.drop_paragraphs()
+        job.hold_out()
         vocabulary = job.make_vocabulary()
         shards = job.pack(vocabulary, job.encode(vocabulary))
         job.commit(vocabulary, shards)
-    except BaseException:
-        _clear(folder.path, *MADE[:-1])                    # the samples of what was rejected may say why
+    except (CorpusError, InputError):                      # it would fail again; the samples of what was rejected may say why
+        _clear(folder.path, *MADE[:-1], ".scratch-*")
+        raise
+    except BaseException:                                  # what is done is done: the next attempt goes on with it
+        _take_back(folder.path, job.scratch)
+        _clear(folder.path, *MADE[:-1])
         raise
     _clear(folder.path, ".scratch-*")
     return outputs(read_manifest(folder.path))
@@ -75,12 +114,13 @@ def prepare(spec: PrepareSpec, folder: RunFolder, storage: Storage, progress: Pr
 
 def outputs(manifest: Manifest) -> dict[str, Any]:
     """What a prepare job hands to the jobs that follow."""
-    train, val = (manifest.splits[name] for name in SPLITS)
+    splits = manifest.splits
     rejected = {reason: lost["documents"] for step in manifest.data["steps"] for reason, lost in step["rejected"].items()
                 if lost["documents"]}
-    return {"": str(manifest.path), "documents": train.documents + val.documents, "bytes": train.bytes + val.bytes,
-            "tokens": train.tokens + val.tokens, "train_tokens": train.tokens, "val_tokens": val.tokens, "train_bytes": train.bytes,
-            "val_bytes": val.bytes, "train_windows": train.windows, "val_windows": val.windows, "vocab_size": manifest.vocab_size,
+    totals = {unit: sum(getattr(split, unit) for split in splits.values()) for unit in ("documents", "bytes", "tokens")}
+    return {"": str(manifest.path), **totals,
+            **{f"{name}_{unit}": getattr(split, unit) for unit in ("tokens", "bytes", "windows") for name, split in splits.items()},
+            "vocab_size": manifest.vocab_size,
             "rejected": sum(rejected.values()), **{f"rejected.{reason}": count for reason, count in sorted(rejected.items())},
             "manifest_hash": manifest_hash(manifest.path)}
 
@@ -90,7 +130,17 @@ def parameters(spec: PrepareSpec) -> dict[str, Any]:
     data = dump(spec)
     given = {"from": tokenizer_hash(Path(spec.tokenizer.source).expanduser())} if spec.tokenizer.source else \
         {key: data["tokenizer"][key] for key in ("vocab_size", "sample_bytes")} | {"train": spec.tokenizer.train or "bpe"}
-    return {key: data[key] for key in ("clean", "dedup", "split", "context", "shard_windows", "seed")} | {"tokenizer": given}
+    contents: dict[str, str] = {}                          # of what the spec names by its place, which is another on other hosts
+    if spec.filter.language and spec.filter.language.model:
+        data["filter"]["language"].pop("model")
+        contents["language"] = file_xxh3(Path(spec.filter.language.model).expanduser())
+    if spec.filter.function:
+        contents["function"] = file_xxh3(Path(importlib.import_module(spec.filter.function.split(":")[0]).__file__ or os.devnull))
+    if spec.decontaminate:
+        data["decontaminate"]["against"] = sorted(spec.decontaminate.against)
+        contents["evaluations"] = Evaluations.read(spec.decontaminate).hash()
+    return {key: data[key] for key in ("clean", "filter", "decontaminate", "dedup", "split", "context", "shard_windows", "seed")} | \
+        {"tokenizer": given} | ({"contents": contents} if contents else {})
 
 
 @dataclass
@@ -105,80 +155,184 @@ class _Prepare:
     steps: list[Step] = field(default_factory=list)
     facts: list[dict[str, Any]] = field(default_factory=list)
     samples: Samples = field(default_factory=Samples)
+    annotated: Counter[str] = field(default_factory=Counter)
+    redactions: Counter[str] = field(default_factory=Counter)
+    found: Found = field(default_factory=Found)
     parts: list[Path] = field(default_factory=list)
-    rule: SplitRule = field(default_factory=lambda: SplitRule(0))
+    splits: dict[str, Account] = field(default_factory=dict)
+    candidates: list[bytes] = field(default_factory=list)
+    rule: SplitRule = field(init=False)
+    figures: dict[str, Any] = field(default_factory=dict)
+    """What the manifest tells beside the accounts."""
     partitions: list[Path] = field(default_factory=list)
-    token: str = field(default_factory=lambda: secrets.token_hex(4))
 
-    @property
+    def __post_init__(self) -> None:
+        self.rule = SplitRule(self.spec.split.val_fraction, self.spec.split.test_fraction)
+
+    @functools.cached_property
+    def evaluations(self) -> Evaluations | None:
+        return Evaluations.read(self.spec.decontaminate) if self.spec.decontaminate else None
+
+    @functools.cached_property
     def scratch(self) -> Path:
-        """A folder of this attempt alone: a task of a failed one may still be writing to its own."""
-        return self.folder / f".scratch-{self.token}"
+        """A folder of these rules and files alone: another attempt at the same finds there what this one has done. Every file in it
+        is replaced whole, so that a task of a failed attempt that still runs does no harm."""
+        files = [(file.path, file.format, file.bytes, _modified(file.path)) for file in self.files]
+        sources = [source.model_dump() for source in self.spec.sources]
+        about = json.dumps([__version__, parameters(self.spec), sources, files]).encode()
+        return self.folder / f".scratch-{xxhash.xxh3_64_hexdigest(about)}"
+
+    def each(self, stage: str, function: Callable[[Item], Result], items: Sequence[Item], workers: int | None = None) -> \
+            Iterator[tuple[int, Result]]:
+        """`spread`, with what an earlier attempt has done."""
+        done = sum(1 for _ in (self.scratch / stage).glob("*.pickle"))
+        if done:
+            self.progress.note(f"{stage}: {done:,} of {len(items):,} parts are done already")
+        return spread(function, items, workers or self.workers, self.scratch / stage)
 
     def read(self) -> None:
         """Read and clean every file."""
         size = sum(file.bytes for file in self.files)
         self.partitions = [self.scratch / f"sorted-{i:04d}.arrow" for i in range(min(1024, max(8, size // PARTITION_BYTES)))]
-        tasks = [ReadTask(i, first, self.files[first:last], self.spec.clean, self.spec.seed, len(self.partitions), self.scratch)
+        evaluations = None
+        if self.evaluations:
+            evaluations = self.scratch / "evaluations.pickle"
+            write_atomic(evaluations, pickle.dumps(self.evaluations))
+        tasks = [ReadTask(i, first, self.files[first:last], self.spec.clean, self.spec.filter, evaluations, self.spec.seed,
+                          len(self.partitions), self.scratch)
                  for i, (first, last) in enumerate(_groups(self.files, min(READ_BYTES, max(1 << 20, size // 16))))]
         results: list[ReadResult | None] = [None] * len(tasks)
         done = documents = 0
-        for i, result in spread(read_documents, tasks, self.workers):
+        for i, result in self.each("read", read_documents, tasks):
             results[i] = result
-            done, documents = done + len(result.facts), documents + result.clean.given["documents"]
+            done, documents = done + len(result.facts), documents + result.decontaminate.given["documents"]
             self.progress.update("files", done, len(self.files), documents=documents)
         complete = [result for result in results if result is not None]
-        read, clean = Step("read"), Step("clean")
+        read, clean, filtered, clear = Step("read"), Step("clean"), Step("filter"), Step("decontaminate")
         for result in complete:
-            read.merge(result.read)
-            clean.merge(result.clean)
-            self.facts += result.facts
+            for whole, part in ((read, result.read), (clean, result.clean), (filtered, result.filter), (clear, result.decontaminate)):
+                whole.merge(part)
+            self.facts += [{**fact, "documents": result.kept[fact["number"]]} for fact in result.facts]
+            self.found.merge(result.found)
             self.parts += result.parts
+            self.annotated.update(result.annotated)
+            self.redactions.update(result.redactions)
         self.steps += [read, clean]
+        if self.spec.filter != Filter():
+            self.steps.append(filtered)
+        if self.spec.decontaminate:
+            self.steps.append(clear)
         self.samples.merge((result.samples for result in complete), ("number", "record"))
         self._write_rejects()
-        self._note_rejects(read, clean)
+        self._note_rejects(*self.steps)
         self._check_keys(complete)
-        if not clean.given["documents"]:
-            reasons = {reason: lost["documents"] for step in (read, clean) for reason, lost in step.rejected.items() if lost["documents"]}
+        if self.annotated:
+            self.figures["annotated"] = dict(sorted(self.annotated.items()))
+        if self.redactions:
+            self.figures["redactions"] = dict(sorted(self.redactions.items()))
+        if self.evaluations:
+            self.figures["decontamination"] = self.evaluations.report(self.found)
+        if not clear.given["documents"]:
+            reasons = {reason: lost["documents"] for step in self.steps for reason, lost in step.rejected.items() if lost["documents"]}
             raise CorpusError(f"no document is left of {read.taken['documents']:,}: "
                               + ", ".join(f"{count:,} {reason}" for reason, count in reasons.items()),
                               where=", ".join(source.path for source in self.spec.sources), remedy=f"{self.folder}/rejects shows samples")
 
     def sort(self) -> None:
-        """Bring the documents into order, drop duplicates, and decide what is held out."""
-        rule = SplitRule(self.spec.split.val_fraction)
-        tasks = [SortTask(i, self.parts, self.spec.dedup == "exact", rule, path) for i, path in enumerate(self.partitions)]
-        dedup, split = Step("dedup"), {name: account() for name in SPLITS}
-        found = {"duplicate": list[dict[str, Any]]()}
-        candidates: list[bytes] = []
-        for _, result in spread(sort_partition, tasks, self.workers):
+        """Bring the documents into order, and drop those of equal text."""
+        tasks = [SortTask(i, self.parts, self.spec.dedup.exact, self.rule, path) for i, path in enumerate(self.partitions)]
+        dedup, found = Step("dedup"), Samples()
+        for _, result in self.each("sort", sort_partition, tasks):
             dedup.merge(result.dedup)
-            for name in SPLITS:
-                add(split[name], result.splits[name]["documents"], result.splits[name]["bytes"])
-            found["duplicate"] += result.samples.kept.get("duplicate", [])
-            if result.next_val:
-                candidates.append(result.next_val)
-        if rule.val_fraction and not split["val"]["documents"]:
-            if dedup.given["documents"] > 1:
-                rule = SplitRule(rule.val_fraction, first_held_out(candidates))
-                self.progress.note(f"val_fraction {rule.val_fraction} of {dedup.given['documents']} documents is none: one is held out, so "
+            self._count(result.splits, result.next_val)
+            found.merge([result.samples], ("key", "place"))
+        for sample in found.kept.get("duplicate", []):
+            names = {key: {"source": self.files[sample[key][0]].name, "record": sample[key][1]} for key in ("place", "same_as")}
+            self.samples.add("duplicate", names["place"] | {"bytes": sample["bytes"], "same_as": names["same_as"], "text": sample["text"]})
+        self.steps.append(dedup)
+        self._note_rejects(dedup)
+
+    def drop_near_duplicates(self) -> None:
+        """Drop what is nearly equal to an earlier document."""
+        rules = self.spec.dedup.fuzzy
+        if rules is None:
+            return
+        least = fuzzy.min_similarity(rules)
+        self.progress.note(f"near-duplicates from a similarity of {least:.3f} on: at 0.7, 0.8, 0.9 they are found with a probability of "
+                           + ", ".join(f"{fuzzy.probability(s, rules.bands, rules.rows):.3f}" for s in (0.7, 0.8, 0.9)))
+        found = fuzzy.near_duplicates(self.partitions, rules, self.scratch, lambda function, tasks: self.each(
+            function.__name__, function, tasks))
+        outputs = self._outputs("unique")
+        tasks = [RefineTask(i, path, found.dropped[i], self.rule, outputs[i]) for i, path in enumerate(self.partitions)]
+        self._refine("refine", refine_partition, tasks, "near_duplicate")
+        self.figures["fuzzy"] = {"min_similarity": round(least, 6), "documents": found.documents, "candidates": found.candidates,
+                                 "pairs": found.pairs, "clusters": found.clusters, "largest": found.largest}
+        self.partitions = outputs
+
+    def drop_paragraphs(self) -> None:
+        """Drop the paragraphs that an earlier document holds."""
+        if self.spec.dedup.paragraphs is None:
+            return
+        least, count = self.spec.dedup.paragraphs, len(self.partitions)
+        ranges = max(1, self.steps[-1].given["bytes"] // RANGE_BYTES)
+        hashed = [HashTask(i, path, least, ranges, self.scratch) for i, path in enumerate(self.partitions)]
+        paragraphs = sum(found for _, found in self.each("hash_paragraphs", hash_paragraphs, hashed))
+        repeated = sum(found for _, found in self.each("find_repeats", find_repeats, [RepeatTask(i, count, self.scratch)
+                                                                                      for i in range(ranges)]))
+        outputs = self._outputs("shortened")
+        tasks = [ShortenTask(i, path, ranges, self.rule, self.scratch, outputs[i]) for i, path in enumerate(self.partitions)]
+        self._refine("shorten", shorten_partition, tasks, REASON)
+        self.figures["paragraphs"] = {"min_chars": least, "paragraphs": paragraphs, "repeated": repeated}
+        self.partitions = outputs
+
+    def _refine(self, stage: str, function: Callable[[Item], RefineResult], tasks: Sequence[Item], reason: str) -> None:
+        """Run a step that drops documents from the partitions, and keep its books."""
+        results = [result for _, result in sorted(self.each(stage, function, tasks), key=lambda pair: pair[0])]
+        step, samples = Step(results[0].step.name), Samples()
+        self.splits, self.candidates = {}, []
+        for result in results:
+            step.merge(result.step)
+            self._count(result.splits, result.next_val)
+        samples.merge((result.samples for result in results), ("place",))
+        for sample in samples.kept.get(reason, []):
+            names = {key: self._place(*value) for key, value in sample.items() if key in ("place", "same_as")}
+            rest = {key: value for key, value in sample.items() if key not in names}
+            self.samples.add(reason, {**names.pop("place"), **rest, **names})
+        self.steps.append(step)
+        self._note_rejects(step)
+
+    def _outputs(self, name: str) -> list[Path]:
+        return [self.scratch / f"{name}-{i:04d}.arrow" for i in range(len(self.partitions))]
+
+    def _count(self, splits: dict[str, Account], next_val: bytes) -> None:
+        for name in self.rule.names:
+            add(self.splits.setdefault(name, account()), splits[name]["documents"], splits[name]["bytes"])
+        if next_val:
+            self.candidates.append(next_val)
+
+    def _place(self, partition: int, row: int) -> dict[str, Any]:
+        with pa.memory_map(str(self.partitions[partition])) as file:
+            reader = pa.ipc.open_file(file)
+            batch, place = divmod(row, BATCH_ROWS)
+            found = reader.get_batch(batch).select(["file", "record"]).slice(place, 1).to_pylist()[0]
+        return {"source": self.files[found["file"]].name, "record": found["record"]}
+
+    def hold_out(self) -> None:
+        """Decide what is held out."""
+        rule, given = self.rule, dict(self.steps[-1].given)
+        if rule.val_fraction and not self.splits["val"]["documents"]:
+            if given["documents"] > 1:
+                self.rule = replace(rule, held_out=first_held_out(self.candidates))
+                self.progress.note(f"val_fraction {rule.val_fraction} of {given['documents']} documents is none: one is held out, so "
                                    "that there is a validation split")
             else:
                 self.progress.note("there is one document only: no validation split")
-        self.rule = rule
-        merged = Samples()
-        merged.merge([Samples(found)], ("key", "place"))
-        for sample in merged.kept.get("duplicate", []):
-            names = {key: {"source": self.files[sample[key][0]].name, "record": sample[key][1]} for key in ("place", "same_as")}
-            self.samples.add("duplicate", names["place"] | {"bytes": sample["bytes"], "same_as": names["same_as"], "text": sample["text"]})
-        self.steps += [dedup, Step("split", dict(dedup.given), {unit: sum(split[name][unit] for name in SPLITS) for unit in dedup.given})]
+        self.steps.append(Step("split", given, {unit: sum(self.splits[name][unit] for name in rule.names) for unit in given}))
         self._write_rejects()
-        self._note_rejects(dedup)
 
     def make_vocabulary(self) -> Vocabulary:
         task = VocabularyTask(self.spec.tokenizer, self.partitions, self.rule, self.scratch / "tokenizer")
-        (_, vocabulary), = spread(make_tokenizer, [task], 1)
+        (_, vocabulary), = self.each("vocabulary", make_tokenizer, [task], 1)
         if self.spec.tokenizer.train != "bytes" and not self.spec.tokenizer.source and vocabulary.size < self.spec.tokenizer.vocab_size:
             self.progress.note(f"the vocabulary has {vocabulary.size:,} tokens, not {self.spec.tokenizer.vocab_size:,}: there is no more "
                                "to merge in this text")
@@ -190,7 +344,7 @@ class _Prepare:
                  for i, path in enumerate(self.partitions)]
         results: list[dict[str, Encoded] | None] = [None] * len(tasks)
         tokenize, documents, tokens = Step("tokenize"), self.steps[-1].given["documents"], 0
-        for i, result in spread(encode_partition, tasks, self.workers):
+        for i, result in self.each("encode", encode_partition, tasks):
             results[i] = result
             for encoded in result.values():
                 tokenize.merge(encoded.step)
@@ -203,7 +357,7 @@ class _Prepare:
         """Tokens to shards: the manifest's `splits`."""
         splits: dict[str, dict[str, Any]] = {}
         tasks: list[PackTask] = []
-        for name in SPLITS:
+        for name in self.rule.names:
             counts, parts, tokens = account(), [], 0
             for i, partition in enumerate(encoded):
                 add(counts, partition[name].step.given["documents"], partition[name].step.given["bytes"])
@@ -217,7 +371,7 @@ class _Prepare:
         self._check_windows(splits)
         total, done = sum(task.windows for task in tasks) * self.spec.context, 0
         shards: dict[int, Shard] = {}
-        for i, shard_made in spread(write_shard, tasks, self.workers):
+        for i, shard_made in self.each("pack", write_shard, tasks):
             shards[i] = shard_made
             done += shard_made.windows * self.spec.context
             self.progress.update("tokens", done, total)
@@ -228,21 +382,42 @@ class _Prepare:
     def commit(self, vocabulary: Vocabulary, splits: dict[str, dict[str, Any]]) -> None:
         """Move what is whole to its place, and write the manifest."""
         self.facts.sort(key=lambda fact: fact["number"])
+        self._write_documents()
         lines = [{"file": self.files[fact["number"]].name, "bytes": fact["bytes"], "xxh3": fact["xxh3"], "documents": fact["documents"]}
                  for fact in self.facts]
         write_atomic(self.folder / "sources.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
         tokenizer, rules = vocabulary.data(), parameters(self.spec)
         with writing(self.folder):
-            for name in ("tokenizer", *SPLITS):
+            for name in ("tokenizer", *self.rule.names):
                 (self.scratch / name).rename(self.folder / name)
-        of = {"read": {}, "clean": rules["clean"], "dedup": {"dedup": rules["dedup"]}, "split": rules["split"],
+        of = {"read": {}, "clean": rules["clean"], "filter": rules["filter"], "decontaminate": rules["decontaminate"] or {},
+              "dedup": {"exact": rules["dedup"]["exact"]}, "fuzzy": rules["dedup"]["fuzzy"] or {},
+              "paragraphs": {"min_chars": rules["dedup"]["paragraphs"]}, "split": rules["split"],
               "tokenize": rules["tokenizer"] | {"sampled": vocabulary.sampled}}
         write_manifest(self.folder, {
             "name": self.spec.name, "context": self.spec.context, "dtype": vocabulary.dtype, "seed": self.spec.seed, "parameters": rules,
             "sources": describe(self.spec, self.files, {fact["number"]: (fact["bytes"], fact["xxh3"]) for fact in self.facts}),
             "steps": [step.data(of[step.name]) for step in self.steps], "tokenizer": tokenizer,
             "split": {"rule": "blake2b-128(text)[:8] / 2^64 < val_fraction", **rules["split"], "held_out": self.rule.held_out.hex()},
-            "splits": splits, "code": __version__})
+            "splits": splits, "documents": {"file": "documents.parquet", "xxh3": file_xxh3(self.folder / "documents.parquet")},
+            **self.figures, "code": __version__})
+        write_report(self.folder)
+
+    def _write_documents(self) -> None:
+        """`documents.parquet`: every document that was kept, in order, without its text. Its bytes do not depend on the partitions."""
+        names = pa.array([file.name for file in self.files], pa.string())
+        waiting: list[pa.Table] = []
+        with replacing(self.folder / "documents.parquet") as partial, pq.ParquetWriter(partial, DOCUMENTS, compression="zstd") as writer:
+            for i in range(len(self.partitions)):
+                with pa.memory_map(f"{self._tokens(i)}-documents.arrow") as file:
+                    table = pa.ipc.open_file(file).read_all()
+                    table = table.append_column("source", names.take(table["file"])).select(DOCUMENTS.names)
+                    waiting.append(table)
+                    while sum(map(len, waiting)) >= ROW_GROUP:
+                        together = pa.concat_tables(waiting)
+                        writer.write_table(together.slice(0, ROW_GROUP).combine_chunks(), row_group_size=ROW_GROUP)
+                        waiting = [together.slice(ROW_GROUP)]
+            writer.write_table(pa.concat_tables(waiting).combine_chunks(), row_group_size=ROW_GROUP)
 
     def _tokens(self, partition: int) -> Path:
         return self.scratch / f"tokens-{partition:04d}"
@@ -292,7 +467,8 @@ def describe(spec: PrepareSpec, files: list[TextFile], facts: dict[int, tuple[in
             if file.source == i:
                 digest.update(json.dumps([file.name, *facts[n]]).encode())
                 count, size = count + 1, size + facts[n][0]
-        sources.append({"name": source_name(source), "format": source.format, "text_key": source.text_key, "files": count, "bytes": size,
+        sources.append({"name": source_name(source), "format": source.format, "text_key": source.text_key, "id_key": source.id_key,
+                        "keep": list(source.keep), "files": count, "bytes": size,
                         "xxh3": digest.hexdigest()})
     return sorted(sources, key=lambda source: json.dumps(source))
 
@@ -328,8 +504,26 @@ def _groups(files: list[TextFile], target_bytes: int) -> list[tuple[int, int]]:
     return groups
 
 
-def _clear(folder: Path, *patterns: str) -> None:
-    for path in [path for pattern in patterns for path in folder.glob(pattern)]:
+def _modified(path: str) -> int:
+    try:
+        return os.stat(path).st_mtime_ns
+    except OSError:
+        return 0
+
+
+def _take_back(folder: Path, scratch: Path) -> None:
+    """Put what an attempt that was killed while it committed has moved out of its scratch folder back there."""
+    for name in ("tokenizer", "train", "val", "test"):
+        if scratch.is_dir() and (folder / name).is_dir() and not (folder / FILE).exists():
+            with writing(folder / name):
+                shutil.rmtree(scratch / name, ignore_errors=True)
+                (folder / name).rename(scratch / name)
+
+
+def _clear(folder: Path, *patterns: str, but: Path | None = None) -> None:
+    """Remove what matches, and the scratch folders of other attempts than `but`."""
+    others = [path for path in folder.glob(".scratch-*") if but and path != but]
+    for path in others + [path for pattern in patterns for path in folder.glob(pattern)]:
         if not path.is_dir():
             with writing(path):
                 path.unlink(missing_ok=True)

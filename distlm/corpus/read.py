@@ -5,131 +5,50 @@ file that breaks off, is a rejected record beside the good ones.
 """
 
 import contextlib
-import glob
-import gzip
+import io
 import json
+import logging
+import math
 import os
-import sysconfig
-import zlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
-import zstandard
 
-from distlm.errors import InputError
-from distlm.spec.load import nearest
-from distlm.spec.prepare import Source
+from distlm.corpus.decompress import ERRORS, decompress
+from distlm.corpus.files import TextFile
+from distlm.corpus.web import CHUNK, HEAD_BYTES, Data, decoded_body, library, page_text
 
-SKIPPED_FOLDERS = {"__pycache__"}
-SKIPPED_STDLIB = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
-"""The tests of the standard library are 60 % of its bytes, and much of them is data."""
-CHUNK = 1 << 20
 MAX_KEYS = 20
+MAX_DEPTH = 64
+"""Of what is kept beside a document."""
+parse_json = json.JSONDecoder().decode
 
 
-@dataclass(frozen=True)
-class TextFile:
-    """A file to be read."""
-
-    path: str
-    name: str
-    """How the manifest calls it: the last part of the source's path, and what is below. The same on every host."""
-    format: str
-    """text, jsonl or parquet."""
-    text_key: str
-    source: int
-    """The source it belongs to, by its place in the spec."""
-    bytes: int
-
-
-@dataclass(frozen=True)
-class Record:
-    """What may become a document. Either `text` or `reason` is given."""
+class Record(NamedTuple):
+    """What may become a document. Either `text` or `reason` is given. A tuple: millions of them are made."""
 
     number: int
     """From 0, in its file."""
     bytes: int
-    """What it takes in the file, decompressed; for parquet, in the column."""
+    """What it takes in the file, decompressed; for parquet, in the column of the text."""
     text: str = ""
     reason: str = ""
-    """not_utf8, malformed, missing_field, not_text, too_long, corrupt or unreadable."""
+    """not_utf8, malformed, missing_field, not_text, too_long, no_main_text, corrupt or unreadable."""
     detail: str = ""
     documents: int = 1
     """0 where bytes stand for no document, such as a blank line between two."""
-
-
-def find_files(sources: list[Source]) -> list[TextFile]:
-    """Every file that the sources name, in an order that does not depend on theirs. Raises InputError for one that names none."""
-    found = [file for i, source in enumerate(sources) for file in _find(i, source)]
-    return sorted(found, key=lambda file: (file.name, file.bytes, file.path, file.format, file.text_key))
-
-
-def source_name(source: Source) -> str:
-    """What the manifest calls a source."""
-    return source.path if source.path == "stdlib" else _base(source.path)[0].name
-
-
-def _base(text: str) -> tuple[Path, bool]:
-    """The path, or the deepest folder of a glob before its first pattern; and whether it is a glob."""
-    path = Path(os.path.abspath(os.path.expanduser(text)))
-    if path.exists() or not glob.has_magic(text):
-        return path, False
-    parts = path.parts
-    first = next(i for i, part in enumerate(parts) if glob.has_magic(part))
-    return Path(*parts[:first]), True
-
-
-def _find(index: int, source: Source) -> Iterator[TextFile]:
-    where = f"sources.{index}.path: {source.path}"
-    if "://" in source.path:
-        raise InputError("object stores are not supported yet", where=where, remedy="name a file or folder that every node sees")
-    if source.path == "stdlib":
-        base, is_glob = Path(sysconfig.get_path("stdlib")), False
-        paths = [path for path in _walk(base, SKIPPED_STDLIB) if path.suffix == ".py"]
-    else:
-        base, is_glob = _base(source.path)
-        pattern = os.path.abspath(os.path.expanduser(source.path))
-        matches = [Path(match) for match in glob.glob(pattern, recursive=True)] if is_glob else [base]
-        if not is_glob and not base.exists():
-            raise InputError("there is no such file or folder", where=where, remedy=_nearest(base))
-        paths = sorted({path for match in matches for path in (_walk(match, SKIPPED_FOLDERS) if match.is_dir() else [match])})
-    if not paths:
-        raise InputError("no file matches" if is_glob else "the folder holds no file", where=where,
-                         remedy=_nearest(base) if is_glob else "hidden files and __pycache__ are passed over; name another folder")
-    name = source_name(source)
-    for path in paths:
-        below = "" if path == base else "/" + path.relative_to(base).as_posix()
-        size = path.stat().st_size if path.is_file() else 0    # a broken link or a pipe is rejected when it is read
-        yield TextFile(str(path), name + below, _format(path, source), source.text_key, index, size)
-
-
-def _walk(folder: Path, skipped: set[str]) -> Iterator[Path]:
-    for root, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if name not in skipped and not name.startswith("."))
-        for name in sorted(files):
-            if not name.startswith("."):
-                yield Path(root, name)
-
-
-def _format(path: Path, source: Source) -> str:
-    if source.format != "auto":
-        return source.format
-    ending = Path(path.stem if path.suffix in (".gz", ".zst") else path.name).suffix.lower()
-    return {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}.get(ending, "text")
-
-
-def _nearest(path: Path) -> str:
-    """A remedy that names what is most alike beside the path that does not exist."""
-    folder = path.parent
-    while not folder.is_dir():
-        path, folder = folder, folder.parent
-    near = nearest(path.name, ["stdlib", *(item.name for item in folder.iterdir())])
-    return f"did you mean {near if near == 'stdlib' else folder / near}?" if near else "paths are taken relative to where the job starts"
+    id: str = ""
+    """The source's own: the field that id_key names, or `id`; a WARC record's WARC-Record-ID."""
+    meta: dict[str, Any] = {}
+    """Not to be changed. The fields that the source keeps and the record has, as JSON has them; of a WARC record its url and date."""
 
 
 @dataclass
@@ -150,13 +69,14 @@ class Reader:
     digest: Any = field(default_factory=xxhash.xxh3_64)
 
     def records(self) -> Iterator[Record]:
-        """Every record, good or rejected. Does not raise for what a file may hold."""
+        """Every record, good or rejected. Does not raise for what a file may hold; InputError where no reader of html is installed."""
+        formats = {"text": self._text, "jsonl": self._jsonl, "parquet": self._parquet, "html": self._html, "warc": self._warc}
         taken = number = 0
         try:
-            for record in {"text": self._text, "jsonl": self._jsonl, "parquet": self._parquet}[self.file.format]():
+            for record in formats[self.file.format]():
                 taken, number = taken + record.bytes, record.number + 1
                 yield record
-        except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
+        except ERRORS as error:
             yield Record(number, self.stream_bytes - taken, reason="corrupt", detail=f"breaks off: {error}")
         except OSError as error:
             yield Record(number, self.stream_bytes - taken, reason="unreadable", detail=error.strerror or str(error))
@@ -164,24 +84,24 @@ class Reader:
             for _ in self._raw(self.raw_bytes):
                 pass
 
-    def _raw(self, start: int = 0, chunk: int = CHUNK) -> Iterator[bytes]:
+    def _raw(self, start: int = 0) -> Iterator[bytes]:
         if not os.path.isfile(self.file.path):
             raise OSError("no such file, or not a regular one")
         with open(self.file.path, "rb") as file:
             file.seek(start)
-            while block := file.read(chunk):
+            while block := file.read(CHUNK):
                 self.raw_bytes += len(block)
                 self.digest.update(block)
                 yield block
 
     def _stream(self) -> Iterator[bytes]:
         """The file's bytes, decompressed, in blocks of bounded size."""
-        ending = Path(self.file.path).suffix
-        for block in _gunzip(self._raw()) if ending == ".gz" else _unzstd(self._raw(chunk=4096)) if ending == ".zst" else self._raw():
+        for block in decompress(Path(self.file.path).suffix, self._raw()):
             self.stream_bytes += len(block)
             yield block
 
-    def _text(self) -> Iterator[Record]:
+    def _whole(self) -> tuple[bytes | None, int]:
+        """The file, and its size; None for one over the limit, which is never held."""
         blocks, size = [], 0
         for block in self._stream():
             size += len(block)
@@ -189,24 +109,46 @@ class Reader:
                 blocks.append(block)
             else:
                 blocks.clear()
-        if size > self.max_document_bytes:
-            yield Record(0, size, reason="too_long", detail=f"{size} bytes")
-            return
-        yield _decoded(0, size, b"".join(blocks))
+        return (b"".join(blocks) if size <= self.max_document_bytes else None), size
+
+    def _text(self) -> Iterator[Record]:
+        data, size = self._whole()
+        yield _too_long(0, size, size) if data is None else _decoded(0, size, data)
+
+    def _html(self) -> Iterator[Record]:
+        data, size = self._whole()
+        yield _too_long(0, size, size) if data is None else self._page(0, size, data)
+
+    def _page(self, number: int, size: int, data: bytes, charset: str = "", id: str = "", meta: dict[str, Any] | None = None) -> Record:
+        """The record of a web page that came with this charset in its HTTP headers, if any."""
+        extract = library("trafilatura", self.file.format, self.file.source).extract
+        page, meta = page_text(data, charset), meta or {}
+        if page is None:
+            return Record(number, size, reason="not_utf8", detail="nor in the encoding that the page names", id=id, meta=meta)
+        logging.getLogger("trafilatura").setLevel(logging.CRITICAL)   # a page that is none is counted here, not logged there
+        try:
+            text = extract(page, include_comments=False)
+        except Exception as error:                         # whatever a page may do to a parser
+            return Record(number, size, reason="malformed", detail=f"{type(error).__name__}: {error}"[:200], id=id, meta=meta)
+        if len(page) > CHUNK:                              # its caches count lines, not their bytes
+            import_module("trafilatura.meta").reset_caches()
+        if not text:
+            return Record(number, size, reason="no_main_text", detail=f"a page of {size} bytes", id=id, meta=meta)
+        return self._checked(number, size, text, id, meta)
 
     def _jsonl(self) -> Iterator[Record]:
         limit = 2 * self.max_document_bytes + 65536        # escapes and other fields make a line longer than its text
         for number, (line, size) in enumerate(_lines(self._stream(), limit)):
             if line is None:
                 yield Record(number, size, reason="too_long", detail=f"a line of {size} bytes")
-            elif not line.strip():
+            elif not line or line.isspace():
                 yield Record(number, size, documents=0)
             else:
                 yield self._object(number, size, line)
 
     def _object(self, number: int, size: int, line: bytes) -> Record:
         try:
-            value = json.loads(line.removeprefix(b"\xef\xbb\xbf").decode())
+            value = parse_json(line.removeprefix(b"\xef\xbb\xbf").decode())
         except UnicodeDecodeError as error:
             return Record(number, size, reason="not_utf8", detail=f"byte {error.start}: {error.reason}")
         except (ValueError, RecursionError) as error:
@@ -214,25 +156,30 @@ class Reader:
         if not isinstance(value, dict):
             return Record(number, size, reason="malformed", detail=f"a {type(value).__name__}, not an object")
         self.objects += 1
+        file = self.file
         self.keys = self.keys or sorted(value)[:MAX_KEYS]
-        if value.get(self.file.text_key) is None:
-            return Record(number, size, reason="missing_field", detail=f"no {self.file.text_key!r}")
+        id = _as_id(_field(value, file.id_key or "id"))
+        meta = {key: _as_json(kept) for key in file.keep if (kept := _field(value, key)) is not None} if file.keep else {}
+        text = _field(value, file.text_key)
+        if text is None:
+            return Record(number, size, reason="missing_field", detail=f"no {file.text_key!r}", id=id, meta=meta)
         self.with_key += 1
-        return self._checked(number, size, value[self.file.text_key])
+        return self._checked(number, size, text, id, meta)
 
-    def _checked(self, number: int, size: int, text: Any) -> Record:
+    def _checked(self, number: int, size: int, text: Any, id: str, meta: dict[str, Any]) -> Record:
         if isinstance(text, bytes):
-            return _decoded(number, size, text) if len(text) <= self.max_document_bytes else \
-                Record(number, size, reason="too_long", detail=f"{len(text)} bytes")
+            return _too_long(number, size, len(text), id, meta) if len(text) > self.max_document_bytes else \
+                _decoded(number, size, text, id, meta)
         if not isinstance(text, str):
-            return Record(number, size, reason="not_text", detail=f"{self.file.text_key!r} is a {type(text).__name__}")
+            detail = f"{self.file.text_key!r} is a {type(text).__name__}"
+            return Record(number, size, reason="not_text", detail=detail, id=id, meta=meta)
         try:
-            length = len(text.encode())
+            length = len(text) if text.isascii() else len(text.encode())
         except UnicodeEncodeError as error:                # a lone surrogate, "\ud800", is no text
-            return Record(number, size, reason="not_utf8", detail=f"character {error.start}: {error.reason}")
+            return Record(number, size, reason="not_utf8", detail=f"character {error.start}: {error.reason}", id=id, meta=meta)
         if length > self.max_document_bytes:
-            return Record(number, size, reason="too_long", detail=f"{length} bytes")
-        return Record(number, size, text)
+            return _too_long(number, size, length, id, meta)
+        return Record(number, size, text, id=id, meta=meta)
 
     def _parquet(self) -> Iterator[Record]:
         for _ in self._raw():
@@ -240,32 +187,119 @@ class Reader:
         number = rows = 0
         try:
             with pq.ParquetFile(self.file.path) as file:
-                self.keys, rows = file.schema_arrow.names[:MAX_KEYS], file.metadata.num_rows
+                schema = file.schema_arrow
+                self.keys, rows = schema.names[:MAX_KEYS], file.metadata.num_rows
                 self.objects = rows
-                if self.file.text_key not in file.schema_arrow.names:
+                if not _has_column(schema, self.file.text_key):
                     yield from (Record(i, 0, reason="missing_field", detail=f"no column {self.file.text_key!r}") for i in range(rows))
                     return
-                for batch in file.iter_batches(batch_size=256, columns=[self.file.text_key]):
-                    for value in batch.column(0):
-                        yield self._row(number, value.as_py())
+                id_key = self.file.id_key or "id"
+                keys = [key for key in dict.fromkeys((self.file.text_key, id_key, *self.file.keep)) if _has_column(schema, key)]
+                for batch in file.iter_batches(batch_size=256, columns=keys):
+                    columns = {key: _column(batch, key) for key in keys}
+                    kept = [key for key in self.file.keep if key in columns]
+                    for row, value in enumerate(columns[self.file.text_key]):
+                        id = _as_id(_plain(columns[id_key][row])) if id_key in columns else ""
+                        values = {key: _as_json(_plain(columns[key][row])) for key in kept}
+                        yield self._row(number, value, id, {key: value for key, value in values.items() if value is not None})
                         number += 1
-        except (pa.ArrowException, OSError) as error:      # whatever is left of the file
+        except (pa.ArrowException, OSError, ValueError, LookupError, MemoryError) as error:      # whatever is left of the file
             yield Record(number, 0, reason="corrupt", detail=str(error).split("\n")[0], documents=max(1, rows - number))
 
-    def _row(self, number: int, value: Any) -> Record:
-        if value is None:
-            return Record(number, 0, reason="missing_field", detail=f"no {self.file.text_key!r}")
+    def _row(self, number: int, value: Any, id: str, meta: dict[str, Any]) -> Record:
+        if not value.is_valid:
+            return Record(number, 0, reason="missing_field", detail=f"no {self.file.text_key!r}", id=id, meta=meta)
         self.with_key += 1
-        size = len(value) if isinstance(value, bytes) else len(value.encode()) if isinstance(value, str) else 0
+        if isinstance(value, pa.DictionaryScalar):
+            value = value.value
+        size = value.as_buffer().size if isinstance(value, pa.BinaryScalar) else 0      # which a string is, too
         self.stream_bytes += size
-        return self._checked(number, size, value)
+        if size > self.max_document_bytes:
+            return _too_long(number, size, size, id, meta)
+        try:
+            return self._checked(number, size, value.as_py(), id, meta)
+        except UnicodeDecodeError as error:
+            return Record(number, size, reason="not_utf8", detail=f"byte {error.start}: {error.reason}", id=id, meta=meta)
+
+    def _warc(self) -> Iterator[Record]:
+        """A record of the archive is one here, with the empty lines after it. Where none begins, all up to the next is malformed."""
+        data, end, number = Data(self._stream()), 0, 0
+        line = data.next_line()
+        while line:
+            found = self._response(data, line) if line.startswith(b"WARC/") else None
+            line = data.next_line()
+            if found is None:
+                while line and not line.startswith(b"WARC/"):
+                    line = data.line()
+                data.check(bool(line))
+                found = {"reason": "malformed", "detail": "no WARC record that says its length"}
+            size = data.position - len(line) - end
+            yield self._page(number, size, **found) if "data" in found else Record(number, size, **found)
+            end, number = end + size, number + 1
+        data.check(bool(line))
+        if data.position > end:
+            yield Record(number, data.position - end, documents=0)
+
+    def _response(self, data: Data, line: bytes) -> dict[str, Any] | None:
+        """What the record that begins with `line` gives: the parts of a page, of a reject, or of no document; None where nobody
+        knows where it ends."""
+        parse = library("warcio.statusandheaders", self.file.format, self.file.source).StatusAndHeadersParser
+        head = data.head(line)
+        if head is None:
+            return None
+        headers = parse(["WARC/"]).parse(io.BytesIO(head))
+        length = (headers.get_header("Content-Length") or "").strip()
+        if not re.fullmatch("[0-9]{1,18}", length):
+            return None
+        left = int(length)
+        is_response = (headers.get_header("WARC-Type") or "").lower() == "response" and \
+            (headers.get_header("Content-Type") or "").lower().startswith("application/http")
+        too_long = left > self.max_document_bytes + HEAD_BYTES
+        block = data.read(HEAD_BYTES if too_long else left) if is_response else b""
+        data.skip(left - len(block))
+        if not is_response:
+            return {"documents": 0}
+        facts = {"url": (headers.get_header("WARC-Target-URI") or "").strip("<>"), "date": headers.get_header("WARC-Date") or ""}
+        known = {"id": _utf8(headers.get_header("WARC-Record-ID") or ""), "meta": {key: _utf8(fact) for key, fact in facts.items() if fact}}
+        return {**self._body(block, too_long), **known}
+
+    def _body(self, block: bytes, too_long: bool) -> dict[str, Any]:
+        """The page in an HTTP response."""
+        warc = library("warcio.statusandheaders", self.file.format, self.file.source)
+        body = io.BytesIO(block)
+        try:
+            headers = warc.StatusAndHeadersParser(["HTTP/"]).parse(body)
+        except (warc.StatusAndHeadersParserException, EOFError):
+            return {"reason": "malformed", "detail": "no HTTP response"}
+        kind, _, charset = (headers.get_header("Content-Type") or "").lower().partition("charset=")
+        if kind.split(";")[0].strip() not in ("text/html", "application/xhtml+xml"):
+            return {"documents": 0}
+        if too_long:
+            return {"reason": "too_long", "detail": f"a page of over {self.max_document_bytes} bytes"}
+        if (headers.get_header("Transfer-Encoding") or "").lower() == "chunked":
+            page = import_module("warcio.bufferedreaders").ChunkedDataReader(body).read()
+        else:
+            page = body.read()
+        try:
+            page = decoded_body(page, (headers.get_header("Content-Encoding") or "").strip().lower(), self.max_document_bytes + 1)
+        except ERRORS as error:
+            return {"reason": "malformed", "detail": f"Content-Encoding: {error}"}
+        if page is None:
+            return {"reason": "malformed", "detail": f"Content-Encoding: {headers.get_header('Content-Encoding')} cannot be read"[:200]}
+        if len(page) > self.max_document_bytes:
+            return {"reason": "too_long", "detail": f"a page of over {self.max_document_bytes} bytes"}
+        return {"data": page, "charset": charset.split(";")[0].strip(" \"'")}
 
 
-def _decoded(number: int, size: int, data: bytes) -> Record:
+def _too_long(number: int, size: int, length: int, id: str = "", meta: dict[str, Any] | None = None) -> Record:
+    return Record(number, size, reason="too_long", detail=f"{length} bytes", id=id, meta=meta or {})
+
+
+def _decoded(number: int, size: int, data: bytes, id: str = "", meta: dict[str, Any] | None = None) -> Record:
     try:
-        return Record(number, size, data.decode("utf-8-sig"))
+        return Record(number, size, data.decode("utf-8-sig"), id=id, meta=meta or {})
     except UnicodeDecodeError as error:
-        return Record(number, size, reason="not_utf8", detail=f"byte {error.start}: {error.reason}")
+        return Record(number, size, reason="not_utf8", detail=f"byte {error.start}: {error.reason}", id=id, meta=meta or {})
 
 
 def _lines(blocks: Iterator[bytes], limit: int) -> Iterator[tuple[bytes | None, int]]:
@@ -284,38 +318,78 @@ def _lines(blocks: Iterator[bytes], limit: int) -> Iterator[tuple[bytes | None, 
         yield None if passed else pending, passed + len(pending)
 
 
-def _gunzip(blocks: Iterator[bytes]) -> Iterator[bytes]:
-    """Raises zlib.error or EOFError for damaged data. A file may hold several members."""
-    member, data = zlib.decompressobj(31), b""
-    begun = False
-    for block in blocks:
-        data = block
-        while data:
-            if member.eof:
-                member, begun = zlib.decompressobj(31), False
-                data = data.lstrip(b"\0")                  # padding between members is allowed
-                continue
-            begun = True
-            text = member.decompress(data, CHUNK)
-            data = member.unused_data if member.eof else member.unconsumed_tail
-            if text:
-                yield text
-    if begun and not member.eof:
-        raise EOFError("the gzip data ends before its end mark")
+def _field(value: dict[str, Any], key: str) -> Any:
+    """The field of this name, or what its dots lead to; None where there is none."""
+    if key in value or "." not in key:
+        return value.get(key)
+    found: Any = value
+    for part in key.split("."):
+        found = found.get(part) if isinstance(found, dict) else None
+    return found
 
 
-def _unzstd(blocks: Iterator[bytes]) -> Iterator[bytes]:
-    """Raises ZstdError or EOFError for damaged data. Small blocks in bound what comes out: a block grows 32,768 times at most."""
-    frame, begun = zstandard.ZstdDecompressor().decompressobj(), False
-    for block in blocks:
-        data = block
-        while data:
-            if frame.eof:
-                frame = zstandard.ZstdDecompressor().decompressobj()
-            begun = True
-            text = frame.decompress(data)
-            data = frame.unused_data if frame.eof else b""
-            if text:
-                yield text
-    if begun and not frame.eof:
-        raise EOFError("the zstd data ends before its end mark")
+def _as_id(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return _utf8(value)
+    if type(value) is int:
+        return str(value)
+    found = _as_json(value)
+    return found if isinstance(found, str) else json.dumps(found)
+
+
+def _as_json(value: Any) -> Any:
+    """The value as JSON can hold it, else as text."""
+    if value is None or isinstance(value, bool | int):
+        return value
+    if isinstance(value, str):
+        return _utf8(value)
+    if isinstance(value, bytes):
+        return value.decode(errors="replace")
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [child for item in level if isinstance(item, dict | list | tuple)
+                 for child in (item.values() if isinstance(item, dict) else item)]
+    if level:
+        return f"nested deeper than {MAX_DEPTH} levels"
+    if isinstance(value, dict):
+        return {_utf8(str(key)): _as_json(item) for key, item in value.items()}
+    return [_as_json(item) for item in value] if isinstance(value, list | tuple) else str(value)
+
+
+def _utf8(text: str) -> str:
+    """Without lone surrogates, which no file can hold."""
+    return text if text.isascii() else text.encode(errors="replace").decode()
+
+
+def _has_column(schema: pa.Schema, key: str) -> bool:
+    if key in schema.names:
+        return True
+    first, *parts = key.split(".")
+    kind = schema.types[schema.names.index(first)] if first in schema.names else None
+    for part in parts:
+        kind = kind.field(part).type if kind is not None and pa.types.is_struct(kind) and kind.get_field_index(part) >= 0 else None
+    return kind is not None
+
+
+def _column(batch: pa.RecordBatch, key: str) -> Any:
+    names = batch.schema.names
+    if key in names:
+        return batch.column(names.index(key))
+    first, *parts = key.split(".")
+    return pc.struct_field(batch.column(names.index(first)), parts)
+
+
+def _plain(value: Any) -> Any:
+    """A value of a column that is kept; as text where Python has no such type."""
+    try:
+        return value.as_py()
+    except UnicodeDecodeError:
+        return value.as_buffer().to_pybytes() if isinstance(value, pa.BinaryScalar) else "not UTF-8"
+    except (ValueError, ImportError, OverflowError):       # nanoseconds, or a year after 9999
+        with contextlib.suppress(pa.ArrowException, UnicodeDecodeError):
+            return value.cast(pa.string()).as_py()
+        return f"a {value.type}"

@@ -28,14 +28,24 @@ def partition(key: bytes, partitions: int) -> int:
 
 @dataclass(frozen=True)
 class SplitRule:
-    """A document is held out if the first 64 bits of its content hash, as a fraction of 2^64, lie below `val_fraction`."""
+    """The first 64 bits of a document's content hash, as a fraction of 2^64, decide: below `val_fraction` it is held out for
+    validation, in the `test_fraction` above that for the last test, else it is trained on."""
 
     val_fraction: float
+    test_fraction: float = 0.0
     held_out: bytes = b""
-    """The one document that is held out beside the rule, where the rule holds out none."""
+    """The one document that is held out for validation beside the rule, where the rule holds out none."""
 
-    def is_val(self, content: bytes) -> bool:
-        return place(content) < self.val_fraction or content == self.held_out
+    @property
+    def names(self) -> tuple[str, ...]:
+        return ("train", "val", "test") if self.test_fraction else ("train", "val")
+
+    def of(self, content: bytes) -> str:
+        """The split of the document with this content hash."""
+        at = place(content)
+        if at < self.val_fraction or content == self.held_out:
+            return "val"
+        return "test" if at < self.val_fraction + self.test_fraction else "train"
 
 
 def place(content: bytes) -> float:

@@ -1,6 +1,6 @@
 """One function over many items, as tasks of Ray Data.
 
-    for index, result in spread(tokenize, partitions, workers=4): ...
+    for index, result in spread(tokenize, partitions, workers=4, keep=scratch / "tokenize"): ...
 """
 
 import contextlib
@@ -8,32 +8,39 @@ import functools
 import logging
 import pickle
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
 import ray.data
 
 from distlm.errors import DistlmError
+from distlm.storage import write_atomic
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def spread(function: Callable[[Item], Result], items: Sequence[Item], workers: int) -> Iterator[tuple[int, Result]]:
+def spread(function: Callable[[Item], Result], items: Sequence[Item], workers: int,
+           keep: Path | None = None) -> Iterator[tuple[int, Result]]:
     """Yield (index, function(item)) in the order in which tasks end, `workers` at a time. A task that is lost with its node is run
-    again, so that `function` must come to the same files and result each time. Raises the first DistlmError of a task; others may
+    again, so that `function` must come to the same files and result each time. Results are kept in the folder `keep`: a job that
+    was killed and comes again with the same folder finds there what was done. Raises the first DistlmError of a task; others may
     still be running then."""
-    if not items:
+    done = {i: _kept_file(keep, i).read_bytes() for i in range(len(items)) if keep and _kept_file(keep, i).exists()}
+    yield from ((i, pickle.loads(result)) for i, result in done.items())
+    waiting = [i for i in range(len(items)) if i not in done]
+    if not waiting:
         return
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = context.print_on_execution_start = False
     context.execution_no_progress_timeout_s = -1           # one task may be long
-    workers = min(workers, len(items))
+    workers = min(workers, len(waiting))
     cpus = max(0.01, min(1.0, ray.cluster_resources().get("CPU", 1.0) / workers))
     with ray.data.DataContext.current(context), _quiet():
-        blocks = [{"index": i, "item": pickle.dumps(item)} for i, item in enumerate(items)]
+        blocks = [{"index": i, "item": pickle.dumps(items[i])} for i in waiting]
         dataset = ray.data.from_items(blocks, override_num_blocks=len(blocks)).map_batches(
-            functools.partial(_run, function), batch_size=None, num_cpus=cpus, compute=ray.data.TaskPoolStrategy(size=workers))
+            functools.partial(_run, function, keep), batch_size=None, num_cpus=cpus, compute=ray.data.TaskPoolStrategy(size=workers))
         rows: Any = iter(dataset.iter_rows())
         with contextlib.closing(rows):                     # what has not begun when an error comes does not begin
             for row in rows:
@@ -43,11 +50,17 @@ def spread(function: Callable[[Item], Result], items: Sequence[Item], workers: i
                 yield row["index"], result
 
 
-def _run(function: Callable[[Any], Any], batch: dict[str, Any]) -> dict[str, Any]:
+def _kept_file(keep: Path, index: int) -> Path:
+    return keep / f"{index:06d}.pickle"
+
+
+def _run(function: Callable[[Any], Any], keep: Path | None, batch: dict[str, Any]) -> dict[str, Any]:
     results = []
-    for item in batch["item"]:
+    for index, item in zip(batch["index"], batch["item"], strict=True):
         try:
             results.append(pickle.dumps(function(pickle.loads(item))))
+            if keep:
+                write_atomic(_kept_file(keep, index), results[-1])
         except DistlmError as error:                       # as a value, it comes back as it is
             results.append(pickle.dumps(error))
     return {"index": batch["index"], "result": results}

@@ -19,6 +19,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from distlm.corpus.manifest import Manifest, read_manifest
+from distlm.corpus.mix import Mix
 from distlm.corpus.order import Order
 from distlm.errors import CorpusError
 
@@ -34,11 +35,13 @@ class Plan:
     """Which samples make which step: step s is samples [s * global_sequences, (s + 1) * global_sequences)."""
 
     corpus: str
-    """The corpus folder."""
+    """The corpus folder; of a mixture, that of its first corpus."""
     global_sequences: int
     world: int
     num_steps: int
     seed: int
+    mix: Mix | None = None
+    """Which corpus gives which sample, where there are several."""
 
     @property
     def share(self) -> int:
@@ -103,17 +106,30 @@ class Windows:
         return self._open[index]
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=256)
 def _windows(corpus: str) -> Windows:
     return Windows(corpus)
 
 
 def read_block(plan: Plan, steps: range, rank: int) -> dict[str, NDArray[Any]]:
     """The rows of a block: tokens [len(steps) * share, context + 1], their step and their slot."""
-    windows = _windows(plan.corpus)
     samples = np.concatenate([plan.samples(step, rank) for step in steps])
-    return {"tokens": windows.read(*windows.order(plan.seed).locate(samples)),
+    return {"tokens": read_samples(plan, samples),
             "step": np.repeat(np.asarray(steps, dtype=np.int64), plan.share), "slot": np.full(len(samples), rank, dtype=np.int32)}
+
+
+def read_samples(plan: Plan, samples: NDArray[np.int64]) -> NDArray[Any]:
+    """uint16 or uint32 [n, context + 1]: the windows of the samples, int64[n]. A corpus of a mixture gives its own samples in the order
+    in which it would give them alone."""
+    windows = _windows(plan.corpus)
+    if plan.mix is None:
+        return windows.read(*windows.order(plan.seed).locate(samples))
+    members, own = plan.mix.assign(samples)
+    tokens = np.empty((len(samples), windows.manifest.context + 1), dtype=windows.manifest.dtype)
+    for member in np.unique(members):
+        here, windows = members == member, _windows(plan.mix.corpora[member])
+        tokens[here] = windows.read(*windows.order(plan.seed).locate(own[here]))
+    return tokens
 
 
 def plan_dataset(plan: Plan, first_step: int) -> "ray.data.Dataset":

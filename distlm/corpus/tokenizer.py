@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -23,7 +24,7 @@ from distlm.corpus.manifest import tokenizer_hash
 from distlm.corpus.split import SplitRule
 from distlm.errors import InputError
 from distlm.spec.prepare import Tokenizer
-from distlm.storage import writing
+from distlm.storage import replacing, writing
 
 END = "<|endoftext|>"
 SPECIAL = [END, "<|system|>", "<|user|>", "<|assistant|>"]
@@ -108,7 +109,7 @@ def _write(path: Path, text: str) -> None:
 
 def _sample(task: VocabularyTask, taken: Account) -> Iterator[str]:
     """The first training documents in the order of the corpus, which is that of their hashes, up to a number of bytes."""
-    for split, text in _documents(task.partitions, task.split):
+    for split, text, _ in _documents(task.partitions, task.split):
         if taken["bytes"] >= task.rules.sample_bytes:
             return
         if split == "train":
@@ -168,15 +169,16 @@ def _trained(vocab_size: int, sample: Iterator[str]) -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def _documents(partitions: list[Path], rule: SplitRule) -> Iterator[tuple[str, str]]:
-    """(split, text) of every document, in order, holding one small batch at a time."""
+def _documents(partitions: list[Path], rule: SplitRule) -> Iterator[tuple[str, str, int]]:
+    """(split, text, bytes of the text) of every document, in order, holding one small batch at a time."""
     for path in partitions:
         with pa.memory_map(str(path)) as file:
             reader = pa.ipc.open_file(file)
             for i in range(reader.num_record_batches):
                 batch = reader.get_batch(i)
-                for content, text in zip(batch["hash"].to_pylist(), batch["text"], strict=True):
-                    yield "val" if rule.is_val(content) else "train", text.as_py()
+                sizes = pc.binary_length(batch["text"]).to_pylist()
+                for content, text, size in zip(batch["hash"].to_pylist(), batch["text"], sizes, strict=True):
+                    yield rule.of(content), text.as_py(), size
 
 
 @dataclass(frozen=True)
@@ -189,7 +191,8 @@ class EncodeTask:
     eos_id: int
     dtype: str
     output: Path
-    """`<output>-train.npy`, `<output>-train-starts.npy` and the same for val."""
+    """`<output>-train.npy`, `<output>-train-starts.npy` and the same for the other splits; `<output>-documents.arrow`, the documents
+    without their text."""
 
 
 @dataclass(frozen=True)
@@ -207,9 +210,9 @@ def encode_partition(task: EncodeTask) -> dict[str, Encoded]:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True                 # text that spells a special token is text
-    steps = {split: Step("tokenize") for split in ("train", "val")}
-    arrays: dict[str, list[npt.NDArray[Any]]] = {"train": [], "val": []}
-    waiting: dict[str, list[str]] = {"train": [], "val": []}
+    steps = {split: Step("tokenize") for split in task.rule.names}
+    arrays: dict[str, list[npt.NDArray[Any]]] = {split: [] for split in task.rule.names}
+    waiting: dict[str, list[str]] = {split: [] for split in task.rule.names}
     waiting_bytes = dict.fromkeys(waiting, 0)
 
     def encode(split: str) -> None:
@@ -219,20 +222,31 @@ def encode_partition(task: EncodeTask) -> dict[str, Encoded]:
         waiting[split].clear()
         waiting_bytes[split] = 0
 
-    for split, text in _documents([task.documents], task.rule):
-        size = len(text.encode())
+    order, sizes = list[str](), list[int]()
+    for split, text, size in _documents([task.documents], task.rule):
+        order.append(split)
+        sizes.append(size)
         add(steps[split].taken, 1, size)
         waiting[split].append(text)
         waiting_bytes[split] += size
         if waiting_bytes[split] >= ENCODE_BYTES:
             encode(split)
-    result = {}
+    result, counts = {}, dict[str, Iterator[int]]()
     for split, found in arrays.items():
         encode(split)
         lengths = np.array([len(tokens) for tokens in found], dtype=np.int64)
+        counts[split] = iter(lengths.tolist())
         tokens = np.concatenate(found) if found else np.zeros(0, task.dtype)
-        with writing(task.output):
-            np.save(f"{task.output}-{split}.npy", tokens)
-            np.save(f"{task.output}-{split}-starts.npy", np.cumsum(lengths) - lengths)
+        for ending, array in (("", tokens), ("-starts", np.cumsum(lengths) - lengths)):
+            with replacing(f"{task.output}-{split}{ending}.npy") as partial, open(partial, "wb") as file:
+                np.save(file, array)
         result[split] = Encoded(steps[split], len(tokens))
+    with pa.memory_map(str(task.documents)) as source:
+        table = pa.ipc.open_file(source).read_all()
+        table = table.drop_columns(["text"]).append_column("split", pa.array(order, pa.string()))
+        table = table.append_column("bytes", pa.array(sizes, pa.int64()))
+        table = table.append_column("tokens", pa.array([next(counts[split]) for split in order], pa.int64()))
+        with replacing(f"{task.output}-documents.arrow") as partial, pa.OSFile(partial, "wb") as file, \
+                pa.ipc.new_file(file, table.schema) as writer:
+            writer.write_table(table)
     return result

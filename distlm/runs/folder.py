@@ -87,7 +87,8 @@ class RunFolder:
                                       **({} if state in (*ENDED, "note") else {"owner": _me()})})
 
     def events(self) -> list[dict[str, Any]]:
-        return _lines(self.path / "events.jsonl")
+        """Those that are whole; a line that was torn, or that is no event, is passed over."""
+        return [event for event in _lines(self.path / "events.jsonl") if event.get("state") in (*STATES, "note") and "time" in event]
 
     def state(self) -> tuple[str, str]:
         """(state, cause) as it is now: a job whose process is gone without a word has failed, whatever it last wrote."""
@@ -96,7 +97,7 @@ class RunFolder:
             return "queued", ""
         if last["state"] in ("starting", "running") and not _alive(last.get("owner")):
             return "failed", "head_lost"
-        return last["state"], last["cause"]
+        return last["state"], last.get("cause", "")
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:

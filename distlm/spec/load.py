@@ -3,6 +3,7 @@
 Errors are one line each: `jobs/a.yaml:12: batch.micro_sequences: 3 does not divide ...; try 1, 2, 4`.
 """
 
+import contextlib
 import datetime
 import io
 import re
@@ -18,7 +19,7 @@ from ruamel.yaml.composer import ComposerError
 from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
-from distlm.errors import SpecError
+from distlm.errors import InputError, SpecError
 from distlm.spec.explain import KeyPath, at, describe, explain, field_names, merge_unions, nearest, shown
 from distlm.spec.pipeline import PipelineSpec
 from distlm.spec.prepare import PrepareSpec
@@ -90,6 +91,20 @@ def locator(loaded: Loaded, section: str = "") -> Callable[[KeyPath], str]:
         return f"{loaded.path}: {text}" if text else loaded.path
 
     return where
+
+
+@contextlib.contextmanager
+def located(loaded: Loaded) -> Iterator[None]:
+    """Errors of the block that name a key of the spec name its file and line as well."""
+    try:
+        yield
+    except (SpecError, InputError) as error:
+        key, _, value = error.where.partition(": ")
+        path = tuple(int(part) if part.isdigit() else part for part in key.split("."))
+        known = {field.alias or name for name, field in type(loaded.spec).model_fields.items()}
+        if path[0] in known:
+            error.where = ": ".join(filter(None, (locator(loaded)(path), value)))
+        raise
 
 
 def validate(data: dict[str, Any], path: str = "spec", lines: Mapping[KeyPath, int] | None = None,

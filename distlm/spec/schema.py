@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from distlm.spec.load import KINDS
+from distlm.spec.prepare import DEDUPS
 
 SHIPPED = Path(__file__).with_name("schema.json")
 
@@ -20,6 +21,9 @@ def generate() -> dict[str, Any]:
         definitions.update(schema.pop("$defs", {}))
         schema["required"] = ["kind", *schema.get("required", [])]
         definitions[kind] = schema
+    dedup = definitions["prepare"]["properties"]["dedup"]
+    given = {key: dedup.pop(key) for key in [*dedup] if key not in ("description", "default")}
+    dedup["anyOf"] = [{"enum": [*DEDUPS], "description": "The default settings of each."}, given]
     sources = definitions["prepare"]["properties"]["sources"]
     sources["items"] = {"anyOf": [{"type": "string", "description": "The path of a source of format auto."}, sources["items"]]}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "A distlm job", "type": "object", "required": ["kind"],

@@ -1,11 +1,67 @@
 """`kind: train`: from a corpus to a run with checkpoints and an export."""
 
+import math
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from distlm.spec.base import Job, Part, Rule, Seed, exactly_one, without_effect
 from distlm.spec.presets import PRESETS
+
+
+class Share(Part):
+    """One corpus of a mixture."""
+
+    corpus: Annotated[str, Field(min_length=1)]
+    """A prepared corpus, by name or path; all of a mixture have the same context and tokenizer."""
+    weight: Annotated[float, Field(ge=0)]
+    """Its share of the samples, relative to the sum of all weights: 0.7 and 0.3 are the same as 7 and 3."""
+    epochs: Annotated[float | None, Field(gt=0)] = None
+    """At most so many passes over its training split: a longer duration is refused. Default: as many as it takes."""
+    final_weight: Annotated[float | None, Field(ge=0)] = None
+    """Its weight at the end; given for every corpus of the mixture or for none. Default: the weights stay as they are."""
+
+    @model_validator(mode="after")
+    def _used(self) -> "Share":
+        if not self.weight and not self.final_weight:
+            raise Rule("weight", "0 would take no sample of this corpus; leave it out, or give it a final_weight")
+        return self
+
+
+class Mixture(Part):
+    """Several corpora of which every batch takes its samples in proportion. A plain list stands for `{mix: ...}`."""
+
+    mix: Annotated[list[Share], Field(min_length=1)]
+    """The corpora, each with its weight."""
+    anneal_fraction: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """With final_weight: the share of all samples, at the end, over which the weights change linearly from weight to final_weight."""
+
+    @model_validator(mode="after")
+    def _rules(self) -> "Mixture":
+        names = [share.corpus for share in self.mix]
+        for i, share in enumerate(self.mix):
+            if share.corpus in names[:i]:
+                raise Rule("mix", f"{share.corpus} is there twice; give it once, with the sum of the weights")
+        finals = [share.final_weight for share in self.mix if share.final_weight is not None]
+        if finals and len(finals) < len(self.mix):
+            missing = next(share.corpus for share in self.mix if share.final_weight is None)
+            raise Rule("mix", f"{missing} has no final_weight and others have; give one to each corpus, or to none")
+        if finals and not sum(finals):
+            raise Rule("mix", "every final_weight is 0; one at least must be above it")
+        if not sum(share.weight for share in self.mix):
+            raise Rule("mix", "every weight is 0; one at least must be above it")
+        if not finals:
+            without_effect(self, "where no corpus has a final_weight", "anneal_fraction")
+        return self
+
+
+def _mixture(value: Any) -> Any:
+    """A mapping or a list is a mixture, and its mistakes stand where they are, not under each form that a corpus can have."""
+    if isinstance(value, dict | list):
+        return Mixture.model_validate({"mix": value} if isinstance(value, list) else value, by_alias=True, by_name=False)
+    if not isinstance(value, str | Mixture):
+        raise Rule("", f"{value!r}: must be text, or a list of sections with corpus and weight; a number is put in quotes")
+    return value
 
 
 class ModelSpec(Part):
@@ -92,7 +148,7 @@ class Duration(Part):
     tokens: Annotated[int | None, Field(ge=1)] = None
     """Tokens, rounded up to whole steps."""
     epochs: Annotated[float | None, Field(gt=0)] = None
-    """Passes over the training split, rounded up to whole steps."""
+    """Passes over the training split, rounded up to whole steps; of a mixture, so many times all the windows that it holds."""
 
     @model_validator(mode="after")
     def _one(self) -> "Duration":
@@ -102,7 +158,8 @@ class Duration(Part):
 
 DEEPSPEED_KEYS = {"train_batch_size": "batch.global_sequences", "train_micro_batch_size_per_gpu": "batch.micro_sequences",
          "gradient_accumulation_steps": "batch.micro_sequences", "gradient_clipping": "optimizer.clip", "optimizer": "optimizer",
-         "scheduler": "schedule", "bf16": "precision", "fp16": "precision", "zero_optimization.stage": "sharding.zero"}
+         "scheduler": "schedule", "bf16": "precision", "fp16": "precision",
+         "amp": "precision", "torch_autocast": "precision", "zero_optimization.stage": "sharding.zero"}
 """DeepSpeed's keys that the spec sets elsewhere, and where."""
 
 
@@ -134,7 +191,8 @@ class Evaluate(Part):
     every_steps: Annotated[int | None, Field(ge=1)] = None
     """Default: a tenth of the run. The first and the last step always evaluate."""
     max_windows: Annotated[int, Field(ge=1)] = 512
-    """Windows of the validation split that are used, the same ones every time."""
+    """Windows of the validation split that are used, the same ones every time; of a mixture's corpora, each its share of them, one at
+    least, and the loss is the mean of theirs by their shares of the samples."""
 
 
 class Checkpoints(Part):
@@ -160,8 +218,9 @@ class TrainSpec(Job):
 
     kind: Literal["train"] = "train"
     """The kind of the job."""
-    corpus: str
-    """A prepared corpus, by name or path."""
+    corpus: Annotated[str | Mixture, BeforeValidator(_mixture, json_schema_input_type=str | list[Share] | Mixture)]
+    """A prepared corpus, by name or path.
+    Or a mixture: a list of sections with corpus and weight, which is short for a section with mix."""
     model: ModelSpec
     """What is trained."""
     objective: Literal["pretrain"] = "pretrain"
@@ -189,12 +248,19 @@ class TrainSpec(Job):
     seed: Seed = 0
     """Initial weights and the order of the samples."""
 
+    @property
+    def mixture(self) -> list[Share]:
+        """The corpora; one alone is a mixture of one."""
+        return self.corpus.mix if isinstance(self.corpus, Mixture) else [Share(corpus=self.corpus, weight=1)]
+
     @model_validator(mode="after")
     def _rules(self) -> "TrainSpec":
         for key, ours in DEEPSPEED_KEYS.items():
             section, _, name = key.partition(".")
-            raw = self.sharding.deepspeed.get(section)
-            if raw is not None and (not name or (isinstance(raw, dict) and name in raw)):
+            raw = self.sharding.deepspeed.get(section, {})
+            if name and not isinstance(raw, dict):
+                raise Rule(f"sharding.deepspeed.{section}", f"{raw!r} is no mapping")
+            if name in raw if name else section in self.sharding.deepspeed:
                 raise Rule(f"sharding.deepspeed.{key}", f"contradicts {ours}, which sets it; leave it out and set {ours}")
         check_schedule(self.schedule, self.duration.steps)
         batch, workers = self.batch, self.scale.workers
@@ -217,14 +283,16 @@ def check_schedule(schedule: Schedule, steps: int | None) -> None:
 def check_batch(global_sequences: int, micro_sequences: int | None, workers: int) -> int:
     """Return the sequences of a micro-batch. Raises Rule where the global batch cannot be cut as the spec asks."""
     if global_sequences % workers:
-        near = [n for n in range(workers, global_sequences + workers + 1, workers)][-2:]
+        low = global_sequences // workers * workers
+        near = [n for n in (low, low + workers) if n]
         raise Rule("batch.global_sequences" if workers <= global_sequences else "scale.workers",
                    f"{global_sequences} sequences cannot be divided over {workers} workers; try {' or '.join(map(str, near))} sequences")
     share = global_sequences // workers
-    divisors = [n for n in range(1, share + 1) if share % n == 0]
     if micro_sequences is None:
-        return max(n for n in divisors if n <= 16)
+        return max(n for n in range(1, 17) if share % n == 0)
     if share % micro_sequences:
+        small = [n for n in range(1, math.isqrt(share) + 1) if share % n == 0] if share < 1 << 40 else [1]
+        divisors = sorted({*small, *(share // n for n in small)}, key=lambda n: abs(math.log(n / micro_sequences)))[:6]
         raise Rule("batch.micro_sequences", f"{micro_sequences} does not divide {global_sequences} sequences over {workers} workers "
-                                            f"({share} each); try {', '.join(map(str, divisors))}")
+                                            f"({share} each); try {', '.join(map(str, sorted(divisors)))}")
     return micro_sequences

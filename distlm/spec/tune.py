@@ -48,7 +48,7 @@ class TuneSpec(Job):
     """The training spec that every trial starts from, inline (without name) or as a file."""
     space: Annotated[dict[str, Dimension], Field(min_length=1)]
     """Keys of the training spec, dotted, each with its values."""
-    trials: Annotated[int | None, Field(ge=1)] = None
+    trials: Annotated[int | None, Field(ge=1, le=10_000)] = None
     """How many times the space is drawn: with `grid`, every point that often, each with its own random values. Default: 8, and 1 where
     all keys are `grid`; such a space drawn again varies the seed."""
     metric: Literal["val_loss", "loss"] = "val_loss"

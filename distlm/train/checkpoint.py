@@ -85,6 +85,20 @@ def check_fits(checkpoint: Checkpoint, recipe: Recipe) -> None:
         if saved != value:
             raise CheckpointError(f"was saved with {key} {saved}, and the spec says {value}", where=str(checkpoint.path), cause="bad_spec",
                                   remedy=f"resume with {key} {saved}, or start a new run")
+    check_annealing(checkpoint, recipe)
+
+
+def check_annealing(checkpoint: Checkpoint, recipe: Recipe) -> None:
+    """Raises CheckpointError where another duration would move the annealing of a mixture's weights under samples that are done."""
+    if recipe.mix is None or not recipe.mix.final_weights:
+        return
+    saved, ours = checkpoint.manifest["anneal"], list(recipe.mix.anneal)
+    done = checkpoint.step * recipe.global_sequences + len(recipe.corpora)      # samples are taken early by less than one a corpus
+    if saved != ours and done > min(saved[0], ours[0]):
+        before, size = [[n // recipe.global_sequences for n in part] for part in (saved, ours)], saved[1] // recipe.global_sequences
+        raise CheckpointError(f"has annealed the weights of its corpora from step {before[0][0]} to {before[0][1]}, and the spec says from "
+                              f"{before[1][0]} to {before[1][1]}", where=str(checkpoint.path), cause="bad_spec",
+                              remedy=f"set duration to {size} steps, or start a new run")
 
 
 def _facts(recipe: Recipe) -> dict[str, Any]:
@@ -119,7 +133,8 @@ def save(engine: Any, run: Path, step: int, recipe: Recipe, rank: int) -> Path:
     distributed.all_gather_object(entries, mine)
     if rank == 0:
         manifest = {"format": 1, "step": step, "samples": step * recipe.global_sequences, "tokens": step * recipe.tokens_per_step,
-                    **_facts(recipe), "files": sorted((entry for part in entries for entry in part), key=lambda entry: entry["file"])}
+                    **_facts(recipe), **({"anneal": recipe.mix.anneal} if recipe.mix and recipe.mix.final_weights else {}),
+                    "files": sorted((entry for part in entries for entry in part), key=lambda entry: entry["file"])}
         write_json(path / "manifest.json", manifest)
         write_atomic(path / MARKER, hashlib.sha256((path / "manifest.json").read_bytes()).hexdigest() + "\n")
         prune(run, recipe.spec.checkpoint.keep)

@@ -1,17 +1,36 @@
-"""A training spec and a corpus, resolved to the numbers that the loop runs on."""
+"""A training spec and its corpora, resolved to the numbers that the loop runs on."""
 
+import hashlib
+import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from distlm.corpus.manifest import Manifest, manifest_hash, read_manifest
+from distlm.corpus.mix import Mix
 from distlm.corpus.stream import Plan
 from distlm.errors import InputError, SpecError
 from distlm.model.build import Shape, model_config, num_parameters
 from distlm.model.find import find_model
 from distlm.spec.base import Rule
-from distlm.spec.train import TrainSpec, check_batch
+from distlm.spec.train import Mixture, TrainSpec, check_batch, check_schedule
 from distlm.storage import Storage, read_json
+from distlm.train.zero import check_raw
+
+
+@dataclass(frozen=True)
+class ValPart:
+    """The validation windows of one corpus."""
+
+    corpus: str
+    """The corpus folder."""
+    windows: int
+    """The first so many are evaluated."""
+    share: float
+    """What their mean loss counts for; all shares add up to 1."""
 
 
 @dataclass(frozen=True)
@@ -20,8 +39,9 @@ class Recipe:
 
     spec: TrainSpec
     corpus: str
-    """The corpus folder."""
+    """The corpus folder; of a mixture, that of its first corpus, whose tokenizer is that of all."""
     corpus_hash: str
+    """The manifest's; of a mixture, a hash over its manifests' hashes, weights and schedule."""
     shape: Shape
     parameters: int
     """Of the model, tied ones counted once."""
@@ -30,10 +50,12 @@ class Recipe:
     num_steps: int
     evaluate_every: int
     checkpoint_every: int
-    val_windows: int
-    """Validation windows that are evaluated; 0 where the corpus holds none."""
+    val: tuple[ValPart, ...]
+    """Empty where there are no validation windows."""
     val_bytes_per_token: float
     """UTF-8 bytes that a validation token stands for."""
+    mix: Mix | None = None
+    """Which corpus gives which sample, where the spec names a mixture."""
 
     @property
     def world(self) -> int:
@@ -48,21 +70,38 @@ class Recipe:
     def tokens_per_step(self) -> int:
         return self.global_sequences * self.shape.context
 
+    @property
+    def num_samples(self) -> int:
+        """Sequences of the whole run."""
+        return self.num_steps * self.global_sequences
+
+    @property
+    def corpora(self) -> tuple[str, ...]:
+        """The corpus folders, in the order of the mixture."""
+        return self.mix.corpora if self.mix else (self.corpus,)
+
+    @property
+    def val_windows(self) -> int:
+        """Validation windows that are evaluated."""
+        return sum(part.windows for part in self.val)
+
     def plan(self) -> Plan:
-        return Plan(self.corpus, self.global_sequences, self.world, self.num_steps, self.spec.seed)
+        return Plan(self.corpus, self.global_sequences, self.world, self.num_steps, self.spec.seed, self.mix)
 
 
 def make_recipe(spec: TrainSpec, storage: Storage) -> Recipe:
-    """Resolve `spec` against its corpus. Raises SpecError and InputError, before any work."""
-    folder = find_corpus(spec.corpus, storage)
-    manifest = read_manifest(folder)
-    context, train, val = manifest.context, manifest.splits["train"], manifest.splits["val"]
+    """Resolve `spec` against its corpora. Raises SpecError and InputError, before any work."""
+    manifests = read_corpora(spec, storage)
+    manifest = manifests[0]
+    context = manifest.context
     if spec.model.context not in (None, context):
         raise SpecError(f"{spec.model.context} is not the context of the corpus {manifest.name}, {context}", where="model.context",
                         remedy=f"leave it out, or prepare the corpus with context: {spec.model.context}")
-    if train.windows == 0:
-        raise InputError(f"the training split has {train.tokens} tokens and no window of {context}", where=str(folder),
-                         remedy="prepare the corpus with a smaller context, or more text")
+    for one in manifests:
+        train = one.splits["train"]
+        if train.windows == 0:
+            raise InputError(f"the training split has {train.tokens} tokens and no window of {context}", where=str(one.path),
+                             remedy="prepare the corpus with a smaller context, or more text")
     sequences = spec.batch.global_sequences
     if sequences is None:
         tokens = spec.batch.global_tokens or 0
@@ -78,25 +117,119 @@ def make_recipe(spec: TrainSpec, storage: Storage) -> Recipe:
         micro = check_batch(sequences, spec.batch.micro_sequences, spec.scale.workers)
     except Rule as rule:
         raise SpecError(str(rule), where=rule.key) from None
-    steps = _num_steps(spec, sequences, train.windows, context)
+    steps = _num_steps(spec, sequences, sum(one.splits["train"].windows for one in manifests), context)
+    try:
+        check_schedule(spec.schedule, steps)
+    except Rule as rule:
+        raise SpecError(str(rule), where=rule.key) from None
+    if spec.sharding.deepspeed:
+        check_raw(spec)
     shape = Shape(manifest.vocab_size, context, manifest.eos_id)
     parameters = num_parameters(model_config(spec.model, shape))
     if spec.model.source is not None:
         check_tokenizer(Path(spec.model.source), manifest)
-    return Recipe(spec, str(folder), manifest_hash(folder), shape, parameters, sequences, micro, steps,
-                  spec.evaluate.every_steps or max(1, steps // 10), spec.checkpoint.every_steps or max(1, min(1000, steps // 4)),
-                  min(spec.evaluate.max_windows, val.windows), val.bytes / val.tokens if val.tokens else 0.0)
+    recipe = Recipe(spec, str(manifest.path), mixture_hash(spec, manifests), shape, parameters, sequences, micro, steps,
+                    spec.evaluate.every_steps or max(1, steps // 10), spec.checkpoint.every_steps or max(1, min(1000, steps // 4)),
+                    (), 0.0, make_mix(spec, manifests, steps * sequences))
+    check_epochs(recipe, manifests)
+    parts = val_parts(recipe, manifests)
+    splits = {str(one.path): one.splits["val"] for one in manifests}
+    per_token = sum(part.share * splits[part.corpus].bytes / splits[part.corpus].tokens for part in parts) if parts else 0.0
+    return replace(recipe, val=parts, val_bytes_per_token=per_token)
 
 
-def inputs_of(spec: TrainSpec, storage: Storage) -> dict[str, str]:
-    """What a run reads, by path and hash, for its lineage. Raises SpecError and InputError, before any work."""
+def inputs_of(spec: TrainSpec, storage: Storage) -> dict[str, Any]:
+    """What a run reads, by path and hash, for its lineage; of a mixture, all its corpora too. Raises SpecError and InputError, before
+    any work."""
     recipe = make_recipe(spec, storage)
     model = {"model": recipe.spec.model.source} if recipe.spec.model.source else {}
-    return {"corpus": recipe.corpus, "corpus_hash": recipe.corpus_hash, **model}
+    mixture = {"mixture": {folder: manifest_hash(folder) for folder in recipe.corpora}} if recipe.mix else {}
+    return {"corpus": recipe.corpus, "corpus_hash": recipe.corpus_hash, **mixture, **model}
 
 
-def find_corpus(name: str, storage: Storage) -> Path:
-    """The folder of a corpus by path or by name."""
+def read_corpora(spec: TrainSpec, storage: Storage) -> list[Manifest]:
+    """The manifests of a spec's corpora. Raises InputError for one that is not there, and for two that cannot be mixed."""
+    key = "corpus.mix.{}.corpus" if isinstance(spec.corpus, Mixture) else "corpus"
+    manifests = [read_manifest(find_corpus(share.corpus, storage, key.format(i))) for i, share in enumerate(spec.mixture)]
+    first = manifests[0]
+    for i, other in enumerate(manifests[1:], 1):
+        where = key.format(i)
+        if other.path in [one.path for one in manifests[:i]]:
+            raise InputError(f"{other.path} is in the mixture twice", where=where, remedy="give it once, with the sum of the weights")
+        if other.context != first.context:
+            raise InputError(f"the corpus {other.name} has windows of {other.context} tokens and {first.name} of {first.context}",
+                             where=where, remedy=f"prepare {other.name} with context: {first.context}")
+        if other.data["tokenizer"]["hash"] != first.data["tokenizer"]["hash"]:
+            raise InputError(f"the tokenizer of the corpus {other.name} is not that of {first.name}", where=where,
+                             remedy=f"prepare {other.name} with tokenizer: {{from: {first.tokenizer}}}")
+    return manifests
+
+
+def mixture_hash(spec: TrainSpec, manifests: list[Manifest]) -> str:
+    """What stands for all that decides the samples, but for seed and duration."""
+    hashes = [manifest_hash(manifest.path) for manifest in manifests]
+    if not isinstance(spec.corpus, Mixture):
+        return hashes[0]
+    weights, final = _weights(spec.corpus)
+    schedule = [final, spec.corpus.anneal_fraction] if final else None
+    return hashlib.sha256(json.dumps([hashes, weights, schedule]).encode()).hexdigest()
+
+
+def make_mix(spec: TrainSpec, manifests: list[Manifest], num_samples: int) -> Mix | None:
+    """The mixture's order of samples over a run of `num_samples`; None for one corpus."""
+    if not isinstance(spec.corpus, Mixture):
+        return None
+    weights, final = _weights(spec.corpus)
+    begin = num_samples - round(spec.corpus.anneal_fraction * num_samples)
+    return Mix(tuple(str(one.path) for one in manifests), weights, spec.seed, final, (begin, num_samples) if final else (0, 0))
+
+
+def _weights(mixture: Mixture) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Weights and final weights, each adding up to 1; the latter empty where weights are constant."""
+    total = math.fsum(share.weight for share in mixture.mix)
+    final = [share.final_weight for share in mixture.mix if share.final_weight is not None]
+    return tuple(share.weight / total for share in mixture.mix), tuple(weight / math.fsum(final) for weight in final)
+
+
+def check_epochs(recipe: Recipe, manifests: list[Manifest]) -> None:
+    """Raises SpecError where the duration needs more passes of a corpus than the spec allows."""
+    if recipe.mix is None:
+        return
+    counts = recipe.mix.counts(recipe.num_samples)
+    for i, (share, manifest) in enumerate(zip(recipe.spec.mixture, manifests, strict=True)):
+        windows = manifest.splits["train"].windows
+        if share.epochs is not None and counts[i] > share.epochs * windows:
+            steps, passes = int(recipe.num_steps * share.epochs * windows / counts[i]), counts[i] / windows
+            while steps and _count(recipe, manifests, steps, i) > share.epochs * windows:
+                steps -= 1
+            raise SpecError(f"{recipe.num_steps:,} steps take {counts[i]:,} samples of {manifest.name}, {passes:.2f} passes over its "
+                            f"{windows:,} windows, and {share.epochs:g} are allowed", where=f"corpus.mix.{i}.epochs",
+                            remedy=f"train for {steps:,} steps, lower its weight, or allow {math.ceil(passes)}")
+
+
+def _count(recipe: Recipe, manifests: list[Manifest], steps: int, corpus: int) -> int:
+    """The samples that a run of another length takes of a corpus."""
+    mix = make_mix(recipe.spec, manifests, steps * recipe.global_sequences)
+    assert mix
+    return int(mix.counts(steps * recipe.global_sequences)[corpus])
+
+
+def val_parts(recipe: Recipe, manifests: list[Manifest]) -> tuple[ValPart, ...]:
+    """The validation windows: of each corpus its share of `evaluate.max_windows`, or all that it has. Shares are those of the samples of
+    the whole run, so that the loss is the mixture's whatever the splits hold; a corpus without validation windows has none."""
+    have = np.asarray([manifest.splits["val"].windows for manifest in manifests])
+    samples = np.asarray(recipe.num_samples, dtype=np.float64)
+    shares = np.asarray([float(recipe.mix.expected(i, samples) / samples) if recipe.mix else 1.0 for i in range(len(have))]) * (have > 0)
+    if not have.any():
+        return ()
+    shares = shares / shares.sum()
+    wanted = np.maximum(1, np.floor(shares * recipe.spec.evaluate.max_windows)).astype(int)
+    return tuple(ValPart(str(manifest.path), int(min(want, has)), float(share))
+                 for manifest, want, has, share in zip(manifests, wanted, have, shares, strict=True) if has)
+
+
+def find_corpus(name: str, storage: Storage, where: str = "corpus") -> Path:
+    """The folder of a corpus by path or by name. `where` is the spec's key, for the error."""
     path = Path(name).expanduser()
     if "/" in name or name.startswith((".", "~")):
         return path.absolute()
@@ -105,7 +238,7 @@ def find_corpus(name: str, storage: Storage) -> Path:
         from distlm.spec.load import nearest
 
         near = nearest(name, [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else [])
-        raise InputError(f"there is no corpus {name} under {folder.parent}", where="corpus",
+        raise InputError(f"there is no corpus {name} under {folder.parent}", where=where,
                          remedy=f"did you mean {near}?" if near else "prepare it first with a spec of `kind: prepare`")
     return folder
 
@@ -128,4 +261,5 @@ def _num_steps(spec: TrainSpec, sequences: int, windows: int, context: int) -> i
 
 
 def manifest_of(recipe: Recipe) -> Manifest:
+    """Of the corpus, or of a mixture's first."""
     return read_manifest(recipe.corpus)

@@ -81,12 +81,17 @@ def check(spec: TuneSpec, where: Callable[[KeyPath], str], *, references: bool =
 
 def check_metric(spec: TuneSpec, trials: list[TrainSpec], storage: Storage) -> None:
     """Raises InputError where trials would be judged by a loss that their corpus cannot give."""
-    from distlm.corpus.manifest import read_manifest
-    from distlm.train.recipe import find_corpus
+    from distlm.train.recipe import read_corpora
 
-    for corpus in dict.fromkeys(trial.corpus for trial in trials) if spec.metric == "val_loss" else ():
-        if not read_manifest(find_corpus(corpus, storage)).splits["val"].windows:
-            raise InputError(f"the corpus {corpus} has no validation window, so no trial would have a val_loss", where="metric",
+    seen: list[Any] = []
+    for trial in trials if spec.metric == "val_loss" else ():
+        if trial.corpus in seen:
+            continue
+        seen.append(trial.corpus)
+        manifests = read_corpora(trial, storage)
+        if not any(one.splits["val"].windows for one in manifests):
+            names = trial.corpus if isinstance(trial.corpus, str) else " and ".join(share.corpus for share in trial.corpus.mix)
+            raise InputError(f"the corpus {names} has no validation window, so no trial would have a val_loss", where="metric",
                              remedy="set metric: loss, or prepare the corpus with a larger split.val_fraction")
 
 

@@ -13,20 +13,7 @@ from distlm.progress import Progress
 from distlm.runs import RunFolder
 from distlm.spec import load_spec
 from distlm.storage import Storage
-
-
-class Notes(Progress):
-    """Keeps what is said."""
-
-    def __init__(self) -> None:
-        self.records: list[dict[str, Any]] = []
-
-    def show(self, record: dict[str, Any]) -> None:
-        self.records.append(record)
-
-    @property
-    def text(self) -> str:
-        return "\n".join(record["text"] for record in self.records if record["distlm"] == "note")
+from tests.records import Records
 
 
 @pytest.fixture(scope="package")
@@ -46,7 +33,7 @@ def run(cluster: None, tmp_path: Path) -> Callable[..., dict[str, Any]]:
         storage = Storage(tmp_path / root)
         folder = RunFolder(storage.corpus(spec.name))
         folder.path.mkdir(parents=True, exist_ok=True)
-        return prepare(spec, folder, storage, progress or Notes())
+        return prepare(spec, folder, storage, progress or Records())
 
     return run
 

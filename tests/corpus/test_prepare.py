@@ -12,7 +12,8 @@ import tokenizers
 from distlm.corpus import prepare as package
 from distlm.corpus.manifest import Manifest, read_manifest, verify
 from distlm.errors import CorpusError, InputError, StorageError
-from tests.corpus.conftest import Notes, document
+from tests.corpus.conftest import document
+from tests.records import Records
 
 Run = Callable[..., dict[str, Any]]
 
@@ -48,7 +49,7 @@ def test_a_corpus_is_byte_equal_with_one_worker_and_two_run_again_from_elsewhere
     assert files_of(first[""]) == files_of(second[""])
     assert first["manifest_hash"] == second["manifest_hash"] == third["manifest_hash"]
     assert {name.split("/")[0] for name in files_of(first[""])} == \
-        {"manifest.json", "sources.jsonl", "train", "val", "tokenizer", "rejects"}
+        {"manifest.json", "sources.jsonl", "documents.parquet", "report.html", "train", "val", "tokenizer", "rejects"}
 
 
 def test_every_document_is_in_the_windows_once_in_an_order_that_only_the_seed_changes(run: Run, texts: Path) -> None:
@@ -90,8 +91,8 @@ def test_bad_input_is_counted_by_reason_with_samples_and_loses_nothing_good(run:
                                       b'{"text": "' + b"x" * 3_000_000 + b'"}\n{"text": "good three"}\n')
     good = gzip.compress("".join(json.dumps({"text": document(i)}) + "\n" for i in range(200, 240)).encode())
     (texts / "cut.jsonl.gz").write_bytes(good[:-4])
-    notes = Notes()
-    result = run(texts, progress=notes, split={"val_fraction": 0}, clean={"max_document_bytes": 1_000_000})
+    shown = Records()
+    result = run(texts, progress=shown, split={"val_fraction": 0}, clean={"max_document_bytes": 1_000_000})
     manifest = verify(result[""])
     assert rejected(manifest) == {"not_utf8": 1, "malformed": 1, "missing_field": 1, "too_long": 1, "corrupt": 1, "too_short": 1,
                                   "duplicate": 10}
@@ -104,7 +105,7 @@ def test_bad_input_is_counted_by_reason_with_samples_and_loses_nothing_good(run:
     assert {reason: len(samples) for reason, samples in rejects.items()} == rejected(manifest)
     assert (rejects["malformed"][0]["source"], rejects["malformed"][0]["record"]) == ("texts/bad.jsonl", 1)
     assert rejects["duplicate"][0]["same_as"]["source"].startswith("texts/")
-    assert "1 document rejected: too_long (3,000,013 bytes)" in notes.text and "10 documents rejected: duplicate" in notes.text
+    assert "1 document rejected: too_long (3,000,013 bytes)" in shown.text and "10 documents rejected: duplicate" in shown.text
 
 
 def test_a_corpus_with_nothing_in_it_is_an_error_that_says_why_and_keeps_the_samples(run: Run, tmp_path: Path) -> None:
@@ -139,14 +140,14 @@ def test_what_is_missing_is_found_before_anything_is_made(run: Run, tmp_path: Pa
 
 
 def test_a_small_corpus_holds_out_one_document_and_says_so(run: Run, texts: Path) -> None:
-    notes = Notes()
-    result = run(texts, split={"val_fraction": 0.0001}, progress=notes)
-    assert verify(result[""]).splits["val"].documents == 1 and "one is held out" in notes.text
+    shown = Records()
+    result = run(texts, split={"val_fraction": 0.0001}, progress=shown)
+    assert verify(result[""]).splits["val"].documents == 1 and "one is held out" in shown.text
     assert result["val_windows"] > 0
     assert run(texts, "none", split={"val_fraction": 0})["val_tokens"] == 0
-    notes = Notes()
-    assert run(texts / "01.txt", "single", progress=notes)["val_tokens"] == 0
-    assert "one document only" in notes.text
+    shown = Records()
+    assert run(texts / "01.txt", "single", progress=shown)["val_tokens"] == 0
+    assert "one document only" in shown.text
 
 
 def test_a_given_tokenizer_makes_the_same_tokens_as_when_it_was_trained(run: Run, texts: Path) -> None:
@@ -161,9 +162,9 @@ def test_a_complete_corpus_is_kept_and_one_whose_source_changed_is_made_again(ru
     first = run(texts)
     shard = Path(first[""], "train", "00000.arrow")
     made = shard.stat().st_mtime_ns
-    notes = Notes()
-    assert run(texts, progress=notes) == first
-    assert shard.stat().st_mtime_ns == made and "nothing to do" in notes.text
+    shown = Records()
+    assert run(texts, progress=shown) == first
+    assert shard.stat().st_mtime_ns == made and "nothing to do" in shown.text
     (texts / "00.txt").write_text("Another text, " + document(90))
     second = run(texts)
     assert second["manifest_hash"] != first["manifest_hash"]
@@ -194,7 +195,9 @@ def test_a_disk_that_fills_while_a_shard_is_written_leaves_no_corpus_and_the_nex
         with pytest.raises(StorageError, match=r"train/00001\.arrow: cannot write: .*; free space"):
             run(texts)
     corpus = tmp_path / "store" / "corpora" / "words"
-    assert {path.name for path in corpus.iterdir()} == {"rejects"}
+    assert {path.name for path in corpus.iterdir() if not path.name.startswith(".scratch-")} == {"rejects"}
     with pytest.raises(InputError, match="no complete corpus"):
         read_manifest(corpus)
-    assert run(texts)["manifest_hash"] == whole["manifest_hash"]
+    shown = Records()
+    assert run(texts, progress=shown)["manifest_hash"] == whole["manifest_hash"]
+    assert "encode: 8 of 8 parts are done already" in shown.text and not list(corpus.glob(".scratch-*"))

@@ -90,7 +90,7 @@ def test_documents_go_to_their_split_each_with_its_end(tmp_path: Path) -> None:
     rule = SplitRule(0.3)
     found = encode(tmp_path, vocabulary, TEXTS, rule)
     for split, (tokens, starts) in found.items():
-        expected = [text for text in TEXTS if rule.is_val(content_hash(text.encode())) == (split == "val")]
+        expected = [text for text in TEXTS if rule.of(content_hash(text.encode())) == split]
         assert expected and len(expected) < 50
         assert [bytes(token - 4 for token in tokens[begin:end - 1]).decode() for begin, end in
                 zip(starts, [*starts[1:], len(tokens)], strict=True)] == expected
@@ -98,7 +98,7 @@ def test_documents_go_to_their_split_each_with_its_end(tmp_path: Path) -> None:
 
 def test_the_vocabulary_is_learned_from_the_training_split_up_to_the_sample_alone(tmp_path: Path) -> None:
     rule = SplitRule(0.5)
-    train = [text for text in TEXTS if not rule.is_val(content_hash(text.encode()))]
+    train = [text for text in TEXTS if rule.of(content_hash(text.encode())) == "train"]
     (tmp_path / "a").mkdir()
     task = VocabularyTask(Tokenizer(vocab_size=300, sample_bytes=200), [partition(tmp_path, TEXTS)], rule, tmp_path / "a")
     sampled = make_tokenizer(task)

@@ -178,6 +178,13 @@ def _append(folder, writer, count):
         folder.metrics({"writer": writer, "i": i, "pad": "x" * 300})
 
 
+@pytest.mark.parametrize("line", ["{\"time\": 1, \"state\": \"running\"}", "{\"state\": 7}", "{}", "nonsense"])
+def test_a_line_that_is_no_event_takes_nothing_down(folder, line):
+    with open(folder.path / "events.jsonl", "a") as file:
+        file.write(line + "\n")
+    assert folder.state()[0] in ("queued", "running")
+
+
 def test_lines_of_several_processes_do_not_mix(folder):
     context = multiprocessing.get_context("spawn")
     writers = [context.Process(target=_append, args=(folder, w, 100)) for w in range(3)]

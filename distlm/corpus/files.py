@@ -1,0 +1,112 @@
+"""Which files the sources of a prepare job name."""
+
+import glob
+import os
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from distlm.corpus.decompress import ENDINGS
+from distlm.corpus.web import library
+from distlm.errors import InputError
+from distlm.spec.load import nearest
+from distlm.spec.prepare import Source
+
+SKIPPED_FOLDERS = {"__pycache__"}
+SKIPPED_STDLIB = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
+"""The tests of the standard library are 60 % of its bytes, and much of them is data."""
+
+
+@dataclass(frozen=True)
+class TextFile:
+    """A file to be read."""
+
+    path: str
+    name: str
+    """How the manifest calls it: the last part of the source's path, and what is below. The same on every host."""
+    format: str
+    """text, jsonl, parquet, html or warc."""
+    text_key: str
+    source: int
+    """The source it belongs to, by its place in the spec."""
+    bytes: int
+    id_key: str | None = None
+    keep: tuple[str, ...] = ()
+
+
+def find_files(sources: list[Source]) -> list[TextFile]:
+    """Every file that the sources name, in an order that does not depend on theirs. Raises InputError for one that names none, and
+    for html and warc where what reads them is not installed."""
+    found = [file for i, source in enumerate(sources) for file in _find(i, source)]
+    for file in {file.format: file for file in found}.values():
+        if file.format in ("html", "warc"):
+            library("trafilatura", file.format, file.source)
+        if file.format == "warc":
+            library("warcio", file.format, file.source)
+    return sorted(found, key=lambda file: (file.name, file.bytes, file.path, file.format, file.text_key, file.id_key or "", file.keep))
+
+
+def source_name(source: Source) -> str:
+    """What the manifest calls a source."""
+    return source.path if source.path == "stdlib" else _base(source.path)[0].name
+
+
+def _base(text: str) -> tuple[Path, bool]:
+    """The path, or the deepest folder of a glob before its first pattern; and whether it is a glob."""
+    path = Path(os.path.abspath(os.path.expanduser(text)))
+    if path.exists() or not glob.has_magic(text):
+        return path, False
+    parts = path.parts
+    first = next(i for i, part in enumerate(parts) if glob.has_magic(part))
+    return Path(*parts[:first]), True
+
+
+def _find(index: int, source: Source) -> Iterator[TextFile]:
+    where = f"sources.{index}.path: {source.path}"
+    if "://" in source.path:
+        raise InputError("object stores are not supported yet", where=where, remedy="name a file or folder that every node sees")
+    if source.path == "stdlib":
+        base, is_glob = Path(sysconfig.get_path("stdlib")), False
+        paths = [path for path in _walk(base, SKIPPED_STDLIB) if path.suffix == ".py"]
+    else:
+        base, is_glob = _base(source.path)
+        pattern = os.path.abspath(os.path.expanduser(source.path))
+        matches = [Path(match) for match in glob.glob(pattern, recursive=True)] if is_glob else [base]
+        if not is_glob and not base.exists():
+            raise InputError("there is no such file or folder", where=where, remedy=_nearest(base))
+        paths = sorted({path for match in matches for path in (_walk(match, SKIPPED_FOLDERS) if match.is_dir() else [match])})
+    if not paths:
+        raise InputError("no file matches" if is_glob else "the folder holds no file", where=where,
+                         remedy=_nearest(base) if is_glob else "hidden files and __pycache__ are passed over; name another folder")
+    name = source_name(source)
+    for path in paths:
+        below = "" if path == base else "/" + path.relative_to(base).as_posix()
+        size = path.stat().st_size if path.is_file() else 0    # a broken link or a pipe is rejected when it is read
+        yield TextFile(str(path), name + below, _format(path, source), source.text_key, index, size,
+                       source.id_key, source.keep)
+
+
+def _walk(folder: Path, skipped: set[str]) -> Iterator[Path]:
+    for root, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if name not in skipped and not name.startswith("."))
+        for name in sorted(files):
+            if not name.startswith("."):
+                yield Path(root, name)
+
+
+def _format(path: Path, source: Source) -> str:
+    if source.format != "auto":
+        return source.format
+    ending = Path(path.stem if path.suffix in ENDINGS else path.name).suffix.lower()
+    return {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".html": "html", ".htm": "html",
+            ".warc": "warc"}.get(ending, "text")
+
+
+def _nearest(path: Path) -> str:
+    """A remedy that names what is most alike beside the path that does not exist."""
+    folder = path.parent
+    while not folder.is_dir():
+        path, folder = folder, folder.parent
+    near = nearest(path.name, ["stdlib", *(item.name for item in folder.iterdir())])
+    return f"did you mean {near if near == 'stdlib' else folder / near}?" if near else "paths are taken relative to where the job starts"

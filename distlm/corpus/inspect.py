@@ -1,0 +1,416 @@
+"""Looking into a corpus: what it holds and went through, its documents and windows as text, and what differs between two.
+
+    summary(path)                                          # rows of (what, value), for a table
+    documents(path, ["doc-17"]), windows(path, "val", first=3), find(path, "Brown", limit=5)
+    differences = diff(a, b)                               # differences.rows() for a table; differences.only["a"].documents
+
+Everything is read in bounded pieces, and every shard that is read is checked against the manifest.
+"""
+
+import bisect
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import tokenizers
+from numpy.typing import NDArray
+
+from distlm.corpus.manifest import Manifest, read_manifest
+from distlm.corpus.stream import Windows
+from distlm.errors import CorpusError, InputError
+from distlm.spec.load import nearest
+
+DOCUMENTS = "documents.parquet"
+BATCH_ROWS = 1 << 16
+CHUNK_TOKENS = 1 << 14
+EXCERPT_CHARS = 60
+MAX_REASONS = 3
+MAX_FIRST = 10
+PARTS = ("code", "parameters", "sources", "tokenizer", "steps", "splits")
+"""Of a diff: first what may be the reason, then what came of it."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """A document of a corpus, as documents.parquet has it, with its text."""
+
+    id: str
+    hash: str
+    """BLAKE2b-128 of the text, in hexadecimal."""
+    source: str
+    record: int
+    split: str
+    bytes: int
+    tokens: int
+    meta: dict[str, Any]
+    reasons: list[str]
+    text: str
+    whole: bool
+    """False where the end of the text lies behind the last window of the split, among the dropped tokens."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """A window of a split, decoded."""
+
+    split: str
+    number: int
+    starts: list[int]
+    """The places in the window at which a document begins."""
+    text: str
+
+
+@dataclass(frozen=True)
+class Match:
+    """Where a text was found."""
+
+    split: str
+    window: int
+    """The one in which it begins."""
+    excerpt: str
+
+
+@dataclass(frozen=True)
+class OnlyIn:
+    """The documents that one of two corpora has alone."""
+
+    documents: int = 0
+    bytes: int = 0
+    changed: int = 0
+    """The other has a document of the same file and record, with another text."""
+    no_file: int = 0
+    """The other has not read this file."""
+    not_kept: int = 0
+    """The other has read the file, but rejected this document or kept a duplicate of it."""
+    first: list[dict[str, Any]] = field(default_factory=list)
+    """The first ten: hash, source, record, id, bytes."""
+
+
+@dataclass(frozen=True)
+class Differences:
+    """What differs between two corpora: (part, key, value in a, value in b), None where there is none."""
+
+    values: list[tuple[str, str, Any, Any]]
+    same_windows: bool
+    """Equal tokens in equal order, of equal tokenizers: a training run is the same on both."""
+    only: dict[str, OnlyIn]
+    """`a` and `b`; empty where one of them has no documents.parquet."""
+    moved: int = 0
+    """Documents of both that are in another split."""
+
+    def rows(self) -> list[tuple[str, str, str, str]]:
+        """For a table: part, key, a, b. Reasons come before results."""
+        rows = [(part, key, _shown(a), _shown(b)) for part, key, a, b in self.values]
+        if self.only:
+            for key in ("documents", "bytes", "changed", "no_file", "not_kept"):
+                a, b = (getattr(self.only[side], key) for side in ("a", "b"))
+                if a or b:
+                    rows.append(("only in one", key.replace("_", " "), f"{a:,}", f"{b:,}"))
+            if self.moved:
+                rows.append(("in another split", "documents", f"{self.moved:,}", f"{self.moved:,}"))
+        return rows
+
+
+def summary(path: Path | str) -> list[tuple[str, str]]:
+    """Rows of (what, value). Raises InputError where there is no complete corpus."""
+    manifest = read_manifest(path)
+    data, splits = manifest.data, manifest.splits
+    size, tokens = (sum(getattr(split, key) for split in splits.values()) for key in ("bytes", "tokens"))
+    rows = [("corpus", manifest.name), ("documents", f"{sum(split.documents for split in splits.values()):,}"), ("bytes", f"{size:,}"),
+            ("tokens", f"{tokens:,}"), ("bytes per token", f"{size / tokens:.2f}" if tokens else "–")]
+    for name, split in splits.items():
+        dropped = f", {split.dropped_tokens:,} tokens fill none" if split.dropped_tokens else ""
+        rows.append((f"split {name}", f"{split.documents:,} documents, {split.bytes:,} bytes, {split.tokens:,} tokens, "
+                                      f"{split.windows:,} windows in {len(split.shards):,} shards{dropped}"))
+    for step in data["steps"]:
+        lost = sorted(((reason, taken["documents"]) for reason, taken in step["rejected"].items() if taken["documents"]),
+                      key=lambda item: (-item[1], item[0]))
+        top = ", ".join(f"{count:,} {reason}" for reason, count in lost[:MAX_REASONS])
+        rest = sum(count for _, count in lost[MAX_REASONS:])
+        rows.append((f"step {step['name']}", f"{step['in']['documents']:,} → {step['out']['documents']:,} documents, "
+                                             f"{step['in']['bytes']:,} → {step['out']['bytes']:,} bytes"
+                     + (f"; {top}" if top else "") + (f", {rest:,} others" if rest else "")))
+    rows += [("tokenizer", f"{data['tokenizer']['kind']}, {manifest.vocab_size:,} tokens, {manifest.dtype}, end {manifest.eos_id}"),
+             ("context", f"{manifest.context:,}"), ("seed", str(manifest.seed))]
+    rows += [(f"source {source['name']}", _source(source)) for source in data["sources"]]
+    return rows
+
+
+def documents(path: Path | str, ids: Sequence[str]) -> list[Document]:
+    """The documents of these ids or content hashes (hexadecimal), in the order of the corpus; of an id that several have, all.
+
+    Raises InputError for one that no document has, CorpusError for a damaged shard."""
+    manifest = read_manifest(path)
+    file = _documents_file(manifest)
+    hashes = [bytes.fromhex(key) for key in ids if len(key) == 32 and set(key) <= set("0123456789abcdef")]
+    rows, numbers = list[dict[str, Any]](), list[int]()
+    seen = dict.fromkeys(manifest.splits, 0)
+    some = list[str]()
+    for batch in file.iter_batches(BATCH_ROWS):
+        some = some or [key for key in batch["id"].slice(0, 1000).to_pylist() if key]
+        chosen = pc.or_(pc.is_in(batch["id"], pa.array(list(ids), pa.string())), pc.is_in(batch["hash"], pa.array(hashes, pa.binary(16))))
+        places = np.flatnonzero(chosen.to_numpy(zero_copy_only=False))
+        splits = np.asarray(batch["split"].to_pylist(), object)
+        rows += batch.take(pa.array(places)).to_pylist()
+        numbers += [seen[splits[place]] + int((splits[:place] == splits[place]).sum()) for place in places]
+        for name in seen:
+            seen[name] += int((splits == name).sum())
+    known = {row["id"] for row in rows} | {row["hash"].hex() for row in rows}
+    if missing := [key for key in ids if key not in known]:
+        near = nearest(missing[0], some)
+        raise InputError(f"no document has the id or hash {', '.join(missing)}", where=str(manifest.path),
+                         remedy=f"did you mean {near}?" if near else f"{DOCUMENTS} lists them, rejects/ samples of what was dropped")
+    texts = _Texts(manifest)
+    found = []
+    for row, number in zip(rows, numbers, strict=True):
+        text, whole = texts.document(row["split"], number, row["tokens"])
+        found.append(Document(row["id"] or "", row["hash"].hex(), row["source"], row["record"], row["split"], row["bytes"], row["tokens"],
+                              json.loads(row["meta"]) if row["meta"] else {}, row["reasons"] or [], text, whole))
+    return found
+
+
+def windows(path: Path | str, split: str = "train", first: int = 0, count: int = 1) -> list[Window]:
+    """Windows by their number, decoded by the corpus' own tokenizer, special tokens shown. Raises InputError for a split or a window
+    that there is not, CorpusError for a damaged shard."""
+    manifest = read_manifest(path)
+    if split not in manifest.splits:
+        raise InputError(f"there is no split {split!r}", where=str(manifest.path), remedy=f"it has {', '.join(manifest.splits)}")
+    total = manifest.splits[split].windows
+    if not 0 <= first < total:
+        raise InputError(f"there is no window {first:,}", where=f"{manifest.path}: {split}",
+                         remedy=f"they are numbered from 0 to {total - 1:,}" if total else "the split has none")
+    texts = _Texts(manifest)
+    numbers = range(first, min(first + count, total))
+    tokens = texts.rows(split, numbers)
+    return [Window(split, number, texts.starts_in(split, number), texts.decode(row)) for number, row in zip(numbers, tokens, strict=True)]
+
+
+def find(path: Path | str, text: str, limit: int = 10) -> list[Match]:
+    """The first places of a text, split by split; it may reach over the ends of windows, but not over those of documents. Raises
+    InputError for an empty text, CorpusError for a damaged shard."""
+    manifest = read_manifest(path)
+    if not text:
+        raise InputError("an empty text is everywhere", where=str(manifest.path), remedy="say what to look for")
+    texts, found = _Texts(manifest), list[Match]()
+    for split in manifest.splits:
+        for match in _matches(texts, split, text):
+            if len(found) >= limit:
+                return found
+            found.append(match)
+    return found
+
+
+def diff(a: Path | str, b: Path | str) -> Differences:
+    """What differs between two corpora, and why. Raises InputError where one is no complete corpus."""
+    one, other = read_manifest(a), read_manifest(b)
+    left, right = (_values(manifest) for manifest in (one, other))
+    values = [(part, key, left.get((part, key)), right.get((part, key)))
+              for part, key in sorted(left.keys() | right.keys(), key=lambda item: (_rank(item[0]), *item))
+              if left.get((part, key)) != right.get((part, key))]
+    tokens = [({name: [(shard.windows, shard.xxh3) for shard in split.shards] for name, split in manifest.splits.items()},
+               manifest.data["tokenizer"]["hash"]) for manifest in (one, other)]
+    only, moved = _compare_documents(one, other)
+    return Differences(values, tokens[0] == tokens[1], only, moved)
+
+
+class _Texts:
+    """The tokens of a corpus as text."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.manifest = manifest
+        self.tokenizer = tokenizers.Tokenizer.from_file(str(manifest.tokenizer / "tokenizer.json"))
+        self._windows: dict[str, Windows] = {}
+        self._starts: dict[str, NDArray[np.int64]] = {}
+
+    def decode(self, tokens: NDArray[Any]) -> str:
+        return str(self.tokenizer.decode(tokens.tolist(), skip_special_tokens=False))
+
+    def rows(self, split: str, numbers: range) -> NDArray[Any]:
+        """The windows of these numbers, [len(numbers), context + 1]. Raises CorpusError for a damaged shard."""
+        if split not in self._windows:
+            self._windows[split] = Windows(self.manifest.path, split)
+        reader = self._windows[split]
+        ends = np.cumsum([shard.windows for shard in reader.shards], dtype=np.int64)
+        wanted = np.asarray(numbers, np.int64)
+        shards = np.searchsorted(ends, wanted, "right")
+        return reader.read(shards, wanted - np.concatenate([[0], ends])[shards])
+
+    def stream(self, split: str, begin: int, end: int) -> NDArray[Any]:
+        """The tokens at the places `begin` to `end` of the split: windows without the first token of the next."""
+        context = self.manifest.context
+        last = self.manifest.splits[split].windows - 1
+        first, stop = min(begin // context, last), min(-(-end // context) - 1, last)
+        rows = self.rows(split, range(first, stop + 1))
+        tokens = np.concatenate([rows[:, :-1].reshape(-1), rows[-1, -1:]])
+        return tokens[begin - first * context:end - first * context]
+
+    def starts(self, split: str) -> NDArray[np.int64]:
+        """The places in the split's tokens at which its documents begin, ascending."""
+        if split not in self._starts:
+            context, base, found = self.manifest.context, 0, [np.zeros(0, np.int64)]
+            for shard in self.manifest.splits[split].shards:
+                self.rows(split, range(base, base + 1))    # checks the shard
+                column = _starts_column(self.manifest.path / shard.file)
+                rows = np.repeat(np.arange(base, base + shard.windows), pc.list_value_length(column).to_numpy(zero_copy_only=False))
+                found.append(rows * context + column.flatten().to_numpy())
+                base += shard.windows
+            self._starts[split] = np.unique(np.concatenate(found))
+        return self._starts[split]
+
+    def starts_in(self, split: str, number: int) -> list[int]:
+        for shard in self.manifest.splits[split].shards:
+            if number < shard.windows:
+                places: list[int] = _starts_column(self.manifest.path / shard.file)[number].as_py()
+                return places
+            number -= shard.windows
+        raise AssertionError(number)
+
+    def document(self, split: str, number: int, tokens: int) -> tuple[str, bool]:
+        """(text, whether it is whole) of a split's document by its number. Raises CorpusError where the windows hold others."""
+        starts, total = self.starts(split), self.manifest.splits[split].windows * self.manifest.context + 1
+        if number >= len(starts):
+            return "", False
+        begin = int(starts[number])
+        end = int(starts[number + 1]) if number + 1 < len(starts) else min(begin + tokens, total)
+        if number + 1 < len(starts) and end - begin != tokens:
+            raise CorpusError(f"document {number:,} has {end - begin:,} tokens, not {tokens:,}",
+                              where=f"{self.manifest.path / DOCUMENTS}: {split}", remedy="the file is of another corpus: prepare it again")
+        ids = self.stream(split, begin, end)
+        whole = len(ids) == tokens
+        return self.decode(ids[:-1] if whole else ids), whole
+
+
+def _starts_column(path: Path) -> pa.ListArray:
+    try:
+        with pa.memory_map(str(path)) as file:
+            return pa.ipc.open_file(file).get_batch(0)["starts"]
+    except (OSError, pa.ArrowException) as error:
+        raise CorpusError(f"cannot be read: {error}", where=str(path), remedy="prepare the corpus again") from None
+
+
+def _documents_file(manifest: Manifest) -> pq.ParquetFile:
+    path = manifest.path / DOCUMENTS
+    if not path.is_file():
+        raise InputError(f"the corpus has no {DOCUMENTS}", where=str(manifest.path), remedy="prepare it again to look up documents")
+    try:
+        return pq.ParquetFile(path)
+    except (OSError, pa.ArrowException) as error:
+        raise CorpusError(f"cannot be read: {error}", where=str(path), remedy="prepare the corpus again") from None
+
+
+def _matches(texts: _Texts, split: str, text: str) -> Iterator[Match]:
+    """Decode a few thousand tokens at a time. Each piece begins with the last tokens of the one before: enough for the text to lie in
+    them but for its last character, and what lies in them whole has been found already."""
+    context, total = texts.manifest.context, texts.manifest.splits[split].windows
+    size, overlap = max(1, CHUNK_TOKENS // context), len(text.encode()) + 8
+    for first in range(0, total, size):
+        stop = min(first + size, total)
+        begin, middle = max(0, first * context - overlap), first * context
+        tokens = texts.stream(split, begin, stop * context + (stop == total))
+        decoded = texts.decode(tokens)
+        at = decoded.find(text)
+        if at < 0:
+            continue
+        known = len(texts.decode(tokens[:middle - begin]).rstrip("\ufffd")) if middle > begin else 0
+        edges = [number * context - begin for number in range(begin // context, stop)]
+        while at >= 0:
+            if at + len(text) > known:
+                window = bisect.bisect_right(edges, at, key=lambda edge: len(texts.decode(tokens[:edge])) if edge > 0 else 0) - 1
+                yield Match(split, begin // context + max(0, window), _excerpt(decoded, at, len(text)))
+            at = decoded.find(text, at + len(text))
+
+
+def _excerpt(text: str, at: int, length: int) -> str:
+    begin, end = max(0, at - EXCERPT_CHARS), min(len(text), at + length + EXCERPT_CHARS)
+    return ("…" if begin else "") + text[begin:end] + ("…" if end < len(text) else "")
+
+
+def _values(manifest: Manifest) -> dict[tuple[str, str], Any]:
+    """All that a diff compares, by part and dotted key."""
+    data = manifest.data
+    values: dict[tuple[str, str], Any] = {}
+    for part, value in data.items():
+        if part not in ("format", "name", "sources", "steps", "splits"):
+            plain = part in ("context", "dtype", "seed")
+            for key, leaf in _leaves(value, part if plain else ""):
+                values["parameters" if plain else part, key] = leaf
+    counts: dict[str, int] = {}
+    for source in data["sources"]:
+        name = source["name"]
+        counts[name] = counts.get(name, 0) + 1
+        values["sources", name if counts[name] == 1 else f"{name} ({counts[name]})"] = _source(source)
+    for step in data["steps"]:
+        for side in ("in", "out"):
+            values["steps", f"{step['name']}.{side}"] = _account(step[side])
+        for reason, lost in step["rejected"].items():
+            values["steps", f"{step['name']}.rejected.{reason}"] = _account(lost)
+    for name, split in manifest.splits.items():
+        for key in ("documents", "bytes", "tokens", "dropped_tokens", "windows"):
+            values["splits", f"{name}.{key}"] = getattr(split, key)
+    return values
+
+
+def _leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for name, inner in value.items():
+            yield from _leaves(inner, f"{key}.{name}" if key else name)
+    else:
+        yield key, value
+
+
+def _rank(part: str) -> int:
+    return PARTS.index(part) if part in PARTS else len(PARTS)
+
+
+def _source(source: dict[str, Any]) -> str:
+    return f"{source['files']:,} files, {source['bytes']:,} bytes, {source['format']}, xxh3 {source['xxh3']}"
+
+
+def _account(account: dict[str, int]) -> str:
+    return f"{account['documents']:,} documents, {account['bytes']:,} bytes"
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _compare_documents(one: Manifest, other: Manifest) -> tuple[dict[str, OnlyIn], int]:
+    """What each has alone, and how many documents of both have another split."""
+    if not all((manifest.path / DOCUMENTS).is_file() for manifest in (one, other)):
+        return {}, 0
+    columns = ["hash", "source", "record", "id", "split", "bytes"]
+    left, right = (_documents_file(manifest).read(columns).combine_chunks() for manifest in (one, other))
+    places = pc.index_in(left["hash"], right["hash"])
+    both = pc.is_valid(places)
+    moved = pc.sum(pc.not_equal(left["split"].filter(both), right["split"].take(places.filter(both)))).as_py() or 0
+    return {"a": _only(left, right, other), "b": _only(right, left, one)}, moved
+
+
+def _only(mine: pa.Table, theirs: pa.Table, other: Manifest) -> OnlyIn:
+    alone = mine.filter(pc.invert(pc.is_in(mine["hash"], theirs["hash"])))
+    if not len(alone):
+        return OnlyIn()
+    same_place = pc.is_in(_places(alone), _places(theirs))
+    listed = other.path / "sources.jsonl"
+    files = [json.loads(line)["file"] for line in listed.read_text().splitlines()] if listed.is_file() else \
+        pc.unique(theirs["source"]).to_pylist()
+    no_file = pc.invert(pc.is_in(alone["source"], pa.array(files, pa.string())))
+    changed, missing = (pc.sum(mask).as_py() or 0 for mask in (same_place, no_file))
+    first = alone.select(["hash", "source", "record", "id", "bytes"]).slice(0, MAX_FIRST).to_pylist()
+    return OnlyIn(len(alone), pc.sum(alone["bytes"]).as_py(), changed, missing, len(alone) - changed - missing,
+                  [{**row, "hash": row["hash"].hex()} for row in first])
+
+
+def _places(table: pa.Table) -> pa.ChunkedArray:
+    """File and record as one text."""
+    return pc.binary_join_element_wise(table["source"], pc.cast(table["record"], pa.string()), "\0")

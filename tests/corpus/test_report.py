@@ -1,0 +1,117 @@
+"""A page that shows a corpus to a person, offline, whatever text the corpus holds."""
+
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distlm.corpus.report import write_report
+from distlm.errors import CorpusError, InputError
+from tests.corpus.made import Doc, make, step
+from tests.train.ranks import make_corpus
+
+HOSTILE = "</pre><script>alert(1)</script><img src=x onerror=alert(2)>\" ' & <|endoftext|> \ud83d"
+STEPS = [step("read", (60, 9000), (50, 8000), malformed=(10, 700), markup=(0, 300)),
+         step("filter", (50, 8000), (45, 7000), **{"<b>short</b>": (5, 1000)}), step("dedup", (45, 7000), (41, 6500), duplicate=(4, 500))]
+
+
+class Page(HTMLParser):
+    """The elements of a page, with what a person reads."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.words: list[str] = []
+        self.open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in ("meta", "br", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+def corpus(folder: Path, **more: Any) -> Path:
+    docs = [Doc("x" * (1 << i), f"{'web' if i % 3 else 'code'}/{i}.{'py' if i % 2 else 'jsonl.gz'}", i,
+                meta={"language": "de" if i < 4 else "en"} if i < 7 else {}) for i in range(10)]
+    made = make(folder, [*docs, Doc("y", HOSTILE.replace("/", "").encode("utf-8", "ignore").decode())], steps=STEPS, **more)
+    (made / "rejects").mkdir()
+    line = {"source": HOSTILE, "record": 3, "bytes": 70, "detail": HOSTILE, "text": HOSTILE, "same_as": {"source": HOSTILE, "record": 1}}
+    (made / "rejects" / "malformed.jsonl").write_text((json.dumps(line) + "\n") * 9)
+    return made
+
+
+@pytest.fixture
+def page(tmp_path: Path) -> Page:
+    made = corpus(tmp_path / "<i>name", fuzzy={"clusters": 1234, "largest": {"size": 17}}, redactions={"email": 3},
+                  decontamination={"<u>mmlu</u>": {"texts": 14042, "skipped": 5, "ngrams": 800000, "found": 321, "documents": 77}},
+                  parameters={"clean": {"min_chars": HOSTILE}})
+    file = write_report(made)
+    assert file == made / "report.html"
+    return Page(file.read_text(encoding="utf-8"))
+
+
+def test_hostile_text_is_text(page: Page) -> None:
+    assert not {"script", "img", "i", "u"} & set(page.tags)
+    assert page.tags.count("b") == 6                       # the facts, and no reason's
+    assert page.open == [] and "<script>alert(1)</script>" in page.text and "<b>short</b>" in page.text and "<i>name" in page.text
+    assert not [name for name, _ in page.attributes if name.startswith("on")]
+
+
+def test_nothing_is_fetched_from_anywhere(page: Page) -> None:
+    assert not {"link", "script", "iframe", "object", "svg", "base"} & set(page.tags)
+    assert not [name for name, _ in page.attributes if name in ("src", "href", "srcset")]
+    assert ("content", "default-src 'none'; style-src 'unsafe-inline'") in page.attributes
+
+
+def test_the_page_says_what_the_manifest_and_the_documents_say(page: Page) -> None:
+    for text in ("input 60 9.00 kB", "read 50 −10 8.00 kB", "dedup 41 −4 6.50 kB", "malformed 10 700 read", "markup 0 300 read",
+                 "clusters 1,234", "largest.size 17", "email 3", "<u>mmlu</u> 14,042 5 800,000 321 77", "512 B – 1 KiB 1", "8 B – 16 B 1",
+                 "de 4 57.1 %", "en 3 42.9 %", ".jsonl 5 45.5 %", ".py 5 45.5 %", "kept: ",
+                 "code 589 4 documents 585 B 0.99 bytes per token"):
+        assert text in page.text, text
+    assert page.text.count(", record 3, 70 B") == 6        # of nine samples
+    for first, second in (("malformed 10", "<b>short</b> 5"), ("<b>short</b> 5", "duplicate 4"), ("de 4", "en 3")):
+        assert page.text.index(first) < page.text.index(second)
+
+
+def test_equal_corpora_have_equal_pages_and_another_has_another(tmp_path: Path) -> None:
+    pages = [write_report(corpus(tmp_path / folder / "c", **more)).read_bytes()
+             for folder, more in (("a", {}), ("b", {}), ("d", {"code": "0.2.0"}))]
+    assert pages[0] == pages[1] != pages[2]
+    assert str(tmp_path).encode() not in pages[0]
+    assert write_report(tmp_path / "a" / "c").read_bytes() == pages[0]
+
+
+def test_a_corpus_without_documents_steps_or_rejects_has_a_page_too(tmp_path: Path) -> None:
+    page = Page(write_report(make_corpus(tmp_path / "old")).read_text())
+    assert "Length of documents" not in page.text and "Splits" in page.text and "bytes per token" in page.text
+    empty = make(tmp_path / "empty", [])
+    assert Page(write_report(empty).read_text()).open == []
+
+
+def test_what_cannot_be_read_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no complete corpus"):
+        write_report(tmp_path)
+    made = corpus(tmp_path / "c")
+    (made / "rejects" / "malformed.jsonl").write_text("{\n")
+    with pytest.raises(CorpusError, match=r"malformed\.jsonl: the samples cannot be read"):
+        write_report(made)
+    (made / "rejects" / "malformed.jsonl").unlink()
+    (made / "documents.parquet").write_bytes(b"PAR1")
+    with pytest.raises(CorpusError, match=r"documents\.parquet: cannot be read"):
+        write_report(made)

@@ -1,0 +1,189 @@
+"""Filters, decontamination, near-duplicates and repeated paragraphs inside a job: exact books, and equal bytes however it ran."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from distlm.corpus.manifest import read_manifest, verify
+from distlm.errors import CorpusError, InputError
+from tests.corpus.conftest import document
+from tests.records import Records
+
+Run = Callable[..., dict[str, Any]]
+KEYS: dict[str, Any] = {
+    "clean": {"redact": ["email", "ip"], "whitespace": "trim"}, "filter": {"rules": ["gopher_repetition"], "min_words": 5},
+    "dedup": {"fuzzy": {"ngram_words": 3}, "paragraphs": 40}, "split": {"val_fraction": 0.1}}
+NOTICE = "This notice stands in many of the documents, and belongs to none."
+
+
+@pytest.fixture
+def many(tmp_path: Path) -> Path:
+    """Documents with near-duplicates, a paragraph that repeats, addresses, repetition, an evaluation text; ids and urls beside some."""
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for i in range(40):
+        (folder / f"{i:02}.txt").write_text(" ".join(f"{w}{(i * 31 + j * j) % 97}" for j in range(60) for w in ("w",)) + f"\n\n{NOTICE}\n")
+    for i in range(10):                                    # one word of sixty differs
+        words = (folder / f"{i:02}.txt").read_text().split("\n")[0].split(" ")
+        words[30] = "other"
+        (folder / f"near-{i}.txt").write_text(" ".join(words) + "\n")
+    (folder / "mail.txt").write_text("Write to someone.real@example-company.com about it, please, whenever it suits you.")
+    (folder / "again.txt").write_text("the same line of words\n" * 50)
+    (folder / "short.txt").write_text("too short")
+    lines = [{"text": document(i), "id": f"doc-{i}", "url": f"http://host/{i}"} for i in range(20)]
+    (folder / "more.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "leak.txt").write_text("Before it. " + QUESTION + " And after it comes more text of another kind.")
+    evaluation = tmp_path / "evaluation.jsonl"
+    evaluation.write_text(json.dumps({"question": QUESTION}) + "\n")
+    return folder
+
+
+QUESTION = "Which of the seven rivers that cross the old northern province flows uphill in the month of a rainy spring?"
+
+
+def keys(many: Path) -> dict[str, Any]:
+    return {**KEYS, "decontaminate": {"against": {"rivers": str(many.parent / "evaluation.jsonl")}, "text_keys": ["question"]}}
+
+
+def sources(many: Path) -> list[Any]:
+    return [{"path": str(many / "*.txt")}, {"path": str(many / "more.jsonl"), "keep": ["url"]}]
+
+
+def files_of(folder: str) -> dict[str, bytes]:
+    made = ("manifest.json", "documents.parquet", "sources.jsonl", "train", "val", "tokenizer", "rejects")
+    return {str(path.relative_to(folder)): path.read_bytes() for name in made for path in
+            ([Path(folder, name)] if Path(folder, name).is_file() else sorted(Path(folder, name).rglob("*"))) if path.is_file()}
+
+
+def test_every_step_keeps_its_books_and_tells_its_reasons(run: Run, many: Path) -> None:
+    shown = Records()
+    result = run(sources(many), progress=shown, **keys(many))
+    manifest = verify(result[""])
+    steps = {step["name"]: step for step in manifest.data["steps"]}
+    assert [*steps] == ["read", "clean", "filter", "decontaminate", "dedup", "fuzzy", "paragraphs", "split", "tokenize"]
+    lost = {name: {reason: account["documents"] for reason, account in step["rejected"].items()} for name, step in steps.items()}
+    assert lost["filter"] == {"too_few_words": 1, "gopher_duplicate_lines": 1}
+    assert lost["decontaminate"] == {"contaminated_rivers": 1} and lost["fuzzy"] == {"near_duplicate": 10}
+    assert steps["paragraphs"]["rejected"]["repeated_paragraphs"]["documents"] == 0
+    assert manifest.data["fuzzy"]["clusters"] == 10 and manifest.data["redactions"] == {"email": 1}
+    assert manifest.data["decontamination"]["rivers"]["documents"] == 1 and manifest.data["decontamination"]["rivers"]["found"] == 1
+    assert "0.924" in shown.text                           # 14 bands of 8 rows, at a similarity of 0.8
+    assert {path.stem for path in Path(result[""], "rejects").iterdir()} == \
+        {"too_few_words", "gopher_duplicate_lines", "contaminated_rivers", "near_duplicate"}
+    [sample, *_] = [json.loads(line) for line in Path(result[""], "rejects", "near_duplicate.jsonl").read_text().splitlines()]
+    assert sample["source"] != sample["same_as"]["source"] and sample["similarity"] > 0.7
+
+
+def test_documents_keep_their_ids_and_fields_in_the_order_of_the_corpus(run: Run, many: Path) -> None:
+    result = run(sources(many), **keys(many))
+    table = pq.read_table(Path(result[""], "documents.parquet")).to_pylist()
+    assert len(table) == result["documents"] and sum(row["tokens"] for row in table) == result["tokens"]
+    assert sum(row["bytes"] for row in table) == result["bytes"]
+    known = {row["id"]: row for row in table if row["id"]}
+    assert set(known) == {f"doc-{i}" for i in range(20)} and json.loads(known["doc-7"]["meta"]) == {"url": "http://host/7"}
+    assert {row["split"] for row in table} == {"train", "val"} and known["doc-7"]["source"] == "more.jsonl"
+
+
+def test_no_path_of_this_host_is_in_the_manifest_and_the_list_of_documents_is_verified(run: Run, many: Path) -> None:
+    result = run(sources(many), **keys(many))
+    file = Path(result[""], "documents.parquet")
+    assert str(many.parent) not in Path(result[""], "manifest.json").read_text()
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    with pytest.raises(CorpusError, match="list of documents"):
+        verify(result[""])
+
+
+def test_what_is_annotated_stays_with_its_reasons(run: Run, many: Path) -> None:
+    result = run(sources(many), filter={"rules": ["gopher_repetition"], "min_words": 5, "mode": "annotate"})
+    manifest = read_manifest(result[""])
+    assert manifest.data["annotated"]["too_few_words"] == 1
+    rows = pq.read_table(Path(result[""], "documents.parquet")).to_pylist()
+    assert {row["source"]: row["reasons"][0] for row in rows if row["reasons"]}["many/short.txt"] == "too_few_words"
+
+
+@pytest.mark.parametrize("wrong, text", [
+    ({"filter": {"function": "nowhere:judge"}}, "nowhere cannot be imported"),
+    ({"decontaminate": {"against": {"rivers": "/nowhere"}}}, "no such file"),
+    ({"filter": {"language": {"keep": ["en"], "model": "/nowhere.bin"}}}, "language.model")])
+def test_what_is_not_there_is_found_before_any_work(wrong: dict[str, Any], text: str, run: Run, many: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=text):
+        run(sources(many), **wrong)
+    assert not (tmp_path / "store" / "corpora" / "words" / "rejects").exists()
+
+
+def test_a_function_that_fails_names_the_document_and_ends_the_job(run: Run, many: Path, tmp_path: Path) -> None:
+    with pytest.raises(CorpusError, match=r"filter\.function: os\.path:isabs: the function returned"):
+        run(sources(many), filter={"function": "os.path:isabs"})
+    assert not list((tmp_path / "store" / "corpora" / "words").glob(".scratch-*"))
+
+
+@pytest.mark.parametrize("workers", [2, 4])
+def test_the_bytes_are_equal_with_one_worker_and_several_and_on_other_partitions(
+        workers: int, run: Run, many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = run(sources(many), "one", workers=1, **keys(many))
+    from distlm.corpus import prepare as package
+
+    module: Any = sys.modules["distlm.corpus.prepare"]
+    assert package is not None
+    monkeypatch.setattr(module, "PARTITION_BYTES", 1000)   # more partitions, and more tasks to read
+    monkeypatch.setattr(module, "MAX_FILES_PER_TASK", 7)
+    second = run(sources(many), "several", workers=workers, **keys(many))
+    one, several = files_of(first[""]), files_of(second[""])
+    assert {name for name in one if one[name] != several.get(name)} == set() and set(one) == set(several)
+
+
+JOB = """
+import json, sys
+from pathlib import Path
+import ray
+from distlm.corpus.prepare import prepare
+from distlm.progress import PlainProgress
+from distlm.runs import RunFolder
+from distlm.spec import load_spec
+from distlm.storage import Storage
+ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+spec, storage = load_spec(json.loads(sys.argv[1])).spec, Storage(Path(sys.argv[2]))
+folder = RunFolder(storage.corpus(spec.name))
+folder.path.mkdir(parents=True, exist_ok=True)
+prepare(spec, folder, storage, PlainProgress())
+"""
+
+
+def test_a_job_that_is_killed_goes_on_where_it_was_and_makes_the_same_bytes(run: Run, many: Path, tmp_path: Path) -> None:
+    whole = run(sources(many), "whole", **keys(many))
+    spec = {"kind": "prepare", "name": "words", "context": 16, "shard_windows": 32, "tokenizer": {"vocab_size": 300},
+            "sources": sources(many), **keys(many)}
+    process = subprocess.Popen([sys.executable, "-c", JOB, json.dumps(spec), str(tmp_path / "killed")], start_new_session=True,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "RAY_ADDRESS": ""})
+    corpus, deadline = tmp_path / "killed" / "corpora" / "words", time.monotonic() + 120
+    try:
+        while not list(corpus.glob(".scratch-*/sign_partition/*.pickle")):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)             # its Ray with it: the session is its own
+        process.wait()
+    assert not (corpus / "manifest.json").exists()
+    shown = Records()
+    again = run(sources(many), "killed", progress=shown, **keys(many))
+    assert "read: " in shown.text and "parts are done already" in shown.text
+    assert files_of(again[""]) == files_of(whole[""])
+
+
+def test_a_test_split_takes_from_the_training_split_alone(run: Run, many: Path) -> None:
+    two = run(sources(many), "two", split={"val_fraction": 0.2})
+    three = run(sources(many), "three", split={"val_fraction": 0.2, "test_fraction": 0.3})
+    found = [{row["hash"]: row["split"] for row in pq.read_table(Path(result[""], "documents.parquet")).to_pylist()}
+             for result in (two, three)]
+    changed = {(found[0][key], found[1][key]) for key in found[0] if found[0][key] != found[1][key]}
+    assert changed == {("train", "test")} and three["test_windows"] > 0
+    assert verify(three[""]).splits["test"].documents == sum(split == "test" for split in found[1].values())
