@@ -43,7 +43,7 @@ test-all: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=15
 
 bench: $(STAMP)
-	@for file in benchmarks/*.py; do echo "$$file"; $(BIN)/python $$file || exit 1; done
+	@for file in benchmarks/*.py benchmarks/corpus/*.py; do echo "$$file"; $(BIN)/python $$file || exit 1; done
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

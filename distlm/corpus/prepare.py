@@ -344,6 +344,7 @@ class _Prepare:
                  for i, path in enumerate(self.partitions)]
         results: list[dict[str, Encoded] | None] = [None] * len(tasks)
         tokenize, documents, tokens = Step("tokenize"), self.steps[-1].given["documents"], 0
+        self.progress.update("documents", 0, documents)
         for i, result in self.each("encode", encode_partition, tasks):
             results[i] = result
             for encoded in result.values():

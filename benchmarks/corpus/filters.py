@@ -1,8 +1,8 @@
 """MB/s per core of cleaning and the quality filters, in one process: on made-up English-like prose and on the standard library.
 
-    python benchmarks/filters.py               # 24 MB of each
-    python benchmarks/filters.py --quick       # 2 MB of each: does it work
-    python benchmarks/filters.py --profile     # and where the time goes
+    python benchmarks/corpus/filters.py               # 24 MB of each
+    python benchmarks/corpus/filters.py --quick       # 2 MB of each: does it work
+    python benchmarks/corpus/filters.py --profile     # and where the time goes
 
 Every document passes every rule of Gopher and FineWeb, as with `mode: annotate`: a text that is rejected early would flatter both sides.
 Beside it, on the same documents, datatrove's GopherQualityFilter, GopherRepetitionFilter and FineWebQualityFilter where `pip install
@@ -19,7 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 
-from dedup import prose, standard_library
+from texts import prose, standard_library
 
 from distlm.corpus.clean import clean
 from distlm.corpus.filters import Filters

@@ -1,7 +1,7 @@
 """Time per byte and resident memory of a prepare job as its corpus grows: neither should.
 
-    python benchmarks/scale.py                         # 100, 400 and 1,600 MB, with near-duplicates looked for
-    python benchmarks/scale.py --megabytes 20 80       # does it work
+    python benchmarks/corpus/scale.py                         # 100, 400 and 1,600 MB, with near-duplicates looked for
+    python benchmarks/corpus/scale.py --megabytes 20 80       # does it work
 
 The text is made of words by their rank (Zipf), with a tenth of the documents copied and every fiftieth word of the copies changed. Memory
 is the proportional set size of the job and all that it has started, Ray's own processes and object store with them, ten times a second.
