@@ -32,6 +32,8 @@ def _explain(error: BaseException) -> tuple[int, DistlmError]:
     cause = getattr(error, "cause", None)
     if isinstance(error, ray.exceptions.RayTaskError) and isinstance(cause, BaseException):
         return _explain(cause)
+    if isinstance(failure := getattr(error, "health_check_failure", None), BaseException):
+        return _explain(failure)                           # Ray Train was polling the worker when it ended
     line = next((text for text in reversed(str(error).splitlines()) if text.strip()), type(error).__name__).strip()[:300]
     if isinstance(error, DistlmError):
         return 0, error
@@ -46,6 +48,8 @@ def _explain(error: BaseException) -> tuple[int, DistlmError]:
         return 4, TrainError(f"a worker lost another: {line}", cause="worker_died")
     if "timed out" in str(error).lower() and "gloo" in str(error).lower():
         return 4, TrainError(f"a worker stopped answering: {line}", cause="hang")
+    if type(error).__name__ == "WorkerHealthCheckTimeoutError":
+        return 4, TrainError(f"a worker stopped answering: {str(error).splitlines()[0]}", cause="hang")
     if type(error).__name__ == "WorkerGroupStartupTimeoutError":
         return 5, ClusterError(f"the workers could not be started in time: {line}", cause="timeout",
                                remedy="see `distlm cluster status` for what the cluster is busy with")

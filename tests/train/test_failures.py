@@ -3,6 +3,7 @@
 import pytest
 import ray.exceptions
 from ray.train import WorkerGroupError
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
 
 from distlm.errors import CheckpointError, StorageError
 from distlm.train.failures import diagnose
@@ -13,6 +14,8 @@ GLOO = RuntimeError("[pair.cc:537] Read error [127.0.0.1]:1: Connection reset by
 @pytest.mark.parametrize(("failures", "cause"), [
     ({0: ray.exceptions.ActorDiedError()}, "worker_died"),
     ({0: GLOO}, "worker_died"),
+    ({0: WorkerHealthCheckFailedError("A worker health check failed.", ray.exceptions.ActorDiedError())}, "worker_died"),
+    ({0: WorkerHealthCheckTimeoutError("A worker health check has been hanging for 600 seconds.")}, "hang"),
     ({0: GLOO, 1: StorageError("the checkpoint cannot be written")}, "storage"),
     ({0: GLOO, 1: ray.exceptions.ActorDiedError()}, "worker_died"),
     ({0: ray.exceptions.RayActorError(error_msg="The actor died because its node has died.")}, "node_lost"),
