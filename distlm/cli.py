@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from distlm.errors import ClusterError, DistlmError
+from distlm.errors import PREFIX, ClusterError, DistlmError
 
 if TYPE_CHECKING:
     from distlm.jobs import Job, Submission
@@ -70,7 +70,7 @@ def _run(words: list[str], debug: bool) -> int:
 
 def _error(text: str) -> None:
     for line in text.splitlines():
-        print(f"distlm: error: {line}", file=sys.stderr)
+        print(f"{PREFIX}{line}", file=sys.stderr)
 
 
 def _names(incomplete: str) -> list[str]:
@@ -403,7 +403,7 @@ def cluster_down(file: ClusterFile = None, name: Annotated[str, typer.Option(hel
 
     Example: distlm cluster down
     """
-    from distlm import cluster, clusterfile, head
+    from distlm import clusterfile, head, jobs
 
     config = clusterfile.read(file) if file else clusterfile.named(name)
     if isinstance(config, clusterfile.RayUpFile):
@@ -416,12 +416,13 @@ def cluster_down(file: ClusterFile = None, name: Annotated[str, typer.Option(hel
     if not found:
         print(f"cluster {config.name} is not up")
         return
-    if found[0].alive() and not yes:
-        with contextlib.suppress(ClusterError):            # one that does not answer goes down unasked
-            jobs = cluster.status(cluster.of(found[0])).jobs
-            if jobs:
-                typer.confirm(f"{', '.join(jobs)} would end with it. Go on?", abort=True)
+    ending = jobs.in_cluster(found[0], _storage())
+    if ending and found[0].alive() and not yes:
+        typer.confirm(f"{', '.join(job.name for job in ending)} would end with it. Go on?", abort=True)
     print(f"cluster {config.name} is down: {head.down(found[0])} processes ended")
+    for job in ending:
+        jobs.ended_with_cluster(job)
+        print(f"{job.kind} {job.name} ended with it")
 
 
 @cluster_app.command("status")
@@ -480,7 +481,7 @@ def _follow(submission: "Submission") -> None:
         print(f"\n{name} goes on: `distlm logs -f {name}` follows it, `distlm stop {name}` ends it", file=sys.stderr)
         raise typer.Exit(130) from None
     job = jobs.reconcile(jobs.read(RunFolder(submission.folder)))
-    if job.state != "succeeded":
+    if job.state != "succeeded" and not (job.kind == "serve" and job.state == "running"):     # an endpoint stays
         code = (jobs.ray_job(submission) or {}).get("driver_exit_code")
         _error(f"{name} {'was' if job.state == 'stopped' else 'has'} {job.state} ({job.cause}){': ' if job.message else ''}{job.message}")
         raise typer.Exit(code if code in (2, 4, 130) else 3)

@@ -50,7 +50,7 @@ def find(storage: Storage | None = None) -> Cluster | None:
     alive = [head for head in heads.recorded(storage or Storage.find()) if head.alive()]
     if address and address != "local":
         for head in alive:
-            if address in (head.address, head.dashboard_url):
+            if address == head.dashboard_url or heads.same_address(address, head.address):
                 return of(head)
         return Cluster("$RAY_ADDRESS", address, address if "://" in address and not address.startswith("ray://") else "")
     if len(alive) > 1:
@@ -69,7 +69,7 @@ def of_endpoint(address: str, storage: Storage) -> Cluster | None:
         return Cluster("joined", mine)
     alive = [head for head in heads.recorded(storage) if head.alive()]
     for head in alive:
-        if head.address == address:
+        if heads.same_address(address, head.address):
             return of(head)
     if address and alive and not os.environ.get("RAY_ADDRESS"):
         return None

@@ -13,6 +13,10 @@ CAUSES = ("completed", "user", "preempted", "worker_died", "node_lost", "head_lo
 """The closed list of reasons for which a run ends."""
 
 
+PREFIX = "distlm: error: "
+"""Begins the line in which the command line tells of an error."""
+
+
 class DistlmError(Exception):
     """Base of all errors of distlm. `cause` is one of CAUSES, `exit_code` is what the process returns."""
 

@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from distlm.errors import DistlmError, InputError, ServeError, SpecError
+from distlm import summary
+from distlm.errors import DistlmError, ServeError, SpecError
 from distlm.model.find import find_model
 from distlm.progress import Progress
 from distlm.runs import RunFolder, lineage
+from distlm.serve.client import healthy
 from distlm.spec import PipelineSpec, PrepareSpec, ServeSpec, TrainSpec, TuneSpec
 from distlm.spec.load import Loaded, Spec, dotted, dump, leaves, load_spec, located, locator, parse, to_yaml
 from distlm.storage import Storage, read_json
@@ -55,6 +57,11 @@ def run_loaded(loaded: Loaded, storage: Storage, progress: Progress, *, resume: 
         return folder.read_result()
     with located(loaded):
         made_of = lineage(dump(spec), **inputs(spec, storage)) | dict(extra or {})
+        if changes and isinstance(spec, TrainSpec):
+            from distlm.train.checkpoint import check_resume as check_checkpoint
+            from distlm.train.recipe import make_recipe
+
+            check_checkpoint(folder.path, make_recipe(spec, storage))
     if state and state != "queued":
         with contextlib.suppress(DistlmError):             # the earlier attempts stay on record
             earlier = folder.lineage()
@@ -67,6 +74,8 @@ def run_loaded(loaded: Loaded, storage: Storage, progress: Progress, *, resume: 
             progress.stage(spec.kind, spec.name)
             outputs = job(spec.kind)(spec, folder, storage, progress)
             folder.result(outputs)
+            if hold and spec.kind != "pipeline":           # which shows its own
+                summary.show_job(spec.kind, folder, outputs, progress)
             if embedded and hold:
                 hold_endpoints(endpoints(spec, outputs), storage, progress)
     return outputs
@@ -196,21 +205,5 @@ def hold_endpoints(urls: Mapping[str, str], storage: Storage, progress: Progress
             (storage.endpoint(name) / "endpoint.json").unlink(missing_ok=True)
             if RunFolder(storage.endpoint(name)).state()[0] == "succeeded":
                 RunFolder(storage.endpoint(name)).event("stopped", "user", "ended with the cluster of the process that brought it up")
-
-
-def healthy(endpoint: Mapping[str, Any]) -> bool:
-    """Whether an endpoint answers to its key by its name: another one may have taken its port since. `endpoint` holds url, api_key_file
-    and model, as endpoint.json and the outputs of its job do."""
-    import httpx
-
-    from distlm.serve.guard import read_key
-
-    try:
-        key = read_key(Path(endpoint["api_key_file"]))
-        answer = httpx.get(endpoint["url"].rstrip("/").removesuffix("/v1") + "/v1/models", headers={"Authorization": f"Bearer {key}"},
-                           timeout=10, trust_env=False)
-        return answer.status_code == 200 and endpoint["model"] in [card["id"] for card in answer.json()["data"]]
-    except (httpx.HTTPError, InputError, ValueError, KeyError, TypeError):
-        return False
 
 

@@ -94,6 +94,15 @@ def recorded(storage: Storage) -> list[Head]:
     return found
 
 
+def same_address(one: str, other: str) -> bool:
+    """Whether two addresses, host:port, name one port of this machine: Ray calls a head on loopback by another interface's address."""
+    if one == other:
+        return True
+    mine = {"localhost", *(address.address.split("%")[0] for addresses in psutil.net_if_addrs().values() for address in addresses)}
+    (host, _, port), (other_host, _, other_port) = one.rpartition(":"), other.rpartition(":")
+    return bool(port) and port == other_port and host.strip("[]") in mine and other_host.strip("[]") in mine
+
+
 def default_cpus() -> int:
     return max(8, 4 * (psutil.cpu_count() or 1))
 

@@ -24,9 +24,10 @@ import psutil
 
 from distlm import cluster as clusters
 from distlm import upload
-from distlm.errors import ClusterError, InputError
-from distlm.head import client
+from distlm.errors import PREFIX, ClusterError, InputError
+from distlm.head import Head, client, same_address
 from distlm.runs.folder import ENDED, SUBMISSION, RunFolder
+from distlm.serve.client import healthy
 from distlm.spec import PipelineSpec, TuneSpec
 from distlm.spec.load import Spec, dump, load_spec, nearest, to_yaml
 from distlm.storage import FOLDERS, Storage, read_json
@@ -226,8 +227,6 @@ def reconcile(job: Job) -> Job:
     A serve job has done its work when its endpoint stands: as long as that answers, it is shown as running."""
     endpoint = job.folder / "endpoint.json"
     if job.kind == "serve" and job.state == "succeeded" and endpoint.exists():
-        from distlm.execute import healthy
-
         if healthy(read_json(endpoint)):
             return replace(job, state="running", cause="", ended=None, message=f"answers at {read_json(endpoint)['url']}")
         return replace(job, state="failed", cause="head_lost", message="the endpoint does not answer")
@@ -246,9 +245,17 @@ def reconcile(job: Job) -> Job:
         elif info["status"] == "STOPPED":
             folder.event("stopped", "user", "its Ray job was stopped")
         elif info["status"] in ENDED_IN_RAY:
-            message = str(info.get("message") or "").strip().replace("\n", " ")
-            folder.event("failed", "internal", f"its Ray job has {info['status']}: {message}"[:2000])
+            folder.event("failed", *_last_words(info))
     return read(folder)
+
+
+def _last_words(info: Mapping[str, Any]) -> tuple[str, str]:
+    """(cause, message) of a job that ended before it could write: the error in its output, by its exit code, where Ray has kept them."""
+    text = str(info.get("message") or "").strip()
+    said = [line.partition(PREFIX)[2] for line in text.splitlines() if PREFIX in line]
+    if said:
+        return {2: "bad_input", 4: "storage", 130: "user"}.get(info.get("driver_exit_code") or 0, "internal"), said[-1][:2000]
+    return "internal", f"its Ray job has {info['status']}: {' '.join(text.split())}"[:2000]
 
 
 def _driver_may_live(folder: RunFolder, submission: str, known: bool) -> bool:
@@ -328,14 +335,39 @@ def _take_down(job: Job, storage: Storage, force: bool) -> str:
             from distlm.serve import deploy
 
             with clusters.connect(job.folder / "logs" / "stop.log", cluster=at):
-                if address in ("", clusters.joined()):
+                if not address or same_address(address, clusters.joined()):
                     deploy.undeploy(job.name, storage)
                     return "the endpoint was taken down"
     except ClusterError:
         if not force:
             raise
+    if not force and healthy(read_json(path)):
+        raise ClusterError(f"{job.name} answers, and the cluster that it is in is not one that can be joined from here", where=address,
+                           remedy=f"name it in RAY_ADDRESS, or `distlm stop {job.name} --force` forgets the endpoint and leaves it running")
     path.unlink()
     return "its record was removed: the cluster that it was in is not up here"
+
+
+def in_cluster(head: Head, storage: Storage) -> list[Job]:
+    """What ends with a local cluster: jobs that were submitted to it, and endpoints that live in it."""
+    found = []
+    for job in jobs(storage):
+        if job.kind == "serve" and (job.folder / "endpoint.json").exists():
+            inside = same_address(read_json(job.folder / "endpoint.json").get("cluster", ""), head.address)
+        else:
+            queued: dict[str, Any] = next((event for event in reversed(RunFolder(job.folder).events()) if event["state"] == "queued"), {})
+            inside = bool(job.submission) and queued.get("dashboard") == head.dashboard_url
+        if job.active and inside:
+            found.append(job)
+    return found
+
+
+def ended_with_cluster(job: Job) -> None:
+    """Record the end of a job whose cluster was taken down."""
+    (job.folder / "endpoint.json").unlink(missing_ok=True)
+    folder = RunFolder(job.folder)
+    if job.kind == "serve" or folder.state()[0] not in ENDED or folder.state() == ("failed", "head_lost"):
+        folder.event("stopped", "user", "its cluster was taken down")
 
 
 def _stop_submitted(job: Job, grace_s: float) -> str:

@@ -21,6 +21,7 @@ from distlm import execute
 from distlm.errors import InputError, ServeError, SpecError
 from distlm.progress import Progress
 from distlm.runs import RunFolder
+from distlm.serve.client import healthy
 from distlm.spec import PrepareSpec, TuneSpec
 from distlm.spec.explain import KeyPath
 from distlm.spec.load import REFERENCE, Loaded, Spec, dotted, dump, leaves, locator, nearest, put, validate, with_spec
@@ -237,7 +238,7 @@ def check_ports(spec: PipelineSpec, storage: Storage) -> None:
         from distlm.serve import deploy
 
         record = storage.endpoint(serve.name) / "endpoint.json"
-        if record.exists() and f":{serve.port}/" in (endpoint := read_json(record))["url"] and execute.healthy(endpoint):
+        if record.exists() and f":{serve.port}/" in (endpoint := read_json(record))["url"] and healthy(endpoint):
             continue
         try:
             deploy.address(serve)
@@ -259,7 +260,7 @@ def run_step(owner: str, step: str, loaded: Loaded, mark: str, folder: RunFolder
         unchanged = record.get("fingerprint") == mark
         if unchanged and state == "succeeded":
             outputs = folder.read_result()
-            if kind != "serve" or execute.healthy(outputs):
+            if kind != "serve" or healthy(outputs):
                 progress.stage(kind, loaded.spec.name)
                 progress.note(f"step {step} is complete and unchanged: skipped")
                 return outputs

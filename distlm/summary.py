@@ -18,7 +18,7 @@ def show(prompt: str | None, steps: dict[str, Step], progress: Progress) -> None
     """Print the table, let every endpoint complete `prompt`, print a curl line. Raises ServeError where an endpoint does not answer."""
     rows: list[tuple[str, ...]] = []
     for step, (kind, folder, outputs) in steps.items():
-        rows += [(step, *row) for row in {"prepare": of_corpus, "train": of_run, "tune": of_sweep, "serve": of_endpoint}[kind](outputs)]
+        rows += [(step, *row) for row in ROWS[kind](outputs)]
         rows.append((step, "folder", str(folder.path)))
     progress.table("result", rows)
     for kind, _, outputs in steps.values():
@@ -26,6 +26,13 @@ def show(prompt: str | None, steps: dict[str, Step], progress: Progress) -> None
             text = prompt if prompt is not None else "Once"
             progress.note(f"{outputs['model']} completes:\n{text}{complete(outputs, text)}")
             progress.note(curl(outputs, text))
+
+
+def show_job(kind: str, folder: RunFolder, outputs: dict[str, Any], progress: Progress) -> None:
+    """Print what one job has made, where it lies, and what comes next."""
+    rows: list[tuple[str, ...]] = [*ROWS[kind](outputs), ("folder", str(folder.path))]
+    progress.table(folder.name, rows)
+    progress.note(NEXT[kind].format(name=folder.name, best=outputs.get("best_spec", "")))
 
 
 def of_corpus(made: dict[str, Any]) -> list[tuple[str, str]]:
@@ -84,3 +91,11 @@ def curl(made: dict[str, Any], prompt: str) -> str:
 def base(made: dict[str, Any]) -> str:
     """The address under which the OpenAI paths lie."""
     return made["url"].rstrip("/").removesuffix("/v1") + "/v1"
+
+
+ROWS = {"prepare": of_corpus, "train": of_run, "tune": of_sweep, "serve": of_endpoint}
+NEXT = {"prepare": "train on it with `corpus: {name}`; `distlm corpus inspect {name}` shows what it holds",
+        "train": "serve it with `kind: serve` and `model: {name}`; its export is what transformers loads",
+        "tune": "`distlm run {best}` trains the best one on; `distlm dashboard {name}` shows all side by side",
+        "serve": "`distlm query {name} PROMPT` asks it, `distlm stop {name}` ends it"}
+"""Kind -> what a user may do now."""

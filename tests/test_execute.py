@@ -10,6 +10,7 @@ import pytest
 from distlm import cluster, execute
 from distlm.errors import InputError, ServeError, SpecError
 from distlm.runs import RunFolder
+from distlm.serve.client import healthy
 from distlm.serve.guard import make_key
 from distlm.spec import load_spec
 from distlm.spec.load import dump, parse, to_yaml
@@ -119,11 +120,11 @@ def test_an_endpoint_is_healthy_only_by_its_own_key_and_name_and_no_proxy_is_ask
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     with fake_endpoint(tmp_path, "e") as record:
-        assert execute.healthy(record)
-        assert not execute.healthy({**record, "model": "another"})
-        assert not execute.healthy({**record, "api_key_file": str(make_key(tmp_path / "another"))})
-        assert not execute.healthy({**record, "api_key_file": str(tmp_path / "none")})
-    assert not execute.healthy(record)
+        assert healthy(record)
+        assert not healthy({**record, "model": "another"})
+        assert not healthy({**record, "api_key_file": str(make_key(tmp_path / "another"))})
+        assert not healthy({**record, "api_key_file": str(tmp_path / "none")})
+    assert not healthy(record)
 
 
 def test_an_endpoint_is_held_until_it_falls_silent_and_then_recorded_as_stopped(tmp_path: Path) -> None:
@@ -145,3 +146,19 @@ def test_an_endpoint_is_held_until_it_falls_silent_and_then_recorded_as_stopped(
         assert thread.is_alive() and folder.state()[0] == "succeeded"
     thread.join(timeout=60)
     assert ended and ended[0].cause == "worker_died" and folder.state() == ("stopped", "user")
+
+
+def test_a_run_that_cannot_go_on_as_changed_is_refused_and_stays_as_it_is(storage: Storage, texts: Path) -> None:
+    execute.run(spec(texts, "few"), storage=storage, progress=Records())
+    train = {"kind": "train", "name": "done", "corpus": "few", "model": {"preset": "llama-tiny"}, "duration": {"steps": 4},
+             "batch": {"global_sequences": 2}, "checkpoint": {"every_steps": 4}, "precision": "fp32"}
+    shown = Records()
+    execute.run(train, storage=storage, progress=shown)
+    assert any("serve it" in note for note in shown.notes) and shown.records[-2]["distlm"] == "table"
+    folder = RunFolder(storage.run("done"))
+    before = {path: path.read_bytes() for path in folder.path.iterdir() if path.is_file()}
+    for change, message in ({"scale": {"workers": 2}}, "workers 1, and the spec says 2"), ({"duration": {"steps": 2}}, "4 steps done"):
+        with pytest.raises(SpecError, match=message):
+            execute.run({**train, **change}, storage=storage, progress=Records(), resume=True)
+        assert folder.state() == ("succeeded", "completed")
+        assert {path: path.read_bytes() for path in folder.path.iterdir() if path.is_file()} == before

@@ -110,6 +110,20 @@ def test_ray_is_believed_about_a_driver_on_another_host_that_it_has_started(stat
         assert jobs.locate("x", tmp_path).state == state
 
 
+@pytest.mark.parametrize(("code", "said", "cause", "message"), [
+    (2, "failed with exit code 2, last available logs:\ndistlm: error: a.yaml:3: corpus: there is no corpus x\n", "bad_input",
+     "a.yaml:3: corpus: there is no corpus x"),
+    (1, "failed with exit code 1, last available logs:\nKilled\n", "internal", "its Ray job has FAILED: failed with exit code 1")])
+def test_a_job_that_ended_before_it_could_write_has_the_cause_that_it_printed(code: int, said: str, cause: str, message: str, tmp_path: Path
+                                                                             ) -> None:
+    with dashboard(train_x_1="FAILED") as url:
+        folder = queued(tmp_path, url)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(jobs, "ray_job", lambda _: {"status": "FAILED", "message": said, "driver_exit_code": code})
+            job = jobs.locate("x", tmp_path)
+    assert (job.state, job.cause) == ("failed", cause) and job.message.startswith(message) and folder.state() == ("failed", cause)
+
+
 def test_a_job_whose_machine_is_gone_ends_by_force(tmp_path: Path) -> None:
     folder = RunFolder(Storage(tmp_path).run("x"))
     elsewhere(folder)
@@ -136,6 +150,36 @@ def test_an_endpoint_whose_cluster_is_gone_is_struck_off_without_a_new_one(held:
     job = jobs.stop("py", tmp_path)
     assert (job.state, job.cause) == ("stopped", "user") and "its record was removed" in job.message
     assert not (folder.path / "endpoint.json").exists()
+
+
+def test_an_endpoint_that_answers_is_not_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    folder = RunFolder.create(Storage(tmp_path).endpoint("py"), "kind: serve\n", {})
+    with folder.running():
+        pass
+    with fake_endpoint(folder.path, "py") as record:
+        write_json(folder.path / "endpoint.json", {**record, "cluster": "10.0.0.1:3"})
+        with pytest.raises(ClusterError, match=r"py answers, and the cluster .*--force"):
+            jobs.stop("py", tmp_path)
+        assert (folder.path / "endpoint.json").exists() and jobs.locate("py", tmp_path).state == "running"
+        assert jobs.stop("py", tmp_path, force=True).state == "stopped"
+
+
+def test_what_ended_with_its_cluster_is_recorded(tmp_path: Path) -> None:
+    storage = Storage(tmp_path)
+    mine = cluster.heads.Head("local", "0", "", "", "127.0.0.1:7", "http://127.0.0.1:9", "", 1, socket.gethostname(), 0, 0)
+    for name, url in (("x", "http://127.0.0.1:9"), ("y", "http://127.0.0.1:8")):
+        RunFolder(storage.run(name)).event("queued", submission=f"train-{name}-1", dashboard=url)
+    [job] = jobs.in_cluster(mine, storage)
+    jobs.ended_with_cluster(job)
+    assert RunFolder(storage.run("x")).state() == ("stopped", "user") and RunFolder(storage.run("y")).state() == ("queued", "")
+
+
+@pytest.mark.parametrize(("one", "other", "same"), [
+    ("127.0.0.1:7", "localhost:7", True), ("127.0.0.1:7", "127.0.0.1:8", False), ("127.0.0.1:7", "10.255.255.1:7", False),
+    ("10.255.255.1:7", "10.255.255.1:7", True), ("", "127.0.0.1:7", False)])
+def test_an_address_of_this_machine_is_known_by_its_port(one: str, other: str, same: bool) -> None:
+    assert cluster.heads.same_address(one, other) is same
 
 
 def test_a_job_is_followed_inside_a_running_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

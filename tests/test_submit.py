@@ -9,14 +9,17 @@ import sys
 import threading
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 
-from distlm import head, jobs, logs, upload
+from distlm import cluster, head, jobs, logs, upload
 from distlm.errors import InputError
 from distlm.runs import RunFolder
-from distlm.storage import Storage
+from distlm.serve.client import healthy
+from distlm.storage import Storage, read_json
 from tests.codes import INTERRUPTED
+from tests.serve.tiny_models import LLAMA, make_model
 
 SPEC = """kind: prepare
 name: words
@@ -134,6 +137,22 @@ def test_submit_runs_a_spec_and_follows_it_to_its_end(up, storage, tmp_path):
                          env={**os.environ, "RAY_ADDRESS": up.dashboard_url, "RAY_AUTH_MODE": "token",
                               "RAY_AUTH_TOKEN_PATH": up.token_file})
     assert ray.returncode == 0 and "nothing to do" in ray.stdout, ray.stdout + ray.stderr
+
+
+def test_a_followed_endpoint_is_a_success_and_stop_takes_it_down(up, storage, tmp_path):
+    make_model(storage.run("tiny") / "export", LLAMA)
+    (tmp_path / "ask.yaml").write_text("kind: serve\nname: ask\nmodel: tiny\nport: 0\nthreads: 1\ncpus_per_replica: 0.5\n")
+    sent = distlm("submit", "ask.yaml", "--follow", cwd=tmp_path)
+    assert sent.returncode == 0 and "`distlm query ask PROMPT`" in sent.stdout, sent.stdout + sent.stderr
+    record = read_json(storage.endpoint("ask") / "endpoint.json")
+    assert healthy(record) and [job.name for job in jobs.in_cluster(up, storage)] == ["ask"]
+    asked = subprocess.run([sys.executable, "-m", "distlm", "cluster", "down"], input="n\n", capture_output=True, text=True, timeout=60)
+    assert "ask would end with it" in asked.stdout and asked.returncode != 0 and healthy(record)
+    done = distlm("stop", "ask")
+    assert done.returncode == 0 and "the endpoint was taken down" in done.stdout, done.stdout + done.stderr
+    assert not healthy(record) and cluster.status(cluster.of(up)).applications == {}
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(record["url"], trust_env=False)
 
 
 def test_a_mistake_in_a_spec_is_found_before_anything_is_sent(up, storage, tmp_path):

@@ -1,16 +1,18 @@
-"""Ask an endpoint from Python, with nothing but httpx.
+"""Ask an endpoint from Python.
 
     for piece in query(url, key, "def add(", max_tokens=32):
         print(piece, end="", flush=True)
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import httpx
 
-from distlm.errors import ServeError
+from distlm.errors import InputError, ServeError
+from distlm.serve.guard import read_key
 
 
 def query(url: str, api_key: str, prompt: str, max_tokens: int | None = None, *, model: str | None = None, chat: bool = False,
@@ -35,6 +37,18 @@ def query(url: str, api_key: str, prompt: str, max_tokens: int | None = None, *,
         except httpx.HTTPError as error:
             raise ServeError(f"the endpoint cannot be reached: {error}", where=base,
                              remedy="`distlm status` shows whether it runs") from None
+
+
+def healthy(endpoint: Mapping[str, Any]) -> bool:
+    """Whether an endpoint answers to its key by its name: another one may have taken its port since. `endpoint` holds url, api_key_file
+    and model, as endpoint.json and the outputs of its job do."""
+    try:
+        key = read_key(Path(endpoint["api_key_file"]))
+        answer = httpx.get(endpoint["url"].rstrip("/").removesuffix("/v1") + "/v1/models", headers={"Authorization": f"Bearer {key}"},
+                           timeout=10, trust_env=False)
+        return answer.status_code == 200 and endpoint["model"] in [card["id"] for card in answer.json()["data"]]
+    except (httpx.HTTPError, InputError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _pieces(answer: httpx.Response, base: str) -> Iterator[str]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import xxhash
 
-from distlm.errors import CheckpointError, StorageError
+from distlm.errors import CheckpointError, SpecError, StorageError
 from distlm.storage import read_json, write_atomic, write_json, writing
 from distlm.train.failures import peer_lost
 from distlm.train.recipe import Recipe
@@ -86,6 +86,19 @@ def check_fits(checkpoint: Checkpoint, recipe: Recipe) -> None:
             raise CheckpointError(f"was saved with {key} {saved}, and the spec says {value}", where=str(checkpoint.path), cause="bad_spec",
                                   remedy=f"resume with {key} {saved}, or start a new run")
     check_annealing(checkpoint, recipe)
+
+
+def check_resume(run: Path, recipe: Recipe) -> None:
+    """`check_fits` for the newest checkpoint of a run by its manifest alone, before any work. Raises SpecError."""
+    for path in reversed(committed(run)):
+        try:
+            manifest = read_json(path / "manifest.json")
+            check_fits(Checkpoint(path, manifest["step"], manifest), recipe)
+        except CheckpointError as error:
+            raise SpecError(error.message, where=error.where, remedy=error.remedy) from None
+        except (StorageError, KeyError, TypeError):        # a damaged one: the one before it would be taken
+            continue
+        return
 
 
 def check_annealing(checkpoint: Checkpoint, recipe: Recipe) -> None:

@@ -13,12 +13,11 @@ import openai
 import pytest
 import ray
 
-from distlm import execute
 from distlm.errors import ClusterError, InputError, ServeError
 from distlm.progress import Progress
 from distlm.runs import RunFolder
 from distlm.serve import deploy
-from distlm.serve.client import query
+from distlm.serve.client import healthy, query
 from distlm.spec import ServeSpec
 from distlm.storage import Storage
 from tests.serve.test_torch_engine import reference
@@ -100,7 +99,7 @@ def test_an_endpoint_from_start_to_end_on_ray_serve(cluster: None, storage: Stor
 
     leaves_and_frees(base, key)
 
-    assert execute.healthy(outputs) and not execute.healthy({**outputs, "model": "second"})
+    assert healthy(outputs) and not healthy({**outputs, "model": "second"})
     RunFolder(folder).event("succeeded", "completed")      # as execute.run records it
     assert deploy.serve(*endpoint(storage, max_tokens=3)) == outputs and (folder / "api_key").read_text().strip() == key
     assert client.completions.create(model="py", prompt=ids, temperature=0).usage.completion_tokens == 3, "replaced, with the key it had"
