@@ -25,11 +25,11 @@ import psutil
 from distlm import cluster as clusters
 from distlm import upload
 from distlm.errors import PREFIX, ClusterError, InputError
-from distlm.head import Head, client, same_address
+from distlm.head import Head, client, recorded, same_address
 from distlm.runs.folder import ENDED, SUBMISSION, RunFolder
 from distlm.serve.client import healthy
 from distlm.spec import PipelineSpec, TuneSpec
-from distlm.spec.load import Spec, dump, load_spec, nearest, to_yaml
+from distlm.spec.load import Spec, dump, load_spec, located, nearest, to_yaml
 from distlm.storage import FOLDERS, Storage, read_json
 
 ENDED_IN_RAY = ("SUCCEEDED", "FAILED", "STOPPED")
@@ -77,9 +77,10 @@ def submit(source: str | Path | Mapping[str, Any], *, overrides: Sequence[str] =
            storage: str | Path | Storage | None = None, working_dir: str | Path | None = None) -> Submission:
     """Check a spec here, then run it as a Ray job with the files of `working_dir` (default: the present one).
 
-    Raises SpecError and InputError before anything is sent, ClusterError where no cluster answers.
+    Raises SpecError and InputError before anything is sent (what only a cluster elsewhere can read is checked there), ClusterError where
+    no cluster answers.
     """
-    from distlm.execute import check_resume, resolve
+    from distlm.execute import check_resume, inputs, resolve
 
     loaded = resolve(source, overrides)
     spec = loaded.spec
@@ -90,6 +91,9 @@ def submit(source: str | Path | Mapping[str, Any], *, overrides: Sequence[str] =
     if resume and (folder.path / "spec.yaml").exists():
         check_resume(folder, spec)
     at = clusters.dashboard(clusters.require())
+    if here == Path.cwd() and any(head.alive() and head.dashboard_url == at.dashboard_url for head in recorded(storage)):
+        with located(loaded):                              # a cluster of this machine reads what this process can read
+            inputs(spec, storage)
     with client(at.dashboard_url, at.token_file) as http:  # a wrong token is told before anything is recorded
         code = http.get("/api/version").status_code
         if code in (401, 403):

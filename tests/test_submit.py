@@ -159,6 +159,9 @@ def test_a_mistake_in_a_spec_is_found_before_anything_is_sent(up, storage, tmp_p
     (tmp_path / "bad.yaml").write_text("kind: prepare\nname: bad\nsource: x\n")
     done = distlm("submit", "bad.yaml", cwd=tmp_path)
     assert done.returncode == 2 and "bad.yaml:3" in done.stderr and not storage.corpus("bad").exists()
+    (tmp_path / "none.yaml").write_text("kind: train\nname: none\ncorpus: nowhere\nmodel: {preset: llama-tiny}\nduration: {steps: 1}\n")
+    done = distlm("submit", "none.yaml", cwd=tmp_path)
+    assert done.returncode == 2 and "nowhere" in done.stderr and not storage.run("none").exists(), done.stderr
 
 
 def test_following_loses_and_repeats_no_line_when_the_connection_breaks(send, up):
