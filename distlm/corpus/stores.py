@@ -29,13 +29,13 @@ from distlm.spec.load import nearest
 OPTIONS = ("endpoint_override", "scheme", "region", "anonymous")
 RANGE = 8 << 20
 """Bytes of one request for a part of an object."""
-CONNECT_S, SILENT_S, CLIENT_ATTEMPTS, GOOGLE_S = 5, 15, 3, 30
+CONNECT_S, SILENT_S, CLIENT_ATTEMPTS, GOOGLE_S = 5, 15, 3, 20
 """Seconds for a connection, seconds without a byte, attempts at each request; of Google's client, the seconds of all attempts."""
 ATTEMPTS, WAIT_S = 3, 0.25
 """At a part of an object, above the client's own. pyarrow loses the answer of a request for fewer bytes than the error's text has, so
 that its client cannot tell a store that is busy from one that refuses, and gives up at once."""
 DENIED = re.compile(r"ACCESS_DENIED|PERMISSION_DENIED|UNAUTHENTICATED|ACCESS_?KEY|SIGNATURE|(EXPIRED|INVALID)_?TOKEN|status 40[13]|"
-                    "credentials", re.I)
+                    "credentials|to authenticate", re.I)
 UNREACHABLE = re.compile(r"NETWORK_CONNECTION|UNAVAILABLE|REQUEST_TIMEOUT|DEADLINE_EXCEEDED|curl", re.I)
 
 
@@ -142,7 +142,7 @@ class _Asking:
 
 
 def _failure(store: Store, path: str, error: BaseException) -> StorageError:
-    text = " ".join(str(error).split())
+    text = " ".join(str(error).split())[:300].rstrip(". ")
     own = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, ~/.aws" if store.kind == "s3" else "GOOGLE_APPLICATION_CREDENTIALS"
     if DENIED.search(text):
         message, remedy = "access is denied, or there are no credentials", \
@@ -152,7 +152,7 @@ def _failure(store: Store, path: str, error: BaseException) -> StorageError:
         message, remedy = "the store cannot be reached", f"check the network, and {name} or ?endpoint_override=host:port&scheme=http"
     else:
         message, remedy = "the store has failed", "try again; --resume goes on where a job stopped"
-    return StorageError(f"{message}: {text[:300]}", where=store.uri(path), remedy=remedy)
+    return StorageError(f"{message}: {text}", where=store.uri(path), remedy=remedy)
 
 
 @functools.lru_cache
