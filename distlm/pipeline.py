@@ -316,7 +316,7 @@ def source_files(spec: PrepareSpec) -> list[tuple[str, int, int]]:
     """Path, size and time of change of every file that a prepare step reads; a broken link has none."""
     from distlm.corpus.files import find_files
 
-    return sorted((file.path, file.bytes, changed(Path(file.path))) for file in find_files(spec.sources))
+    return sorted((file.place, file.bytes, file.modified) for file in find_files(spec.sources))
 
 
 def folder_files(path: Path) -> list[tuple[str, int, int | str]]:

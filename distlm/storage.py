@@ -65,13 +65,12 @@ class Storage:
 
 
 @contextlib.contextmanager
-def writing(what: str | Path) -> Iterator[None]:
+def writing(what: str | Path, remedy: str = "free space or name another storage root") -> Iterator[None]:
     """Turn an OSError of the block, a full disk first, into a StorageError that names `what`."""
     try:
         yield
     except OSError as error:
-        raise StorageError(f"cannot write: {error.strerror or error}", where=str(what),
-                           remedy="free space or name another storage root") from error
+        raise StorageError(f"cannot write: {error.strerror or error}", where=str(what), remedy=remedy) from error
 
 
 @contextlib.contextmanager

@@ -69,11 +69,14 @@ class ReadResult:
     """Per source, the JSON objects and rows that were read, and those that have the text field."""
     with_key: Counter[int] = field(default_factory=Counter)
     keys: dict[int, list[str]] = field(default_factory=dict)
+    retries: int = 0
+    """Reads of a store that were taken up again."""
     parts: list[Path] = field(default_factory=list)
 
 
 def check(spec: PrepareSpec) -> list[TextFile]:
-    """The files of a prepare job. Raises InputError for what it names and what is not there or not installed, before any work."""
+    """The files of a prepare job. Raises InputError for what it names and what is not there or not installed, StorageError for a store
+    that cannot be read, before any work."""
     files = find_files(spec.sources)
     check_given(spec.tokenizer)
     clean("text", spec.clean)
@@ -84,8 +87,8 @@ def check(spec: PrepareSpec) -> list[TextFile]:
 
 
 def read_documents(task: ReadTask) -> ReadResult:
-    """Read, clean and filter. Raises StorageError where the scratch folder cannot be written, CorpusError for a filter of the user's
-    that fails."""
+    """Read, clean and filter. Raises StorageError where the scratch folder cannot be written or a store fails, CorpusError for a filter
+    of the user's that fails."""
     job = _Read(task)
     for number, file in enumerate(task.files, task.first):
         job.read(number, file)
@@ -129,6 +132,7 @@ class _Read:
                 result.read.reject("markup", 0, record.bytes)
         result.read.taken["bytes"] += reader.stream_bytes
         result.facts.append({"number": number, "bytes": reader.raw_bytes, "xxh3": reader.digest.hexdigest()})
+        result.retries += reader.retries
         result.objects[file.source] += reader.objects
         result.with_key[file.source] += reader.with_key
         result.keys.setdefault(file.source, reader.keys)

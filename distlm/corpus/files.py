@@ -2,11 +2,13 @@
 
 import glob
 import os
+import stat
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from distlm.corpus import stores
 from distlm.corpus.decompress import ENDINGS
 from distlm.corpus.web import library
 from distlm.errors import InputError
@@ -23,6 +25,7 @@ class TextFile:
     """A file to be read."""
 
     path: str
+    """Of an object in a store: bucket/key."""
     name: str
     """How the manifest calls it: the last part of the source's path, and what is below. The same on every host."""
     format: str
@@ -31,13 +34,22 @@ class TextFile:
     source: int
     """The source it belongs to, by its place in the spec."""
     bytes: int
+    modified: int = -1
+    """Nanoseconds since 1970; -1 where there is no such file."""
     id_key: str | None = None
     keep: tuple[str, ...] = ()
+    store: stores.Store | None = None
+    """Where it is not a local file."""
+
+    @property
+    def place(self) -> str:
+        """How messages and records of this host call it."""
+        return self.store.uri(self.path) if self.store else self.path
 
 
 def find_files(sources: list[Source]) -> list[TextFile]:
     """Every file that the sources name, in an order that does not depend on theirs. Raises InputError for one that names none, and
-    for html and warc where what reads them is not installed."""
+    for html and warc where what reads them is not installed; StorageError for a store that cannot be read."""
     found = [file for i, source in enumerate(sources) for file in _find(i, source)]
     for file in {file.format: file for file in found}.values():
         if file.format in ("html", "warc"):
@@ -45,11 +57,6 @@ def find_files(sources: list[Source]) -> list[TextFile]:
         if file.format == "warc":
             library("warcio", file.format, file.source)
     return sorted(found, key=lambda file: (file.name, file.bytes, file.path, file.format, file.text_key, file.id_key or "", file.keep))
-
-
-def source_name(source: Source) -> str:
-    """What the manifest calls a source."""
-    return source.path if source.path == "stdlib" else _base(source.path)[0].name
 
 
 def _base(text: str) -> tuple[Path, bool]:
@@ -63,28 +70,45 @@ def _base(text: str) -> tuple[Path, bool]:
 
 
 def _find(index: int, source: Source) -> Iterator[TextFile]:
-    where = f"sources.{index}.path: {source.path}"
+    where, store = f"sources.{index}.path: {source.path}", None
     if "://" in source.path:
-        raise InputError("object stores are not supported yet", where=where, remedy="name a file or folder that every node sees")
-    if source.path == "stdlib":
-        base, is_glob = Path(sysconfig.get_path("stdlib")), False
-        paths = [path for path in _walk(base, SKIPPED_STDLIB) if path.suffix == ".py"]
+        store, path, is_folder = stores.parse(source.path, where)
+        store = stores.located(store, path, where)
+        base, is_glob, objects = stores.find(store, path, is_folder, SKIPPED_FOLDERS, where)
+        found = [(item.path, item.path[len(base):], item.bytes, item.modified) for item in objects]
     else:
-        base, is_glob = _base(source.path)
-        pattern = os.path.abspath(os.path.expanduser(source.path))
-        matches = [Path(match) for match in glob.glob(pattern, recursive=True)] if is_glob else [base]
-        if not is_glob and not base.exists():
-            raise InputError("there is no such file or folder", where=where, remedy=_nearest(base))
-        paths = sorted({path for match in matches for path in (_walk(match, SKIPPED_FOLDERS) if match.is_dir() else [match])})
-    if not paths:
+        folder, is_glob, paths = _local(source.path, where)
+        base = str(folder)
+        found = [(str(path), "" if path == folder else "/" + path.relative_to(folder).as_posix(), *_facts(path)) for path in paths]
+    if not found:
         raise InputError("no file matches" if is_glob else "the folder holds no file", where=where,
-                         remedy=_nearest(base) if is_glob else "hidden files and __pycache__ are passed over; name another folder")
-    name = source_name(source)
-    for path in paths:
-        below = "" if path == base else "/" + path.relative_to(base).as_posix()
-        size = path.stat().st_size if path.is_file() else 0    # a broken link or a pipe is rejected when it is read
-        yield TextFile(str(path), name + below, _format(path, source), source.text_key, index, size,
-                       source.id_key, source.keep)
+                         remedy=_nearest(Path(base)) if is_glob else "hidden files and __pycache__ are passed over; name another folder")
+    name = source.path if source.path == "stdlib" else Path(base).name
+    for path, below, size, modified in found:
+        yield TextFile(path, name + below, _format(Path(path), source), source.text_key, index, size, modified, source.id_key, source.keep,
+                       store)
+
+
+def _local(text: str, where: str) -> tuple[Path, bool, list[Path]]:
+    """The file or folder that names begin with, whether the path is a glob, and the files."""
+    if text == "stdlib":
+        base = Path(sysconfig.get_path("stdlib"))
+        return base, False, [path for path in _walk(base, SKIPPED_STDLIB) if path.suffix == ".py"]
+    base, is_glob = _base(text)
+    pattern = os.path.abspath(os.path.expanduser(text))
+    matches = [Path(match) for match in glob.glob(pattern, recursive=True)] if is_glob else [base]
+    if not is_glob and not base.exists():
+        raise InputError("there is no such file or folder", where=where, remedy=_nearest(base))
+    return base, is_glob, sorted({path for match in matches for path in (_walk(match, SKIPPED_FOLDERS) if match.is_dir() else [match])})
+
+
+def _facts(path: Path) -> tuple[int, int]:
+    """Size and time of change. What is no file has no size: a broken link or a pipe is rejected when it is read."""
+    try:
+        found = path.stat()
+    except OSError:
+        return 0, -1
+    return found.st_size if stat.S_ISREG(found.st_mode) else 0, found.st_mtime_ns
 
 
 def _walk(folder: Path, skipped: set[str]) -> Iterator[Path]:

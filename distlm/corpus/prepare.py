@@ -31,7 +31,7 @@ from distlm.corpus.accounts import Account, Samples, Step, account, add, write_r
 from distlm.corpus.decontaminate import Evaluations, Found
 from distlm.corpus.dedup import BATCH_ROWS, SortTask, sort_partition
 from distlm.corpus.documents import ReadResult, ReadTask, check, read_documents
-from distlm.corpus.files import TextFile, source_name
+from distlm.corpus.files import TextFile
 from distlm.corpus.manifest import FILE, Manifest, Shard, file_xxh3, manifest_hash, read_manifest, tokenizer_hash, verify, write_manifest
 from distlm.corpus.pack import PackTask, num_windows, write_shard
 from distlm.corpus.paragraphs import REASON
@@ -177,7 +177,7 @@ class _Prepare:
     def scratch(self) -> Path:
         """A folder of these rules and files alone: another attempt at the same finds there what this one has done. Every file in it
         is replaced whole, so that a task of a failed attempt that still runs does no harm."""
-        files = [(file.path, file.format, file.bytes, _modified(file.path)) for file in self.files]
+        files = [(file.place, file.format, file.bytes, file.modified) for file in self.files]
         sources = [source.model_dump() for source in self.spec.sources]
         about = json.dumps([__version__, parameters(self.spec), sources, files]).encode()
         return self.folder / f".scratch-{xxhash.xxh3_64_hexdigest(about)}"
@@ -217,6 +217,9 @@ class _Prepare:
             self.parts += result.parts
             self.annotated.update(result.annotated)
             self.redactions.update(result.redactions)
+        if retries := sum(result.retries for result in complete):
+            self.progress.note(f"{retries:,} read{'s' if retries > 1 else ''} of a store failed and {'were' if retries > 1 else 'was'} "
+                               "taken up again")
         self.steps += [read, clean]
         if self.spec.filter != Filter():
             self.steps.append(filtered)
@@ -463,12 +466,12 @@ def describe(spec: PrepareSpec, files: list[TextFile], facts: dict[int, tuple[in
     """The manifest's `sources`: each with the number, bytes and joint hash of its files, in an order that is not that of the spec."""
     sources = []
     for i, source in enumerate(spec.sources):
-        digest, count, size = xxhash.xxh3_128(), 0, 0
+        digest, count, size, name = xxhash.xxh3_128(), 0, 0, ""
         for n, file in enumerate(files):
             if file.source == i:
                 digest.update(json.dumps([file.name, *facts[n]]).encode())
-                count, size = count + 1, size + facts[n][0]
-        sources.append({"name": source_name(source), "format": source.format, "text_key": source.text_key, "id_key": source.id_key,
+                count, size, name = count + 1, size + facts[n][0], file.name.split("/")[0]
+        sources.append({"name": name, "format": source.format, "text_key": source.text_key, "id_key": source.id_key,
                         "keep": list(source.keep), "files": count, "bytes": size,
                         "xxh3": digest.hexdigest()})
     return sorted(sources, key=lambda source: json.dumps(source))
@@ -482,16 +485,29 @@ def _default_workers() -> int:
 
 def _is_complete(spec: PrepareSpec, folder: Path, files: list[TextFile]) -> bool:
     """Whether the folder holds what this job would make: same rules, same code, same contents, and every shard whole."""
-    if not (folder / FILE).exists() or not all(os.path.isfile(file.path) for file in files):
+    if not (folder / FILE).exists() or not all(file.store or os.path.isfile(file.path) for file in files):
         return False
     try:
-        manifest = verify(folder)
-        facts = {n: (file.bytes, file_xxh3(Path(file.path))) for n, file in enumerate(files)}
+        data = verify(folder).data
     except (DistlmError, OSError):
         return False
-    data = manifest.data
-    return (data["name"], data["code"], data["parameters"]) == (spec.name, __version__, parameters(spec)) and \
-        data["sources"] == describe(spec, files, facts)
+    if (data["name"], data["code"], data["parameters"]) != (spec.name, __version__, parameters(spec)) or \
+            sum(source["bytes"] for source in data["sources"]) != sum(file.bytes for file in files):
+        return False
+    try:                                                   # a store that fails says nothing about the corpus: its error goes on
+        facts = {n: (file.bytes, _content_xxh3(file)) for n, file in enumerate(files)}
+    except OSError:
+        return False
+    return bool(data["sources"] == describe(spec, files, facts))
+
+
+def _content_xxh3(file: TextFile) -> str:
+    if file.store is None:
+        return file_xxh3(Path(file.path))
+    digest = xxhash.xxh3_64()
+    for block in file.store.read(file.path):
+        digest.update(block)
+    return digest.hexdigest()
 
 
 def _groups(files: list[TextFile], target_bytes: int) -> list[tuple[int, int]]:
@@ -503,13 +519,6 @@ def _groups(files: list[TextFile], target_bytes: int) -> list[tuple[int, int]]:
             groups.append((first, i + 1))
             first, size = i + 1, 0
     return groups
-
-
-def _modified(path: str) -> int:
-    try:
-        return os.stat(path).st_mtime_ns
-    except OSError:
-        return 0
 
 
 def _take_back(folder: Path, scratch: Path) -> None:

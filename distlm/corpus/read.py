@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import re
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -25,6 +26,7 @@ import xxhash
 from distlm.corpus.decompress import ERRORS, decompress
 from distlm.corpus.files import TextFile
 from distlm.corpus.web import CHUNK, HEAD_BYTES, Data, decoded_body, library, page_text
+from distlm.storage import writing
 
 MAX_KEYS = 20
 MAX_DEPTH = 64
@@ -58,18 +60,23 @@ class Reader:
     file: TextFile
     max_document_bytes: int
     raw_bytes: int = 0
-    """Bytes on disk."""
+    """Bytes on disk or in the store."""
     stream_bytes: int = 0
     """Bytes of all records together, counted as they come off the stream."""
     objects: int = 0
     """JSON objects or rows, and how many of them have the field."""
     with_key: int = 0
+    ended: bool = False
+    """Whether all of the file has been read."""
+    retries: int = 0
+    """Reads of a store that were taken up again."""
     keys: list[str] = field(default_factory=list)
     """The fields of the first object, or the columns."""
     digest: Any = field(default_factory=xxhash.xxh3_64)
 
     def records(self) -> Iterator[Record]:
-        """Every record, good or rejected. Does not raise for what a file may hold; InputError where no reader of html is installed."""
+        """Every record, good or rejected. Does not raise for what a file may hold; InputError where no reader of html is installed,
+        StorageError for a store that does not give what it has."""
         formats = {"text": self._text, "jsonl": self._jsonl, "parquet": self._parquet, "html": self._html, "warc": self._warc}
         taken = number = 0
         try:
@@ -81,18 +88,44 @@ class Reader:
         except OSError as error:
             yield Record(number, self.stream_bytes - taken, reason="unreadable", detail=error.strerror or str(error))
         with contextlib.suppress(OSError):                 # what a broken stream left unread belongs to the file's hash
-            for _ in self._raw(self.raw_bytes):
+            for _ in self._raw(self.raw_bytes) if not self.ended else ():
                 pass
 
     def _raw(self, start: int = 0) -> Iterator[bytes]:
+        for block in self.file.store.read(self.file.path, start, self._retried) if self.file.store else self._on_disk(start):
+            self.raw_bytes += len(block)
+            self.digest.update(block)
+            yield block
+        self.ended = True
+
+    def _retried(self) -> None:
+        self.retries += 1
+
+    def _on_disk(self, start: int) -> Iterator[bytes]:
         if not os.path.isfile(self.file.path):
             raise OSError("no such file, or not a regular one")
         with open(self.file.path, "rb") as file:
             file.seek(start)
             while block := file.read(CHUNK):
-                self.raw_bytes += len(block)
-                self.digest.update(block)
                 yield block
+
+    @contextlib.contextmanager
+    def _seekable(self) -> Iterator[Any]:
+        """The file to be read at any place, when all of it has been hashed. An object is copied to a temporary file for it ($TMPDIR): its
+        bytes must all come for the hash, and would come twice if the columns were read from the store. Raises StorageError where there is
+        no room."""
+        if not self.file.store:
+            for _ in self._raw():
+                pass
+            yield self.file.path
+            return
+        with tempfile.TemporaryFile(buffering=0) as copy:  # a buffer would be written once more when it is closed, and raise again
+            for block in self._raw():
+                with writing(f"{tempfile.gettempdir()}: the copy of {self.file.place}", "free space or set TMPDIR to a folder with room"):
+                    while block:
+                        block = block[copy.write(block):]
+            copy.seek(0)
+            yield copy
 
     def _stream(self) -> Iterator[bytes]:
         """The file's bytes, decompressed, in blocks of bounded size."""
@@ -182,11 +215,13 @@ class Reader:
         return Record(number, size, text, id=id, meta=meta)
 
     def _parquet(self) -> Iterator[Record]:
-        for _ in self._raw():
-            pass
+        with self._seekable() as source:
+            yield from self._rows(source)
+
+    def _rows(self, source: Any) -> Iterator[Record]:
         number = rows = 0
         try:
-            with pq.ParquetFile(self.file.path) as file:
+            with pq.ParquetFile(source) as file:
                 schema = file.schema_arrow
                 self.keys, rows = schema.names[:MAX_KEYS], file.metadata.num_rows
                 self.objects = rows

@@ -11,7 +11,8 @@ class Source(Part):
     """Where text comes from. A plain string in a spec stands for `{path: ...}`."""
 
     path: Annotated[str, Field(min_length=1)]
-    """A file, a folder, a glob, or the word `stdlib` for the sources of the running interpreter's standard library."""
+    """A file, a folder or a glob; the same in an object store, `s3://bucket/path` or `gs://bucket/path`; or the word `stdlib` for the
+    sources of the running interpreter's standard library."""
     format: Literal["auto", "text", "jsonl", "parquet", "html", "warc"] = "auto"
     """How a file becomes documents: one per file (text, and the main text of html), per line (jsonl), per row (parquet) or per
     response (warc). auto: by the ending; html and warc need `pip install distlm[web]`."""

@@ -191,7 +191,7 @@ def test_stdlib_is_the_sources_of_the_running_interpreter_without_tests() -> Non
 
 @pytest.mark.parametrize(("path", "expected"), [
     ("dat", "did you mean .*data"), ("stdlb", "did you mean stdlib"), ("data/*.csv", "no file matches"), ("empty", "holds no file"),
-    ("s3://bucket/x", "not supported yet"), ("nowhere/at/all", "no such file")])
+    ("hdfs://host/x", "no way to read hdfs://; s3://, gs:// and paths"), ("nowhere/at/all", "no such file")])
 def test_a_source_that_names_nothing_is_found_before_work(tmp_path: Path, path: str, expected: str) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "a.txt").write_text("x")
