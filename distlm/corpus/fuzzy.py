@@ -360,6 +360,13 @@ def clusters(confirmed: Sequence[Confirmed], documents: int, partitions: int) ->
                           int(sizes.max(initial=0)))
 
 
+def merged(parts: Sequence[Dropped]) -> Dropped:
+    """What goes from one partition, found in several parts."""
+    whole = [np.concatenate([vars(part)[name] for part in parts]) for name in Dropped.__annotations__]
+    order = np.argsort(whole[0])
+    return Dropped(*(column[order] for column in whole))
+
+
 class _WordHashes(dict[str, int]):
     """XXH3 of words, each computed once as long as it is known."""
 

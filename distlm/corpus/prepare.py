@@ -11,6 +11,7 @@ the manifest is written last: a folder without one is no corpus.
 import functools
 import importlib
 import json
+import math
 import os
 import pickle
 import shutil
@@ -26,8 +27,8 @@ import ray
 import xxhash
 
 from distlm import __version__
-from distlm.corpus import fuzzy
-from distlm.corpus.accounts import Account, Samples, Step, account, add, write_rejects
+from distlm.corpus import boilerplate, fuzzy
+from distlm.corpus.accounts import MAX_SAMPLES, Account, Samples, Step, account, add, write_rejects
 from distlm.corpus.decontaminate import Evaluations, Found
 from distlm.corpus.dedup import BATCH_ROWS, SortTask, sort_partition
 from distlm.corpus.documents import ReadResult, ReadTask, check, read_documents
@@ -41,10 +42,13 @@ from distlm.corpus.refine import (
     RefineTask,
     RepeatTask,
     ShortenTask,
+    find_equal,
+    find_frequent,
     find_repeats,
-    hash_paragraphs,
+    hash_pieces,
     refine_partition,
     shorten_partition,
+    strip_partition,
 )
 from distlm.corpus.report import write_report
 from distlm.corpus.split import HASH_BYTES, SplitRule, first_held_out
@@ -55,13 +59,13 @@ from distlm.progress import Progress
 from distlm.runs import RunFolder
 from distlm.spec import PrepareSpec
 from distlm.spec.load import dump, nearest
-from distlm.spec.prepare import Filter
+from distlm.spec.prepare import Boilerplate, Filter
 from distlm.storage import Storage, replacing, write_atomic, writing
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-STAGES = ("read", "sort", "sign_partition", "pair_bucket", "confirm", "refine", "hash_paragraphs", "find_repeats", "shorten", "vocabulary",
-          "encode", "pack")
+STAGES = ("read", "sort", "sign_partition", "pair_bucket", "confirm", "refine", "hash_lines", "find_lines", "strip", "hash_texts",
+          "find_texts", "drop_equal", "hash_paragraphs", "find_paragraphs", "shorten", "vocabulary", "encode", "pack")
 MADE = (FILE, "train", "val", "test", "tokenizer", "sources.jsonl", "documents.parquet", "report.html", "rejects")
 """What a prepare job makes, the manifest first: it goes first where the rest is to be made again."""
 DOCUMENTS = pa.schema([("hash", pa.binary(HASH_BYTES)), ("source", pa.string()), ("record", pa.int64()), ("id", pa.string()),
@@ -96,6 +100,7 @@ def prepare(spec: PrepareSpec, folder: RunFolder, storage: Storage, progress: Pr
         job.read()
         job.sort()
         job.drop_near_duplicates()
+        job.drop_boilerplate()
         job.drop_paragraphs()
         job.hold_out()
         vocabulary = job.make_vocabulary()
@@ -269,21 +274,53 @@ class _Prepare:
                                  "pairs": found.pairs, "clusters": found.clusters, "largest": found.largest}
         self.partitions = outputs
 
+    def drop_boilerplate(self) -> None:
+        """Drop the lines that many documents hold, then the documents that are equal without them."""
+        rules = self.spec.clean.boilerplate
+        if rules is None:
+            return
+        documents = self.steps[-1].given["documents"]
+        least = max(rules.min_documents, math.ceil(rules.min_fraction * documents))
+        lines, found = self._hash("lines", rules, find_frequent, least)
+        outputs = self._outputs("stripped")
+        self._refine("strip", strip_partition, [ShortenTask(i, path, len(found), self.rule, self.scratch / "hash_lines", outputs[i])
+                                                for i, path in enumerate(self.partitions)], boilerplate.REASON)
+        for count, partition, row, index in sorted(one for frequent in found for one in frequent.first)[:MAX_SAMPLES]:
+            line = _row(self.partitions[partition], row, "text")["text"].split("\n")[index]
+            self.samples.add(boilerplate.LINES, {**self._place(partition, row), "bytes": len(line.encode()),
+                                                 "detail": f"in {-count:,} documents", "text": line})
+        self.figures["boilerplate"] = {"min_documents": least, "documents": documents, "candidates": lines,
+                                       "lines": sum(one.distinct for one in found)}
+        self.partitions = outputs
+        if self.spec.dedup.exact:
+            _, equal = self._hash("texts", None, find_equal)
+            outputs = self._outputs("different")
+            tasks = [RefineTask(i, path, fuzzy.merged([one[i] for one in equal]), self.rule, outputs[i], "dedup_stripped",
+                                "duplicate_without_boilerplate") for i, path in enumerate(self.partitions)]
+            self._refine("drop_equal", refine_partition, tasks, tasks[0].reason)
+            self.partitions = outputs
+
     def drop_paragraphs(self) -> None:
         """Drop the paragraphs that an earlier document holds."""
         if self.spec.dedup.paragraphs is None:
             return
-        least, count = self.spec.dedup.paragraphs, len(self.partitions)
-        ranges = max(1, self.steps[-1].given["bytes"] // RANGE_BYTES)
-        hashed = [HashTask(i, path, least, ranges, self.scratch) for i, path in enumerate(self.partitions)]
-        paragraphs = sum(found for _, found in self.each("hash_paragraphs", hash_paragraphs, hashed))
-        repeated = sum(found for _, found in self.each("find_repeats", find_repeats, [RepeatTask(i, count, self.scratch)
-                                                                                      for i in range(ranges)]))
+        least = self.spec.dedup.paragraphs
+        paragraphs, repeated = self._hash("paragraphs", least, find_repeats)
         outputs = self._outputs("shortened")
-        tasks = [ShortenTask(i, path, ranges, self.rule, self.scratch, outputs[i]) for i, path in enumerate(self.partitions)]
-        self._refine("shorten", shorten_partition, tasks, REASON)
-        self.figures["paragraphs"] = {"min_chars": least, "paragraphs": paragraphs, "repeated": repeated}
+        self._refine("shorten", shorten_partition, [ShortenTask(i, path, len(repeated), self.rule, self.scratch / "hash_paragraphs",
+                                                                outputs[i]) for i, path in enumerate(self.partitions)], REASON)
+        self.figures["paragraphs"] = {"min_chars": least, "paragraphs": paragraphs, "repeated": sum(repeated)}
         self.partitions = outputs
+
+    def _hash(self, what: str, of: int | Boilerplate | None, find: Callable[[RepeatTask], Result], least: int = 2) -> \
+            tuple[int, list[Result]]:
+        """Hash pieces of all documents, and find what is there several times: the number of pieces, and what `find` says of each range."""
+        scratch = self.scratch / f"hash_{what}"
+        ranges = max(1, self.steps[-1].given["bytes"] // RANGE_BYTES)
+        hashed = [HashTask(i, path, of, ranges, scratch) for i, path in enumerate(self.partitions)]
+        pieces = sum(found for _, found in self.each(scratch.name, hash_pieces, hashed))
+        tasks = [RepeatTask(i, len(self.partitions), scratch, least) for i in range(ranges)]
+        return pieces, [found for _, found in sorted(self.each(f"find_{what}", find, tasks), key=lambda pair: pair[0])]
 
     def _refine(self, stage: str, function: Callable[[Item], RefineResult], tasks: Sequence[Item], reason: str) -> None:
         """Run a step that drops documents from the partitions, and keep its books."""
@@ -311,10 +348,7 @@ class _Prepare:
             self.candidates.append(next_val)
 
     def _place(self, partition: int, row: int) -> dict[str, Any]:
-        with pa.memory_map(str(self.partitions[partition])) as file:
-            reader = pa.ipc.open_file(file)
-            batch, place = divmod(row, BATCH_ROWS)
-            found = reader.get_batch(batch).select(["file", "record"]).slice(place, 1).to_pylist()[0]
+        found = _row(self.partitions[partition], row, "file", "record")
         return {"source": self.files[found["file"]].name, "record": found["record"]}
 
     def hold_out(self) -> None:
@@ -392,6 +426,7 @@ class _Prepare:
                 (self.scratch / name).rename(self.folder / name)
         of = {"read": {}, "clean": rules["clean"], "filter": rules["filter"], "decontaminate": rules["decontaminate"] or {},
               "dedup": {"exact": rules["dedup"]["exact"]}, "fuzzy": rules["dedup"]["fuzzy"] or {},
+              "boilerplate": rules["clean"]["boilerplate"] or {}, "dedup_stripped": {"exact": True},
               "paragraphs": {"min_chars": rules["dedup"]["paragraphs"]}, "split": rules["split"],
               "tokenize": rules["tokenizer"] | {"sampled": vocabulary.sampled}}
         write_manifest(self.folder, {
@@ -502,6 +537,14 @@ def _groups(files: list[TextFile], target_bytes: int) -> list[tuple[int, int]]:
             groups.append((first, i + 1))
             first, size = i + 1, 0
     return groups
+
+
+def _row(path: Path, row: int, *columns: str) -> dict[str, Any]:
+    """A document of a partition."""
+    with pa.memory_map(str(path)) as file:
+        batch, place = divmod(row, BATCH_ROWS)
+        found: dict[str, Any] = pa.ipc.open_file(file).get_batch(batch).select(list(columns)).slice(place, 1).to_pylist()[0]
+        return found
 
 
 def _modified(path: str) -> int:

@@ -27,6 +27,24 @@ def _source(value: Any) -> Any:
     return {"path": value} if isinstance(value, str) else value
 
 
+class Boilerplate(Part):
+    """Lines that many documents of the whole corpus hold leave all of them. Counted when duplicates are gone, and near-duplicates where
+    `dedup.fuzzy` drops them: without it, a text of which there are so many near-copies is taken for boilerplate."""
+
+    min_documents: Annotated[int, Field(ge=2)] = 10
+    """A line that so many documents hold is boilerplate."""
+    min_fraction: Annotated[float, Field(ge=0, le=1)] = 0
+    """The share of all documents that must hold it besides."""
+    min_chars: Annotated[int, Field(ge=1)] = 10
+    """Shorter lines stay. White space counts as one space, and not at the ends."""
+    max_chars: Annotated[int, Field(ge=1)] = 300
+    """Longer lines stay."""
+    min_words: Annotated[int, Field(ge=0)] = 3
+    """Lines of fewer words, which are runs of letters, stay."""
+    code: bool = False
+    """Whether lines that look like source code go too, such as comments, imports and whatever has the signs of a program."""
+
+
 class Clean(Part):
     """What every document passes before it is kept."""
 
@@ -41,8 +59,10 @@ class Clean(Part):
     redact: tuple[Literal["email", "ip", "phone", "card", "secret"], ...] = ()
     """What is replaced by a mark of its kind, such as `<|email|>`: e-mail and public IP addresses, telephone and payment card numbers
     (those that Luhn's check accepts), keys and tokens of the common shapes."""
+    boilerplate: Boilerplate | None = None
+    """Lines that many documents hold, such as menus and notices; default: they stay."""
     min_chars: Annotated[int, Field(ge=1)] = 1
-    """Shorter documents are rejected, with the reason `too_short`."""
+    """Shorter documents are rejected, with the reason `too_short`. Judged before boilerplate and repeated paragraphs go."""
     max_document_bytes: Annotated[int, Field(ge=1)] = 10_000_000
     """Longer documents are rejected unread, with the reason `too_long`."""
 

@@ -1,4 +1,4 @@
-"""Filters, decontamination, near-duplicates and repeated paragraphs inside a job: exact books, and equal bytes however it ran."""
+"""Filters, decontamination, near-duplicates, boilerplate, repeated paragraphs inside a job: exact books, equal bytes however it ran."""
 
 import json
 import os
@@ -20,9 +20,12 @@ from tests.records import Records
 
 Run = Callable[..., dict[str, Any]]
 KEYS: dict[str, Any] = {
-    "clean": {"redact": ["email", "ip"], "whitespace": "trim"}, "filter": {"rules": ["gopher_repetition"], "min_words": 5},
+    "clean": {"redact": ["email", "ip"], "whitespace": "trim", "boilerplate": {"max_chars": 60}},
+    "filter": {"rules": ["gopher_repetition"], "min_words": 5},
     "dedup": {"fuzzy": {"ngram_words": 3}, "paragraphs": 40}, "split": {"val_fraction": 0.1}}
 NOTICE = "This notice stands in many of the documents, and belongs to none."
+FOOTER = "Find out more about these pages and their makers"
+CORE = "Twelve words that only this text has, whatever else stands around it"
 
 
 @pytest.fixture
@@ -31,14 +34,18 @@ def many(tmp_path: Path) -> Path:
     folder = tmp_path / "many"
     folder.mkdir()
     for i in range(40):
-        (folder / f"{i:02}.txt").write_text(" ".join(f"{w}{(i * 31 + j * j) % 97}" for j in range(60) for w in ("w",)) + f"\n\n{NOTICE}\n")
+        (folder / f"{i:02}.txt").write_text(" ".join(f"{w}{(i * 31 + j * j) % 97}" for j in range(60) for w in ("w",))
+                                           + f"\n{FOOTER}\n\n{NOTICE}\n")
     for i in range(10):                                    # one word of sixty differs
         words = (folder / f"{i:02}.txt").read_text().split("\n")[0].split(" ")
         words[30] = "other"
-        (folder / f"near-{i}.txt").write_text(" ".join(words) + "\n")
+        (folder / f"near-{i}.txt").write_text(" ".join(words) + f"\n{FOOTER}\n\n{NOTICE}\n")
     (folder / "mail.txt").write_text("Write to someone.real@example-company.com about it, please, whenever it suits you.")
     (folder / "again.txt").write_text("the same line of words\n" * 50)
     (folder / "short.txt").write_text("too short")
+    (folder / "footer.txt").write_text(f"{FOOTER}\n")
+    (folder / "core.txt").write_text(CORE)
+    (folder / "core-and-footer.txt").write_text(f"{FOOTER}\n\n{CORE}")
     lines = [{"text": document(i), "id": f"doc-{i}", "url": f"http://host/{i}"} for i in range(20)]
     (folder / "more.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "leak.txt").write_text("Before it. " + QUESTION + " And after it comes more text of another kind.")
@@ -69,18 +76,30 @@ def test_every_step_keeps_its_books_and_tells_its_reasons(run: Run, many: Path) 
     result = run(sources(many), progress=shown, **keys(many))
     manifest = verify(result[""])
     steps = {step["name"]: step for step in manifest.data["steps"]}
-    assert [*steps] == ["read", "clean", "filter", "decontaminate", "dedup", "fuzzy", "paragraphs", "split", "tokenize"]
+    assert [*steps] == ["read", "clean", "filter", "decontaminate", "dedup", "fuzzy", "boilerplate", "dedup_stripped", "paragraphs",
+                        "split", "tokenize"]
     lost = {name: {reason: account["documents"] for reason, account in step["rejected"].items()} for name, step in steps.items()}
     assert lost["filter"] == {"too_few_words": 1, "gopher_duplicate_lines": 1}
     assert lost["decontaminate"] == {"contaminated_rivers": 1} and lost["fuzzy"] == {"near_duplicate": 10}
+    assert lost["boilerplate"] == {"boilerplate": 1, "boilerplate_lines": 0}
+    assert lost["dedup_stripped"] == {"duplicate_without_boilerplate": 1}
+    assert steps["boilerplate"]["rejected"]["boilerplate_lines"]["bytes"] == 40 * len(f"\n{FOOTER}") + len(f"{FOOTER}\n\n")
+    assert manifest.data["boilerplate"] == \
+        {"min_documents": 10, "documents": steps["fuzzy"]["out"]["documents"], "candidates": 62, "lines": 1}
     assert steps["paragraphs"]["rejected"]["repeated_paragraphs"]["documents"] == 0
     assert manifest.data["fuzzy"]["clusters"] == 10 and manifest.data["redactions"] == {"email": 1}
     assert manifest.data["decontamination"]["rivers"]["documents"] == 1 and manifest.data["decontamination"]["rivers"]["found"] == 1
     assert "0.924" in shown.text                           # 14 bands of 8 rows, at a similarity of 0.8
     assert {path.stem for path in Path(result[""], "rejects").iterdir()} == \
-        {"too_few_words", "gopher_duplicate_lines", "contaminated_rivers", "near_duplicate"}
+        {"too_few_words", "gopher_duplicate_lines", "contaminated_rivers", "near_duplicate", "boilerplate", "boilerplate_lines",
+         "duplicate_without_boilerplate"}
     [sample, *_] = [json.loads(line) for line in Path(result[""], "rejects", "near_duplicate.jsonl").read_text().splitlines()]
     assert sample["source"] != sample["same_as"]["source"] and sample["similarity"] > 0.7
+    [line] = [json.loads(line) for line in Path(result[""], "rejects", "boilerplate_lines.jsonl").read_text().splitlines()]
+    assert (line["text"], line["detail"], line["bytes"]) == (FOOTER, "in 42 documents", len(FOOTER))
+    [copy] = [json.loads(line) for line in Path(result[""], "rejects", "duplicate_without_boilerplate.jsonl").read_text().splitlines()]
+    assert {copy["source"], copy["same_as"]["source"]} == {"many/core.txt", "many/core-and-footer.txt"}
+    assert "in 42 documents" in Path(result[""], "report.html").read_text()
 
 
 def test_documents_keep_their_ids_and_fields_in_the_order_of_the_corpus(run: Run, many: Path) -> None:
