@@ -23,9 +23,11 @@ from distlm.corpus.tokenizer import check_given
 from distlm.spec.prepare import Clean, Filter, PrepareSpec
 from distlm.storage import replacing
 
-SCHEMA = pa.schema([("key", pa.binary(HASH_BYTES)), ("hash", pa.binary(HASH_BYTES)), ("file", pa.int32()), ("record", pa.int64()),
-                    ("id", pa.string()), ("meta", pa.string()), ("reasons", pa.list_(pa.string())), ("text", pa.large_string())])
-"""`meta`: JSON, empty where there is none. `reasons`: what the filters say of a document that stays nevertheless."""
+SCHEMA = pa.schema([("key", pa.binary(HASH_BYTES)), ("hash", pa.binary(HASH_BYTES)), ("file", pa.int32()), ("origin", pa.int32()),
+                    ("record", pa.int64()), ("id", pa.string()), ("meta", pa.string()), ("reasons", pa.list_(pa.string())),
+                    ("text", pa.large_string())])
+"""`origin`: the place of the source in the spec. `meta`: JSON, empty where there is none.
+`reasons`: what the filters say of a document that stays nevertheless."""
 BUFFER_BYTES = 32 << 20
 WAITING_BYTES = 1 << 20
 
@@ -194,7 +196,7 @@ class _Store:
         key = order_key(content, self.task.seed)
         meta = json.dumps(one.record.meta, sort_keys=True, ensure_ascii=False) if one.record.meta else ""
         self.rows[partition(key, self.task.partitions)].append(
-            (key, content, one.number, one.record.number, one.record.id, meta, one.reasons, one.text))
+            (key, content, one.number, one.file.source, one.record.number, one.record.id, meta, one.reasons, one.text))
         self.held += one.bytes + len(meta) + 200
         if self.held >= BUFFER_BYTES:
             self.flush()

@@ -44,7 +44,9 @@ def find_files(sources: list[Source]) -> list[TextFile]:
             library("trafilatura", file.format, file.source)
         if file.format == "warc":
             library("warcio", file.format, file.source)
-    return sorted(found, key=lambda file: (file.name, file.bytes, file.path, file.format, file.text_key, file.id_key or "", file.keep))
+    rules = [(source.model_dump_json(exclude={"path"}), source.path) for source in sources]
+    return sorted(found, key=lambda file: (file.name, file.bytes, file.path, file.format, file.text_key, file.id_key or "", file.keep,
+                                           rules[file.source]))
 
 
 def source_name(source: Source) -> str:

@@ -12,6 +12,7 @@ the odds that any two different ones share a hash are 3 %, and what would be los
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,8 @@ import xxhash
 PARAGRAPH = np.dtype([("hash", "<u8"), ("row", "<u4"), ("index", "<u4")])
 """A paragraph: the hash of its text, the row of its document in the partition, and its number in the document."""
 Paragraphs = npt.NDArray[np.void]
+Numbers: TypeAlias = npt.NDArray[np.int64]
+NONE: Numbers = np.zeros(0, np.int64)
 REASON = "duplicate_paragraphs"
 BREAK = "\n\n"
 
@@ -66,24 +69,25 @@ def document_numbers(parts: Sequence[Paragraphs]) -> npt.NDArray[np.uint64]:
     return partitions | np.concatenate([part["row"] for part in parts])
 
 
-def keepers(parts: Sequence[Paragraphs]) -> npt.NDArray[np.uint64]:
-    """Of every paragraph of one range, the number of the first document that holds it. Takes some 60 bytes a paragraph."""
+def keepers(parts: Sequence[Paragraphs], preferred: Numbers = NONE) -> npt.NDArray[np.uint64]:
+    """Of every paragraph of one range, the number of the first document that holds it; `preferred` ones come before all others. Takes
+    some 60 bytes a paragraph."""
     found, document = np.concatenate([part["hash"] for part in parts]), document_numbers(parts)
-    order = np.lexsort((document, found))
+    order = np.lexsort((document, ~np.isin(document, preferred.astype(np.uint64)), found))
     begins = np.flatnonzero(np.diff(found[order], prepend=~found[order[:1]]))
     keeper = np.empty_like(document)
     keeper[order] = np.repeat(document[order[begins]], np.diff(begins, append=len(found)))
     return keeper
 
 
-def repeats(parts: Sequence[Paragraphs]) -> list[Paragraphs]:
+def repeats(parts: Sequence[Paragraphs], preferred: Numbers = NONE) -> list[Paragraphs]:
     """Of one range's paragraphs, given by partition: those that an earlier document holds as well, by partition.
 
-    A document that is the first to hold a paragraph keeps every copy of it.
+    A document that is the first to hold a paragraph keeps every copy of it; `preferred` ones come before all others.
     """
     if not parts:
         return []
-    lost = document_numbers(parts) != keepers(parts)
+    lost = document_numbers(parts) != keepers(parts, preferred)
     return [part[mask] for part, mask in zip(parts, np.split(lost, np.cumsum([len(part) for part in parts])[:-1]), strict=True)]
 
 

@@ -21,6 +21,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
@@ -35,7 +37,7 @@ from distlm.corpus.documents import ReadResult, ReadTask, check, read_documents
 from distlm.corpus.files import TextFile, source_name
 from distlm.corpus.manifest import FILE, Manifest, Shard, file_xxh3, manifest_hash, read_manifest, tokenizer_hash, verify, write_manifest
 from distlm.corpus.pack import PackTask, num_windows, write_shard
-from distlm.corpus.paragraphs import REASON
+from distlm.corpus.paragraphs import REASON, Numbers
 from distlm.corpus.refine import (
     HashTask,
     RefineResult,
@@ -51,7 +53,7 @@ from distlm.corpus.refine import (
     strip_partition,
 )
 from distlm.corpus.report import write_report
-from distlm.corpus.split import HASH_BYTES, SplitRule, first_held_out
+from distlm.corpus.split import HASH_BYTES, SplitRule
 from distlm.corpus.spread import spread
 from distlm.corpus.tokenizer import Encoded, EncodeTask, Vocabulary, VocabularyTask, encode_partition, make_tokenizer
 from distlm.errors import CorpusError, DistlmError, InputError
@@ -172,7 +174,8 @@ class _Prepare:
     partitions: list[Path] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.rule = SplitRule(self.spec.split.val_fraction, self.spec.split.test_fraction)
+        shares = tuple(map(self.spec.shares, self.spec.sources)) if any(source.split for source in self.spec.sources) else ()
+        self.rule = SplitRule(self.spec.split.val_fraction, self.spec.split.test_fraction, sources=shares)
 
     @functools.cached_property
     def evaluations(self) -> Evaluations | None:
@@ -266,7 +269,7 @@ class _Prepare:
         self.progress.note(f"near-duplicates from a similarity of {least:.3f} on: at 0.7, 0.8, 0.9 they are found with a probability of "
                            + ", ".join(f"{fuzzy.probability(s, rules.bands, rules.rows):.3f}" for s in (0.7, 0.8, 0.9)))
         found = fuzzy.near_duplicates(self.partitions, rules, self.scratch, lambda function, tasks: self.each(
-            function.__name__, function, tasks))
+            function.__name__, function, tasks), self._preferred())
         outputs = self._outputs("unique")
         tasks = [RefineTask(i, path, found.dropped[i], self.rule, outputs[i]) for i, path in enumerate(self.partitions)]
         self._refine("refine", refine_partition, tasks, "near_duplicate")
@@ -319,8 +322,14 @@ class _Prepare:
         ranges = max(1, self.steps[-1].given["bytes"] // RANGE_BYTES)
         hashed = [HashTask(i, path, of, ranges, scratch) for i, path in enumerate(self.partitions)]
         pieces = sum(found for _, found in self.each(scratch.name, hash_pieces, hashed))
-        tasks = [RepeatTask(i, len(self.partitions), scratch, least) for i in range(ranges)]
+        preferred = self._preferred()
+        tasks = [RepeatTask(i, len(self.partitions), scratch, least, preferred) for i in range(ranges)]
         return pieces, [found for _, found in sorted(self.each(f"find_{what}", find, tasks), key=lambda pair: pair[0])]
+
+    def _preferred(self) -> Numbers:
+        """The numbers of the documents of sources that are held out as a whole: of what several documents hold, they keep theirs."""
+        return np.array([partition << 32 | row for partition, path in enumerate(self.partitions) if self.rule.whole
+                         for row in np.flatnonzero(np.isin(_column(path, "origin"), self.rule.whole)).tolist()], np.int64)
 
     def _refine(self, stage: str, function: Callable[[Item], RefineResult], tasks: Sequence[Item], reason: str) -> None:
         """Run a step that drops documents from the partitions, and keep its books."""
@@ -354,12 +363,12 @@ class _Prepare:
     def hold_out(self) -> None:
         """Decide what is held out."""
         rule, given = self.rule, dict(self.steps[-1].given)
-        if rule.val_fraction and not self.splits["val"]["documents"]:
-            if given["documents"] > 1:
-                self.rule = replace(rule, held_out=first_held_out(self.candidates))
+        if rule.may_hold_out and not self.splits["val"]["documents"]:
+            if given["documents"] > 1 and self.candidates:
+                self.rule = replace(rule, held_out=min(self.candidates))
                 self.progress.note(f"val_fraction {rule.val_fraction} of {given['documents']} documents is none: one is held out, so "
                                    "that there is a validation split")
-            else:
+            elif given["documents"] == 1:
                 self.progress.note("there is one document only: no validation split")
         self.steps.append(Step("split", given, {unit: sum(self.splits[name][unit] for name in rule.names) for unit in given}))
         self._write_rejects()
@@ -504,7 +513,7 @@ def describe(spec: PrepareSpec, files: list[TextFile], facts: dict[int, tuple[in
                 count, size = count + 1, size + facts[n][0]
         sources.append({"name": source_name(source), "format": source.format, "text_key": source.text_key, "id_key": source.id_key,
                         "keep": list(source.keep), "files": count, "bytes": size,
-                        "xxh3": digest.hexdigest()})
+                        "xxh3": digest.hexdigest(), **({"split": dump(source)["split"]} if source.split else {})})
     return sorted(sources, key=lambda source: json.dumps(source))
 
 
@@ -545,6 +554,11 @@ def _row(path: Path, row: int, *columns: str) -> dict[str, Any]:
         batch, place = divmod(row, BATCH_ROWS)
         found: dict[str, Any] = pa.ipc.open_file(file).get_batch(batch).select(list(columns)).slice(place, 1).to_pylist()[0]
         return found
+
+
+def _column(path: Path, name: str) -> npt.NDArray[Any]:
+    with pa.memory_map(str(path)) as file:
+        return pa.ipc.open_file(file).read_all()[name].to_numpy()
 
 
 def _modified(path: str) -> int:

@@ -20,6 +20,8 @@ from distlm.corpus.boilerplate import LINES, Frequent, frequent, line_hashes, st
 from distlm.corpus.dedup import count_splits, write_partition
 from distlm.corpus.fuzzy import Dropped
 from distlm.corpus.paragraphs import (
+    NONE,
+    Numbers,
     Paragraphs,
     Shortened,
     by_range,
@@ -79,7 +81,7 @@ def refine_partition(task: RefineTask) -> RefineResult:
         add(result.step.given, len(left), int(sizes[left].sum()))
         table, sizes = table.take(pa.array(left)), sizes[left]
         write_partition(task.output, table)
-        result.splits, result.next_val = count_splits(table["hash"].to_pylist(), sizes.tolist(), task.rule)
+        result.splits, result.next_val = count_splits(table, sizes.tolist(), task.rule)
     return result
 
 
@@ -113,11 +115,13 @@ class RepeatTask:
     scratch: Path
     least: int = 2
     """Documents that hold a line of boilerplate."""
+    preferred: Numbers = field(default_factory=lambda: NONE)
+    """The numbers of documents that come before all others, ascending."""
 
 
 def find_repeats(task: RepeatTask) -> int:
     """Write, by partition, the paragraphs that an earlier document holds, and return how many there are. Raises StorageError."""
-    lost = repeats(_of_range(task))
+    lost = repeats(_of_range(task), task.preferred)
     for partition, part in enumerate(lost):
         _save(task.scratch, "repeats", partition, task.range, part)
     return sum(map(len, lost))
@@ -134,7 +138,7 @@ def find_frequent(task: RepeatTask) -> Frequent:
 def find_equal(task: RepeatTask) -> list[Dropped]:
     """The documents of each partition that an earlier one is equal to."""
     parts = _of_range(task)
-    keeper, number = keepers(parts).astype(np.int64), document_numbers(parts).astype(np.int64)
+    keeper, number = keepers(parts, task.preferred).astype(np.int64), document_numbers(parts).astype(np.int64)
     return [Dropped(number[one] & 0xFFFFFFFF, keeper[one] >> 32, keeper[one] & 0xFFFFFFFF, np.zeros(len(one), np.int64), np.ones(len(one)))
             for i in range(len(parts)) for one in [np.flatnonzero((number != keeper) & (number >> 32 == i))]]
 
@@ -186,7 +190,7 @@ def _shortened(task: ShortenTask, name: str, edit: Callable[[Iterable[str], Sequ
         left = table.take(pa.array(kept, pa.int64()))
         left = left.set_column(left.schema.get_field_index("text"), "text", pa.array(texts, pa.large_string()))
         write_partition(task.output, left)
-    result.splits, result.next_val = count_splits(left["hash"].to_pylist(), sizes, task.rule)
+    result.splits, result.next_val = count_splits(left, sizes, task.rule)
     return result
 
 

@@ -177,8 +177,9 @@ def _documents(partitions: list[Path], rule: SplitRule) -> Iterator[tuple[str, s
             for i in range(reader.num_record_batches):
                 batch = reader.get_batch(i)
                 sizes = pc.binary_length(batch["text"]).to_pylist()
-                for content, text, size in zip(batch["hash"].to_pylist(), batch["text"], sizes, strict=True):
-                    yield rule.of(content), text.as_py(), size
+                for content, origin, text, size in zip(batch["hash"].to_pylist(), batch["origin"].to_pylist(), batch["text"], sizes,
+                                                       strict=True):
+                    yield rule.of(content, origin), text.as_py(), size
 
 
 @dataclass(frozen=True)

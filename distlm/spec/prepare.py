@@ -1,10 +1,49 @@
 """`kind: prepare`: from raw text to a checksummed, tokenized corpus."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_serializer, model_validator
 
 from distlm.spec.base import Job, Part, Rule, Seed, without_effect
+
+Section = TypeVar("Section", bound=Part)
+
+
+class Split(Part):
+    """Documents are split by the hash of their content, so that the split never moves when others are added."""
+
+    val_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.02
+    """The share of documents that are held out for validation."""
+    test_fraction: Annotated[float, Field(ge=0, lt=1)] = 0
+    """The share that is held out for a last test, which training never reads."""
+
+    @model_validator(mode="after")
+    def _some_left(self) -> "Split":
+        if self.val_fraction + self.test_fraction >= 1:
+            raise Rule("test_fraction", f"{self.test_fraction} and val_fraction {self.val_fraction} leave nothing to train on")
+        return self
+
+
+class SourceSplit(Split):
+    """What is given here holds for the source in place of the job's `split`. A plain `train`, `val` or `test` stands for `{all: ...}`."""
+
+    all: Literal["train", "val", "test"] | None = None
+    """The split of the whole source, such as a validation set that is given. Of equal and nearly equal texts, that of a source which is
+    held out as a whole is kept, whatever the files' order."""
+
+    @model_validator(mode="after")
+    def _one(self) -> "SourceSplit":
+        if self.all:
+            without_effect(self, f"beside all: {self.all}", "val_fraction", "test_fraction")
+        return self
+
+
+WHOLE: dict[str, tuple[float, float]] = {"train": (0.0, 0.0), "val": (1.0, 0.0), "test": (0.0, 1.0)}
+"""The fractions of validation and test of a source that is of one split."""
+
+
+def _source_split(value: Any) -> Any:
+    return {"all": value} if isinstance(value, str) else value
 
 
 class Source(Part):
@@ -21,6 +60,13 @@ class Source(Part):
     """The field or column that holds the document's own id. Default: `id` where there is one."""
     keep: tuple[str, ...] = ()
     """Further fields or columns that stay with the document, such as url or license."""
+    split: Annotated[SourceSplit | None, BeforeValidator(_source_split)] = None
+    """Another split than the job's for this source: what is not given is as in the job's. Of equal texts, the one that is kept decides."""
+
+    @field_serializer("split")
+    def _given_alone(self, own: Part | None) -> Any:
+        """What is not given is the job's, so that it is not to be written as if it were given."""
+        return own and own.model_dump(mode="json", by_alias=True, exclude_unset=True)
 
 
 def _source(value: Any) -> Any:
@@ -160,21 +206,6 @@ class Tokenizer(Part):
         return self
 
 
-class Split(Part):
-    """Documents are split by the hash of their content, so that the split never moves when others are added."""
-
-    val_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.02
-    """The share of documents that are held out for validation."""
-    test_fraction: Annotated[float, Field(ge=0, lt=1)] = 0
-    """The share that is held out for a last test, which training never reads."""
-
-    @model_validator(mode="after")
-    def _some_left(self) -> "Split":
-        if self.val_fraction + self.test_fraction >= 1:
-            raise Rule("test_fraction", f"{self.test_fraction} and val_fraction {self.val_fraction} leave nothing to train on")
-        return self
-
-
 class PrepareSpec(Job):
     """From raw text to a corpus."""
 
@@ -202,3 +233,29 @@ class PrepareSpec(Job):
     """Parallel tasks; default: as many as the cluster has CPUs. It does not change the result."""
     seed: Seed = 0
     """Orders the documents."""
+
+    @model_validator(mode="after")
+    def _sources(self) -> "PrepareSpec":
+        for i, source in enumerate(self.sources):
+            if source.split is None:
+                continue
+            val, test = self.shares(source)
+            if val + test >= 1 and not source.split.all:
+                raise Rule(f"sources.{i}.split", f"val_fraction {val} and test_fraction {test}, of which the job's split gives one, leave "
+                                                 "nothing to train on; split: val or split: test takes the whole source")
+            if not self.dedup.exact:
+                raise Rule(f"sources.{i}.split", "equal texts would be trained and validated on; drop them with dedup: exact")
+        return self
+
+    def shares(self, source: Source) -> tuple[float, float]:
+        """Of the source's documents, what is for validation and for the last test."""
+        own = source.split
+        if own and own.all:
+            return WHOLE[own.all]
+        split = over(self.split, own)
+        return split.val_fraction, split.test_fraction
+
+
+def over(job: Section, own: Section | None) -> Section:
+    """A section of the job with what a source gives of its own."""
+    return job.model_copy(update={key: getattr(own, key) for key in own.model_fields_set}) if own else job

@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from distlm.corpus.inspect import documents, windows
 from distlm.corpus.manifest import read_manifest, verify
 from distlm.errors import CorpusError, InputError
 from tests.corpus.conftest import document
@@ -49,6 +50,10 @@ def many(tmp_path: Path) -> Path:
     lines = [{"text": document(i), "id": f"doc-{i}", "url": f"http://host/{i}"} for i in range(20)]
     (folder / "more.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "leak.txt").write_text("Before it. " + QUESTION + " And after it comes more text of another kind.")
+    texts = [(folder / f"{i}.txt").read_text() for i in range(20, 23)]
+    given = [texts[0], texts[1].replace("w", "v", 1), texts[2] + "\nOne line more\n",
+             "Of its own, and with a word or two behind it."]
+    (tmp_path / "z-given.jsonl").write_text("".join(json.dumps({"text": text, "id": f"given-{i}"}) + "\n" for i, text in enumerate(given)))
     evaluation = tmp_path / "evaluation.jsonl"
     evaluation.write_text(json.dumps({"question": QUESTION}) + "\n")
     return folder
@@ -62,7 +67,8 @@ def keys(many: Path) -> dict[str, Any]:
 
 
 def sources(many: Path) -> list[Any]:
-    return [{"path": str(many / "*.txt")}, {"path": str(many / "more.jsonl"), "keep": ["url"]}]
+    return [{"path": str(many / "*.txt")}, {"path": str(many / "more.jsonl"), "keep": ["url"]},
+            {"path": str(many.parent / "z-given.jsonl"), "split": "val"}]
 
 
 def files_of(folder: str) -> dict[str, bytes]:
@@ -80,14 +86,14 @@ def test_every_step_keeps_its_books_and_tells_its_reasons(run: Run, many: Path) 
                         "split", "tokenize"]
     lost = {name: {reason: account["documents"] for reason, account in step["rejected"].items()} for name, step in steps.items()}
     assert lost["filter"] == {"too_few_words": 1, "gopher_duplicate_lines": 1}
-    assert lost["decontaminate"] == {"contaminated_rivers": 1} and lost["fuzzy"] == {"near_duplicate": 10}
+    assert lost["decontaminate"] == {"contaminated_rivers": 1} and lost["fuzzy"] == {"near_duplicate": 12}
     assert lost["boilerplate"] == {"boilerplate": 1, "boilerplate_lines": 0}
     assert lost["dedup_stripped"] == {"duplicate_without_boilerplate": 1}
     assert steps["boilerplate"]["rejected"]["boilerplate_lines"]["bytes"] == 40 * len(f"\n{FOOTER}") + len(f"{FOOTER}\n\n")
     assert manifest.data["boilerplate"] == \
-        {"min_documents": 10, "documents": steps["fuzzy"]["out"]["documents"], "candidates": 62, "lines": 1}
+        {"min_documents": 10, "documents": steps["fuzzy"]["out"]["documents"], "candidates": 64, "lines": 1}
     assert steps["paragraphs"]["rejected"]["repeated_paragraphs"]["documents"] == 0
-    assert manifest.data["fuzzy"]["clusters"] == 10 and manifest.data["redactions"] == {"email": 1}
+    assert manifest.data["fuzzy"]["clusters"] == 12 and manifest.data["redactions"] == {"email": 1}
     assert manifest.data["decontamination"]["rivers"]["documents"] == 1 and manifest.data["decontamination"]["rivers"]["found"] == 1
     assert "0.924" in shown.text                           # 14 bands of 8 rows, at a similarity of 0.8
     assert {path.stem for path in Path(result[""], "rejects").iterdir()} == \
@@ -108,8 +114,24 @@ def test_documents_keep_their_ids_and_fields_in_the_order_of_the_corpus(run: Run
     assert len(table) == result["documents"] and sum(row["tokens"] for row in table) == result["tokens"]
     assert sum(row["bytes"] for row in table) == result["bytes"]
     known = {row["id"]: row for row in table if row["id"]}
-    assert set(known) == {f"doc-{i}" for i in range(20)} and json.loads(known["doc-7"]["meta"]) == {"url": "http://host/7"}
+    assert set(known) == {f"doc-{i}" for i in range(20)} | {f"given-{i}" for i in range(4)}
+    assert json.loads(known["doc-7"]["meta"]) == {"url": "http://host/7"}
     assert {row["split"] for row in table} == {"train", "val"} and known["doc-7"]["source"] == "more.jsonl"
+
+
+def test_a_source_that_is_given_for_validation_stays_whole_and_what_is_like_it_is_not_trained_on(run: Run, many: Path) -> None:
+    """Its documents come last by the names of their files; they are kept all the same, with the paragraphs that others hold."""
+    result = run(sources(many), **keys(many))
+    rows = pq.read_table(Path(result[""], "documents.parquet")).to_pylist()
+    given = {row["id"]: row for row in rows if row["source"] == "z-given.jsonl"}
+    assert len(given) == 4 and {row["split"] for row in given.values()} == {"val"}
+    assert not {row["source"] for row in rows} & {"many/20.txt", "many/21.txt", "many/22.txt"}
+    assert {row["split"] for row in rows if row["source"] != "z-given.jsonl"} == {"train", "val"}
+    held = [json.loads(line) for line in Path(result[""], "rejects", "near_duplicate.jsonl").read_text().splitlines()]
+    assert {row["source"] for row in held if row["same_as"]["source"] == "z-given.jsonl"} == {"many/21.txt", "many/22.txt"}
+    texts = {one.id: one.text for one in documents(result[""], list(given))}
+    assert [NOTICE in text for text in texts.values()].count(True) == 1
+    assert not any(NOTICE in window.text for window in windows(result[""], "train", 0, 10_000))
 
 
 def test_no_path_of_this_host_is_in_the_manifest_and_the_list_of_documents_is_verified(run: Run, many: Path) -> None:
@@ -155,7 +177,7 @@ def test_the_bytes_are_equal_with_one_worker_and_several_and_on_other_partitions
     assert package is not None
     monkeypatch.setattr(module, "PARTITION_BYTES", 1000)   # more partitions, and more tasks to read
     monkeypatch.setattr(module, "MAX_FILES_PER_TASK", 7)
-    second = run(sources(many), "several", workers=workers, **keys(many))
+    second = run(sources(many)[::-1], "several", workers=workers, **keys(many))
     one, several = files_of(first[""]), files_of(second[""])
     assert {name for name in one if one[name] != several.get(name)} == set() and set(one) == set(several)
 

@@ -22,7 +22,7 @@ TEXTS = [f"def f{i}(x):\n    return x + {i}  # größer 你好\n" for i in range
 def partition(folder: Path, texts: list[str]) -> Path:
     path = folder / "documents.arrow"
     table = pa.table({"hash": pa.array([content_hash(text.encode()) for text in texts], pa.binary(16)),
-                      "text": pa.array(texts, pa.large_string())})
+                      "origin": pa.array([0] * len(texts), pa.int32()), "text": pa.array(texts, pa.large_string())})
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
         writer.write_table(table, max_chunksize=7)
     return path
