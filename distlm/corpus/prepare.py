@@ -33,7 +33,7 @@ from distlm.corpus import boilerplate, fuzzy
 from distlm.corpus.accounts import MAX_SAMPLES, Account, Samples, Step, account, add, write_rejects
 from distlm.corpus.decontaminate import Evaluations, Found
 from distlm.corpus.dedup import BATCH_ROWS, SortTask, sort_partition
-from distlm.corpus.documents import ReadResult, ReadTask, check, read_documents
+from distlm.corpus.documents import ReadResult, ReadTask, Rules, check, read_documents
 from distlm.corpus.files import TextFile, source_name
 from distlm.corpus.manifest import FILE, Manifest, Shard, file_xxh3, manifest_hash, read_manifest, tokenizer_hash, verify, write_manifest
 from distlm.corpus.pack import PackTask, num_windows, write_shard
@@ -61,7 +61,7 @@ from distlm.progress import Progress
 from distlm.runs import RunFolder
 from distlm.spec import PrepareSpec
 from distlm.spec.load import dump, nearest
-from distlm.spec.prepare import Boilerplate, Filter
+from distlm.spec.prepare import Boilerplate, Filter, Source
 from distlm.storage import Storage, replacing, write_atomic, writing
 
 Item = TypeVar("Item")
@@ -137,17 +137,38 @@ def parameters(spec: PrepareSpec) -> dict[str, Any]:
     data = dump(spec)
     given = {"from": tokenizer_hash(Path(spec.tokenizer.source).expanduser())} if spec.tokenizer.source else \
         {key: data["tokenizer"][key] for key in ("vocab_size", "sample_bytes")} | {"train": spec.tokenizer.train or "bpe"}
-    contents: dict[str, str] = {}                          # of what the spec names by its place, which is another on other hosts
-    if spec.filter.language and spec.filter.language.model:
-        data["filter"]["language"].pop("model")
-        contents["language"] = file_xxh3(Path(spec.filter.language.model).expanduser())
-    if spec.filter.function:
-        contents["function"] = file_xxh3(Path(importlib.import_module(spec.filter.function.split(":")[0]).__file__ or os.devnull))
+    contents = _contents(data["filter"])
     if spec.decontaminate:
         data["decontaminate"]["against"] = sorted(spec.decontaminate.against)
         contents["evaluations"] = Evaluations.read(spec.decontaminate).hash()
     return {key: data[key] for key in ("clean", "filter", "decontaminate", "dedup", "split", "context", "shard_windows", "seed")} | \
         {"tokenizer": given} | ({"contents": contents} if contents else {})
+
+
+def _contents(filters: dict[str, Any]) -> dict[str, str]:
+    """Hashes of what the filters name by its place, which is another on other hosts, and is taken out."""
+    contents: dict[str, str] = {}
+    if (filters.get("language") or {}).get("model"):
+        contents["language"] = file_xxh3(Path(filters["language"].pop("model")).expanduser())
+    if filters.get("function"):
+        contents["function"] = file_xxh3(Path(importlib.import_module(filters["function"].split(":")[0]).__file__ or os.devnull))
+    return contents
+
+
+def _own(source: Source) -> dict[str, Any]:
+    """The rules that a source has of its own, as `parameters` has those of the job."""
+    data = dump(source)
+    own = {key: data[key] for key in ("split", "clean", "filter") if data[key]} | ({"weight": source.weight} if source.weight < 1 else {})
+    return own | ({"contents": contents} if (contents := _contents(own.get("filter", {}))) else {})
+
+
+@dataclass(frozen=True)
+class Hashed:
+    """How many pieces of how many documents were hashed, and how many documents must hold one."""
+
+    documents: int
+    pieces: int
+    least: int
 
 
 @dataclass
@@ -206,8 +227,8 @@ class _Prepare:
         if self.evaluations:
             evaluations = self.scratch / "evaluations.pickle"
             write_atomic(evaluations, pickle.dumps(self.evaluations))
-        tasks = [ReadTask(i, first, self.files[first:last], self.spec.clean, self.spec.filter, evaluations, self.spec.seed,
-                          len(self.partitions), self.scratch)
+        rules = tuple(Rules(self.spec.cleaning(source), source.weight, self.spec.filtering(source)) for source in self.spec.sources)
+        tasks = [ReadTask(i, first, self.files[first:last], rules, evaluations, self.spec.seed, len(self.partitions), self.scratch)
                  for i, (first, last) in enumerate(_groups(self.files, min(READ_BYTES, max(1 << 20, size // 16))))]
         results: list[ReadResult | None] = [None] * len(tasks)
         done = documents = 0
@@ -216,9 +237,10 @@ class _Prepare:
             done, documents = done + len(result.facts), documents + result.decontaminate.given["documents"]
             self.progress.update("files", done, len(self.files), documents=documents)
         complete = [result for result in results if result is not None]
-        read, clean, filtered, clear = Step("read"), Step("clean"), Step("filter"), Step("decontaminate")
+        read, clean, sampled, filtered, clear = map(Step, ("read", "clean", "sample", "filter", "decontaminate"))
         for result in complete:
-            for whole, part in ((read, result.read), (clean, result.clean), (filtered, result.filter), (clear, result.decontaminate)):
+            for whole, part in ((read, result.read), (clean, result.clean), (sampled, result.sample), (filtered, result.filter),
+                                (clear, result.decontaminate)):
                 whole.merge(part)
             self.facts += [{**fact, "documents": result.kept[fact["number"]]} for fact in result.facts]
             self.found.merge(result.found)
@@ -226,7 +248,9 @@ class _Prepare:
             self.annotated.update(result.annotated)
             self.redactions.update(result.redactions)
         self.steps += [read, clean]
-        if self.spec.filter != Filter():
+        if any(one.weight < 1 for one in rules):
+            self.steps.append(sampled)
+        if any(one.filter != Filter() for one in rules):
             self.steps.append(filtered)
         if self.spec.decontaminate:
             self.steps.append(clear)
@@ -282,9 +306,8 @@ class _Prepare:
         rules = self.spec.clean.boilerplate
         if rules is None:
             return
-        documents = self.steps[-1].given["documents"]
-        least = max(rules.min_documents, math.ceil(rules.min_fraction * documents))
-        lines, found = self._hash("lines", rules, find_frequent, least)
+        let_alone = tuple(i for i, source in enumerate(self.spec.sources) if self.spec.cleaning(source).boilerplate is None)
+        hashed, found = self._hash("lines", rules, find_frequent, let_alone)
         outputs = self._outputs("stripped")
         self._refine("strip", strip_partition, [ShortenTask(i, path, len(found), self.rule, self.scratch / "hash_lines", outputs[i])
                                                 for i, path in enumerate(self.partitions)], boilerplate.REASON)
@@ -292,7 +315,7 @@ class _Prepare:
             line = _row(self.partitions[partition], row, "text")["text"].split("\n")[index]
             self.samples.add(boilerplate.LINES, {**self._place(partition, row), "bytes": len(line.encode()),
                                                  "detail": f"in {-count:,} documents", "text": line})
-        self.figures["boilerplate"] = {"min_documents": least, "documents": documents, "candidates": lines,
+        self.figures["boilerplate"] = {"min_documents": hashed.least, "documents": hashed.documents, "candidates": hashed.pieces,
                                        "lines": sum(one.distinct for one in found)}
         self.partitions = outputs
         if self.spec.dedup.exact:
@@ -308,23 +331,26 @@ class _Prepare:
         if self.spec.dedup.paragraphs is None:
             return
         least = self.spec.dedup.paragraphs
-        paragraphs, repeated = self._hash("paragraphs", least, find_repeats)
+        hashed, repeated = self._hash("paragraphs", least, find_repeats)
         outputs = self._outputs("shortened")
         self._refine("shorten", shorten_partition, [ShortenTask(i, path, len(repeated), self.rule, self.scratch / "hash_paragraphs",
                                                                 outputs[i]) for i, path in enumerate(self.partitions)], REASON)
-        self.figures["paragraphs"] = {"min_chars": least, "paragraphs": paragraphs, "repeated": sum(repeated)}
+        self.figures["paragraphs"] = {"min_chars": least, "paragraphs": hashed.pieces, "repeated": sum(repeated)}
         self.partitions = outputs
 
-    def _hash(self, what: str, of: int | Boilerplate | None, find: Callable[[RepeatTask], Result], least: int = 2) -> \
-            tuple[int, list[Result]]:
-        """Hash pieces of all documents, and find what is there several times: the number of pieces, and what `find` says of each range."""
+    def _hash(self, what: str, of: int | Boilerplate | None, find: Callable[[RepeatTask], Result],
+              let_alone: tuple[int, ...] = ()) -> tuple[Hashed, list[Result]]:
+        """Hash pieces of all documents but those of sources that are let alone, and find what is there several times: figures, and what
+        `find` says of each range."""
         scratch = self.scratch / f"hash_{what}"
         ranges = max(1, self.steps[-1].given["bytes"] // RANGE_BYTES)
-        hashed = [HashTask(i, path, of, ranges, scratch) for i, path in enumerate(self.partitions)]
-        pieces = sum(found for _, found in self.each(scratch.name, hash_pieces, hashed))
+        tasks = [HashTask(i, path, of, let_alone, ranges, scratch) for i, path in enumerate(self.partitions)]
+        documents, pieces = np.sum([found for _, found in self.each(scratch.name, hash_pieces, tasks)], axis=0).tolist()
+        least = max(of.min_documents, math.ceil(of.min_fraction * documents)) if isinstance(of, Boilerplate) else 2
         preferred = self._preferred()
-        tasks = [RepeatTask(i, len(self.partitions), scratch, least, preferred) for i in range(ranges)]
-        return pieces, [found for _, found in sorted(self.each(f"find_{what}", find, tasks), key=lambda pair: pair[0])]
+        repeated = [RepeatTask(i, len(self.partitions), scratch, least, preferred) for i in range(ranges)]
+        found = sorted(self.each(f"find_{what}", find, repeated), key=lambda pair: pair[0])
+        return Hashed(documents, pieces, least), [one for _, one in found]
 
     def _preferred(self) -> Numbers:
         """The numbers of the documents of sources that are held out as a whole: of what several documents hold, they keep theirs."""
@@ -433,7 +459,7 @@ class _Prepare:
         with writing(self.folder):
             for name in ("tokenizer", *self.rule.names):
                 (self.scratch / name).rename(self.folder / name)
-        of = {"read": {}, "clean": rules["clean"], "filter": rules["filter"], "decontaminate": rules["decontaminate"] or {},
+        of = {"read": {}, "clean": rules["clean"], "sample": {}, "filter": rules["filter"], "decontaminate": rules["decontaminate"] or {},
               "dedup": {"exact": rules["dedup"]["exact"]}, "fuzzy": rules["dedup"]["fuzzy"] or {},
               "boilerplate": rules["clean"]["boilerplate"] or {}, "dedup_stripped": {"exact": True},
               "paragraphs": {"min_chars": rules["dedup"]["paragraphs"]}, "split": rules["split"],
@@ -513,7 +539,7 @@ def describe(spec: PrepareSpec, files: list[TextFile], facts: dict[int, tuple[in
                 count, size = count + 1, size + facts[n][0]
         sources.append({"name": source_name(source), "format": source.format, "text_key": source.text_key, "id_key": source.id_key,
                         "keep": list(source.keep), "files": count, "bytes": size,
-                        "xxh3": digest.hexdigest(), **({"split": dump(source)["split"]} if source.split else {})})
+                        "xxh3": digest.hexdigest(), **_own(source)})
     return sorted(sources, key=lambda source: json.dumps(source))
 
 

@@ -9,6 +9,7 @@ is boilerplate because a document has copies.
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -92,18 +93,28 @@ class HashTask:
     partition: int
     documents: Path
     of: int | Boilerplate | None
+    let_alone: tuple[int, ...]
+    """Sources that are passed over."""
     ranges: int
     scratch: Path
 
 
-def hash_pieces(task: HashTask) -> int:
-    """Write the partition's hashes by their ranges, and return how many there are. Raises StorageError."""
-    texts = _texts(task.documents)
+def hash_pieces(task: HashTask) -> tuple[int, int]:
+    """Write the partition's hashes by their ranges, and return of how many documents, and how many there are. Raises StorageError."""
+    documents = 0
+
+    def counted() -> Iterator[str]:
+        nonlocal documents
+        for text, origin in _rows(task.documents, "text", "origin"):
+            documents += origin not in task.let_alone
+            yield "" if origin in task.let_alone else text
+
+    texts = counted()
     found = line_hashes(texts, task.of) if isinstance(task.of, Boilerplate) else \
         paragraph_hashes(texts, task.of) if task.of else text_hashes(texts)
     for number, part in enumerate(by_range(found, task.ranges)):
         _save(task.scratch, "hashes", task.partition, number, part)
-    return len(found)
+    return documents, len(found)
 
 
 @dataclass(frozen=True)
@@ -195,10 +206,15 @@ def _shortened(task: ShortenTask, name: str, edit: Callable[[Iterable[str], Sequ
 
 
 def _texts(path: Path) -> Iterator[str]:
+    return (text for text, in _rows(path, "text"))
+
+
+def _rows(path: Path, *columns: str) -> Iterator[tuple[Any, ...]]:
     with pa.memory_map(str(path)) as file:
         reader = pa.ipc.open_file(file)
         for number in range(reader.num_record_batches):
-            yield from reader.get_batch(number)["text"].to_pylist()
+            batch = reader.get_batch(number)
+            yield from zip(*(batch[name].to_pylist() for name in columns), strict=True)
 
 
 def _save(scratch: Path, what: str, partition: int, number: int, found: npt.NDArray[np.void]) -> None:

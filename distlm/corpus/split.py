@@ -24,6 +24,11 @@ def order_key(content: bytes, seed: int) -> bytes:
     return hashlib.blake2b(content, digest_size=HASH_BYTES, key=str(seed).encode()[:64]).digest()
 
 
+def is_sampled(content: bytes, weight: float) -> bool:
+    """Whether the document is in this share of its source: its hash decides, by other bits than those that split."""
+    return int.from_bytes(content[8:16], "big") < weight * 2 ** 64
+
+
 def partition(key: bytes, partitions: int) -> int:
     """The place of an order key among equal ranges of keys: partitions in order hold documents in order."""
     return int.from_bytes(key[:4], "big") * partitions >> 32

@@ -2,75 +2,11 @@
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BeforeValidator, Field, field_serializer, model_validator
+from pydantic import BeforeValidator, Field, field_serializer, field_validator, model_validator
 
-from distlm.spec.base import Job, Part, Rule, Seed, without_effect
+from distlm.spec.base import Job, Overriding, Part, Rule, Seed, without_effect
 
 Section = TypeVar("Section", bound=Part)
-
-
-class Split(Part):
-    """Documents are split by the hash of their content, so that the split never moves when others are added."""
-
-    val_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.02
-    """The share of documents that are held out for validation."""
-    test_fraction: Annotated[float, Field(ge=0, lt=1)] = 0
-    """The share that is held out for a last test, which training never reads."""
-
-    @model_validator(mode="after")
-    def _some_left(self) -> "Split":
-        if self.val_fraction + self.test_fraction >= 1:
-            raise Rule("test_fraction", f"{self.test_fraction} and val_fraction {self.val_fraction} leave nothing to train on")
-        return self
-
-
-class SourceSplit(Split):
-    """What is given here holds for the source in place of the job's `split`. A plain `train`, `val` or `test` stands for `{all: ...}`."""
-
-    all: Literal["train", "val", "test"] | None = None
-    """The split of the whole source, such as a validation set that is given. Of equal and nearly equal texts, that of a source which is
-    held out as a whole is kept, whatever the files' order."""
-
-    @model_validator(mode="after")
-    def _one(self) -> "SourceSplit":
-        if self.all:
-            without_effect(self, f"beside all: {self.all}", "val_fraction", "test_fraction")
-        return self
-
-
-WHOLE: dict[str, tuple[float, float]] = {"train": (0.0, 0.0), "val": (1.0, 0.0), "test": (0.0, 1.0)}
-"""The fractions of validation and test of a source that is of one split."""
-
-
-def _source_split(value: Any) -> Any:
-    return {"all": value} if isinstance(value, str) else value
-
-
-class Source(Part):
-    """Where text comes from. A plain string in a spec stands for `{path: ...}`."""
-
-    path: Annotated[str, Field(min_length=1)]
-    """A file, a folder, a glob, or the word `stdlib` for the sources of the running interpreter's standard library."""
-    format: Literal["auto", "text", "jsonl", "parquet", "html", "warc"] = "auto"
-    """How a file becomes documents: one per file (text, and the main text of html), per line (jsonl), per row (parquet) or per
-    response (warc). auto: by the ending; html and warc need `pip install distlm[web]`."""
-    text_key: str = "text"
-    """The field or column that holds the text, in jsonl and parquet. Dots go into nested objects: `body.text`."""
-    id_key: str | None = None
-    """The field or column that holds the document's own id. Default: `id` where there is one."""
-    keep: tuple[str, ...] = ()
-    """Further fields or columns that stay with the document, such as url or license."""
-    split: Annotated[SourceSplit | None, BeforeValidator(_source_split)] = None
-    """Another split than the job's for this source: what is not given is as in the job's. Of equal texts, the one that is kept decides."""
-
-    @field_serializer("split")
-    def _given_alone(self, own: Part | None) -> Any:
-        """What is not given is the job's, so that it is not to be written as if it were given."""
-        return own and own.model_dump(mode="json", by_alias=True, exclude_unset=True)
-
-
-def _source(value: Any) -> Any:
-    return {"path": value} if isinstance(value, str) else value
 
 
 class Boilerplate(Part):
@@ -139,6 +75,87 @@ class Filter(Part):
     """A function of yours, `module:name`, that is given the text and returns None or the reason of a rejection."""
     mode: Literal["drop", "annotate"] = "drop"
     """annotate: documents stay, and the reasons stand beside them in `documents.parquet`."""
+
+
+class Split(Part):
+    """Documents are split by the hash of their content, so that the split never moves when others are added."""
+
+    val_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.02
+    """The share of documents that are held out for validation."""
+    test_fraction: Annotated[float, Field(ge=0, lt=1)] = 0
+    """The share that is held out for a last test, which training never reads."""
+
+    @model_validator(mode="after")
+    def _some_left(self) -> "Split":
+        if self.val_fraction + self.test_fraction >= 1:
+            raise Rule("test_fraction", f"{self.test_fraction} and val_fraction {self.val_fraction} leave nothing to train on")
+        return self
+
+
+class SourceSplit(Split):
+    """What is given here holds for the source in place of the job's `split`. A plain `train`, `val` or `test` stands for `{all: ...}`."""
+
+    all: Literal["train", "val", "test"] | None = None
+    """The split of the whole source, such as a validation set that is given. Of equal and nearly equal texts, that of a source which is
+    held out as a whole is kept, whatever the files' order."""
+
+    @model_validator(mode="after")
+    def _one(self) -> "SourceSplit":
+        if self.all:
+            without_effect(self, f"beside all: {self.all}", "val_fraction", "test_fraction")
+        return self
+
+
+WHOLE: dict[str, tuple[float, float]] = {"train": (0.0, 0.0), "val": (1.0, 0.0), "test": (0.0, 1.0)}
+"""The fractions of validation and test of a source that is of one split."""
+
+
+def _source_split(value: Any) -> Any:
+    return {"all": value} if isinstance(value, str) else value
+
+
+class Source(Part):
+    """Where text comes from. A plain string in a spec stands for `{path: ...}`."""
+
+    path: Annotated[str, Field(min_length=1)]
+    """A file, a folder, a glob, or the word `stdlib` for the sources of the running interpreter's standard library."""
+    format: Literal["auto", "text", "jsonl", "parquet", "html", "warc"] = "auto"
+    """How a file becomes documents: one per file (text, and the main text of html), per line (jsonl), per row (parquet) or per
+    response (warc). auto: by the ending; html and warc need `pip install distlm[web]`."""
+    text_key: str = "text"
+    """The field or column that holds the text, in jsonl and parquet. Dots go into nested objects: `body.text`."""
+    id_key: str | None = None
+    """The field or column that holds the document's own id. Default: `id` where there is one."""
+    keep: tuple[str, ...] = ()
+    """Further fields or columns that stay with the document, such as url or license."""
+    split: Annotated[SourceSplit | None, BeforeValidator(_source_split)] = None
+    """Another split than the job's for this source: what is not given is as in the job's. Of equal texts, the one that is kept decides."""
+
+    clean: Annotated[Clean | None, Overriding] = None
+    """The keys of the job's `clean` that are others for this source. `boilerplate: null` leaves its lines alone."""
+    filter: Annotated[Filter | None, Overriding] = None
+    """The keys of the job's `filter` that are others for this source."""
+    weight: Annotated[float, Field(gt=0)] = 1
+    """The share of the source's documents that is kept, at most 1: chosen by the hash of the cleaned text, so that a greater share has all
+    documents of a smaller one. The rest is rejected with the reason `sampled_out`. What is to be seen more than once is that of a run and
+    not of a corpus: a training mixture has `weight` and `epochs`."""
+
+    @field_validator("weight")
+    @classmethod
+    def _share(cls, weight: float) -> float:
+        if weight > 1:
+            raise Rule("", f"{weight:g} is above 1, and a corpus holds a document once; what is to be seen more than once belongs to a "
+                           "training mixture: prepare it as a corpus of its own, and give that a weight or epochs in corpus.mix")
+        return weight
+
+    @field_serializer("split", "clean", "filter")
+    def _given_alone(self, own: Part | None) -> Any:
+        """What is not given is the job's, so that it is not to be written as if it were given."""
+        return own and own.model_dump(mode="json", by_alias=True, exclude_unset=True)
+
+
+def _source(value: Any) -> Any:
+    return {"path": value} if isinstance(value, str) else value
 
 
 class Fuzzy(Part):
@@ -237,6 +254,10 @@ class PrepareSpec(Job):
     @model_validator(mode="after")
     def _sources(self) -> "PrepareSpec":
         for i, source in enumerate(self.sources):
+            own = source.clean.boilerplate if source.clean else None
+            if own and own != self.clean.boilerplate:
+                raise Rule(f"sources.{i}.clean.boilerplate", "lines are counted over the whole corpus; set it in clean, and give null here "
+                                                             "where a source is to be let alone")
             if source.split is None:
                 continue
             val, test = self.shares(source)
@@ -246,6 +267,14 @@ class PrepareSpec(Job):
             if not self.dedup.exact:
                 raise Rule(f"sources.{i}.split", "equal texts would be trained and validated on; drop them with dedup: exact")
         return self
+
+    def cleaning(self, source: Source) -> Clean:
+        """What the source's documents pass."""
+        return over(self.clean, source.clean)
+
+    def filtering(self, source: Source) -> Filter:
+        """What the source's documents are judged by."""
+        return over(self.filter, source.filter)
 
     def shares(self, source: Source) -> tuple[float, float]:
         """Of the source's documents, what is for validation and for the last test."""

@@ -15,6 +15,7 @@ import pytest
 
 from distlm.corpus.inspect import documents, windows
 from distlm.corpus.manifest import read_manifest, verify
+from distlm.corpus.split import content_hash
 from distlm.errors import CorpusError, InputError
 from tests.corpus.conftest import document
 from tests.records import Records
@@ -24,6 +25,7 @@ KEYS: dict[str, Any] = {
     "clean": {"redact": ["email", "ip"], "whitespace": "trim", "boilerplate": {"max_chars": 60}},
     "filter": {"rules": ["gopher_repetition"], "min_words": 5},
     "dedup": {"fuzzy": {"ngram_words": 3}, "paragraphs": 40}, "split": {"val_fraction": 0.1}}
+OWN: dict[str, Any] = {"clean": {"redact": [], "boilerplate": None}, "filter": {"min_words": 2}}
 NOTICE = "This notice stands in many of the documents, and belongs to none."
 FOOTER = "Find out more about these pages and their makers"
 CORE = "Twelve words that only this text has, whatever else stands around it"
@@ -54,6 +56,9 @@ def many(tmp_path: Path) -> Path:
     given = [texts[0], texts[1].replace("w", "v", 1), texts[2] + "\nOne line more\n",
              "Of its own, and with a word or two behind it."]
     (tmp_path / "z-given.jsonl").write_text("".join(json.dumps({"text": text, "id": f"given-{i}"}) + "\n" for i, text in enumerate(given)))
+    weighed = [f"{FOOTER}\nThen write to nr{i}@weighed-company.com of number {i}" for i in range(30)]
+    weighed += [text for i in range(8) for text in (f"pair{i} of", f"one{i}")]
+    (tmp_path / "weighed.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in weighed))
     evaluation = tmp_path / "evaluation.jsonl"
     evaluation.write_text(json.dumps({"question": QUESTION}) + "\n")
     return folder
@@ -68,7 +73,8 @@ def keys(many: Path) -> dict[str, Any]:
 
 def sources(many: Path) -> list[Any]:
     return [{"path": str(many / "*.txt")}, {"path": str(many / "more.jsonl"), "keep": ["url"]},
-            {"path": str(many.parent / "z-given.jsonl"), "split": "val"}]
+            {"path": str(many.parent / "z-given.jsonl"), "split": "val"},
+            {"path": str(many.parent / "weighed.jsonl"), "weight": 0.6, **OWN}]
 
 
 def files_of(folder: str) -> dict[str, bytes]:
@@ -82,23 +88,27 @@ def test_every_step_keeps_its_books_and_tells_its_reasons(run: Run, many: Path) 
     result = run(sources(many), progress=shown, **keys(many))
     manifest = verify(result[""])
     steps = {step["name"]: step for step in manifest.data["steps"]}
-    assert [*steps] == ["read", "clean", "filter", "decontaminate", "dedup", "fuzzy", "boilerplate", "dedup_stripped", "paragraphs",
-                        "split", "tokenize"]
+    assert [*steps] == ["read", "clean", "sample", "filter", "decontaminate", "dedup", "fuzzy", "boilerplate", "dedup_stripped",
+                        "paragraphs", "split", "tokenize"]
     lost = {name: {reason: account["documents"] for reason, account in step["rejected"].items()} for name, step in steps.items()}
-    assert lost["filter"] == {"too_few_words": 1, "gopher_duplicate_lines": 1}
+    weighed = [json.loads(line)["text"] for line in (many.parent / "weighed.jsonl").read_text().splitlines()]
+    kept = [text for text in weighed if int.from_bytes(content_hash(text.encode())[8:16], "big") < 0.6 * 2 ** 64]
+    short = sum(text.startswith("one") for text in kept)
+    assert lost["sample"] == {"sampled_out": 46 - len(kept)} and 20 < len(kept) < 35 and 0 < short < 8
+    assert lost["filter"] == {"too_few_words": 1 + short, "gopher_duplicate_lines": 1}
     assert lost["decontaminate"] == {"contaminated_rivers": 1} and lost["fuzzy"] == {"near_duplicate": 12}
     assert lost["boilerplate"] == {"boilerplate": 1, "boilerplate_lines": 0}
     assert lost["dedup_stripped"] == {"duplicate_without_boilerplate": 1}
     assert steps["boilerplate"]["rejected"]["boilerplate_lines"]["bytes"] == 40 * len(f"\n{FOOTER}") + len(f"{FOOTER}\n\n")
     assert manifest.data["boilerplate"] == \
-        {"min_documents": 10, "documents": steps["fuzzy"]["out"]["documents"], "candidates": 64, "lines": 1}
+        {"min_documents": 10, "documents": steps["fuzzy"]["out"]["documents"] - len(kept) + short, "candidates": 64, "lines": 1}
     assert steps["paragraphs"]["rejected"]["repeated_paragraphs"]["documents"] == 0
     assert manifest.data["fuzzy"]["clusters"] == 12 and manifest.data["redactions"] == {"email": 1}
     assert manifest.data["decontamination"]["rivers"]["documents"] == 1 and manifest.data["decontamination"]["rivers"]["found"] == 1
     assert "0.924" in shown.text                           # 14 bands of 8 rows, at a similarity of 0.8
     assert {path.stem for path in Path(result[""], "rejects").iterdir()} == \
-        {"too_few_words", "gopher_duplicate_lines", "contaminated_rivers", "near_duplicate", "boilerplate", "boilerplate_lines",
-         "duplicate_without_boilerplate"}
+        {"sampled_out", "too_few_words", "gopher_duplicate_lines", "contaminated_rivers", "near_duplicate", "boilerplate",
+         "boilerplate_lines", "duplicate", "duplicate_without_boilerplate"}
     [sample, *_] = [json.loads(line) for line in Path(result[""], "rejects", "near_duplicate.jsonl").read_text().splitlines()]
     assert sample["source"] != sample["same_as"]["source"] and sample["similarity"] > 0.7
     [line] = [json.loads(line) for line in Path(result[""], "rejects", "boilerplate_lines.jsonl").read_text().splitlines()]
@@ -106,6 +116,10 @@ def test_every_step_keeps_its_books_and_tells_its_reasons(run: Run, many: Path) 
     [copy] = [json.loads(line) for line in Path(result[""], "rejects", "duplicate_without_boilerplate.jsonl").read_text().splitlines()]
     assert {copy["source"], copy["same_as"]["source"]} == {"many/core.txt", "many/core-and-footer.txt"}
     assert "in 42 documents" in Path(result[""], "report.html").read_text()
+    held = "".join(window.text for split in ("train", "val") for window in windows(result[""], split, 0, 10_000))
+    assert held.count("@weighed-company.com") >= 3 and FOOTER[:20] in held and "@example-company.com" not in held
+    (own,) = [source for source in manifest.data["sources"] if source["name"] == "weighed.jsonl"]
+    assert own["weight"] == 0.6 and {key: own[key] for key in OWN} == OWN
 
 
 def test_documents_keep_their_ids_and_fields_in_the_order_of_the_corpus(run: Run, many: Path) -> None:
