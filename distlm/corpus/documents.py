@@ -190,7 +190,7 @@ class _Read:
         add(step.given, 1, cleaned.bytes)
         step = self.result.filter
         add(step.taken, 1, cleaned.bytes)
-        reasons = self.filters[file.source].reasons(cleaned.text, path=file.name)
+        reasons = self.filters[file.source].reasons(cleaned.text, path=file.name, meta=record.meta)
         if reasons and rules.filter.mode == "drop":
             self._reject(step, reasons[0], record, file, number, 1, cleaned.bytes, sample)
             return

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distlm.corpus.decompress import ENDINGS
+from distlm.corpus.trees import Licenses
 from distlm.corpus.web import library
 from distlm.errors import InputError
 from distlm.spec.load import nearest
@@ -33,6 +34,10 @@ class TextFile:
     bytes: int
     id_key: str | None = None
     keep: tuple[str, ...] = ()
+    code: bool = False
+    """Whether path, language and licence stay with the document."""
+    license: str = ""
+    """Of a file of code: what the tree says of it."""
 
 
 def find_files(sources: list[Source]) -> list[TextFile]:
@@ -81,12 +86,14 @@ def _find(index: int, source: Source) -> Iterator[TextFile]:
     if not paths:
         raise InputError("no file matches" if is_glob else "the folder holds no file", where=where,
                          remedy=_nearest(base) if is_glob else "hidden files and __pycache__ are passed over; name another folder")
-    name = source_name(source)
+    name, licenses = source_name(source), Licenses(base)
     for path in paths:
         below = "" if path == base else "/" + path.relative_to(base).as_posix()
         size = path.stat().st_size if path.is_file() else 0    # a broken link or a pipe is rejected when it is read
-        yield TextFile(str(path), name + below, _format(path, source), source.text_key, index, size,
-                       source.id_key, source.keep)
+        kind = _format(path, source)
+        code = source.code and kind == "text"
+        yield TextFile(str(path), name + below, kind, source.text_key, index, size, source.id_key, source.keep, code,
+                       licenses.of(path) if code else "")
 
 
 def _walk(folder: Path, skipped: set[str]) -> Iterator[Path]:

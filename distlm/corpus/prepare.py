@@ -158,7 +158,9 @@ def _contents(filters: dict[str, Any]) -> dict[str, str]:
 def _own(source: Source) -> dict[str, Any]:
     """The rules that a source has of its own, as `parameters` has those of the job."""
     data = dump(source)
-    own = {key: data[key] for key in ("split", "clean", "filter") if data[key]} | ({"weight": source.weight} if source.weight < 1 else {})
+    own = {key: data[key] for key in ("code", "split", "clean", "filter") if data[key]}
+    if source.weight < 1:
+        own["weight"] = source.weight
     return own | ({"contents": contents} if (contents := _contents(own.get("filter", {}))) else {})
 
 
@@ -206,7 +208,7 @@ class _Prepare:
     def scratch(self) -> Path:
         """A folder of these rules and files alone: another attempt at the same finds there what this one has done. Every file in it
         is replaced whole, so that a task of a failed attempt that still runs does no harm."""
-        files = [(file.path, file.format, file.bytes, _modified(file.path)) for file in self.files]
+        files = [(file.path, file.format, file.bytes, _modified(file.path), file.license) for file in self.files]
         sources = [source.model_dump() for source in self.spec.sources]
         about = json.dumps([__version__, parameters(self.spec), sources, files]).encode()
         return self.folder / f".scratch-{xxhash.xxh3_64_hexdigest(about)}"
@@ -535,7 +537,7 @@ def describe(spec: PrepareSpec, files: list[TextFile], facts: dict[int, tuple[in
         digest, count, size = xxhash.xxh3_128(), 0, 0
         for n, file in enumerate(files):
             if file.source == i:
-                digest.update(json.dumps([file.name, *facts[n]]).encode())
+                digest.update(json.dumps([file.name, *facts[n], *([file.license] if file.code else [])]).encode())
                 count, size = count + 1, size + facts[n][0]
         sources.append({"name": source_name(source), "format": source.format, "text_key": source.text_key, "id_key": source.id_key,
                         "keep": list(source.keep), "files": count, "bytes": size,

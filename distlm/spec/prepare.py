@@ -60,6 +60,16 @@ class Language(Part):
     """A fastText model's file. Default: py3langid, which `pip install distlm[text]` brings."""
 
 
+class License(Part):
+    """Only documents under some licences are kept. A document has one where its source has `code: true`, or keeps a field `license`."""
+
+    keep: Annotated[tuple[str, ...], Field(min_length=1)]
+    """SPDX ids, such as MIT or Apache-2.0. Of an expression, one side of an OR and both of an AND must be among them; else the document is
+    rejected with the reason `license`."""
+    keep_unknown: bool = False
+    """Whether documents without a known licence stay; else they are rejected with the reason `no_license`."""
+
+
 class Filter(Part):
     """Which documents are good enough. Each rule has the thresholds of its publication."""
 
@@ -67,6 +77,8 @@ class Filter(Part):
     """In this order; a document is rejected with the reason of the first rule that it breaks, such as `gopher_short_words`."""
     language: Language | None = None
     """Default: all."""
+    license: License | None = None
+    """Default: any."""
     min_words: Annotated[int | None, Field(ge=0)] = None
     """Fewer words are rejected."""
     max_words: Annotated[int | None, Field(ge=1)] = None
@@ -128,6 +140,10 @@ class Source(Part):
     """The field or column that holds the document's own id. Default: `id` where there is one."""
     keep: tuple[str, ...] = ()
     """Further fields or columns that stay with the document, such as url or license."""
+    code: bool = False
+    """Whether text files keep their path, their language by the file's name, and the SPDX id of their licence: by a tag in the head of the
+    text, else by the nearest LICENSE, COPYING or NOTICE file of the source; empty where it is not known. Every folder of the source is
+    looked into for that, before the job begins."""
     split: Annotated[SourceSplit | None, BeforeValidator(_source_split)] = None
     """Another split than the job's for this source: what is not given is as in the job's. Of equal texts, the one that is kept decides."""
 
@@ -139,6 +155,12 @@ class Source(Part):
     """The share of the source's documents that is kept, at most 1: chosen by the hash of the cleaned text, so that a greater share has all
     documents of a smaller one. The rest is rejected with the reason `sampled_out`. What is to be seen more than once is that of a run and
     not of a corpus: a training mixture has `weight` and `epochs`."""
+
+    @model_validator(mode="after")
+    def _text(self) -> "Source":
+        if self.format not in ("auto", "text"):
+            without_effect(self, f"beside format: {self.format}", "code")
+        return self
 
     @field_validator("weight")
     @classmethod
@@ -258,6 +280,9 @@ class PrepareSpec(Job):
             if own and own != self.clean.boilerplate:
                 raise Rule(f"sources.{i}.clean.boilerplate", "lines are counted over the whole corpus; set it in clean, and give null here "
                                                              "where a source is to be let alone")
+            if self.filtering(source).license and not source.code and "license" not in source.keep:
+                raise Rule(f"sources.{i}", "filter.license asks for a license, and the documents of this source have none; set code: true "
+                                           "for a tree of code, or keep: [license] for a field")
             if source.split is None:
                 continue
             val, test = self.shares(source)

@@ -45,6 +45,8 @@ def many(tmp_path: Path) -> Path:
         (folder / f"near-{i}.txt").write_text(" ".join(words) + f"\n{FOOTER}\n\n{NOTICE}\n")
     (folder / "mail.txt").write_text("Write to someone.real@example-company.com about it, please, whenever it suits you.")
     (folder / "again.txt").write_text("the same line of words\n" * 50)
+    (folder / "LICENSE").write_text("SPDX-License-Identifier: MIT")
+    (folder / "other.txt").write_text("# SPDX-License-Identifier: GPL-3.0-only\nAnd what it is about, in some words.")
     (folder / "short.txt").write_text("too short")
     (folder / "footer.txt").write_text(f"{FOOTER}\n")
     (folder / "core.txt").write_text(CORE)
@@ -72,7 +74,8 @@ def keys(many: Path) -> dict[str, Any]:
 
 
 def sources(many: Path) -> list[Any]:
-    return [{"path": str(many / "*.txt")}, {"path": str(many / "more.jsonl"), "keep": ["url"]},
+    return [{"path": str(many / "*.txt"), "code": True, "filter": {"license": {"keep": ["MIT"]}}},
+            {"path": str(many / "more.jsonl"), "keep": ["url"]},
             {"path": str(many.parent / "z-given.jsonl"), "split": "val"},
             {"path": str(many.parent / "weighed.jsonl"), "weight": 0.6, **OWN}]
 
@@ -95,7 +98,7 @@ def test_every_step_keeps_its_books_and_tells_its_reasons(run: Run, many: Path) 
     kept = [text for text in weighed if int.from_bytes(content_hash(text.encode())[8:16], "big") < 0.6 * 2 ** 64]
     short = sum(text.startswith("one") for text in kept)
     assert lost["sample"] == {"sampled_out": 46 - len(kept)} and 20 < len(kept) < 35 and 0 < short < 8
-    assert lost["filter"] == {"too_few_words": 1 + short, "gopher_duplicate_lines": 1}
+    assert lost["filter"] == {"license": 1, "too_few_words": 1 + short, "gopher_duplicate_lines": 1}
     assert lost["decontaminate"] == {"contaminated_rivers": 1} and lost["fuzzy"] == {"near_duplicate": 12}
     assert lost["boilerplate"] == {"boilerplate": 1, "boilerplate_lines": 0}
     assert lost["dedup_stripped"] == {"duplicate_without_boilerplate": 1}
@@ -107,7 +110,7 @@ def test_every_step_keeps_its_books_and_tells_its_reasons(run: Run, many: Path) 
     assert manifest.data["decontamination"]["rivers"]["documents"] == 1 and manifest.data["decontamination"]["rivers"]["found"] == 1
     assert "0.924" in shown.text                           # 14 bands of 8 rows, at a similarity of 0.8
     assert {path.stem for path in Path(result[""], "rejects").iterdir()} == \
-        {"sampled_out", "too_few_words", "gopher_duplicate_lines", "contaminated_rivers", "near_duplicate", "boilerplate",
+        {"license", "sampled_out", "too_few_words", "gopher_duplicate_lines", "contaminated_rivers", "near_duplicate", "boilerplate",
          "boilerplate_lines", "duplicate", "duplicate_without_boilerplate"}
     [sample, *_] = [json.loads(line) for line in Path(result[""], "rejects", "near_duplicate.jsonl").read_text().splitlines()]
     assert sample["source"] != sample["same_as"]["source"] and sample["similarity"] > 0.7
@@ -129,6 +132,8 @@ def test_documents_keep_their_ids_and_fields_in_the_order_of_the_corpus(run: Run
     assert sum(row["bytes"] for row in table) == result["bytes"]
     known = {row["id"]: row for row in table if row["id"]}
     assert set(known) == {f"doc-{i}" for i in range(20)} | {f"given-{i}" for i in range(4)}
+    own = [json.loads(row["meta"]) for row in table if row["source"] == "many/mail.txt"]
+    assert own == [{"path": "many/mail.txt", "language": "", "license": "MIT"}]
     assert json.loads(known["doc-7"]["meta"]) == {"url": "http://host/7"}
     assert {row["split"] for row in table} == {"train", "val"} and known["doc-7"]["source"] == "more.jsonl"
 
