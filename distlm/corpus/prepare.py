@@ -135,14 +135,14 @@ def outputs(manifest: Manifest) -> dict[str, Any]:
 def parameters(spec: PrepareSpec) -> dict[str, Any]:
     """All of the spec that decides what the corpus holds beside the files' contents: no name, no path, no number of workers."""
     data = dump(spec)
-    given = {"from": tokenizer_hash(Path(spec.tokenizer.source).expanduser())} if spec.tokenizer.source else \
-        {key: data["tokenizer"][key] for key in ("vocab_size", "sample_bytes")} | {"train": spec.tokenizer.train or "bpe"}
+    tokenizer = {"from": tokenizer_hash(Path(spec.tokenizer.source).expanduser())} if spec.tokenizer.source else \
+        {key: value for key, value in data["tokenizer"].items() if key != "from"} | {"train": spec.tokenizer.train or "bpe"}
     contents = _contents(data["filter"])
     if spec.decontaminate:
         data["decontaminate"]["against"] = sorted(spec.decontaminate.against)
         contents["evaluations"] = Evaluations.read(spec.decontaminate).hash()
     return {key: data[key] for key in ("clean", "filter", "decontaminate", "dedup", "split", "context", "shard_windows", "seed")} | \
-        {"tokenizer": given} | ({"contents": contents} if contents else {})
+        {"tokenizer": tokenizer} | ({"contents": contents} if contents else {})
 
 
 def _contents(filters: dict[str, Any]) -> dict[str, str]:
@@ -450,6 +450,18 @@ class _Prepare:
             splits[shards[i].file.split("/")[0]]["shards"].append(vars(shards[i]))
         return splits
 
+    def count_sources(self) -> dict[int, dict[str, dict[str, int]]]:
+        """Of each source by its place in the spec, what of its documents is in each split: documents, bytes and tokens."""
+        counts = {i: {name: {**account(), "tokens": 0} for name in self.rule.names} for i in range(len(self.spec.sources))}
+        for i in range(len(self.partitions)):
+            with pa.memory_map(f"{self._tokens(i)}-documents.arrow") as file:
+                table = pa.ipc.open_file(file).read_all()
+            for row in table.group_by(["origin", "split"]).aggregate([("bytes", "count"), ("bytes", "sum"), ("tokens", "sum")]).to_pylist():
+                count = counts[row["origin"]][row["split"]]
+                for unit, found in (("documents", "bytes_count"), ("bytes", "bytes_sum"), ("tokens", "tokens_sum")):
+                    count[unit] += row[found]
+        return counts
+
     def commit(self, vocabulary: Vocabulary, splits: dict[str, dict[str, Any]]) -> None:
         """Move what is whole to its place, and write the manifest."""
         self.facts.sort(key=lambda fact: fact["number"])
@@ -468,7 +480,8 @@ class _Prepare:
               "tokenize": rules["tokenizer"] | {"sampled": vocabulary.sampled}}
         write_manifest(self.folder, {
             "name": self.spec.name, "context": self.spec.context, "dtype": vocabulary.dtype, "seed": self.spec.seed, "parameters": rules,
-            "sources": describe(self.spec, self.files, {fact["number"]: (fact["bytes"], fact["xxh3"]) for fact in self.facts}),
+            "sources": describe(self.spec, self.files, {fact["number"]: (fact["bytes"], fact["xxh3"]) for fact in self.facts},
+                                self.count_sources()),
             "steps": [step.data(of[step.name]) for step in self.steps], "tokenizer": tokenizer,
             "split": {"rule": "blake2b-128(text)[:8] / 2^64 < val_fraction", **rules["split"], "held_out": self.rule.held_out.hex()},
             "splits": splits, "documents": {"file": "documents.parquet", "xxh3": file_xxh3(self.folder / "documents.parquet")},
@@ -530,8 +543,10 @@ class _Prepare:
                 self.progress.note(f"{text}: there is nothing to validate on")
 
 
-def describe(spec: PrepareSpec, files: list[TextFile], facts: dict[int, tuple[int, str]]) -> list[dict[str, Any]]:
-    """The manifest's `sources`: each with the number, bytes and joint hash of its files, in an order that is not that of the spec."""
+def describe(spec: PrepareSpec, files: list[TextFile], facts: dict[int, tuple[int, str]],
+             splits: dict[int, dict[str, dict[str, int]]] | None = None) -> list[dict[str, Any]]:
+    """The manifest's `sources`: each with the number, bytes and joint hash of its files, and with what of it is in each split where that is
+    known, in an order that is not that of the spec."""
     sources = []
     for i, source in enumerate(spec.sources):
         digest, count, size = xxhash.xxh3_128(), 0, 0
@@ -541,8 +556,8 @@ def describe(spec: PrepareSpec, files: list[TextFile], facts: dict[int, tuple[in
                 count, size = count + 1, size + facts[n][0]
         sources.append({"name": source_name(source), "format": source.format, "text_key": source.text_key, "id_key": source.id_key,
                         "keep": list(source.keep), "files": count, "bytes": size,
-                        "xxh3": digest.hexdigest(), **_own(source)})
-    return sorted(sources, key=lambda source: json.dumps(source))
+                        "xxh3": digest.hexdigest(), **_own(source), **({"splits": splits[i]} if splits else {})})
+    return sorted(sources, key=lambda source: [json.dumps({**source, "splits": {}}), json.dumps(source)])
 
 
 def _default_workers() -> int:
@@ -562,7 +577,7 @@ def _is_complete(spec: PrepareSpec, folder: Path, files: list[TextFile]) -> bool
         return False
     data = manifest.data
     return (data["name"], data["code"], data["parameters"]) == (spec.name, __version__, parameters(spec)) and \
-        data["sources"] == describe(spec, files, facts)
+        [{key: value for key, value in source.items() if key != "splits"} for source in data["sources"]] == describe(spec, files, facts)
 
 
 def _groups(files: list[TextFile], target_bytes: int) -> list[tuple[int, int]]:

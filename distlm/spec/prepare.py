@@ -2,6 +2,7 @@
 
 from typing import Annotated, Any, Literal, TypeVar
 
+import jinja2
 from pydantic import BeforeValidator, Field, field_serializer, field_validator, model_validator
 
 from distlm.spec.base import Job, Overriding, Part, Rule, Seed, without_effect
@@ -224,6 +225,10 @@ class Decontaminate(Part):
     """Words in a row, in lower case and without punctuation, that are a hit (Brown et al. 2020, appendix C)."""
 
 
+SPECIAL_TOKENS = ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>")
+"""Of every vocabulary that is made here: the end of a document, and the roles of a conversation."""
+
+
 class Tokenizer(Part):
     """Trained here (bpe), the 256 bytes themselves (bytes), or taken from a folder (from)."""
 
@@ -233,6 +238,10 @@ class Tokenizer(Part):
     """Tokens of the vocabulary that is trained, special tokens included."""
     sample_bytes: Annotated[int, Field(ge=1)] = 50_000_000
     """Bytes of the training split, chosen by content hash, that the vocabulary is learned from."""
+    special_tokens: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Further special tokens, such as `<|tool|>`, beside the end token and the three roles; text that spells one stays text."""
+    chat_template: str | None = None
+    """How transformers writes a conversation, in Jinja. Default: each role's token and its text, with the end token after an answer."""
     source: Annotated[str | None, Field(alias="from")] = None
     """A folder with a tokenizer.json."""
 
@@ -240,6 +249,23 @@ class Tokenizer(Part):
     def _one(self) -> "Tokenizer":
         if self.train and self.source:
             raise Rule("train", "a tokenizer is either trained or taken from a folder: give train or from, not both")
+        if self.source:
+            without_effect(self, "beside from", "special_tokens", "chat_template")
+        names = [*SPECIAL_TOKENS, *self.special_tokens]
+        for place, token in enumerate(self.special_tokens):
+            if not token.strip():
+                raise Rule(f"special_tokens.{place}", f"{token!r} is white space; give a text that stands for nothing else")
+            if token in names[:len(SPECIAL_TOKENS) + place]:
+                raise Rule(f"special_tokens.{place}", f"{token!r} is there already; the end token and the roles need not be given"
+                           if token in SPECIAL_TOKENS else f"{token!r} is given twice; leave one out")
+        if not self.source and self.train != "bytes" and self.vocab_size < 256 + len(names):
+            raise Rule("vocab_size", f"{self.vocab_size} is less than 256 bytes and {len(names)} special tokens; give "
+                                     f"{256 + len(names)} at least")
+        if self.chat_template is not None:
+            try:
+                jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(self.chat_template)
+            except jinja2.TemplateSyntaxError as error:
+                raise Rule("chat_template", f"line {error.lineno} is no Jinja: {error.message}") from None
         if self.source or self.train == "bytes":
             without_effect(self, f"beside {'from' if self.source else 'train: bytes'}", "vocab_size", "sample_bytes")
         return self

@@ -128,6 +128,11 @@ def test_every_step_keeps_its_books_and_tells_its_reasons(run: Run, many: Path) 
 def test_documents_keep_their_ids_and_fields_in_the_order_of_the_corpus(run: Run, many: Path) -> None:
     result = run(sources(many), **keys(many))
     table = pq.read_table(Path(result[""], "documents.parquet")).to_pylist()
+    (more,) = [source["splits"] for source in read_manifest(result[""]).data["sources"] if source["name"] == "more.jsonl"]
+    assert more["train"]["tokens"] > 0
+    for split, count in more.items():
+        mine = [row for row in table if (row["source"], row["split"]) == ("more.jsonl", split)]
+        assert count == {"documents": len(mine), **{unit: sum(row[unit] for row in mine) for unit in ("bytes", "tokens")}}
     assert len(table) == result["documents"] and sum(row["tokens"] for row in table) == result["tokens"]
     assert sum(row["bytes"] for row in table) == result["bytes"]
     known = {row["id"]: row for row in table if row["id"]}
