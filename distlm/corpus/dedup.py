@@ -16,7 +16,7 @@ from distlm.corpus.split import SplitRule, first_held_out
 from distlm.storage import replacing
 
 BATCH_ROWS = 256
-KEPT = ["hash", "file", "record", "id", "meta", "reasons", "text"]
+KEPT = ["hash", "file", "origin", "record", "id", "meta", "reasons", "text"]
 """The columns of a partition of documents."""
 
 
@@ -52,7 +52,8 @@ def sort_partition(task: SortTask) -> SortResult:
     keys, hashes = table["key"].to_pylist(), table["hash"].to_pylist()
     places = list(zip(table["file"].to_pylist(), table["record"].to_pylist(), strict=True))
     kept: list[int] = []
-    for row in sorted(range(len(keys)), key=lambda row: (keys[row], places[row])):
+    origins, whole = table["origin"].to_pylist(), set(task.rule.whole)
+    for row in sorted(range(len(keys)), key=lambda row: (keys[row], origins[row] not in whole, places[row])):
         add(result.dedup.taken, 1, sizes[row])
         if task.dedup and kept and hashes[kept[-1]] == hashes[row]:
             result.dedup.reject("duplicate", 1, sizes[row])
@@ -61,17 +62,19 @@ def sort_partition(task: SortTask) -> SortResult:
             continue
         kept.append(row)
         add(result.dedup.given, 1, sizes[row])
-    result.splits, result.next_val = count_splits([hashes[row] for row in kept], [sizes[row] for row in kept], task.rule)
-    write_partition(task.output, table.select(KEPT).take(pa.array(kept, pa.int64())))
+    left = table.select(KEPT).take(pa.array(kept, pa.int64()))
+    result.splits, result.next_val = count_splits(left, [sizes[row] for row in kept], task.rule)
+    write_partition(task.output, left)
     return result
 
 
-def count_splits(hashes: Sequence[bytes], sizes: Sequence[int], rule: SplitRule) -> tuple[dict[str, Account], bytes]:
+def count_splits(documents: pa.Table, sizes: Sequence[int], rule: SplitRule) -> tuple[dict[str, Account], bytes]:
     """(documents and bytes by split, the hash of the training document that would be held out first)."""
     splits = {name: account() for name in rule.names}
-    for content, size in zip(hashes, sizes, strict=True):
-        add(splits[rule.of(content)], 1, size)
-    return splits, first_held_out(content for content in hashes if rule.of(content) == "train")
+    places = list(zip(documents["hash"].to_pylist(), documents["origin"].to_pylist(), strict=True))
+    for (content, origin), size in zip(places, sizes, strict=True):
+        add(splits[rule.of(content, origin)], 1, size)
+    return splits, first_held_out(places, rule)
 
 
 def write_partition(path: Path, documents: pa.Table) -> None:

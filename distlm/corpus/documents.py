@@ -3,9 +3,11 @@
 Every file that this writes has one Arrow record batch per partition, so that the next task finds its partition in each by number.
 """
 
+import contextlib
 import json
 import pickle
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,16 +20,28 @@ from distlm.corpus.decontaminate import Evaluations, Found
 from distlm.corpus.files import TextFile, find_files
 from distlm.corpus.filters import Filters
 from distlm.corpus.read import Reader, Record
-from distlm.corpus.split import HASH_BYTES, content_hash, order_key, partition
+from distlm.corpus.split import HASH_BYTES, content_hash, is_sampled, order_key, partition
 from distlm.corpus.tokenizer import check_given
-from distlm.spec.prepare import Clean, Filter, PrepareSpec
+from distlm.errors import InputError
+from distlm.spec.prepare import Clean, Filter, PrepareSpec, Source
 from distlm.storage import replacing
 
-SCHEMA = pa.schema([("key", pa.binary(HASH_BYTES)), ("hash", pa.binary(HASH_BYTES)), ("file", pa.int32()), ("record", pa.int64()),
-                    ("id", pa.string()), ("meta", pa.string()), ("reasons", pa.list_(pa.string())), ("text", pa.large_string())])
-"""`meta`: JSON, empty where there is none. `reasons`: what the filters say of a document that stays nevertheless."""
+SCHEMA = pa.schema([("key", pa.binary(HASH_BYTES)), ("hash", pa.binary(HASH_BYTES)), ("file", pa.int32()), ("origin", pa.int32()),
+                    ("record", pa.int64()), ("id", pa.string()), ("meta", pa.string()), ("reasons", pa.list_(pa.string())),
+                    ("text", pa.large_string())])
+"""`origin`: the place of the source in the spec. `meta`: JSON, empty where there is none.
+`reasons`: what the filters say of a document that stays nevertheless."""
 BUFFER_BYTES = 32 << 20
 WAITING_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What the documents of a source pass."""
+
+    clean: Clean
+    weight: float
+    filter: Filter
 
 
 @dataclass(frozen=True)
@@ -37,8 +51,8 @@ class ReadTask:
     number: int
     first: int
     files: list[TextFile]
-    clean: Clean
-    filter: Filter
+    rules: tuple[Rules, ...]
+    """Of each source, by its place in the spec."""
     evaluations: Path | None
     """A pickle of Evaluations: too large to go along with each task."""
     seed: int
@@ -52,6 +66,7 @@ class ReadResult:
 
     read: Step = field(default_factory=lambda: Step("read"))
     clean: Step = field(default_factory=lambda: Step("clean"))
+    sample: Step = field(default_factory=lambda: Step("sample"))
     filter: Step = field(default_factory=lambda: Step("filter"))
     decontaminate: Step = field(default_factory=lambda: Step("decontaminate"))
     annotated: Counter[str] = field(default_factory=Counter)
@@ -79,11 +94,25 @@ def check(spec: PrepareSpec) -> list[TextFile]:
     that cannot be read, before any work."""
     files = find_files(spec.sources)
     check_given(spec.tokenizer)
-    clean("text", spec.clean)
-    Filters(spec.filter)
+    for i, source in enumerate(spec.sources):
+        with own_keys(i, source):
+            clean("é", spec.cleaning(source))              # not ASCII: that would need no library
+            Filters(spec.filtering(source))
     if spec.decontaminate:
         Evaluations.read(spec.decontaminate)
     return files
+
+
+@contextlib.contextmanager
+def own_keys(place: int, source: Source) -> Iterator[None]:
+    """An error about `clean` or `filter` names the key of the source where that is what gives it."""
+    try:
+        yield
+    except InputError as error:
+        section, _, rest = error.where.partition(".")
+        if (own := getattr(source, section, None)) and rest.split(".")[0].split(":")[0] in own.model_fields_set:
+            error.where = f"sources.{place}.{error.where}"
+        raise
 
 
 def read_documents(task: ReadTask) -> ReadResult:
@@ -114,14 +143,18 @@ class _Read:
     """The documents of one task on their way, in the order of the steps."""
 
     def __init__(self, task: ReadTask) -> None:
-        self.task, self.result, self.store, self.filters = task, ReadResult(), _Store(task), Filters(task.filter)
+        self.task, self.result, self.store = task, ReadResult(), _Store(task)
+        self.filters: dict[int, Filters] = {}
         self.evaluations: Evaluations | None = pickle.loads(task.evaluations.read_bytes()) if task.evaluations else None
         self.waiting: list[_Document] = []
         self.waiting_bytes = 0
 
     def read(self, number: int, file: TextFile) -> None:
         """Take in a file: what was read, and what of it is a document."""
-        result, reader = self.result, Reader(file, self.task.clean.max_document_bytes)
+        rules = self.task.rules[file.source]
+        if file.source not in self.filters:
+            self.filters[file.source] = Filters(rules.filter)
+        result, reader = self.result, Reader(file, rules.clean.max_document_bytes)
         for record in reader.records():
             result.read.taken["documents"] += record.documents
             if record.reason:
@@ -143,7 +176,8 @@ class _Read:
         add(self.result.read.given, 1, size)
         step = self.result.clean
         add(step.taken, 1, size)
-        cleaned = clean(record.text, self.task.clean)
+        rules = self.task.rules[file.source]
+        cleaned = clean(record.text, rules.clean)
         for name, taken in cleaned.taken.items():
             step.reject(name, 0, taken)
         self.result.redactions.update(cleaned.redactions)
@@ -152,10 +186,16 @@ class _Read:
             self._reject(step, cleaned.reason, record, file, number, 1, cleaned.bytes, sample)
             return
         add(step.given, 1, cleaned.bytes)
+        step = self.result.sample
+        add(step.taken, 1, cleaned.bytes)
+        if rules.weight < 1 and not is_sampled(content_hash(cleaned.text.encode()), rules.weight):
+            self._reject(step, "sampled_out", record, file, number, 1, cleaned.bytes, sample)
+            return
+        add(step.given, 1, cleaned.bytes)
         step = self.result.filter
         add(step.taken, 1, cleaned.bytes)
-        reasons = self.filters.reasons(cleaned.text, path=file.name)
-        if reasons and self.task.filter.mode == "drop":
+        reasons = self.filters[file.source].reasons(cleaned.text, path=file.name, meta=record.meta)
+        if reasons and rules.filter.mode == "drop":
             self._reject(step, reasons[0], record, file, number, 1, cleaned.bytes, sample)
             return
         add(step.given, 1, cleaned.bytes)
@@ -198,7 +238,7 @@ class _Store:
         key = order_key(content, self.task.seed)
         meta = json.dumps(one.record.meta, sort_keys=True, ensure_ascii=False) if one.record.meta else ""
         self.rows[partition(key, self.task.partitions)].append(
-            (key, content, one.number, one.record.number, one.record.id, meta, one.reasons, one.text))
+            (key, content, one.number, one.file.source, one.record.number, one.record.id, meta, one.reasons, one.text))
         self.held += one.bytes + len(meta) + 200
         if self.held >= BUFFER_BYTES:
             self.flush()

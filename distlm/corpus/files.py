@@ -10,6 +10,7 @@ from pathlib import Path
 
 from distlm.corpus import stores
 from distlm.corpus.decompress import ENDINGS
+from distlm.corpus.trees import Licenses
 from distlm.corpus.web import library
 from distlm.errors import InputError
 from distlm.spec.load import nearest
@@ -38,6 +39,10 @@ class TextFile:
     """Nanoseconds since 1970; -1 where there is no such file."""
     id_key: str | None = None
     keep: tuple[str, ...] = ()
+    code: bool = False
+    """Whether path, language and licence stay with the document."""
+    license: str = ""
+    """Of a file of code: what the tree says of it."""
     store: stores.Store | None = None
     """Where it is not a local file."""
 
@@ -56,7 +61,9 @@ def find_files(sources: list[Source]) -> list[TextFile]:
             library("trafilatura", file.format, file.source)
         if file.format == "warc":
             library("warcio", file.format, file.source)
-    return sorted(found, key=lambda file: (file.name, file.bytes, file.path, file.format, file.text_key, file.id_key or "", file.keep))
+    rules = [(source.model_dump_json(exclude={"path"}), source.path) for source in sources]
+    return sorted(found, key=lambda file: (file.name, file.bytes, file.path, file.format, file.text_key, file.id_key or "", file.keep,
+                                           rules[file.source]))
 
 
 def _base(text: str) -> tuple[Path, bool]:
@@ -84,9 +91,12 @@ def _find(index: int, source: Source) -> Iterator[TextFile]:
         raise InputError("no file matches" if is_glob else "the folder holds no file", where=where,
                          remedy=_nearest(Path(base)) if is_glob else "hidden files and __pycache__ are passed over; name another folder")
     name = source.path if source.path == "stdlib" else Path(base).name
+    licenses = Licenses(Path(base), store)
     for path, below, size, modified in found:
-        yield TextFile(path, name + below, _format(Path(path), source), source.text_key, index, size, modified, source.id_key, source.keep,
-                       store)
+        kind = _format(Path(path), source)
+        code = source.code and kind == "text"
+        yield TextFile(path, name + below, kind, source.text_key, index, size, modified, source.id_key, source.keep, code,
+                       licenses.of(Path(path)) if code else "", store)
 
 
 def _local(text: str, where: str) -> tuple[Path, bool, list[Path]]:

@@ -145,16 +145,18 @@ class NearDuplicates:
     """Documents of the largest cluster, the keeper among them."""
 
 
-def near_duplicates(partitions: Sequence[Path], rules: Fuzzy, scratch: Path, run: Spread) -> NearDuplicates:
+def near_duplicates(partitions: Sequence[Path], rules: Fuzzy, scratch: Path, run: Spread, preferred: NDArray[np.int64] | None = None) -> \
+        NearDuplicates:
     """Find the near-duplicates of a corpus. `run(function, tasks)` yields (index, result) in any order, as `spread` does; `scratch` is
-    a folder that exists, for these files alone. Raises StorageError."""
+    a folder that exists, for these files alone. Of a cluster with documents of the numbers `preferred`, ascending, the first of these is
+    kept. Raises StorageError."""
     buckets = max(1, -(-sum(map(num_documents, partitions)) * rules.bands // BUCKET_KEYS))
     signed = run(sign_partition, [SignTask(i, path, rules, buckets, scratch) for i, path in enumerate(partitions)])
     documents = sum(count for _, count in signed)
     for _ in run(pair_bucket, [PairTask(i, len(partitions), rules, scratch) for i in range(buckets)]):
         pass
     tasks = [ConfirmTask(i, buckets, rules, scratch) for i in range(len(partitions))]
-    return clusters([result for _, result in run(confirm, tasks)], documents, len(partitions))
+    return clusters([result for _, result in run(confirm, tasks)], documents, len(partitions), preferred)
 
 
 def num_documents(path: Path) -> int:
@@ -344,10 +346,16 @@ def components(pairs: Pairs) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
             roots = shorter
 
 
-def clusters(confirmed: Sequence[Confirmed], documents: int, partitions: int) -> NearDuplicates:
-    """The components over all that is confirmed, and what is to go from each partition: all but the first document of each."""
+def clusters(confirmed: Sequence[Confirmed], documents: int, partitions: int, preferred: NDArray[np.int64] | None = None) -> NearDuplicates:
+    """The components over all that is confirmed, and what is to go from each partition: all but the first document of each, or the first
+    that is preferred."""
     pairs = np.concatenate([np.empty((0, 2), np.int64), *(result.pairs for result in confirmed)])
     members, keepers = components(pairs)
+    if preferred is not None:
+        first, cluster = np.unique(keepers, return_inverse=True)
+        chosen = np.isin(members, preferred)
+        first[cluster[chosen][::-1]] = members[chosen][::-1]          # the last that is written stays: the earliest
+        keepers = first[cluster]
     closest = np.zeros(len(members))
     for end in (0, 1):
         np.maximum.at(closest, np.searchsorted(members, pairs[:, end]), np.concatenate([[], *(one.similarities for one in confirmed)]))
@@ -358,6 +366,13 @@ def clusters(confirmed: Sequence[Confirmed], documents: int, partitions: int) ->
                for one in (gone[low:high] for low, high in itertools.pairwise(bounds))]
     return NearDuplicates(dropped, documents, sum(result.candidates for result in confirmed), len(pairs), len(kept),
                           int(sizes.max(initial=0)))
+
+
+def merged(parts: Sequence[Dropped]) -> Dropped:
+    """What goes from one partition, found in several parts."""
+    whole = [np.concatenate([vars(part)[name] for part in parts]) for name in Dropped.__annotations__]
+    order = np.argsort(whole[0])
+    return Dropped(*(column[order] for column in whole))
 
 
 class _WordHashes(dict[str, int]):

@@ -369,7 +369,8 @@ def _rank(part: str) -> int:
 
 
 def _source(source: dict[str, Any]) -> str:
-    return f"{source['files']:,} files, {source['bytes']:,} bytes, {source['format']}, xxh3 {source['xxh3']}"
+    splits = "".join(f", {split['tokens']:,} tokens of {name}" for name, split in source.get("splits", {}).items())
+    return f"{source['files']:,} files, {source['bytes']:,} bytes, {source['format']}, xxh3 {source['xxh3']}{splits}"
 
 
 def _account(account: dict[str, int]) -> str:

@@ -110,6 +110,7 @@ def verify(path: Path | str) -> Manifest:
     differs."""
     manifest = read_manifest(path)
     check_balance(manifest.data["steps"], str(path))
+    check_sources(manifest.data, str(path))
     for split in manifest.splits.values():
         for shard in split.shards:
             file = manifest.path / shard.file
@@ -134,6 +135,7 @@ def verify(path: Path | str) -> Manifest:
 def write_manifest(path: Path, data: dict[str, Any]) -> None:
     """Make the folder a corpus: balance the accounts, then write the manifest, whole or not at all. Raises CorpusError, StorageError."""
     check_balance(data["steps"], str(path))
+    check_sources(data, str(path))
     write_json(path / FILE, {"format": FORMAT, **data})
 
 
@@ -152,6 +154,19 @@ def check_balance(steps: list[dict[str, Any]], where: str) -> None:
                 raise wrong(step, f"{taken:,} {unit} in, {given:,} out, {lost:,} rejected")
             if i and taken != steps[i - 1]["out"][unit]:
                 raise wrong(step, f"{taken:,} {unit} in, but step {steps[i - 1]['name']} gave out {steps[i - 1]['out'][unit]:,}")
+
+
+def check_sources(data: dict[str, Any], where: str) -> None:
+    """Raises CorpusError unless the documents, bytes and tokens of all sources add up to those of each split. A manifest from before they
+    were counted has none."""
+    sources = [source["splits"] for source in data.get("sources", []) if "splits" in source]
+    for name, split in data["splits"].items() if sources else ():
+        for unit in ("documents", "bytes", "tokens"):
+            total = sum(source.get(name, {}).get(unit, 0) for source in sources)
+            if total != split[unit]:
+                raise CorpusError(f"the accounts do not balance: the sources have {total:,} {unit}, the split has {split[unit]:,}",
+                                  where=f"{where}: split {name}", cause="internal", remedy="the manifest was changed, or this is a bug: "
+                                                                                            "prepare again")
 
 
 def file_xxh3(path: Path) -> str:

@@ -12,6 +12,7 @@ the odds that any two different ones share a hash are 3 %, and what would be los
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,8 @@ import xxhash
 PARAGRAPH = np.dtype([("hash", "<u8"), ("row", "<u4"), ("index", "<u4")])
 """A paragraph: the hash of its text, the row of its document in the partition, and its number in the document."""
 Paragraphs = npt.NDArray[np.void]
+Numbers: TypeAlias = npt.NDArray[np.int64]
+NONE: Numbers = np.zeros(0, np.int64)
 REASON = "duplicate_paragraphs"
 BREAK = "\n\n"
 
@@ -31,10 +34,10 @@ class Shortened:
     text: str
     bytes: int
     taken: int
-    paragraphs: int
-    """How many went."""
+    pieces: int
+    """How many paragraphs, or lines, went."""
     reason: str = ""
-    """`duplicate_paragraphs` where no text is left; then `taken` is all of it."""
+    """Where no text is left; then `taken` is all of it."""
 
 
 def paragraph_hashes(texts: Iterable[str], min_chars: int) -> Paragraphs:
@@ -48,6 +51,11 @@ def paragraph_hashes(texts: Iterable[str], min_chars: int) -> Paragraphs:
     return np.array(found, PARAGRAPH)
 
 
+def text_hashes(texts: Iterable[str]) -> Paragraphs:
+    """Whole texts as paragraphs: PARAGRAPH[documents]."""
+    return np.fromiter(((xxhash.xxh3_64_intdigest(text.encode()), row, 0) for row, text in enumerate(texts)), PARAGRAPH)
+
+
 def by_range(found: Paragraphs, ranges: int) -> list[Paragraphs]:
     """The paragraphs of each of `ranges` equal ranges of hashes, still in the order of the text."""
     number = (found["hash"] >> np.uint64(32)) * np.uint64(ranges) >> np.uint64(32)
@@ -55,41 +63,55 @@ def by_range(found: Paragraphs, ranges: int) -> list[Paragraphs]:
     return np.split(found[order], np.searchsorted(number[order], np.arange(1, ranges, dtype=np.uint64)))
 
 
-def repeats(parts: Sequence[Paragraphs]) -> list[Paragraphs]:
+def document_numbers(parts: Sequence[Paragraphs]) -> npt.NDArray[np.uint64]:
+    """Of every paragraph, its document's number: partition and row, ascending in the corpus' order."""
+    partitions = np.repeat(np.arange(len(parts), dtype=np.uint64) << np.uint64(32), [len(part) for part in parts])
+    return partitions | np.concatenate([part["row"] for part in parts])
+
+
+def keepers(parts: Sequence[Paragraphs], preferred: Numbers = NONE) -> npt.NDArray[np.uint64]:
+    """Of every paragraph of one range, the number of the first document that holds it; `preferred` ones come before all others. Takes
+    some 60 bytes a paragraph."""
+    found, document = np.concatenate([part["hash"] for part in parts]), document_numbers(parts)
+    order = np.lexsort((document, ~np.isin(document, preferred.astype(np.uint64)), found))
+    begins = np.flatnonzero(np.diff(found[order], prepend=~found[order[:1]]))
+    keeper = np.empty_like(document)
+    keeper[order] = np.repeat(document[order[begins]], np.diff(begins, append=len(found)))
+    return keeper
+
+
+def repeats(parts: Sequence[Paragraphs], preferred: Numbers = NONE) -> list[Paragraphs]:
     """Of one range's paragraphs, given by partition: those that an earlier document holds as well, by partition.
 
-    A document that is the first to hold a paragraph keeps every copy of it. Takes some 60 bytes a paragraph.
+    A document that is the first to hold a paragraph keeps every copy of it; `preferred` ones come before all others.
     """
     if not parts:
         return []
-    found = np.concatenate(parts)
-    sizes = [len(part) for part in parts]
-    document = np.repeat(np.arange(len(parts), dtype=np.uint64) << np.uint64(32), sizes) | found["row"]
-    order = np.lexsort((document, found["hash"]))
-    hashes, document = found["hash"][order], document[order]
-    begins = np.flatnonzero(np.concatenate([[True], hashes[1:] != hashes[:-1]])) if len(found) else np.zeros(0, np.int64)
-    keeper = np.repeat(document[begins], np.diff(begins, append=len(found)))
-    lost = np.zeros(len(found), bool)
-    lost[order] = document != keeper
-    return [part[mask] for part, mask in zip(parts, np.split(lost, np.cumsum(sizes)[:-1]), strict=True)]
+    lost = document_numbers(parts) != keepers(parts, preferred)
+    return [part[mask] for part, mask in zip(parts, np.split(lost, np.cumsum([len(part) for part in parts])[:-1]), strict=True)]
 
 
-def shorten(texts: Iterable[str], lost: Sequence[Paragraphs]) -> Iterator[Shortened]:
-    """Every document of a partition without what `repeats` found there, over all ranges."""
+def with_lost(texts: Iterable[str], lost: Sequence[Paragraphs]) -> Iterator[tuple[str, set[int]]]:
+    """Every text of a partition with the numbers of its paragraphs that are in `lost`, over all ranges."""
     everything = np.concatenate(lost) if lost else np.zeros(0, PARAGRAPH)
     everything = everything[np.argsort(everything["row"], kind="stable")]
     bounds = iter(np.flatnonzero(np.diff(everything["row"], prepend=-1, append=-1)).tolist())
     begin, end = next(bounds, 0), next(bounds, 0)
     for row, text in enumerate(texts):
-        size = _bytes(text)
         if begin == end or everything["row"][begin] != row:
-            yield Shortened(text, size, 0, 0)
+            yield text, set()
             continue
-        drop = set(everything["index"][begin:end].tolist())
+        yield text, set(everything["index"][begin:end].tolist())
         begin, end = end, next(bounds, end)
-        left = drop_paragraphs(text, drop)
-        after = _bytes(left)
-        yield Shortened(left, after, size - after, len(drop), "" if left else REASON)
+
+
+def shorten(texts: Iterable[str], lost: Sequence[Paragraphs]) -> Iterator[Shortened]:
+    """Every document of a partition without what `repeats` found there, over all ranges."""
+    for text, drop in with_lost(texts, lost):
+        size = num_bytes(text)
+        left = drop_paragraphs(text, drop) if drop else text
+        after = num_bytes(left)
+        yield Shortened(left, after, size - after, len(drop), "" if left or not drop else REASON)
 
 
 def drop_paragraphs(text: str, drop: set[int]) -> str:
@@ -107,5 +129,6 @@ def drop_paragraphs(text: str, drop: set[int]) -> str:
     return left.rstrip("\n") if max(drop, default=0) > kept[-1] else left
 
 
-def _bytes(text: str) -> int:
+def num_bytes(text: str) -> int:
+    """Of the text in UTF-8."""
     return len(text) if text.isascii() else len(text.encode())

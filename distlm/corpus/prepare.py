@@ -11,6 +11,7 @@ the manifest is written last: a folder without one is no corpus.
 import functools
 import importlib
 import json
+import math
 import os
 import pickle
 import shutil
@@ -20,34 +21,39 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 import xxhash
 
 from distlm import __version__
-from distlm.corpus import fuzzy
-from distlm.corpus.accounts import Account, Samples, Step, account, add, write_rejects
+from distlm.corpus import boilerplate, fuzzy
+from distlm.corpus.accounts import MAX_SAMPLES, Account, Samples, Step, account, add, write_rejects
 from distlm.corpus.decontaminate import Evaluations, Found
 from distlm.corpus.dedup import BATCH_ROWS, SortTask, sort_partition
-from distlm.corpus.documents import ReadResult, ReadTask, check, read_documents
+from distlm.corpus.documents import ReadResult, ReadTask, Rules, check, read_documents
 from distlm.corpus.files import TextFile
 from distlm.corpus.manifest import FILE, Manifest, Shard, file_xxh3, manifest_hash, read_manifest, tokenizer_hash, verify, write_manifest
 from distlm.corpus.pack import PackTask, num_windows, write_shard
-from distlm.corpus.paragraphs import REASON
+from distlm.corpus.paragraphs import REASON, Numbers
 from distlm.corpus.refine import (
     HashTask,
     RefineResult,
     RefineTask,
     RepeatTask,
     ShortenTask,
+    find_equal,
+    find_frequent,
     find_repeats,
-    hash_paragraphs,
+    hash_pieces,
     refine_partition,
     shorten_partition,
+    strip_partition,
 )
 from distlm.corpus.report import write_report
-from distlm.corpus.split import HASH_BYTES, SplitRule, first_held_out
+from distlm.corpus.split import HASH_BYTES, SplitRule
 from distlm.corpus.spread import spread
 from distlm.corpus.tokenizer import Encoded, EncodeTask, Vocabulary, VocabularyTask, encode_partition, make_tokenizer
 from distlm.errors import CorpusError, DistlmError, InputError
@@ -55,13 +61,13 @@ from distlm.progress import Progress
 from distlm.runs import RunFolder
 from distlm.spec import PrepareSpec
 from distlm.spec.load import dump, nearest
-from distlm.spec.prepare import Filter
+from distlm.spec.prepare import Boilerplate, Filter, Source
 from distlm.storage import Storage, replacing, write_atomic, writing
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-STAGES = ("read", "sort", "sign_partition", "pair_bucket", "confirm", "refine", "hash_paragraphs", "find_repeats", "shorten", "vocabulary",
-          "encode", "pack")
+STAGES = ("read", "sort", "sign_partition", "pair_bucket", "confirm", "refine", "hash_lines", "find_lines", "strip", "hash_texts",
+          "find_texts", "drop_equal", "hash_paragraphs", "find_paragraphs", "shorten", "vocabulary", "encode", "pack")
 MADE = (FILE, "train", "val", "test", "tokenizer", "sources.jsonl", "documents.parquet", "report.html", "rejects")
 """What a prepare job makes, the manifest first: it goes first where the rest is to be made again."""
 DOCUMENTS = pa.schema([("hash", pa.binary(HASH_BYTES)), ("source", pa.string()), ("record", pa.int64()), ("id", pa.string()),
@@ -96,6 +102,7 @@ def prepare(spec: PrepareSpec, folder: RunFolder, storage: Storage, progress: Pr
         job.read()
         job.sort()
         job.drop_near_duplicates()
+        job.drop_boilerplate()
         job.drop_paragraphs()
         job.hold_out()
         vocabulary = job.make_vocabulary()
@@ -128,19 +135,42 @@ def outputs(manifest: Manifest) -> dict[str, Any]:
 def parameters(spec: PrepareSpec) -> dict[str, Any]:
     """All of the spec that decides what the corpus holds beside the files' contents: no name, no path, no number of workers."""
     data = dump(spec)
-    given = {"from": tokenizer_hash(Path(spec.tokenizer.source).expanduser())} if spec.tokenizer.source else \
-        {key: data["tokenizer"][key] for key in ("vocab_size", "sample_bytes")} | {"train": spec.tokenizer.train or "bpe"}
-    contents: dict[str, str] = {}                          # of what the spec names by its place, which is another on other hosts
-    if spec.filter.language and spec.filter.language.model:
-        data["filter"]["language"].pop("model")
-        contents["language"] = file_xxh3(Path(spec.filter.language.model).expanduser())
-    if spec.filter.function:
-        contents["function"] = file_xxh3(Path(importlib.import_module(spec.filter.function.split(":")[0]).__file__ or os.devnull))
+    tokenizer = {"from": tokenizer_hash(Path(spec.tokenizer.source).expanduser())} if spec.tokenizer.source else \
+        {key: value for key, value in data["tokenizer"].items() if key != "from"} | {"train": spec.tokenizer.train or "bpe"}
+    contents = _contents(data["filter"])
     if spec.decontaminate:
         data["decontaminate"]["against"] = sorted(spec.decontaminate.against)
         contents["evaluations"] = Evaluations.read(spec.decontaminate).hash()
     return {key: data[key] for key in ("clean", "filter", "decontaminate", "dedup", "split", "context", "shard_windows", "seed")} | \
-        {"tokenizer": given} | ({"contents": contents} if contents else {})
+        {"tokenizer": tokenizer} | ({"contents": contents} if contents else {})
+
+
+def _contents(filters: dict[str, Any]) -> dict[str, str]:
+    """Hashes of what the filters name by its place, which is another on other hosts, and is taken out."""
+    contents: dict[str, str] = {}
+    if (filters.get("language") or {}).get("model"):
+        contents["language"] = file_xxh3(Path(filters["language"].pop("model")).expanduser())
+    if filters.get("function"):
+        contents["function"] = file_xxh3(Path(importlib.import_module(filters["function"].split(":")[0]).__file__ or os.devnull))
+    return contents
+
+
+def _own(source: Source) -> dict[str, Any]:
+    """The rules that a source has of its own, as `parameters` has those of the job."""
+    data = dump(source)
+    own = {key: data[key] for key in ("code", "split", "clean", "filter") if data[key]}
+    if source.weight < 1:
+        own["weight"] = source.weight
+    return own | ({"contents": contents} if (contents := _contents(own.get("filter", {}))) else {})
+
+
+@dataclass(frozen=True)
+class Hashed:
+    """How many pieces of how many documents were hashed, and how many documents must hold one."""
+
+    documents: int
+    pieces: int
+    least: int
 
 
 @dataclass
@@ -167,7 +197,8 @@ class _Prepare:
     partitions: list[Path] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.rule = SplitRule(self.spec.split.val_fraction, self.spec.split.test_fraction)
+        shares = tuple(map(self.spec.shares, self.spec.sources)) if any(source.split for source in self.spec.sources) else ()
+        self.rule = SplitRule(self.spec.split.val_fraction, self.spec.split.test_fraction, sources=shares)
 
     @functools.cached_property
     def evaluations(self) -> Evaluations | None:
@@ -177,7 +208,7 @@ class _Prepare:
     def scratch(self) -> Path:
         """A folder of these rules and files alone: another attempt at the same finds there what this one has done. Every file in it
         is replaced whole, so that a task of a failed attempt that still runs does no harm."""
-        files = [(file.place, file.format, file.bytes, file.modified) for file in self.files]
+        files = [(file.place, file.format, file.bytes, file.modified, file.license) for file in self.files]
         sources = [source.model_dump() for source in self.spec.sources]
         about = json.dumps([__version__, parameters(self.spec), sources, files]).encode()
         return self.folder / f".scratch-{xxhash.xxh3_64_hexdigest(about)}"
@@ -198,8 +229,8 @@ class _Prepare:
         if self.evaluations:
             evaluations = self.scratch / "evaluations.pickle"
             write_atomic(evaluations, pickle.dumps(self.evaluations))
-        tasks = [ReadTask(i, first, self.files[first:last], self.spec.clean, self.spec.filter, evaluations, self.spec.seed,
-                          len(self.partitions), self.scratch)
+        rules = tuple(Rules(self.spec.cleaning(source), source.weight, self.spec.filtering(source)) for source in self.spec.sources)
+        tasks = [ReadTask(i, first, self.files[first:last], rules, evaluations, self.spec.seed, len(self.partitions), self.scratch)
                  for i, (first, last) in enumerate(_groups(self.files, min(READ_BYTES, max(1 << 20, size // 16))))]
         results: list[ReadResult | None] = [None] * len(tasks)
         done = documents = 0
@@ -208,9 +239,10 @@ class _Prepare:
             done, documents = done + len(result.facts), documents + result.decontaminate.given["documents"]
             self.progress.update("files", done, len(self.files), documents=documents)
         complete = [result for result in results if result is not None]
-        read, clean, filtered, clear = Step("read"), Step("clean"), Step("filter"), Step("decontaminate")
+        read, clean, sampled, filtered, clear = map(Step, ("read", "clean", "sample", "filter", "decontaminate"))
         for result in complete:
-            for whole, part in ((read, result.read), (clean, result.clean), (filtered, result.filter), (clear, result.decontaminate)):
+            for whole, part in ((read, result.read), (clean, result.clean), (sampled, result.sample), (filtered, result.filter),
+                                (clear, result.decontaminate)):
                 whole.merge(part)
             self.facts += [{**fact, "documents": result.kept[fact["number"]]} for fact in result.facts]
             self.found.merge(result.found)
@@ -221,7 +253,9 @@ class _Prepare:
             self.progress.note(f"{retries:,} read{'s' if retries > 1 else ''} of a store failed and {'were' if retries > 1 else 'was'} "
                                "taken up again")
         self.steps += [read, clean]
-        if self.spec.filter != Filter():
+        if any(one.weight < 1 for one in rules):
+            self.steps.append(sampled)
+        if any(one.filter != Filter() for one in rules):
             self.steps.append(filtered)
         if self.spec.decontaminate:
             self.steps.append(clear)
@@ -264,7 +298,7 @@ class _Prepare:
         self.progress.note(f"near-duplicates from a similarity of {least:.3f} on: at 0.7, 0.8, 0.9 they are found with a probability of "
                            + ", ".join(f"{fuzzy.probability(s, rules.bands, rules.rows):.3f}" for s in (0.7, 0.8, 0.9)))
         found = fuzzy.near_duplicates(self.partitions, rules, self.scratch, lambda function, tasks: self.each(
-            function.__name__, function, tasks))
+            function.__name__, function, tasks), self._preferred())
         outputs = self._outputs("unique")
         tasks = [RefineTask(i, path, found.dropped[i], self.rule, outputs[i]) for i, path in enumerate(self.partitions)]
         self._refine("refine", refine_partition, tasks, "near_duplicate")
@@ -272,21 +306,61 @@ class _Prepare:
                                  "pairs": found.pairs, "clusters": found.clusters, "largest": found.largest}
         self.partitions = outputs
 
+    def drop_boilerplate(self) -> None:
+        """Drop the lines that many documents hold, then the documents that are equal without them."""
+        rules = self.spec.clean.boilerplate
+        if rules is None:
+            return
+        let_alone = tuple(i for i, source in enumerate(self.spec.sources) if self.spec.cleaning(source).boilerplate is None)
+        hashed, found = self._hash("lines", rules, find_frequent, let_alone)
+        outputs = self._outputs("stripped")
+        self._refine("strip", strip_partition, [ShortenTask(i, path, len(found), self.rule, self.scratch / "hash_lines", outputs[i])
+                                                for i, path in enumerate(self.partitions)], boilerplate.REASON)
+        for count, partition, row, index in sorted(one for frequent in found for one in frequent.first)[:MAX_SAMPLES]:
+            line = _row(self.partitions[partition], row, "text")["text"].split("\n")[index]
+            self.samples.add(boilerplate.LINES, {**self._place(partition, row), "bytes": len(line.encode()),
+                                                 "detail": f"in {-count:,} documents", "text": line})
+        self.figures["boilerplate"] = {"min_documents": hashed.least, "documents": hashed.documents, "candidates": hashed.pieces,
+                                       "lines": sum(one.distinct for one in found)}
+        self.partitions = outputs
+        if self.spec.dedup.exact:
+            _, equal = self._hash("texts", None, find_equal)
+            outputs = self._outputs("different")
+            tasks = [RefineTask(i, path, fuzzy.merged([one[i] for one in equal]), self.rule, outputs[i], "dedup_stripped",
+                                "duplicate_without_boilerplate") for i, path in enumerate(self.partitions)]
+            self._refine("drop_equal", refine_partition, tasks, tasks[0].reason)
+            self.partitions = outputs
+
     def drop_paragraphs(self) -> None:
         """Drop the paragraphs that an earlier document holds."""
         if self.spec.dedup.paragraphs is None:
             return
-        least, count = self.spec.dedup.paragraphs, len(self.partitions)
-        ranges = max(1, self.steps[-1].given["bytes"] // RANGE_BYTES)
-        hashed = [HashTask(i, path, least, ranges, self.scratch) for i, path in enumerate(self.partitions)]
-        paragraphs = sum(found for _, found in self.each("hash_paragraphs", hash_paragraphs, hashed))
-        repeated = sum(found for _, found in self.each("find_repeats", find_repeats, [RepeatTask(i, count, self.scratch)
-                                                                                      for i in range(ranges)]))
+        least = self.spec.dedup.paragraphs
+        hashed, repeated = self._hash("paragraphs", least, find_repeats)
         outputs = self._outputs("shortened")
-        tasks = [ShortenTask(i, path, ranges, self.rule, self.scratch, outputs[i]) for i, path in enumerate(self.partitions)]
-        self._refine("shorten", shorten_partition, tasks, REASON)
-        self.figures["paragraphs"] = {"min_chars": least, "paragraphs": paragraphs, "repeated": repeated}
+        self._refine("shorten", shorten_partition, [ShortenTask(i, path, len(repeated), self.rule, self.scratch / "hash_paragraphs",
+                                                                outputs[i]) for i, path in enumerate(self.partitions)], REASON)
+        self.figures["paragraphs"] = {"min_chars": least, "paragraphs": hashed.pieces, "repeated": sum(repeated)}
         self.partitions = outputs
+
+    def _hash(self, what: str, of: int | Boilerplate | None, find: Callable[[RepeatTask], Result],
+              let_alone: tuple[int, ...] = ()) -> tuple[Hashed, list[Result]]:
+        """Hash pieces of all documents but those of sources that are let alone, and find what is there several times: figures, and what
+        `find` says of each range."""
+        scratch = self.scratch / f"hash_{what}"
+        ranges = max(1, self.steps[-1].given["bytes"] // RANGE_BYTES)
+        tasks = [HashTask(i, path, of, let_alone, ranges, scratch) for i, path in enumerate(self.partitions)]
+        documents, pieces = np.sum([found for _, found in self.each(scratch.name, hash_pieces, tasks)], axis=0).tolist()
+        least = max(of.min_documents, math.ceil(of.min_fraction * documents)) if isinstance(of, Boilerplate) else 2
+        preferred = self._preferred()
+        repeated = [RepeatTask(i, len(self.partitions), scratch, least, preferred) for i in range(ranges)]
+        found = sorted(self.each(f"find_{what}", find, repeated), key=lambda pair: pair[0])
+        return Hashed(documents, pieces, least), [one for _, one in found]
+
+    def _preferred(self) -> Numbers:
+        """The numbers of the documents of sources that are held out as a whole: of what several documents hold, they keep theirs."""
+        return np.array([partition << 32 | row for partition, path in enumerate(self.partitions) if self.rule.whole
+                         for row in np.flatnonzero(np.isin(_column(path, "origin"), self.rule.whole)).tolist()], np.int64)
 
     def _refine(self, stage: str, function: Callable[[Item], RefineResult], tasks: Sequence[Item], reason: str) -> None:
         """Run a step that drops documents from the partitions, and keep its books."""
@@ -314,21 +388,18 @@ class _Prepare:
             self.candidates.append(next_val)
 
     def _place(self, partition: int, row: int) -> dict[str, Any]:
-        with pa.memory_map(str(self.partitions[partition])) as file:
-            reader = pa.ipc.open_file(file)
-            batch, place = divmod(row, BATCH_ROWS)
-            found = reader.get_batch(batch).select(["file", "record"]).slice(place, 1).to_pylist()[0]
+        found = _row(self.partitions[partition], row, "file", "record")
         return {"source": self.files[found["file"]].name, "record": found["record"]}
 
     def hold_out(self) -> None:
         """Decide what is held out."""
         rule, given = self.rule, dict(self.steps[-1].given)
-        if rule.val_fraction and not self.splits["val"]["documents"]:
-            if given["documents"] > 1:
-                self.rule = replace(rule, held_out=first_held_out(self.candidates))
+        if rule.may_hold_out and not self.splits["val"]["documents"]:
+            if given["documents"] > 1 and self.candidates:
+                self.rule = replace(rule, held_out=min(self.candidates))
                 self.progress.note(f"val_fraction {rule.val_fraction} of {given['documents']} documents is none: one is held out, so "
                                    "that there is a validation split")
-            else:
+            elif given["documents"] == 1:
                 self.progress.note("there is one document only: no validation split")
         self.steps.append(Step("split", given, {unit: sum(self.splits[name][unit] for name in rule.names) for unit in given}))
         self._write_rejects()
@@ -383,6 +454,18 @@ class _Prepare:
             splits[shards[i].file.split("/")[0]]["shards"].append(vars(shards[i]))
         return splits
 
+    def count_sources(self) -> dict[int, dict[str, dict[str, int]]]:
+        """Of each source by its place in the spec, what of its documents is in each split: documents, bytes and tokens."""
+        counts = {i: {name: {**account(), "tokens": 0} for name in self.rule.names} for i in range(len(self.spec.sources))}
+        for i in range(len(self.partitions)):
+            with pa.memory_map(f"{self._tokens(i)}-documents.arrow") as file:
+                table = pa.ipc.open_file(file).read_all()
+            for row in table.group_by(["origin", "split"]).aggregate([("bytes", "count"), ("bytes", "sum"), ("tokens", "sum")]).to_pylist():
+                count = counts[row["origin"]][row["split"]]
+                for unit, found in (("documents", "bytes_count"), ("bytes", "bytes_sum"), ("tokens", "tokens_sum")):
+                    count[unit] += row[found]
+        return counts
+
     def commit(self, vocabulary: Vocabulary, splits: dict[str, dict[str, Any]]) -> None:
         """Move what is whole to its place, and write the manifest."""
         self.facts.sort(key=lambda fact: fact["number"])
@@ -394,13 +477,15 @@ class _Prepare:
         with writing(self.folder):
             for name in ("tokenizer", *self.rule.names):
                 (self.scratch / name).rename(self.folder / name)
-        of = {"read": {}, "clean": rules["clean"], "filter": rules["filter"], "decontaminate": rules["decontaminate"] or {},
+        of = {"read": {}, "clean": rules["clean"], "sample": {}, "filter": rules["filter"], "decontaminate": rules["decontaminate"] or {},
               "dedup": {"exact": rules["dedup"]["exact"]}, "fuzzy": rules["dedup"]["fuzzy"] or {},
+              "boilerplate": rules["clean"]["boilerplate"] or {}, "dedup_stripped": {"exact": True},
               "paragraphs": {"min_chars": rules["dedup"]["paragraphs"]}, "split": rules["split"],
               "tokenize": rules["tokenizer"] | {"sampled": vocabulary.sampled}}
         write_manifest(self.folder, {
             "name": self.spec.name, "context": self.spec.context, "dtype": vocabulary.dtype, "seed": self.spec.seed, "parameters": rules,
-            "sources": describe(self.spec, self.files, {fact["number"]: (fact["bytes"], fact["xxh3"]) for fact in self.facts}),
+            "sources": describe(self.spec, self.files, {fact["number"]: (fact["bytes"], fact["xxh3"]) for fact in self.facts},
+                                self.count_sources()),
             "steps": [step.data(of[step.name]) for step in self.steps], "tokenizer": tokenizer,
             "split": {"rule": "blake2b-128(text)[:8] / 2^64 < val_fraction", **rules["split"], "held_out": self.rule.held_out.hex()},
             "splits": splits, "documents": {"file": "documents.parquet", "xxh3": file_xxh3(self.folder / "documents.parquet")},
@@ -462,19 +547,21 @@ class _Prepare:
                 self.progress.note(f"{text}: there is nothing to validate on")
 
 
-def describe(spec: PrepareSpec, files: list[TextFile], facts: dict[int, tuple[int, str]]) -> list[dict[str, Any]]:
-    """The manifest's `sources`: each with the number, bytes and joint hash of its files, in an order that is not that of the spec."""
+def describe(spec: PrepareSpec, files: list[TextFile], facts: dict[int, tuple[int, str]],
+             splits: dict[int, dict[str, dict[str, int]]] | None = None) -> list[dict[str, Any]]:
+    """The manifest's `sources`: each with the number, bytes and joint hash of its files, and with what of it is in each split where that is
+    known, in an order that is not that of the spec."""
     sources = []
     for i, source in enumerate(spec.sources):
         digest, count, size, name = xxhash.xxh3_128(), 0, 0, ""
         for n, file in enumerate(files):
             if file.source == i:
-                digest.update(json.dumps([file.name, *facts[n]]).encode())
+                digest.update(json.dumps([file.name, *facts[n], *([file.license] if file.code else [])]).encode())
                 count, size, name = count + 1, size + facts[n][0], file.name.split("/")[0]
         sources.append({"name": name, "format": source.format, "text_key": source.text_key, "id_key": source.id_key,
                         "keep": list(source.keep), "files": count, "bytes": size,
-                        "xxh3": digest.hexdigest()})
-    return sorted(sources, key=lambda source: json.dumps(source))
+                        "xxh3": digest.hexdigest(), **_own(source), **({"splits": splits[i]} if splits else {})})
+    return sorted(sources, key=lambda source: [json.dumps({**source, "splits": {}}), json.dumps(source)])
 
 
 def _default_workers() -> int:
@@ -498,7 +585,8 @@ def _is_complete(spec: PrepareSpec, folder: Path, files: list[TextFile]) -> bool
         facts = {n: (file.bytes, _content_xxh3(file)) for n, file in enumerate(files)}
     except OSError:
         return False
-    return bool(data["sources"] == describe(spec, files, facts))
+    described = [{key: value for key, value in source.items() if key != "splits"} for source in data["sources"]]
+    return described == describe(spec, files, facts)
 
 
 def _content_xxh3(file: TextFile) -> str:
@@ -519,6 +607,19 @@ def _groups(files: list[TextFile], target_bytes: int) -> list[tuple[int, int]]:
             groups.append((first, i + 1))
             first, size = i + 1, 0
     return groups
+
+
+def _row(path: Path, row: int, *columns: str) -> dict[str, Any]:
+    """A document of a partition."""
+    with pa.memory_map(str(path)) as file:
+        batch, place = divmod(row, BATCH_ROWS)
+        found: dict[str, Any] = pa.ipc.open_file(file).get_batch(batch).select(list(columns)).slice(place, 1).to_pylist()[0]
+        return found
+
+
+def _column(path: Path, name: str) -> npt.NDArray[Any]:
+    with pa.memory_map(str(path)) as file:
+        return pa.ipc.open_file(file).read_all()[name].to_numpy()
 
 
 def _take_back(folder: Path, scratch: Path) -> None:

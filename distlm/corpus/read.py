@@ -25,6 +25,7 @@ import xxhash
 
 from distlm.corpus.decompress import ERRORS, decompress
 from distlm.corpus.files import TextFile
+from distlm.corpus.trees import language, tagged
 from distlm.corpus.web import CHUNK, HEAD_BYTES, Data, decoded_body, library, page_text
 from distlm.storage import writing
 
@@ -50,7 +51,8 @@ class Record(NamedTuple):
     id: str = ""
     """The source's own: the field that id_key names, or `id`; a WARC record's WARC-Record-ID."""
     meta: dict[str, Any] = {}
-    """Not to be changed. The fields that the source keeps and the record has, as JSON has them; of a WARC record its url and date."""
+    """Not to be changed. The fields that the source keeps and the record has, as JSON has them; of a WARC record its url and date;
+    of a file of code its path, language and license."""
 
 
 @dataclass
@@ -146,7 +148,11 @@ class Reader:
 
     def _text(self) -> Iterator[Record]:
         data, size = self._whole()
-        yield _too_long(0, size, size) if data is None else _decoded(0, size, data)
+        record = _too_long(0, size, size) if data is None else _decoded(0, size, data)
+        if self.file.code:
+            license = tagged(record.text) or self.file.license
+            record = record._replace(meta={"path": self.file.name, "language": language(self.file.name), "license": license})
+        yield record
 
     def _html(self) -> Iterator[Record]:
         data, size = self._whole()

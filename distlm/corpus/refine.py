@@ -1,12 +1,15 @@
-"""What is known over the whole corpus, applied to one partition: near-duplicates go, then paragraphs that an earlier document holds.
+"""What is known over the whole corpus, applied to one partition: near-duplicates go, then boilerplate and what is equal without it, then
+paragraphs that an earlier document holds.
 
-Paragraphs are looked for in what is left of the documents, in three rounds: every partition's, by ranges of their hashes; each range's
-repeats; every partition without them. Near-duplicates go first, so that no paragraph is kept by a document that goes.
+Lines and paragraphs are looked for in what is left of the documents, in three rounds: every partition's, by ranges of their hashes; each
+range's repeats; every partition without them. Near-duplicates go first, so that no paragraph is kept by a document that goes, and no line
+is boilerplate because a document has copies.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,10 +17,24 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from distlm.corpus.accounts import SAMPLE_CHARS, Account, Samples, Step, add
+from distlm.corpus.boilerplate import LINES, Frequent, frequent, line_hashes, strip
 from distlm.corpus.dedup import count_splits, write_partition
 from distlm.corpus.fuzzy import Dropped
-from distlm.corpus.paragraphs import REASON, by_range, paragraph_hashes, repeats, shorten
+from distlm.corpus.paragraphs import (
+    NONE,
+    Numbers,
+    Paragraphs,
+    Shortened,
+    by_range,
+    document_numbers,
+    keepers,
+    paragraph_hashes,
+    repeats,
+    shorten,
+    text_hashes,
+)
 from distlm.corpus.split import SplitRule
+from distlm.spec.prepare import Boilerplate
 from distlm.storage import replacing
 
 
@@ -28,9 +45,11 @@ class RefineTask:
     partition: int
     documents: Path
     dropped: Dropped
-    """Its near-duplicates."""
+    """Its near-duplicates, or what is equal to an earlier document."""
     rule: SplitRule
     output: Path
+    step: str = "fuzzy"
+    reason: str = "near_duplicate"
 
 
 @dataclass
@@ -41,20 +60,20 @@ class RefineResult:
     splits: dict[str, Account] = field(default_factory=dict)
     next_val: bytes = b""
     samples: Samples = field(default_factory=Samples)
-    """Of near-duplicates: partition and row, those of the document that is kept, similarity."""
+    """Partition and row; of near-duplicates also those of the document that is kept, and the similarity."""
 
 
 def refine_partition(task: RefineTask) -> RefineResult:
     """Write what is left of the partition. Raises StorageError."""
-    result = RefineResult(Step("fuzzy"))
+    result = RefineResult(Step(task.step))
     with pa.memory_map(str(task.documents)) as file:
         table = pa.ipc.open_file(file).read_all()
         sizes = pc.binary_length(table["text"]).to_numpy().astype(np.int64)
         gone = task.dropped
         add(result.step.taken, len(table), int(sizes.sum()))
-        result.step.reject("near_duplicate", len(gone.rows), int(sizes[gone.rows].sum()))
+        result.step.reject(task.reason, len(gone.rows), int(sizes[gone.rows].sum()))
         for i, row in enumerate(gone.rows.tolist()):
-            if not result.samples.add("near_duplicate", {
+            if not result.samples.add(task.reason, {
                     "place": (task.partition, row), "same_as": (int(gone.keeper_partitions[i]), int(gone.keeper_rows[i])),
                     "similarity": round(float(gone.similarities[i]), 4), "bytes": int(sizes[row]),
                     "text": table["text"][row].as_py()[:SAMPLE_CHARS]}):
@@ -63,27 +82,39 @@ def refine_partition(task: RefineTask) -> RefineResult:
         add(result.step.given, len(left), int(sizes[left].sum()))
         table, sizes = table.take(pa.array(left)), sizes[left]
         write_partition(task.output, table)
-        result.splits, result.next_val = count_splits(table["hash"].to_pylist(), sizes.tolist(), task.rule)
+        result.splits, result.next_val = count_splits(table, sizes.tolist(), task.rule)
     return result
 
 
 @dataclass(frozen=True)
 class HashTask:
-    """A partition whose paragraphs of `min_chars` and more are to be hashed."""
+    """A partition of which something is to be hashed: its paragraphs of so many characters, its lines by these rules, or whole texts."""
 
     partition: int
     documents: Path
-    min_chars: int
+    of: int | Boilerplate | None
+    let_alone: tuple[int, ...]
+    """Sources that are passed over."""
     ranges: int
     scratch: Path
 
 
-def hash_paragraphs(task: HashTask) -> int:
-    """Write the partition's paragraphs by ranges of their hashes, and return how many there are. Raises StorageError."""
-    found = by_range(paragraph_hashes(_texts(task.documents), task.min_chars), task.ranges)
-    for number, part in enumerate(found):
-        _save(task.scratch, "paragraphs", task.partition, number, part)
-    return sum(map(len, found))
+def hash_pieces(task: HashTask) -> tuple[int, int]:
+    """Write the partition's hashes by their ranges, and return of how many documents, and how many there are. Raises StorageError."""
+    documents = 0
+
+    def counted() -> Iterator[str]:
+        nonlocal documents
+        for text, origin in _rows(task.documents, "text", "origin"):
+            documents += origin not in task.let_alone
+            yield "" if origin in task.let_alone else text
+
+    texts = counted()
+    found = line_hashes(texts, task.of) if isinstance(task.of, Boilerplate) else \
+        paragraph_hashes(texts, task.of) if task.of else text_hashes(texts)
+    for number, part in enumerate(by_range(found, task.ranges)):
+        _save(task.scratch, "hashes", task.partition, number, part)
+    return documents, len(found)
 
 
 @dataclass(frozen=True)
@@ -93,14 +124,38 @@ class RepeatTask:
     range: int
     partitions: int
     scratch: Path
+    least: int = 2
+    """Documents that hold a line of boilerplate."""
+    preferred: Numbers = field(default_factory=lambda: NONE)
+    """The numbers of documents that come before all others, ascending."""
 
 
 def find_repeats(task: RepeatTask) -> int:
     """Write, by partition, the paragraphs that an earlier document holds, and return how many there are. Raises StorageError."""
-    lost = repeats([_load(task.scratch, "paragraphs", partition, task.range) for partition in range(task.partitions)])
+    lost = repeats(_of_range(task), task.preferred)
     for partition, part in enumerate(lost):
         _save(task.scratch, "repeats", partition, task.range, part)
     return sum(map(len, lost))
+
+
+def find_frequent(task: RepeatTask) -> Frequent:
+    """Write, by partition, the lines that are boilerplate, and return what else is known of them. Raises StorageError."""
+    found = frequent(_of_range(task), task.least)
+    for partition, part in enumerate(found.lines):
+        _save(task.scratch, "repeats", partition, task.range, part)
+    return replace(found, lines=[])
+
+
+def find_equal(task: RepeatTask) -> list[Dropped]:
+    """The documents of each partition that an earlier one is equal to."""
+    parts = _of_range(task)
+    keeper, number = keepers(parts, task.preferred).astype(np.int64), document_numbers(parts).astype(np.int64)
+    return [Dropped(number[one] & 0xFFFFFFFF, keeper[one] >> 32, keeper[one] & 0xFFFFFFFF, np.zeros(len(one), np.int64), np.ones(len(one)))
+            for i in range(len(parts)) for one in [np.flatnonzero((number != keeper) & (number >> 32 == i))]]
+
+
+def _of_range(task: RepeatTask) -> list[Paragraphs]:
+    return [_load(task.scratch, "hashes", partition, task.range) for partition in range(task.partitions)]
 
 
 @dataclass(frozen=True)
@@ -117,17 +172,27 @@ class ShortenTask:
 
 def shorten_partition(task: ShortenTask) -> RefineResult:
     """Write the documents without the paragraphs that an earlier one holds. Raises StorageError."""
-    result = RefineResult(Step("paragraphs"))
+    return _shortened(task, "paragraphs", shorten, "repeated_paragraphs")
+
+
+def strip_partition(task: ShortenTask) -> RefineResult:
+    """Write the documents without boilerplate. Raises StorageError."""
+    return _shortened(task, "boilerplate", strip, LINES)
+
+
+def _shortened(task: ShortenTask, name: str, edit: Callable[[Iterable[str], Sequence[Paragraphs]], Iterator[Shortened]],
+               taken: str) -> RefineResult:
+    result = RefineResult(Step(name))
     lost = [_load(task.scratch, "repeats", task.partition, number) for number in range(task.ranges)]
     with pa.memory_map(str(task.documents)) as file:
         table = pa.ipc.open_file(file).read_all()
         texts, kept, sizes = list[str](), list[int](), list[int]()
-        for row, one in enumerate(shorten(_texts(task.documents), lost)):
+        for row, one in enumerate(edit(_texts(task.documents), lost)):
             add(result.step.taken, 1, one.bytes + one.taken)
-            result.step.reject(REASON if one.reason else "repeated_paragraphs", int(bool(one.reason)), one.taken)
+            result.step.reject(one.reason or taken, int(bool(one.reason)), one.taken)
             if one.reason:
-                result.samples.add(REASON, {"place": (task.partition, row), "bytes": one.taken,
-                                            "text": table["text"][row].as_py()[:SAMPLE_CHARS]})
+                result.samples.add(one.reason, {"place": (task.partition, row), "bytes": one.taken,
+                                                "text": table["text"][row].as_py()[:SAMPLE_CHARS]})
                 continue
             add(result.step.given, 1, one.bytes)
             texts.append(one.text)
@@ -136,15 +201,20 @@ def shorten_partition(task: ShortenTask) -> RefineResult:
         left = table.take(pa.array(kept, pa.int64()))
         left = left.set_column(left.schema.get_field_index("text"), "text", pa.array(texts, pa.large_string()))
         write_partition(task.output, left)
-    result.splits, result.next_val = count_splits(left["hash"].to_pylist(), sizes, task.rule)
+    result.splits, result.next_val = count_splits(left, sizes, task.rule)
     return result
 
 
 def _texts(path: Path) -> Iterator[str]:
+    return (text for text, in _rows(path, "text"))
+
+
+def _rows(path: Path, *columns: str) -> Iterator[tuple[Any, ...]]:
     with pa.memory_map(str(path)) as file:
         reader = pa.ipc.open_file(file)
         for number in range(reader.num_record_batches):
-            yield from reader.get_batch(number)["text"].to_pylist()
+            batch = reader.get_batch(number)
+            yield from zip(*(batch[name].to_pylist() for name in columns), strict=True)
 
 
 def _save(scratch: Path, what: str, partition: int, number: int, found: npt.NDArray[np.void]) -> None:

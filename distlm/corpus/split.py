@@ -7,6 +7,9 @@ is the same at any number of workers.
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TypeAlias
+
+from distlm.spec.prepare import WHOLE
 
 HASH_BYTES = 16
 
@@ -21,37 +24,58 @@ def order_key(content: bytes, seed: int) -> bytes:
     return hashlib.blake2b(content, digest_size=HASH_BYTES, key=str(seed).encode()[:64]).digest()
 
 
+def is_sampled(content: bytes, weight: float) -> bool:
+    """Whether the document is in this share of its source: its hash decides, by other bits than those that split."""
+    return int.from_bytes(content[8:16], "big") < weight * 2 ** 64
+
+
 def partition(key: bytes, partitions: int) -> int:
     """The place of an order key among equal ranges of keys: partitions in order hold documents in order."""
     return int.from_bytes(key[:4], "big") * partitions >> 32
 
 
+Shares: TypeAlias = tuple[float, float]
+"""Of a source's documents, for validation and for the last test."""
+
+
 @dataclass(frozen=True)
 class SplitRule:
     """The first 64 bits of a document's content hash, as a fraction of 2^64, decide: below `val_fraction` it is held out for
-    validation, in the `test_fraction` above that for the last test, else it is trained on."""
+    validation, in the `test_fraction` above that for the last test, else it is trained on. Each source may have fractions of its own."""
 
     val_fraction: float
     test_fraction: float = 0.0
     held_out: bytes = b""
     """The one document that is held out for validation beside the rule, where the rule holds out none."""
+    sources: tuple[Shares, ...] = ()
+    """Of each source, by its place in the spec; empty where all have the fractions above."""
 
     @property
     def names(self) -> tuple[str, ...]:
-        return ("train", "val", "test") if self.test_fraction else ("train", "val")
+        return ("train", "val", "test") if any(test for _, test in self.sources or [self.shares(0)]) else ("train", "val")
 
-    def of(self, content: bytes) -> str:
-        """The split of the document with this content hash."""
-        at = place(content)
-        if at < self.val_fraction or content == self.held_out:
+    def shares(self, origin: int) -> Shares:
+        return self.sources[origin] if self.sources else (self.val_fraction, self.test_fraction)
+
+    def of(self, content: bytes, origin: int = 0) -> str:
+        """The split of the document with this content hash, of the source with this place in the spec."""
+        val, test = self.shares(origin)
+        at = int.from_bytes(content[:8], "big")
+        if at < val * 2 ** 64 or content == self.held_out:
             return "val"
-        return "test" if at < self.val_fraction + self.test_fraction else "train"
+        return "test" if at < (val + test) * 2 ** 64 else "train"
+
+    @property
+    def may_hold_out(self) -> bool:
+        """Whether a share of any source is for validation."""
+        return any(0 < val < 1 for val, _ in self.sources or [self.shares(0)])
+
+    @property
+    def whole(self) -> list[int]:
+        """The sources that are held out as they are. Of equal texts, and of nearly equal ones, theirs is kept."""
+        return [origin for origin, shares in enumerate(self.sources) if shares in (WHOLE["val"], WHOLE["test"])]
 
 
-def place(content: bytes) -> float:
-    return int.from_bytes(content[:8], "big") / 2 ** 64
-
-
-def first_held_out(contents: Iterable[bytes]) -> bytes:
-    """The document that would be held out first if the fraction grew."""
-    return min(contents, default=b"")
+def first_held_out(documents: Iterable[tuple[bytes, int]], rule: SplitRule) -> bytes:
+    """Of (content hash, source), the training document that would be held out first if the fractions grew."""
+    return min((content for content, origin in documents if rule.of(content, origin) == "train" and rule.shares(origin)[0]), default=b"")

@@ -1,7 +1,7 @@
 """The tokenizer of a corpus, and the third task: a partition's documents to tokens.
 
 A vocabulary that is made here is a byte-level BPE: any text survives encoding and decoding unchanged. With no merges it is the 256
-bytes themselves. Its special tokens are the end of a document and the three roles of a conversation.
+bytes themselves. Its special tokens are the end of a document, the three roles of a conversation, and those that the spec gives.
 """
 
 import json
@@ -23,11 +23,10 @@ from distlm.corpus.accounts import Account, Step, account, add
 from distlm.corpus.manifest import tokenizer_hash
 from distlm.corpus.split import SplitRule
 from distlm.errors import InputError
-from distlm.spec.prepare import Tokenizer
+from distlm.spec.prepare import SPECIAL_TOKENS, Tokenizer
 from distlm.storage import replacing, writing
 
-END = "<|endoftext|>"
-SPECIAL = [END, "<|system|>", "<|user|>", "<|assistant|>"]
+END = SPECIAL_TOKENS[0]
 CHAT_TEMPLATE = ("{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] }}"
                  "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
                  "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
@@ -92,12 +91,12 @@ def make_tokenizer(task: VocabularyTask) -> Vocabulary:
             _write(folder / "tokenizer_config.json", json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end,
                                                                  "clean_up_tokenization_spaces": False}, indent=2))
     else:
-        end = END
-        tokenizer = _bytes() if rules.train == "bytes" else _trained(rules.vocab_size, _sample(task, sampled))
+        end, special = END, [*SPECIAL_TOKENS, *rules.special_tokens]
+        tokenizer = _bytes(special) if rules.train == "bytes" else _trained(rules.vocab_size, special, _sample(task, sampled))
         _write(folder / "tokenizer.json", tokenizer.to_str(pretty=False))
         _write(folder / "tokenizer_config.json", json.dumps({
             "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END, "pad_token": END, "add_prefix_space": False,
-            "clean_up_tokenization_spaces": False, "chat_template": CHAT_TEMPLATE}, indent=2))
+            "clean_up_tokenization_spaces": False, "chat_template": rules.chat_template or CHAT_TEMPLATE}, indent=2))
     ids = tokenizer.get_vocab(with_added_tokens=True)
     return Vocabulary(folder, "from" if rules.source else rules.train or "bpe", max(ids.values()) + 1, ids[end], sampled)
 
@@ -155,17 +154,17 @@ def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def _bytes() -> tokenizers.Tokenizer:
-    names = [*SPECIAL, *_byte_characters()]
+def _bytes(special: list[str]) -> tokenizers.Tokenizer:
+    names = [*special, *_byte_characters()]
     tokenizer = _byte_level(models.BPE(vocab={name: i for i, name in enumerate(names)}, merges=[]))
-    tokenizer.add_special_tokens(SPECIAL)
+    tokenizer.add_special_tokens(special)
     return tokenizer
 
 
-def _trained(vocab_size: int, sample: Iterator[str]) -> tokenizers.Tokenizer:
+def _trained(vocab_size: int, special: list[str], sample: Iterator[str]) -> tokenizers.Tokenizer:
     tokenizer = _byte_level(models.BPE())
     tokenizer.train_from_iterator(sample, trainers.BpeTrainer(
-        vocab_size=vocab_size, show_progress=False, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+        vocab_size=vocab_size, show_progress=False, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     return tokenizer
 
 
@@ -177,8 +176,9 @@ def _documents(partitions: list[Path], rule: SplitRule) -> Iterator[tuple[str, s
             for i in range(reader.num_record_batches):
                 batch = reader.get_batch(i)
                 sizes = pc.binary_length(batch["text"]).to_pylist()
-                for content, text, size in zip(batch["hash"].to_pylist(), batch["text"], sizes, strict=True):
-                    yield rule.of(content), text.as_py(), size
+                for content, origin, text, size in zip(batch["hash"].to_pylist(), batch["origin"].to_pylist(), batch["text"], sizes,
+                                                       strict=True):
+                    yield rule.of(content, origin), text.as_py(), size
 
 
 @dataclass(frozen=True)

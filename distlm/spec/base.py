@@ -8,6 +8,10 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]               # what numpy and torch both take
 
 
+Overriding = object()
+"""Marks a section whose keys are those of another one, which it overrides: documentation does not name them again."""
+
+
 class Part(BaseModel):
     """A section of a spec. Unknown keys are errors; nothing changes after validation."""
 

@@ -1,10 +1,130 @@
 """`kind: prepare`: from raw text to a checksummed, tokenized corpus."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BeforeValidator, Field, model_validator
+import jinja2
+from pydantic import BeforeValidator, Field, field_serializer, field_validator, model_validator
 
-from distlm.spec.base import Job, Part, Rule, Seed, without_effect
+from distlm.spec.base import Job, Overriding, Part, Rule, Seed, without_effect
+
+Section = TypeVar("Section", bound=Part)
+
+
+class Boilerplate(Part):
+    """Lines that many documents of the whole corpus hold leave all of them. Counted when duplicates are gone, and near-duplicates where
+    `dedup.fuzzy` drops them: without it, a text of which there are so many near-copies is taken for boilerplate."""
+
+    min_documents: Annotated[int, Field(ge=2)] = 10
+    """A line that so many documents hold is boilerplate."""
+    min_fraction: Annotated[float, Field(ge=0, le=1)] = 0
+    """The share of all documents that must hold it besides."""
+    min_chars: Annotated[int, Field(ge=1)] = 10
+    """Shorter lines stay. White space counts as one space, and not at the ends."""
+    max_chars: Annotated[int, Field(ge=1)] = 300
+    """Longer lines stay."""
+    min_words: Annotated[int, Field(ge=0)] = 3
+    """Lines of fewer words, which are runs of letters, stay."""
+    code: bool = False
+    """Whether lines that look like source code go too, such as comments, imports and whatever has the signs of a program."""
+
+
+class Clean(Part):
+    """What every document passes before it is kept."""
+
+    unicode: Literal["NFC", "NFKC", "none"] = "NFC"
+    """The Unicode normal form of the text."""
+    control_characters: Literal["remove", "keep"] = "remove"
+    """Whether control characters other than tab and line feed are removed."""
+    fix_encoding: bool = False
+    """Whether text that was decoded wrongly is mended by ftfy; needs `pip install distlm[text]`."""
+    whitespace: Literal["keep", "trim", "collapse"] = "keep"
+    """trim: none at the ends of lines and of the document; collapse: besides, no two spaces and no two empty lines in a row."""
+    redact: tuple[Literal["email", "ip", "phone", "card", "secret"], ...] = ()
+    """What is replaced by a mark of its kind, such as `<|email|>`: e-mail and public IP addresses, telephone and payment card numbers
+    (those that Luhn's check accepts), keys and tokens of the common shapes."""
+    boilerplate: Boilerplate | None = None
+    """Lines that many documents hold, such as menus and notices; default: they stay."""
+    min_chars: Annotated[int, Field(ge=1)] = 1
+    """Shorter documents are rejected, with the reason `too_short`. Judged before boilerplate and repeated paragraphs go."""
+    max_document_bytes: Annotated[int, Field(ge=1)] = 10_000_000
+    """Longer documents are rejected unread, with the reason `too_long`."""
+
+
+class Language(Part):
+    """Only documents in some languages are kept."""
+
+    keep: Annotated[tuple[str, ...], Field(min_length=1)]
+    """ISO 639-1 codes, such as en or de."""
+    min_confidence: Annotated[float, Field(ge=0, le=1)] = 0.65
+    """Less is rejected as well."""
+    model: str | None = None
+    """A fastText model's file. Default: py3langid, which `pip install distlm[text]` brings."""
+
+
+class License(Part):
+    """Only documents under some licences are kept. A document has one where its source has `code: true`, or keeps a field `license`."""
+
+    keep: Annotated[tuple[str, ...], Field(min_length=1)]
+    """SPDX ids, such as MIT or Apache-2.0. Of an expression, one side of an OR and both of an AND must be among them; else the document is
+    rejected with the reason `license`."""
+    keep_unknown: bool = False
+    """Whether documents without a known licence stay; else they are rejected with the reason `no_license`."""
+
+
+class Filter(Part):
+    """Which documents are good enough. Each rule has the thresholds of its publication."""
+
+    rules: tuple[Literal["gopher_quality", "gopher_repetition", "c4", "fineweb", "code"], ...] = ()
+    """In this order; a document is rejected with the reason of the first rule that it breaks, such as `gopher_short_words`."""
+    language: Language | None = None
+    """Default: all."""
+    license: License | None = None
+    """Default: any."""
+    min_words: Annotated[int | None, Field(ge=0)] = None
+    """Fewer words are rejected."""
+    max_words: Annotated[int | None, Field(ge=1)] = None
+    """More words are rejected."""
+    function: Annotated[str | None, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")] = None
+    """A function of yours, `module:name`, that is given the text and returns None or the reason of a rejection."""
+    mode: Literal["drop", "annotate"] = "drop"
+    """annotate: documents stay, and the reasons stand beside them in `documents.parquet`."""
+
+
+class Split(Part):
+    """Documents are split by the hash of their content, so that the split never moves when others are added."""
+
+    val_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.02
+    """The share of documents that are held out for validation."""
+    test_fraction: Annotated[float, Field(ge=0, lt=1)] = 0
+    """The share that is held out for a last test, which training never reads."""
+
+    @model_validator(mode="after")
+    def _some_left(self) -> "Split":
+        if self.val_fraction + self.test_fraction >= 1:
+            raise Rule("test_fraction", f"{self.test_fraction} and val_fraction {self.val_fraction} leave nothing to train on")
+        return self
+
+
+class SourceSplit(Split):
+    """What is given here holds for the source in place of the job's `split`. A plain `train`, `val` or `test` stands for `{all: ...}`."""
+
+    all: Literal["train", "val", "test"] | None = None
+    """The split of the whole source, such as a validation set that is given. Of equal and nearly equal texts, that of a source which is
+    held out as a whole is kept, whatever the files' order."""
+
+    @model_validator(mode="after")
+    def _one(self) -> "SourceSplit":
+        if self.all:
+            without_effect(self, f"beside all: {self.all}", "val_fraction", "test_fraction")
+        return self
+
+
+WHOLE: dict[str, tuple[float, float]] = {"train": (0.0, 0.0), "val": (1.0, 0.0), "test": (0.0, 1.0)}
+"""The fractions of validation and test of a source that is of one split."""
+
+
+def _source_split(value: Any) -> Any:
+    return {"all": value} if isinstance(value, str) else value
 
 
 class Source(Part):
@@ -22,58 +142,44 @@ class Source(Part):
     """The field or column that holds the document's own id. Default: `id` where there is one."""
     keep: tuple[str, ...] = ()
     """Further fields or columns that stay with the document, such as url or license."""
+    code: bool = False
+    """Whether text files keep their path, their language by the file's name, and the SPDX id of their licence: by a tag in the head of the
+    text, else by the nearest LICENSE, COPYING or NOTICE file of the source; empty where it is not known. Every folder of the source is
+    looked into for that, before the job begins."""
+    split: Annotated[SourceSplit | None, BeforeValidator(_source_split)] = None
+    """Another split than the job's for this source: what is not given is as in the job's. Of equal texts, the one that is kept decides."""
+
+    clean: Annotated[Clean | None, Overriding] = None
+    """The keys of the job's `clean` that are others for this source. `boilerplate: null` leaves its lines alone."""
+    filter: Annotated[Filter | None, Overriding] = None
+    """The keys of the job's `filter` that are others for this source."""
+    weight: Annotated[float, Field(gt=0)] = 1
+    """The share of the source's documents that is kept, at most 1: chosen by the hash of the cleaned text, so that a greater share has all
+    documents of a smaller one. The rest is rejected with the reason `sampled_out`. What is to be seen more than once is that of a run and
+    not of a corpus: a training mixture has `weight` and `epochs`."""
+
+    @model_validator(mode="after")
+    def _text(self) -> "Source":
+        if self.format not in ("auto", "text"):
+            without_effect(self, f"beside format: {self.format}", "code")
+        return self
+
+    @field_validator("weight")
+    @classmethod
+    def _share(cls, weight: float) -> float:
+        if weight > 1:
+            raise Rule("", f"{weight:g} is above 1, and a corpus holds a document once; what is to be seen more than once belongs to a "
+                           "training mixture: prepare it as a corpus of its own, and give that a weight or epochs in corpus.mix")
+        return weight
+
+    @field_serializer("split", "clean", "filter")
+    def _given_alone(self, own: Part | None) -> Any:
+        """What is not given is the job's, so that it is not to be written as if it were given."""
+        return own and own.model_dump(mode="json", by_alias=True, exclude_unset=True)
 
 
 def _source(value: Any) -> Any:
     return {"path": value} if isinstance(value, str) else value
-
-
-class Clean(Part):
-    """What every document passes before it is kept."""
-
-    unicode: Literal["NFC", "NFKC", "none"] = "NFC"
-    """The Unicode normal form of the text."""
-    control_characters: Literal["remove", "keep"] = "remove"
-    """Whether control characters other than tab and line feed are removed."""
-    fix_encoding: bool = False
-    """Whether text that was decoded wrongly is mended by ftfy; needs `pip install distlm[text]`."""
-    whitespace: Literal["keep", "trim", "collapse"] = "keep"
-    """trim: none at the ends of lines and of the document; collapse: besides, no two spaces and no two empty lines in a row."""
-    redact: tuple[Literal["email", "ip", "phone", "card", "secret"], ...] = ()
-    """What is replaced by a mark of its kind, such as `<|email|>`: e-mail and public IP addresses, telephone and payment card numbers
-    (those that Luhn's check accepts), keys and tokens of the common shapes."""
-    min_chars: Annotated[int, Field(ge=1)] = 1
-    """Shorter documents are rejected, with the reason `too_short`."""
-    max_document_bytes: Annotated[int, Field(ge=1)] = 10_000_000
-    """Longer documents are rejected unread, with the reason `too_long`."""
-
-
-class Language(Part):
-    """Only documents in some languages are kept."""
-
-    keep: Annotated[tuple[str, ...], Field(min_length=1)]
-    """ISO 639-1 codes, such as en or de."""
-    min_confidence: Annotated[float, Field(ge=0, le=1)] = 0.65
-    """Less is rejected as well."""
-    model: str | None = None
-    """A fastText model's file. Default: py3langid, which `pip install distlm[text]` brings."""
-
-
-class Filter(Part):
-    """Which documents are good enough. Each rule has the thresholds of its publication."""
-
-    rules: tuple[Literal["gopher_quality", "gopher_repetition", "c4", "fineweb", "code"], ...] = ()
-    """In this order; a document is rejected with the reason of the first rule that it breaks, such as `gopher_short_words`."""
-    language: Language | None = None
-    """Default: all."""
-    min_words: Annotated[int | None, Field(ge=0)] = None
-    """Fewer words are rejected."""
-    max_words: Annotated[int | None, Field(ge=1)] = None
-    """More words are rejected."""
-    function: Annotated[str | None, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")] = None
-    """A function of yours, `module:name`, that is given the text and returns None or the reason of a rejection."""
-    mode: Literal["drop", "annotate"] = "drop"
-    """annotate: documents stay, and the reasons stand beside them in `documents.parquet`."""
 
 
 class Fuzzy(Part):
@@ -120,6 +226,10 @@ class Decontaminate(Part):
     """Words in a row, in lower case and without punctuation, that are a hit (Brown et al. 2020, appendix C)."""
 
 
+SPECIAL_TOKENS = ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>")
+"""Of every vocabulary that is made here: the end of a document, and the roles of a conversation."""
+
+
 class Tokenizer(Part):
     """Trained here (bpe), the 256 bytes themselves (bytes), or taken from a folder (from)."""
 
@@ -129,6 +239,10 @@ class Tokenizer(Part):
     """Tokens of the vocabulary that is trained, special tokens included."""
     sample_bytes: Annotated[int, Field(ge=1)] = 50_000_000
     """Bytes of the training split, chosen by content hash, that the vocabulary is learned from."""
+    special_tokens: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Further special tokens, such as `<|tool|>`, beside the end token and the three roles; text that spells one stays text."""
+    chat_template: str | None = None
+    """How transformers writes a conversation, in Jinja. Default: each role's token and its text, with the end token after an answer."""
     source: Annotated[str | None, Field(alias="from")] = None
     """A folder with a tokenizer.json."""
 
@@ -136,23 +250,25 @@ class Tokenizer(Part):
     def _one(self) -> "Tokenizer":
         if self.train and self.source:
             raise Rule("train", "a tokenizer is either trained or taken from a folder: give train or from, not both")
+        if self.source:
+            without_effect(self, "beside from", "special_tokens", "chat_template")
+        names = [*SPECIAL_TOKENS, *self.special_tokens]
+        for place, token in enumerate(self.special_tokens):
+            if not token.strip():
+                raise Rule(f"special_tokens.{place}", f"{token!r} is white space; give a text that stands for nothing else")
+            if token in names[:len(SPECIAL_TOKENS) + place]:
+                raise Rule(f"special_tokens.{place}", f"{token!r} is there already; the end token and the roles need not be given"
+                           if token in SPECIAL_TOKENS else f"{token!r} is given twice; leave one out")
+        if not self.source and self.train != "bytes" and self.vocab_size < 256 + len(names):
+            raise Rule("vocab_size", f"{self.vocab_size} is less than 256 bytes and {len(names)} special tokens; give "
+                                     f"{256 + len(names)} at least")
+        if self.chat_template is not None:
+            try:
+                jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(self.chat_template)
+            except jinja2.TemplateSyntaxError as error:
+                raise Rule("chat_template", f"line {error.lineno} is no Jinja: {error.message}") from None
         if self.source or self.train == "bytes":
             without_effect(self, f"beside {'from' if self.source else 'train: bytes'}", "vocab_size", "sample_bytes")
-        return self
-
-
-class Split(Part):
-    """Documents are split by the hash of their content, so that the split never moves when others are added."""
-
-    val_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.02
-    """The share of documents that are held out for validation."""
-    test_fraction: Annotated[float, Field(ge=0, lt=1)] = 0
-    """The share that is held out for a last test, which training never reads."""
-
-    @model_validator(mode="after")
-    def _some_left(self) -> "Split":
-        if self.val_fraction + self.test_fraction >= 1:
-            raise Rule("test_fraction", f"{self.test_fraction} and val_fraction {self.val_fraction} leave nothing to train on")
         return self
 
 
@@ -183,3 +299,44 @@ class PrepareSpec(Job):
     """Parallel tasks; default: as many as the cluster has CPUs. It does not change the result."""
     seed: Seed = 0
     """Orders the documents."""
+
+    @model_validator(mode="after")
+    def _sources(self) -> "PrepareSpec":
+        for i, source in enumerate(self.sources):
+            own = source.clean.boilerplate if source.clean else None
+            if own and own != self.clean.boilerplate:
+                raise Rule(f"sources.{i}.clean.boilerplate", "lines are counted over the whole corpus; set it in clean, and give null here "
+                                                             "where a source is to be let alone")
+            if self.filtering(source).license and not source.code and "license" not in source.keep:
+                raise Rule(f"sources.{i}", "filter.license asks for a license, and the documents of this source have none; set code: true "
+                                           "for a tree of code, or keep: [license] for a field")
+            if source.split is None:
+                continue
+            val, test = self.shares(source)
+            if val + test >= 1 and not source.split.all:
+                raise Rule(f"sources.{i}.split", f"val_fraction {val} and test_fraction {test}, of which the job's split gives one, leave "
+                                                 "nothing to train on; split: val or split: test takes the whole source")
+            if not self.dedup.exact:
+                raise Rule(f"sources.{i}.split", "equal texts would be trained and validated on; drop them with dedup: exact")
+        return self
+
+    def cleaning(self, source: Source) -> Clean:
+        """What the source's documents pass."""
+        return over(self.clean, source.clean)
+
+    def filtering(self, source: Source) -> Filter:
+        """What the source's documents are judged by."""
+        return over(self.filter, source.filter)
+
+    def shares(self, source: Source) -> tuple[float, float]:
+        """Of the source's documents, what is for validation and for the last test."""
+        own = source.split
+        if own and own.all:
+            return WHOLE[own.all]
+        split = over(self.split, own)
+        return split.val_fraction, split.test_fraction
+
+
+def over(job: Section, own: Section | None) -> Section:
+    """A section of the job with what a source gives of its own."""
+    return job.model_copy(update={key: getattr(own, key) for key in own.model_fields_set}) if own else job

@@ -8,6 +8,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from distlm.spec.base import Overriding
 from distlm.spec.explain import models, shown
 from distlm.spec.load import KINDS
 
@@ -37,7 +38,7 @@ def rows(model: type[BaseModel], prefix: str = "") -> list[tuple[str, str, str, 
         inside = {list: "[n].", dict: ".KEY."}.get(origin, ".")
         found.append((key, "section" if inner and inside == "." else _type(field.annotation, field), _default(field),
                       _sentence(field.description)))
-        for section in inner:
+        for section in inner if Overriding not in field.metadata else []:
             found += rows(section, key + inside)
     return found
 

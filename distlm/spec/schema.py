@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from distlm.spec.load import KINDS
-from distlm.spec.prepare import DEDUPS
+from distlm.spec.prepare import DEDUPS, WHOLE
 
 SHIPPED = Path(__file__).with_name("schema.json")
 
@@ -26,6 +26,8 @@ def generate() -> dict[str, Any]:
     dedup["anyOf"] = [{"enum": [*DEDUPS], "description": "The default settings of each."}, given]
     sources = definitions["prepare"]["properties"]["sources"]
     sources["items"] = {"anyOf": [{"type": "string", "description": "The path of a source of format auto."}, sources["items"]]}
+    split = definitions["Source"]["properties"]["split"]
+    split["anyOf"] = [{"enum": [*WHOLE], "description": "The split of the whole source."}, *split["anyOf"]]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "A distlm job", "type": "object", "required": ["kind"],
             "properties": {"kind": {"enum": [*KINDS], "description": "The kind of the job."}},
             "allOf": [{"if": {"properties": {"kind": {"const": kind}}, "required": ["kind"]}, "then": {"$ref": f"#/$defs/{kind}"}}

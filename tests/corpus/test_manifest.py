@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from distlm.corpus import manifest_hash, read_manifest, verify
-from distlm.corpus.manifest import check_balance
+from distlm.corpus.manifest import check_balance, check_sources
 from distlm.errors import CorpusError, InputError
 
 
@@ -33,6 +33,22 @@ def test_a_manifest_says_what_the_contract_says(corpus: Path) -> None:
     assert sorted(file.name for file in manifest.files("train")) == sorted(path.name for path in (corpus / "train").iterdir())
     text = (corpus / "manifest.json").read_text() + (corpus / "sources.jsonl").read_text()
     assert str(corpus.parents[2]) not in text
+
+
+def test_what_of_each_source_is_in_each_split_adds_up_to_the_split(corpus: Path) -> None:
+    data = json.loads((corpus / "manifest.json").read_text())
+    for source in data["sources"]:
+        assert {name: {unit: data["splits"][name][unit] for unit in ("documents", "bytes", "tokens")} for name in data["splits"]} == \
+            source["splits"]
+    for unit in ("documents", "bytes", "tokens"):
+        wrong = json.loads(json.dumps(data))
+        wrong["sources"][0]["splits"]["val"][unit] += 1
+        with pytest.raises(CorpusError, match=f"the sources have .* {unit}, the split has"):
+            check_sources(wrong, "c")
+    (corpus / "manifest.json").write_text(json.dumps(wrong))
+    with pytest.raises(CorpusError, match="split val: the accounts do not balance"):
+        verify(corpus)
+    check_sources(data | {"sources": [{"name": "old"}]}, "c")
 
 
 def test_every_damage_is_found(corpus: Path, tmp_path: Path) -> None:

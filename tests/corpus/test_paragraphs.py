@@ -43,7 +43,7 @@ def test_the_first_document_keeps_a_paragraph_with_all_its_copies_and_later_ones
     partitions = [["aaa\n\nbbb\n\naaa"], [], ["ccc\n\naaa", "ddd\n\nbbb\n\nccc\n\neee"]]
     documents = without_repeats(partitions, 4)
     assert [[document.text for document in part] for part in documents] == [["aaa\n\nbbb\n\naaa"], [], ["ccc", "ddd\n\neee"]]
-    assert [document.paragraphs for document in documents[2]] == [1, 2]
+    assert [document.pieces for document in documents[2]] == [1, 2]
 
 
 def test_neighbouring_hashes_are_two_paragraphs() -> None:
@@ -82,9 +82,9 @@ def test_partitions_and_ranges_change_nothing_and_every_byte_is_accounted_for(se
     for row, (text, document) in enumerate(zip(texts, alone, strict=True)):
         assert document.bytes == len(document.text.encode())
         assert document.bytes + document.taken == len(text.encode())
-        assert bool(document.reason) == (document.paragraphs > 0 and not document.text.strip())
+        assert bool(document.reason) == (document.pieces > 0 and not document.text.strip())
         paragraphs = [piece.strip() for piece in text.split("\n\n") if piece.strip()]
         kept = [piece for piece in paragraphs if len(piece) < 3 or seen.setdefault(piece, row) == row]
         assert [piece.strip() for piece in document.text.split("\n\n") if piece.strip()] == kept
-        assert document.paragraphs == len(paragraphs) - len(kept)
-        assert document.paragraphs or document.text == text
+        assert document.pieces == len(paragraphs) - len(kept)
+        assert document.pieces or document.text == text

@@ -1,4 +1,4 @@
-"""Filters, decontamination, near-duplicates and repeated paragraphs inside a job: exact books, and equal bytes however it ran."""
+"""Filters, decontamination, near-duplicates, boilerplate, repeated paragraphs inside a job: exact books, equal bytes however it ran."""
 
 import json
 import os
@@ -13,16 +13,22 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from distlm.corpus.inspect import documents, windows
 from distlm.corpus.manifest import read_manifest, verify
+from distlm.corpus.split import content_hash
 from distlm.errors import CorpusError, InputError
 from tests.corpus.conftest import document
 from tests.records import Records
 
 Run = Callable[..., dict[str, Any]]
 KEYS: dict[str, Any] = {
-    "clean": {"redact": ["email", "ip"], "whitespace": "trim"}, "filter": {"rules": ["gopher_repetition"], "min_words": 5},
+    "clean": {"redact": ["email", "ip"], "whitespace": "trim", "boilerplate": {"max_chars": 60}},
+    "filter": {"rules": ["gopher_repetition"], "min_words": 5},
     "dedup": {"fuzzy": {"ngram_words": 3}, "paragraphs": 40}, "split": {"val_fraction": 0.1}}
+OWN: dict[str, Any] = {"clean": {"redact": [], "boilerplate": None}, "filter": {"min_words": 2}}
 NOTICE = "This notice stands in many of the documents, and belongs to none."
+FOOTER = "Find out more about these pages and their makers"
+CORE = "Twelve words that only this text has, whatever else stands around it"
 
 
 @pytest.fixture
@@ -31,17 +37,30 @@ def many(tmp_path: Path) -> Path:
     folder = tmp_path / "many"
     folder.mkdir()
     for i in range(40):
-        (folder / f"{i:02}.txt").write_text(" ".join(f"{w}{(i * 31 + j * j) % 97}" for j in range(60) for w in ("w",)) + f"\n\n{NOTICE}\n")
+        (folder / f"{i:02}.txt").write_text(" ".join(f"{w}{(i * 31 + j * j) % 97}" for j in range(60) for w in ("w",))
+                                           + f"\n{FOOTER}\n\n{NOTICE}\n")
     for i in range(10):                                    # one word of sixty differs
         words = (folder / f"{i:02}.txt").read_text().split("\n")[0].split(" ")
         words[30] = "other"
-        (folder / f"near-{i}.txt").write_text(" ".join(words) + "\n")
+        (folder / f"near-{i}.txt").write_text(" ".join(words) + f"\n{FOOTER}\n\n{NOTICE}\n")
     (folder / "mail.txt").write_text("Write to someone.real@example-company.com about it, please, whenever it suits you.")
     (folder / "again.txt").write_text("the same line of words\n" * 50)
+    (folder / "LICENSE").write_text("SPDX-License-Identifier: MIT")
+    (folder / "other.txt").write_text("# SPDX-License-Identifier: GPL-3.0-only\nAnd what it is about, in some words.")
     (folder / "short.txt").write_text("too short")
+    (folder / "footer.txt").write_text(f"{FOOTER}\n")
+    (folder / "core.txt").write_text(CORE)
+    (folder / "core-and-footer.txt").write_text(f"{FOOTER}\n\n{CORE}")
     lines = [{"text": document(i), "id": f"doc-{i}", "url": f"http://host/{i}"} for i in range(20)]
     (folder / "more.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "leak.txt").write_text("Before it. " + QUESTION + " And after it comes more text of another kind.")
+    texts = [(folder / f"{i}.txt").read_text() for i in range(20, 23)]
+    given = [texts[0], texts[1].replace("w", "v", 1), texts[2] + "\nOne line more\n",
+             "Of its own, and with a word or two behind it."]
+    (tmp_path / "z-given.jsonl").write_text("".join(json.dumps({"text": text, "id": f"given-{i}"}) + "\n" for i, text in enumerate(given)))
+    weighed = [f"{FOOTER}\nThen write to nr{i}@weighed-company.com of number {i}" for i in range(30)]
+    weighed += [text for i in range(8) for text in (f"pair{i} of", f"one{i}")]
+    (tmp_path / "weighed.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in weighed))
     evaluation = tmp_path / "evaluation.jsonl"
     evaluation.write_text(json.dumps({"question": QUESTION}) + "\n")
     return folder
@@ -55,7 +74,10 @@ def keys(many: Path) -> dict[str, Any]:
 
 
 def sources(many: Path) -> list[Any]:
-    return [{"path": str(many / "*.txt")}, {"path": str(many / "more.jsonl"), "keep": ["url"]}]
+    return [{"path": str(many / "*.txt"), "code": True, "filter": {"license": {"keep": ["MIT"]}}},
+            {"path": str(many / "more.jsonl"), "keep": ["url"]},
+            {"path": str(many.parent / "z-given.jsonl"), "split": "val"},
+            {"path": str(many.parent / "weighed.jsonl"), "weight": 0.6, **OWN}]
 
 
 def files_of(folder: str) -> dict[str, bytes]:
@@ -69,28 +91,71 @@ def test_every_step_keeps_its_books_and_tells_its_reasons(run: Run, many: Path) 
     result = run(sources(many), progress=shown, **keys(many))
     manifest = verify(result[""])
     steps = {step["name"]: step for step in manifest.data["steps"]}
-    assert [*steps] == ["read", "clean", "filter", "decontaminate", "dedup", "fuzzy", "paragraphs", "split", "tokenize"]
+    assert [*steps] == ["read", "clean", "sample", "filter", "decontaminate", "dedup", "fuzzy", "boilerplate", "dedup_stripped",
+                        "paragraphs", "split", "tokenize"]
     lost = {name: {reason: account["documents"] for reason, account in step["rejected"].items()} for name, step in steps.items()}
-    assert lost["filter"] == {"too_few_words": 1, "gopher_duplicate_lines": 1}
-    assert lost["decontaminate"] == {"contaminated_rivers": 1} and lost["fuzzy"] == {"near_duplicate": 10}
+    weighed = [json.loads(line)["text"] for line in (many.parent / "weighed.jsonl").read_text().splitlines()]
+    kept = [text for text in weighed if int.from_bytes(content_hash(text.encode())[8:16], "big") < 0.6 * 2 ** 64]
+    short = sum(text.startswith("one") for text in kept)
+    assert lost["sample"] == {"sampled_out": 46 - len(kept)} and 20 < len(kept) < 35 and 0 < short < 8
+    assert lost["filter"] == {"license": 1, "too_few_words": 1 + short, "gopher_duplicate_lines": 1}
+    assert lost["decontaminate"] == {"contaminated_rivers": 1} and lost["fuzzy"] == {"near_duplicate": 12}
+    assert lost["boilerplate"] == {"boilerplate": 1, "boilerplate_lines": 0}
+    assert lost["dedup_stripped"] == {"duplicate_without_boilerplate": 1}
+    assert steps["boilerplate"]["rejected"]["boilerplate_lines"]["bytes"] == 40 * len(f"\n{FOOTER}") + len(f"{FOOTER}\n\n")
+    assert manifest.data["boilerplate"] == \
+        {"min_documents": 10, "documents": steps["fuzzy"]["out"]["documents"] - len(kept) + short, "candidates": 64, "lines": 1}
     assert steps["paragraphs"]["rejected"]["repeated_paragraphs"]["documents"] == 0
-    assert manifest.data["fuzzy"]["clusters"] == 10 and manifest.data["redactions"] == {"email": 1}
+    assert manifest.data["fuzzy"]["clusters"] == 12 and manifest.data["redactions"] == {"email": 1}
     assert manifest.data["decontamination"]["rivers"]["documents"] == 1 and manifest.data["decontamination"]["rivers"]["found"] == 1
     assert "0.924" in shown.text                           # 14 bands of 8 rows, at a similarity of 0.8
     assert {path.stem for path in Path(result[""], "rejects").iterdir()} == \
-        {"too_few_words", "gopher_duplicate_lines", "contaminated_rivers", "near_duplicate"}
+        {"license", "sampled_out", "too_few_words", "gopher_duplicate_lines", "contaminated_rivers", "near_duplicate", "boilerplate",
+         "boilerplate_lines", "duplicate", "duplicate_without_boilerplate"}
     [sample, *_] = [json.loads(line) for line in Path(result[""], "rejects", "near_duplicate.jsonl").read_text().splitlines()]
     assert sample["source"] != sample["same_as"]["source"] and sample["similarity"] > 0.7
+    [line] = [json.loads(line) for line in Path(result[""], "rejects", "boilerplate_lines.jsonl").read_text().splitlines()]
+    assert (line["text"], line["detail"], line["bytes"]) == (FOOTER, "in 42 documents", len(FOOTER))
+    [copy] = [json.loads(line) for line in Path(result[""], "rejects", "duplicate_without_boilerplate.jsonl").read_text().splitlines()]
+    assert {copy["source"], copy["same_as"]["source"]} == {"many/core.txt", "many/core-and-footer.txt"}
+    assert "in 42 documents" in Path(result[""], "report.html").read_text()
+    held = "".join(window.text for split in ("train", "val") for window in windows(result[""], split, 0, 10_000))
+    assert held.count("@weighed-company.com") >= 3 and FOOTER[:20] in held and "@example-company.com" not in held
+    (own,) = [source for source in manifest.data["sources"] if source["name"] == "weighed.jsonl"]
+    assert own["weight"] == 0.6 and {key: own[key] for key in OWN} == OWN
 
 
 def test_documents_keep_their_ids_and_fields_in_the_order_of_the_corpus(run: Run, many: Path) -> None:
     result = run(sources(many), **keys(many))
     table = pq.read_table(Path(result[""], "documents.parquet")).to_pylist()
+    (more,) = [source["splits"] for source in read_manifest(result[""]).data["sources"] if source["name"] == "more.jsonl"]
+    assert more["train"]["tokens"] > 0
+    for split, count in more.items():
+        mine = [row for row in table if (row["source"], row["split"]) == ("more.jsonl", split)]
+        assert count == {"documents": len(mine), **{unit: sum(row[unit] for row in mine) for unit in ("bytes", "tokens")}}
     assert len(table) == result["documents"] and sum(row["tokens"] for row in table) == result["tokens"]
     assert sum(row["bytes"] for row in table) == result["bytes"]
     known = {row["id"]: row for row in table if row["id"]}
-    assert set(known) == {f"doc-{i}" for i in range(20)} and json.loads(known["doc-7"]["meta"]) == {"url": "http://host/7"}
+    assert set(known) == {f"doc-{i}" for i in range(20)} | {f"given-{i}" for i in range(4)}
+    own = [json.loads(row["meta"]) for row in table if row["source"] == "many/mail.txt"]
+    assert own == [{"path": "many/mail.txt", "language": "", "license": "MIT"}]
+    assert json.loads(known["doc-7"]["meta"]) == {"url": "http://host/7"}
     assert {row["split"] for row in table} == {"train", "val"} and known["doc-7"]["source"] == "more.jsonl"
+
+
+def test_a_source_that_is_given_for_validation_stays_whole_and_what_is_like_it_is_not_trained_on(run: Run, many: Path) -> None:
+    """Its documents come last by the names of their files; they are kept all the same, with the paragraphs that others hold."""
+    result = run(sources(many), **keys(many))
+    rows = pq.read_table(Path(result[""], "documents.parquet")).to_pylist()
+    given = {row["id"]: row for row in rows if row["source"] == "z-given.jsonl"}
+    assert len(given) == 4 and {row["split"] for row in given.values()} == {"val"}
+    assert not {row["source"] for row in rows} & {"many/20.txt", "many/21.txt", "many/22.txt"}
+    assert {row["split"] for row in rows if row["source"] != "z-given.jsonl"} == {"train", "val"}
+    held = [json.loads(line) for line in Path(result[""], "rejects", "near_duplicate.jsonl").read_text().splitlines()]
+    assert {row["source"] for row in held if row["same_as"]["source"] == "z-given.jsonl"} == {"many/21.txt", "many/22.txt"}
+    texts = {one.id: one.text for one in documents(result[""], list(given))}
+    assert [NOTICE in text for text in texts.values()].count(True) == 1
+    assert not any(NOTICE in window.text for window in windows(result[""], "train", 0, 10_000))
 
 
 def test_no_path_of_this_host_is_in_the_manifest_and_the_list_of_documents_is_verified(run: Run, many: Path) -> None:
@@ -136,7 +201,7 @@ def test_the_bytes_are_equal_with_one_worker_and_several_and_on_other_partitions
     assert package is not None
     monkeypatch.setattr(module, "PARTITION_BYTES", 1000)   # more partitions, and more tasks to read
     monkeypatch.setattr(module, "MAX_FILES_PER_TASK", 7)
-    second = run(sources(many), "several", workers=workers, **keys(many))
+    second = run(sources(many)[::-1], "several", workers=workers, **keys(many))
     one, several = files_of(first[""]), files_of(second[""])
     assert {name for name in one if one[name] != several.get(name)} == set() and set(one) == set(several)
 

@@ -3,17 +3,20 @@ import json
 import random
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
+import tokenizers
 from transformers import AutoTokenizer
 
 from distlm.corpus.split import SplitRule, content_hash
 from distlm.corpus.tokenizer import END, EncodeTask, Vocabulary, VocabularyTask, check_given, encode_partition, make_tokenizer
-from distlm.errors import InputError
+from distlm.errors import InputError, SpecError
+from distlm.spec import load_spec
 from distlm.spec.prepare import Tokenizer
 
 TEXTS = [f"def f{i}(x):\n    return x + {i}  # größer 你好\n" for i in range(50)]
@@ -22,7 +25,7 @@ TEXTS = [f"def f{i}(x):\n    return x + {i}  # größer 你好\n" for i in range
 def partition(folder: Path, texts: list[str]) -> Path:
     path = folder / "documents.arrow"
     table = pa.table({"hash": pa.array([content_hash(text.encode()) for text in texts], pa.binary(16)),
-                      "text": pa.array(texts, pa.large_string())})
+                      "origin": pa.array([0] * len(texts), pa.int32()), "text": pa.array(texts, pa.large_string())})
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
         writer.write_table(table, max_chunksize=7)
     return path
@@ -60,6 +63,53 @@ def test_any_text_survives_encoding_and_decoding_as_transformers_does_it(tmp_pat
         assert all(0 <= token < vocabulary.size for token in ids)
     assert (tokenizer.eos_token, tokenizer.eos_token_id, vocabulary.eos_id) == (END, 0, 0)
     assert len(tokenizer) == vocabulary.size == (260 if train == "bytes" else 320)
+
+
+def every_text() -> list[str]:
+    """Code points but surrogates by blocks of 256: all that are assigned, and the unassigned among and between them. In a row; and one in
+    eight after a letter, with a combining mark, a joiner and a variation selector behind it, and after a space."""
+    points = [chr(point) for point in range(0x110000) if not 0xD800 <= point < 0xE000 and (point < 0x32800 or point % 0x1000 < 0x200)]
+    blocks = [points[first:first + 256] for first in range(0, len(points), 256)]
+    return ["".join(block) for block in blocks] + ["".join(f"a{one}\u0301\u200d\ufe0f {one}" for one in block[::8]) for block in blocks]
+
+
+@pytest.mark.parametrize("train", ["bpe", "bytes"])
+def test_every_script_of_unicode_survives_with_combining_marks_and_what_is_not_assigned(tmp_path: Path, train: str) -> None:
+    """In batches, as a corpus is encoded."""
+    vocabulary = make(tmp_path, train=train, **({"vocab_size": 320} if train == "bpe" else {}))
+    tokenizer = tokenizers.Tokenizer.from_file(str(vocabulary.folder / "tokenizer.json"))
+    texts = every_text()
+    assigned = {chr(point) for point in range(0x110000) if unicodedata.category(chr(point)) not in ("Cn", "Cs", "Co")}
+    assert len(assigned) > 144_000 and assigned < set("".join(texts))
+    encoded = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    for text, again in zip(texts, tokenizer.decode_batch([one.ids for one in encoded], skip_special_tokens=False), strict=True):
+        assert again == text
+
+
+def test_further_special_tokens_and_a_chat_template_are_those_of_the_spec(tmp_path: Path) -> None:
+    template = "{% for message in messages %}{{ '<|tool|>' + message['content'] }}{% endfor %}"
+    for train in ("bpe", "bytes"):
+        rules: dict[str, Any] = {"train": train, "special_tokens": ("<|tool|>", "[X]"), "chat_template": template}
+        vocabulary = make(tmp_path / train, **rules, **({"vocab_size": 300} if train == "bpe" else {}))
+        tokenizer = AutoTokenizer.from_pretrained(vocabulary.folder)
+        assert vocabulary.size == len(tokenizer) == (300 if train == "bpe" else 262) and vocabulary.eos_id == 0
+        assert tokenizer("a<|tool|>[X]")["input_ids"][1:] == [4, 5] and tokenizer.decode([4, 5], skip_special_tokens=True) == ""
+        assert tokenizer.apply_chat_template([{"role": "user", "content": "u"}], tokenize=False) == "<|tool|>u"
+        tokens, _ = encode(tmp_path / train, vocabulary, ["before<|tool|>[X]after"])["train"]
+        assert not {4, 5} & set(tokens) and tokenizer.decode(tokens[:-1]) == "before<|tool|>[X]after"
+
+
+@pytest.mark.parametrize(("rules", "message"), [
+    ({"special_tokens": ["<|a|>", "<|a|>"]}, r"tokenizer\.special_tokens\.1: '<\|a\|>' is given twice"),
+    ({"special_tokens": ["<|user|>"]}, r"special_tokens\.0: '<\|user\|>' is there already"),
+    ({"special_tokens": [""]}, r"special_tokens\.0: '': must not be empty"), ({"special_tokens": [" \n"]}, "is white space"),
+    ({"special_tokens": ["<|a|>"], "vocab_size": 260}, "vocab_size: 260 is less than 256 bytes and 5 special tokens; give 261 at least"),
+    ({"special_tokens": ["<|a|>"], "from": "x"}, "has no effect beside from"),
+    ({"chat_template": "x", "from": "x"}, "has no effect beside from"),
+    ({"chat_template": "{% for %}"}, r"tokenizer\.chat_template: line 1 is no Jinja")])
+def test_special_tokens_that_cannot_be_are_refused(rules: dict[str, Any], message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        load_spec({"kind": "prepare", "name": "a", "sources": ["a"], "tokenizer": rules})
 
 
 def test_the_bytes_tokenizer_has_one_token_per_byte(tmp_path: Path) -> None:

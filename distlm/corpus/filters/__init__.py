@@ -8,8 +8,10 @@ since a reason was found already, is never computed. Texts are judged as they ar
 """
 
 import importlib
+import itertools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from distlm.corpus.filters.c4 import c4
@@ -18,6 +20,7 @@ from distlm.corpus.filters.fineweb import fineweb
 from distlm.corpus.filters.gopher import gopher_quality, gopher_repetition
 from distlm.corpus.filters.language import load_detector
 from distlm.corpus.filters.text import Text
+from distlm.corpus.trees import allows
 from distlm.errors import CorpusError, InputError
 from distlm.spec.prepare import Filter
 
@@ -32,19 +35,31 @@ class Filters:
     def __init__(self, rules: Filter) -> None:
         """Raises InputError for an extra that is not installed, a model or a function that is not there."""
         self._rules = rules
+        self._licenses = frozenset(rules.license.keep) if rules.license else frozenset[str]()
         self._detect = load_detector(rules.language) if rules.language else None
         self._function = _load_function(rules.function) if rules.function else None
 
-    def reasons(self, text: str, *, path: str = "") -> list[str]:
+    def reasons(self, text: str, *, path: str = "", meta: Mapping[str, Any] = MappingProxyType({})) -> list[str]:
         """Why the document is rejected: all reasons where the mode is annotate, else the first alone.
 
-        The order: length, language, the rules as the spec has them, the user's function. `path` names the document, and its ending
-        says whether it is Python. Raises CorpusError where the user's function fails.
+        The order: licence, length, language, the rules as the spec has them, the user's function. `path` names the document, and its ending
+        says whether it is Python; `meta` may hold its license. Raises CorpusError where the user's function fails.
         """
-        found = self._reasons(Text(text, path))
+        found = itertools.chain(self._license(meta.get("license")), self._reasons(Text(text, path)))
         if self._rules.mode == "annotate":
             return list(found)
         return [reason for reason in (next(found, ""),) if reason]
+
+    def _license(self, given: Any) -> Iterator[str]:
+        """Several licences in a list hold all together."""
+        rules = self._rules.license
+        if rules is None:
+            return
+        found = [str(one) for one in (given if isinstance(given, list) else [given]) if one]
+        if not found and not rules.keep_unknown:
+            yield "no_license"
+        elif not all(allows(one, self._licenses) for one in found):
+            yield "license"
 
     def _reasons(self, text: Text) -> Iterator[str]:
         rules = self._rules
