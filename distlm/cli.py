@@ -324,7 +324,8 @@ def corpus_inspect(name: Corpus, ids: Annotated[list[str] | None, typer.Option("
                     *([("reasons", ", ".join(document.reasons))] if document.reasons else [])])
         print(document.text if document.whole else f"{document.text}\n[its end fills no window]")
     for window in inspect.windows(path, split, first, windows) if windows else ():
-        print(f"--- {window.split} window {window.number:,}, documents begin at {window.starts}\n{window.text}")
+        print(f"--- {window.split} window {window.number:,}, documents begin at {window.starts}\n{window.text}"
+              + (f"\n[{window.padding:,} tokens of padding]" if window.padding else ""))
     if find is not None:
         found = inspect.find(path, find, limit)
         for match in found:

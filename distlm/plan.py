@@ -61,6 +61,7 @@ def of_train(spec: TrainSpec, storage: Storage) -> Rows:
             *of_mixture(recipe),
             ("steps", f"{recipe.num_steps:,} of {recipe.global_sequences:,} sequences, {recipe.micro_sequences} in a micro-batch"),
             ("tokens", f"{recipe.num_steps * recipe.tokens_per_step:,}"),
+            *([("documents", "kept apart: attention stays inside each")] if recipe.mask_documents else []),
             ("evaluations", f"every {recipe.evaluate_every:,} steps over {recipe.val_windows:,} windows"),
             ("checkpoints", f"every {recipe.checkpoint_every:,} steps"),
             *of_model(recipe.spec, recipe.shape, recipe.num_steps * recipe.tokens_per_step), *of_scale(spec)]

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import tokenizers
 from numpy.typing import NDArray
 
-from distlm.corpus.manifest import Manifest, read_manifest
+from distlm.corpus.manifest import Manifest, Shard, read_manifest
 from distlm.corpus.stream import Windows
 from distlm.errors import CorpusError, InputError
 from distlm.spec.load import nearest
@@ -62,8 +62,11 @@ class Window:
     split: str
     number: int
     starts: list[int]
-    """The places in the window at which a document begins."""
+    """The places in the window at which a document begins, or, of best-fit, a piece of one."""
     text: str
+    """Without the padding behind it."""
+    padding: int = 0
+    """Tokens that fill the window up."""
 
 
 @dataclass(frozen=True)
@@ -126,8 +129,9 @@ def summary(path: Path | str) -> list[tuple[str, str]]:
             ("tokens", f"{tokens:,}"), ("bytes per token", f"{size / tokens:.2f}" if tokens else "–")]
     for name, split in splits.items():
         dropped = f", {split.dropped_tokens:,} tokens fill none" if split.dropped_tokens else ""
+        padding = f", {split.padding_tokens:,} tokens of padding" if manifest.best_fit else ""
         rows.append((f"split {name}", f"{split.documents:,} documents, {split.bytes:,} bytes, {split.tokens:,} tokens, "
-                                      f"{split.windows:,} windows in {len(split.shards):,} shards{dropped}"))
+                                      f"{split.windows:,} windows in {len(split.shards):,} shards{dropped}{padding}"))
     for step in data["steps"]:
         lost = sorted(((reason, taken["documents"]) for reason, taken in step["rejected"].items() if taken["documents"]),
                       key=lambda item: (-item[1], item[0]))
@@ -138,6 +142,8 @@ def summary(path: Path | str) -> list[tuple[str, str]]:
                      + (f"; {top}" if top else "") + (f", {rest:,} others" if rest else "")))
     rows += [("tokenizer", f"{data['tokenizer']['kind']}, {manifest.vocab_size:,} tokens, {manifest.dtype}, end {manifest.eos_id}"),
              ("context", f"{manifest.context:,}"), ("seed", str(manifest.seed))]
+    if manifest.best_fit:
+        rows.append(("packing", f"best-fit, {data['pack']['padding_share']:.2%} of the windows are padding"))
     rows += [(f"source {source['name']}", _source(source)) for source in data["sources"]]
     return rows
 
@@ -169,7 +175,8 @@ def documents(path: Path | str, ids: Sequence[str]) -> list[Document]:
     texts = _Texts(manifest)
     found = []
     for row, number in zip(rows, numbers, strict=True):
-        text, whole = texts.document(row["split"], number, row["tokens"])
+        text, whole = texts.document(row["split"], number, row["tokens"]) if not manifest.best_fit else \
+            (texts.packed_document(row["split"], number, row["tokens"]), True)
         found.append(Document(row["id"] or "", row["hash"].hex(), row["source"], row["record"], row["split"], row["bytes"], row["tokens"],
                               json.loads(row["meta"]) if row["meta"] else {}, row["reasons"] or [], text, whole))
     return found
@@ -188,18 +195,20 @@ def windows(path: Path | str, split: str = "train", first: int = 0, count: int =
     texts = _Texts(manifest)
     numbers = range(first, min(first + count, total))
     tokens = texts.rows(split, numbers)
-    return [Window(split, number, texts.starts_in(split, number), texts.decode(row)) for number, row in zip(numbers, tokens, strict=True)]
+    filled = [texts.filled(split, number) for number in numbers]
+    return [Window(split, number, texts.starts_in(split, number), texts.decode(row[:end]), len(row) - end)
+            for number, row, end in zip(numbers, tokens, filled, strict=True)]
 
 
 def find(path: Path | str, text: str, limit: int = 10) -> list[Match]:
-    """The first places of a text, split by split; it may reach over the ends of windows, but not over those of documents. Raises
-    InputError for an empty text, CorpusError for a damaged shard."""
+    """The first places of a text, split by split; it may reach over the ends of windows, but not over those of documents. Best-fit
+    corpora are searched in the order of their documents. Raises InputError for an empty text, CorpusError for a damaged shard."""
     manifest = read_manifest(path)
     if not text:
         raise InputError("an empty text is everywhere", where=str(manifest.path), remedy="say what to look for")
     texts, found = _Texts(manifest), list[Match]()
     for split in manifest.splits:
-        for match in _matches(texts, split, text):
+        for match in (_packed_matches if manifest.best_fit else _matches)(texts, split, text):
             if len(found) >= limit:
                 return found
             found.append(match)
@@ -256,7 +265,7 @@ class _Texts:
             context, base, found = self.manifest.context, 0, [np.zeros(0, np.int64)]
             for shard in self.manifest.splits[split].shards:
                 self.rows(split, range(base, base + 1))    # checks the shard
-                column = _starts_column(self.manifest.path / shard.file)
+                column = _column(self.manifest.path / shard.file, "starts")
                 rows = np.repeat(np.arange(base, base + shard.windows), pc.list_value_length(column).to_numpy(zero_copy_only=False))
                 found.append(rows * context + column.flatten().to_numpy())
                 base += shard.windows
@@ -264,12 +273,50 @@ class _Texts:
         return self._starts[split]
 
     def starts_in(self, split: str, number: int) -> list[int]:
+        shard, row = self._place(split, number)
+        places: list[int] = _column(self.manifest.path / shard.file, "starts")[row].as_py()
+        return places
+
+    def filled(self, split: str, number: int) -> int:
+        """The tokens of a window that are no padding."""
+        shard, row = self._place(split, number)
+        return int(_column(self.manifest.path / shard.file, "filled")[row].as_py()) if self.manifest.best_fit else self.manifest.context + 1
+
+    def _place(self, split: str, number: int) -> tuple[Shard, int]:
         for shard in self.manifest.splits[split].shards:
             if number < shard.windows:
-                places: list[int] = _starts_column(self.manifest.path / shard.file)[number].as_py()
-                return places
+                return shard, number
             number -= shard.windows
         raise AssertionError(number)
+
+    def pieces(self, split: str) -> Iterator["_Pieces"]:
+        """The pieces of the documents of each shard, checked; a document has all its pieces in one."""
+        base = 0
+        for shard in self.manifest.splits[split].shards:
+            tokens = self.rows(split, range(base, base + shard.windows))
+            path = self.manifest.path / shard.file
+            starts, documents, offsets = (_column(path, name) for name in ("starts", "documents", "offsets"))
+            rows = np.repeat(np.arange(shard.windows), pc.list_value_length(starts).to_numpy(zero_copy_only=False))
+            begins = starts.flatten().to_numpy()
+            last = np.append(rows[1:] != rows[:-1], True)
+            ends = np.where(last, _column(path, "filled").to_numpy()[rows], np.append(begins[1:], 0))
+            order = np.lexsort((offsets.flatten().to_numpy(), documents.flatten().to_numpy()))
+            yield _Pieces(tokens, documents.flatten().to_numpy()[order], base + rows[order], base, begins[order], ends[order])
+            base += shard.windows
+
+    def packed_document(self, split: str, number: int, tokens: int) -> str:
+        """The text of a split's document by its number, where documents were packed by best-fit. Raises CorpusError where the windows
+        hold others."""
+        for pieces in self.pieces(split):
+            if pieces.documents[-1] >= number:
+                ids = pieces.document(*np.searchsorted(pieces.documents, [number, number + 1]))
+                break
+        else:
+            ids = np.zeros(0, np.int64)
+        if len(ids) != tokens:
+            raise CorpusError(f"document {number:,} has {len(ids):,} tokens, not {tokens:,}",
+                              where=f"{self.manifest.path / DOCUMENTS}: {split}", remedy="the file is of another corpus: prepare it again")
+        return self.decode(ids[:-1])
 
     def document(self, split: str, number: int, tokens: int) -> tuple[str, bool]:
         """(text, whether it is whole) of a split's document by its number. Raises CorpusError where the windows hold others."""
@@ -286,10 +333,30 @@ class _Texts:
         return self.decode(ids[:-1] if whole else ids), whole
 
 
-def _starts_column(path: Path) -> pa.ListArray:
+@dataclass(frozen=True)
+class _Pieces:
+    """A shard's pieces in the order of their documents."""
+
+    tokens: NDArray[Any]
+    """[windows, context + 1]."""
+    documents: NDArray[np.int64]
+    windows: NDArray[np.int64]
+    first_window: int
+    begins: NDArray[np.int32]
+    """Where in its window a piece begins, and where it ends."""
+    ends: NDArray[np.int32]
+
+    def document(self, first: int, stop: int) -> NDArray[Any]:
+        """The tokens of the document that has the pieces `first` to `stop`: each but the first begins with the last token of the one
+        before."""
+        return np.concatenate([np.zeros(0, self.tokens.dtype), *(
+            self.tokens[self.windows[i] - self.first_window, self.begins[i] + (i > first):self.ends[i]] for i in range(first, stop))])
+
+
+def _column(path: Path, name: str) -> Any:
     try:
         with pa.memory_map(str(path)) as file:
-            return pa.ipc.open_file(file).get_batch(0)["starts"]
+            return pa.ipc.open_file(file).get_batch(0)[name]
     except (OSError, pa.ArrowException) as error:
         raise CorpusError(f"cannot be read: {error}", where=str(path), remedy="prepare the corpus again") from None
 
@@ -326,6 +393,21 @@ def _matches(texts: _Texts, split: str, text: str) -> Iterator[Match]:
             at = decoded.find(text, at + len(text))
 
 
+def _packed_matches(texts: _Texts, split: str, text: str) -> Iterator[Match]:
+    """Document by document, of a shard at a time."""
+    context = texts.manifest.context
+    for pieces in texts.pieces(split):
+        edges = np.flatnonzero(np.append(True, pieces.documents[1:] != pieces.documents[:-1]))
+        for first, stop in zip(edges.tolist(), [*edges[1:].tolist(), len(pieces.documents)], strict=True):
+            tokens = pieces.document(first, stop)
+            decoded = texts.decode(tokens)
+            at = decoded.find(text)
+            while at >= 0:
+                piece = bisect.bisect_right(range(1, stop - first), at, key=lambda i: len(texts.decode(tokens[:i * context])))
+                yield Match(split, int(pieces.windows[first + piece]), _excerpt(decoded, at, len(text)))
+                at = decoded.find(text, at + len(text))
+
+
 def _excerpt(text: str, at: int, length: int) -> str:
     begin, end = max(0, at - EXCERPT_CHARS), min(len(text), at + length + EXCERPT_CHARS)
     return ("…" if begin else "") + text[begin:end] + ("…" if end < len(text) else "")
@@ -351,7 +433,7 @@ def _values(manifest: Manifest) -> dict[tuple[str, str], Any]:
         for reason, lost in step["rejected"].items():
             values["steps", f"{step['name']}.rejected.{reason}"] = _account(lost)
     for name, split in manifest.splits.items():
-        for key in ("documents", "bytes", "tokens", "dropped_tokens", "windows"):
+        for key in ("documents", "bytes", "tokens", "dropped_tokens", "windows", "padding_tokens", "repeated_tokens"):
             values["splits", f"{name}.{key}"] = getattr(split, key)
     return values
 

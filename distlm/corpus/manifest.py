@@ -6,6 +6,10 @@
 
 A shard is an Arrow IPC file of one record batch: `tokens`, fixed_size_list<uint16 | uint32>[context + 1], and `starts`,
 list<int32>, the positions in the window at which a document begins. A window begins with the last token of the one before it.
+
+Where documents were packed by best-fit, `starts` are the positions at which a document or a piece of one begins; beside them stand
+`documents`, list<int64>, the number of each in its split, `offsets`, list<int64>, the place in the document at which the piece begins,
+and `filled`, int32, the tokens of the window that are no padding.
 """
 
 import hashlib
@@ -47,6 +51,10 @@ class Split:
     """Those at the end that fill no window."""
     windows: int
     shards: tuple[Shard, ...]
+    padding_tokens: int = 0
+    """Those that fill up windows; none where documents follow each other."""
+    repeated_tokens: int = 0
+    """Of best-fit: those with which a further piece of a document begins, which end the piece before."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +79,11 @@ class Manifest:
         """The folder of the tokenizer, as transformers loads it."""
         return self.path / "tokenizer"
 
+    @property
+    def best_fit(self) -> bool:
+        """Whether documents were packed by best-fit."""
+        return "pack" in self.data
+
     def files(self, split: str) -> list[Path]:
         """The shard files of a split, in order."""
         return [self.path / shard.file for shard in self.splits[split].shards]
@@ -89,7 +102,8 @@ def read_manifest(path: Path | str) -> Manifest:
         if data["format"] != FORMAT:
             raise CorpusError(f"format {data['format']} is not {FORMAT}", where=str(path / FILE), remedy="prepare the corpus again")
         splits = {name: Split(split["documents"], split["bytes"], split["tokens"], split["dropped_tokens"], split["windows"],
-                              tuple(Shard(**shard) for shard in split["shards"])) for name, split in data["splits"].items()}
+                              tuple(Shard(**shard) for shard in split["shards"]), split.get("padding_tokens", 0),
+                              split.get("repeated_tokens", 0)) for name, split in data["splits"].items()}
         return Manifest(path, data["name"], data["context"], data["dtype"], data["seed"], data["tokenizer"]["vocab_size"],
                         data["tokenizer"]["eos_id"], splits, data)
     except (KeyError, TypeError, AttributeError, StorageError) as error:
@@ -123,6 +137,10 @@ def verify(path: Path | str) -> Manifest:
                                   remedy="prepare the corpus again")
         if sum(shard.windows for shard in split.shards) != split.windows:
             raise CorpusError("the windows of the shards do not add up", where=str(manifest.path / FILE), remedy="prepare the corpus again")
+        given = split.tokens + split.repeated_tokens + split.padding_tokens
+        if manifest.best_fit and split.windows * (manifest.context + 1) != given:
+            raise CorpusError(f"{split.windows:,} windows do not hold {given:,} tokens: those of the documents, repeated ones and padding",
+                              where=str(manifest.path / FILE), remedy="prepare the corpus again")
     if tokenizer_hash(manifest.tokenizer) != manifest.data["tokenizer"]["hash"]:
         raise CorpusError("the tokenizer has been changed", where=str(manifest.tokenizer), remedy="prepare the corpus again")
     if listed := manifest.data.get("documents"):

@@ -36,20 +36,20 @@ class Order:
             row = np.empty_like(offset)
             for one in np.unique(shard):
                 here = shard == one
-                row[here] = _permutation(self.sizes[one], self.seed, int(epoch), int(one) + 1)[offset[here]]
+                row[here] = permutation(self.sizes[one], self.seed, int(epoch), int(one) + 1)[offset[here]]
             shards[inside], rows[inside] = shard, row
         return shards, rows
 
 
 @lru_cache(maxsize=64)
 def _shard_order(sizes: tuple[int, ...], seed: int, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    order = _permutation(len(sizes), seed, epoch, 0)
+    order = permutation(len(sizes), seed, epoch, 0)
     starts = np.concatenate([[0], np.cumsum(np.asarray(sizes, dtype=np.int64)[order])[:-1]])
     return order, starts
 
 
 @lru_cache(maxsize=256)
-def _permutation(size: int, seed: int, epoch: int, stream: int) -> NDArray[np.int64]:
+def permutation(size: int, seed: int, epoch: int, stream: int) -> NDArray[np.int64]:
     """int64[size]: positions sorted by a hash, so that it never changes with a library's version."""
     with np.errstate(over="ignore"):
         key = hash64(hash64(hash64(np.uint64(seed) + GOLDEN) + np.uint64(epoch)) + np.uint64(stream))

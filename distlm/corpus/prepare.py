@@ -31,6 +31,7 @@ import xxhash
 from distlm import __version__
 from distlm.corpus import boilerplate, fuzzy
 from distlm.corpus.accounts import MAX_SAMPLES, Account, Samples, Step, account, add, write_rejects
+from distlm.corpus.bestfit import BestFitTask, Packed, groups, write_best_fit
 from distlm.corpus.decontaminate import Evaluations, Found
 from distlm.corpus.dedup import BATCH_ROWS, SortTask, sort_partition
 from distlm.corpus.documents import ReadResult, ReadTask, Rules, check, read_documents
@@ -61,7 +62,7 @@ from distlm.progress import Progress
 from distlm.runs import RunFolder
 from distlm.spec import PrepareSpec
 from distlm.spec.load import dump, nearest
-from distlm.spec.prepare import Boilerplate, Filter, Source
+from distlm.spec.prepare import Boilerplate, Filter, Pack, Source
 from distlm.storage import Storage, replacing, write_atomic, writing
 
 Item = TypeVar("Item")
@@ -125,9 +126,10 @@ def outputs(manifest: Manifest) -> dict[str, Any]:
     rejected = {reason: lost["documents"] for step in manifest.data["steps"] for reason, lost in step["rejected"].items()
                 if lost["documents"]}
     totals = {unit: sum(getattr(split, unit) for split in splits.values()) for unit in ("documents", "bytes", "tokens")}
+    units = ("tokens", "bytes", "windows", *(("padding_tokens",) if manifest.best_fit else ()))
     return {"": str(manifest.path), **totals,
-            **{f"{name}_{unit}": getattr(split, unit) for unit in ("tokens", "bytes", "windows") for name, split in splits.items()},
-            "vocab_size": manifest.vocab_size,
+            **{f"{name}_{unit}": getattr(split, unit) for unit in units for name, split in splits.items()},
+            **({"padding_share": manifest.data["pack"]["padding_share"]} if manifest.best_fit else {}), "vocab_size": manifest.vocab_size,
             "rejected": sum(rejected.values()), **{f"rejected.{reason}": count for reason, count in sorted(rejected.items())},
             "manifest_hash": manifest_hash(manifest.path)}
 
@@ -142,7 +144,7 @@ def parameters(spec: PrepareSpec) -> dict[str, Any]:
         data["decontaminate"]["against"] = sorted(spec.decontaminate.against)
         contents["evaluations"] = Evaluations.read(spec.decontaminate).hash()
     return {key: data[key] for key in ("clean", "filter", "decontaminate", "dedup", "split", "context", "shard_windows", "seed")} | \
-        {"tokenizer": tokenizer} | ({"contents": contents} if contents else {})
+        {"tokenizer": tokenizer} | ({"contents": contents} if contents else {}) | ({"pack": data["pack"]} if spec.pack != Pack() else {})
 
 
 def _contents(filters: dict[str, Any]) -> dict[str, str]:
@@ -431,18 +433,27 @@ class _Prepare:
     def pack(self, vocabulary: Vocabulary, encoded: list[dict[str, Encoded]]) -> dict[str, dict[str, Any]]:
         """Tokens to shards: the manifest's `splits`."""
         splits: dict[str, dict[str, Any]] = {}
-        tasks: list[PackTask] = []
+        tasks, best_fits = list[PackTask](), list[BestFitTask]()
         for name in self.rule.names:
             counts, parts, tokens = account(), [], 0
             for i, partition in enumerate(encoded):
                 add(counts, partition[name].step.given["documents"], partition[name].step.given["bytes"])
                 parts.append((Path(f"{self._tokens(i)}-{name}"), tokens, partition[name].tokens))
                 tokens += partition[name].tokens
+            if self.spec.pack.method == "best_fit":
+                splits[name] = {**counts, "tokens": tokens, "dropped_tokens": 0, "windows": 0, "padding_tokens": 0, "repeated_tokens": 0,
+                                "shards": []}
+                best_fits += [BestFitTask(self.scratch, f"{name}/{shard:05d}.arrow", parts, group, self.spec.context, vocabulary.dtype,
+                                          vocabulary.eos_id)
+                              for shard, group in enumerate(groups(parts, self.spec.shard_windows * self.spec.context))]
+                continue
             windows, dropped = num_windows(tokens, self.spec.context)
             splits[name] = {**counts, "tokens": tokens, "dropped_tokens": dropped, "windows": windows, "shards": []}
             for shard, first in enumerate(range(0, windows, self.spec.shard_windows)):
                 tasks.append(PackTask(self.scratch, f"{name}/{shard:05d}.arrow", parts, first,
                                       min(self.spec.shard_windows, windows - first), self.spec.context, vocabulary.dtype))
+        if best_fits:
+            return self._best_fit(best_fits, splits)
         self._check_windows(splits)
         total, done = sum(task.windows for task in tasks) * self.spec.context, 0
         shards: dict[int, Shard] = {}
@@ -465,6 +476,28 @@ class _Prepare:
                 for unit, found in (("documents", "bytes_count"), ("bytes", "bytes_sum"), ("tokens", "tokens_sum")):
                     count[unit] += row[found]
         return counts
+
+    def _best_fit(self, tasks: list[BestFitTask], splits: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """Pack by best-fit, and say what padding it takes."""
+        total, done = sum(split["tokens"] for split in splits.values()), 0
+        packed: dict[int, Packed] = {}
+        for i, result in self.each("pack", write_best_fit, tasks):
+            packed[i] = result
+            done += tasks[i].group.end - tasks[i].group.begin
+            self.progress.update("tokens", done, total)
+        for _, one in sorted(packed.items()):
+            split = splits[one.shard.file.split("/")[0]]
+            split["windows"] += one.shard.windows
+            split["padding_tokens"] += one.padding_tokens
+            split["repeated_tokens"] += one.repeated_tokens
+            split["shards"].append(vars(one.shard))
+        places = sum(split["windows"] for split in splits.values()) * (self.spec.context + 1)
+        padding, repeated = (sum(split[unit] for split in splits.values()) for unit in ("padding_tokens", "repeated_tokens"))
+        self.figures["pack"] = {"method": "best_fit", "padding_tokens": padding, "padding_share": round(padding / places, 6),
+                                "repeated_tokens": repeated}
+        self.progress.note(f"{padding:,} tokens of padding, {padding / places:.2%} of the windows")
+        self._check_windows(splits)
+        return splits
 
     def commit(self, vocabulary: Vocabulary, splits: dict[str, dict[str, Any]]) -> None:
         """Move what is whole to its place, and write the manifest."""

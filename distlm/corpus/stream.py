@@ -5,9 +5,11 @@ The driver builds a Ray dataset of plan blocks, one per (chunk of steps, rank), 
 
     dataset = plan_dataset(plan, first_step=120)                       # driver
     for tokens in ordered_steps(batches, plan, rank, first_step=120):  # worker: int64[share, context + 1]
+
+A plan that is `marked` has marks beside the tokens: where documents begin, and what gives no loss.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 
 BLOCK_BYTES = 8 << 20
 MAX_CHUNK_STEPS = 32
+START, NO_LOSS = 1, 2
+"""Bits of a token's mark: a document, or a piece of one, begins with it; to predict it gives no loss."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,8 @@ class Plan:
     seed: int
     mix: Mix | None = None
     """Which corpus gives which sample, where there are several."""
+    marked: bool = False
+    """Whether training needs marks beside the tokens."""
 
     @property
     def share(self) -> int:
@@ -65,7 +71,7 @@ class Windows:
         self.folder, self.split = Path(corpus), split
         self.manifest: Manifest = read_manifest(self.folder)
         self.shards = self.manifest.splits[split].shards
-        self._open: dict[int, NDArray[Any]] = {}
+        self._open: dict[int, pa.RecordBatch] = {}
 
     def order(self, seed: int) -> Order:
         return Order(tuple(shard.windows for shard in self.shards), seed)
@@ -78,17 +84,29 @@ class Windows:
         tokens = np.empty((len(rows), self.manifest.context + 1), dtype=self.manifest.dtype)
         for shard in np.unique(shards):
             here = shards == shard
-            tokens[here] = self._shard(int(shard))[rows[here]]
+            tokens[here] = self._shard(int(shard))["tokens"].flatten().to_numpy().reshape(-1, tokens.shape[1])[rows[here]]
         return tokens
 
-    def head(self, count: int) -> NDArray[Any]:
-        """The first `count` windows in file order."""
+    def marks(self, shards: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """uint8[n, context + 1]: the marks of the windows at (shard, row)."""
+        marks = np.empty((len(rows), self.manifest.context + 1), dtype=np.uint8)
+        for shard in np.unique(shards):
+            here = shards == shard
+            marks[here] = _marks(self._shard(int(shard)), rows[here], marks.shape[1])
+        return marks
+
+    def first(self, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(shard, row), both int64[n], of the first `count` windows in file order."""
         sizes = np.asarray([shard.windows for shard in self.shards], dtype=np.int64)
         shards = np.repeat(np.arange(len(sizes)), sizes)[:count]
         rows = np.concatenate([np.arange(n) for n in sizes] or [np.arange(0)])[:count]
-        return self.read(shards, rows.astype(np.int64))
+        return shards, rows.astype(np.int64)
 
-    def _shard(self, index: int) -> NDArray[Any]:
+    def head(self, count: int) -> NDArray[Any]:
+        """The first `count` windows in file order."""
+        return self.read(*self.first(count))
+
+    def _shard(self, index: int) -> pa.RecordBatch:
         if index not in self._open:
             shard = self.shards[index]
             path = self.folder / shard.file
@@ -100,10 +118,28 @@ class Windows:
             if len(buffer) != shard.bytes or xxhash.xxh3_64_hexdigest(memoryview(buffer)) != shard.xxh3:
                 raise CorpusError("the shard is damaged: its bytes are not those that the manifest records", where=str(path),
                                   remedy="restore it from a copy, or prepare the corpus again")
-            batch = pa.ipc.open_file(pa.BufferReader(buffer)).get_batch(0)
-            flat = batch.column("tokens").flatten().to_numpy(zero_copy_only=True)
-            self._open[index] = flat.reshape(batch.num_rows, self.manifest.context + 1)
+            self._open[index] = pa.ipc.open_file(pa.BufferReader(buffer)).get_batch(0)
         return self._open[index]
+
+
+def silent(marks: NDArray[Any], mask_documents: bool) -> NDArray[np.bool_]:
+    """Which tokens give no loss: where documents are masked their first ones too, as nothing of their own stands before them."""
+    return marks & (NO_LOSS | START if mask_documents else NO_LOSS) > 0
+
+
+def _marks(batch: pa.RecordBatch, rows: NDArray[np.int64], size: int) -> NDArray[np.uint8]:
+    """uint8[len(rows), size], from the columns of a shard that `manifest.py` describes."""
+    edges, starts = batch["starts"].offsets.to_numpy(), batch["starts"].values.to_numpy()
+    counts = edges[rows + 1] - edges[rows]
+    entries = np.arange(counts.sum()) + np.repeat(edges[rows] - (np.cumsum(counts) - counts), counts)
+    lines, places = np.repeat(np.arange(len(rows)), counts), starts[entries]
+    marks = np.zeros((len(rows), size), dtype=np.uint8)
+    marks[lines, places] = START
+    if "filled" in batch.schema.names:                     # packed by best-fit
+        carried = batch["offsets"].values.to_numpy()[entries] > 0
+        marks[lines[carried], places[carried]] |= NO_LOSS  # the piece before has predicted it
+        marks[np.arange(size) >= batch["filled"].to_numpy()[rows, None]] |= NO_LOSS
+    return marks
 
 
 @lru_cache(maxsize=256)
@@ -112,24 +148,33 @@ def _windows(corpus: str) -> Windows:
 
 
 def read_block(plan: Plan, steps: range, rank: int) -> dict[str, NDArray[Any]]:
-    """The rows of a block: tokens [len(steps) * share, context + 1], their step and their slot."""
+    """The rows of a block: tokens [len(steps) * share, context + 1], their marks where the plan has them, their step and their slot."""
     samples = np.concatenate([plan.samples(step, rank) for step in steps])
-    return {"tokens": read_samples(plan, samples),
+    return {"tokens": read_samples(plan, samples), **({"marks": read_marks(plan, samples)} if plan.marked else {}),
             "step": np.repeat(np.asarray(steps, dtype=np.int64), plan.share), "slot": np.full(len(samples), rank, dtype=np.int32)}
 
 
 def read_samples(plan: Plan, samples: NDArray[np.int64]) -> NDArray[Any]:
     """uint16 or uint32 [n, context + 1]: the windows of the samples, int64[n]. A corpus of a mixture gives its own samples in the order
     in which it would give them alone."""
+    return _read(plan, samples, Windows.read, _windows(plan.corpus).manifest.dtype)
+
+
+def read_marks(plan: Plan, samples: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """uint8[n, context + 1]: the marks of the same windows."""
+    return _read(plan, samples, Windows.marks, "uint8")
+
+
+def _read(plan: Plan, samples: NDArray[np.int64], read: Callable[..., NDArray[Any]], dtype: str) -> NDArray[Any]:
     windows = _windows(plan.corpus)
     if plan.mix is None:
-        return windows.read(*windows.order(plan.seed).locate(samples))
+        return read(windows, *windows.order(plan.seed).locate(samples))
     members, own = plan.mix.assign(samples)
-    tokens = np.empty((len(samples), windows.manifest.context + 1), dtype=windows.manifest.dtype)
+    found = np.empty((len(samples), windows.manifest.context + 1), dtype=dtype)
     for member in np.unique(members):
         here, windows = members == member, _windows(plan.mix.corpora[member])
-        tokens[here] = windows.read(*windows.order(plan.seed).locate(own[here]))
-    return tokens
+        found[here] = read(windows, *windows.order(plan.seed).locate(own[here]))
+    return found
 
 
 def plan_dataset(plan: Plan, first_step: int) -> "ray.data.Dataset":
@@ -155,14 +200,15 @@ def local_steps(plan: Plan, rank: int, first_step: int) -> Iterator[dict[str, ND
 
 
 def ordered_steps(batches: Iterable[dict[str, NDArray[Any]]], plan: Plan, rank: int, first_step: int) -> Iterator[NDArray[np.int64]]:
-    """int64[share, context + 1] for each step. Raises CorpusError where a row is not the planned one."""
+    """int64[share, context + 1] for each step; of a marked plan int64[share, 2, context + 1], tokens and marks. Raises CorpusError where
+    a row is not the planned one."""
     expected = first_step
     for batch in batches:
         if len(batch["tokens"]) != plan.share or (batch["step"] != expected).any() or (batch["slot"] != rank).any():
             raise CorpusError(f"the stream is out of order: rank {rank} expected step {expected} and got "
                               f"{len(batch['tokens'])} rows of steps {np.unique(batch['step'])}, slots {np.unique(batch['slot'])}",
                               cause="internal")
-        yield batch["tokens"].astype(np.int64)
+        yield np.stack([batch["tokens"], batch["marks"]], 1).astype(np.int64) if plan.marked else batch["tokens"].astype(np.int64)
         expected += 1
     if expected != plan.num_steps:
         raise CorpusError(f"the stream ended before step {expected} of {plan.num_steps}", cause="internal")

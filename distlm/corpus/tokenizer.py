@@ -64,6 +64,19 @@ def check_given(rules: Tokenizer) -> None:
         _given(Path(rules.source).expanduser())
 
 
+def token_bytes(folder: Path) -> npt.NDArray[np.int64] | None:
+    """int64[vocabulary]: the UTF-8 bytes that each token of a byte-level tokenizer stands for, none for special tokens; None for
+    tokenizers of another kind, which do not tell."""
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    if not isinstance(tokenizer.decoder, decoders.ByteLevel):
+        return None
+    vocabulary, added = tokenizer.get_vocab(with_added_tokens=True), tokenizer.get_added_tokens_decoder()
+    lengths = np.zeros(max(vocabulary.values()) + 1, np.int64)
+    for token, i in vocabulary.items():
+        lengths[i] = len(token) if i not in added else 0 if added[i].special else len(token.encode())
+    return lengths
+
+
 @dataclass(frozen=True)
 class VocabularyTask:
     """What a tokenizer is made from, and where it goes."""

@@ -14,6 +14,8 @@ CHUNK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 26}
 BLOCK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 26}
 """Logits that are there at once in the model's own precision: enough rows for a fast matrix product."""
 
+IGNORED = -100
+"""A target that gives no loss, as transformers has it."""
 PLAIN_HEADS = frozenset({"gpt2", "gpt_neox", "llama", "mistral", "mixtral", "olmo", "olmo2", "phi", "phi3", "qwen2",
                          "qwen2_moe", "qwen3", "qwen3_moe", "smollm3", "starcoder2"})
 """Families whose logits are their last hidden states times one matrix, and nothing after it. Others scale or cap them."""
@@ -28,14 +30,25 @@ class CausalLoss(nn.Module):
             model.set_output_embeddings(LossHead(model.get_output_embeddings()))
         self.model = model
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The sum over all predictions of -log p(token), a float32 scalar in nats. tokens: int64[batch, context + 1]."""
-        head, targets = self.model.get_output_embeddings(), tokens[:, 1:].flatten()
+    def forward(self, tokens: torch.Tensor, targets: torch.Tensor | None = None, positions: torch.Tensor | None = None) -> torch.Tensor:
+        """The sum over all predictions of -log p(token), a float32 scalar in nats. tokens: int64[batch, context + 1].
+
+        targets: int64[batch, context], IGNORED for a prediction that gives no loss; default: the tokens after the first, all of them.
+        positions: int64[batch, context], from 0 in each document, to which attention keeps; default: the whole window is one."""
+        head, kept = self.model.get_output_embeddings(), None
+        if targets is None:
+            targets = tokens[:, 1:].flatten()
+        else:
+            targets = targets.flatten()
+            kept = (targets != IGNORED).nonzero().squeeze(1)
+            targets = targets[kept]
+        inputs = {"input_ids": tokens[:, :-1], "use_cache": False, "return_dict": True,
+                  **({} if positions is None else {"position_ids": positions})}
         if not isinstance(head, LossHead):
-            logits = self.model(input_ids=tokens[:, :-1], use_cache=False, return_dict=True).logits
-            return summed_cross_entropy(logits.flatten(0, 1), targets)
-        head.targets = targets
-        return self.model(input_ids=tokens[:, :-1], use_cache=False, return_dict=True).logits
+            logits = self.model(**inputs).logits.flatten(0, 1)
+            return summed_cross_entropy(logits if kept is None else logits[kept], targets)
+        head.targets, head.kept = targets, kept
+        return self.model(**inputs).logits
 
 
 class LossHead(nn.Module):
@@ -45,13 +58,16 @@ class LossHead(nn.Module):
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
         self.targets: torch.Tensor | None = None
+        self.kept: torch.Tensor | None = None
+        """The rows of the hidden states that `targets` are for; None for all."""
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden: [batch, context, width]. Returns the summed cross-entropy of `targets`, a float32 scalar."""
-        targets, self.targets = self.targets, None
+        targets, kept, self.targets, self.kept = self.targets, self.kept, None, None
         assert targets is not None, "one set of targets for each pass"
         wanted = torch.is_grad_enabled() and (hidden.requires_grad or self.weight.requires_grad)
-        return _LinearCrossEntropy.apply(hidden.flatten(0, 1), self.weight, self.bias, targets, wanted)
+        rows = hidden.flatten(0, 1)
+        return _LinearCrossEntropy.apply(rows if kept is None else rows[kept], self.weight, self.bias, targets, wanted)
 
 
 def summed_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -272,6 +272,14 @@ class Tokenizer(Part):
         return self
 
 
+class Pack(Part):
+    """How documents fill windows."""
+
+    method: Literal["contiguous", "best_fit"] = "contiguous"
+    """contiguous: one after the other, cut wherever a window ends. best_fit: a document that fits a window is never cut; windows are
+    filled up with the end token, which gives no loss (Ding et al. 2024, arXiv:2404.10830)."""
+
+
 class PrepareSpec(Job):
     """From raw text to a corpus."""
 
@@ -293,8 +301,10 @@ class PrepareSpec(Job):
     """How text becomes tokens."""
     context: Annotated[int, Field(ge=8, le=1_048_576)] = 256
     """Predicted tokens per window; a window holds one token more."""
+    pack: Pack = Pack()
+    """How documents fill windows."""
     shard_windows: Annotated[int, Field(ge=1)] = 4096
-    """Windows per shard file."""
+    """Windows per shard file; with best_fit about so many, as each shard is packed by itself."""
     workers: Annotated[int | None, Field(ge=1)] = None
     """Parallel tasks; default: as many as the cluster has CPUs. It does not change the result."""
     seed: Seed = 0

@@ -87,7 +87,8 @@ class ModelSpec(Part):
 
 
 class Batch(Part):
-    """One optimizer step. Its loss is the sum over all tokens divided by their count, however it is cut into micro-batches."""
+    """One optimizer step. Its loss is the sum over all tokens that give loss divided by their count, however it is cut into
+    micro-batches."""
 
     global_tokens: Annotated[int | None, Field(ge=1)] = None
     """Tokens of a step over all workers: a multiple of the context."""
@@ -95,6 +96,9 @@ class Batch(Part):
     """The same as a number of sequences."""
     micro_sequences: Annotated[int | None, Field(ge=1)] = None
     """Sequences of one forward pass on one worker. Default: the largest divisor of a worker's share up to 16."""
+    mask_documents: bool | None = None
+    """Whether attention stays inside a document, whose positions begin at 0 and whose first token gives no loss. Default: true where a
+    corpus is packed by best-fit, else false."""
 
     @model_validator(mode="after")
     def _one(self) -> "Batch":

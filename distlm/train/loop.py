@@ -17,10 +17,12 @@ from torch import distributed
 from distlm.errors import TrainError
 from distlm.model.attention import use_cpu_attention
 from distlm.model.build import buffers, build_model, model_config, restore_buffers
+from distlm.model.documents import check_documents_apart
 from distlm.model.export import export_model
 from distlm.model.loss import CausalLoss
 from distlm.runs import RunFolder
 from distlm.train import checkpoint
+from distlm.train.batch import Batch, make_batch
 from distlm.train.evaluate import Evaluator
 from distlm.train.metrics import MetricsWriter
 from distlm.train.recipe import Recipe, manifest_of
@@ -32,13 +34,15 @@ def fit(recipe: Recipe, folder: RunFolder, steps: Iterator[NDArray[np.int64]], *
         resume_from: Path | None = None) -> None:
     """Train from `first_step` to the end, evaluate, checkpoint and export. All ranks call it, each with its own `steps`.
 
-    `steps` yields int64[share, context + 1], one per optimizer step. `resume_from` is a verified checkpoint of `first_step`.
+    `steps` yields what `ordered_steps` does, one array per optimizer step. `resume_from` is a verified checkpoint of `first_step`.
     Raises TrainError with its cause.
     """
     spec = recipe.spec
     model = build_model(spec.model, model_config(spec.model, recipe.shape), spec.seed)
     if device.type == "cpu":
         use_cpu_attention(model)
+    if recipe.mask_documents:
+        check_documents_apart(model)
     kept = buffers(model)
     engine = make_engine(spec, CausalLoss(model), deepspeed_config(spec, recipe.micro_sequences, recipe.accumulation))
     restore_buffers(engine.module.model, kept)
@@ -50,14 +54,14 @@ def fit(recipe: Recipe, folder: RunFolder, steps: Iterator[NDArray[np.int64]], *
     if first_step == 0 and writer:
         writer.start(val_loss)
     for step in range(first_step, recipe.num_steps):
-        tokens = torch.from_numpy(next(steps)).to(device)
+        batch = make_batch(next(steps), recipe.mask_documents, device)
         started = time.perf_counter()
         rate = learning_rate(spec.schedule, spec.optimizer.lr, step, recipe.num_steps)
-        loss, norm = train_step(engine, tokens, recipe, rate, step)
+        loss, norm, num_targets = train_step(engine, batch, recipe, rate, step)
         seconds, done = time.perf_counter() - started, step + 1
         val_loss = evaluator.loss(engine) if done % recipe.evaluate_every == 0 or done == recipe.num_steps else None
         if writer:
-            writer.step(done, loss, rate, norm, seconds, val_loss)
+            writer.step(done, loss, rate, norm, seconds, val_loss, num_targets)
         if done % recipe.checkpoint_every == 0 or done == recipe.num_steps:
             checkpoint.save(engine, folder.path, done, recipe, rank)
     weights = gather_weights(engine, rank)
@@ -68,24 +72,26 @@ def fit(recipe: Recipe, folder: RunFolder, steps: Iterator[NDArray[np.int64]], *
     distributed.barrier()
 
 
-def train_step(engine: Any, tokens: torch.Tensor, recipe: Recipe, rate: float, step: int) -> tuple[float, float]:
-    """One optimizer step on this rank's share: (mean loss in nats per token over the global batch, global gradient norm).
+def train_step(engine: Any, batch: Batch, recipe: Recipe, rate: float, step: int) -> tuple[float, float, int]:
+    """One optimizer step on this rank's share: (mean loss in nats per token over the global batch, global gradient norm, tokens that
+    gave loss).
 
-    The loss of a step is the sum over its tokens divided by their global count; DeepSpeed averages over ranks and
-    micro-batches, so the sum of a micro-batch is multiplied by both first. All ranks take part.
+    The loss of a step is the sum over its tokens that give loss divided by their global count; DeepSpeed averages over ranks
+    and micro-batches, so the sum of a micro-batch is multiplied by both first. All ranks take part.
     """
     for group in engine.optimizer.param_groups:
         group["lr"] = rate
-    scale = recipe.accumulation * recipe.world / recipe.tokens_per_step
-    total = torch.zeros((), dtype=torch.float64, device=tokens.device)
-    for i, micro in enumerate(tokens.split(recipe.micro_sequences)):
-        loss = engine(micro)
+    num_targets = count_targets(batch, recipe, step)
+    scale = recipe.accumulation * recipe.world / num_targets
+    total = torch.zeros((), dtype=torch.float64, device=batch.tokens.device)
+    for i, micro in enumerate(batch.split(recipe.micro_sequences)):
+        loss = engine(*micro.inputs)
         total += loss.detach().double()
         engine.backward(loss * scale)
         if i < recipe.accumulation - 1:
             engine.step()
     distributed.all_reduce(total)
-    mean = total.item() / recipe.tokens_per_step
+    mean = total.item() / num_targets
     if not math.isfinite(mean):
         first = step * recipe.global_sequences
         raise TrainError(f"the loss is {mean} at step {step + 1}, samples {first} to {first + recipe.global_sequences - 1}",
@@ -95,7 +101,20 @@ def train_step(engine: Any, tokens: torch.Tensor, recipe: Recipe, rate: float, s
     norm = norm if norm is not None else float(engine.get_global_grad_norm())
     if not math.isfinite(norm):
         raise TrainError(f"the gradient's norm is {norm} at step {step + 1}", remedy="lower optimizer.lr", cause="nonfinite_loss")
-    return mean, norm
+    return mean, norm, num_targets
+
+
+def count_targets(batch: Batch, recipe: Recipe, step: int) -> int:
+    """The tokens of the global batch that give loss, known before any is computed. Where there are marks, all ranks take part."""
+    if not recipe.marked:
+        return recipe.tokens_per_step
+    count = torch.tensor(batch.num_targets(), device=batch.tokens.device)
+    distributed.all_reduce(count)
+    if not count:
+        first = step * recipe.global_sequences
+        raise TrainError(f"no token gives loss at step {step + 1}, samples {first} to {first + recipe.global_sequences - 1}",
+                         remedy="raise batch.global_sequences, or leave out what is all padding or prompts", cause="bad_input")
+    return int(count)
 
 
 def gradient_norm(engine: Any) -> float | None:

@@ -22,11 +22,14 @@ class MetricsWriter:
             self._folder.metrics({"step": 0, "val_loss": val_loss, "time": time.time()})
             self._board.add_scalar("loss/val", val_loss, 0)
 
-    def step(self, done: int, loss: float, rate: float, norm: float, seconds: float, val_loss: float | None) -> None:
-        """Record a step: mean loss in nats, learning rate, gradient norm before clipping, seconds of the step alone."""
+    def step(self, done: int, loss: float, rate: float, norm: float, seconds: float, val_loss: float | None,
+             num_targets: int) -> None:
+        """Record a step: mean loss in nats, learning rate, gradient norm before clipping, seconds of the step alone, tokens that gave loss
+        where not all do."""
         tokens = self._recipe.tokens_per_step
         record = {"step": done, "loss": loss, "lr": rate, "grad_norm": norm, "tokens": done * tokens, "tokens_per_s": tokens / seconds,
-                  "time": time.time(), **({} if val_loss is None else {"val_loss": val_loss})}
+                  "time": time.time(), **({} if val_loss is None else {"val_loss": val_loss}),
+                  **({"loss_tokens": num_targets} if self._recipe.marked else {})}
         self._folder.metrics(record)
         for name, value in (("loss/train", loss), ("loss/val", val_loss), ("optimizer/lr", rate), ("optimizer/grad_norm", norm),
                             ("speed/tokens_per_s", tokens / seconds)):

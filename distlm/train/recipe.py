@@ -11,7 +11,8 @@ import numpy as np
 
 from distlm.corpus.manifest import Manifest, manifest_hash, read_manifest
 from distlm.corpus.mix import Mix
-from distlm.corpus.stream import Plan
+from distlm.corpus.stream import Plan, Windows, silent
+from distlm.corpus.tokenizer import token_bytes
 from distlm.errors import InputError, SpecError
 from distlm.model.build import Shape, model_config, num_parameters
 from distlm.model.find import find_model
@@ -53,9 +54,13 @@ class Recipe:
     val: tuple[ValPart, ...]
     """Empty where there are no validation windows."""
     val_bytes_per_token: float
-    """UTF-8 bytes that a validation token stands for."""
+    """UTF-8 bytes that a validation token which gives loss stands for."""
     mix: Mix | None = None
     """Which corpus gives which sample, where the spec names a mixture."""
+    mask_documents: bool = False
+    """Attention keeps to a document."""
+    marked: bool = False
+    """Not every token gives loss, or documents are masked: the stream carries marks."""
 
     @property
     def world(self) -> int:
@@ -86,7 +91,7 @@ class Recipe:
         return sum(part.windows for part in self.val)
 
     def plan(self) -> Plan:
-        return Plan(self.corpus, self.global_sequences, self.world, self.num_steps, self.spec.seed, self.mix)
+        return Plan(self.corpus, self.global_sequences, self.world, self.num_steps, self.spec.seed, self.mix, self.marked)
 
 
 def make_recipe(spec: TrainSpec, storage: Storage) -> Recipe:
@@ -128,13 +133,15 @@ def make_recipe(spec: TrainSpec, storage: Storage) -> Recipe:
     parameters = num_parameters(model_config(spec.model, shape))
     if spec.model.source is not None:
         check_tokenizer(Path(spec.model.source), manifest)
+    padded = any(one.best_fit for one in manifests)
+    masked = padded if spec.batch.mask_documents is None else spec.batch.mask_documents
     recipe = Recipe(spec, str(manifest.path), mixture_hash(spec, manifests), shape, parameters, sequences, micro, steps,
                     spec.evaluate.every_steps or max(1, steps // 10), spec.checkpoint.every_steps or max(1, min(1000, steps // 4)),
-                    (), 0.0, make_mix(spec, manifests, steps * sequences))
+                    (), 0.0, make_mix(spec, manifests, steps * sequences), masked, masked or padded)
     check_epochs(recipe, manifests)
     parts = val_parts(recipe, manifests)
-    splits = {str(one.path): one.splits["val"] for one in manifests}
-    per_token = sum(part.share * splits[part.corpus].bytes / splits[part.corpus].tokens for part in parts) if parts else 0.0
+    of = {str(one.path): one for one in manifests}
+    per_token = sum(part.share * _bytes_per_token(recipe, part, of[part.corpus]) for part in parts) if parts else 0.0
     return replace(recipe, val=parts, val_bytes_per_token=per_token)
 
 
@@ -226,6 +233,22 @@ def val_parts(recipe: Recipe, manifests: list[Manifest]) -> tuple[ValPart, ...]:
     wanted = np.maximum(1, np.floor(shares * recipe.spec.evaluate.max_windows)).astype(int)
     return tuple(ValPart(str(manifest.path), int(min(want, has)), float(share))
                  for manifest, want, has, share in zip(manifests, wanted, have, shares, strict=True) if has)
+
+
+def _bytes_per_token(recipe: Recipe, part: ValPart, manifest: Manifest) -> float:
+    """What a token that gives loss stands for: of the whole split where all do, else of the windows that are evaluated, as far as the
+    tokenizer tells what its tokens are."""
+    split = manifest.splits["val"]
+    if not recipe.marked:
+        return split.bytes / split.tokens
+    windows = Windows(part.corpus, "val")
+    shards, rows = windows.first(part.windows)
+    targets = windows.read(shards, rows)[:, 1:][~silent(windows.marks(shards, rows), recipe.mask_documents)[:, 1:]]
+    if not len(targets):
+        raise InputError(f"no token of the {part.windows} validation windows that are evaluated gives loss", where=part.corpus,
+                         remedy="prepare the corpus with a larger split.val_fraction")
+    lengths = token_bytes(manifest.tokenizer)
+    return split.bytes / split.tokens if lengths is None else float(lengths[targets].sum() / len(targets))
 
 
 def find_corpus(name: str, storage: Storage, where: str = "corpus") -> Path:

@@ -14,6 +14,7 @@ import pyarrow as pa
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
+from distlm.corpus.bestfit import best_fit_bytes
 from distlm.corpus.manifest import file_xxh3, tokenizer_hash, write_manifest
 from distlm.spec import TrainSpec
 from distlm.spec.load import dump, to_yaml
@@ -49,6 +50,29 @@ def make_corpus(folder: Path, windows: tuple[int, ...] = (20, 17, 11), val: int 
     write_manifest(folder, {"name": folder.name, "context": context, "dtype": "uint16", "seed": 0, "sources": [], "steps": [],
                             "tokenizer": {"kind": "given", "vocab_size": VOCABULARY, "eos_id": 0,
                                           "hash": tokenizer_hash(folder / "tokenizer")}, "split": {}, "splits": splits})
+    return folder
+
+
+def make_packed_corpus(folder: Path, lengths: tuple[int, ...] = (3, 9, 1, 40, 16, 17, 2, 5, 18, 12), times: int = 12) -> Path:
+    """A corpus of random documents, some longer than windows, that are packed by best-fit; each ends with token 0."""
+    make_corpus(folder, windows=(1,), val=1)
+    random, data = np.random.default_rng(1), json.loads((folder / "manifest.json").read_text())
+    del data["format"]
+    padding = 0
+    for split, repeats in (("train", times), ("val", 2)):
+        sizes = np.asarray(random.permutation(np.repeat(lengths, repeats)), np.int64)
+        starts = np.cumsum(sizes) - sizes
+        tokens = random.integers(1, VOCABULARY, sizes.sum(), dtype=np.uint16)
+        tokens[np.append(starts[1:], len(tokens)) - 1] = 0
+        content, windows, repeated = best_fit_bytes(tokens, starts, 0, CONTEXT, "uint16", 0)
+        file = folder / split / "00000.arrow"
+        file.write_bytes(content)
+        padded = windows * (CONTEXT + 1) - len(tokens) - repeated
+        shard = {"file": f"{split}/00000.arrow", "windows": windows, "bytes": len(content), "xxh3": file_xxh3(file)}
+        data["splits"][split] = {"documents": len(sizes), "bytes": 3 * len(tokens), "tokens": len(tokens), "dropped_tokens": 0,
+                                 "windows": windows, "padding_tokens": padded, "repeated_tokens": repeated, "shards": [shard]}
+        padding += padded
+    write_manifest(folder, {**data, "pack": {"method": "best_fit", "padding_tokens": padding, "padding_share": 0.1, "repeated_tokens": 0}})
     return folder
 
 
@@ -146,7 +170,8 @@ def main() -> None:
                 if full and first + i == int(full):
                     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
                 with open(run / f"windows-{rank}.txt", "a") as file:
-                    file.write(f"{first + i}: {' '.join(str(row[0] * VOCABULARY + row[1]) for row in tokens)}\n")
+                    rows = tokens[:, 0] if plan.marked else tokens
+                    file.write(f"{first + i}: {' '.join(str(row[0] * VOCABULARY + row[1]) for row in rows)}\n")
                 yield tokens
 
         loop.fit(recipe, RunFolder(run), steps(), rank=rank, device=torch.device("cpu"), first_step=first,

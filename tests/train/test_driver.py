@@ -16,7 +16,7 @@ import psutil
 import pytest
 import ray
 
-from distlm.corpus.stream import Plan, local_steps, ordered_steps, plan_dataset
+from distlm.corpus.stream import START, Plan, local_steps, ordered_steps, plan_dataset
 from distlm.errors import ClusterError, TrainError
 from distlm.runs import RunFolder
 from distlm.spec import TrainSpec
@@ -172,9 +172,9 @@ def test_a_job_that_the_cluster_can_never_hold_is_refused(cluster: str, corpus: 
         train(given, make_run(tmp_path, given), Storage(tmp_path), Records())
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
-def test_ray_data_deals_the_planned_blocks_to_the_ranks(cluster: str, corpus: Path, world: int) -> None:
-    plan = Plan(str(corpus), 12, world, 70, 0)
+@pytest.mark.parametrize(("world", "marked"), [(1, False), (2, True), (3, False)])
+def test_ray_data_deals_the_planned_blocks_to_the_ranks(cluster: str, corpus: Path, world: int, marked: bool) -> None:
+    plan = Plan(str(corpus), 12, world, 70, 0, marked=marked)
     dataset = plan_dataset(plan, 7)
     dataset.context.enable_progress_bars = False
     dataset.context.execution_options.preserve_order = True
@@ -188,7 +188,11 @@ def test_ray_data_deals_the_planned_blocks_to_the_ranks(cluster: str, corpus: Pa
         thread.start()
     for thread in threads:
         thread.join(120)
-    one = Plan(str(corpus), 12, 1, 70, 0)
+    one = Plan(str(corpus), 12, 1, 70, 0, marked=marked)
+    if marked:
+        marks = [tokens[:, 1] for rank in got for tokens in got[rank]]
+        got = {rank: [tokens[:, 0] for tokens in steps] for rank, steps in got.items()}
+        assert (np.concatenate(marks) == [START, *[0] * 16]).all(), "every window of this corpus begins with a document"
     for step, expected in enumerate(local_steps(one, 0, 7)):
         np.testing.assert_array_equal(np.concatenate([got[rank][step] for rank in range(world)]), expected["tokens"])
     numbers = np.concatenate([tokens[:, 0] * VOCABULARY + tokens[:, 1] for rank in got for tokens in got[rank]])

@@ -16,7 +16,8 @@ from distlm.spec.load import dump, to_yaml
 from distlm.storage import Storage
 from distlm.train import checkpoint
 from distlm.train.recipe import Recipe, inputs_of, make_recipe
-from tests.train.ranks import make_corpus, spec
+from tests.corpus.made import Doc, make
+from tests.train.ranks import make_corpus, make_packed_corpus, spec
 
 
 @pytest.fixture
@@ -131,6 +132,35 @@ def test_annealing_ends_with_the_run_and_validation_counts_its_average(storage: 
     given = recipe(storage, {"mix": mix(1, 0, final_weight=(0, 1)), "anneal_fraction": 0.5})
     assert given.mix and given.mix.anneal == (120, 240) and given.mix.counts(240).tolist() == [180, 60]
     assert [part.share for part in given.val] == pytest.approx([0.75, 0.25])
+
+
+def test_documents_are_masked_by_default_where_a_corpus_is_packed_by_best_fit(storage: Storage) -> None:
+    make_packed_corpus(storage.corpus("c"))
+    batch = {"global_sequences": 12, "micro_sequences": 2}
+    given = [recipe(storage, corpus, batch={**batch, **more}) for corpus, more in (
+        ("a", {}), ("a", {"mask_documents": True}), ("c", {}), ("c", {"mask_documents": False}), (mix(1, 1, 1), {}))]
+    assert [(one.mask_documents, one.marked, one.plan().marked) for one in given] == [
+        (False, False, False), (True, True, True), (True, True, True), (False, True, True), (True, True, True)]
+    assert given[2].val_bytes_per_token == 3.0, "this tokenizer does not tell what its tokens stand for"
+    rows = [dict(plan.needs(resolve(dump(one.spec)), storage)) for one in (given[0], given[2])]
+    assert "documents" not in rows[0] and "inside each" in rows[1]["documents"]
+
+
+def test_bytes_per_token_are_those_of_the_tokens_that_give_loss(storage: Storage) -> None:
+    make(storage.corpus("d"), [*(Doc("größer und größer", split=split) for split in ("train", "val")), Doc("zwei", split="val")])
+    assert recipe(storage, "d").val_bytes_per_token == 25 / 27      # "größer und größer" has 21 bytes and "zwei" 4, each has an end token
+    masked = recipe(storage, "d", batch={"global_sequences": 12, "micro_sequences": 2, "mask_documents": True})
+    assert masked.val_windows == 1 and masked.val_bytes_per_token == 1.0       # the one window of 16 predictions ends before the first end
+    held_out = [Doc(text, split="val") for text in ("zwei", "und drei", "4" * 30)]
+    make(storage.corpus("e"), [Doc("größer und größer"), *held_out])
+    masked = recipe(storage, "e", batch={"global_sequences": 12, "micro_sequences": 2, "mask_documents": True})
+    assert masked.val_windows == 2 and masked.val_bytes_per_token == (32 - 4) / (32 - 2)   # "zwei·und drei·4444…": 2 ends, 2 first tokens
+
+
+def test_validation_windows_without_a_token_that_gives_loss_are_refused(storage: Storage) -> None:
+    make_packed_corpus(storage.corpus("c"), lengths=(1, 1, 1, 1))
+    with pytest.raises(InputError, match=r"no token of the 1 validation windows that are evaluated gives loss; .*split\.val_fraction"):
+        recipe(storage, "c")
 
 
 def saved(given: Recipe, step: int) -> checkpoint.Checkpoint:

@@ -1,0 +1,55 @@
+"""Rows of the stream as the tensors that the loss takes."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from distlm.corpus.stream import START, silent
+from distlm.model.loss import IGNORED
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Windows, and where the corpus or the spec asks for it, which predictions count and where documents begin."""
+
+    tokens: torch.Tensor
+    """int64[sequences, context + 1]."""
+    targets: torch.Tensor | None = None
+    """int64[sequences, context], IGNORED where there is no loss; None where every token gives one."""
+    positions: torch.Tensor | None = None
+    """int64[sequences, context], each token's place in its document; None where attention does not keep to documents."""
+
+    @property
+    def sequences(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def inputs(self) -> tuple[torch.Tensor, ...]:
+        """What the loss is called with."""
+        return tuple(one for one in (self.tokens, self.targets, self.positions) if one is not None)
+
+    def num_targets(self) -> int:
+        """Predictions that give loss."""
+        return self.tokens[:, 1:].numel() if self.targets is None else int((self.targets != IGNORED).sum())
+
+    def split(self, sequences: int) -> Iterator["Batch"]:
+        """Micro-batches of so many sequences."""
+        parts = [one.split(sequences) for one in self.inputs]
+        yield from (Batch(*each) for each in zip(*parts, strict=True))
+
+
+def make_batch(rows: NDArray[Any], mask_documents: bool, device: torch.device) -> Batch:
+    """rows: int64[n, context + 1], or with marks int64[n, 2, context + 1], as `corpus.stream.ordered_steps` yields them."""
+    if rows.ndim == 2:
+        return Batch(torch.from_numpy(rows).to(device))
+    tokens, marks = rows[:, 0], rows[:, 1]
+    arrays = [tokens, np.where(silent(marks, mask_documents), IGNORED, tokens)[:, 1:]]
+    if mask_documents:
+        places = np.arange(tokens.shape[1])
+        starts = np.maximum.accumulate(np.where(marks & START > 0, places, 0), 1)
+        arrays.append((places - starts)[:, :-1])
+    return Batch(*(torch.from_numpy(np.ascontiguousarray(array)).to(device) for array in arrays))
