@@ -20,7 +20,7 @@ from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from distlm.errors import InputError, SpecError
-from distlm.spec.explain import KeyPath, at, describe, explain, field_names, merge_unions, nearest, shown
+from distlm.spec.explain import KeyPath, as_written, at, describe, explain, field_names, merge_unions, nearest, shown
 from distlm.spec.pipeline import PipelineSpec
 from distlm.spec.prepare import PrepareSpec
 from distlm.spec.serve import ServeSpec
@@ -140,6 +140,7 @@ def validate(data: dict[str, Any], path: str = "spec", lines: Mapping[KeyPath, i
         problems, passed_over = [], False
         for item in merge_unions(data, error.errors()):
             key, message, remedy = explain(model, item)
+            key = as_written(data, key)
             value = at(data, key)
             if references and isinstance(value, str) and REFERENCE.search(value):
                 passed_over = True
@@ -298,6 +299,10 @@ def to_yaml(data: Any) -> str:
 
 
 def _origin(key: KeyPath, origins: Mapping[KeyPath, str], path: str, data: Any) -> str:
+    written = as_written(data, key)
+    if written[-1] != key[-1]:                             # a short form has no place for it
+        return "default"
+    key = written
     if at(data, key) is None and not any(k[:len(key)] == key for k in origins):
         parent = next((key[:end] for end in range(len(key), 0, -1) if key[:end] in origins), ())
         value = at(data, parent) if parent else None
