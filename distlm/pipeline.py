@@ -70,7 +70,7 @@ def inline(loaded: Loaded) -> Loaded:
         if data.get("kind") == "pipeline":
             raise SpecError("a pipeline cannot be a step", where=where, remedy="put its steps here")
         if data.get("kind") == "tune" and isinstance(data.get("train"), str) and not REFERENCE.search(data["train"]):
-            data["train"], found = space.read_file(data["train"], folder_, f"{where}.train")
+            data["train"], found = space.read_train(data["train"], folder_, place(loaded, f"{prefix}.train"))
             origins |= {f"{prefix}.train.{key}": text for key, text in found.items()}
         if "name" not in data:
             data["name"], origins[f"{prefix}.name"] = f"{spec.name}-{step}", "default"

@@ -270,22 +270,26 @@ class TrainSpec(Job):
                 raise Rule(f"sharding.deepspeed.{section}", f"{raw!r} is no mapping")
             if name in raw if name else section in self.sharding.deepspeed:
                 raise Rule(f"sharding.deepspeed.{key}", f"contradicts {ours}, which sets it; leave it out and set {ours}")
-        check_schedule(self.schedule, self.duration.steps)
+        if self.duration.steps is not None:
+            check_steps(self, self.duration.steps)
         batch, workers = self.batch, self.scale.workers
         if batch.global_sequences is not None:
             check_batch(batch.global_sequences, batch.micro_sequences, workers)
         return self
 
 
-def check_schedule(schedule: Schedule, steps: int | None) -> None:
-    """Raises Rule where the warm-up does not fit a duration that is given in steps."""
-    warmup = schedule.warmup_steps
-    if steps is not None and warmup > steps:
+def check_steps(spec: TrainSpec, steps: int) -> None:
+    """Raises Rule where what is counted in steps does not fit a run of `steps`."""
+    warmup = spec.schedule.warmup_steps
+    if warmup > steps:
         raise Rule("schedule.warmup_steps", f"{warmup} are more than the {steps} of duration.steps; shorten the warm-up")
-    decay = max(1, round(schedule.decay_fraction * steps)) if steps is not None and schedule.name == "wsd" else 0
-    if steps is not None and warmup + decay > steps:
+    decay = max(1, round(spec.schedule.decay_fraction * steps)) if spec.schedule.name == "wsd" else 0
+    if warmup + decay > steps:
         raise Rule("schedule.warmup_steps", f"{warmup} steps of warm-up overlap the last {decay} of {steps}, which decay; shorten the "
                                             "warm-up or lower decay_fraction")
+    for key, every in (("evaluate", spec.evaluate.every_steps), ("checkpoint", spec.checkpoint.every_steps)):
+        if every is not None and every > steps:
+            raise Rule(f"{key}.every_steps", f"{every} has no effect in a run of {steps} steps; set {steps} at most, or leave it out")
 
 
 def check_batch(global_sequences: int, micro_sequences: int | None, workers: int) -> int:

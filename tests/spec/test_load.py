@@ -124,6 +124,17 @@ RULES = {
     TRAIN + "schedule: {warmup_steps: 4}\n": ":6: schedule.warmup_steps: 4 are more than the 3 of duration.steps; shorten the warm-up",
     TRAIN + "schedule: {name: wsd, warmup_steps: 3}\n":
         ":6: schedule.warmup_steps: 3 steps of warm-up overlap the last 1 of 3, which decay; shorten the warm-up or lower decay_fraction",
+    TRAIN + "evaluate: {every_steps: 4}\n":
+        ":6: evaluate.every_steps: 4 has no effect in a run of 3 steps; set 3 at most, or leave it out",
+    TRAIN + "checkpoint: {every_steps: 4}\n":
+        ":6: checkpoint.every_steps: 4 has no effect in a run of 3 steps; set 3 at most, or leave it out",
+    TUNE + "space: {seed: {grid: [1, 2, 1.0]}}\n":
+        ":4: space.seed.grid: 1.0 is there twice, and would be tried twice; take it out, or set trials to vary the seed",
+    TUNE + f"space:\n  seed: {{grid: {[*range(101)]}}}\n  optimizer.lr: {{grid: {[*range(1, 101)]}}}\n":
+        ":4: space: its grid has 10,100 points, and a sweep 10,000 trials at most; take fewer values, or choice in place of grid",
+    TUNE + "space: {optimizer.lr: {grid: [1, 2]}, optimizer.eps: {uniform: [1, 2]}}\ntrials: 5001\n":
+        ":4: space: its grid has 2 points, each 5001 times, and a sweep 10,000 trials at most; "
+             "take fewer values, or choice in place of grid",
     PREPARE + "sources: [a]\ntokenizer: {from: x, vocab_size: 300}\n":
         ":4: tokenizer.vocab_size: 300 has no effect beside from; leave it out",
     PREPARE + "sources: [a]\ntokenizer: {train: bytes, sample_bytes: 9}\n":

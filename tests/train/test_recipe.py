@@ -102,9 +102,10 @@ def test_a_duration_that_needs_more_passes_than_allowed_is_refused_and_the_remed
     capped[1]["epochs"] = 2                                # 26 windows of b, so 52 samples, so 4 steps of 12
     with pytest.raises(SpecError, match=r"corpus.mix.1.epochs: 20 steps take 120 samples of b, 9.23 passes .*for 4 steps.* allow 10"):
         recipe(storage, capped)
-    assert recipe(storage, capped, duration={"steps": 4}, schedule={"name": "constant"}).num_steps == 4
+    short = {"schedule": {"name": "constant"}, "evaluate": {}, "checkpoint": {}}
+    assert recipe(storage, capped, duration={"steps": 4}, **short).num_steps == 4
     with pytest.raises(SpecError, match="train for 4 steps"):
-        recipe(storage, capped, duration={"steps": 5}, schedule={"name": "constant"})
+        recipe(storage, capped, duration={"steps": 5}, **short)
     capped[1]["epochs"] = 10
     assert recipe(storage, capped).num_steps == 20
 
