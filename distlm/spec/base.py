@@ -3,7 +3,9 @@
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+
+from distlm.storage import NO_OBJECT_STORES
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]               # what numpy and torch both take
@@ -40,12 +42,18 @@ def _forms(annotation: Any) -> list[Any]:
     return [annotation]
 
 
+def _root(value: str | None) -> str | None:
+    if value and "://" in value:
+        raise Rule("", f"{value}: {'; '.join(NO_OBJECT_STORES)}")
+    return value
+
+
 class Job(Part):
     """What every kind of job has."""
 
     name: Name
     """The job's name: that of its folder under the storage root."""
-    storage: str | None = None
+    storage: Annotated[str | None, AfterValidator(_root)] = None
     """The storage root, a path that every node sees. Default: $DISTLM_STORAGE, else ~/distlm."""
 
 

@@ -33,7 +33,7 @@ KINDS: dict[str, type[Spec]] = {"prepare": PrepareSpec, "train": TrainSpec, "tun
 REFERENCE = re.compile(r"\$\{([^}]*)\}")
 SCALARS = (bool, int, float, str, datetime.date, type(None))
 __all__ = ["KINDS", "Loaded", "Spec", "at", "describe", "dotted", "dump", "field_names", "leaves", "load_spec", "locator", "nearest",
-           "parse", "plain", "put", "to_yaml", "validate"]
+           "nearest_file", "parse", "plain", "put", "to_yaml", "validate"]
 
 
 @dataclass(frozen=True)
@@ -129,6 +129,9 @@ def validate(data: dict[str, Any], path: str = "spec", lines: Mapping[KeyPath, i
 
     kind = data.get("kind")
     if not isinstance(kind, str) or kind not in KINDS:
+        mistyped = nearest("kind", data) if kind is None and "kind" not in data else ""
+        if mistyped:
+            raise SpecError("unknown key", where=where((mistyped,)), remedy="did you mean kind?")
         near = nearest(str(kind), KINDS) if kind is not None else ""
         raise SpecError("the key kind is missing" if kind is None else f"unknown kind {shown(kind)}",
                         where=where(("kind",) if "kind" in data else ()),
@@ -156,15 +159,21 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        folder = path.parent if path.parent.is_dir() else Path(".")
-        near = nearest(path.name, [p.name for p in folder.iterdir() if p.suffix in (".yaml", ".yml")])
-        raise SpecError("there is no such file", where=str(path), remedy=f"did you mean {folder / near}?" if near else
+        near = nearest_file(path)
+        raise SpecError("there is no such file", where=str(path), remedy=f"did you mean {near}?" if near else
                         "`distlm init` writes one") from None
     except UnicodeDecodeError:
         raise SpecError("cannot be read: it is not UTF-8 text", where=str(path)) from None
     except OSError as error:
         raise SpecError(f"cannot be read: {error.strerror}", where=str(path)) from None
     return parse(text, str(path))
+
+
+def nearest_file(path: Path) -> Path | None:
+    """The spec file with the most similar name in the folder of `path`, or in this one where there is no such folder."""
+    folder = path.parent if path.parent.is_dir() else Path(".")
+    near = nearest(path.name, [p.name for p in folder.iterdir() if p.suffix in (".yaml", ".yml")])
+    return folder / near if near else None
 
 
 def parse(text: str, path: str = "spec") -> tuple[dict[str, Any], dict[KeyPath, int]]:
@@ -176,7 +185,7 @@ def parse(text: str, path: str = "spec") -> tuple[dict[str, Any], dict[KeyPath, 
     if not isinstance(tree, CommentedMap):
         raise SpecError("the file is empty" if tree is None else "this is no mapping", where=path,
                         remedy="a spec is a mapping that begins with `kind:`")
-    lines: dict[KeyPath, int] = {}
+    lines: dict[KeyPath, int] = {(): tree.lc.line + 1}
 
     def walk(node: Any, key: KeyPath) -> None:
         tag = getattr(getattr(node, "tag", None), "value", None)

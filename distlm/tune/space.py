@@ -18,7 +18,7 @@ from pydantic import BaseModel
 
 from distlm.errors import InputError, SpecError
 from distlm.spec.explain import KeyPath, shown
-from distlm.spec.load import Loaded, dotted, leaves, locator, nearest, parse, put, validate, with_spec
+from distlm.spec.load import Loaded, dotted, leaves, locator, nearest, nearest_file, parse, put, validate, with_spec
 from distlm.spec.train import TrainSpec
 from distlm.spec.tune import Dimension, TuneSpec
 from distlm.storage import Storage
@@ -51,8 +51,9 @@ def read_file(name: str, folder: Path, where: str) -> tuple[dict[str, Any], dict
     try:
         data, lines = parse(path.read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as error:
+        near = nearest_file(path) if isinstance(error, FileNotFoundError) else None
         raise SpecError(f"{name} cannot be read: {getattr(error, 'strerror', None) or error}", where=where,
-                        remedy=f"a file is named relative to {folder}") from None
+                        remedy=f"did you mean {near}?" if near else f"a file is named relative to {folder}") from None
     found = {}
     for key, _ in leaves(data):
         line = next((lines[key[:end]] for end in range(len(key), 0, -1) if key[:end] in lines), 0)

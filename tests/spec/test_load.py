@@ -20,8 +20,9 @@ FORMS = {
     # whole files
     "": ": the file is empty; a spec is a mapping that begins with `kind:`",
     "- a\n- b\n": ": this is no mapping; a spec is a mapping that begins with `kind:`",
-    "name: a\n": ": the key kind is missing; one of prepare, train, tune, serve, pipeline",
+    "name: a\n": ":1: the key kind is missing; one of prepare, train, tune, serve, pipeline",
     "kind:\nname: a\n": ":1: kind: the key kind is missing; one of prepare, train, tune, serve, pipeline",
+    "\n# a remark\nknid: train\nname: a\n": ":3: knid: unknown key; did you mean kind?",
     "kind: trian\n": ":1: kind: unknown kind 'trian'; did you mean train?",
     "kind: [train]\n": ":1: kind: unknown kind ['train']; did you mean train?",
     "kind: 3\n": ":1: kind: unknown kind 3; one of prepare, train, tune, serve, pipeline",
@@ -33,7 +34,7 @@ FORMS = {
     TRAIN.replace("preset: llama-tiny", "source: x"): ":4: model.source: unknown key; there are preset, config, from, context",
     PREPARE + "sources:\n- a\n- path: b\n  fromat: text\n": ":6: sources.1.fromat: unknown key; did you mean format?",
     TUNE + "space: {optimizer.lr: {unifrom: [1, 2]}}\n": ":4: space.optimizer.lr.unifrom: unknown key; did you mean uniform?",
-    TRAIN.replace("corpus: c\n", ""): ": corpus: this key is missing; a prepared corpus, by name or path",
+    TRAIN.replace("corpus: c\n", ""): ":1: corpus: this key is missing; a prepared corpus, by name or path",
     # types
     TRAIN.replace("name: a", "name:"): ":2: name: null: must be text",
     TRAIN.replace("name: a", "name: 12"): ":2: name: 12: must be text; put it in quotes",
@@ -124,6 +125,8 @@ RULES = {
     TRAIN + "schedule: {warmup_steps: 4}\n": ":6: schedule.warmup_steps: 4 are more than the 3 of duration.steps; shorten the warm-up",
     TRAIN + "schedule: {name: wsd, warmup_steps: 3}\n":
         ":6: schedule.warmup_steps: 3 steps of warm-up overlap the last 1 of 3, which decay; shorten the warm-up or lower decay_fraction",
+    TRAIN + "storage: s3://bucket/x\n": ":6: storage: s3://bucket/x: object stores are not supported yet; "
+                                        "name a folder that every node sees, e.g. on NFS, Lustre or a mounted bucket",
     TRAIN + "evaluate: {every_steps: 4}\n":
         ":6: evaluate.every_steps: 4 has no effect in a run of 3 steps; set 3 at most, or leave it out",
     TRAIN + "checkpoint: {every_steps: 4}\n":

@@ -121,7 +121,8 @@ def test_a_training_spec_in_a_file_is_put_in_its_place_with_its_lines(tmp_path: 
     assert "name" not in loaded.spec.train, "a resolved spec reads back"
     assert resolve(dump(loaded.spec)).spec == loaded.spec
     (tmp_path / "train.yaml").unlink()
-    with pytest.raises(SpecError, match=r"train\.yaml cannot be read"):
+    (tmp_path / "trains.yaml").touch()
+    with pytest.raises(SpecError, match=r"tune\.yaml:3: train: train\.yaml cannot be read: No such file.*; did you mean .*/trains\.yaml\?"):
         resolve(tmp_path / "tune.yaml")
 
 
