@@ -97,6 +97,17 @@ def test_a_sweep_counts_its_trials_and_a_pipeline_plans_step_by_step(storage: St
     assert rows["train: parameters"] == rows["tune: a trial's parameters"] and "address" in "".join(rows)
 
 
+@pytest.mark.parametrize("tokenizer", [{}, {"train": "bytes"}])
+def test_a_step_that_leaves_defaults_out_is_planned_with_those_of_the_spec(tokenizer: dict[str, str], storage: Storage) -> None:
+    def parameters(**prepare: Any) -> str:
+        train = {"kind": "train", "corpus": "${prepare}", "model": MODEL, "duration": {"steps": 5}}
+        steps = {"prepare": {"kind": "prepare", "sources": ["stdlib"], **prepare}, "train": train}
+        return needs(storage, kind="pipeline", steps=steps)["train: parameters"]
+
+    vocabulary = 260 if tokenizer else 4096
+    assert parameters(tokenizer=tokenizer) == parameters(tokenizer={"vocab_size": vocabulary}, context=256)
+
+
 @pytest.mark.parametrize("line, text", [
     ("batch: {global_tokens: 100}", r"train\.yaml:6: batch\.global_tokens: 100 is no multiple"),
     ("batch: {global_sequences: 100000000000, micro_sequences: 3}", r"3 does not divide .*; try 1, 2, 4, 5"),

@@ -119,12 +119,16 @@ class Decontaminate(Part):
     """Words in a row, in lower case and without punctuation, that are a hit (Brown et al. 2020, appendix C)."""
 
 
+BYTES_VOCABULARY = 260
+"""The 256 bytes and the special tokens: what every vocabulary that is made here begins with."""
+
+
 class Tokenizer(Part):
     """Trained here (bpe), the 256 bytes themselves (bytes), or taken from a folder (from)."""
 
     train: Literal["bpe", "bytes"] | None = None
     """`bpe` trains a byte-level BPE on the training split; `bytes` uses one token per byte. Default: bpe."""
-    vocab_size: Annotated[int, Field(ge=260, le=1_000_000)] = 4096
+    vocab_size: Annotated[int, Field(ge=BYTES_VOCABULARY, le=1_000_000)] = 4096
     """Tokens of the vocabulary that is trained, special tokens included."""
     sample_bytes: Annotated[int, Field(ge=1)] = 50_000_000
     """Bytes of the training split, chosen by content hash, that the vocabulary is learned from."""
