@@ -13,8 +13,8 @@ from pydantic import ValidationError
 
 from distlm.errors import ClusterError, SpecError
 from distlm.head import LocalCluster
-from distlm.spec.explain import explain
-from distlm.spec.load import dotted, parse
+from distlm.spec.explain import explain, shown
+from distlm.spec.load import dotted, nearest, parse
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,12 @@ def read(path: Path) -> LocalCluster | RayUpFile:
         data, lines = parse(path.read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise SpecError(f"cannot be read: {getattr(error, 'strerror', None) or error}", where=str(path)) from None
+    if "provider" not in data and (mistyped := nearest("provider", data)):
+        raise SpecError("unknown key", where=f"{path}:{lines[mistyped,]}: {mistyped}", remedy="did you mean provider?")
     if "provider" in data:
+        if not isinstance(data["provider"], dict):
+            raise SpecError(f"{shown(data['provider'])}: must be a section", where=f"{path}:{lines['provider',]}: provider",
+                            remedy="its keys are type, region and what else the provider needs")
         _check_ray_up(path, data, lines)
         return RayUpFile(path, data)
     return _local(data, str(path), lines)
@@ -93,6 +98,12 @@ def _check_ray_up(path: Path, data: dict[str, Any], lines: Any) -> None:
     except Mismatch as error:
         key = tuple(error.absolute_path)
         line = next((f":{lines[key[:end]]}" for end in range(len(key), 0, -1) if key[:end] in lines), "")
+        if error.validator == "additionalProperties":
+            known = error.schema.get("properties", {})
+            place = (*key, next(name for name in error.instance if name not in known))
+            near = nearest(place[-1], known)
+            raise SpecError("unknown key", where=f"{path}:{lines.get(place, 1)}: {dotted(place)}",
+                            remedy=f"did you mean {near}?" if near else "`ray up` has no such key") from None
         raise SpecError(error.message, where=f"{path}{line}: {dotted(key)}".rstrip(": ")) from None
     except (ValueError, KeyError, NotImplementedError, ImportError, RuntimeError) as error:
         raise SpecError(str(error), where=str(path)) from None

@@ -17,7 +17,9 @@ def starters() -> dict[str, str]:
 
 
 def init(folder: Path) -> list[Path]:
-    """Write the starter specs into `folder`. Raises InputError, having written nothing, where one of them exists."""
+    """Write the starter specs into `folder`. Raises InputError, having written nothing, where it is no folder or one of them exists."""
+    if file := next((path for path in (folder, *folder.parents) if path.exists() and not path.is_dir()), None):
+        raise InputError("this is a file, and the specs need a folder", where=str(file), remedy="name another folder: `distlm init DIR`")
     files = {folder / name: text for name, text in starters().items()}
     taken = [path.name for path in files if path.exists()]
     if taken:

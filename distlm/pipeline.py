@@ -22,7 +22,7 @@ from distlm.errors import InputError, ServeError, SpecError
 from distlm.progress import Progress
 from distlm.runs import RunFolder
 from distlm.serve.client import healthy
-from distlm.spec import PrepareSpec, TuneSpec
+from distlm.spec import PrepareSpec, ServeSpec, TuneSpec
 from distlm.spec.explain import KeyPath
 from distlm.spec.load import REFERENCE, Loaded, Spec, dotted, dump, leaves, locator, nearest, put, validate, with_spec
 from distlm.spec.pipeline import PipelineSpec
@@ -37,6 +37,8 @@ OUTPUTS = {
     "serve": ("url", "api_key_file", "model"),
 }
 """Kind -> what `${step.output}` may name; a sweep also has `best.<key>` for every key of its space."""
+MAKERS: dict[str, dict[str, tuple[str, ...]]] = {"corpus": {"prepare": ("",)}, "model": {"train": ("", "export"), "tune": ("best",)}}
+"""What a key may take -> the kinds of steps that make it, and the outputs, "" for the step itself, that name it."""
 HASHED_BYTES = 64 << 20
 
 
@@ -69,7 +71,7 @@ def inline(loaded: Loaded) -> Loaded:
         if data.get("kind") == "pipeline":
             raise SpecError("a pipeline cannot be a step", where=where, remedy="put its steps here")
         if data.get("kind") == "tune" and isinstance(data.get("train"), str) and not REFERENCE.search(data["train"]):
-            data["train"], found = space.read_file(data["train"], folder_, f"{where}.train")
+            data["train"], found = space.read_train(data["train"], folder_, place(loaded, f"{prefix}.train"))
             origins |= {f"{prefix}.train.{key}": text for key, text in found.items()}
         if "name" not in data:
             data["name"], origins[f"{prefix}.name"] = f"{spec.name}-{step}", "default"
@@ -91,17 +93,20 @@ def check(loaded: Loaded) -> list[str]:
                 raise SpecError(f"{data['name']} is the name of the step {taken} too", where=where)
             for key, value in leaves(data):
                 for text in value if isinstance(value, list) else [value]:
-                    for reference in REFERENCE.findall(text) if isinstance(text, str) else []:
-                        output(spec.steps, reference, place(loaded, f"steps.{step}.{dotted(key)}"))
+                    if isinstance(text, str) and "${" in text:
+                        check_references(spec.steps, step, key, text, place(loaded, f"steps.{step}.{dotted(key)}"))
             if data.get("storage") is not None:
                 raise SpecError(f"{data['storage']} has no effect: a pipeline's steps share its storage",
                                 where=place(loaded, f"steps.{step}.storage"), remedy="set storage beside steps")
             check_step(spec.steps, step, locator(loaded, f"steps.{step}"))
+            check_context(spec.steps, step, locator(loaded, f"steps.{step}"))
         except SpecError as error:
             problems.append(str(error))
     if problems:
         raise SpecError("\n".join(problems))
-    return order(spec.steps, lambda step: place(loaded, f"steps.{step}"))
+    steps = order(spec.steps, lambda step: place(loaded, f"steps.{step}"))
+    check_address({step: spec.steps[step] for step in steps}, lambda step, key: locator(loaded, f"steps.{step}")((key,)))
+    return steps
 
 
 def check_step(steps: Mapping[str, Any], step: str, where: Callable[[KeyPath], str]) -> None:
@@ -110,6 +115,66 @@ def check_step(steps: Mapping[str, Any], step: str, where: Callable[[KeyPath], s
     spec = validate(data, references=True, place=where)
     if data.get("kind") == "tune" and isinstance(data.get("train"), dict) and spec is not None:
         space.check(spec, where, references=True)
+
+
+def check_references(steps: Mapping[str, Any], step: str, key: KeyPath, text: str, where: str) -> None:
+    """Raises SpecError where a text names an output that is not there, or is as a whole a reference to what `key` does not take."""
+    if "${" in REFERENCE.sub("", text):
+        raise SpecError(f"{text!r}: a reference is not closed", where=where, remedy="write ${step} or ${step.output}")
+    for reference in REFERENCE.findall(text):
+        output(steps, reference, where)
+    whole, wanted = REFERENCE.fullmatch(text), takes(steps[step].get("kind"), key)
+    other, name = split(steps, whole[1]) if whole else ("", "")
+    kind = str(steps[other].get("kind")) if whole else ""
+    if not wanted or kind not in OUTPUTS or name in MAKERS[wanted].get(kind, ()) or name.startswith("best."):
+        return
+    fit = [f"${{{one}{names[0] and '.'}{names[0]}}}" for one, data in steps.items()
+           for names in [MAKERS[wanted].get(str(data.get("kind")))] if names and one != step]
+    raise SpecError(f"{text} is no {wanted}: {other} is a {kind} step", where=where,
+                    remedy=f"did you mean {' or '.join(fit)}?" if fit else f"a {next(iter(MAKERS[wanted]))} step makes one")
+
+
+def takes(kind: Any, key: KeyPath) -> str:
+    """What a key of a step takes: a corpus, a model, or "" for anything."""
+    if kind == "tune" and key[0] == "train":
+        kind, key = "train", key[1:]
+    if kind == "train" and key[:1] == ("corpus",) and key[-1] == "corpus":
+        return "corpus"
+    return "model" if (kind, key) in (("serve", ("model",)), ("train", ("model", "from"))) else ""
+
+
+def check_context(steps: Mapping[str, Any], step: str, where: Callable[[KeyPath], str]) -> None:
+    """Raises SpecError where the corpora that a step trains on have another context than its model or than each other."""
+    inside: KeyPath = ("train",) if steps[step].get("kind") == "tune" else ()
+    data = steps[step]["train"] if inside else steps[step]
+    model = data.get("model") if isinstance(data, dict) else None
+    asked = model.get("context") if isinstance(model, dict) else None
+    found: dict[str, int] = {}
+    for key, value in leaves({"corpus": data.get("corpus")}) if isinstance(data, dict) else ():
+        whole = REFERENCE.fullmatch(value) if isinstance(value, str) and takes(data.get("kind", "train"), key) else None
+        other, name = split(steps, whole[1]) if whole else ("", "")
+        context = steps[other].get("context", PrepareSpec.model_fields["context"].default) if other and not name else None
+        if not isinstance(context, int):                   # a reference itself, or a corpus that is there
+            continue
+        if isinstance(asked, int) and asked != context:
+            raise SpecError(f"{asked} is not the context of the corpus that {other} makes, {context}",
+                            where=where((*inside, "model", "context")), remedy=f"leave it out, or set context: {asked} in {other}")
+        if first := next((one for one in found if found[one] != context), ""):
+            raise SpecError(f"{other} makes windows of {context} tokens, and {first} of {found[first]}", where=where((*inside, *key)),
+                            remedy=f"set context: {found[first]} in {other}")
+        found[other] = context
+
+
+def check_address(steps: Mapping[str, Any], where: Callable[[str, str], str]) -> None:
+    """`steps` are in order. Raises SpecError where an endpoint asks for another address than the one that the first has taken."""
+    address: dict[str, Any] = {}
+    for step, data in steps.items():
+        for key in ("host", "port") if data.get("kind") == "serve" else ():
+            value = data.get(key, ServeSpec.model_fields[key].default)
+            first, taken = address.setdefault(key, (step, value))
+            if value != taken and value != 0 and not any(isinstance(one, str) and "${" in one for one in (value, taken)):
+                raise SpecError(f"a cluster has one address, and {first} takes {taken or 'a free one'}, not {value}",
+                                where=where(step, key), remedy=f"set {key}: {taken} here too, or {key}: {value} there")
 
 
 def stand_in(steps: Mapping[str, Any], value: Any) -> Any:

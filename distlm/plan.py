@@ -10,6 +10,7 @@ from distlm.errors import InputError, SpecError
 from distlm.model.find import find_model
 from distlm.spec import PipelineSpec, PrepareSpec, ServeSpec, TrainSpec, TuneSpec
 from distlm.spec.load import Loaded, Spec, located, validate
+from distlm.spec.prepare import BYTES_VOCABULARY, Tokenizer
 from distlm.storage import Storage
 
 Rows = list[tuple[str, str]]
@@ -184,8 +185,10 @@ def _of_step(pipe: PipelineSpec, spec: Spec, storage: Storage) -> Rows:
     if made_by.get("kind") == "prepare" and "from" not in tokenizer and not train.model.source:
         from distlm.model.build import Shape
 
-        vocabulary = 260 if tokenizer.get("train") == "bytes" else tokenizer.get("vocab_size", 4096)
-        rows += [(prefix + what, text) for what, text in of_model(train, Shape(vocabulary, made_by.get("context", 256), 0), None)]
+        trained = tokenizer.get("vocab_size", Tokenizer.model_fields["vocab_size"].default)
+        vocabulary = BYTES_VOCABULARY if tokenizer.get("train") == "bytes" else trained
+        context = made_by.get("context", PrepareSpec.model_fields["context"].default)
+        rows += [(prefix + what, text) for what, text in of_model(train, Shape(vocabulary, context, 0), None)]
     return rows + [(prefix + what, text) for what, text in of_scale(train)]
 
 

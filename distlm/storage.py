@@ -17,6 +17,7 @@ from typing import Any
 
 from distlm.errors import StorageError
 
+NO_OBJECT_STORES = "object stores are not supported yet", "name a folder that every node sees, e.g. on NFS, Lustre or a mounted bucket"
 FOLDERS = {"prepare": "corpora", "train": "runs", "tune": "sweeps", "serve": "endpoints", "pipeline": "pipelines"}
 
 
@@ -31,8 +32,7 @@ class Storage:
         """The root that is named, else $DISTLM_STORAGE, else ~/distlm. Raises StorageError for one that cannot be used."""
         text = root or os.environ.get("DISTLM_STORAGE") or "~/distlm"
         if "://" in text:
-            raise StorageError("object stores are not supported yet", where=f"storage: {text}",
-                               remedy="name a folder that every node sees, e.g. on NFS, Lustre or a mounted bucket")
+            raise StorageError(NO_OBJECT_STORES[0], where=f"storage: {text}", remedy=NO_OBJECT_STORES[1])
         return Storage(Path(os.path.abspath(Path(text).expanduser())))
 
     @staticmethod

@@ -126,6 +126,9 @@ def test_init_writes_specs_that_plan_and_overwrites_nothing(distlm, tmp_path):
     for name in files[1:]:
         assert (tmp_path / "new" / name).read_text().splitlines()[0] == "# yaml-language-server: $schema=distlm.schema.json"
     (tmp_path / "new" / "train.yaml").write_text("mine")
+    for name in ("new/train.yaml", "new/train.yaml/deeper"):
+        onto = distlm("init", name)
+        assert onto.returncode == 2 and "new/train.yaml: this is a file, and the specs need a folder; name another" in onto.stderr
     again = distlm("init", "new")
     assert again.returncode == 2 and "train.yaml" in again.stderr and (tmp_path / "new" / "train.yaml").read_text() == "mine"
     shown = distlm("plan", "new/prepare.yaml", "--set", "context=64").stdout

@@ -17,7 +17,9 @@ from tests.records import Records
 
 PREPARE = {"kind": "prepare", "sources": ["stdlib"]}
 TRAIN = {"kind": "train", "corpus": "${prepare}", "model": {"preset": "llama-tiny"}, "duration": {"steps": 3}}
-TUNE = {"kind": "tune", "train": {k: v for k, v in TRAIN.items() if k != "kind"}, "space": {"optimizer.lr": {"grid": [0.1, 0.2]}}}
+TUNE: dict[str, Any] = {"kind": "tune", "train": {k: v for k, v in TRAIN.items() if k != "kind"},
+                        "space": {"optimizer.lr": {"grid": [0.1, 0.2]}}}
+SERVE = {"kind": "serve", "model": "${train}"}
 
 
 def steps(**given: Any) -> dict[str, Any]:
@@ -56,9 +58,49 @@ def test_steps_run_after_what_they_need_by_reference_or_by_needs() -> None:
     ({"a.b": {"file": "none.yaml", "set": "text"}}, "steps.a.b.set: 'text': must be a section"),
     ({"a": {"file": 5}}, "steps.a.file: 5: must be text"),
     ({"a": {**PREPARE, "storage": "/other"}}, "steps.a.storage: /other has no effect: a pipeline's steps share its storage; set storage"),
+    ({"prepare": PREPARE, "train": TRAIN, "serve": {**SERVE, "model": "${prepare}"}},
+     "steps.serve.model: ${prepare} is no model: prepare is a prepare step; did you mean ${train}?"),
+    ({"prepare": PREPARE, "tune": TUNE, "serve": {**SERVE, "model": "${tune}"}}, "did you mean ${tune.best}?"),
+    ({"prepare": PREPARE, "train": TRAIN, "serve": {**SERVE, "model": "${train.val_loss}"}},
+     "steps.serve.model: ${train.val_loss} is no model"),
+    ({"prepare": PREPARE, "one": TRAIN, "two": {**TRAIN, "corpus": "${one}"}},
+     "steps.two.corpus: ${one} is no corpus: one is a train step; did you mean ${prepare}?"),
+    ({"one": {**TRAIN, "corpus": "c"}, "two": {**TRAIN, "corpus": "${one}"}}, "a prepare step makes one"),
+    ({"prepare": PREPARE, "one": TRAIN, "two": {**TRAIN, "corpus": [{"corpus": "${one}", "weight": 1}]}},
+     "steps.two.corpus.0.corpus: ${one} is no corpus"),
+    ({"prepare": PREPARE, "one": TRAIN, "tune": {**TUNE, "train": {**TUNE["train"], "corpus": "${one}"}}},
+     "steps.tune.train.corpus: ${one} is no corpus"),
+    ({"prepare": PREPARE, "two": {**TRAIN, "model": {"from": "${prepare}"}}}, "steps.two.model.from: ${prepare} is no model"),
+    ({"prepare": PREPARE, "train": {**TRAIN, "corpus": "${prepare"}},
+     "steps.train.corpus: '${prepare': a reference is not closed; write ${step} or ${step.output}"),
+    ({"prepare": PREPARE, "other": {**PREPARE, "tokenizer": {"from": "${prepare}/${tokenizer"}}}, "a reference is not closed"),
+    ({"prepare": {**PREPARE, "context": 64}, "train": {**TRAIN, "model": {"preset": "llama-tiny", "context": 128}}},
+     "steps.train: model.context: 128 is not the context of the corpus that prepare makes, 64; "
+     "leave it out, or set context: 128 in prepare"),
+    ({"prepare": PREPARE, "tune": {**TUNE, "train": {**TUNE["train"], "model": {"preset": "llama-tiny", "context": 128}}}},
+     "steps.tune: train.model.context: 128 is not the context of the corpus that prepare makes, 256"),
+    ({"a": PREPARE, "b": {**PREPARE, "context": 64}, "train": {**TRAIN, "corpus": [{"corpus": "${a}", "weight": 1},
+                                                                                   {"corpus": "${b}", "weight": 1}]}},
+     "steps.train: corpus.1.corpus: b makes windows of 64 tokens, and a of 256; set context: 256 in b"),
+    ({"prepare": PREPARE, "train": TRAIN, "one": {**SERVE, "port": 8001}, "two": {**SERVE, "port": 8002}},
+     "steps.two: port: a cluster has one address, and one takes 8001, not 8002; set port: 8001 here too, or port: 8002 there"),
+    ({"prepare": PREPARE, "train": TRAIN, "one": {**SERVE, "port": 0}, "two": SERVE},
+     "steps.two: port: a cluster has one address, and one takes a free one, not 8000; set port: 0 here too, or port: 8000 there"),
+    ({"prepare": PREPARE, "train": TRAIN, "one": {**SERVE, "host": "127.0.0.2"}, "two": SERVE}, "one takes 127.0.0.2, not 127.0.0.1"),
 ])
 def test_a_mistake_is_found_before_any_work(given: dict[str, Any], what: str) -> None:
     assert what in refused(**given)
+
+
+@pytest.mark.parametrize("given", [
+    {"tune": {**TUNE, "train": {k: v for k, v in TUNE["train"].items() if k != "corpus"}, "space": {"corpus": {"grid": ["a", "b"]}}},
+     "train": {**TRAIN, "corpus": "${tune.best.corpus}"}, "serve": {**SERVE, "model": "${tune.best}"}},
+    {"prepare": PREPARE, "train": TRAIN, "serve": {**SERVE, "model": "${train.export}"}, "again": {**TRAIN, "model": {"from": "${train}"}}},
+    {"prepare": PREPARE, "train": {**TRAIN, "model": {"preset": "llama-tiny", "context": "${prepare.documents}"}}},
+    {"prepare": PREPARE, "train": TRAIN, "one": {**SERVE, "port": 8001}, "two": {**SERVE, "port": 8001}, "three": {**SERVE, "port": 0}},
+])
+def test_what_may_be_right_is_not_refused(given: dict[str, Any]) -> None:
+    execute.resolve(steps(**given))
 
 
 def test_every_wrong_step_is_named_at_once_with_its_line(tmp_path: Path) -> None:

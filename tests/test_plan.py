@@ -84,7 +84,8 @@ def test_preparation_counts_the_files_it_finds(storage: Storage, tmp_path: Path)
 
 def test_a_sweep_counts_its_trials_and_a_pipeline_plans_step_by_step(storage: Storage) -> None:
     train = {"corpus": "c", "model": MODEL, "duration": {"steps": 5}}
-    tune = {"kind": "tune", "train": train, "space": {"optimizer.lr": {"loguniform": [1e-4, 1e-2]}}, "trials": 3, "asha": {}}
+    tune = {"kind": "tune", "train": train, "space": {"optimizer.lr": {"loguniform": [1e-4, 1e-2]}}, "trials": 3,
+            "asha": {"grace_steps": 2}}
     rows = needs(storage, **tune)
     assert rows["trials"].startswith("3, ") and rows["optimizer.lr"] == "loguniform: 0.0001 to 0.01" and rows["a trial's tokens"] == "2,560"
     steps = {"prepare": {"kind": "prepare", "sources": ["stdlib"], "tokenizer": {"vocab_size": 300}, "context": 16},
@@ -96,10 +97,23 @@ def test_a_sweep_counts_its_trials_and_a_pipeline_plans_step_by_step(storage: St
     assert rows["train: parameters"] == rows["tune: a trial's parameters"] and "address" in "".join(rows)
 
 
+@pytest.mark.parametrize("tokenizer", [{}, {"train": "bytes"}])
+def test_a_step_that_leaves_defaults_out_is_planned_with_those_of_the_spec(tokenizer: dict[str, str], storage: Storage) -> None:
+    def parameters(**prepare: Any) -> str:
+        train = {"kind": "train", "corpus": "${prepare}", "model": MODEL, "duration": {"steps": 5}}
+        steps = {"prepare": {"kind": "prepare", "sources": ["stdlib"], **prepare}, "train": train}
+        return needs(storage, kind="pipeline", steps=steps)["train: parameters"]
+
+    vocabulary = 260 if tokenizer else 4096
+    assert parameters(tokenizer=tokenizer) == parameters(tokenizer={"vocab_size": vocabulary}, context=256)
+
+
 @pytest.mark.parametrize("line, text", [
     ("batch: {global_tokens: 100}", r"train\.yaml:6: batch\.global_tokens: 100 is no multiple"),
     ("batch: {global_sequences: 100000000000, micro_sequences: 3}", r"3 does not divide .*; try 1, 2, 4, 5"),
     ("batch: {global_sequences: 10}\nschedule: {name: wsd, warmup_steps: 50}", r"train\.yaml:7: schedule\.warmup_steps: 50 "),
+    ("batch: {global_sequences: 10}\nevaluate: {every_steps: 50}",
+     r"train\.yaml:7: evaluate\.every_steps: 50 has no effect in a run of 3 steps"),
     ("batch: {global_sequences: 10}\nsharding: {deepspeed: {zero_optimisation: {}}}",
      r"train\.yaml:7: .*no such key; did you mean zero_optim"),
     ("batch: {global_sequences: 10}\nsharding: {deepspeed: {zero_optimization: {stagee: 2}}}",

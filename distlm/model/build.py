@@ -23,6 +23,7 @@ DROPOUTS = ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", 
             "hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout_prob", "classifier_dropout")
 COMMON = ("vocab_size", "max_position_embeddings", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "attn_implementation")
 """Keys that every family takes."""
+CAUSAL_REMEDY = "take a causal family such as llama, qwen3 or gpt2"
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,9 @@ def model_config(spec: ModelSpec, shape: Shape) -> "PreTrainedConfig":
     try:
         known = AutoConfig.for_model(family)
     except (ValueError, KeyError):
+        near = nearest(family, CONFIG_MAPPING)
         raise SpecError(f"transformers knows no model_type {family!r}", where="model.config.model_type",
-                        remedy=f"did you mean {nearest(family, CONFIG_MAPPING)}?" if nearest(family, CONFIG_MAPPING) else "") from None
+                        remedy=f"did you mean {near}?" if near else CAUSAL_REMEDY) from None
     names = {*known.to_dict(), *known.attribute_map, *inspect.signature(type(known).__init__).parameters, *COMMON}
     if unknown := [name for name in values if name not in names]:
         near = nearest(unknown[0], names)
@@ -155,7 +157,10 @@ def num_parameters(config: "PreTrainedConfig") -> int:
     there is no such model."""
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 
+    if config.model_type not in CAUSAL:                    # transformers would list all that are
+        raise SpecError(f"{config.model_type} is no causal language model", where="model", remedy=CAUSAL_REMEDY)
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(copy.deepcopy(config))

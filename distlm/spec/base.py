@@ -1,8 +1,11 @@
 """The base of all specs: frozen, strict, documented by the strings under their fields."""
 
-from typing import Annotated, Any
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+
+from distlm.storage import NO_OBJECT_STORES
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]               # what numpy and torch both take
@@ -13,10 +16,40 @@ Overriding = object()
 
 
 class Part(BaseModel):
-    """A section of a spec. Unknown keys are errors; nothing changes after validation."""
+    """A section of a spec. Unknown keys are errors, no type is taken for another, and nothing changes after validation."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, populate_by_name=True,
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, use_attribute_docstrings=True, populate_by_name=True,
                               protected_namespaces=(), allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _as_yaml(cls, value: Any, info: ValidationInfo) -> Any:
+        """Where YAML and strict types part: a list is a tuple, 1e9 is a whole number as in JSON Schema, and true is no 1."""
+        forms = _forms(cls.model_fields[info.field_name or ""].annotation)
+        kinds = [get_origin(form) or form for form in forms]
+        if isinstance(value, list) and tuple in kinds:
+            return tuple(value)
+        if isinstance(value, float) and value.is_integer() and int in kinds and float not in kinds:
+            return int(value)
+        if isinstance(value, bool) and Literal in kinds and bool not in kinds:
+            choices = [choice for form in forms if get_origin(form) is Literal for choice in get_args(form)]
+            raise Rule("", f"{str(value).lower()} is not one of {', '.join(map(str, choices))}")
+        return value
+
+
+def _forms(annotation: Any) -> list[Any]:
+    """The alternatives of an annotation."""
+    if get_origin(annotation) is Annotated:
+        return _forms(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return [form for one in get_args(annotation) for form in _forms(one)]
+    return [annotation]
+
+
+def _root(value: str | None) -> str | None:
+    if value and "://" in value:
+        raise Rule("", f"{value}: {'; '.join(NO_OBJECT_STORES)}")
+    return value
 
 
 class Job(Part):
@@ -24,7 +57,7 @@ class Job(Part):
 
     name: Name
     """The job's name: that of its folder under the storage root."""
-    storage: str | None = None
+    storage: Annotated[str | None, AfterValidator(_root)] = None
     """The storage root, a path that every node sees. Default: $DISTLM_STORAGE, else ~/distlm."""
 
 

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from distlm.spec.base import Rule
 
 KeyPath = tuple[str | int, ...]
+UNQUOTED = re.compile(r"[-+]?[\d.]+(e[-+]?\d+)?|true|false", re.IGNORECASE)
 SECTION = ("model_type", "model_attributes_type", "dict_type", "mapping_type")
 MUST = {
     "string_type": "must be text", "int_type": "must be a whole number", "int_parsing": "must be a whole number",
@@ -47,10 +48,12 @@ def explain(model: type[BaseModel], item: Any) -> tuple[KeyPath, str, str]:
         names = field_names(model, key)
         return key, f"{shown(value)}: must be a section", f"its keys are {', '.join(names)}" if names else "keys and values"
     remedy = ""
-    if item["type"] == "list_type" and isinstance(value, str):
+    if item["type"] in ("list_type", "tuple_type") and isinstance(value, str):
         remedy = f"write [{value}]"
     elif item["type"] == "string_type" and isinstance(value, bool | int | float):
         remedy = "put it in quotes"
+    elif item["type"] in ("int_type", "float_type", "bool_type") and isinstance(value, str) and UNQUOTED.fullmatch(value):
+        remedy = "take the quotes off"
     message = MUST[item["type"]].format(**context) if item["type"] in MUST else item["msg"][0].lower() + item["msg"][1:]
     return key, f"{shown(value)}: {message}", remedy
 
@@ -87,6 +90,7 @@ def shown(value: Any) -> str:
     """A value as a spec writes it, cut where it is long."""
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
+    value = list(value) if isinstance(value, tuple) else value
     text = value.isoformat() if isinstance(value, datetime.date) else repr(value)
     return text if len(text) < 60 else f"{text[:50]}…"
 
@@ -132,6 +136,18 @@ def models(annotation: Any) -> Iterator[type[BaseModel]]:
 def nearest(name: str, names: Any) -> str:
     """The most similar of `names`, or nothing."""
     return next(iter(difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)), "")
+
+
+def as_written(data: Any, key: KeyPath) -> KeyPath:
+    """The key path in the words of `data`, where a list may be short for a section that holds it: `corpus.0` for `corpus.mix.0`."""
+    written: KeyPath = ()
+    for part in key:
+        in_list = isinstance(at(data, written), list)
+        if in_list and isinstance(part, str) and part.isdigit():        # of a rule's dotted path
+            written += (int(part),)
+        elif not (in_list and isinstance(part, str)):
+            written += (part,)
+    return written
 
 
 def at(data: Any, key: KeyPath) -> Any:

@@ -20,7 +20,7 @@ from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from distlm.errors import InputError, SpecError
-from distlm.spec.explain import KeyPath, at, describe, explain, field_names, merge_unions, nearest, shown
+from distlm.spec.explain import KeyPath, as_written, at, describe, explain, field_names, merge_unions, nearest, shown
 from distlm.spec.pipeline import PipelineSpec
 from distlm.spec.prepare import PrepareSpec
 from distlm.spec.serve import ServeSpec
@@ -33,7 +33,7 @@ KINDS: dict[str, type[Spec]] = {"prepare": PrepareSpec, "train": TrainSpec, "tun
 REFERENCE = re.compile(r"\$\{([^}]*)\}")
 SCALARS = (bool, int, float, str, datetime.date, type(None))
 __all__ = ["KINDS", "Loaded", "Spec", "at", "describe", "dotted", "dump", "field_names", "leaves", "load_spec", "locator", "nearest",
-           "parse", "plain", "put", "to_yaml", "validate"]
+           "nearest_file", "parse", "plain", "put", "to_yaml", "validate"]
 
 
 @dataclass(frozen=True)
@@ -129,6 +129,9 @@ def validate(data: dict[str, Any], path: str = "spec", lines: Mapping[KeyPath, i
 
     kind = data.get("kind")
     if not isinstance(kind, str) or kind not in KINDS:
+        mistyped = nearest("kind", data) if kind is None and "kind" not in data else ""
+        if mistyped:
+            raise SpecError("unknown key", where=where((mistyped,)), remedy="did you mean kind?")
         near = nearest(str(kind), KINDS) if kind is not None else ""
         raise SpecError("the key kind is missing" if kind is None else f"unknown kind {shown(kind)}",
                         where=where(("kind",) if "kind" in data else ()),
@@ -140,6 +143,7 @@ def validate(data: dict[str, Any], path: str = "spec", lines: Mapping[KeyPath, i
         problems, passed_over = [], False
         for item in merge_unions(data, error.errors()):
             key, message, remedy = explain(model, item)
+            key = as_written(data, key)
             value = at(data, key)
             if references and isinstance(value, str) and REFERENCE.search(value):
                 passed_over = True
@@ -155,15 +159,21 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        folder = path.parent if path.parent.is_dir() else Path(".")
-        near = nearest(path.name, [p.name for p in folder.iterdir() if p.suffix in (".yaml", ".yml")])
-        raise SpecError("there is no such file", where=str(path), remedy=f"did you mean {folder / near}?" if near else
+        near = nearest_file(path)
+        raise SpecError("there is no such file", where=str(path), remedy=f"did you mean {near}?" if near else
                         "`distlm init` writes one") from None
     except UnicodeDecodeError:
         raise SpecError("cannot be read: it is not UTF-8 text", where=str(path)) from None
     except OSError as error:
         raise SpecError(f"cannot be read: {error.strerror}", where=str(path)) from None
     return parse(text, str(path))
+
+
+def nearest_file(path: Path) -> Path | None:
+    """The spec file with the most similar name in the folder of `path`, or in this one where there is no such folder."""
+    folder = path.parent if path.parent.is_dir() else Path(".")
+    near = nearest(path.name, [p.name for p in folder.iterdir() if p.suffix in (".yaml", ".yml")])
+    return folder / near if near else None
 
 
 def parse(text: str, path: str = "spec") -> tuple[dict[str, Any], dict[KeyPath, int]]:
@@ -175,7 +185,7 @@ def parse(text: str, path: str = "spec") -> tuple[dict[str, Any], dict[KeyPath, 
     if not isinstance(tree, CommentedMap):
         raise SpecError("the file is empty" if tree is None else "this is no mapping", where=path,
                         remedy="a spec is a mapping that begins with `kind:`")
-    lines: dict[KeyPath, int] = {}
+    lines: dict[KeyPath, int] = {(): tree.lc.line + 1}
 
     def walk(node: Any, key: KeyPath) -> None:
         tag = getattr(getattr(node, "tag", None), "value", None)
@@ -298,6 +308,10 @@ def to_yaml(data: Any) -> str:
 
 
 def _origin(key: KeyPath, origins: Mapping[KeyPath, str], path: str, data: Any) -> str:
+    written = as_written(data, key)
+    if written[-1] != key[-1]:                             # a short form has no place for it
+        return "default"
+    key = written
     if at(data, key) is None and not any(k[:len(key)] == key for k in origins):
         parent = next((key[:end] for end in range(len(key), 0, -1) if key[:end] in origins), ())
         value = at(data, parent) if parent else None

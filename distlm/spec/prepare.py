@@ -147,8 +147,8 @@ class Source(Part):
     text, else by the nearest LICENSE, COPYING or NOTICE file of the source; empty where it is not known. Every folder of the source is
     looked into for that, before the job begins."""
     split: Annotated[SourceSplit | None, BeforeValidator(_source_split)] = None
-    """Another split than the job's for this source: what is not given is as in the job's. Of equal texts, the one that is kept decides."""
-
+    """Another split than the job's for this source: what is not given is as in the job's. Of equal texts, the one that is kept decides. A
+    plain `train`, `val` or `test` stands for a section with all."""
     clean: Annotated[Clean | None, Overriding] = None
     """The keys of the job's `clean` that are others for this source. `boilerplate: null` leaves its lines alone."""
     filter: Annotated[Filter | None, Overriding] = None
@@ -228,6 +228,8 @@ class Decontaminate(Part):
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>")
 """Of every vocabulary that is made here: the end of a document, and the roles of a conversation."""
+BYTES_VOCABULARY = 256 + len(SPECIAL_TOKENS)
+"""The 256 bytes and the special tokens: what every vocabulary that is made here begins with."""
 
 
 class Tokenizer(Part):
@@ -235,7 +237,7 @@ class Tokenizer(Part):
 
     train: Literal["bpe", "bytes"] | None = None
     """`bpe` trains a byte-level BPE on the training split; `bytes` uses one token per byte. Default: bpe."""
-    vocab_size: Annotated[int, Field(ge=260, le=1_000_000)] = 4096
+    vocab_size: Annotated[int, Field(ge=BYTES_VOCABULARY, le=1_000_000)] = 4096
     """Tokens of the vocabulary that is trained, special tokens included."""
     sample_bytes: Annotated[int, Field(ge=1)] = 50_000_000
     """Bytes of the training split, chosen by content hash, that the vocabulary is learned from."""

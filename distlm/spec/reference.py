@@ -36,8 +36,7 @@ def rows(model: type[BaseModel], prefix: str = "") -> list[tuple[str, str, str, 
         inner = list(models(field.annotation))
         origin: Any = get_origin(field.annotation)
         inside = {list: "[n].", dict: ".KEY."}.get(origin, ".")
-        found.append((key, "section" if inner and inside == "." else _type(field.annotation, field), _default(field),
-                      _sentence(field.description)))
+        found.append((key, _type(field.annotation, field), _default(field), _sentence(field.description)))
         for section in inner if Overriding not in field.metadata else []:
             found += rows(section, key + inside)
     return found
@@ -51,8 +50,11 @@ def _type(annotation: Any, field: FieldInfo | None = None) -> str:
         return ", ".join(f"`{value}`" for value in arguments)
     if origin in (Union, UnionType):
         return " or ".join(_type(a, field) for a in arguments if a is not type(None))
+    if origin is tuple and ... not in arguments:
+        return f"list of {len(arguments)}"
     if origin in (list, tuple):
-        return f"list of {len(arguments)}" if origin is tuple else "list"
+        entry = "anything" if any(models(annotation)) else _type(arguments[0])
+        return "list" if entry == "anything" else f"list of {entry}"
     text = "section" if isinstance(annotation, type) and issubclass(annotation, BaseModel) else PLAIN.get(origin or annotation, "")
     signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
     limits = [f"{sign} {getattr(m, n):.12g}" for m in (field.metadata if field else []) for n, sign in signs.items() if hasattr(m, n)]

@@ -25,9 +25,11 @@ def generate() -> dict[str, Any]:
     given = {key: dedup.pop(key) for key in [*dedup] if key not in ("description", "default")}
     dedup["anyOf"] = [{"enum": [*DEDUPS], "description": "The default settings of each."}, given]
     sources = definitions["prepare"]["properties"]["sources"]
-    sources["items"] = {"anyOf": [{"type": "string", "description": "The path of a source of format auto."}, sources["items"]]}
+    path = {"type": "string", "minLength": 1, "description": "The path of a source of format auto."}
+    sources["items"] = {"anyOf": [path, sources["items"]]}
     split = definitions["Source"]["properties"]["split"]
     split["anyOf"] = [{"enum": [*WHOLE], "description": "The split of the whole source."}, *split["anyOf"]]
+    definitions["pipeline"]["properties"]["steps"]["additionalProperties"] = False        # beside the pattern of their names
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "A distlm job", "type": "object", "required": ["kind"],
             "properties": {"kind": {"enum": [*KINDS], "description": "The kind of the job."}},
             "allOf": [{"if": {"properties": {"kind": {"const": kind}}, "required": ["kind"]}, "then": {"$ref": f"#/$defs/{kind}"}}

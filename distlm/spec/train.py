@@ -6,13 +6,16 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from distlm.spec.base import Job, Part, Rule, Seed, exactly_one, without_effect
+from distlm.spec.explain import shown
 from distlm.spec.presets import PRESETS
+
+CorpusName = Annotated[str, Field(min_length=1)]
 
 
 class Share(Part):
     """One corpus of a mixture."""
 
-    corpus: Annotated[str, Field(min_length=1)]
+    corpus: CorpusName
     """A prepared corpus, by name or path; all of a mixture have the same context and tokenizer."""
     weight: Annotated[float, Field(ge=0)]
     """Its share of the samples, relative to the sum of all weights: 0.7 and 0.3 are the same as 7 and 3."""
@@ -28,10 +31,13 @@ class Share(Part):
         return self
 
 
+Shares = Annotated[list[Share], Field(min_length=1)]
+
+
 class Mixture(Part):
     """Several corpora of which every batch takes its samples in proportion. A plain list stands for `{mix: ...}`."""
 
-    mix: Annotated[list[Share], Field(min_length=1)]
+    mix: Shares
     """The corpora, each with its weight."""
     anneal_fraction: Annotated[float, Field(gt=0, le=1)] = 0.2
     """With final_weight: the share of all samples, at the end, over which the weights change linearly from weight to final_weight."""
@@ -59,8 +65,10 @@ def _mixture(value: Any) -> Any:
     """A mapping or a list is a mixture, and its mistakes stand where they are, not under each form that a corpus can have."""
     if isinstance(value, dict | list):
         return Mixture.model_validate({"mix": value} if isinstance(value, list) else value, by_alias=True, by_name=False)
+    if value == "":
+        raise Rule("", "'': must not be empty")
     if not isinstance(value, str | Mixture):
-        raise Rule("", f"{value!r}: must be text, or a list of sections with corpus and weight; a number is put in quotes")
+        raise Rule("", f"{shown(value)}: must be text, or a list of sections with corpus and weight; a number is put in quotes")
     return value
 
 
@@ -222,7 +230,7 @@ class TrainSpec(Job):
 
     kind: Literal["train"] = "train"
     """The kind of the job."""
-    corpus: Annotated[str | Mixture, BeforeValidator(_mixture, json_schema_input_type=str | list[Share] | Mixture)]
+    corpus: Annotated[str | Mixture, BeforeValidator(_mixture, json_schema_input_type=CorpusName | Shares | Mixture)]
     """A prepared corpus, by name or path.
     Or a mixture: a list of sections with corpus and weight, which is short for a section with mix."""
     model: ModelSpec
@@ -266,22 +274,26 @@ class TrainSpec(Job):
                 raise Rule(f"sharding.deepspeed.{section}", f"{raw!r} is no mapping")
             if name in raw if name else section in self.sharding.deepspeed:
                 raise Rule(f"sharding.deepspeed.{key}", f"contradicts {ours}, which sets it; leave it out and set {ours}")
-        check_schedule(self.schedule, self.duration.steps)
+        if self.duration.steps is not None:
+            check_steps(self, self.duration.steps)
         batch, workers = self.batch, self.scale.workers
         if batch.global_sequences is not None:
             check_batch(batch.global_sequences, batch.micro_sequences, workers)
         return self
 
 
-def check_schedule(schedule: Schedule, steps: int | None) -> None:
-    """Raises Rule where the warm-up does not fit a duration that is given in steps."""
-    warmup = schedule.warmup_steps
-    if steps is not None and warmup > steps:
+def check_steps(spec: TrainSpec, steps: int) -> None:
+    """Raises Rule where what is counted in steps does not fit a run of `steps`."""
+    warmup = spec.schedule.warmup_steps
+    if warmup > steps:
         raise Rule("schedule.warmup_steps", f"{warmup} are more than the {steps} of duration.steps; shorten the warm-up")
-    decay = max(1, round(schedule.decay_fraction * steps)) if steps is not None and schedule.name == "wsd" else 0
-    if steps is not None and warmup + decay > steps:
+    decay = max(1, round(spec.schedule.decay_fraction * steps)) if spec.schedule.name == "wsd" else 0
+    if warmup + decay > steps:
         raise Rule("schedule.warmup_steps", f"{warmup} steps of warm-up overlap the last {decay} of {steps}, which decay; shorten the "
                                             "warm-up or lower decay_fraction")
+    for key, every in (("evaluate", spec.evaluate.every_steps), ("checkpoint", spec.checkpoint.every_steps)):
+        if every is not None and every > steps:
+            raise Rule(f"{key}.every_steps", f"{every} has no effect in a run of {steps} steps; set {steps} at most, or leave it out")
 
 
 def check_batch(global_sequences: int, micro_sequences: int | None, workers: int) -> int:

@@ -1,10 +1,14 @@
 """`kind: tune`: a sweep of training runs."""
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from distlm.spec.base import Job, Part, Rule, Seed, exactly_one
+from distlm.spec.explain import shown
+
+MOST_TRIALS = 10_000
 
 
 class Dimension(Part):
@@ -16,7 +20,7 @@ class Dimension(Part):
     """Any number between the two, even on a logarithmic scale."""
     choice: Annotated[list[Any] | None, Field(min_length=1)] = None
     """One of these, at random."""
-    grid: Annotated[list[Any] | None, Field(min_length=1)] = None
+    grid: Annotated[list[Any] | None, Field(min_length=1, max_length=MOST_TRIALS)] = None
     """Each of these in turn."""
 
     @model_validator(mode="after")
@@ -27,6 +31,11 @@ class Dimension(Part):
             if bounds and not (bounds[0] < bounds[1] and (name == "uniform" or bounds[0] > 0)):
                 raise Rule(name, f"{list(bounds)} is no range: the first number must be smaller"
                                  + (" and above 0" if name == "loguniform" else ""))
+        seen: list[tuple[bool, Any]] = []
+        for value in self.grid or []:
+            if (isinstance(value, bool), value) in seen:   # true is no 1, and 1.0 is
+                raise Rule("grid", f"{shown(value)} is there twice, and would be tried twice; take it out, or set trials to vary the seed")
+            seen.append((isinstance(value, bool), value))
         return self
 
 
@@ -45,10 +54,11 @@ class TuneSpec(Job):
     kind: Literal["tune"] = "tune"
     """The kind of the job."""
     train: dict[str, Any] | str
-    """The training spec that every trial starts from, inline (without name) or as a file."""
+    """The training spec that every trial starts from, inline (without name and storage) or as a file (whose own
+    name and storage give way to the sweep's)."""
     space: Annotated[dict[str, Dimension], Field(min_length=1)]
     """Keys of the training spec, dotted, each with its values."""
-    trials: Annotated[int | None, Field(ge=1, le=10_000)] = None
+    trials: Annotated[int | None, Field(ge=1, le=MOST_TRIALS)] = None
     """How many times the space is drawn: with `grid`, every point that often, each with its own random values. Default: 8, and 1 where
     all keys are `grid`; such a space drawn again varies the seed."""
     metric: Literal["val_loss", "loss"] = "val_loss"
@@ -59,3 +69,17 @@ class TuneSpec(Job):
     """Trials at once. Default: as many as the cluster holds."""
     seed: Seed = 0
     """Draws the samples."""
+
+    @property
+    def repeats(self) -> int:
+        """How many times every point of the grid is tried."""
+        return self.trials or (1 if all(dimension.grid is not None for dimension in self.space.values()) else 8)
+
+    @model_validator(mode="after")
+    def _count(self) -> "TuneSpec":
+        points = math.prod(len(dimension.grid) for dimension in self.space.values() if dimension.grid is not None)
+        if points * self.repeats > MOST_TRIALS:
+            times = f", each {self.repeats} times" if self.repeats > 1 else ""
+            raise Rule("space", f"its grid has {points:,} points{times}, and a sweep {MOST_TRIALS:,} trials at most; take fewer values, "
+                                "or choice in place of grid")
+        return self

@@ -17,7 +17,7 @@ from distlm.errors import InputError, SpecError
 from distlm.model.build import Shape, model_config, num_parameters
 from distlm.model.find import find_model
 from distlm.spec.base import Rule
-from distlm.spec.train import Mixture, TrainSpec, check_batch, check_schedule
+from distlm.spec.train import Mixture, TrainSpec, check_batch, check_steps
 from distlm.storage import Storage, read_json
 from distlm.train.zero import check_raw
 
@@ -124,7 +124,7 @@ def make_recipe(spec: TrainSpec, storage: Storage) -> Recipe:
         raise SpecError(str(rule), where=rule.key) from None
     steps = _num_steps(spec, sequences, sum(one.splits["train"].windows for one in manifests), context)
     try:
-        check_schedule(spec.schedule, steps)
+        check_steps(spec, steps)
     except Rule as rule:
         raise SpecError(str(rule), where=rule.key) from None
     if spec.sharding.deepspeed:

@@ -17,14 +17,16 @@ from typing import Any, get_args
 from pydantic import BaseModel
 
 from distlm.errors import InputError, SpecError
-from distlm.spec.explain import KeyPath
-from distlm.spec.load import Loaded, dotted, leaves, nearest, parse, put, validate, with_spec
+from distlm.spec.explain import KeyPath, shown
+from distlm.spec.load import Loaded, dotted, leaves, locator, nearest, nearest_file, parse, put, validate, with_spec
 from distlm.spec.train import TrainSpec
 from distlm.spec.tune import Dimension, TuneSpec
 from distlm.storage import Storage
 
 OWN = ("name", "kind", "storage")
 """Keys of a training spec that the sweep itself sets."""
+GIVE_WAY = ("name", "storage")
+"""Those of them that a file has as a spec of its own, and that have no effect inside a sweep's spec."""
 
 
 def inline(loaded: Loaded) -> Loaded:
@@ -33,8 +35,14 @@ def inline(loaded: Loaded) -> Loaded:
     assert isinstance(spec, TuneSpec)
     if not isinstance(spec.train, str):
         return loaded
-    data, origins = read_file(spec.train, Path(loaded.path).parent, f"{loaded.path}: train")
+    data, origins = read_train(spec.train, Path(loaded.path).parent, locator(loaded)(("train",)))
     return with_spec(loaded, spec.model_copy(update={"train": data}), {f"train.{key}": text for key, text in origins.items()})
+
+
+def read_train(name: str, folder: Path, where: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """`read_file` for a sweep's training spec: the name and the storage root of a single run give way to the sweep's."""
+    data, found = read_file(name, folder, where)
+    return {k: v for k, v in data.items() if k not in GIVE_WAY}, {k: v for k, v in found.items() if k not in GIVE_WAY}
 
 
 def read_file(name: str, folder: Path, where: str) -> tuple[dict[str, Any], dict[str, str]]:
@@ -43,8 +51,9 @@ def read_file(name: str, folder: Path, where: str) -> tuple[dict[str, Any], dict
     try:
         data, lines = parse(path.read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as error:
+        near = nearest_file(path) if isinstance(error, FileNotFoundError) else None
         raise SpecError(f"{name} cannot be read: {getattr(error, 'strerror', None) or error}", where=where,
-                        remedy=f"a file is named relative to {folder}") from None
+                        remedy=f"did you mean {near}?" if near else f"a file is named relative to {folder}") from None
     found = {}
     for key, _ in leaves(data):
         line = next((lines[key[:end]] for end in range(len(key), 0, -1) if key[:end] in lines), 0)
@@ -57,9 +66,19 @@ def check(spec: TuneSpec, where: Callable[[KeyPath], str], *, references: bool =
     spec. With `references`, values that hold `${...}` are passed over. Raises SpecError."""
     for key in spec.space:
         check_key(key, where(("space", key)))
+        if section := next((one for one in spec.space if key.startswith(f"{one}.")), ""):
+            raise SpecError(f"it lies in {section}, which the space sets as a whole", where=where(("space", key)),
+                            remedy="leave one of the two out")
     for key, dimension in spec.space.items():
         if any(isinstance(v, str) and "${" in v for v in (dimension.choice or []) + (dimension.grid or [])):
             raise SpecError("a space cannot hold references", where=where(("space", key)))
+    assert isinstance(spec.train, dict)
+    if (kind := spec.train.get("kind", "train")) != "train":
+        raise SpecError(f"{shown(kind)}: a sweep tries training specs", where=where(("train", "kind")), remedy="leave it out")
+    for key in GIVE_WAY:
+        if spec.train.get(key) is not None:
+            raise SpecError(f"{shown(spec.train[key])} has no effect in a sweep, which sets it", where=where(("train", key)),
+                            remedy="leave it out" if key == "name" else "set storage beside train")
     base = base_data(spec)
     first = samples(spec)[0]
     whole = with_values(base, first)                       # a key that the space sets may be missing from the base
@@ -68,15 +87,21 @@ def check(spec: TuneSpec, where: Callable[[KeyPath], str], *, references: bool =
     except SpecError as error:
         if not any(f"train.{key}:" in str(error) for key in spec.space):
             raise
+    durations = []
     for values in itertools.chain(extremes(spec, first), samples(spec)):
         try:
-            validate(with_values(base, values), "train", references=references)
+            train = validate(with_values(base, values), "train", references=references)
+            durations.append(train.duration.steps if train is not None else None)
         except SpecError as error:
             text = ", ".join(f"{key}={value!r}" for key, value in values.items())
             broken = str(error).splitlines()[0].removeprefix("train: ")
             whole_number = "whole number" in broken
             hint = "draw whole numbers with choice or grid" if whole_number else "every value of the space must give a valid spec"
             raise SpecError(f"with {text}: {broken}", where=where(("space",)), remedy=hint) from None
+    longest = max((steps or math.inf for steps in durations), default=math.inf)
+    if spec.asha and spec.asha.grace_steps >= longest:
+        raise SpecError(f"{spec.asha.grace_steps} has no effect where no trial takes more than {longest} steps: none would stop early",
+                        where=where(("asha", "grace_steps")), remedy="lower it, or leave asha out")
 
 
 def check_metric(spec: TuneSpec, trials: list[TrainSpec], storage: Storage) -> None:
@@ -133,8 +158,7 @@ def _free(annotation: Any) -> bool:
 def samples(spec: TuneSpec) -> list[dict[str, Any]]:
     """The values of every trial, a pure function of space, trials and seed; more trials leave the first ones as they are."""
     grids = {key: dimension.grid for key, dimension in spec.space.items() if dimension.grid is not None}
-    pure = len(grids) == len(spec.space)
-    repeats = spec.trials or (1 if pure else 8)
+    pure, repeats = len(grids) == len(spec.space), spec.repeats
     rng = random.Random(spec.seed)
     base_seed = base_data(spec).get("seed", 0)
     found = []

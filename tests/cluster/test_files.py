@@ -55,7 +55,13 @@ def test_the_local_file_says_the_defaults():
 
 @pytest.mark.parametrize("text, said", [
     ("name: x\ncpu: 4\n", ":2: cpu: unknown key; did you mean cpus?"), ("name: x\nport: 80\n", ":2: port: 80: must be at least 1024"),
-    ("cluster_name: a\nprovider: {type: aws, region: us-west-2}\nworkers: 1\n", "'workers' was unexpected"),
+    ("cluster_name: a\nprovider: {type: aws, region: us-west-2}\nworkers: 1\n", ":3: workers: unknown key; did you mean max_workers?"),
+    ("cluster_name: a\nmax_wokers: 1\nprovider: {type: aws, region: us-west-2}\n",
+     "cluster.yaml:2: max_wokers: unknown key; did you mean max_workers?"),
+    ("provider: {type: aws, region: us-west-2}\nxyz: 1\n", "cluster.yaml:2: xyz: unknown key; `ray up` has no such key"),
+    ("cluster_name: a\nprovder: {type: aws}\n", "cluster.yaml:2: provder: unknown key; did you mean provider?"),
+    ("cluster_name: a\nprovider: aws\n", "cluster.yaml:2: provider: 'aws': must be a section; its keys are type, region"),
+    ("name: x\ncpus: '4'\n", "cluster.yaml:2: cpus: '4': must be a whole number; take the quotes off"),
     ("cluster_name: a\nmax_workers: x\nprovider: {type: aws, region: us-west-2}\n", ":2: max_workers: 'x' is not of type 'integer'")])
 def test_a_mistake_in_a_cluster_file_is_named_with_its_line(text, said, tmp_path):
     (tmp_path / "cluster.yaml").write_text(text)

@@ -65,7 +65,8 @@ def test_rotary_frequencies_survive_the_cast_to_bf16() -> None:
     ({"model_type": "llama", "hidden_sizee": 64}, r"model\.config\.hidden_sizee: .* no such key; did you mean hidden_size\?"),
     ({"model_type": "llama", "hidden_size": 65, "num_attention_heads": 4}, r"does not accept .*hidden size \(65\)"),
     ({"model_type": "bert"}, r"model\.config\.is_decoder: bert is an encoder.*; set is_decoder: true"),
-    ({"model_type": "t5"}, "model: no causal language model can be built from it"),
+    ({"model_type": "t5"}, r"^model: t5 is no causal language model; take a causal family such as llama, qwen3 or gpt2$"),
+    ({"model_type": "xyzzy"}, r"transformers knows no model_type 'xyzzy'; take a causal family such as llama"),
     ({"model_type": "llama", "vocab_size": 7}, r"model\.config\.vocab_size: 7 is less than the corpus needs, 4096"),
     ({"model_type": "llama", "max_position_embeddings": 8}, "8 is less than the corpus needs, 256")])
 def test_a_configuration_that_cannot_be_is_an_error(config: dict[str, object], text: str) -> None:

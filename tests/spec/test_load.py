@@ -13,30 +13,19 @@ TRAIN = "kind: train\nname: a\ncorpus: c\nmodel: {preset: llama-tiny}\nduration:
 PREPARE = "kind: prepare\nname: a\n"
 TUNE = "kind: tune\nname: a\ntrain: base.yaml\n"
 IS_NAME = "letters, digits, '.', '_' and '-', starting with a letter or digit, 100 at most"
+IS_CORPUS = "must be text, or a list of sections with corpus and weight; a number is put in quotes"
 OPTIMIZER = "name, lr, weight_decay, betas, eps, clip"
 
-MISTAKES = {
+FORMS = {
     # whole files
     "": ": the file is empty; a spec is a mapping that begins with `kind:`",
     "- a\n- b\n": ": this is no mapping; a spec is a mapping that begins with `kind:`",
-    "name: a\n": ": the key kind is missing; one of prepare, train, tune, serve, pipeline",
+    "name: a\n": ":1: the key kind is missing; one of prepare, train, tune, serve, pipeline",
     "kind:\nname: a\n": ":1: kind: the key kind is missing; one of prepare, train, tune, serve, pipeline",
+    "\n# a remark\nknid: train\nname: a\n": ":3: knid: unknown key; did you mean kind?",
     "kind: trian\n": ":1: kind: unknown kind 'trian'; did you mean train?",
     "kind: [train]\n": ":1: kind: unknown kind ['train']; did you mean train?",
     "kind: 3\n": ":1: kind: unknown kind 3; one of prepare, train, tune, serve, pipeline",
-    TRAIN + "---\n" + TRAIN: ":6: the file holds several documents; one spec a file",
-    # YAML
-    TRAIN + "name: b\n": ":6: the key name is given twice; keep one of them",
-    TRAIN + "batch:\n  global_tokens: 3\n  global_tokens: 4\n": ":8: the key global_tokens is given twice; keep one of them",
-    TRAIN + "batch:\n\tglobal_tokens: 3\n": ":7: not valid YAML: a tab; indent with spaces",
-    TRAIN + "batch: {global_tokens: 3\n": ":7: not valid YAML: expected ',' or '}', but got '<stream end>', "
-                                          "while parsing a flow mapping that begins in line 6",
-    "kind:train\nname: a\n": ":2: not valid YAML: mapping values are not allowed here; is a space missing after a colon, "
-                             "or quotes around a text with a colon?",
-    TRAIN + "seed: *nope\n": ":6: not valid YAML: found undefined alias 'nope'",
-    TRAIN + "seed: !foo 3\n": ":6: seed: YAML's tags are not supported, and this is a !foo",
-    TRAIN + "batch: !!python/object:os.system {}\n":
-        ":6: batch: YAML's tags are not supported, and this is a tag:yaml.org,2002:python/object:os.system",
     # keys
     TRAIN + "optimiser: {lr: 1}\n": ":6: optimiser: unknown key; did you mean optimizer?",
     TRAIN + "optimizer: {learning_rate: 1}\n": f":6: optimizer.learning_rate: unknown key; there are {OPTIMIZER}",
@@ -45,7 +34,7 @@ MISTAKES = {
     TRAIN.replace("preset: llama-tiny", "source: x"): ":4: model.source: unknown key; there are preset, config, from, context",
     PREPARE + "sources:\n- a\n- path: b\n  fromat: text\n": ":6: sources.1.fromat: unknown key; did you mean format?",
     TUNE + "space: {optimizer.lr: {unifrom: [1, 2]}}\n": ":4: space.optimizer.lr.unifrom: unknown key; did you mean uniform?",
-    TRAIN.replace("corpus: c\n", ""): ": corpus: this key is missing; a prepared corpus, by name or path",
+    TRAIN.replace("corpus: c\n", ""): ":1: corpus: this key is missing; a prepared corpus, by name or path",
     # types
     TRAIN.replace("name: a", "name:"): ":2: name: null: must be text",
     TRAIN.replace("name: a", "name: 12"): ":2: name: 12: must be text; put it in quotes",
@@ -59,7 +48,6 @@ MISTAKES = {
     TRAIN + "optimizer:\n": f":6: optimizer: null: must be a section; its keys are {OPTIMIZER}",
     TRAIN + "optimizer: [1, 2]\n": f":6: optimizer: [1, 2]: must be a section; its keys are {OPTIMIZER}",
     TRAIN + "optimizer: {lr: -1}\n": ":6: optimizer.lr: -1: must be above 0",
-    TRAIN + "optimizer: {lr: .inf}\n": ":6: optimizer.lr: inf: must be finite",
     TRAIN + "optimizer: {betas: 0.9}\n": ":6: optimizer.betas: 0.9: must be a list",
     TRAIN + "optimizer: {betas: [0.9]}\n": ":6: optimizer.betas: entry 2 is missing",
     TRAIN + "optimizer: {betas: [0.9, 1]}\n": ":6: optimizer.betas.1: 1: must be below 1",
@@ -71,6 +59,46 @@ MISTAKES = {
     TUNE + "space: {optimizer.lr: 3}\n": ":4: space.optimizer.lr: 3: must be a section; its keys are uniform, loguniform, choice, grid",
     "kind: serve\nname: a\nmodel: m\nport: 99999\n": ":4: port: 99999: must be at most 65535",
     "kind: pipeline\nname: a\nsteps: {a b: {}}\n": f":3: steps.a b: 'a b' is no name; {IS_NAME}",
+    PREPARE + "sources: ['']\n": ":3: sources.0.path: '': must not be empty",
+    "kind: serve\nname: a\nmodel: m\nhost: ''\n": ":4: host: '': must not be empty",
+    TRAIN + "optimizer: {lr: true}\n": ":6: optimizer.lr: true: must be a number",
+    TRAIN + "optimizer: {lr: '1e-3'}\n": ":6: optimizer.lr: '1e-3': must be a number; take the quotes off",
+    TRAIN + "optimizer: {betas: [true, 0.5]}\n": ":6: optimizer.betas.0: true: must be a number",
+    TRAIN + "scale: {workers: '2'}\n": ":6: scale.workers: '2': must be a whole number; take the quotes off",
+    TRAIN + "sharding: {zero: true}\n": ":6: sharding.zero: true is not one of 0, 1, 2, 3",
+    TRAIN + "sharding: {zero: '1'}\n": ":6: sharding.zero: '1' is not one of 0, 1, 2, 3; did you mean 1?",
+    TRAIN.replace("steps: 3", "steps: true"): ":5: duration.steps: true: must be a whole number",
+    PREPARE + "sources: [a]\nclean: {fix_encoding: 1}\n": ":4: clean.fix_encoding: 1: must be true or false",
+    PREPARE + "sources: [a]\nclean: {fix_encoding: 'true'}\n": ":4: clean.fix_encoding: 'true': must be true or false; take the quotes off",
+    PREPARE + "sources: [a]\nclean: {redact: email}\n": ":4: clean.redact: 'email': must be a list; write [email]",
+    PREPARE + "sources: [a]\ndedup: fuzy\n": ":4: dedup: 'fuzy' is none of exact, fuzzy, none",
+    TRAIN.replace("corpus: c", "corpus: ''"): ":3: corpus: '': must not be empty",
+    TRAIN.replace("corpus: c", "corpus:"): f":3: corpus: null: {IS_CORPUS}",
+    TRAIN.replace("corpus: c", "corpus: 5"): f":3: corpus: 5: {IS_CORPUS}",
+    TRAIN.replace("corpus: c", "corpus: []"): ":3: corpus: []: must have 1 entries at least, not 0",
+    TRAIN.replace("corpus: c", "corpus: [a]"): ":3: corpus.0: 'a': must be a section; its keys are corpus, weight, epochs, final_weight",
+    TRAIN.replace("corpus: c", "corpus:\n- {corpus: a, weight: 1}\n- {corpus: b, weight: '1'}"):
+        ":5: corpus.1.weight: '1': must be a number; take the quotes off",
+    TRAIN.replace("corpus: c", "corpus: {mix: [{corpus: '', weight: 1}]}"): ":3: corpus.mix.0.corpus: '': must not be empty",
+}
+"""What a JSON schema can tell too."""
+
+RULES = {
+    # YAML
+    TRAIN + "---\n" + TRAIN: ":6: the file holds several documents; one spec a file",
+    TRAIN + "name: b\n": ":6: the key name is given twice; keep one of them",
+    TRAIN + "batch:\n  global_tokens: 3\n  global_tokens: 4\n": ":8: the key global_tokens is given twice; keep one of them",
+    TRAIN + "batch:\n\tglobal_tokens: 3\n": ":7: not valid YAML: a tab; indent with spaces",
+    TRAIN + "batch: {global_tokens: 3\n": ":7: not valid YAML: expected ',' or '}', but got '<stream end>', "
+                                          "while parsing a flow mapping that begins in line 6",
+    "kind:train\nname: a\n": ":2: not valid YAML: mapping values are not allowed here; is a space missing after a colon, "
+                             "or quotes around a text with a colon?",
+    TRAIN + "seed: *nope\n": ":6: not valid YAML: found undefined alias 'nope'",
+    TRAIN + "seed: !foo 3\n": ":6: seed: YAML's tags are not supported, and this is a !foo",
+    TRAIN + "batch: !!python/object:os.system {}\n":
+        ":6: batch: YAML's tags are not supported, and this is a tag:yaml.org,2002:python/object:os.system",
+    # numbers
+    TRAIN + "optimizer: {lr: .inf}\n": ":6: optimizer.lr: inf: must be finite",
     # combinations
     TRAIN + "batch: {global_sequences: 8, global_tokens: 3}\n":
         ":6: batch: exactly one of global_tokens, global_sequences must be given, not global_tokens and global_sequences",
@@ -87,6 +115,8 @@ MISTAKES = {
     PREPARE + "sources: [a]\ntokenizer: {train: bpe, from: x}\n":
         ":4: tokenizer.train: a tokenizer is either trained or taken from a folder: give train or from, not both",
     "kind: serve\nname: v1\nmodel: m\n": ":2: name: an endpoint named v1 would hide the path /v1 of another; take another name",
+    TRAIN.replace("corpus: c", "corpus:\n- {corpus: a, weight: 1}\n- {corpus: a, weight: 2}"):
+        ":3: corpus: a is there twice; give it once, with the sum of the weights",
     # without effect
     TRAIN + "schedule: {decay_fraction: 0.1}\n":
         ":6: schedule.decay_fraction: 0.1 has no effect with cosine: only wsd decays at the end; leave it out",
@@ -95,13 +125,35 @@ MISTAKES = {
     TRAIN + "schedule: {warmup_steps: 4}\n": ":6: schedule.warmup_steps: 4 are more than the 3 of duration.steps; shorten the warm-up",
     TRAIN + "schedule: {name: wsd, warmup_steps: 3}\n":
         ":6: schedule.warmup_steps: 3 steps of warm-up overlap the last 1 of 3, which decay; shorten the warm-up or lower decay_fraction",
+    TRAIN + "storage: s3://bucket/x\n": ":6: storage: s3://bucket/x: object stores are not supported yet; "
+                                        "name a folder that every node sees, e.g. on NFS, Lustre or a mounted bucket",
+    TRAIN + "evaluate: {every_steps: 4}\n":
+        ":6: evaluate.every_steps: 4 has no effect in a run of 3 steps; set 3 at most, or leave it out",
+    TRAIN + "checkpoint: {every_steps: 4}\n":
+        ":6: checkpoint.every_steps: 4 has no effect in a run of 3 steps; set 3 at most, or leave it out",
+    TUNE + "space: {seed: {grid: [1, 2, 1.0]}}\n":
+        ":4: space.seed.grid: 1.0 is there twice, and would be tried twice; take it out, or set trials to vary the seed",
+    TUNE + f"space:\n  seed: {{grid: {[*range(101)]}}}\n  optimizer.lr: {{grid: {[*range(1, 101)]}}}\n":
+        ":4: space: its grid has 10,100 points, and a sweep 10,000 trials at most; take fewer values, or choice in place of grid",
+    TUNE + "space: {optimizer.lr: {grid: [1, 2]}, optimizer.eps: {uniform: [1, 2]}}\ntrials: 5001\n":
+        ":4: space: its grid has 2 points, each 5001 times, and a sweep 10,000 trials at most; "
+             "take fewer values, or choice in place of grid",
     PREPARE + "sources: [a]\ntokenizer: {from: x, vocab_size: 300}\n":
         ":4: tokenizer.vocab_size: 300 has no effect beside from; leave it out",
     PREPARE + "sources: [a]\ntokenizer: {train: bytes, sample_bytes: 9}\n":
         ":4: tokenizer.sample_bytes: 9 has no effect beside train: bytes; leave it out",
-    PREPARE + "sources: ['']\n": ":3: sources.0.path: '': must not be empty",
-    "kind: serve\nname: a\nmodel: m\nhost: ''\n": ":4: host: '': must not be empty",
 }
+"""What only the loader can tell."""
+
+MISTAKES = {**FORMS, **RULES}
+RIGHT = [
+    TRAIN + "sharding: {zero: 2, deepspeed: {a: {b: [1, 2]}}}\noptimizer: {lr: 1e-3}\n",
+    TRAIN.replace("preset: llama-tiny", "from: some/run"),
+    PREPARE + "sources: [a, {path: b, format: text}]\ntokenizer: {from: t}\n",
+    PREPARE + "sources: [a]\ntokenizer: {train: bytes}\n", TRAIN + "schedule: {name: constant}\n",
+    TUNE + "space: {optimizer.lr: {loguniform: [1e-4, 1e-2]}, seed: {grid: [1, 2]}}\nasha: {grace_steps: 3}\n",
+    "kind: serve\nname: a\nmodel: m\n", "kind: pipeline\nname: a\nsteps: {one: {kind: serve, model: '${two}'}, two: {file: b.yaml}}\n",
+]
 
 
 @pytest.fixture
@@ -186,6 +238,12 @@ def test_numbers_are_read_as_yaml_1_2_says(spec_file, text, value):
     assert type(lr) is float and lr == value
 
 
+def test_a_whole_number_may_be_written_as_any_number(spec_file):
+    steps = load_spec(spec_file(TRAIN.replace("steps: 3", "tokens: 1e9"))).spec.duration.tokens
+    assert type(steps) is int and steps == 10**9
+    assert load_spec(spec_file(TRAIN), ["seed=7.0", "optimizer.betas=[0, 0.5]"]).spec.seed == 7
+
+
 def test_yes_and_no_are_text(spec_file):
     assert load_spec(spec_file(TRAIN.replace("corpus: c", "corpus: no"))).spec.corpus == "no"
     assert load_spec(spec_file(TRAIN.replace("name: a", "name: 2026-01-31"))).spec.name == "2026-01-31"
@@ -202,19 +260,17 @@ def test_every_value_knows_its_origin(spec_file):
     assert loaded.spec.optimizer.lr == 2e-3 and loaded.spec.batch.global_sequences == 8
 
 
+def test_a_value_of_a_short_form_knows_its_origin(spec_file):
+    loaded = load_spec(spec_file(TRAIN.replace("corpus: c", "corpus:\n- {corpus: a, weight: 1}\n- {corpus: b, weight: 2}")))
+    assert loaded.origins["corpus.mix.1.weight"] == "a.yaml:5" and loaded.origins["corpus.anneal_fraction"] == "default"
+
+
 def test_what_a_merge_key_brings_has_the_line_of_its_section(spec_file):
     loaded = load_spec(spec_file(TRAIN + "batch:\n  <<: {global_sequences: 8}\n"))
     assert loaded.spec.batch.global_sequences == 8 and loaded.origins["batch.global_sequences"] == "a.yaml:6"
 
 
-@pytest.mark.parametrize("text", [
-    TRAIN + "sharding: {zero: 2, deepspeed: {a: {b: [1, 2]}}}\noptimizer: {lr: 1e-3}\n",
-    TRAIN.replace("preset: llama-tiny", "from: some/run"),
-    PREPARE + "sources: [a, {path: b, format: text}]\ntokenizer: {from: t}\n",
-    PREPARE + "sources: [a]\ntokenizer: {train: bytes}\n", TRAIN + "schedule: {name: constant}\n",
-    TUNE + "space: {optimizer.lr: {loguniform: [1e-4, 1e-2]}, seed: {grid: [1, 2]}}\nasha: {grace_steps: 3}\n",
-    "kind: serve\nname: a\nmodel: m\n", "kind: pipeline\nname: a\nsteps: {one: {kind: serve, model: '${two}'}, two: {file: b.yaml}}\n",
-])
+@pytest.mark.parametrize("text", RIGHT)
 def test_a_resolved_spec_reads_back_as_itself(spec_file, text):
     spec = load_spec(spec_file(text)).spec
     again = load_spec(spec_file(to_yaml(dump(spec))))

@@ -7,9 +7,17 @@ import jsonschema
 import pytest
 from ruamel.yaml import YAML
 
-from distlm.spec import schema
+from distlm.spec import load_spec, schema
+from tests.spec.test_load import FORMS, PREPARE, RIGHT, TRAIN, TUNE
 
 ROOT = Path(__file__).parents[2]
+VALIDATOR = jsonschema.Draft202012Validator(schema.generate())
+ODD = [TRAIN.replace("steps: 3", "tokens: 1e6"), TRAIN + "seed: 3.0\n", TRAIN + "optimizer: {lr: 1, betas: [0, 0.5]}\n",
+       TRAIN.replace("corpus: c", "corpus: [{corpus: a, weight: 1}]"),
+       TRAIN.replace("corpus: c", "corpus: {mix: [{corpus: a, weight: 1}]}"),
+       PREPARE + "sources: [a]\ndedup: none\nclean: {redact: [email]}\nfilter: {language: {keep: [en]}}\n",
+       TUNE + "space: {optimizer.lr: {uniform: [1, 2]}}\n"]
+"""Right specs whose values are not written in the type that they become."""
 SPECS = sorted([*(ROOT / "jobs").rglob("*.yaml"), *(ROOT / "distlm" / "templates").glob("*.yaml")])
 
 
@@ -26,10 +34,14 @@ def test_every_shipped_spec_validates(path):
     jsonschema.validate(YAML(typ="safe").load(path), json.loads(schema.SHIPPED.read_text()), jsonschema.Draft202012Validator)
 
 
-@pytest.mark.parametrize("spec, key", [
-    ({"kind": "train", "name": "a", "corpus": "c", "model": {"preset": "llama-10m"}, "duration": {"step": 1}}, "step"),
-    ({"kind": "prepare", "name": "a", "sources": [3]}, "3"), ({"kind": "bake", "name": "a"}, "bake"), ({"name": "a"}, "kind"),
-    ({"kind": "serve", "name": "a", "model": "m", "port": "8000"}, "8000")])
-def test_the_schema_refuses_mistakes(spec, key):
-    with pytest.raises(jsonschema.ValidationError, match=key):
-        jsonschema.validate(spec, schema.generate(), jsonschema.Draft202012Validator)
+@pytest.mark.parametrize("text", FORMS, ids=[" ".join(message.split(";")[0].split()[:9]) for message in FORMS.values()])
+def test_what_the_loader_refuses_of_forms_the_schema_refuses(text):
+    assert not VALIDATOR.is_valid(YAML(typ="safe").load(text))
+
+
+@pytest.mark.parametrize("text", [*RIGHT, *ODD])
+def test_what_the_loader_takes_the_schema_takes(text, tmp_path):
+    (tmp_path / "a.yaml").write_text(text)
+    data = YAML(typ="safe").load(text)
+    load_spec(tmp_path / "a.yaml")
+    VALIDATOR.validate(data)

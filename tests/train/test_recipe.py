@@ -70,15 +70,15 @@ def test_the_identity_of_a_mixture_is_that_of_its_corpora_weights_and_schedule(s
 
 
 @pytest.mark.parametrize(("corpus", "message"), [
-    (["a", "b"], "corpus.mix.0: 'a': must be a section; its keys are corpus, weight, epochs, final_weight"),
-    (mix(0.7, -0.3), "corpus.mix.1.weight: -0.3: must be at least 0"),
+    (["a", "b"], "corpus.0: 'a': must be a section; its keys are corpus, weight, epochs, final_weight"),
+    (mix(0.7, -0.3), "corpus.1.weight: -0.3: must be at least 0"),
     ([{"corpus": "a", "wieght": 1}], "unknown key; did you mean weight?"),
-    (mix(0.7, 0), "corpus.mix.1.weight: 0 would take no sample of this corpus"),
-    ([*mix(1), *mix(2)], "corpus.mix: a is there twice"),
+    (mix(0.7, 0), "corpus.1.weight: 0 would take no sample of this corpus"),
+    ([*mix(1), *mix(2)], "corpus: a is there twice"),
     ([*mix(1), {"corpus": "b", "weight": 1, "final_weight": 1}], "a has no final_weight and others have"),
     (mix(1, 1, final_weight=(0, 0)), "every final_weight is 0"),
     ({"mix": mix(0.7, 0.3), "anneal_fraction": 0.5}, "corpus.anneal_fraction: 0.5 has no effect where no corpus has a final_weight"),
-    ([], "corpus.mix: []: must have 1 entries at least"), (5, "corpus: 5: must be text, or a list of sections")])
+    ([], "corpus: []: must have 1 entries at least"), (5, "corpus: 5: must be text, or a list of sections")])
 def test_a_mixture_that_makes_no_sense_is_refused_by_key(corpus: Any, message: str) -> None:
     with pytest.raises(SpecError) as error:
         load_spec({"kind": "train", **dump(spec(Path("unused"))), "corpus": corpus})
@@ -103,9 +103,10 @@ def test_a_duration_that_needs_more_passes_than_allowed_is_refused_and_the_remed
     capped[1]["epochs"] = 2                                # 26 windows of b, so 52 samples, so 4 steps of 12
     with pytest.raises(SpecError, match=r"corpus.mix.1.epochs: 20 steps take 120 samples of b, 9.23 passes .*for 4 steps.* allow 10"):
         recipe(storage, capped)
-    assert recipe(storage, capped, duration={"steps": 4}, schedule={"name": "constant"}).num_steps == 4
+    short = {"schedule": {"name": "constant"}, "evaluate": {}, "checkpoint": {}}
+    assert recipe(storage, capped, duration={"steps": 4}, **short).num_steps == 4
     with pytest.raises(SpecError, match="train for 4 steps"):
-        recipe(storage, capped, duration={"steps": 5}, schedule={"name": "constant"})
+        recipe(storage, capped, duration={"steps": 5}, **short)
     capped[1]["epochs"] = 10
     assert recipe(storage, capped).num_steps == 20
 

@@ -8,6 +8,7 @@ import pytest
 
 from distlm.errors import SpecError
 from distlm.execute import resolve
+from distlm.spec.load import dump
 from distlm.spec.tune import TuneSpec
 from distlm.tune import space
 
@@ -65,6 +66,27 @@ def test_a_value_that_breaks_the_spec_is_refused(values: dict[str, Any], what: s
     assert what in message and "spec: space: with" in message
 
 
+@pytest.mark.parametrize(("keys", "what"), [
+    ({"asha": {"grace_steps": 10}}, "asha.grace_steps: 10 has no effect where no trial takes more than 10 steps: none would stop early"),
+    ({"asha": {}}, "asha.grace_steps: 50 has no effect"),
+    ({"asha": {"grace_steps": 20}, "space": {"duration.steps": {"grid": [10, 20]}}}, "no trial takes more than 20 steps"),
+    ({"space": {"optimizer": {"grid": [{"lr": 1}]}, "optimizer.lr": {"grid": [2]}}},
+     "space.optimizer.lr: it lies in optimizer, which the space sets as a whole; leave one of the two out"),
+    ({"train": {**TRAIN, "name": "x"}}, "train.name: 'x' has no effect in a sweep, which sets it; leave it out"),
+    ({"train": {**TRAIN, "storage": "/x"}}, "train.storage: '/x' has no effect in a sweep, which sets it; set storage beside train"),
+    ({"train": {**TRAIN, "kind": "serve"}}, "train.kind: 'serve': a sweep tries training specs; leave it out")])
+def test_what_would_have_no_effect_is_refused(keys: dict[str, Any], what: str) -> None:
+    assert what in refused(**{"space": {"optimizer.lr": {"grid": [1]}}, **keys})
+
+
+def test_what_has_an_effect_on_some_trial_is_not_refused() -> None:
+    given = {"kind": "tune", "name": "s", "space": {"duration.steps": {"grid": [10, 20]}}, "asha": {"grace_steps": 10}}
+    resolve({**given, "train": {**TRAIN, "kind": "train", "name": None, "storage": None}})
+    resolve({**given, "train": {**TRAIN, "duration": {"epochs": 1}}, "space": {"optimizer.lr": {"choice": [0.1, 0.1, 0.2]}}})
+    resolve({**given, "space": {"seed": {"grid": [0, 1]}, "retry.node_lost": {"grid": [0, 1]}},
+             "train": {**TRAIN, "duration": {"steps": 11}}})
+
+
 def test_keys_of_a_transformers_configuration_are_free() -> None:
     train = {**TRAIN, "model": {"config": {"model_type": "llama"}}}
     loaded = resolve({"kind": "tune", "name": "s", "train": train, "space": {"model.config.hidden_size": {"grid": [64, 128]}}})
@@ -96,8 +118,11 @@ def test_a_training_spec_in_a_file_is_put_in_its_place_with_its_lines(tmp_path: 
     assert isinstance(loaded.spec, TuneSpec) and isinstance(loaded.spec.train, dict)
     assert loaded.spec.train["duration"] == {"steps": 7}
     assert loaded.origins["train.corpus"] == "train.yaml:3" and loaded.origins["space.optimizer.lr.grid"] == "tune.yaml:5"
+    assert "name" not in loaded.spec.train, "a resolved spec reads back"
+    assert resolve(dump(loaded.spec)).spec == loaded.spec
     (tmp_path / "train.yaml").unlink()
-    with pytest.raises(SpecError, match=r"train\.yaml cannot be read"):
+    (tmp_path / "trains.yaml").touch()
+    with pytest.raises(SpecError, match=r"tune\.yaml:3: train: train\.yaml cannot be read: No such file.*; did you mean .*/trains\.yaml\?"):
         resolve(tmp_path / "tune.yaml")
 
 
