@@ -61,6 +61,7 @@ def test_zero_divides_model_states_over_the_workers() -> None:
     assert plan.memory_per_rank(1000, "bf16", 0, 4) == {"weights": 2000, "gradients": 2000, "optimizer": 12000}
     assert plan.memory_per_rank(1000, "bf16", 1, 4) == {"weights": 2000, "gradients": 2000, "optimizer": 3000}
     assert plan.memory_per_rank(1000, "fp32", 2, 4) == {"weights": 4000, "gradients": 1000, "optimizer": 2000}
+    assert plan.memory_per_rank(1000, "bf16", 2, 4, plan.STATE_BYTES["lion"])["optimizer"] == 2000
     assert plan.memory_per_rank(1000, "bf16", 3, 4) == {"weights": 500, "gradients": 500, "optimizer": 3000}
 
 

@@ -102,21 +102,45 @@ class Batch(Part):
         return self
 
 
-class Optimizer(Part):
-    """AdamW with decoupled weight decay on matrices alone (Loshchilov and Hutter 2019)."""
+OPTIMIZER_KEYS = {"adamw": ("betas", "eps"), "muon": ("momentum", "betas", "eps"), "lion": ("betas",), "adafactor": ("beta2_decay",),
+                  "sgd": ("momentum",)}
+"""Keys that only some optimizers read."""
+OPTIMIZER_DEFAULTS: dict[str, dict[str, Any]] = {"lion": {"betas": (0.9, 0.99)}, "sgd": {"momentum": 0.9}}
+"""Where an optimizer's default is not the field's."""
 
-    name: Literal["adamw"] = "adamw"
-    """The algorithm."""
+
+class Optimizer(Part):
+    """How gradients become updates. Weight decay is decoupled (Loshchilov and Hutter 2019), and for matrices alone."""
+
+    name: Literal["adamw", "muon", "lion", "adafactor", "sgd"] = "adamw"
+    """adamw; muon for the matrices of hidden layers and adamw for the rest (Jordan et al. 2024), scaled so that adamw's rate and decay
+    suit it (Liu et al. 2025); lion (Chen et al. 2023); adafactor (Shazeer and Stern 2018); sgd, whose decay is added to the gradient."""
     lr: Annotated[float, Field(gt=0)] = 1e-3
-    """Peak learning rate."""
+    """Peak learning rate; of adafactor, relative to a parameter's root mean square."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     """Decay of parameters with two dimensions or more."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
-    """Decay rates of the two moments."""
+    """adamw, muon's adamw, lion: decay rates of the two moments; of lion, of the update and of the momentum, 0.9 and 0.99 by default."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
-    """Added to the denominator."""
+    """adamw, muon's adamw: added to the denominator."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """muon, sgd: decay rate of the momentum; 0.9 by default with sgd."""
+    beta2_decay: Annotated[float, Field(gt=-1, lt=0)] = -0.8
+    """adafactor: at step t the second moment forgets t to the power of this."""
     clip: Annotated[float, Field(ge=0)] = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults(cls, data: Any) -> Any:
+        return {**OPTIMIZER_DEFAULTS.get(str(data.get("name")), {}), **data} if isinstance(data, dict) else data
+
+    @model_validator(mode="after")
+    def _effect(self) -> "Optimizer":
+        for key in dict.fromkeys(key for keys in OPTIMIZER_KEYS.values() for key in keys):
+            if key not in OPTIMIZER_KEYS[self.name]:
+                without_effect(self, f"with {self.name}, whose keys are {', '.join(OPTIMIZER_KEYS[self.name])}", key)
+        return self
 
 
 class Schedule(Part):
@@ -262,11 +286,21 @@ class TrainSpec(Job):
                 raise Rule(f"sharding.deepspeed.{section}", f"{raw!r} is no mapping")
             if name in raw if name else section in self.sharding.deepspeed:
                 raise Rule(f"sharding.deepspeed.{key}", f"contradicts {ours}, which sets it; leave it out and set {ours}")
+        check_optimizer(self.optimizer, self.sharding.zero)
         check_schedule(self.schedule, self.duration.steps)
         batch, workers = self.batch, self.scale.workers
         if batch.global_sequences is not None:
             check_batch(batch.global_sequences, batch.micro_sequences, workers)
         return self
+
+
+def check_optimizer(optimizer: Optimizer, zero: int) -> None:
+    """Raises Rule where DeepSpeed's sharding would make other steps of an optimizer."""
+    if optimizer.name == "adafactor" and zero:
+        raise Rule("sharding.zero", f"{zero} flattens matrices, of which adafactor keeps rows and columns; set zero: 0, or take adamw")
+    if optimizer.name == "muon" and zero and optimizer.clip:
+        raise Rule("optimizer.clip", f"{optimizer.clip:g} would clip muon's orthogonal updates under ZeRO-{zero}, not the gradient; set "
+                                     "clip: 0, which muon does not need, or zero: 0")
 
 
 def check_schedule(schedule: Schedule, steps: int | None) -> None:

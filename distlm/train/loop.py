@@ -23,6 +23,7 @@ from distlm.runs import RunFolder
 from distlm.train import checkpoint
 from distlm.train.evaluate import Evaluator
 from distlm.train.metrics import MetricsWriter
+from distlm.train.optimizer import set_rate
 from distlm.train.recipe import Recipe, manifest_of
 from distlm.train.schedule import learning_rate
 from distlm.train.zero import deepspeed_config, make_engine
@@ -74,8 +75,7 @@ def train_step(engine: Any, tokens: torch.Tensor, recipe: Recipe, rate: float, s
     The loss of a step is the sum over its tokens divided by their global count; DeepSpeed averages over ranks and
     micro-batches, so the sum of a micro-batch is multiplied by both first. All ranks take part.
     """
-    for group in engine.optimizer.param_groups:
-        group["lr"] = rate
+    set_rate(engine.optimizer, rate)
     scale = recipe.accumulation * recipe.world / recipe.tokens_per_step
     total = torch.zeros((), dtype=torch.float64, device=tokens.device)
     for i, micro in enumerate(tokens.split(recipe.micro_sequences)):

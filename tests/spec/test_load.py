@@ -13,7 +13,7 @@ TRAIN = "kind: train\nname: a\ncorpus: c\nmodel: {preset: llama-tiny}\nduration:
 PREPARE = "kind: prepare\nname: a\n"
 TUNE = "kind: tune\nname: a\ntrain: base.yaml\n"
 IS_NAME = "letters, digits, '.', '_' and '-', starting with a letter or digit, 100 at most"
-OPTIMIZER = "name, lr, weight_decay, betas, eps, clip"
+OPTIMIZER = "name, lr, weight_decay, betas, eps, momentum, beta2_decay, clip"
 
 MISTAKES = {
     # whole files
@@ -95,6 +95,16 @@ MISTAKES = {
     TRAIN + "schedule: {warmup_steps: 4}\n": ":6: schedule.warmup_steps: 4 are more than the 3 of duration.steps; shorten the warm-up",
     TRAIN + "schedule: {name: wsd, warmup_steps: 3}\n":
         ":6: schedule.warmup_steps: 3 steps of warm-up overlap the last 1 of 3, which decay; shorten the warm-up or lower decay_fraction",
+    TRAIN + "optimizer: {name: muo}\n":
+        ":6: optimizer.name: 'muo' is not one of adamw, muon, lion, adafactor, sgd; did you mean muon?",
+    TRAIN + "optimizer: {momentum: 0.8}\n":
+        ":6: optimizer.momentum: 0.8 has no effect with adamw, whose keys are betas, eps; leave it out",
+    TRAIN + "optimizer: {name: lion, eps: 1e-6}\n": ":6: optimizer.eps: 1e-06 has no effect with lion, whose keys are betas; leave it out",
+    TRAIN + "optimizer: {name: adafactor}\nsharding: {zero: 1}\n":
+        ":7: sharding.zero: 1 flattens matrices, of which adafactor keeps rows and columns; set zero: 0, or take adamw",
+    TRAIN + "optimizer: {name: muon, clip: 2}\nsharding: {zero: 2}\n":
+        ":6: optimizer.clip: 2 would clip muon's orthogonal updates under ZeRO-2, not the gradient; set clip: 0, which muon does not "
+        "need, or zero: 0",
     PREPARE + "sources: [a]\ntokenizer: {from: x, vocab_size: 300}\n":
         ":4: tokenizer.vocab_size: 300 has no effect beside from; leave it out",
     PREPARE + "sources: [a]\ntokenizer: {train: bytes, sample_bytes: 9}\n":
