@@ -150,9 +150,9 @@ def restore_buffers(model: "torch.nn.Module", saved: dict[str, "torch.Tensor"]) 
         owner._buffers[key] = value.to(owner._buffers[key].device)
 
 
-def num_parameters(config: "PreTrainedConfig") -> int:
-    """Parameters of a model of this configuration, tied ones counted once. Nothing is allocated. Raises SpecError where
-    there is no such model."""
+def parameter_sizes(config: "PreTrainedConfig") -> dict[str, int]:
+    """The elements of each parameter of a model of this configuration, by name, tied ones once. Nothing is allocated. Raises SpecError
+    where there is no such model."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -162,4 +162,9 @@ def num_parameters(config: "PreTrainedConfig") -> int:
             model.tie_weights()
     except (ValueError, TypeError, KeyError, AttributeError, AssertionError, RuntimeError, ImportError) as error:
         raise SpecError(f"no causal language model can be built from it: {last_line(error)}", where="model") from None
-    return sum(parameter.numel() for parameter in model.parameters())
+    return {name: parameter.numel() for name, parameter in model.named_parameters()}
+
+
+def num_parameters(config: "PreTrainedConfig") -> int:
+    """All elements of `parameter_sizes`."""
+    return sum(parameter_sizes(config).values())

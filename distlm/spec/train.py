@@ -1,6 +1,8 @@
 """`kind: train`: from a corpus to a run with checkpoints and an export."""
 
 import math
+import re
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -109,6 +111,26 @@ OPTIMIZER_DEFAULTS: dict[str, dict[str, Any]] = {"lion": {"betas": (0.9, 0.99)},
 """Where an optimizer's default is not the field's."""
 
 
+class ParameterGroup(Part):
+    """Parameters that are treated in their own way."""
+
+    match: Annotated[str, Field(min_length=1)]
+    """A regular expression that is searched for in the parameters' names, as transformers names them: model.embed_tokens.weight. A
+    parameter belongs to the first group that matches it."""
+    lr_factor: Annotated[float, Field(ge=0)] = 1.0
+    """The learning rate over that of the schedule."""
+    weight_decay: Annotated[float | None, Field(ge=0)] = None
+    """Decay, of vectors too. Default: optimizer.weight_decay for parameters with two dimensions or more."""
+
+    @model_validator(mode="after")
+    def _compiles(self) -> "ParameterGroup":
+        try:
+            re.compile(self.match)
+        except re.error as error:
+            raise Rule("match", f"{self.match!r} is no regular expression: {error}") from None
+        return self
+
+
 class Optimizer(Part):
     """How gradients become updates. Weight decay is decoupled (Loshchilov and Hutter 2019), and for matrices alone."""
 
@@ -129,6 +151,8 @@ class Optimizer(Part):
     """adafactor: at step t the second moment forgets t to the power of this."""
     clip: Annotated[float, Field(ge=0)] = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
+    groups: list[ParameterGroup] = []
+    """Parameters with another decay or learning rate than the rest."""
 
     @model_validator(mode="before")
     @classmethod
@@ -292,6 +316,22 @@ class TrainSpec(Job):
         if batch.global_sequences is not None:
             check_batch(batch.global_sequences, batch.micro_sequences, workers)
         return self
+
+
+def group_of(name: str, groups: Sequence[ParameterGroup]) -> ParameterGroup | None:
+    """The first group that matches a parameter's name."""
+    return next((group for group in groups if re.search(group.match, name)), None)
+
+
+def check_groups(groups: Sequence[ParameterGroup], names: list[str]) -> None:
+    """Raises Rule for a group that holds no parameter of a model's `names`."""
+    used = [group_of(name, groups) for name in names]
+    for i, group in enumerate(groups):
+        if not any(one is group for one in used):
+            earlier = any(re.search(group.match, name) for name in names)
+            raise Rule(f"optimizer.groups.{i}.match",
+                       f"{group.match!r} matches only what an earlier group holds; leave it out, or put it first" if earlier else
+                       f"{group.match!r} matches no parameter; their names are like {', '.join(names[:1] + names[len(names) // 2:][:1])}")
 
 
 def check_optimizer(optimizer: Optimizer, zero: int) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from distlm.model.loss import CausalLoss
-from distlm.spec.train import TrainSpec
+from distlm.spec.train import ParameterGroup, TrainSpec, group_of
 
 
 def make_optimizer(spec: TrainSpec, model: CausalLoss) -> torch.optim.Optimizer:
@@ -31,15 +31,17 @@ def make_optimizer(spec: TrainSpec, model: CausalLoss) -> torch.optim.Optimizer:
 
 def make_groups(spec: TrainSpec, model: CausalLoss) -> list[dict[str, Any]]:
     """Groups of parameters that are treated alike, none empty: matrices first."""
-    decay = spec.optimizer.weight_decay
-    orthogonal = muon_matrices(model) if spec.optimizer.name == "muon" else set()
+    options = spec.optimizer
+    orthogonal = muon_matrices(model) if options.name == "muon" else set()
     groups: dict[Any, dict[str, Any]] = {}
-    for parameter in sorted(model.parameters(), key=lambda p: p.dim() < 2):
+    for name, parameter in sorted(model.model.named_parameters(), key=lambda pair: pair[1].dim() < 2):
         if not parameter.requires_grad:
             continue
-        settings: dict[str, Any] = {"weight_decay": decay if parameter.dim() >= 2 else 0.0}
-        if spec.optimizer.name == "muon":
-            settings |= _muon_settings(parameter, settings["weight_decay"], parameter in orthogonal)
+        own = group_of(name, options.groups) or ParameterGroup(match=".")
+        decay = options.weight_decay if parameter.dim() >= 2 else 0.0
+        settings: dict[str, Any] = {"weight_decay": decay if own.weight_decay is None else own.weight_decay, "lr_factor": own.lr_factor}
+        if options.name == "muon":
+            _add_muon(settings, parameter, parameter in orthogonal)
         groups.setdefault(tuple(settings.items()), {"params": [], **settings})["params"].append(parameter)
     return list(groups.values())
 
@@ -47,7 +49,7 @@ def make_groups(spec: TrainSpec, model: CausalLoss) -> list[dict[str, Any]]:
 def set_rate(optimizer: Any, rate: float) -> None:
     """Set the learning rate of every group, each by its factor."""
     for group in optimizer.param_groups:
-        group["lr"] = rate * group.get("lr_factor", 1.0)
+        group["lr"] = rate * group["lr_factor"]
 
 
 def muon_matrices(model: CausalLoss) -> set[torch.nn.Parameter]:
@@ -56,14 +58,15 @@ def muon_matrices(model: CausalLoss) -> set[torch.nn.Parameter]:
     return {p for p in model.parameters() if p.dim() == 2} - outer - {model.model.get_output_embeddings().weight}
 
 
-def _muon_settings(parameter: torch.nn.Parameter, decay: float, orthogonal: bool) -> dict[str, Any]:
+def _add_muon(settings: dict[str, Any], parameter: torch.nn.Parameter, orthogonal: bool) -> None:
     """The rate and decay of AdamW hold for Muon too where an update is scaled to the same size, 0.2 sqrt(max(rows, columns)) (Liu et al.
     2025, equation 4). DeepSpeed scales by sqrt(max(1, rows / columns)), and multiplies the decay by the rate: the factor mends both."""
-    if not orthogonal:
-        return {"use_muon": False}
-    rows, columns = parameter.shape
-    factor = 0.2 * max(rows, columns) ** 0.5 / max(1.0, rows / columns) ** 0.5
-    return {"use_muon": True, "lr_factor": factor, "weight_decay": decay / factor}
+    settings["use_muon"] = orthogonal
+    if orthogonal:
+        rows, columns = parameter.shape
+        factor = 0.2 * max(rows, columns) ** 0.5 / max(1.0, rows / columns) ** 0.5
+        settings["lr_factor"] *= factor
+        settings["weight_decay"] /= factor
 
 
 def _muon(spec: TrainSpec, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:

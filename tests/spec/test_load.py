@@ -13,7 +13,7 @@ TRAIN = "kind: train\nname: a\ncorpus: c\nmodel: {preset: llama-tiny}\nduration:
 PREPARE = "kind: prepare\nname: a\n"
 TUNE = "kind: tune\nname: a\ntrain: base.yaml\n"
 IS_NAME = "letters, digits, '.', '_' and '-', starting with a letter or digit, 100 at most"
-OPTIMIZER = "name, lr, weight_decay, betas, eps, momentum, beta2_decay, clip"
+OPTIMIZER = "name, lr, weight_decay, betas, eps, momentum, beta2_decay, clip, groups"
 
 MISTAKES = {
     # whole files
@@ -99,6 +99,8 @@ MISTAKES = {
         ":6: optimizer.name: 'muo' is not one of adamw, muon, lion, adafactor, sgd; did you mean muon?",
     TRAIN + "optimizer: {momentum: 0.8}\n":
         ":6: optimizer.momentum: 0.8 has no effect with adamw, whose keys are betas, eps; leave it out",
+    TRAIN + "optimizer:\n  groups:\n  - match: a(\n":
+        ":8: optimizer.groups.0.match: 'a(' is no regular expression: missing ), unterminated subpattern at position 1",
     TRAIN + "optimizer: {name: lion, eps: 1e-6}\n": ":6: optimizer.eps: 1e-06 has no effect with lion, whose keys are betas; leave it out",
     TRAIN + "optimizer: {name: adafactor}\nsharding: {zero: 1}\n":
         ":7: sharding.zero: 1 flattens matrices, of which adafactor keeps rows and columns; set zero: 0, or take adamw",

@@ -28,6 +28,8 @@ def steps(model: CausalLoss, *optimizers: torch.optim.Optimizer, rate: float = 0
         for p in model.parameters():
             p.grad = torch.randn_like(p)
         for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group.setdefault("lr_factor", 1.0)
             set_rate(optimizer, rate)
             optimizer.step()
     return {name: p.detach().clone() for name, p in model.model.named_parameters()}
@@ -87,3 +89,31 @@ def test_adafactor_and_sgd_are_pytorchs() -> None:
         expected = steps(theirs, make(theirs.parameters(), **keys))
         for parameter in expected:
             torch.testing.assert_close(after[parameter], expected[parameter], msg=f"{name} {parameter}")
+
+
+def test_the_first_group_that_matches_sets_rate_and_decay_and_the_rest_keeps_the_rule() -> None:
+    groups = [{"match": r"embed_tokens|lm_head", "lr_factor": 0.5, "weight_decay": 0}, {"match": r"layers\.0.*norm", "weight_decay": 0.3},
+              {"match": r"\.(q|k)_proj", "lr_factor": 0.0}, {"match": "proj", "lr_factor": 2.0}]
+    given = model()
+    before = {name: p.detach().clone() for name, p in given.model.named_parameters()}
+    optimizer = make_optimizer(spec(groups=groups), given)
+    of = {id(p): (group["lr_factor"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
+    for name, p in given.model.named_parameters():
+        expected = {"embed_tokens": (0.5, 0.0), "lm_head": (0.5, 0.0), "input_layernorm": (1.0, 0.3), "norm": (1.0, 0.0),
+                    "post_attention_layernorm": (1.0, 0.3), "q_proj": (0.0, 0.1), "k_proj": (0.0, 0.1)}
+        assert of[id(p)] == expected.get(name.split(".")[-2], (2.0, 0.1)), name
+    after = steps(given, optimizer, rate=0.001, count=1)
+    for part, factor in {"q_proj": 0.0, "embed_tokens": 0.5, "up_proj": 2.0}.items():
+        name = next(name for name in before if part in name)
+        assert (after[name] - before[name]).abs().median().item() == pytest.approx(0.001 * factor, rel=0.05), name
+
+
+def test_muons_groups_scale_its_own_rate_and_not_its_decay() -> None:
+    given = model()
+    plain, scaled = (make_optimizer(spec(name="muon", groups=groups), given).param_groups
+                     for groups in ([], [{"match": "mlp", "lr_factor": 3.0}]))
+    of = [{id(p): group for group in groups for p in group["params"]} for groups in (plain, scaled)]
+    for name, p in given.model.named_parameters():
+        one, other = (groups[id(p)] for groups in of)
+        assert other["lr_factor"] == pytest.approx(one["lr_factor"] * (3.0 if "mlp" in name else 1.0)), name
+        assert other["weight_decay"] == one["weight_decay"]

@@ -15,7 +15,8 @@ RATES = {"lion": 0.001, "sgd": 0.1, "adafactor": 0.05}
 
 def case(corpus: Path, optimizer: str, precision: str, zero: int, **sections: Any) -> TrainSpec:
     """Six steps of two ranks, a checkpoint after three."""
-    options = {"name": optimizer, "lr": RATES.get(optimizer, 0.01), **({"clip": 0} if optimizer == "muon" else {})}
+    options = {"name": optimizer, "lr": RATES.get(optimizer, 0.01), **({"clip": 0} if optimizer == "muon" else {}),
+               "groups": [{"match": "embed_tokens", "lr_factor": 0.5, "weight_decay": 0}]}
     return spec(corpus, scale={"workers": 2}, precision=precision, sharding={"zero": zero}, duration={"steps": 6},
                 evaluate={"every_steps": 3}, **{"optimizer": options, "checkpoint": {"every_steps": 3}, **sections})
 
