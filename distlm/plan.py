@@ -60,6 +60,7 @@ def of_train(spec: TrainSpec, storage: Storage) -> Rows:
     return [("corpus", f"a mixture of {len(recipe.corpora)}, {size_}" if recipe.mix else f"{recipe.corpus}, {size_}"),
             *of_mixture(recipe),
             ("steps", f"{recipe.num_steps:,} of {recipe.global_sequences:,} sequences, {recipe.micro_sequences} in a micro-batch"),
+            *([("warm-up", f"{recipe.spec.schedule.warmup_steps:,} steps")] if spec.schedule.warmup_tokens else []),
             ("tokens", f"{recipe.num_steps * recipe.tokens_per_step:,}"),
             ("evaluations", f"every {recipe.evaluate_every:,} steps over {recipe.val_windows:,} windows"),
             ("checkpoints", f"every {recipe.checkpoint_every:,} steps"),

@@ -170,22 +170,35 @@ class Optimizer(Part):
 class Schedule(Part):
     """The learning rate as a function of the step: warm-up, then the named shape."""
 
-    name: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
-    """cosine and linear fall to min_ratio; wsd (warm-up, stable, decay) is constant until its last part falls linearly."""
+    name: Literal["cosine", "linear", "constant", "inverse_sqrt", "wsd"] = "cosine"
+    """cosine and linear fall to min_ratio; inverse_sqrt falls with the root of the step; wsd (warm-up, stable, decay) is constant until
+    its last part falls linearly."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Steps over which the rate rises linearly."""
+    warmup_tokens: Annotated[int | None, Field(ge=1)] = None
+    """The same in tokens, rounded up to whole steps."""
     decay_fraction: Annotated[float, Field(gt=0, le=1)] = 0.2
     """wsd: the share of all steps that decays."""
     min_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """The final rate over the peak rate."""
+    """cosine, linear, wsd: the final rate over the peak rate."""
 
     @model_validator(mode="after")
     def _effect(self) -> "Schedule":
+        if self.warmup_tokens is not None and self.warmup_steps:
+            raise Rule("warmup_tokens", f"{self.warmup_tokens} stands beside warmup_steps {self.warmup_steps}; leave one of them out")
         if self.name != "wsd":
             without_effect(self, f"with {self.name}: only wsd decays at the end", "decay_fraction")
         if self.name == "constant":
             without_effect(self, "with constant, which does not fall", "min_ratio")
+        if self.name == "inverse_sqrt":
+            without_effect(self, "with inverse_sqrt, which has no floor", "min_ratio")
         return self
+
+    def in_steps(self, tokens_per_step: int) -> "Schedule":
+        """The same schedule with its warm-up counted in steps."""
+        if self.warmup_tokens is None:
+            return self
+        return self.model_copy(update={"warmup_tokens": None, "warmup_steps": math.ceil(self.warmup_tokens / tokens_per_step)})
 
 
 class Duration(Part):

@@ -120,6 +120,7 @@ def make_recipe(spec: TrainSpec, storage: Storage) -> Recipe:
     try:
         micro = check_batch(sequences, spec.batch.micro_sequences, spec.scale.workers)
         steps = _num_steps(spec, sequences, sum(one.splits["train"].windows for one in manifests), context)
+        spec = spec.model_copy(update={"schedule": spec.schedule.in_steps(sequences * context)})
         check_schedule(spec.schedule, steps)
         check_groups(spec.optimizer.groups, list(sizes))
     except Rule as rule:

@@ -63,7 +63,8 @@ MISTAKES = {
     TRAIN + "optimizer: {betas: 0.9}\n": ":6: optimizer.betas: 0.9: must be a list",
     TRAIN + "optimizer: {betas: [0.9]}\n": ":6: optimizer.betas: entry 2 is missing",
     TRAIN + "optimizer: {betas: [0.9, 1]}\n": ":6: optimizer.betas.1: 1: must be below 1",
-    TRAIN + "schedule: {name: cosin}\n": ":6: schedule.name: 'cosin' is not one of cosine, linear, constant, wsd; did you mean cosine?",
+    TRAIN + "schedule: {name: cosin}\n":
+        ":6: schedule.name: 'cosin' is not one of cosine, linear, constant, inverse_sqrt, wsd; did you mean cosine?",
     TRAIN + "sharding: {zero: 4}\n": ":6: sharding.zero: 4 is not one of 0, 1, 2, 3",
     PREPARE + "sources: stdlib\n": ":3: sources: 'stdlib': must be a list; write [stdlib]",
     PREPARE + "sources: []\n": ":3: sources: []: must have 1 entries at least, not 0",
@@ -92,6 +93,10 @@ MISTAKES = {
         ":6: schedule.decay_fraction: 0.1 has no effect with cosine: only wsd decays at the end; leave it out",
     TRAIN + "schedule: {name: constant, min_ratio: 0.2}\n":
         ":6: schedule.min_ratio: 0.2 has no effect with constant, which does not fall; leave it out",
+    TRAIN + "schedule: {name: inverse_sqrt, min_ratio: 0.2}\n":
+        ":6: schedule.min_ratio: 0.2 has no effect with inverse_sqrt, which has no floor; leave it out",
+    TRAIN + "schedule: {warmup_steps: 1, warmup_tokens: 9}\n":
+        ":6: schedule.warmup_tokens: 9 stands beside warmup_steps 1; leave one of them out",
     TRAIN + "schedule: {warmup_steps: 4}\n": ":6: schedule.warmup_steps: 4 are more than the 3 of duration.steps; shorten the warm-up",
     TRAIN + "schedule: {name: wsd, warmup_steps: 3}\n":
         ":6: schedule.warmup_steps: 3 steps of warm-up overlap the last 1 of 3, which decay; shorten the warm-up or lower decay_fraction",
