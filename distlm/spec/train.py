@@ -201,6 +201,19 @@ class Schedule(Part):
         return self.model_copy(update={"warmup_tokens": None, "warmup_steps": math.ceil(self.warmup_tokens / tokens_per_step)})
 
 
+class Regularization(Part):
+    """What keeps a model from fitting its samples too closely. The training loss that is shown is the plain cross-entropy all the same, and
+    evaluation uses none of it."""
+
+    dropout: Annotated[float | None, Field(ge=0, lt=1)] = None
+    """Share of activations that are set to 0 wherever the model's family can: llama in attention alone, gpt2 after embeddings and layers
+    too. Default: 0, or what model.config or the checkpoint of model.from says."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the target's probability that is spread over the whole vocabulary (Szegedy et al. 2016, section 7)."""
+    z_loss: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of log² Z, the squared logarithm of the softmax's denominator; 1e-4 in PaLM (Chowdhery et al. 2022, section 5)."""
+
+
 class Duration(Part):
     """How long: exactly one of steps, tokens, epochs."""
 
@@ -292,6 +305,8 @@ class TrainSpec(Job):
     """The optimizer."""
     schedule: Schedule = Schedule()
     """The learning rate over time."""
+    regularization: Regularization = Regularization()
+    """Dropout, label smoothing, z-loss."""
     duration: Duration
     """How long."""
     precision: Literal["fp32", "bf16"] = "bf16"

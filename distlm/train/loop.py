@@ -37,12 +37,16 @@ def fit(recipe: Recipe, folder: RunFolder, steps: Iterator[NDArray[np.int64]], *
     Raises TrainError with its cause.
     """
     spec = recipe.spec
-    model = build_model(spec.model, model_config(spec.model, recipe.shape), spec.seed)
+    penalties = spec.regularization
+    model = build_model(spec.model, model_config(spec.model, recipe.shape, penalties.dropout), spec.seed)
     if device.type == "cpu":
         use_cpu_attention(model)
     kept = buffers(model)
-    engine = make_engine(spec, CausalLoss(model), deepspeed_config(spec, recipe.micro_sequences, recipe.accumulation))
+    engine = make_engine(spec, CausalLoss(model, penalties.label_smoothing, penalties.z_loss),
+                         deepspeed_config(spec, recipe.micro_sequences, recipe.accumulation))
     restore_buffers(engine.module.model, kept)
+    engine.train()                                         # a loaded model is not in that mode
+    torch.manual_seed((spec.seed << 24) + rank)            # dropout, on each rank its own; a checkpoint brings the state it had
     if resume_from is not None:
         checkpoint.load(engine, resume_from, rank)
     evaluator = Evaluator(recipe, rank, device)

@@ -116,7 +116,7 @@ def make_recipe(spec: TrainSpec, storage: Storage) -> Recipe:
     if spec.sharding.deepspeed:
         check_raw(spec)
     shape = Shape(manifest.vocab_size, context, manifest.eos_id)
-    sizes = parameter_sizes(model_config(spec.model, shape))
+    sizes = parameter_sizes(model_config(spec.model, shape, spec.regularization.dropout))
     try:
         micro = check_batch(sequences, spec.batch.micro_sequences, spec.scale.workers)
         steps = _num_steps(spec, sequences, sum(one.splits["train"].windows for one in manifests), context)

@@ -16,7 +16,7 @@ RATES = {"lion": 0.001, "sgd": 0.1, "adafactor": 0.05}
 def case(corpus: Path, optimizer: str, precision: str, zero: int, **sections: Any) -> TrainSpec:
     """Six steps of two ranks, a checkpoint after three."""
     options = {"name": optimizer, "lr": RATES.get(optimizer, 0.01), **({"clip": 0} if optimizer == "muon" else {}),
-               "groups": [{"match": "embed_tokens", "lr_factor": 0.5, "weight_decay": 0}]}
+               "groups": [{"match": "embed_tokens|wte", "lr_factor": 0.5, "weight_decay": 0}]}
     return spec(corpus, scale={"workers": 2}, precision=precision, sharding={"zero": zero}, duration={"steps": 6},
                 evaluate={"every_steps": 3}, **{"optimizer": options, "checkpoint": {"every_steps": 3}, **sections})
 
@@ -41,8 +41,12 @@ def check_going_on(runs: dict[Path, TrainSpec]) -> None:
 
 def test_every_optimizer_and_option(tmp_path: Path) -> None:
     corpus = make_corpus(tmp_path / "c")
-    check_going_on({tmp_path / "muon": case(corpus, "muon", "bf16", 2), tmp_path / "lion": case(corpus, "lion", "fp32", 3),
-                    tmp_path / "adafactor": case(corpus, "adafactor", "bf16", 0), tmp_path / "sgd": case(corpus, "sgd", "fp32", 1)})
+    dropout = {"model": {"config": {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4}}, "regularization": {"dropout": 0.1}}
+    check_going_on({tmp_path / "muon": case(corpus, "muon", "bf16", 2), tmp_path / "lion": case(corpus, "lion", "fp32", 3, **dropout),
+                    tmp_path / "adafactor": case(corpus, "adafactor", "bf16", 0),
+                    tmp_path / "sgd": case(corpus, "sgd", "fp32", 1, regularization={"label_smoothing": 0.1, "z_loss": 1e-4})})
+    one, other = ((tmp_path / "lion" / "checkpoints" / "step-000003" / f"rng-0000{rank}.pt").read_bytes() for rank in (0, 1))
+    assert one != other, "each rank drops its own"
 
 
 @pytest.mark.slow
