@@ -90,6 +90,8 @@ def of_model(spec: TrainSpec, shape: Any, tokens: int | None) -> Rows:
     parameters, text = num_parameters(config), config.get_text_config()
     flops = flops_per_token(parameters, text.num_hidden_layers, text.hidden_size, shape.context)
     memory = memory_per_rank(parameters, spec.precision, spec.sharding.zero, spec.scale.workers, STATE_BYTES[spec.optimizer.name])
+    if spec.ema:
+        memory["ema"] = memory_per_rank(parameters, "fp32", spec.sharding.zero, spec.scale.workers, 4)["optimizer"]
     parts = ", ".join(f"{name} {size(value)}" for name, value in memory.items())
     total = f"{flops * tokens:.2e} FLOPs, " if tokens else ""
     return [("parameters", f"{parameters:,}"), ("arithmetic", f"{total}{flops:.2e} FLOPs a token"),

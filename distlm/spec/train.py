@@ -276,6 +276,22 @@ class Checkpoints(Part):
     """Default: a quarter of the run, 1,000 steps at most. The last step always saves."""
     keep: Annotated[int, Field(ge=2)] = 2
     """The newest ones that are kept."""
+    average: Annotated[int, Field(ge=1)] = 1
+    """The newest ones whose mean is exported, in fp32; distlm.json in the export has its own val_loss then, and metrics.jsonl the last
+    step's. 1 exports the last step."""
+
+    @model_validator(mode="after")
+    def _kept(self) -> "Checkpoints":
+        if self.average > self.keep:
+            raise Rule("average", f"{self.average} are not there at the end with keep {self.keep}; set keep: {self.average}")
+        return self
+
+
+class Ema(Part):
+    """An exponential moving average of the weights (Polyak and Juditsky 1992), in fp32."""
+
+    decay: Annotated[float, Field(gt=0, lt=1)] = 0.999
+    """What it keeps of itself at a step; at step t (1 + t) / (10 + t) at most, so that the first weights are soon forgotten."""
 
 
 class Retry(Part):
@@ -319,6 +335,8 @@ class TrainSpec(Job):
     """Validation."""
     checkpoint: Checkpoints = Checkpoints()
     """Saving."""
+    ema: Ema | None = None
+    """An average of the weights over steps, which is then what is evaluated and exported. Left out, there is none."""
     retry: Retry = Retry()
     """Going on after a failure."""
     seed: Seed = 0
@@ -339,6 +357,12 @@ class TrainSpec(Job):
             if name in raw if name else section in self.sharding.deepspeed:
                 raise Rule(f"sharding.deepspeed.{key}", f"contradicts {ours}, which sets it; leave it out and set {ours}")
         check_optimizer(self.optimizer, self.sharding.zero)
+        if self.ema and self.checkpoint.average > 1:
+            raise Rule("checkpoint.average", f"{self.checkpoint.average} stands beside ema, which is exported; leave one of them out")
+        for key, raw in self.sharding.deepspeed.get("zero_optimization", {}).items():
+            if isinstance(raw, dict) and raw.get("device") == "nvme" and (self.ema or self.checkpoint.average > 1):
+                raise Rule(f"sharding.deepspeed.zero_optimization.{key}", "weights on disks cannot be averaged; leave out ema and "
+                                                                          "checkpoint.average, or set device: cpu")
         check_schedule(self.schedule, self.duration.steps)
         batch, workers = self.batch, self.scale.workers
         if batch.global_sequences is not None:

@@ -130,6 +130,9 @@ def make_recipe(spec: TrainSpec, storage: Storage) -> Recipe:
     recipe = Recipe(spec, str(manifest.path), mixture_hash(spec, manifests), shape, sum(sizes.values()), sequences, micro, steps,
                     spec.evaluate.every_steps or max(1, steps // 10), spec.checkpoint.every_steps or max(1, min(1000, steps // 4)),
                     (), 0.0, make_mix(spec, manifests, steps * sequences))
+    if spec.checkpoint.average > (saved := math.ceil(steps / recipe.checkpoint_every)):
+        raise SpecError(f"{spec.checkpoint.average} checkpoints are averaged, and {steps:,} steps save {saved}", where="checkpoint.average",
+                        remedy=f"set it to {saved}, or lower checkpoint.every_steps")
     check_epochs(recipe, manifests)
     parts = val_parts(recipe, manifests)
     splits = {str(one.path): one.splits["val"] for one in manifests}

@@ -88,6 +88,12 @@ MISTAKES = {
     PREPARE + "sources: [a]\ntokenizer: {train: bpe, from: x}\n":
         ":4: tokenizer.train: a tokenizer is either trained or taken from a folder: give train or from, not both",
     "kind: serve\nname: v1\nmodel: m\n": ":2: name: an endpoint named v1 would hide the path /v1 of another; take another name",
+    TRAIN + "checkpoint: {average: 3}\n": ":6: checkpoint.average: 3 are not there at the end with keep 2; set keep: 3",
+    TRAIN + "ema: {}\ncheckpoint: {average: 2}\n":
+        ":7: checkpoint.average: 2 stands beside ema, which is exported; leave one of them out",
+    TRAIN + "ema: {decay: 0.9}\nsharding:\n  zero: 3\n  deepspeed: {zero_optimization: {offload_param: {device: nvme}}}\n":
+        ":9: sharding.deepspeed.zero_optimization.offload_param: weights on disks cannot be averaged; leave out ema and "
+        "checkpoint.average, or set device: cpu",
     # without effect
     TRAIN + "schedule: {decay_fraction: 0.1}\n":
         ":6: schedule.decay_fraction: 0.1 has no effect with cosine: only wsd decays at the end; leave it out",

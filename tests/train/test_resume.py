@@ -42,9 +42,11 @@ def check_going_on(runs: dict[Path, TrainSpec]) -> None:
 def test_every_optimizer_and_option(tmp_path: Path) -> None:
     corpus = make_corpus(tmp_path / "c")
     dropout = {"model": {"config": {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4}}, "regularization": {"dropout": 0.1}}
-    check_going_on({tmp_path / "muon": case(corpus, "muon", "bf16", 2), tmp_path / "lion": case(corpus, "lion", "fp32", 3, **dropout),
-                    tmp_path / "adafactor": case(corpus, "adafactor", "bf16", 0),
-                    tmp_path / "sgd": case(corpus, "sgd", "fp32", 1, regularization={"label_smoothing": 0.1, "z_loss": 1e-4})})
+    ema, average = {"ema": {"decay": 0.9}}, {"checkpoint": {"every_steps": 3, "average": 2}}
+    check_going_on({tmp_path / "muon": case(corpus, "muon", "bf16", 2, **ema),
+                    tmp_path / "lion": case(corpus, "lion", "fp32", 3, **dropout, **ema),
+                    tmp_path / "adafactor": case(corpus, "adafactor", "bf16", 0, **average),
+                    tmp_path / "sgd": case(corpus, "sgd", "fp32", 1, regularization={"label_smoothing": 0.1, "z_loss": 1e-4}, **average)})
     one, other = ((tmp_path / "lion" / "checkpoints" / "step-000003" / f"rng-0000{rank}.pt").read_bytes() for rank in (0, 1))
     assert one != other, "each rank drops its own"
 
@@ -53,9 +55,12 @@ def test_every_optimizer_and_option(tmp_path: Path) -> None:
 @pytest.mark.parametrize("optimizer", ["muon", "lion", "sgd", "adafactor"])
 def test_every_stage_and_precision_gives_the_same_steps_and_goes_on(optimizer: str, tmp_path: Path) -> None:
     corpus = make_corpus(tmp_path / "c")
-    runs = {tmp_path / f"{precision}-{zero}": case(corpus, optimizer, precision, zero)
+    runs = {tmp_path / f"{precision}-{zero}": case(corpus, optimizer, precision, zero, ema={"decay": 0.9})
             for precision in ("fp32", "bf16") for zero in ((0,) if optimizer == "adafactor" else (0, 1, 2, 3))}
     check_going_on(runs)
     for run in runs:
         tight = run.name.startswith("fp32") and optimizer != "muon"     # its products are in bf16 always
-        np.testing.assert_allclose(losses(run), losses(tmp_path / "fp32-0"), rtol=1e-5 if tight else 5e-3)
+        of = [[record.get("val_loss", record.get("loss")) for record in metrics(path)] for path in (run, tmp_path / "fp32-0")]
+        np.testing.assert_allclose(*of, rtol=1e-5 if tight else 5e-3, err_msg=run.name)
+        np.testing.assert_allclose([record.get("loss", 0) for record in metrics(run)],
+                                   [record.get("loss", 0) for record in metrics(tmp_path / "fp32-0")], rtol=1e-5 if tight else 5e-3)
