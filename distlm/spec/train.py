@@ -150,7 +150,8 @@ class Optimizer(Part):
     beta2_decay: Annotated[float, Field(gt=-1, lt=0)] = -0.8
     """adafactor: at step t the second moment forgets t to the power of this."""
     clip: Annotated[float, Field(ge=0)] = 1.0
-    """Largest global gradient norm; 0 turns clipping off."""
+    """Largest global gradient norm; 0 turns clipping off. Under ZeRO 1 to 3 the norm that DeepSpeed knows of muon, and that metrics.jsonl
+    shows, is the update's: there it must be 0."""
     groups: list[ParameterGroup] = []
     """Parameters with another decay or learning rate than the rest."""
 
