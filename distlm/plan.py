@@ -61,6 +61,7 @@ def of_train(spec: TrainSpec, storage: Storage) -> Rows:
     return [("corpus", f"a mixture of {len(recipe.corpora)}, {size_}" if recipe.mix else f"{recipe.corpus}, {size_}"),
             *of_mixture(recipe),
             ("steps", f"{recipe.num_steps:,} of {recipe.global_sequences:,} sequences, {recipe.micro_sequences} in a micro-batch"),
+            *([("warm-up", f"{recipe.spec.schedule.warmup_steps:,} steps")] if spec.schedule.warmup_tokens else []),
             ("tokens", f"{recipe.num_steps * recipe.tokens_per_step:,}"),
             *([("documents", "kept apart: attention stays inside each")] if recipe.mask_documents else []),
             ("evaluations", f"every {recipe.evaluate_every:,} steps over {recipe.val_windows:,} windows"),
@@ -90,7 +91,9 @@ def of_model(spec: TrainSpec, shape: Any, tokens: int | None) -> Rows:
     config = model_config(spec.model, shape)
     parameters, text = num_parameters(config), config.get_text_config()
     flops = flops_per_token(parameters, text.num_hidden_layers, text.hidden_size, shape.context)
-    memory = memory_per_rank(parameters, spec.precision, spec.sharding.zero, spec.scale.workers)
+    memory = memory_per_rank(parameters, spec.precision, spec.sharding.zero, spec.scale.workers, STATE_BYTES[spec.optimizer.name])
+    if spec.ema:
+        memory["ema"] = memory_per_rank(parameters, "fp32", spec.sharding.zero, spec.scale.workers, 4)["optimizer"]
     parts = ", ".join(f"{name} {size(value)}" for name, value in memory.items())
     total = f"{flops * tokens:.2e} FLOPs, " if tokens else ""
     return [("parameters", f"{parameters:,}"), ("arithmetic", f"{total}{flops:.2e} FLOPs a token"),
@@ -102,9 +105,15 @@ def flops_per_token(parameters: int, layers: int, width: int, context: int) -> f
     return 6.0 * parameters + 6.0 * layers * context * width
 
 
-def memory_per_rank(parameters: int, precision: str, zero: int, workers: int) -> dict[str, int]:
-    """Bytes of model states on one worker (Rajbhandari et al. 2020, section 3): with bf16 2 + 2 + 12 a parameter, with fp32 4 + 4 + 8."""
-    weight, optimizer = (2, 12) if precision == "bf16" else (4, 8)
+STATE_BYTES = {"adamw": 8, "muon": 8, "lion": 4, "adafactor": 0, "sgd": 4}
+"""What an optimizer keeps of a parameter, in float32: one moment or two; of muon the most, since its matrices have one. Adafactor's rows
+and columns are too few to count."""
+
+
+def memory_per_rank(parameters: int, precision: str, zero: int, workers: int, states: int = 8) -> dict[str, int]:
+    """Bytes of model states on one worker (Rajbhandari et al. 2020, section 3): with adamw in bf16 2 + 2 + 12 a parameter, in fp32
+    4 + 4 + 8. `states`: bytes of the optimizer's own states of a parameter."""
+    weight, optimizer = (2, 4 + states) if precision == "bf16" else (4, states)
 
     def share(bytes_each: int, from_stage: int) -> int:
         return -(-parameters * bytes_each // (workers if zero >= from_stage else 1))

@@ -61,6 +61,7 @@ def test_zero_divides_model_states_over_the_workers() -> None:
     assert plan.memory_per_rank(1000, "bf16", 0, 4) == {"weights": 2000, "gradients": 2000, "optimizer": 12000}
     assert plan.memory_per_rank(1000, "bf16", 1, 4) == {"weights": 2000, "gradients": 2000, "optimizer": 3000}
     assert plan.memory_per_rank(1000, "fp32", 2, 4) == {"weights": 4000, "gradients": 1000, "optimizer": 2000}
+    assert plan.memory_per_rank(1000, "bf16", 2, 4, plan.STATE_BYTES["lion"])["optimizer"] == 2000
     assert plan.memory_per_rank(1000, "bf16", 3, 4) == {"weights": 500, "gradients": 500, "optimizer": 3000}
 
 
@@ -114,6 +115,11 @@ def test_a_step_that_leaves_defaults_out_is_planned_with_those_of_the_spec(token
     ("batch: {global_sequences: 10}\nschedule: {name: wsd, warmup_steps: 50}", r"train\.yaml:7: schedule\.warmup_steps: 50 "),
     ("batch: {global_sequences: 10}\nevaluate: {every_steps: 50}",
      r"train\.yaml:7: evaluate\.every_steps: 50 has no effect in a run of 3 steps"),
+    ("batch: {global_sequences: 10}\nschedule: {warmup_tokens: 1601}", r"schedule\.warmup_steps: 11 are more than the \d+ of"),
+    ("batch: {global_sequences: 10}\noptimizer:\n  groups: [{match: norm}, {match: mlpp}]",
+     r"train\.yaml:8: optimizer\.groups\.1\.match: 'mlpp' matches no parameter; their names are like model\.embed_tokens\.weight, model"),
+    ("batch: {global_sequences: 10}\noptimizer:\n  groups: [{match: norm}, {match: input_layernorm}]",
+     r"'input_layernorm' matches only what an earlier group holds; leave it out, or put it first"),
     ("batch: {global_sequences: 10}\nsharding: {deepspeed: {zero_optimisation: {}}}",
      r"train\.yaml:7: .*no such key; did you mean zero_optim"),
     ("batch: {global_sequences: 10}\nsharding: {deepspeed: {zero_optimization: {stagee: 2}}}",

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 DROPOUTS = ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout", "activation_dropout", "layerdrop",
             "hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout_prob", "classifier_dropout")
+"""Every family's names for it. All are 0 unless the configuration says otherwise."""
+NO_ACTIVATIONS = ("layerdrop", "classifier_dropout")
+"""Those that leave out whole layers, or that no language model reads."""
 COMMON = ("vocab_size", "max_position_embeddings", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "attn_implementation")
 """Keys that every family takes."""
 CAUSAL_REMEDY = "take a causal family such as llama, qwen3 or gpt2"
@@ -35,15 +38,26 @@ class Shape:
     eos_id: int
 
 
-def model_config(spec: ModelSpec, shape: Shape) -> "PreTrainedConfig":
-    """The configuration that the spec describes. Raises SpecError for one that transformers does not accept, and InputError for a
-    checkpoint that is missing or does not fit the corpus."""
+def model_config(spec: ModelSpec, shape: Shape, dropout: float | None = None) -> "PreTrainedConfig":
+    """The configuration that the spec describes, with `dropout` wherever the family has one. Raises SpecError for one that transformers
+    does not accept, and InputError for a checkpoint that is missing or does not fit the corpus."""
+    config = _checkpoint_config(Path(spec.source), shape) if spec.source is not None else _new_config(spec, shape)
+    if dropout is not None:
+        names = [name for name in DROPOUTS if name not in NO_ACTIVATIONS and hasattr(config, name)]
+        if dropout and not names:
+            raise SpecError(f"the {config.model_type} family has no dropout", where="regularization.dropout", remedy="leave it out")
+        if given := [name for name in names if name in (spec.config or {})]:
+            raise SpecError(f"stands beside model.config.{given[0]}", where="regularization.dropout", remedy="leave one of them out")
+        for name in names:
+            setattr(config, name, dropout)
+    return config
+
+
+def _new_config(spec: ModelSpec, shape: Shape) -> "PreTrainedConfig":
     from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING, AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-    if spec.source is not None:
-        return _checkpoint_config(Path(spec.source), shape)
     values = dict(PRESETS[spec.preset] if spec.preset is not None else spec.config or {})
     family = str(values.pop("model_type"))
     given = {"vocab_size": shape.vocab_size, "max_position_embeddings": shape.context, "use_cache": False, "bos_token_id": shape.eos_id,
@@ -152,9 +166,9 @@ def restore_buffers(model: "torch.nn.Module", saved: dict[str, "torch.Tensor"]) 
         owner._buffers[key] = value.to(owner._buffers[key].device)
 
 
-def num_parameters(config: "PreTrainedConfig") -> int:
-    """Parameters of a model of this configuration, tied ones counted once. Nothing is allocated. Raises SpecError where
-    there is no such model."""
+def parameter_sizes(config: "PreTrainedConfig") -> dict[str, int]:
+    """The elements of each parameter of a model of this configuration, by name, tied ones once. Nothing is allocated. Raises SpecError
+    where there is no such model."""
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
@@ -167,4 +181,9 @@ def num_parameters(config: "PreTrainedConfig") -> int:
             model.tie_weights()
     except (ValueError, TypeError, KeyError, AttributeError, AssertionError, RuntimeError, ImportError) as error:
         raise SpecError(f"no causal language model can be built from it: {last_line(error)}", where="model") from None
-    return sum(parameter.numel() for parameter in model.parameters())
+    return {name: parameter.numel() for name, parameter in model.named_parameters()}
+
+
+def num_parameters(config: "PreTrainedConfig") -> int:
+    """All elements of `parameter_sizes`."""
+    return sum(parameter_sizes(config).values())

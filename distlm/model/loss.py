@@ -22,12 +22,19 @@ PLAIN_HEADS = frozenset({"gpt2", "gpt_neox", "llama", "mistral", "mixtral", "olm
 
 
 class CausalLoss(nn.Module):
-    """Wraps a causal language model; its forward pass is the loss. The model's head is replaced where that saves the logits."""
+    """Wraps a causal language model; its forward pass is the loss. The model's head is replaced where that saves the logits.
 
-    def __init__(self, model: "PreTrainedModel") -> None:
+    Label smoothing and z-loss change the gradient alone: it is that of
+
+        sum (1 - smoothing) -log p(token) + smoothing / V sum_j -log p(j) + z_loss log² Z
+
+    and the value stays the plain cross-entropy, which can be compared."""
+
+    def __init__(self, model: "PreTrainedModel", label_smoothing: float = 0.0, z_loss: float = 0.0) -> None:
         super().__init__()
+        self.penalties = (label_smoothing, z_loss)
         if model.config.model_type in PLAIN_HEADS and isinstance(model.get_output_embeddings(), nn.Linear):
-            model.set_output_embeddings(LossHead(model.get_output_embeddings()))
+            model.set_output_embeddings(LossHead(model.get_output_embeddings(), self.penalties))
         self.model = model
 
     def forward(self, tokens: torch.Tensor, targets: torch.Tensor | None = None, positions: torch.Tensor | None = None) -> torch.Tensor:
@@ -46,7 +53,7 @@ class CausalLoss(nn.Module):
                   **({} if positions is None else {"position_ids": positions})}
         if not isinstance(head, LossHead):
             logits = self.model(**inputs).logits.flatten(0, 1)
-            return summed_cross_entropy(logits if kept is None else logits[kept], targets)
+            return summed_cross_entropy(logits if kept is None else logits[kept], targets, self.penalties)
         head.targets, head.kept = targets, kept
         return self.model(**inputs).logits
 
@@ -54,8 +61,9 @@ class CausalLoss(nn.Module):
 class LossHead(nn.Module):
     """Stands in the place of a model's last linear layer, with its parameters under their names, and gives the loss."""
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, penalties: tuple[float, float] = (0.0, 0.0)) -> None:
         super().__init__()
+        self.penalties = penalties
         self.weight, self.bias = linear.weight, linear.bias
         self.targets: torch.Tensor | None = None
         self.kept: torch.Tensor | None = None
@@ -67,19 +75,22 @@ class LossHead(nn.Module):
         assert targets is not None, "one set of targets for each pass"
         wanted = torch.is_grad_enabled() and (hidden.requires_grad or self.weight.requires_grad)
         rows = hidden.flatten(0, 1)
-        return _LinearCrossEntropy.apply(rows if kept is None else rows[kept], self.weight, self.bias, targets, wanted)
+        return _LinearCrossEntropy.apply(rows if kept is None else rows[kept], self.weight, self.bias, targets, wanted, self.penalties)
 
 
-def summed_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def summed_cross_entropy(logits: torch.Tensor, targets: torch.Tensor, penalties: tuple[float, float] = (0.0, 0.0)) -> torch.Tensor:
     """Sum of -log softmax(logits)[target], computed in float32 by chunks of rows, the gradient in the same pass.
 
-    logits: [rows, vocabulary] of any float type; targets: int64[rows]. Returns a float32 scalar.
+    logits: [rows, vocabulary] of any float type; targets: int64[rows]; penalties: label smoothing and z-loss, which are in the gradient
+    alone. Returns a float32 scalar.
     """
-    return _SummedCrossEntropy.apply(logits, targets)
+    return _SummedCrossEntropy.apply(logits, targets, penalties)
 
 
-def _by_chunks(logits: torch.Tensor, targets: torch.Tensor, gradient: torch.Tensor | None) -> torch.Tensor:
-    """The summed cross-entropy; its gradient goes to `gradient`, which may be `logits`."""
+def _by_chunks(logits: torch.Tensor, targets: torch.Tensor, gradient: torch.Tensor | None,
+               penalties: tuple[float, float] = (0.0, 0.0)) -> torch.Tensor:
+    """The summed cross-entropy; its gradient, with that of the penalties, goes to `gradient`, which may be `logits`."""
+    smoothing, z_loss = penalties
     rows = max(1, CHUNK_ELEMENTS[_kind(logits)] // logits.shape[1])
     total = torch.zeros((), dtype=torch.float32, device=logits.device)
     for start in range(0, len(logits), rows):
@@ -89,7 +100,11 @@ def _by_chunks(logits: torch.Tensor, targets: torch.Tensor, gradient: torch.Tens
         log_sum = scores.amax(1, keepdim=True) - p.amax(1, keepdim=True).log()       # the largest p is never too small for a log
         total += (log_sum - scores.gather(1, target)).sum()
         if gradient is not None:
-            gradient[part] = p.scatter_add_(1, target, torch.full_like(target, -1, dtype=p.dtype))
+            if z_loss:
+                p *= 1 + 2 * z_loss * log_sum
+            if smoothing:
+                p -= smoothing / p.shape[1]
+            gradient[part] = p.scatter_add_(1, target, torch.full_like(target, smoothing - 1, dtype=p.dtype))
     return total
 
 
@@ -106,15 +121,15 @@ class _SummedCrossEntropy(torch.autograd.Function):
     """Whole float32 logits cost more time than the products around them: neither they nor their gradient are ever there."""
 
     @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor, penalties: tuple[float, float]) -> torch.Tensor:
         gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
         ctx.save_for_backward(gradient)
-        return _by_chunks(logits, targets, gradient)
+        return _by_chunks(logits, targets, gradient, penalties)
 
     @staticmethod
-    def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
-        return _scaled(gradient, outputs[0], gradient.dtype), None
+        return _scaled(gradient, outputs[0], gradient.dtype), None, None
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -123,7 +138,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor,
-                wanted: bool) -> torch.Tensor:
+                wanted: bool, penalties: tuple[float, float]) -> torch.Tensor:
         rows = max(1, BLOCK_ELEMENTS[_kind(hidden)] // len(weight))
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         by_hidden = torch.empty_like(hidden) if wanted else None
@@ -132,7 +147,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
             logits = functional.linear(hidden[part], weight, bias)
-            total += _by_chunks(logits, targets[part], logits if wanted else None)
+            total += _by_chunks(logits, targets[part], logits if wanted else None, penalties)
             if by_hidden is not None and by_weight is not None:
                 by_hidden[part] = logits @ weight          # the logits' gradient by now
                 by_weight += logits.T @ hidden[part]
@@ -145,4 +160,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden, weight, bias = (None if one is None else _scaled(one, outputs[0], ctx.dtype) for one in ctx.saved_tensors)
-        return hidden, weight, bias, None, None
+        return hidden, weight, bias, None, None, None

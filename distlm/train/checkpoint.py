@@ -3,7 +3,7 @@
 A folder without the marker is no checkpoint; hashes are verified before anything is unpickled; DeepSpeed's own `latest`
 file is neither written nor read.
 
-    checkpoints/step-000100/state/...  rng-00000.pt ...  manifest.json  COMMITTED
+    checkpoints/step-000100/state/...  rng-00000.pt ...  ema-00000.pt ...  manifest.json  COMMITTED
 """
 
 import hashlib
@@ -11,7 +11,7 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import xxhash
 
@@ -19,6 +19,9 @@ from distlm.errors import CheckpointError, SpecError, StorageError
 from distlm.storage import read_json, write_atomic, write_json, writing
 from distlm.train.failures import peer_lost
 from distlm.train.recipe import Recipe
+
+if TYPE_CHECKING:
+    from distlm.train.average import Ema
 
 MARKER = "COMMITTED"
 TAG = "state"
@@ -119,7 +122,7 @@ def _facts(recipe: Recipe) -> dict[str, Any]:
             "global_sequences": recipe.global_sequences, "seed": recipe.spec.seed, "corpus_hash": recipe.corpus_hash}
 
 
-def save(engine: Any, run: Path, step: int, recipe: Recipe, rank: int) -> Path:
+def save(engine: Any, run: Path, step: int, recipe: Recipe, rank: int, ema: "Ema | None" = None) -> Path:
     """Write and commit the state after `step` steps, then prune. All ranks take part. Raises StorageError."""
     import torch
     from torch import distributed
@@ -134,6 +137,8 @@ def save(engine: Any, run: Path, step: int, recipe: Recipe, rank: int) -> Path:
         engine.save_checkpoint(str(path), tag=TAG, client_state={}, save_latest=False)
         cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else torch.empty(0, dtype=torch.uint8)
         torch.save({"cpu": torch.get_rng_state(), "cuda": cuda}, path / f"rng-{rank:05d}.pt")
+        if ema:
+            torch.save(ema.values, path / f"ema-{rank:05d}.pt")
     except (OSError, RuntimeError) as error:               # torch reports a full disk as a RuntimeError
         if peer_lost(error):
             raise                                          # another rank has gone: no fault of the disk
@@ -155,8 +160,8 @@ def save(engine: Any, run: Path, step: int, recipe: Recipe, rank: int) -> Path:
     return path
 
 
-def load(engine: Any, checkpoint: Path, rank: int) -> None:
-    """Restore the engine and this rank's random numbers from a verified checkpoint. All ranks take part."""
+def load(engine: Any, checkpoint: Path, rank: int, ema: "Ema | None" = None) -> None:
+    """Restore the engine, this rank's random numbers and its part of `ema` from a verified checkpoint. All ranks take part."""
     import torch
 
     path, _ = engine.load_checkpoint(str(checkpoint), tag=TAG)
@@ -166,6 +171,10 @@ def load(engine: Any, checkpoint: Path, rank: int) -> None:
     torch.set_rng_state(states["cpu"])
     if len(states["cuda"]) and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
+    if ema:
+        saved = torch.load(checkpoint / f"ema-{rank:05d}.pt", weights_only=True, map_location="cpu")
+        for value, part in zip(ema.values, saved, strict=True):
+            value.copy_(part)
 
 
 def prune(run: Path, keep: int) -> None:

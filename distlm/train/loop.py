@@ -3,6 +3,7 @@
     fit(recipe, run_folder, steps, rank=0, device=torch.device("cpu"))
 """
 
+import contextlib
 import math
 import time
 from collections.abc import Iterator
@@ -22,9 +23,11 @@ from distlm.model.export import export_model
 from distlm.model.loss import CausalLoss
 from distlm.runs import RunFolder
 from distlm.train import checkpoint
+from distlm.train.average import Ema, take_mean
 from distlm.train.batch import Batch, make_batch
 from distlm.train.evaluate import Evaluator
 from distlm.train.metrics import MetricsWriter
+from distlm.train.optimizer import set_rate
 from distlm.train.recipe import Recipe, manifest_of
 from distlm.train.schedule import learning_rate
 from distlm.train.zero import deepspeed_config, make_engine
@@ -38,16 +41,21 @@ def fit(recipe: Recipe, folder: RunFolder, steps: Iterator[NDArray[np.int64]], *
     Raises TrainError with its cause.
     """
     spec = recipe.spec
-    model = build_model(spec.model, model_config(spec.model, recipe.shape), spec.seed)
+    penalties = spec.regularization
+    model = build_model(spec.model, model_config(spec.model, recipe.shape, penalties.dropout), spec.seed)
     if device.type == "cpu":
         use_cpu_attention(model)
     if recipe.mask_documents:
         check_documents_apart(model)
     kept = buffers(model)
-    engine = make_engine(spec, CausalLoss(model), deepspeed_config(spec, recipe.micro_sequences, recipe.accumulation))
+    engine = make_engine(spec, CausalLoss(model, penalties.label_smoothing, penalties.z_loss),
+                         deepspeed_config(spec, recipe.micro_sequences, recipe.accumulation))
     restore_buffers(engine.module.model, kept)
+    engine.train()                                         # a loaded model is not in that mode
+    torch.manual_seed((spec.seed << 24) + rank)            # dropout, on each rank its own; a checkpoint brings the state it had
+    ema = Ema(spec.ema.decay, engine) if spec.ema else None
     if resume_from is not None:
-        checkpoint.load(engine, resume_from, rank)
+        checkpoint.load(engine, resume_from, rank, ema)
     evaluator = Evaluator(recipe, rank, device)
     writer = MetricsWriter(folder, recipe, first_step) if rank == 0 else None
     val_loss = evaluator.loss(engine) if first_step == 0 else None
@@ -58,18 +66,33 @@ def fit(recipe: Recipe, folder: RunFolder, steps: Iterator[NDArray[np.int64]], *
         started = time.perf_counter()
         rate = learning_rate(spec.schedule, spec.optimizer.lr, step, recipe.num_steps)
         loss, norm, num_targets = train_step(engine, batch, recipe, rate, step)
-        seconds, done = time.perf_counter() - started, step + 1
-        val_loss = evaluator.loss(engine) if done % recipe.evaluate_every == 0 or done == recipe.num_steps else None
+        done, val_loss = step + 1, None
+        if ema:
+            ema.update(engine, done)
+        seconds = time.perf_counter() - started
+        if done % recipe.evaluate_every == 0 or done == recipe.num_steps:
+            with exported_weights(engine, ema):
+                val_loss = evaluator.loss(engine)
         if writer:
             writer.step(done, loss, rate, norm, seconds, val_loss, num_targets)
         if done % recipe.checkpoint_every == 0 or done == recipe.num_steps:
-            checkpoint.save(engine, folder.path, done, recipe, rank)
-    weights = gather_weights(engine, rank)
+            checkpoint.save(engine, folder.path, done, recipe, rank, ema)
+    mean = {}
+    if spec.checkpoint.average > 1:
+        mean = {"averaged": take_mean(engine, folder.path, spec.checkpoint.average, rank), "val_loss": evaluator.loss(engine)}
+    with exported_weights(engine, ema):
+        weights = gather_weights(engine, rank)
     if rank == 0:
-        export_model(engine.module.model, weights, manifest_of(recipe).tokenizer, folder.path / "export", export_lineage(recipe, folder))
+        export_model(engine.module.model, weights, manifest_of(recipe).tokenizer, folder.path / "export",
+                     {**export_lineage(recipe, folder), **mean})
     if writer:
         writer.close()
     distributed.barrier()
+
+
+def exported_weights(engine: Any, ema: Ema | None) -> contextlib.AbstractContextManager[None]:
+    """Where the engine has the weights that are evaluated and exported: the average's, or its own. All ranks take part."""
+    return ema.in_place(engine) if ema else contextlib.nullcontext()
 
 
 def train_step(engine: Any, batch: Batch, recipe: Recipe, rate: float, step: int) -> tuple[float, float, int]:
@@ -79,8 +102,7 @@ def train_step(engine: Any, batch: Batch, recipe: Recipe, rate: float, step: int
     The loss of a step is the sum over its tokens that give loss divided by their global count; DeepSpeed averages over ranks
     and micro-batches, so the sum of a micro-batch is multiplied by both first. All ranks take part.
     """
-    for group in engine.optimizer.param_groups:
-        group["lr"] = rate
+    set_rate(engine.optimizer, rate)
     num_targets = count_targets(batch, recipe, step)
     scale = recipe.accumulation * recipe.world / num_targets
     total = torch.zeros((), dtype=torch.float64, device=batch.tokens.device)

@@ -14,10 +14,10 @@ from distlm.corpus.mix import Mix
 from distlm.corpus.stream import Plan, Windows, silent
 from distlm.corpus.tokenizer import token_bytes
 from distlm.errors import InputError, SpecError
-from distlm.model.build import Shape, model_config, num_parameters
+from distlm.model.build import Shape, model_config, parameter_sizes
 from distlm.model.find import find_model
 from distlm.spec.base import Rule
-from distlm.spec.train import Mixture, TrainSpec, check_batch, check_steps
+from distlm.spec.train import Mixture, TrainSpec, check_batch, check_groups, check_steps
 from distlm.storage import Storage, read_json
 from distlm.train.zero import check_raw
 
@@ -118,26 +118,28 @@ def make_recipe(spec: TrainSpec, storage: Storage) -> Recipe:
     if spec.model.source is not None:                      # a run's name becomes the folder of its export
         source = str(find_model(spec.model.source, storage, "model.from"))
         spec = spec.model_copy(update={"model": spec.model.model_copy(update={"source": source})})
-    try:
-        micro = check_batch(sequences, spec.batch.micro_sequences, spec.scale.workers)
-    except Rule as rule:
-        raise SpecError(str(rule), where=rule.key) from None
-    steps = _num_steps(spec, sequences, sum(one.splits["train"].windows for one in manifests), context)
-    try:
-        check_steps(spec, steps)
-    except Rule as rule:
-        raise SpecError(str(rule), where=rule.key) from None
     if spec.sharding.deepspeed:
         check_raw(spec)
     shape = Shape(manifest.vocab_size, context, manifest.eos_id)
-    parameters = num_parameters(model_config(spec.model, shape))
+    sizes = parameter_sizes(model_config(spec.model, shape, spec.regularization.dropout))
+    try:
+        micro = check_batch(sequences, spec.batch.micro_sequences, spec.scale.workers)
+        steps = _num_steps(spec, sequences, sum(one.splits["train"].windows for one in manifests), context)
+        spec = spec.model_copy(update={"schedule": spec.schedule.in_steps(sequences * context)})
+        check_steps(spec, steps)
+        check_groups(spec.optimizer.groups, list(sizes))
+    except Rule as rule:
+        raise SpecError(str(rule), where=rule.key) from None
     if spec.model.source is not None:
         check_tokenizer(Path(spec.model.source), manifest)
     padded = any(one.best_fit for one in manifests)
     masked = padded if spec.batch.mask_documents is None else spec.batch.mask_documents
-    recipe = Recipe(spec, str(manifest.path), mixture_hash(spec, manifests), shape, parameters, sequences, micro, steps,
+    recipe = Recipe(spec, str(manifest.path), mixture_hash(spec, manifests), shape, sum(sizes.values()), sequences, micro, steps,
                     spec.evaluate.every_steps or max(1, steps // 10), spec.checkpoint.every_steps or max(1, min(1000, steps // 4)),
                     (), 0.0, make_mix(spec, manifests, steps * sequences), masked, masked or padded)
+    if spec.checkpoint.average > (saved := math.ceil(steps / recipe.checkpoint_every)):
+        raise SpecError(f"{spec.checkpoint.average} checkpoints are averaged, and {steps:,} steps save {saved}", where="checkpoint.average",
+                        remedy=f"set it to {saved}, or lower checkpoint.every_steps")
     check_epochs(recipe, manifests)
     parts = val_parts(recipe, manifests)
     of = {str(one.path): one for one in manifests}

@@ -7,13 +7,16 @@ from distlm.spec.load import nearest
 from distlm.spec.train import TrainSpec
 
 if TYPE_CHECKING:
-    import torch
+    from distlm.model.loss import CausalLoss
 
 def deepspeed_config(spec: TrainSpec, micro_sequences: int, accumulation: int) -> dict[str, Any]:
     """The configuration for `deepspeed.initialize`."""
-    config = {"train_micro_batch_size_per_gpu": micro_sequences, "gradient_accumulation_steps": accumulation,
+    config: dict[str, Any] = {"train_micro_batch_size_per_gpu": micro_sequences, "gradient_accumulation_steps": accumulation,
               "gradient_clipping": spec.optimizer.clip, "bf16": {"enabled": spec.precision == "bf16"},
-              "zero_optimization": {"stage": spec.sharding.zero}, "steps_per_print": 2**31 - 1}
+              "zero_optimization": {"stage": spec.sharding.zero}, "steps_per_print": 2**31 - 1,
+              "zero_allow_untested_optimizer": True}       # ours are tested
+    if spec.optimizer.name == "muon" and spec.sharding.zero == 3:
+        config["zero_optimization"]["reduce_scatter"] = False                     # DeepSpeed's Muon asks for it
     return _merge(config, spec.sharding.deepspeed)
 
 
@@ -51,20 +54,7 @@ def _merge(base: dict[str, Any], raw: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def make_optimizer(spec: TrainSpec, model: "torch.nn.Module") -> "torch.optim.Optimizer":
-    """AdamW; parameters of less than two dimensions (norms, biases) do not decay. The loop sets the rate at every step; it is 0
-    until then, because DeepSpeed steps once with empty gradients to allocate states, which would decay the weights."""
-    import torch
-
-    options = spec.optimizer
-    decayed = [p for p in model.parameters() if p.requires_grad and p.dim() >= 2]
-    others = [p for p in model.parameters() if p.requires_grad and p.dim() < 2]
-    groups = [{"params": decayed, "weight_decay": options.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, betas=options.betas, eps=options.eps,
-                             fused=True)
-
-
-def make_engine(spec: TrainSpec, model: "torch.nn.Module", config: dict[str, Any]) -> Any:
+def make_engine(spec: TrainSpec, model: "CausalLoss", config: dict[str, Any]) -> Any:
     """A DeepSpeed engine over `model`. All ranks take part; the process group exists already."""
     import logging
     import os
@@ -77,7 +67,9 @@ def make_engine(spec: TrainSpec, model: "torch.nn.Module", config: dict[str, Any
 
     deepspeed.utils.logger.setLevel(logging.ERROR)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False   # an inference op; building it costs 20 s and a compiler
+    from distlm.train.optimizer import make_optimizer
+
     engine, *_ = deepspeed.initialize(model=model, optimizer=make_optimizer(spec, model), config=config, dist_init_required=False)
     if hasattr(engine.optimizer, "optimizer") and not engine.zero_optimization_stage():
-        engine.optimizer.optimizer.state.clear()           # bf16 without ZeRO: that empty step would count in Adam's bias correction
+        engine.optimizer.optimizer.state.clear()           # bf16 without ZeRO: that empty step would count in bias corrections
     return engine

@@ -12,7 +12,7 @@ import random
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
 
@@ -144,7 +144,7 @@ def keys(model: Any, prefix: str = "") -> Any:
     for name, field in model.model_fields.items():
         key = prefix + (field.alias or name)
         part = next((a for a in (field.annotation, *get_args(field.annotation)) if isinstance(a, type) and issubclass(a, BaseModel)), None)
-        if part:
+        if part and get_origin(field.annotation) is not list:
             yield from keys(part, f"{key}.")
         elif key not in OWN:
             yield key

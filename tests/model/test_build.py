@@ -119,3 +119,16 @@ def test_a_checkpoint_that_lacks_weights_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(InputError, match="no weights beside"):
         model_config(source, Shape(64, 16, 0))
+
+
+def test_dropout_is_set_wherever_the_family_has_it() -> None:
+    assert model_config(ModelSpec(preset="llama-tiny"), SHAPE, 0.1).attention_dropout == 0.1
+    gpt2 = model_config(ModelSpec(preset="gpt2-124m"), Shape(50257, 1024, 0), 0.2)
+    assert (gpt2.resid_pdrop, gpt2.embd_pdrop, gpt2.attn_pdrop) == (0.2, 0.2, 0.2)
+    assert model_config(ModelSpec(preset="gpt2-124m"), Shape(50257, 1024, 0)).resid_pdrop == 0.0
+    opt = model_config(ModelSpec(config={"model_type": "opt", "num_attention_heads": 4}), SHAPE, 0.3)
+    assert (opt.dropout, opt.layerdrop) == (0.3, 0.0)
+    with pytest.raises(SpecError, match=r"regularization.dropout: the mamba family has no dropout; leave it out"):
+        model_config(ModelSpec(config={"model_type": "mamba"}), SHAPE, 0.1)
+    with pytest.raises(SpecError, match=r"regularization.dropout: stands beside model.config.attention_dropout"):
+        model_config(ModelSpec(config={"model_type": "llama", "attention_dropout": 0.2}), SHAPE, 0.1)

@@ -102,7 +102,7 @@ def _hidden_gradient(linear: torch.nn.Linear, hidden: torch.Tensor, targets: tor
 
 def test_evaluation_computes_no_gradient_of_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
     inner, seen = loss._by_chunks, []
-    monkeypatch.setattr(loss, "_by_chunks", lambda logits, targets, gradient: (seen.append(gradient), inner(logits, targets, gradient))[1])
+    monkeypatch.setattr(loss, "_by_chunks", lambda *given: (seen.append(given[2]), inner(*given))[1])
     model = loss.CausalLoss(AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **TINY)))
     with torch.no_grad():
         model(torch.randint(0, 97, (2, 9)))
@@ -120,3 +120,35 @@ def test_a_family_that_caps_its_logits_keeps_its_head() -> None:
     logits = model(input_ids=tokens[:, :-1]).logits
     expected = functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
     assert loss.CausalLoss(model)(tokens).item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("penalties", [(0.1, 0.0), (0.0, 0.01), (0.2, 0.003)], ids=["smoothing", "z", "both"])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_penalties_are_in_the_gradient_and_the_value_is_the_plain_loss(family: str, penalties: tuple[float, float],
+                                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    """llama's head gives the loss by blocks, gemma2's the logits: both against PyTorch's own derivative of the whole in float64."""
+    monkeypatch.setitem(loss.BLOCK_ELEMENTS, "cpu", 97 * 7)
+    monkeypatch.setitem(loss.CHUNK_ELEMENTS, "cpu", 97 * 3)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **TINY, head_dim=8, tie_word_embeddings=False))
+    torch.nn.init.normal_(model.get_output_embeddings().weight, std=0.3)
+    tokens = torch.randint(0, 97, (3, 20))
+    logits = model(input_ids=tokens[:, :-1]).logits.flatten(0, 1).double()
+    smoothing, z_loss = penalties
+    whole = functional.cross_entropy(logits, tokens[:, 1:].flatten(), reduction="sum", label_smoothing=smoothing)
+    (whole + z_loss * logits.logsumexp(1).square().sum()).backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    plain = loss.CausalLoss(model)(tokens).item()
+    wrapped = loss.CausalLoss(model, *penalties)
+    if family == "llama":
+        wrapped = loss.CausalLoss(AutoModelForCausalLM.from_config(model.config), *penalties)
+        wrapped.model.load_state_dict(model.state_dict())
+    ours = wrapped(tokens)
+    ours.backward()
+    assert ours.item() == plain
+    for name, p in wrapped.model.named_parameters():
+        if p.grad is not None:
+            assert (p.grad - expected[name]).norm() <= 1e-5 * expected[name].norm(), name
+    with torch.no_grad():
+        assert wrapped(tokens).item() == plain

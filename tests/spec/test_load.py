@@ -14,7 +14,7 @@ PREPARE = "kind: prepare\nname: a\n"
 TUNE = "kind: tune\nname: a\ntrain: base.yaml\n"
 IS_NAME = "letters, digits, '.', '_' and '-', starting with a letter or digit, 100 at most"
 IS_CORPUS = "must be text, or a list of sections with corpus and weight; a number is put in quotes"
-OPTIMIZER = "name, lr, weight_decay, betas, eps, clip"
+OPTIMIZER = "name, lr, weight_decay, betas, eps, momentum, beta2_decay, clip, groups"
 
 FORMS = {
     # whole files
@@ -51,7 +51,8 @@ FORMS = {
     TRAIN + "optimizer: {betas: 0.9}\n": ":6: optimizer.betas: 0.9: must be a list",
     TRAIN + "optimizer: {betas: [0.9]}\n": ":6: optimizer.betas: entry 2 is missing",
     TRAIN + "optimizer: {betas: [0.9, 1]}\n": ":6: optimizer.betas.1: 1: must be below 1",
-    TRAIN + "schedule: {name: cosin}\n": ":6: schedule.name: 'cosin' is not one of cosine, linear, constant, wsd; did you mean cosine?",
+    TRAIN + "schedule: {name: cosin}\n":
+        ":6: schedule.name: 'cosin' is not one of cosine, linear, constant, inverse_sqrt, wsd; did you mean cosine?",
     TRAIN + "sharding: {zero: 4}\n": ":6: sharding.zero: 4 is not one of 0, 1, 2, 3",
     PREPARE + "sources: stdlib\n": ":3: sources: 'stdlib': must be a list; write [stdlib]",
     PREPARE + "sources: []\n": ":3: sources: []: must have 1 entries at least, not 0",
@@ -117,11 +118,21 @@ RULES = {
     "kind: serve\nname: v1\nmodel: m\n": ":2: name: an endpoint named v1 would hide the path /v1 of another; take another name",
     TRAIN.replace("corpus: c", "corpus:\n- {corpus: a, weight: 1}\n- {corpus: a, weight: 2}"):
         ":3: corpus: a is there twice; give it once, with the sum of the weights",
+    TRAIN + "checkpoint: {average: 3}\n": ":6: checkpoint.average: 3 are not there at the end with keep 2; set keep: 3",
+    TRAIN + "ema: {}\ncheckpoint: {average: 2}\n":
+        ":7: checkpoint.average: 2 stands beside ema, which is exported; leave one of them out",
+    TRAIN + "ema: {decay: 0.9}\nsharding:\n  zero: 3\n  deepspeed: {zero_optimization: {offload_param: {device: nvme}}}\n":
+        ":9: sharding.deepspeed.zero_optimization.offload_param: weights on disks cannot be averaged; leave out ema and "
+        "checkpoint.average, or set device: cpu",
     # without effect
     TRAIN + "schedule: {decay_fraction: 0.1}\n":
         ":6: schedule.decay_fraction: 0.1 has no effect with cosine: only wsd decays at the end; leave it out",
     TRAIN + "schedule: {name: constant, min_ratio: 0.2}\n":
         ":6: schedule.min_ratio: 0.2 has no effect with constant, which does not fall; leave it out",
+    TRAIN + "schedule: {name: inverse_sqrt, min_ratio: 0.2}\n":
+        ":6: schedule.min_ratio: 0.2 has no effect with inverse_sqrt, which has no floor; leave it out",
+    TRAIN + "schedule: {warmup_steps: 1, warmup_tokens: 9}\n":
+        ":6: schedule.warmup_tokens: 9 stands beside warmup_steps 1; leave one of them out",
     TRAIN + "schedule: {warmup_steps: 4}\n": ":6: schedule.warmup_steps: 4 are more than the 3 of duration.steps; shorten the warm-up",
     TRAIN + "schedule: {name: wsd, warmup_steps: 3}\n":
         ":6: schedule.warmup_steps: 3 steps of warm-up overlap the last 1 of 3, which decay; shorten the warm-up or lower decay_fraction",
@@ -138,6 +149,18 @@ RULES = {
     TUNE + "space: {optimizer.lr: {grid: [1, 2]}, optimizer.eps: {uniform: [1, 2]}}\ntrials: 5001\n":
         ":4: space: its grid has 2 points, each 5001 times, and a sweep 10,000 trials at most; "
              "take fewer values, or choice in place of grid",
+    TRAIN + "optimizer: {name: muo}\n":
+        ":6: optimizer.name: 'muo' is not one of adamw, muon, lion, adafactor, sgd; did you mean muon?",
+    TRAIN + "optimizer: {momentum: 0.8}\n":
+        ":6: optimizer.momentum: 0.8 has no effect with adamw, whose keys are betas, eps; leave it out",
+    TRAIN + "optimizer:\n  groups:\n  - match: a(\n":
+        ":8: optimizer.groups.0.match: 'a(' is no regular expression: missing ), unterminated subpattern at position 1",
+    TRAIN + "optimizer: {name: lion, eps: 1e-6}\n": ":6: optimizer.eps: 1e-06 has no effect with lion, whose keys are betas; leave it out",
+    TRAIN + "optimizer: {name: adafactor}\nsharding: {zero: 1}\n":
+        ":7: sharding.zero: 1 flattens matrices, of which adafactor keeps rows and columns; set zero: 0, or take adamw",
+    TRAIN + "optimizer: {name: muon, clip: 2}\nsharding: {zero: 2}\n":
+        ":6: optimizer.clip: 2 would clip muon's orthogonal updates under ZeRO-2, not the gradient; set clip: 0, which muon does not "
+        "need, or zero: 0",
     PREPARE + "sources: [a]\ntokenizer: {from: x, vocab_size: 300}\n":
         ":4: tokenizer.vocab_size: 300 has no effect beside from; leave it out",
     PREPARE + "sources: [a]\ntokenizer: {train: bytes, sample_bytes: 9}\n":

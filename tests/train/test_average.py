@@ -1,0 +1,83 @@
+"""What is exported is the average that the spec asks for, and what is evaluated is what is exported."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from distlm.corpus.stream import Windows
+from distlm.errors import SpecError
+from distlm.model.build import build_model, model_config
+from distlm.storage import Storage
+from distlm.train.recipe import make_recipe
+from tests.train.ranks import make_corpus, metrics, run_ranks, spec
+
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two runs that keep a checkpoint of every step, so that averages can be made by hand."""
+    root = tmp_path_factory.mktemp("average")
+    corpus = make_corpus(root / "c")
+    run_ranks({root / "ema": _spec(corpus, ema={"decay": 0.3}), root / "mean": _spec(corpus, average=3), root / "plain": _spec(corpus)})
+    return root
+
+
+def _spec(corpus: Path, average: int = 1, **sections: Any) -> Any:
+    return spec(corpus, duration={"steps": STEPS}, schedule={"name": "constant"}, evaluate={"every_steps": STEPS},
+                checkpoint={"every_steps": 1, "keep": STEPS, "average": average}, **sections)
+
+
+def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
+    file = run / "checkpoints" / f"step-{step:06d}" / "state" / "mp_rank_00_model_states.pt"
+    return {name.removeprefix("model."): value for name, value in torch.load(file, weights_only=False)["module"].items()}
+
+
+def val_loss(run: Path) -> float:
+    """By transformers alone."""
+    from transformers import AutoModelForCausalLM
+
+    tokens = torch.from_numpy(Windows(run.parent / "c", "val").head(7).astype(np.int64))
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(run / "export")(input_ids=tokens[:, :-1]).logits
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).item()
+
+
+def test_averages_are_those_made_by_hand(root: Path) -> None:
+    recipe = make_recipe(_spec(root / "c"), Storage(root))
+    first = build_model(recipe.spec.model, model_config(recipe.spec.model, recipe.shape), 0)
+    ema = {name: p.detach().clone() for name, p in first.named_parameters()}
+    for step in range(1, STEPS + 1):
+        decay, now = min(0.3, (1 + step) / (10 + step)), weights(root / "ema", step)
+        ema = {name: decay * value + (1 - decay) * now[name] for name, value in ema.items()}
+    last = [weights(root / "mean", step) for step in (2, 3, 4)]
+    mean = {name: sum(one[name] for one in last) / 3 for name in ema}
+    for run, expected in (("ema", ema), ("mean", mean), ("plain", weights(root / "plain", STEPS))):
+        exported = load_file(root / run / "export" / "model.safetensors")
+        for name, value in exported.items():
+            torch.testing.assert_close(value, expected[name], msg=f"{run}: {name}")
+
+
+def test_training_is_the_same_with_an_average(root: Path) -> None:
+    of = [[record["loss"] for record in metrics(root / run) if "loss" in record] for run in ("ema", "mean", "plain")]
+    assert of[0] == of[1] == of[2]
+
+
+def test_what_is_evaluated_is_what_is_exported(root: Path) -> None:
+    lineage = {run: json.loads((root / run / "export" / "distlm.json").read_text()) for run in ("ema", "mean", "plain")}
+    for run, told in lineage.items():
+        assert told["val_loss"] == pytest.approx(val_loss(root / run), rel=1e-5), run
+    assert metrics(root / "ema")[-1]["val_loss"] == lineage["ema"]["val_loss"] != metrics(root / "plain")[-1]["val_loss"]
+    assert metrics(root / "mean")[-1]["val_loss"] == metrics(root / "plain")[-1]["val_loss"] != lineage["mean"]["val_loss"]
+    assert lineage["mean"]["averaged"] == ["step-000002", "step-000003", "step-000004"] and "averaged" not in lineage["plain"]
+
+
+def test_more_checkpoints_than_a_run_saves_cannot_be_averaged(root: Path) -> None:
+    few = spec(root / "c", duration={"steps": 5}, checkpoint={"every_steps": 3, "keep": 3, "average": 3})
+    with pytest.raises(SpecError, match=r"checkpoint.average: 3 checkpoints are averaged, and 5 steps save 2; set it to 2"):
+        make_recipe(few, Storage(root))

@@ -1,0 +1,66 @@
+"""Whatever decides a run's future is in its checkpoint: with any optimizer and option it goes on bit-equal."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from distlm.spec import TrainSpec
+from tests.train.ranks import losses, make_corpus, metrics, run_ranks, spec
+
+RATES = {"lion": 0.001, "sgd": 0.1, "adafactor": 0.05}
+
+
+def case(corpus: Path, optimizer: str, precision: str, zero: int, **sections: Any) -> TrainSpec:
+    """Six steps of two ranks, a checkpoint after three."""
+    options = {"name": optimizer, "lr": RATES.get(optimizer, 0.01), **({"clip": 0} if optimizer == "muon" else {}),
+               "groups": [{"match": "embed_tokens|wte", "lr_factor": 0.5, "weight_decay": 0}]}
+    return spec(corpus, scale={"workers": 2}, precision=precision, sharding={"zero": zero}, duration={"steps": 6},
+                evaluate={"every_steps": 3}, **{"optimizer": options, "checkpoint": {"every_steps": 3}, **sections})
+
+
+def records(run: Path) -> list[dict[str, float]]:
+    return [{key: value for key, value in record.items() if not key.startswith(("time", "tokens_per_s"))} for record in metrics(run)]
+
+
+def check_going_on(runs: dict[Path, TrainSpec]) -> None:
+    """Every run, gone on from its checkpoint of step 3, records and exports the same again."""
+    run_ranks(runs)
+    before = {run: (records(run), (run / "export" / "model.safetensors").read_bytes()) for run in runs}
+    for run in runs:
+        shutil.rmtree(run / "checkpoints" / "step-000006")
+        shutil.rmtree(run / "export")
+    run_ranks(runs)
+    for run, (expected, weights) in before.items():
+        assert len(losses(run)) == 6 and records(run) == expected, run.name
+        assert (run / "export" / "model.safetensors").read_bytes() == weights, run.name
+        assert losses(run)[-1] < losses(run)[0], run.name
+
+
+def test_every_optimizer_and_option(tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path / "c")
+    dropout = {"model": {"config": {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4}}, "regularization": {"dropout": 0.1}}
+    ema, average = {"ema": {"decay": 0.9}}, {"checkpoint": {"every_steps": 3, "average": 2}}
+    check_going_on({tmp_path / "muon": case(corpus, "muon", "bf16", 2, **ema),
+                    tmp_path / "lion": case(corpus, "lion", "fp32", 3, **dropout, **ema),
+                    tmp_path / "adafactor": case(corpus, "adafactor", "bf16", 0, **average),
+                    tmp_path / "sgd": case(corpus, "sgd", "fp32", 1, regularization={"label_smoothing": 0.1, "z_loss": 1e-4}, **average)})
+    one, other = ((tmp_path / "lion" / "checkpoints" / "step-000003" / f"rng-0000{rank}.pt").read_bytes() for rank in (0, 1))
+    assert one != other, "each rank drops its own"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["muon", "lion", "sgd", "adafactor"])
+def test_every_stage_and_precision_gives_the_same_steps_and_goes_on(optimizer: str, tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path / "c")
+    runs = {tmp_path / f"{precision}-{zero}": case(corpus, optimizer, precision, zero, ema={"decay": 0.9})
+            for precision in ("fp32", "bf16") for zero in ((0,) if optimizer == "adafactor" else (0, 1, 2, 3))}
+    check_going_on(runs)
+    for run in runs:
+        tight = run.name.startswith("fp32") and optimizer != "muon"     # its products are in bf16 always
+        of = [[record.get("val_loss", record.get("loss")) for record in metrics(path)] for path in (run, tmp_path / "fp32-0")]
+        np.testing.assert_allclose(*of, rtol=1e-5 if tight else 5e-3, err_msg=run.name)
+        np.testing.assert_allclose([record.get("loss", 0) for record in metrics(run)],
+                                   [record.get("loss", 0) for record in metrics(tmp_path / "fp32-0")], rtol=1e-5 if tight else 5e-3)
