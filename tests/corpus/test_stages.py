@@ -245,6 +245,22 @@ def test_a_job_that_is_killed_goes_on_where_it_was_and_makes_the_same_bytes(run:
     assert files_of(again[""]) == files_of(whole[""])
 
 
+def test_a_worker_that_dies_changes_nothing(run: Run, texts: Path, tmp_path: Path) -> None:
+    marker = tmp_path / "died"
+    (texts / "deadly.txt").write_text(f"die once: {marker}\nand some more text")
+    rules = {"filter": {"function": "tests.corpus.faults:die_once"}}
+    made = run(texts, "died", **rules)
+    assert marker.exists(), "nobody died"
+    assert files_of(run(texts, "lived", **rules)[""]) == files_of(made[""]) and made["rejected"] == run(texts, "plain")["rejected"]
+
+
+def test_a_source_that_vanishes_while_others_are_read_is_a_reject(run: Run, texts: Path) -> None:
+    (texts / "a-first.txt").write_text(f"unlink: {texts / 'z-last.txt'}\nand some more text")
+    (texts / "z-last.txt").write_text("It was here when the job began.")
+    made = run(texts, filter={"function": "tests.corpus.faults:unlink"}, workers=1)
+    assert made["rejected.unreadable"] == 1 and verify(made[""]).data["steps"][0]["rejected"]["unreadable"]["documents"] == 1
+
+
 def test_a_test_split_takes_from_the_training_split_alone(run: Run, many: Path) -> None:
     two = run(sources(many), "two", split={"val_fraction": 0.2})
     three = run(sources(many), "three", split={"val_fraction": 0.2, "test_fraction": 0.3})
