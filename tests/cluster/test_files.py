@@ -1,36 +1,34 @@
-"""The cluster files agree with the schemas of those who read them.
+"""The cluster files agree with the schemas of those who read them, and the jobs that they name fit their nodes.
 
-Ray's own schema comes with Ray. KubeRay's resource definitions are not on PyPI: KUBERAY below holds the fields of its API
-reference (ray.io/v1, KubeRay 1.6) that our files use, so that a misspelt or misplaced key is found; it is no full validation.
+Ray's own schema comes with Ray. KubeRay's resource definitions are not on PyPI: kuberay.json says what we took from them.
 """
 
+import copy
+import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
+from jsonschema import Draft202012Validator
 from ruamel.yaml import YAML
 
 from distlm import clusterfile
 from distlm.errors import SpecError
+from distlm.execute import resolve
 from distlm.head import LocalCluster
+from distlm.plan import needs
+from distlm.spec import PipelineSpec, TrainSpec
+from distlm.spec.load import validate
+from distlm.storage import Storage
+from distlm.train.driver import DATA_CPUS
 
 ROOT = Path(__file__).parents[2]
-KUBERAY: dict[str, set[str]] = {
-    "RayCluster": {"apiVersion", "kind", "metadata", "spec"}, "RayJob": {"apiVersion", "kind", "metadata", "spec"},
-    "RayJobSpec": {"activeDeadlineSeconds", "backoffLimit", "rayClusterSpec", "submitterPodTemplate", "metadata", "clusterSelector",
-                   "submitterConfig", "managedBy", "deletionStrategy", "entrypoint", "runtimeEnvYAML", "jobId", "submissionMode",
-                   "entrypointResources", "entrypointNumCpus", "entrypointNumGpus", "ttlSecondsAfterFinished",
-                   "shutdownAfterJobFinishes", "suspend"},
-    "RayClusterSpec": {"authOptions", "suspend", "managedBy", "autoscalerOptions", "headServiceAnnotations", "enableInTreeAutoscaling",
-                       "gcsFaultToleranceOptions", "headGroupSpec", "rayVersion", "workerGroupSpecs"},
-    "HeadGroupSpec": {"template", "headService", "enableIngress", "rayStartParams", "serviceType"},
-    "WorkerGroupSpec": {"suspend", "groupName", "replicas", "minReplicas", "maxReplicas", "idleTimeoutSeconds", "rayStartParams",
-                        "template", "scaleStrategy", "numOfHosts"},
-    "AutoscalerOptions": {"resources", "image", "imagePullPolicy", "securityContext", "idleTimeoutSeconds", "upscalingMode", "version",
-                          "env", "envFrom", "volumeMounts"},
-    "AuthOptions": {"mode", "secretName", "enableK8sTokenAuth"},
-}
+KUBERAY = Draft202012Validator(json.loads(Path(__file__).with_name("kuberay.json").read_text()))
+FILES = ["cluster.yaml", "cluster/gcp.yaml", "cluster/kuberay/raycluster.yaml", "cluster/kuberay/rayjob.yaml"]
+MACHINES = {"p4d.24xlarge": {"CPU": 96, "GPU": 8}}
+"""What Ray reads from the provider where a node type's `resources` are empty."""
 
 
 def load(name: str) -> Any:
@@ -47,6 +45,8 @@ def test_cloud_files_pass_rays_own_schema(name, provider):
         assert "0.0.0.0" not in start
     assert any(path.endswith("/.ray/auth_token") for path in found.config["file_mounts"])
     assert "RAY_AUTH_MODE=token" in " ".join(found.config["setup_commands"])
+    installs = [command for command in found.config["setup_commands"] if "pip install" in command]
+    assert installs and all("-c ~/distlm-source/constraints.txt" in command for command in installs)
 
 
 def test_the_local_file_says_the_defaults():
@@ -75,34 +75,70 @@ def test_a_missing_cluster_file_is_the_users_mistake(tmp_path):
         clusterfile.read(tmp_path / "none.yaml")
 
 
-def check_cluster(spec: dict[str, Any]) -> None:
-    assert set(spec) <= KUBERAY["RayClusterSpec"] and set(spec.get("autoscalerOptions", {})) <= KUBERAY["AutoscalerOptions"]
-    assert spec["rayVersion"] == ray.__version__
-    assert set(spec["authOptions"]) <= KUBERAY["AuthOptions"] and spec["authOptions"]["mode"] == "token"
-    groups = [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
-    assert set(groups[0]) <= KUBERAY["HeadGroupSpec"] and {"template", "rayStartParams"} <= set(groups[0])
-    for group in groups[1:]:
-        assert set(group) <= KUBERAY["WorkerGroupSpec"] and {"groupName", "template", "maxReplicas"} <= set(group)
-        assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
-    for group in groups:
-        assert all(isinstance(value, str) for value in group["rayStartParams"].values())      # the API takes text alone
+def mistakes(file: Any) -> list[str]:
+    return [f"{error.json_path}: {error.message}" for error in KUBERAY.iter_errors(file)]
+
+
+@pytest.mark.parametrize("name", ["raycluster.yaml", "rayjob.yaml"])
+def test_kuberay_files_pass_the_schema_of_its_resources_and_hold_together(name):
+    file = load(f"kuberay/{name}")
+    Draft202012Validator.check_schema(KUBERAY.schema)
+    assert mistakes(file) == []
+    spec = file["spec"].get("rayClusterSpec", file["spec"])
+    assert spec["rayVersion"] == ray.__version__ and spec["authOptions"]["mode"] == "token"
+    assert all(group["minReplicas"] <= group["replicas"] <= group["maxReplicas"] for group in spec["workerGroupSpecs"])
+    for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
         pod = group["template"]["spec"]
         [container] = pod["containers"]
         assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
         assert container["resources"]["requests"] == container["resources"]["limits"]
-        assert all(isinstance(value, str) for value in container["resources"]["limits"].values())
+    if file["kind"] == "RayJob":
+        assert isinstance(YAML(typ="safe").load(file["spec"]["runtimeEnvYAML"]), dict)
 
 
-def test_the_kuberay_cluster_has_the_fields_of_its_api():
-    file = load("kuberay/raycluster.yaml")
-    assert set(file) == KUBERAY["RayCluster"] and (file["apiVersion"], file["kind"]) == ("ray.io/v1", "RayCluster")
-    check_cluster(file["spec"])
+@pytest.mark.parametrize("where, key, value", [
+    ((), "authOptions", {"mode": "tokens"}), ((), "authOptions", {"token": "x"}), ((), "rayversion", "2.60.0"),
+    (("headGroupSpec", "rayStartParams"), "num-cpus", 0), (("workerGroupSpecs", 0), "minReplica", 1),
+    (("workerGroupSpecs", 0, "template"), "containers", []), (("workerGroupSpecs", 0, "template", "spec"), "volume", []),
+    (("headGroupSpec", "template", "spec", "containers", 0), "volumemounts", []),
+    (("headGroupSpec", "template", "spec", "containers", 0, "resources", "limits"), "memory", "16 GB")])
+def test_a_key_that_kuberay_does_not_know_or_a_value_that_it_refuses_is_found(where, key, value):
+    file = copy.deepcopy(load("kuberay/raycluster.yaml"))
+    place = file["spec"]
+    for step in where:
+        place = place[step]
+    place[key] = value
+    assert mistakes(file)
 
 
-def test_the_kuberay_job_has_the_fields_of_its_api():
-    file = load("kuberay/rayjob.yaml")
-    assert set(file) == KUBERAY["RayJob"] and (file["apiVersion"], file["kind"]) == ("ray.io/v1", "RayJob")
-    spec = file["spec"]
-    assert set(spec) <= KUBERAY["RayJobSpec"] and spec["submissionMode"] in ("K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode")
-    assert spec["entrypoint"].startswith("python -m distlm run ") and isinstance(YAML(typ="safe").load(spec["runtimeEnvYAML"]), dict)
-    check_cluster(spec["rayClusterSpec"])
+def nodes(name: str) -> list[dict[str, float]]:
+    """CPUs and GPUs of the workers' nodes that stand from the beginning: a job that they cannot hold is refused."""
+    file = YAML(typ="safe").load(ROOT / name)
+    if "available_node_types" in file:
+        kinds = {key: kind for key, kind in file["available_node_types"].items() if key != file["head_node_type"]}
+        return [kind["resources"] or MACHINES[kind["node_config"]["InstanceType"]] for kind in kinds.values()
+                for _ in range(kind["min_workers"])]
+    spec = file["spec"].get("rayClusterSpec", file["spec"])
+    groups = [(group["minReplicas"], group["template"]["spec"]["containers"][0]["resources"]["limits"])
+              for group in spec["workerGroupSpecs"]]
+    return [{"CPU": float(limits["cpu"]), "GPU": float(limits["nvidia.com/gpu"])} for count, limits in groups for _ in range(count)]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_job_that_a_cluster_file_names_can_be_planned_and_fits_its_nodes(name, tmp_path):
+    named = re.findall(r"distlm (?:run|submit) /?(jobs/[\w-]+\.yaml)", (ROOT / name).read_text())
+    assert named
+    for job in named:
+        loaded = resolve(ROOT / job)
+        assert needs(loaded, Storage(tmp_path))
+        spec = loaded.spec
+        steps = [validate(data, step, references=True) for step, data in spec.steps.items()] if isinstance(spec, PipelineSpec) else [spec]
+        made = {f"${{{step}}}" for step in spec.steps} if isinstance(spec, PipelineSpec) else set()
+        trains = [step for step in steps if isinstance(step, TrainSpec)]
+        assert trains
+        for train in trains:
+            assert {share.corpus for share in train.mixture} <= made, "nothing else has to be there already"
+            scale, have = train.scale, nodes(name)
+            assert scale.gpus_per_worker > 0, "these machines are for GPUs"
+            assert sum(min(node["CPU"] // scale.cpus_per_worker, node["GPU"] // scale.gpus_per_worker) for node in have) >= scale.workers
+            assert sum(node["CPU"] for node in have) >= scale.workers * scale.cpus_per_worker + DATA_CPUS
