@@ -5,21 +5,53 @@
     print(distlm.load_run("py-10m").read_metrics()[-1], distlm.status("py-10m").state)
     print("".join(distlm.query("py", "def add(")))
     distlm.stop("py")
+
+Every verb of the command line is here; the names below are the functions that it calls, and differ from those of modules.
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from distlm.cluster import require as find_cluster
+    from distlm.cluster import status as cluster_status
+    from distlm.clusterfile import read as read_cluster_file
+    from distlm.corpus.inspect import diff as corpus_diff
+    from distlm.corpus.inspect import documents as corpus_documents
+    from distlm.corpus.inspect import find as corpus_find
+    from distlm.corpus.inspect import summary as corpus_summary
+    from distlm.corpus.inspect import windows as corpus_windows
+    from distlm.corpus.manifest import verify as corpus_verify
+    from distlm.dashboard import serve as tensorboard
     from distlm.execute import resolve, run
+    from distlm.head import LocalCluster
+    from distlm.head import down as cluster_down
+    from distlm.head import recorded as local_clusters
+    from distlm.head import up as cluster_up
+    from distlm.init import init as write_starters
+    from distlm.jobs import jobs as list_jobs
     from distlm.jobs import load_run, query, stop, submit
     from distlm.jobs import locate as status
+    from distlm.logs import driver_log, follow
+    from distlm.plan import needs
+    from distlm.storage import Storage
+    from distlm.train.recipe import find_corpus
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load_run", "query", "resolve", "run", "status", "stop", "submit"]
-
-_HOMES = {"resolve": ("distlm.execute", "resolve"), "run": ("distlm.execute", "run"), "load_run": ("distlm.jobs", "load_run"),
-          "query": ("distlm.jobs", "query"), "status": ("distlm.jobs", "locate"), "stop": ("distlm.jobs", "stop"),
-          "submit": ("distlm.jobs", "submit")}
+_HOMES = {
+    "LocalCluster": "head:LocalCluster", "Storage": "storage:Storage", "cluster_down": "head:down", "cluster_status": "cluster:status",
+    "cluster_up": "head:up", "corpus_diff": "corpus.inspect:diff", "corpus_documents": "corpus.inspect:documents",
+    "corpus_find": "corpus.inspect:find", "corpus_summary": "corpus.inspect:summary", "corpus_verify": "corpus.manifest:verify",
+    "corpus_windows": "corpus.inspect:windows", "driver_log": "logs:driver_log", "find_cluster": "cluster:require",
+    "find_corpus": "train.recipe:find_corpus", "follow": "logs:follow", "list_jobs": "jobs:jobs", "load_run": "jobs:load_run",
+    "local_clusters": "head:recorded", "needs": "plan:needs", "query": "jobs:query", "read_cluster_file": "clusterfile:read",
+    "resolve": "execute:resolve", "run": "execute:run", "status": "jobs:locate", "stop": "jobs:stop", "submit": "jobs:submit",
+    "tensorboard": "dashboard:serve", "write_starters": "init:init"}
+"""Name here -> module and name there."""
+__all__ = [
+    "LocalCluster", "Storage", "__version__", "cluster_down", "cluster_status", "cluster_up", "corpus_diff", "corpus_documents",
+    "corpus_find", "corpus_summary", "corpus_verify", "corpus_windows", "driver_log", "find_cluster", "find_corpus", "follow", "list_jobs",
+    "load_run", "local_clusters", "needs", "query", "read_cluster_file", "resolve", "run", "status", "stop", "submit", "tensorboard",
+    "write_starters"]
 
 
 def __getattr__(name: str) -> Any:
@@ -27,8 +59,8 @@ def __getattr__(name: str) -> Any:
     if name in _HOMES:
         from importlib import import_module
 
-        module, attribute = _HOMES[name]
-        return getattr(import_module(module), attribute)
+        module, attribute = _HOMES[name].split(":")
+        return getattr(import_module(f"distlm.{module}"), attribute)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
