@@ -54,14 +54,16 @@ __all__ = [
     "write_starters"]
 
 
-def __getattr__(name: str) -> Any:
-    """Import what is asked for, when it is: Ray and torch are slow to load."""
-    if name in _HOMES:
-        from importlib import import_module
+if not TYPE_CHECKING:                                      # for a type checker every name would be one that it finds
 
-        module, attribute = _HOMES[name].split(":")
-        return getattr(import_module(f"distlm.{module}"), attribute)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name: str) -> Any:
+        """Import what is asked for, when it is: Ray and torch are slow to load."""
+        if name in _HOMES:
+            from importlib import import_module
+
+            module, attribute = _HOMES[name].split(":")
+            return getattr(import_module(f"distlm.{module}"), attribute)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

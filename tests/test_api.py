@@ -12,7 +12,7 @@ README = Path(__file__).parents[1] / "README.md"
 
 
 def test_every_name_is_what_type_checkers_see_and_is_told_of_in_the_readme() -> None:
-    [checked] = [node for node in ast.parse(Path(distlm.__file__).read_text()).body if isinstance(node, ast.If)]
+    checked, _ = [node for node in ast.parse(Path(distlm.__file__).read_text()).body if isinstance(node, ast.If)]
     seen = {alias.asname or alias.name: f"{node.module}.{alias.name}" for node in checked.body if isinstance(node, ast.ImportFrom)
             for alias in node.names}
     assert seen == {name: "distlm." + home.replace(":", ".") for name, home in distlm._HOMES.items()}
