@@ -14,14 +14,20 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
+import psutil
+
 from distlm import head as heads
 from distlm.errors import ClusterError, InputError
 from distlm.storage import Storage, writing
+
+CLEAR_S = 10
+"""So long an embedded cluster's folder is tried to be removed."""
 
 
 @dataclass(frozen=True)
@@ -182,7 +188,7 @@ def connect(log_file: Path | None = None, *, storage: Storage | None = None, clu
                 raise KeyboardInterrupt from None
             finally:
                 _keep_handler(before)
-            stack.callback(ray.shutdown)                   # before the folder and the token go that it needs
+            stack.callback(_shutdown)                      # before the folder and the token go that it needs
             yield connection
 
 
@@ -202,6 +208,14 @@ def import_ray() -> Any:
     for received in waiting:
         signal.raise_signal(received)
     return ray
+
+
+def _shutdown() -> None:
+    """Leave the cluster. The warnings that Ray has held back as repetitions it prints now, on whatever standard output is."""
+    import ray
+
+    with contextlib.redirect_stdout(sys.stderr):           # under `quiet` the log
+        ray.shutdown()
 
 
 def _keep_handler(before: Any) -> None:
@@ -225,7 +239,7 @@ def _embed(stack: contextlib.ExitStack) -> Connection:
     import ray
 
     folder = Path(tempfile.mkdtemp(prefix="distlm-", dir="/tmp" if os.path.isdir("/tmp") else None))
-    stack.callback(shutil.rmtree, folder, ignore_errors=True)
+    stack.callback(_clear, folder)
     token_file = folder / "token"
     token_file.touch(mode=0o600)
     token_file.write_text(secrets.token_hex(32))
@@ -239,6 +253,28 @@ def _embed(stack: contextlib.ExitStack) -> Connection:
     # Ray's own clean-up of a stopped Train run asks for the cluster without an address: beside another Ray it would find two.
     (folder / "ray" / "ray_current_cluster").write_text(context.address_info["gcs_address"])
     return Connection(context.address_info["gcs_address"], f"http://127.0.0.1:{port}", True, str(token_file))
+
+
+def _clear(folder: Path) -> None:
+    """Remove the folder of an embedded cluster that was shut down. Ray waits for none of its processes: the dashboard's live on for seconds
+    and write, so they end first, and what one has written while the folder went costs another round."""
+    deadline = time.monotonic() + CLEAR_S
+    while True:
+        left = []
+        mine = {child.pid for child in psutil.Process().children(recursive=True)}        # not Ray's, which were orphaned
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, OSError):
+                if process.pid not in mine and process.environ().get("RAY_TMPDIR") == str(folder):
+                    process.kill()
+                    left.append(process)
+        psutil.wait_procs(left, timeout=CLEAR_S)
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        if time.monotonic() > deadline:
+            logging.getLogger(__name__).warning("%s cannot be removed", folder)
+            return
+        time.sleep(0.1)
 
 
 def _dashboard_url() -> str:

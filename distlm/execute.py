@@ -14,7 +14,7 @@ from typing import Any
 from distlm import summary
 from distlm.errors import DistlmError, ServeError, SpecError
 from distlm.model.find import find_model
-from distlm.progress import Progress
+from distlm.progress import Logged, Progress
 from distlm.runs import RunFolder, lineage
 from distlm.serve.client import healthy
 from distlm.spec import PipelineSpec, PrepareSpec, ServeSpec, TrainSpec, TuneSpec
@@ -67,7 +67,7 @@ def run_loaded(loaded: Loaded, storage: Storage, progress: Progress, *, resume: 
             earlier = folder.lineage()
             made_of["earlier"] = [*earlier.pop("earlier", []), earlier]
     RunFolder.create(folder.path, spec_text(loaded, folder), made_of, resume=resume)
-    with folder.running():
+    with folder.running(), Logged(progress, folder.path / "logs" / "driver.log") as progress:
         if changes:
             folder.event("note", message="resumed with " + ", ".join(changes))
         with connected(folder, storage, progress) as embedded:

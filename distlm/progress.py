@@ -9,11 +9,13 @@
         progress.table("result", [("tokens", "3,104,233")])
 """
 
+import contextlib
 import json
 import os
 import sys
 import time
-from typing import Any
+from pathlib import Path
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.markup import escape
@@ -21,6 +23,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
+
+from distlm.storage import writing
 
 MARK = '{"distlm": '
 """Begins every line of a job that stands for a record, where DISTLM_PROGRESS=json."""
@@ -64,7 +68,8 @@ class Progress:
 class JsonProgress(Progress):
     """One JSON line per record, updates twice a second at most: a follower shows them."""
 
-    def __init__(self) -> None:
+    def __init__(self, file: TextIO | None = None) -> None:
+        self._file = file                                  # default: standard output
         self._next = 0.0
 
     def show(self, record: dict[str, Any]) -> None:
@@ -72,7 +77,26 @@ class JsonProgress(Progress):
             if time.monotonic() < self._next:
                 return
             self._next = time.monotonic() + 0.5
-        print(json.dumps(record), flush=True)
+        print(json.dumps(record), file=self._file, flush=True)
+
+
+class Logged(Progress):
+    """Passes on to another, which stays its maker's to close, and keeps the records in a file, from which `distlm logs` shows them."""
+
+    def __init__(self, shown: Progress, path: Path) -> None:
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(path, "a")  # noqa: SIM115
+        self._shown, self._records = shown, JsonProgress(self._file)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+    def show(self, record: dict[str, Any]) -> None:
+        self._shown.show(record)
+        with contextlib.suppress(OSError, ValueError):     # a full disk, a thread that is late: no log is worth the job
+            self._records.show(record)
 
 
 class PlainProgress(Progress):

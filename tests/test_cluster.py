@@ -1,11 +1,13 @@
 """A real head, beside another Ray on the same machine: what `up` starts, `down` ends, and nothing else."""
 
+import contextlib
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from dataclasses import asdict, replace
@@ -31,13 +33,38 @@ with cluster.connect() as connection:
 """
 
 
+WARNED = """
+import os, sys, time
+from pathlib import Path
+from distlm import cluster
+with cluster.connect(Path(sys.argv[1])):
+    import ray
+    from ray._private.utils import publish_error_to_driver
+    print(os.environ["RAY_TMPDIR"])
+    while "10 workers" not in Path(sys.argv[1]).read_text():
+        publish_error_to_driver("pool", "10 workers", ray._private.worker.global_worker.gcs_client)
+        time.sleep(0.1)
+    for i in range(3):                                     # repetitions, which Ray holds back until it shuts down
+        publish_error_to_driver("pool", "10 workers", ray._private.worker.global_worker.gcs_client)
+    time.sleep(0.5)
+"""
+WRITER = """
+import contextlib, sys, time
+from pathlib import Path
+with contextlib.suppress(FileNotFoundError):
+    for i in range(int(sys.argv[2])):
+        Path(sys.argv[1], str(i)).mkdir()
+        time.sleep(0.001)
+"""
+
+
 @pytest.fixture(scope="module")
-def storage(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        root = tmp_path_factory.mktemp("store")
-        patch.setenv("DISTLM_STORAGE", str(root))
+def storage():
+    """A short root, as people have: below pytest's own folders Ray's sockets would not find room."""
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="d", dir="/tmp") as root:
+        patch.setenv("DISTLM_STORAGE", root)
         patch.delenv("RAY_ADDRESS", raising=False)
-        yield Storage(root)
+        yield Storage(Path(root))
 
 
 @pytest.fixture(scope="module")
@@ -120,8 +147,12 @@ def test_of_two_that_bring_it_up_at_once_one_starts_it(tmp_path, monkeypatch):
 
 
 def test_everything_lies_in_one_folder(up, storage):
-    assert {Path(up.ray_folder).name, "token", "cluster.json", "head.log"} >= {path.name for path in Path(up.folder).iterdir()}
-    assert len(os.fsencode(up.ray_folder)) <= head.LONGEST_RAY_FOLDER and list(Path(up.ray_folder).glob("session_*"))
+    assert Path(up.folder) == storage.root / "clusters" / "local" and Path(up.ray_folder).parent == Path(up.folder)
+    assert {path.name for path in Path(up.folder).iterdir()} == {Path(up.ray_folder).name, "token", "cluster.json", "head.log"}
+    assert list(Path(up.ray_folder).glob("session_*/logs/raylet.out"))
+    opened = [Path(file.path) for process in head.processes(up) for file in process.open_files()]
+    logs = [path for path in opened if path.suffix in (".log", ".out", ".err")]
+    assert logs and [path for path in logs if Path(up.folder) not in path.parents] == []
 
 
 def test_connect_joins_it_and_keeps_the_terminal_clean(up, tmp_path):
@@ -197,6 +228,45 @@ def test_several_clusters_ask_for_a_choice(up, storage, monkeypatch):
         cluster.find()
     monkeypatch.setenv("DISTLM_CLUSTER", "b")
     assert cluster.find().name == "b"
+
+
+def test_an_embedded_cluster_keeps_rays_words_off_the_terminal_and_leaves_neither_folder_nor_process(tmp_path):
+    done = subprocess.run([sys.executable, "-c", WARNED, str(tmp_path / "driver.log")], capture_output=True, text=True, timeout=120,
+                          env={**os.environ, "DISTLM_STORAGE": str(tmp_path)})
+    [folder] = done.stdout.splitlines()
+    assert done.stderr == "" and "10 workers" in (tmp_path / "driver.log").read_text()
+    assert "repeated" in (tmp_path / "driver.log").read_text(), "Ray has held something back"
+    assert folder.startswith("/tmp/distlm-") and not Path(folder).exists() and left_in(folder) == []
+
+
+def left_in(folder: str) -> list[str]:
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.environ().get("RAY_TMPDIR") == folder:
+                found.append(process.name())
+    return found
+
+
+@pytest.mark.parametrize("orphaned", [True, False])
+def test_what_still_writes_into_an_embedded_clusters_folder_does_not_keep_it(orphaned, tmp_path):
+    folder = tmp_path / "distlm-x"
+    folder.mkdir()
+    words = [sys.executable, "-c", WRITER, str(folder), "100000" if orphaned else "400"]
+    own = subprocess.Popen(["sh", "-c", '"$@" &', "sh", *words] if orphaned else words, env={**os.environ, "RAY_TMPDIR": str(folder)})
+    if orphaned:
+        own.wait()
+    deadline = time.monotonic() + 30
+    while not (folder / "20").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert (folder / "20").exists()
+    cluster._clear(folder)
+    assert not folder.exists()
+    if orphaned:
+        assert left_in(str(folder)) == []
+    else:
+        own.wait()
+        assert own.returncode == 0, "a process of our own is not Ray's to end"
 
 
 def test_a_long_storage_path_gets_a_short_folder_for_sockets(tmp_path):

@@ -1,12 +1,13 @@
 """The same records on a terminal, in a log, and across the wire."""
 
 import io
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from distlm import progress
-from distlm.progress import JsonProgress, PlainProgress, Progress, RichProgress, draw, figures, parse
+from distlm.progress import JsonProgress, Logged, PlainProgress, Progress, RichProgress, draw, figures, parse
 
 
 class Kept(Progress):
@@ -42,6 +43,16 @@ def test_records_across_the_wire_show_as_they_would_here(capsys):
         for record in source:
             draw(Console(file=text, width=100), record)
     assert shown[0].getvalue() == shown[1].getvalue()
+
+
+def test_what_is_shown_is_kept_in_a_file_too_and_a_full_disk_costs_the_log_alone(tmp_path):
+    kept = Kept()
+    tell(Logged(kept, tmp_path / "logs" / "driver.log"))
+    records = [parse(line) for line in (tmp_path / "logs" / "driver.log").read_text().splitlines()]
+    assert len(kept.records) == 303 and records[0] == kept.records[0] and records[-2] == kept.records[-2] and len(records) < 10
+    full = Kept()
+    tell(Logged(full, Path("/dev/full")))
+    assert full.records == kept.records
 
 
 def test_brackets_are_shown_as_they_are(capsys):

@@ -115,7 +115,7 @@ def _launch(recipe: Recipe, folder: RunFolder, first_step: int, resume_from: Pat
         with _sigint_kept():
             trainer.fit()
     except TrainingFailedError as error:
-        return diagnose(error)
+        return diagnose(error, folder.path)
     if not exported(recipe, folder):                       # Ray returns normally from an abort
         raise KeyboardInterrupt
     return None

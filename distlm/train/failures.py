@@ -1,18 +1,27 @@
 """Why a worker group ended: Ray's exceptions to one error with a cause."""
 
+from pathlib import Path
+
 from distlm.errors import ClusterError, DistlmError, TrainError
+from distlm.train.worker import worker_log
 
 PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused", "remote process exited",
              "NCCL communicator was aborted")
+RAYS_LOG = "its log is in Ray's log folder"
 
 
-def diagnose(error: BaseException) -> DistlmError:
+def diagnose(error: BaseException, folder: Path | None = None) -> DistlmError:
     """The error of ours that tells most: our own one from a rank first, then a lost node, a killed worker, memory, the rest.
 
-    A rank that survives another reports a broken connection: that counts as a worker that died.
+    A rank that survives another reports a broken connection: that counts as a worker that died. One that died without a word has its
+    log named, where it lies in the run's `folder`.
     """
-    found = sorted((_explain(inner) for inner in _causes(error)), key=lambda pair: pair[0])
-    return found[0][1]
+    found = {rank: _explain(inner) for rank, inner in _causes(error).items()}
+    rank = min(found, key=lambda rank: found[rank][0])
+    _, explained = found[rank]
+    if folder and explained.remedy == RAYS_LOG and (log := worker_log(folder, rank)).exists():
+        explained.remedy = f"its log is {log}"
+    return explained
 
 
 def peer_lost(error: BaseException) -> bool:
@@ -20,10 +29,10 @@ def peer_lost(error: BaseException) -> bool:
     return any(text in str(error) for text in PEER_LOST)
 
 
-def _causes(error: BaseException) -> list[BaseException]:
-    failures = getattr(error, "worker_failures", None) or {}
-    inner = list(failures.values()) or [getattr(error, "controller_failure", None) or error]
-    return [getattr(item, "_base_exc", item) for item in inner]
+def _causes(error: BaseException) -> dict[int, BaseException]:
+    """Rank -> what it failed of; what no rank failed of under 0."""
+    failures = getattr(error, "worker_failures", None) or {0: getattr(error, "controller_failure", None) or error}
+    return {rank: getattr(item, "_base_exc", item) for rank, item in failures.items()}
 
 
 def _explain(error: BaseException) -> tuple[int, DistlmError]:
@@ -43,7 +52,7 @@ def _explain(error: BaseException) -> tuple[int, DistlmError]:
                                                           and "node has died" in str(error).lower()):
         return 2, TrainError(f"a node was lost: {line}", cause="node_lost")
     if isinstance(error, ray.exceptions.RayActorError | ray.exceptions.WorkerCrashedError):
-        return 3, TrainError("a worker process ended unexpectedly", cause="worker_died", remedy="its log is in Ray's log folder")
+        return 3, TrainError("a worker process ended unexpectedly", cause="worker_died", remedy=RAYS_LOG)
     if peer_lost(error):
         return 4, TrainError(f"a worker lost another: {line}", cause="worker_died")
     if "timed out" in str(error).lower() and "gloo" in str(error).lower():

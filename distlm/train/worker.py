@@ -1,6 +1,8 @@
 """One rank of a run inside Ray Train: finds its device and its part of the stream, then runs the loop."""
 
 import os
+import socket
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +36,7 @@ def work(config: dict[str, Task]) -> None:
     task = config["task"]
     recipe, context = task.recipe, ray.train.get_context()
     rank, plan = context.get_world_rank(), recipe.plan()
+    log_to(worker_log(task.folder, rank))
     cores = os.cpu_count() or 1
     torch.set_num_threads(recipe.spec.scale.threads_per_worker or max(1, cores // context.get_local_world_size()))
     steps: Iterator[NDArray[np.int64]] = iter(())
@@ -42,3 +45,19 @@ def work(config: dict[str, Task]) -> None:
         steps = ordered_steps(batches, plan, rank, task.first_step)
     fit(recipe, RunFolder(task.folder), steps, rank=rank, device=ray.train.torch.get_device(), first_step=task.first_step,
         resume_from=task.resume_from)
+
+
+def worker_log(folder: Path, rank: int) -> Path:
+    """Where a rank's output lies, attempt after attempt."""
+    return folder / "logs" / f"worker-{rank}.log"
+
+
+def log_to(path: Path) -> None:
+    """Let this process write to `path` from here on, libraries too: Ray's own log goes with the cluster, and lies on the worker's node."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
+        stream.flush()
+        os.dup2(log, number)
+    os.write(log, f"--- process {os.getpid()} on {socket.gethostname()}\n".encode())
+    os.close(log)

@@ -20,7 +20,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 
 from distlm.cluster import environment
 from distlm.errors import ClusterError, DistlmError, TrainError
-from distlm.progress import Progress, number
+from distlm.progress import Logged, Progress, number
 from distlm.runs import RunFolder, lineage
 from distlm.spec.load import dump, to_yaml
 from distlm.spec.train import TrainSpec
@@ -159,7 +159,8 @@ def run_trial(trial: Trial, spec: TuneSpec, storage: Storage, records: Any, stop
         made_of = lineage(data, **trial.inputs, sweep=spec.name, trial=trial.name)
         folder = RunFolder.create(trial.folder.path, to_yaml(data), made_of, resume=True)
         folder.event("starting")
-        outputs = train(trial.spec, folder, storage, Progress(), on_metrics=records.put)
+        with Logged(Progress(), folder.path / "logs" / "driver.log") as shown:
+            outputs = train(trial.spec, folder, storage, shown, on_metrics=records.put)
         if not stopped.is_set():                           # Tune's word stands, even where the trial got to its end meanwhile
             folder.result(outputs)
             folder.event("succeeded", "completed")

@@ -1,5 +1,7 @@
 """The cause of an end is the one that a person would name."""
 
+from pathlib import Path
+
 import pytest
 import ray.exceptions
 from ray.train import WorkerGroupError
@@ -24,6 +26,14 @@ GLOO = RuntimeError("[pair.cc:537] Read error [127.0.0.1]:1: Connection reset by
     ({0: CheckpointError("damaged")}, "storage")])
 def test_the_cause_is_what_came_first(failures: dict[int, Exception], cause: str) -> None:
     assert diagnose(WorkerGroupError("failed", failures)).cause == cause
+
+
+def test_the_log_of_the_rank_that_died_is_named_where_there_is_one(tmp_path: Path) -> None:
+    error = WorkerGroupError("failed", {0: GLOO, 1: ray.exceptions.ActorDiedError()})
+    assert diagnose(error, tmp_path).remedy == "its log is in Ray's log folder"
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "worker-1.log").touch()
+    assert diagnose(error, tmp_path).remedy == f"its log is {tmp_path}/logs/worker-1.log"
 
 
 def test_ours_comes_through_as_it_was() -> None:
