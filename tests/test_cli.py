@@ -89,8 +89,11 @@ def test_shell_completion_offers_verbs_specs_and_names(distlm, tmp_path):
     assert {"status", "stop"} <= set(complete("distlm st"))
     assert complete("distlm status py") == ["py-10m"]
     assert complete("distlm run tr") == ["train.yaml"]
-    assert "complete_bash" in distlm("--show-completion", _TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1", SHELL="/bin/bash").stdout or \
-        "complete_bash" in distlm(_DISTLM_COMPLETE="source_bash").stdout
+    script = distlm(_DISTLM_COMPLETE="source_bash").stdout
+    asked = subprocess.run(["bash", "-c", f"{script}\nCOMP_WORDS=(distlm status py) COMP_CWORD=2; _distlm_completion distlm; "
+                            "echo ${COMPREPLY[@]}"], capture_output=True, text=True,
+                           env={**distlm.environment, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"})
+    assert asked.stdout.split() == ["py-10m"], asked.stderr
 
 
 def test_mistakes_are_one_line_on_stderr_and_exit_2(distlm, tmp_path):
@@ -182,6 +185,16 @@ def test_an_interrupted_run_is_recorded_as_stopped_by_the_user(number, distlm, t
     assert process.returncode in INTERRUPTED, said
     assert folder.state() == ("stopped", "user") and "Traceback" not in said
     assert "go on with `distlm run words.yaml --set 'clean={min_chars: 2}' --resume`" in said
+
+
+def test_logs_shows_the_progress_of_a_job_that_was_not_submitted(distlm, tmp_path):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("words " * 1000)
+    (tmp_path / "words.yaml").write_text(SPEC.format(folder=tmp_path))
+    ran = distlm("run", "words.yaml")
+    shown = distlm("logs", "words").stdout
+    assert ran.returncode == 0 and "prepare words" in shown and "a cluster for this job alone" in shown, ran.stderr
+    assert set(ran.stdout.splitlines()) <= set(shown.splitlines())
 
 
 def test_dashboard_serves_tensorboard_until_interrupted(distlm, tmp_path):

@@ -17,6 +17,8 @@ from distlm.storage import Storage
 MODEL = {"config": {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
                     "intermediate_size": 64, "tie_word_embeddings": True}}
 
+SPECS = Path(__file__).parents[1] / "jobs"
+
 
 @pytest.fixture
 def storage(tmp_path: Path) -> Storage:
@@ -143,3 +145,19 @@ def test_a_tokenizer_that_is_not_there_is_found(storage: Storage, tmp_path: Path
     (tmp_path / "a.txt").write_text("text")
     with pytest.raises(InputError, match=r"tokenizer\.from"):
         needs(storage, kind="prepare", sources=[str(tmp_path / "a.txt")], tokenizer={"from": str(tmp_path / "none")})
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in SPECS.glob("*.yaml") if path.name != "prepare-web.yaml"))
+def test_the_ready_specs_are_planned_as_they_are(name: str, tmp_path: Path) -> None:
+    """All but the one whose pages are the reader's own."""
+    loaded = resolve(SPECS / name)
+    rows = dict(plan.needs(loaded, Storage(tmp_path)))
+    assert rows
+    if name == "quickstart.yaml":
+        kinds = {step: data["kind"] for step, data in loaded.spec.steps.items()}  # type: ignore[union-attr]
+        assert kinds == {kind: kind for kind in ("prepare", "tune", "train", "serve")}
+        assert int(rows["prepare: files"].replace(",", "")) > 100 and int(rows["train: parameters"].replace(",", "")) > 10**6
+        assert rows["tune: trials"].startswith("3") and rows["train: workers"].startswith("2, ZeRO stage 2")
+        assert rows["serve: model"] == "what another step makes"
+        cpus = max(float(how_much.split(":")[0]) for what, how_much in rows.items() if what in ("train: CPUs", "tune: a trial's CPUs"))
+        assert cpus <= 8, "a cluster on this machine has 8 logical CPUs at least"

@@ -133,10 +133,12 @@ def test_submit_runs_a_spec_and_follows_it_to_its_end(up, storage, tmp_path):
 
     # Ray's own command, with the environment that `cluster up` prints
     ray = subprocess.run([str(Path(sys.executable).parent / "ray"), "job", "submit", "--working-dir", ".", "--", "distlm", "run",
-                          "words.yaml", "--set", "seed=3", "--resume"], cwd=tmp_path, capture_output=True, text=True, timeout=120,
+                          "words.yaml", "--set", "name=by-ray"], cwd=tmp_path, capture_output=True, text=True, timeout=120,
                          env={**os.environ, "RAY_ADDRESS": up.dashboard_url, "RAY_AUTH_MODE": "token",
                               "RAY_AUTH_TOKEN_PATH": up.token_file})
-    assert ray.returncode == 0 and "nothing to do" in ray.stdout, ray.stdout + ray.stderr
+    assert ray.returncode == 0 and "prepare by-ray" in ray.stdout, ray.stdout + ray.stderr
+    made = RunFolder(storage.corpus("by-ray"))
+    assert made.state() == ("succeeded", "completed") and made.read_result()["documents"] == folder.read_result()["documents"] == 6
 
 
 def test_a_followed_endpoint_is_a_success_and_stop_takes_it_down(up, storage, tmp_path):

@@ -108,6 +108,34 @@ def test_a_worker_that_is_killed_costs_nothing_but_time(cluster: str, corpus: Pa
     wait_for(lambda: not workers(), "the end of the workers", 30)
 
 
+@pytest.mark.slow
+def test_the_only_worker_that_is_killed_costs_nothing_but_time_and_leaves_its_log(cluster: str, corpus: Path, tmp_path: Path) -> None:
+    given = spec(corpus, **{**LONG, "scale": {"workers": 1}, "sharding": {"zero": 0}})
+    run_ranks({tmp_path / "undisturbed": given})
+    folder, killed = make_run(tmp_path, given), []
+
+    def kill() -> None:
+        wait_for(lambda: steps_done(folder.path) >= 40, "step 40")
+        [victim] = workers()
+        killed.append(victim.pid)
+        victim.send_signal(signal.SIGKILL)
+
+    killer = Thread(target=kill)
+    killer.start()
+    with folder.running():
+        train(given, folder, Storage(tmp_path), Records())
+    killer.join()
+    assert killed, "the fault fired"
+    assert losses(folder.path) == losses(tmp_path / "undisturbed")
+    assert folder.state() == ("succeeded", "completed")
+    [note] = [event for event in folder.events() if event["state"] == "note"]
+    log = folder.path / "logs" / "worker-0.log"
+    assert note["cause"] == "worker_died" and note["message"].endswith(f"its log is {log}")
+    began = [int(line.split()[2]) for line in log.read_text().splitlines() if line.startswith("--- process ")]
+    assert len(began) == 2 and began[0] == killed[0]
+    wait_for(lambda: not workers(), "the end of the workers", 30)
+
+
 def test_a_job_that_is_killed_whole_goes_on_bit_equal_with_resume(cluster: str, corpus: Path, undisturbed: Path, tmp_path: Path) -> None:
     given = spec(corpus, **LONG)
     file = tmp_path / "run.yaml"

@@ -1,6 +1,10 @@
 """A sweep over real runs: what stops early, what fails, what is best, and that nothing is left behind."""
 
+import json
+import os
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +22,7 @@ from distlm.runs import RunFolder
 from distlm.spec import TrainSpec, TuneSpec, load_spec
 from distlm.spec.presets import PRESETS
 from distlm.storage import Storage, read_json, write_json
+from distlm.train import checkpoint
 from tests.records import Records
 
 TRAIN: dict[str, Any] = {"corpus": "c", "model": {"preset": "llama-tiny"}, "duration": {"steps": 12}, "precision": "fp32",
@@ -55,7 +60,7 @@ def test_asha_stops_the_weak_trial_a_failed_one_is_in_the_table_and_nothing_is_l
     assert made["best"] == good["folder"] and made["best.model"] == GOOD and made["value"] == good["val_loss"]
     assert (Path(good["folder"]) / "export" / "config.json").exists()
 
-    [table] = [record for record in shown.records if record["distlm"] == "table"]
+    [table] = [record for record in shown.records if record["distlm"] == "table" and record["title"] == "trials of s"]
     assert [row[-1] for row in table["rows"]] == ["succeeded", "stopped early", "failed: nonfinite_loss"]
     assert any("has failed: nonfinite_loss" in text for text in shown.notes)
 
@@ -79,17 +84,47 @@ def leftovers() -> list[str]:
     return actors + groups
 
 
-def test_a_sweep_that_is_taken_up_again_leaves_what_has_ended_and_resumes_the_rest(storage: Storage) -> None:
-    """Needs the sweep of the test before."""
+def test_a_sweep_that_is_taken_up_again_leaves_what_has_ended_as_it_is(storage: Storage) -> None:
+    """Needs the sweep of the first test."""
     folder = RunFolder(storage.sweep("s"))
     trials = sorted((folder.path / "trials").iterdir())
-    before = [len(RunFolder(path).events()) for path in trials]
-    RunFolder(trials[2]).event("succeeded", "completed")   # only the first two would be left otherwise: make the sweep cheap
+    RunFolder(trials[2]).event("succeeded", "completed")   # it had failed
+    before = [RunFolder(path).events() for path in trials]
     folder.event("failed", "head_lost", "as if the head had gone")
     made = execute.run(SWEEP, storage=storage, resume=True, progress=(shown := Records()))
     assert "3 of 3 trials have ended before and stay as they are" in shown.notes
-    assert [len(RunFolder(path).events()) for path in trials] == [before[0], before[1], before[2] + 1]
-    assert made["best"] == str(trials[0])
+    assert [RunFolder(path).events() for path in trials] == before and made["best"] == str(trials[0])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(560)
+def test_a_trial_that_is_killed_in_the_middle_goes_on_at_its_checkpoint_when_its_sweep_is_taken_up_again(storage: Storage) -> None:
+    train = {**TRAIN, "evaluate": {"every_steps": 50, "max_windows": 4}, "checkpoint": {"every_steps": 20}}
+    given = {"kind": "tune", "name": "cut", "train": train, "space": {"duration.steps": {"grid": [2, 150]}}, "concurrent": 1}
+    file = storage.root / "cut.yaml"
+    file.write_text(json.dumps(given))
+    job = subprocess.Popen([sys.executable, "-m", "distlm", "run", str(file)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                           env={**os.environ, "DISTLM_STORAGE": str(storage.root), "RAY_ADDRESS": ray.get_runtime_context().gcs_address})
+    folder, deadline = RunFolder(storage.sweep("cut")), time.monotonic() + 200
+    first, second = (RunFolder(folder.path / "trials" / name) for name in ("000-steps-2", "001-steps-150"))
+    while checkpoint.latest(second.path)[0] is None:
+        assert job.poll() is None and time.monotonic() < deadline, job.communicate()[0].decode()
+        time.sleep(0.05)
+    job.kill()                                             # its actors, and the trial in one of them, go with it
+    job.communicate()
+    while second.state() != ("failed", "head_lost"):
+        assert time.monotonic() < deadline, second.events()
+        time.sleep(0.2)
+    assert folder.state() == ("failed", "head_lost") and first.state() == ("succeeded", "completed")
+    before, (cut, _), done = first.events(), checkpoint.latest(second.path), max(record["step"] for record in second.read_metrics())
+    assert cut is not None and 20 <= cut.step <= done < 150, "it was killed in the middle"
+
+    made = execute.run(given, storage=storage, resume=True, progress=(shown := Records()))
+    assert "1 of 2 trials have ended before and stay as they are" in shown.notes
+    assert first.events() == before and [trial["state"] for trial in made["trials"]] == ["succeeded", "succeeded"]
+    began = [event["message"] for event in second.events() if event["state"] == "running"]
+    assert began == ["from step 0", f"from step {cut.step}"]
+    assert [record["step"] for record in second.read_metrics() if "loss" in record] == list(range(1, 151)), "no step is lost or there twice"
 
 
 def test_a_sweep_fails_only_when_all_trials_fail_and_says_why(storage: Storage) -> None:
