@@ -145,7 +145,7 @@ def _up(config: LocalCluster, storage: Storage) -> tuple[Head, bool]:
     if config.gpus is not None:
         command.append(f"--num-gpus={config.gpus}")
     with writing(folder / "head.log"), open(folder / "head.log", "wb") as log:
-        process = subprocess.Popen(command, env=_environment(identity, token_file, ports), start_new_session=True, cwd=folder,
+        process = subprocess.Popen(command, env=_environment(identity, token_file, ray_folder, ports), start_new_session=True, cwd=folder,
                                    stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
     head = Head(config.name, identity, str(folder), str(ray_folder), f"{config.host}:{ports['port']}",
                 f"http://{config.host}:{ports['dashboard_port']}", str(token_file), config.cpus or default_cpus(),
@@ -183,6 +183,8 @@ def down(head: Head) -> int:
         (folder / name).unlink(missing_ok=True)
     if folder not in Path(head.ray_folder).parents:
         shutil.rmtree(head.ray_folder, ignore_errors=True)
+        with contextlib.suppress(OSError):                 # the short one is empty then
+            Path(head.ray_folder).parent.rmdir()
     return len(ended)
 
 
@@ -263,23 +265,26 @@ def _ports(config: LocalCluster) -> dict[str, int]:
 
 
 def _ray_folder(folder: Path) -> Path:
-    """Where Ray keeps sockets and logs: in the cluster's folder, or, where that path is too long for sockets, a short one."""
-    path = folder / "ray"
-    if len(os.fsencode(path)) > LONGEST_RAY_FOLDER:
+    """Where Ray keeps sockets and logs: `ray` in the cluster's folder, or, where that path is too long for sockets, in a short one."""
+    home = folder
+    if len(os.fsencode(folder / "ray")) > LONGEST_RAY_FOLDER:
         digest = hashlib.sha256(os.fsencode(folder)).hexdigest()[:8]
-        path = Path("/tmp" if os.path.isdir("/tmp") else tempfile.gettempdir()) / f"distlm-{os.getuid()}-{digest}"
-    with writing(path):
-        if path.is_symlink() or (path.exists() and path.stat().st_uid != os.getuid()):
-            raise ClusterError("belongs to somebody else", where=str(path), remedy="remove it")
-        shutil.rmtree(path, ignore_errors=True)
-        path.mkdir(parents=True, mode=0o700)
-    return path
+        home = Path("/tmp" if os.path.isdir("/tmp") else tempfile.gettempdir()) / f"distlm-{os.getuid()}-{digest}"
+    with writing(home):
+        home.mkdir(parents=True, mode=0o700, exist_ok=True)
+        if home != folder and (home.is_symlink() or home.stat().st_uid != os.getuid()):
+            raise ClusterError("belongs to somebody else", where=str(home), remedy="remove it")
+        shutil.rmtree(home / "ray", ignore_errors=True)
+        (home / "ray").mkdir(mode=0o700)
+    return home / "ray"
 
 
-def _environment(identity: str, token_file: Path, ports: dict[str, int]) -> dict[str, str]:
-    """The environment of every process of the cluster. `python` and `distlm` of a job are those of this installation."""
+def _environment(identity: str, token_file: Path, ray_folder: Path, ports: dict[str, int]) -> dict[str, str]:
+    """The environment of every process of the cluster. `python` and `distlm` of a job are those of this installation.
+
+    RAY_TMPDIR is where Ray's own clean-up of a stopped Train run looks for the cluster's address: beside another Ray it would find two."""
     kept = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_JOB_CONFIG_JSON_ENV_VAR")}
-    return {**kept, MARK: identity, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token_file),
+    return {**kept, MARK: identity, "RAY_TMPDIR": str(ray_folder.parent), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token_file),
             "AUTOSCALER_METRIC_PORT": str(ports["autoscaler"]), "DASHBOARD_METRIC_PORT": str(ports["dashboard_metrics"]),
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"}
 

@@ -276,6 +276,7 @@ def test_a_long_storage_path_gets_a_short_folder_for_sockets(tmp_path):
         assert len(os.fsencode(short)) <= head.LONGEST_RAY_FOLDER and short == head._ray_folder(deep) and short.stat().st_mode & 0o077 == 0
     finally:
         short.rmdir()
+        short.parent.rmdir()
 
 
 def test_down_ends_all_that_up_started_and_nothing_else(up, other):

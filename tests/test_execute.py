@@ -151,7 +151,7 @@ def test_an_endpoint_is_held_until_it_falls_silent_and_then_recorded_as_stopped(
 def test_a_run_that_cannot_go_on_as_changed_is_refused_and_stays_as_it_is(storage: Storage, texts: Path) -> None:
     execute.run(spec(texts, "few"), storage=storage, progress=Records())
     train = {"kind": "train", "name": "done", "corpus": "few", "model": {"preset": "llama-tiny"}, "duration": {"steps": 4},
-             "batch": {"global_sequences": 2}, "checkpoint": {"every_steps": 4}, "precision": "fp32"}
+             "batch": {"global_sequences": 2}, "precision": "fp32"}
     shown = Records()
     execute.run(train, storage=storage, progress=shown)
     assert any("serve it" in note for note in shown.notes) and shown.records[-2]["distlm"] == "table"
