@@ -115,8 +115,6 @@ def test_a_step_that_leaves_defaults_out_is_planned_with_those_of_the_spec(token
     ("batch: {global_tokens: 100}", r"train\.yaml:6: batch\.global_tokens: 100 is no multiple"),
     ("batch: {global_sequences: 100000000000, micro_sequences: 3}", r"3 does not divide .*; try 1, 2, 4, 5"),
     ("batch: {global_sequences: 10}\nschedule: {name: wsd, warmup_steps: 50}", r"train\.yaml:7: schedule\.warmup_steps: 50 "),
-    ("batch: {global_sequences: 10}\nevaluate: {every_steps: 50}",
-     r"train\.yaml:7: evaluate\.every_steps: 50 has no effect in a run of 3 steps"),
     ("batch: {global_sequences: 10}\nschedule: {warmup_tokens: 1601}", r"schedule\.warmup_steps: 11 are more than the \d+ of"),
     ("batch: {global_sequences: 10}\noptimizer:\n  groups: [{match: norm}, {match: mlpp}]",
      r"train\.yaml:8: optimizer\.groups\.1\.match: 'mlpp' matches no parameter; their names are like model\.embed_tokens\.weight, model"),

@@ -418,9 +418,6 @@ def check_steps(spec: TrainSpec, steps: int) -> None:
     if warmup + decay > steps:
         raise Rule("schedule.warmup_steps", f"{warmup} steps of warm-up overlap the last {decay} of {steps}, which decay; shorten the "
                                             "warm-up or lower decay_fraction")
-    for key, every in (("evaluate", spec.evaluate.every_steps), ("checkpoint", spec.checkpoint.every_steps)):
-        if every is not None and every > steps:
-            raise Rule(f"{key}.every_steps", f"{every} has no effect in a run of {steps} steps; set {steps} at most, or leave it out")
 
 
 def check_batch(global_sequences: int, micro_sequences: int | None, workers: int) -> int:

@@ -138,10 +138,6 @@ RULES = {
         ":6: schedule.warmup_steps: 3 steps of warm-up overlap the last 1 of 3, which decay; shorten the warm-up or lower decay_fraction",
     TRAIN + "storage: s3://bucket/x\n": ":6: storage: s3://bucket/x: object stores are not supported yet; "
                                         "name a folder that every node sees, e.g. on NFS, Lustre or a mounted bucket",
-    TRAIN + "evaluate: {every_steps: 4}\n":
-        ":6: evaluate.every_steps: 4 has no effect in a run of 3 steps; set 3 at most, or leave it out",
-    TRAIN + "checkpoint: {every_steps: 4}\n":
-        ":6: checkpoint.every_steps: 4 has no effect in a run of 3 steps; set 3 at most, or leave it out",
     TUNE + "space: {seed: {grid: [1, 2, 1.0]}}\n":
         ":4: space.seed.grid: 1.0 is there twice, and would be tried twice; take it out, or set trials to vary the seed",
     TUNE + f"space:\n  seed: {{grid: {[*range(101)]}}}\n  optimizer.lr: {{grid: {[*range(1, 101)]}}}\n":
