@@ -7,7 +7,7 @@ import contextlib
 import json
 import pickle
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,8 @@ from distlm.corpus.filters import Filters
 from distlm.corpus.read import Reader, Record
 from distlm.corpus.split import HASH_BYTES, content_hash, is_sampled, order_key, partition
 from distlm.corpus.tokenizer import check_given
-from distlm.errors import InputError
+from distlm.errors import CorpusError, InputError
+from distlm.spec.load import nearest
 from distlm.spec.prepare import Clean, Filter, PrepareSpec, Source
 from distlm.storage import replacing
 
@@ -125,6 +126,21 @@ def read_documents(task: ReadTask) -> ReadResult:
     job.store.flush()
     job.result.parts = job.store.parts
     return job.result
+
+
+def check_keys(sources: Sequence[Source], results: list[ReadResult]) -> None:
+    """Raises CorpusError for a source whose text field is in no record, which is a mistake in the spec."""
+    objects, with_key = Counter[int](), Counter[int]()
+    for result in results:
+        objects.update(result.objects)
+        with_key.update(result.with_key)
+    for i, source in enumerate(sources):
+        if objects[i] and not with_key[i]:
+            keys = next((result.keys[i] for result in results if result.keys.get(i)), [])
+            near = nearest(source.text_key, keys)
+            raise CorpusError(f"none of {objects[i]:,} records has the field {source.text_key!r}; the first has "
+                              + (", ".join(keys) or "none"), where=f"sources.{i}.text_key: {source.path}",
+                              remedy=f"did you mean {near}?" if near else "set text_key to the field that holds the text")
 
 
 @dataclass(frozen=True)

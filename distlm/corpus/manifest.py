@@ -157,6 +157,20 @@ def write_manifest(path: Path, data: dict[str, Any]) -> None:
     write_json(path / FILE, {"format": FORMAT, **data})
 
 
+def outputs(manifest: Manifest) -> dict[str, Any]:
+    """What a prepare job hands to the jobs that follow."""
+    splits = manifest.splits
+    rejected = {reason: lost["documents"] for step in manifest.data["steps"] for reason, lost in step["rejected"].items()
+                if lost["documents"]}
+    totals = {unit: sum(getattr(split, unit) for split in splits.values()) for unit in ("documents", "bytes", "tokens")}
+    units = ("tokens", "bytes", "windows", *(("padding_tokens",) if manifest.best_fit else ()))
+    return {"": str(manifest.path), **totals,
+            **{f"{name}_{unit}": getattr(split, unit) for unit in units for name, split in splits.items()},
+            **({"padding_share": manifest.data["pack"]["padding_share"]} if manifest.best_fit else {}), "vocab_size": manifest.vocab_size,
+            "rejected": sum(rejected.values()), **{f"rejected.{reason}": count for reason, count in sorted(rejected.items())},
+            "manifest_hash": manifest_hash(manifest.path)}
+
+
 def check_balance(steps: list[dict[str, Any]], where: str) -> None:
     """Raises CorpusError unless, in documents and in bytes, in = out + rejected at every step, and each step takes in what the one
     before it gave out. What cleaning takes from documents that it keeps stands under `rejected` too, as bytes of no document."""
