@@ -18,7 +18,7 @@ from distlm.corpus.split import SplitRule, first_held_out
 from distlm.storage import replacing
 
 BATCH_ROWS = 256
-KEPT = ["hash", "file", "origin", "record", "id", "meta", "reasons", "text"]
+KEPT = ["hash", "file", "origin", "record", "id", "meta", "reasons", "text", "turns"]
 """The columns of a partition of documents."""
 
 

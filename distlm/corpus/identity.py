@@ -14,7 +14,7 @@ from distlm.corpus.files import TextFile
 from distlm.corpus.manifest import FILE, file_xxh3, tokenizer_hash, verify
 from distlm.errors import DistlmError
 from distlm.spec.load import dump
-from distlm.spec.prepare import Pack, PrepareSpec, Source
+from distlm.spec.prepare import PrepareSpec, Source
 
 
 def is_complete(spec: PrepareSpec, folder: Path, files: list[TextFile]) -> bool:
@@ -46,7 +46,16 @@ def parameters(spec: PrepareSpec) -> dict[str, Any]:
         data["decontaminate"]["against"] = sorted(spec.decontaminate.against)
         contents["evaluations"] = Evaluations.read(spec.decontaminate).hash()
     return {key: data[key] for key in ("clean", "filter", "decontaminate", "dedup", "split", "context", "shard_windows", "seed")} | \
-        {"tokenizer": tokenizer} | ({"contents": contents} if contents else {}) | ({"pack": data["pack"]} if spec.pack != Pack() else {})
+        {"tokenizer": tokenizer} | ({"contents": contents} if contents else {}) | \
+        ({"pack": {"method": "best_fit"}} if spec.best_fit else {}) | \
+        ({"conversations": data["conversations"]} if spec.conversations else {})
+
+
+def attempt_hash(spec: PrepareSpec, files: list[TextFile]) -> str:
+    """What stands for an attempt at these rules and files, by all that decides what its stages write."""
+    found = [(file.place, file.format, file.bytes, file.modified, file.license) for file in files]
+    sources = [source.model_dump() for source in spec.sources]
+    return xxhash.xxh3_64_hexdigest(json.dumps([__version__, parameters(spec), sources, found]).encode())
 
 
 def describe(spec: PrepareSpec, files: list[TextFile], facts: dict[int, tuple[int, str]],

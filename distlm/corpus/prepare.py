@@ -11,7 +11,6 @@ the manifest is written last: a folder without one is no corpus.
 import functools
 import json
 import math
-import os
 import pickle
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -20,8 +19,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import ray
-import xxhash
 
 from distlm import __version__
 from distlm.corpus import boilerplate, fuzzy
@@ -31,12 +28,12 @@ from distlm.corpus.bestfit import BestFitTask, Packed, groups, write_best_fit
 from distlm.corpus.decontaminate import Evaluations, Found
 from distlm.corpus.dedup import SortTask, read_column, read_row, sort_partition
 from distlm.corpus.documents import ReadResult, ReadTask, Rules, check, check_keys, read_documents
-from distlm.corpus.files import TextFile
-from distlm.corpus.identity import describe, is_complete, parameters
+from distlm.corpus.files import TextFile, grouped
+from distlm.corpus.identity import attempt_hash, describe, is_complete, parameters
 from distlm.corpus.listing import count_sources, write_documents
 from distlm.corpus.manifest import Shard, file_xxh3, outputs, read_manifest, write_manifest
 from distlm.corpus.pack import PackTask, num_windows, write_shard
-from distlm.corpus.paragraphs import REASON, Numbers
+from distlm.corpus.paragraphs import Numbers
 from distlm.corpus.refine import (
     HashTask,
     RefineResult,
@@ -53,7 +50,7 @@ from distlm.corpus.refine import (
 )
 from distlm.corpus.report import write_report
 from distlm.corpus.split import SplitRule
-from distlm.corpus.spread import spread
+from distlm.corpus.spread import default_workers, spread
 from distlm.corpus.tokenizer import Encoded, EncodeTask, Vocabulary, VocabularyTask, encode_partition, make_tokenizer
 from distlm.errors import CorpusError, InputError
 from distlm.progress import Progress
@@ -83,7 +80,7 @@ def prepare(spec: PrepareSpec, folder: RunFolder, storage: Storage, progress: Pr
         progress.note("the corpus is complete, and its sources are as they were: nothing to do")
         clear(folder.path, ".scratch-*")
         return outputs(read_manifest(folder.path))
-    job = _Prepare(spec, folder.path, progress, files, spec.workers or _default_workers())
+    job = _Prepare(spec, folder.path, progress, files, spec.workers or default_workers())
     take_back(folder.path, job.scratch)
     clear(folder.path, *MADE, but=job.scratch)
     try:
@@ -154,10 +151,7 @@ class _Prepare:
     def scratch(self) -> Path:
         """A folder of these rules and files alone: another attempt at the same finds there what this one has done. Every file in it
         is replaced whole, so that a task of a failed attempt that still runs does no harm."""
-        files = [(file.place, file.format, file.bytes, file.modified, file.license) for file in self.files]
-        sources = [source.model_dump() for source in self.spec.sources]
-        about = json.dumps([__version__, parameters(self.spec), sources, files]).encode()
-        return self.folder / f".scratch-{xxhash.xxh3_64_hexdigest(about)}"
+        return self.folder / f".scratch-{attempt_hash(self.spec, self.files)}"
 
     def each(self, stage: str, function: Callable[[Item], Result], items: Sequence[Item], workers: int | None = None) -> \
             Iterator[tuple[int, Result]]:
@@ -176,8 +170,9 @@ class _Prepare:
             evaluations = self.scratch / "evaluations.pickle"
             write_atomic(evaluations, pickle.dumps(self.evaluations))
         rules = tuple(Rules(self.spec.cleaning(source), source.weight, self.spec.filtering(source)) for source in self.spec.sources)
-        tasks = [ReadTask(i, first, self.files[first:last], rules, evaluations, self.spec.seed, len(self.partitions), self.scratch)
-                 for i, (first, last) in enumerate(_groups(self.files, min(READ_BYTES, max(1 << 20, size // 16))))]
+        tasks = [ReadTask(i, first, self.files[first:last], rules, evaluations, self.spec.seed, len(self.partitions), self.scratch,
+                          self.spec.conversations)
+                 for i, (first, last) in enumerate(grouped(self.files, min(READ_BYTES, max(1 << 20, size // 16)), MAX_FILES_PER_TASK))]
         results: list[ReadResult | None] = [None] * len(tasks)
         done = documents = 0
         for i, result in self.each("read", read_documents, tasks):
@@ -208,18 +203,14 @@ class _Prepare:
         self.samples.merge((result.samples for result in complete), ("number", "record"))
         self._write_rejects()
         self._note_rejects(*self.steps)
-        check_keys(self.spec.sources, complete)
+        check_keys(self.spec, complete)
         if self.annotated:
             self.figures["annotated"] = dict(sorted(self.annotated.items()))
         if self.redactions:
             self.figures["redactions"] = dict(sorted(self.redactions.items()))
         if self.evaluations:
             self.figures["decontamination"] = self.evaluations.report(self.found)
-        if not decontaminated.given["documents"]:
-            reasons = {reason: lost["documents"] for step in self.steps for reason, lost in step.rejected.items() if lost["documents"]}
-            raise CorpusError(f"no document is left of {read.taken['documents']:,}: "
-                              + ", ".join(f"{count:,} {reason}" for reason, count in reasons.items()),
-                              where=", ".join(source.path for source in self.spec.sources), remedy=f"{self.folder}/rejects shows samples")
+        self._check_left(decontaminated)
 
     def sort(self) -> None:
         """Bring the documents into order, and drop those of equal text."""
@@ -247,7 +238,7 @@ class _Prepare:
             function.__name__, function, tasks), self._preferred())
         outputs = self._outputs("unique")
         tasks = [RefineTask(i, path, found.dropped[i], self.rule, outputs[i]) for i, path in enumerate(self.partitions)]
-        self._refine("refine", refine_partition, tasks, "near_duplicate")
+        self._refine("refine", refine_partition, tasks)
         self.figures["fuzzy"] = {"min_similarity": round(least, 6), "documents": found.documents, "candidates": found.candidates,
                                  "pairs": found.pairs, "clusters": found.clusters, "largest": found.largest}
         self.partitions = outputs
@@ -261,7 +252,7 @@ class _Prepare:
         hashed, found = self._hash("lines", rules, find_frequent, let_alone)
         outputs = self._outputs("stripped")
         self._refine("strip", strip_partition, [ShortenTask(i, path, len(found), self.rule, self.scratch / "hash_lines", outputs[i])
-                                                for i, path in enumerate(self.partitions)], boilerplate.REASON)
+                                                for i, path in enumerate(self.partitions)])
         for count, partition, row, index in sorted(one for frequent in found for one in frequent.first)[:MAX_SAMPLES]:
             line = read_row(self.partitions[partition], row, "text")["text"].split("\n")[index]
             self.samples.add(boilerplate.LINES, {**self._place(partition, row), "bytes": len(line.encode()),
@@ -274,7 +265,7 @@ class _Prepare:
             outputs = self._outputs("different")
             tasks = [RefineTask(i, path, fuzzy.merged([one[i] for one in equal]), self.rule, outputs[i], "dedup_stripped",
                                 "duplicate_without_boilerplate") for i, path in enumerate(self.partitions)]
-            self._refine("drop_equal", refine_partition, tasks, tasks[0].reason)
+            self._refine("drop_equal", refine_partition, tasks)
             self.partitions = outputs
 
     def drop_paragraphs(self) -> None:
@@ -285,7 +276,7 @@ class _Prepare:
         hashed, repeated = self._hash("paragraphs", least, find_repeats)
         outputs = self._outputs("shortened")
         self._refine("shorten", shorten_partition, [ShortenTask(i, path, len(repeated), self.rule, self.scratch / "hash_paragraphs",
-                                                                outputs[i]) for i, path in enumerate(self.partitions)], REASON)
+                                                                outputs[i]) for i, path in enumerate(self.partitions)])
         self.figures["paragraphs"] = {"min_chars": least, "paragraphs": hashed.pieces, "repeated": sum(repeated)}
         self.partitions = outputs
 
@@ -308,21 +299,27 @@ class _Prepare:
         return np.array([partition << 32 | row for partition, path in enumerate(self.partitions) if self.rule.whole
                          for row in np.flatnonzero(np.isin(read_column(path, "origin"), self.rule.whole)).tolist()], np.int64)
 
-    def _refine(self, stage: str, function: Callable[[Item], RefineResult], tasks: Sequence[Item], reason: str) -> None:
+    def _refine(self, stage: str, function: Callable[[Item], RefineResult], tasks: Sequence[Item]) -> None:
         """Run a step that drops documents from the partitions, and keep its books."""
         results = [result for _, result in sorted(self.each(stage, function, tasks), key=lambda pair: pair[0])]
-        step, samples = Step(results[0].step.name), Samples()
+        step = Step(results[0].step.name)
         self.splits, self.candidates = {}, []
         for result in results:
             step.merge(result.step)
             self._count(result.splits, result.next_val)
-        samples.merge((result.samples for result in results), ("place",))
-        for sample in samples.kept.get(reason, []):
-            names = {key: self._place(*value) for key, value in sample.items() if key in ("place", "same_as")}
-            rest = {key: value for key, value in sample.items() if key not in names}
-            self.samples.add(reason, {**names.pop("place"), **rest, **names})
+        self._reject([result.samples for result in results])
         self.steps.append(step)
         self._note_rejects(step)
+
+    def _reject(self, found: list[Samples]) -> None:
+        """Keep the first samples of documents that are known by partition and row."""
+        samples = Samples()
+        samples.merge(found, ("place",))
+        for reason, kept in samples.kept.items():
+            for sample in kept:
+                names = {key: self._place(*value) for key, value in sample.items() if key in ("place", "same_as")}
+                rest = {key: value for key, value in sample.items() if key not in names}
+                self.samples.add(reason, {**names.pop("place"), **rest, **names})
 
     def _outputs(self, name: str) -> list[Path]:
         return [self.scratch / f"{name}-{i:04d}.arrow" for i in range(len(self.partitions))]
@@ -360,8 +357,8 @@ class _Prepare:
 
     def encode(self, vocabulary: Vocabulary) -> list[dict[str, Encoded]]:
         """Every partition's documents to tokens."""
-        tasks = [EncodeTask(path, self.rule, vocabulary.folder, vocabulary.eos_id, vocabulary.dtype, self._tokens(i))
-                 for i, path in enumerate(self.partitions)]
+        tasks = [EncodeTask(i, path, self.rule, vocabulary.folder, vocabulary.eos_id, vocabulary.dtype, self._tokens(i),
+                            self.spec.conversations, self.spec.context + 1) for i, path in enumerate(self.partitions)]
         results: list[dict[str, Encoded] | None] = [None] * len(tasks)
         tokenize, documents, tokens = Step("tokenize"), self.steps[-1].given["documents"], 0
         self.progress.update("documents", 0, documents)
@@ -372,7 +369,16 @@ class _Prepare:
                 tokens += encoded.tokens
             self.progress.update("documents", tokenize.given["documents"], documents, tokens=tokens)
         self.steps.append(tokenize)
-        return [result for result in results if result is not None]
+        self._note_rejects(tokenize)
+        complete = [result for result in results if result is not None]
+        if self.spec.conversations:
+            self._reject([one.samples for result in complete for one in result.values()])
+            self._write_rejects()
+            self._check_left(tokenize)
+            loss = {f"{name}_loss_tokens": sum(result[name].loss_tokens for result in complete) for name in self.rule.names}
+            self.figures["conversations"] = {"loss": self.spec.conversations.loss, **loss,
+                                             "loss_share": round(sum(loss.values()) / tokens, 6)}
+        return complete
 
     def pack(self, vocabulary: Vocabulary, encoded: list[dict[str, Encoded]]) -> dict[str, dict[str, Any]]:
         """Tokens to shards: the manifest's `splits`."""
@@ -384,11 +390,11 @@ class _Prepare:
                 add(counts, partition[name].step.given["documents"], partition[name].step.given["bytes"])
                 parts.append((Path(f"{self._tokens(i)}-{name}"), tokens, partition[name].tokens))
                 tokens += partition[name].tokens
-            if self.spec.pack.method == "best_fit":
+            if self.spec.best_fit:
                 splits[name] = {**counts, "tokens": tokens, "dropped_tokens": 0, "windows": 0, "padding_tokens": 0, "repeated_tokens": 0,
                                 "shards": []}
                 best_fits += [BestFitTask(self.scratch, f"{name}/{shard:05d}.arrow", parts, group, self.spec.context, vocabulary.dtype,
-                                          vocabulary.eos_id)
+                                          vocabulary.eos_id, self.spec.conversations is not None)
                               for shard, group in enumerate(groups(parts, self.spec.shard_windows * self.spec.context))]
                 continue
             windows, dropped = num_windows(tokens, self.spec.context)
@@ -472,6 +478,13 @@ class _Prepare:
                     self.progress.note(f"{lost['documents']:,} document{'s' if lost['documents'] > 1 else ''} rejected: {reason} "
                                        f"({lost['bytes']:,} bytes)")
 
+    def _check_left(self, step: Step) -> None:
+        if not step.given["documents"]:
+            reasons = {reason: lost["documents"] for step in self.steps for reason, lost in step.rejected.items() if lost["documents"]}
+            raise CorpusError(f"no document is left of {self.steps[0].taken['documents']:,}: "
+                              + ", ".join(f"{count:,} {reason}" for reason, count in reasons.items()),
+                              where=", ".join(source.path for source in self.spec.sources), remedy=f"{self.folder}/rejects shows samples")
+
     def _check_windows(self, splits: dict[str, dict[str, Any]]) -> None:
         for name, split in splits.items():
             if split["windows"]:
@@ -481,20 +494,3 @@ class _Prepare:
                 raise CorpusError(text, where=self.spec.name, remedy="give more text or a smaller context")
             if split["tokens"]:
                 self.progress.note(f"{text}: there is nothing to validate on")
-
-
-def _default_workers() -> int:
-    """The cluster's CPUs; of a single node, no more than its cores, whatever number it was given."""
-    cpus = int(ray.cluster_resources().get("CPU", 1))
-    return max(1, cpus if len(ray.nodes()) > 1 else min(cpus, os.cpu_count() or 1))
-
-
-def _groups(files: list[TextFile], target_bytes: int) -> list[tuple[int, int]]:
-    """Ranges of files of about `target_bytes`."""
-    groups, first, size = [], 0, 0
-    for i, file in enumerate(files):
-        size += file.bytes
-        if size >= target_bytes or i + 1 - first >= MAX_FILES_PER_TASK or i + 1 == len(files):
-            groups.append((first, i + 1))
-            first, size = i + 1, 0
-    return groups
