@@ -49,8 +49,9 @@ TEMPLATE = ("{% if messages[0].role == 'assistant' %}{{ raise_exception('a user 
 def records() -> list[dict[str, Any]]:
     good = [{"id": f"good-{i}", "messages": exchange(i) + (exchange(i + 1000) if i % 3 == 0 else [])} for i in range(30)]
     good.append({"id": "injected", "messages": [message("user", INJECTED), message("assistant", "No. Mail me@real-company.com")]})
-    swapped = {"id": "swapped", "messages": [message("user", "Answer 1, ä."), message("assistant", "Question 1?")]}
-    return [*good, swapped, {**good[1], "id": "again"}] + [{"id": reason, "messages": value} for reason, value in BAD.items()]
+    said = [one["content"] for one in good[0]["messages"]]
+    merged = {"id": "merged", "messages": [message("user", "\n\n".join(said[:3])), message("assistant", said[3])]}
+    return [*good, merged, {**good[1], "id": "again"}] + [{"id": reason, "messages": value} for reason, value in BAD.items()]
 
 
 @pytest.fixture
@@ -107,7 +108,7 @@ def test_a_job_takes_conversations_whole_and_counts_what_it_cannot_take(run: Run
         assert sample["record"] == [record["id"] for record in records()].index(reason)
     assert (result["documents"], result["rejected"]) == (32, len(BAD) + 1) and manifest.data["redactions"] == {"email": 1}
     rows = pq.read_table(Path(result[""], "documents.parquet")).to_pylist()
-    assert len(rows) == 32 and {row["split"] for row in rows} == {"train", "val"} and "swapped" in {row["id"] for row in rows}
+    assert len(rows) == 32 and {row["split"] for row in rows} == {"train", "val"} and {"good-0", "merged"} <= {row["id"] for row in rows}
     by_id = {one.id: one for one in documents(result[""], [row["id"] for row in rows])}
     assert by_id["good-1"].shown == "<|user|>Question 1?<|assistant|>⟦Answer 1, ä.<|endoftext|>⟧"
     assert by_id["good-3"].shown == "".join(f"<|user|>Question {i}?<|assistant|>⟦Answer {i}, ä.<|endoftext|>⟧" for i in (3, 1003))
@@ -127,8 +128,7 @@ def test_a_job_takes_conversations_whole_and_counts_what_it_cannot_take(run: Run
 def test_the_targets_of_training_are_the_tokens_of_the_answers_and_nothing_else(run: Run, chats: Path) -> None:
     """From the shards through the marks of the stream to what the loss takes."""
     result = run(chats, **KEYS)
-    expected = {f"Answer {n}, ä.\0" for i in range(30) for n in ([i, i + 1000] if i % 3 == 0 else [i])} | \
-        {"Question 1?\0", "No. Mail <|email|>\0"}
+    expected = [f"Answer {n}, ä." for i in range(30) for n in ([i, i + 1000] if i % 3 == 0 else [i])]
     seen = list[str]()
     for split in ("train", "val"):
         reader = Windows(result[""], split)
@@ -140,8 +140,8 @@ def test_the_targets_of_training_are_the_tokens_of_the_answers_and_nothing_else(
         for row, targets in zip(batch.tokens[:, 1:], batch.targets, strict=True):
             assert ((targets == IGNORED) | (targets == row)).all()
             said = bytes(0 if token == 0 else token - 4 for token in targets[targets != IGNORED].tolist()).decode()
-            seen += [f"{one}\0" for one in said.split("\0") if one]
-    assert set(seen) == expected and len(seen) == len(expected)
+            seen += said.split("\0")[:-1]
+    assert sorted(seen) == sorted([*expected, "Answer 1000, ä.", "No. Mail <|email|>"])
 
 
 def test_what_can_be_seen_to_fail_is_found_before_work_and_what_cannot_is_told(run: Run, chats: Path, tmp_path: Path) -> None:
