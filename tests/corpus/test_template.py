@@ -66,6 +66,31 @@ def test_an_answer_gives_loss_up_to_its_end_and_what_the_template_writes_behind_
         "<|im_start|>user\nu<|im_end|><|im_start|>assistant\n[ a ][<|im_end|>]"
 
 
+FAMILIES = {
+    "system_in_first_user": (
+        "{% set system = messages[0].content if messages[0].role == 'system' else '' %}{% for m in messages if m.role != 'system' %}"
+        "{% if m.role == 'user' %}{{ bos_token + '[INST] ' + (system + '\n\n' if loop.first else '') + m.content.strip() + ' [/INST]' }}"
+        "{% else %}{{ ' ' + m.content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}",
+        "<s>[INST] s\n\nu [/INST] [a][ <|endoftext|>]<s>[INST] v [/INST] [b][ <|endoftext|>]"),
+    "role_renamed": (
+        "{{ bos_token }}{% for m in messages %}{% set role = 'model' if m.role == 'assistant' else m.role %}"
+        "{{ '<|im_start|>' + role + '\n' + m.content | trim + '<|im_end|>\n' }}{% endfor %}",
+        "<s><|im_start|>system\ns<|im_end|>\n<|im_start|>user\nu<|im_end|>\n<|im_start|>model\n[a][<|im_end|>]\n"
+        "<|im_start|>user\nv<|im_end|>\n<|im_start|>model\n[b][<|im_end|>]\n"),
+    "text_ends_answers": (
+        "{% for m in messages %}{{ m.role + ': ' + m.content | trim + '###\n' }}{% endfor %}",
+        "system: s###\nuser: u###\nassistant: [a][###]\nuser: v###\nassistant: [b][###]\n")}
+"""How templates of well-known models write, and what of it gives loss."""
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_answers_of_templates_of_many_kinds_are_found(family: str) -> None:
+    source, expected = FAMILIES[family]
+    tokenizer, special = bytes_tokenizer([*SPECIAL_TOKENS, *NAMES, "<s>"]), {"eos_token": END, "bos_token": "<s>"}
+    chosen = Template(tokenizer, source, special, END, "assistant", "here")
+    assert shown(chosen.pieces([("system", "s"), ("user", "u "), ("assistant", "a\n"), ("user", "v"), ("assistant", "b")])) == expected
+
+
 def test_the_end_token_stands_once_behind_a_conversation_and_ends_an_answer_that_nothing_else_ends() -> None:
     assert template().encode(TURNS)[0][-2:] != [0, 0] and template().encode(TURNS)[0][-1] == 0
     for source, turns, last in ((CHATML, TURNS, False), (CHATML, TURNS[:-1], False), (NO_END, TURNS, True), (NO_END, TURNS[:-1], False)):
@@ -132,3 +157,10 @@ def test_a_given_tokenizer_without_a_template_or_that_changes_text_is_refused(tm
 def test_what_does_not_go_with_conversations_is_refused_in_the_spec(keys: dict[str, Any], message: str) -> None:
     with pytest.raises(SpecError, match=message):
         load_spec({"kind": "prepare", "name": "a", "sources": ["a"], "conversations": {}, **keys})
+
+
+def test_a_spec_may_bring_a_template_that_tells_what_the_model_says() -> None:
+    spec: Any = load_spec({"kind": "prepare", "name": "a", "sources": ["a"], "conversations": {},
+                           "tokenizer": {"special_tokens": list(NAMES), "chat_template": GENERATION}}).spec
+    check_template(spec.tokenizer, spec.conversations)
+    assert spec.best_fit
