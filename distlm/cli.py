@@ -322,9 +322,9 @@ def corpus_inspect(name: Corpus, ids: Annotated[list[str] | None, typer.Option("
                     ("split", document.split), ("size", f"{document.bytes:,} bytes, {document.tokens:,} tokens"),
                     *((key, _shown(value)) for key, value in document.meta.items()),
                     *([("reasons", ", ".join(document.reasons))] if document.reasons else [])])
-        print(document.text if document.whole else f"{document.text}\n[its end fills no window]")
+        print((document.shown or document.text) if document.whole else f"{document.text}\n[its end fills no window]")
     for window in inspect.windows(path, split, first, windows) if windows else ():
-        print(f"--- {window.split} window {window.number:,}, documents begin at {window.starts}\n{window.text}"
+        print(f"--- {window.split} window {window.number:,}, documents begin at {window.starts}\n{window.shown or window.text}"
               + (f"\n[{window.padding:,} tokens of padding]" if window.padding else ""))
     if find is not None:
         found = inspect.find(path, find, limit)

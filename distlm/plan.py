@@ -42,8 +42,10 @@ def of_prepare(spec: PrepareSpec) -> Rows:
     files = find_files(spec.sources) if later else check(spec)
     vocabulary = f"taken from {spec.tokenizer.source}" if spec.tokenizer.source else (
         "256 bytes" if spec.tokenizer.train == "bytes" else f"{spec.tokenizer.vocab_size:,} tokens, trained")
+    loss = [("loss", f"conversations: {spec.conversations.loss}")] if spec.conversations else []
     return [("files", f"{len(files):,}"), ("bytes", size(sum(file.bytes for file in files))), ("vocabulary", vocabulary),
-            ("context", f"{spec.context:,} tokens"), ("CPUs", str(spec.workers) if spec.workers else "as many as the cluster has")]
+            *loss, ("context", f"{spec.context:,} tokens"),
+            ("CPUs", str(spec.workers) if spec.workers else "as many as the cluster has")]
 
 
 def of_train(spec: TrainSpec, storage: Storage) -> Rows:

@@ -49,6 +49,8 @@ class BestFitTask:
     context: int
     dtype: str
     eos_id: int
+    conversations: bool = False
+    """Whether the tokens have beside them which give loss."""
 
 
 @dataclass(frozen=True)
@@ -81,14 +83,17 @@ def groups(parts: list[tuple[Path, int, int]], target_tokens: int) -> Iterator[G
 def write_best_fit(task: BestFitTask) -> Packed:
     """Write one shard to a folder that exists. Raises StorageError."""
     begin, end = task.group.begin, task.group.end
-    tokens, starts = [np.zeros(0, task.dtype)], [np.zeros(0, np.int64)]
+    tokens, starts, loss = [np.zeros(0, task.dtype)], [np.zeros(0, np.int64)], [np.zeros(0, np.bool_)]
     for path, offset, length in task.parts:
         if offset < end and offset + length > begin:
             found = np.load(f"{path}-starts.npy", mmap_mode="r") + offset
             starts.append(found[(found >= begin) & (found < end)] - begin)
-            tokens.append(np.load(f"{path}.npy", mmap_mode="r")[max(begin, offset) - offset:min(end, offset + length) - offset])
+            mine = slice(max(begin, offset) - offset, min(end, offset + length) - offset)
+            tokens.append(np.load(f"{path}.npy", mmap_mode="r")[mine])
+            if task.conversations:
+                loss.append(np.load(f"{path}-loss.npy", mmap_mode="r")[mine])
     data, windows, repeated = best_fit_bytes(np.concatenate(tokens), np.concatenate(starts), task.group.first_document, task.context,
-                                             task.dtype, task.eos_id)
+                                             task.dtype, task.eos_id, np.concatenate(loss) if task.conversations else None)
     with replacing(task.folder / task.file) as partial, open(partial, "wb") as file:
         file.write(data)
     shard = Shard(task.file, windows, len(data), xxhash.xxh3_64(data).hexdigest())
@@ -96,8 +101,9 @@ def write_best_fit(task: BestFitTask) -> Packed:
 
 
 def best_fit_bytes(tokens: npt.NDArray[Any], starts: Ints, first_document: int, context: int, dtype: str,
-                   padding: int) -> tuple[bytes, int, int]:
-    """(an Arrow IPC file, its windows, its repeated tokens) of `tokens: dtype[n]`, whose documents begin at the places `starts`."""
+                   padding: int, loss: npt.NDArray[np.bool_] | None = None) -> tuple[bytes, int, int]:
+    """(an Arrow IPC file, its windows, its repeated tokens) of `tokens: dtype[n]`, whose documents begin at the places `starts`.
+    loss: bool[n], where not all tokens give it."""
     document, offset, length = pieces(np.diff(np.append(starts, len(tokens))), context)
     window = best_fit(length, context + 1)
     windows = int(window.max(initial=-1)) + 1
@@ -108,14 +114,18 @@ def best_fit_bytes(tokens: npt.NDArray[Any], starts: Ints, first_document: int, 
     filled = np.bincount(window, length, windows).astype(np.int64)
     place = np.cumsum(length) - length - np.repeat(np.cumsum(filled) - filled, counts)
     rows = np.full((windows, context + 1), padding, dtype)
+    gives = np.zeros((windows, context + 1) if loss is not None else 0, np.bool_)
     for row, at, source, size in zip(window.tolist(), place.tolist(), (starts[document] + offset).tolist(), length.tolist(), strict=True):
         rows[row, at:at + size] = tokens[source:source + size]
+        if loss is not None:
+            gives[row, at:at + size] = loss[source:source + size]
+    masks = {} if loss is None else {"loss": pa.FixedSizeListArray.from_arrays(pa.array(gives.reshape(-1)), context + 1)}
     offsets = pa.array(np.concatenate([[0], np.cumsum(counts)]).astype(np.int32))
     batch = pa.record_batch({
         "tokens": pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), context + 1),
         "starts": pa.ListArray.from_arrays(offsets, pa.array(place.astype(np.int32))),
         "documents": pa.ListArray.from_arrays(offsets, pa.array(document + first_document)),
-        "offsets": pa.ListArray.from_arrays(offsets, pa.array(offset)), "filled": pa.array(filled.astype(np.int32))})
+        "offsets": pa.ListArray.from_arrays(offsets, pa.array(offset)), "filled": pa.array(filled.astype(np.int32)), **masks})
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, batch.schema) as writer:
         writer.write_batch(batch)

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from distlm.corpus.conversations import Turns, joined
 from distlm.corpus.redact import KINDS, redact
 from distlm.errors import InputError
 from distlm.spec.prepare import Clean
@@ -55,6 +56,18 @@ def clean(text: str, rules: Clean) -> Cleaned:
                 if before != size:
                     taken[f"redacted_{kind}"] = before - size
     return Cleaned(text, size, taken, "too_short" if len(text) < rules.min_chars else "", dict(redactions))
+
+
+def clean_turns(turns: Turns, rules: Clean) -> tuple[Cleaned, str]:
+    """Apply the rules to what each turn says: (all turns as one text, whose is how much of it)."""
+    each = [clean(content, rules) for _, content in turns]
+    text, sizes = joined([(role, one.text) for (role, _), one in zip(turns, each, strict=True)])
+    taken, redactions = Counter[str](), Counter[str]()
+    for one in each:
+        taken.update(one.taken)                            # which adds, and keeps what is negative
+        redactions.update(one.redactions)
+    said = sum(len(one.text) for one in each)
+    return Cleaned(text, _bytes(text), dict(taken), "too_short" if said < rules.min_chars else "", dict(redactions)), sizes
 
 
 def _steps(rules: Clean) -> list[tuple[str, Callable[[str], str]]]:

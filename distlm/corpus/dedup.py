@@ -6,7 +6,9 @@ Equal texts have equal order keys, so they meet in one partition, side by side: 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -16,7 +18,7 @@ from distlm.corpus.split import SplitRule, first_held_out
 from distlm.storage import replacing
 
 BATCH_ROWS = 256
-KEPT = ["hash", "file", "origin", "record", "id", "meta", "reasons", "text"]
+KEPT = ["hash", "file", "origin", "record", "id", "meta", "reasons", "text", "turns"]
 """The columns of a partition of documents."""
 
 
@@ -86,3 +88,16 @@ def write_partition(path: Path, documents: pa.Table) -> None:
 def _batch(path: Path, number: int) -> pa.RecordBatch:
     with pa.memory_map(str(path)) as file:
         return pa.ipc.open_file(file).get_batch(number)
+
+
+def read_row(path: Path, row: int, *columns: str) -> dict[str, Any]:
+    """A document of a partition."""
+    with pa.memory_map(str(path)) as file:
+        batch, place = divmod(row, BATCH_ROWS)
+        found: dict[str, Any] = pa.ipc.open_file(file).get_batch(batch).select(list(columns)).slice(place, 1).to_pylist()[0]
+        return found
+
+
+def read_column(path: Path, name: str) -> npt.NDArray[Any]:
+    with pa.memory_map(str(path)) as file:
+        return pa.ipc.open_file(file).read_all()[name].to_numpy()

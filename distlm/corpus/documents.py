@@ -8,29 +8,31 @@ import json
 import pickle
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from distlm.corpus.accounts import SAMPLE_CHARS, Samples, Step, add
-from distlm.corpus.clean import clean
+from distlm.corpus.clean import clean, clean_turns
 from distlm.corpus.decontaminate import Evaluations, Found
 from distlm.corpus.files import TextFile, find_files
 from distlm.corpus.filters import Filters
 from distlm.corpus.read import Reader, Record
 from distlm.corpus.split import HASH_BYTES, content_hash, is_sampled, order_key, partition
-from distlm.corpus.tokenizer import check_given
-from distlm.errors import InputError
-from distlm.spec.prepare import Clean, Filter, PrepareSpec, Source
+from distlm.corpus.tokenizer import check_given, check_template
+from distlm.errors import CorpusError, InputError
+from distlm.spec.load import nearest
+from distlm.spec.prepare import Clean, Conversations, Filter, PrepareSpec, Source
 from distlm.storage import replacing
 
 SCHEMA = pa.schema([("key", pa.binary(HASH_BYTES)), ("hash", pa.binary(HASH_BYTES)), ("file", pa.int32()), ("origin", pa.int32()),
                     ("record", pa.int64()), ("id", pa.string()), ("meta", pa.string()), ("reasons", pa.list_(pa.string())),
-                    ("text", pa.large_string())])
+                    ("text", pa.large_string()), ("turns", pa.string())])
 """`origin`: the place of the source in the spec. `meta`: JSON, empty where there is none.
-`reasons`: what the filters say of a document that stays nevertheless."""
+`reasons`: what the filters say of a document that stays nevertheless. `turns`: of a conversation, whose is how much of the text, as
+conversations.py writes it; else empty. `hash`: of the text, and of the turns where there are some."""
 BUFFER_BYTES = 32 << 20
 WAITING_BYTES = 1 << 20
 
@@ -58,6 +60,7 @@ class ReadTask:
     seed: int
     partitions: int
     scratch: Path
+    conversations: Conversations | None
 
 
 @dataclass
@@ -94,6 +97,11 @@ def check(spec: PrepareSpec) -> list[TextFile]:
     that cannot be read, before any work."""
     files = find_files(spec.sources)
     check_given(spec.tokenizer)
+    if spec.conversations:
+        check_template(spec.tokenizer, spec.conversations)
+        if other := next((file for file in files if file.format not in ("jsonl", "parquet")), None):
+            raise InputError(f"{other.name} is {other.format}, and conversations are read from jsonl and parquet",
+                             where=f"sources.{other.source}.path: {spec.sources[other.source].path}", remedy="name the files by a glob")
     for i, source in enumerate(spec.sources):
         with own_keys(i, source):
             clean("é", spec.cleaning(source))              # not ASCII: that would need no library
@@ -127,6 +135,24 @@ def read_documents(task: ReadTask) -> ReadResult:
     return job.result
 
 
+def check_keys(spec: PrepareSpec, results: list[ReadResult]) -> None:
+    """Raises CorpusError for a source whose fields are in no record, which is a mistake in the spec."""
+    objects, with_key = Counter[int](), Counter[int]()
+    for result in results:
+        objects.update(result.objects)
+        with_key.update(result.with_key)
+    for i, source in enumerate(spec.sources):
+        if objects[i] and not with_key[i]:
+            keys = next((result.keys[i] for result in results if result.keys.get(i)), [])
+            wanted = spec.conversations.keys if spec.conversations else (source.text_key,)
+            near = nearest(wanted[0], keys)
+            name = f"sources.{i}.text_key" if not spec.conversations else f"conversations.{'prompt' if wanted[1:] else 'messages'}_key"
+            raise CorpusError(f"none of {objects[i]:,} records has the field{'s' if wanted[1:] else ''} {' and '.join(map(repr, wanted))}; "
+                              f"the first has {', '.join(keys) or 'none'}", where=f"{name}: {source.path}",
+                              remedy=f"did you mean {near}?" if near else f"set {name.split('.')[-1]} to the field that holds "
+                                                                          f"{'them' if spec.conversations else 'the text'}")
+
+
 @dataclass(frozen=True)
 class _Document:
     """One that has passed the filters."""
@@ -135,8 +161,13 @@ class _Document:
     file: TextFile
     number: int
     text: str
+    turns: str
     bytes: int
     reasons: list[str]
+
+
+def _hash(one: _Document) -> bytes:
+    return content_hash((f"{one.turns}\0{one.text}" if one.turns else one.text).encode())
 
 
 class _Read:
@@ -154,7 +185,7 @@ class _Read:
         rules = self.task.rules[file.source]
         if file.source not in self.filters:
             self.filters[file.source] = Filters(rules.filter)
-        result, reader = self.result, Reader(file, rules.clean.max_document_bytes)
+        result, reader = self.result, Reader(file, rules.clean.max_document_bytes, self.task.conversations)
         for record in reader.records():
             result.read.taken["documents"] += record.documents
             if record.reason:
@@ -177,10 +208,11 @@ class _Read:
         step = self.result.clean
         add(step.taken, 1, size)
         rules = self.task.rules[file.source]
-        cleaned = clean(record.text, rules.clean)
+        cleaned, turns = clean_turns(record.turns, rules.clean) if record.turns else (clean(record.text, rules.clean), "")
         for name, taken in cleaned.taken.items():
             step.reject(name, 0, taken)
         self.result.redactions.update(cleaned.redactions)
+        document = _Document(record, file, number, cleaned.text, turns, cleaned.bytes, [])
         sample = {"text": cleaned.text[:SAMPLE_CHARS]}
         if cleaned.reason:
             self._reject(step, cleaned.reason, record, file, number, 1, cleaned.bytes, sample)
@@ -188,7 +220,7 @@ class _Read:
         add(step.given, 1, cleaned.bytes)
         step = self.result.sample
         add(step.taken, 1, cleaned.bytes)
-        if rules.weight < 1 and not is_sampled(content_hash(cleaned.text.encode()), rules.weight):
+        if rules.weight < 1 and not is_sampled(_hash(document), rules.weight):
             self._reject(step, "sampled_out", record, file, number, 1, cleaned.bytes, sample)
             return
         add(step.given, 1, cleaned.bytes)
@@ -200,7 +232,7 @@ class _Read:
             return
         add(step.given, 1, cleaned.bytes)
         self.result.annotated.update(reasons)
-        self.waiting.append(_Document(record, file, number, cleaned.text, cleaned.bytes, reasons))
+        self.waiting.append(replace(document, reasons=reasons))
         self.waiting_bytes += cleaned.bytes
         if self.waiting_bytes >= WAITING_BYTES:
             self.decontaminate()
@@ -234,11 +266,12 @@ class _Store:
         self.rows: list[list[tuple[Any, ...]]] = [[] for _ in range(task.partitions)]
 
     def add(self, one: _Document) -> None:
-        content = content_hash(one.text.encode())
+        content = _hash(one)
         key = order_key(content, self.task.seed)
         meta = json.dumps(one.record.meta, sort_keys=True, ensure_ascii=False) if one.record.meta else ""
         self.rows[partition(key, self.task.partitions)].append(
-            (key, content, one.number, one.file.source, one.record.number, one.record.id, meta, one.reasons, one.text))
+            (key, content, one.number, one.file.source, one.record.number, one.record.id, meta, one.reasons, one.text,
+             one.turns))
         self.held += one.bytes + len(meta) + 200
         if self.held >= BUFFER_BYTES:
             self.flush()

@@ -52,6 +52,17 @@ class TextFile:
         return self.store.uri(self.path) if self.store else self.path
 
 
+def grouped(files: list[TextFile], target_bytes: int, most: int) -> list[tuple[int, int]]:
+    """Ranges of files of about `target_bytes`, of at most so many files."""
+    groups, first, size = [], 0, 0
+    for i, file in enumerate(files):
+        size += file.bytes
+        if size >= target_bytes or i + 1 - first >= most or i + 1 == len(files):
+            groups.append((first, i + 1))
+            first, size = i + 1, 0
+    return groups
+
+
 def find_files(sources: list[Source]) -> list[TextFile]:
     """Every file that the sources name, in an order that does not depend on theirs. Raises InputError for one that names none, and
     for html and warc where what reads them is not installed; StorageError for a store that cannot be read."""

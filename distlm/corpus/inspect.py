@@ -8,6 +8,7 @@ Everything is read in bounded pieces, and every shard that is read is checked ag
 """
 
 import bisect
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ import tokenizers
 from numpy.typing import NDArray
 
 from distlm.corpus.manifest import Manifest, Shard, read_manifest
-from distlm.corpus.stream import Windows
+from distlm.corpus.stream import NO_LOSS, Windows
 from distlm.errors import CorpusError, InputError
 from distlm.spec.load import nearest
 
@@ -53,6 +54,8 @@ class Document:
     text: str
     whole: bool
     """False where the end of the text lies behind the last window of the split, among the dropped tokens."""
+    shown: str = ""
+    """Of a conversation, the text with its end, what gives loss between ⟦ and ⟧."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,8 @@ class Window:
     """Without the padding behind it."""
     padding: int = 0
     """Tokens that fill the window up."""
+    shown: str = ""
+    """Of conversations, the text with what gives loss between ⟦ and ⟧."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +147,9 @@ def summary(path: Path | str) -> list[tuple[str, str]]:
                      + (f"; {top}" if top else "") + (f", {rest:,} others" if rest else "")))
     rows += [("tokenizer", f"{data['tokenizer']['kind']}, {manifest.vocab_size:,} tokens, {manifest.dtype}, end {manifest.eos_id}"),
              ("context", f"{manifest.context:,}"), ("seed", str(manifest.seed))]
+    if manifest.conversations:
+        told = data["conversations"]
+        rows.append(("loss", f"{told['loss']}: {told['loss_share']:.2%} of the tokens give loss"))
     if manifest.best_fit:
         rows.append(("packing", f"best-fit, {data['pack']['padding_share']:.2%} of the windows are padding"))
     rows += [(f"source {source['name']}", _source(source)) for source in data["sources"]]
@@ -175,10 +183,14 @@ def documents(path: Path | str, ids: Sequence[str]) -> list[Document]:
     texts = _Texts(manifest)
     found = []
     for row, number in zip(rows, numbers, strict=True):
-        text, whole = texts.document(row["split"], number, row["tokens"]) if not manifest.best_fit else \
-            (texts.packed_document(row["split"], number, row["tokens"]), True)
+        if manifest.best_fit:
+            tokens, loss = texts.packed_document(row["split"], number, row["tokens"])
+            text, whole, shown = texts.decode(tokens[:-1]), True, texts.shown(tokens, loss)
+        else:
+            text, whole = texts.document(row["split"], number, row["tokens"])
+            shown = ""
         found.append(Document(row["id"] or "", row["hash"].hex(), row["source"], row["record"], row["split"], row["bytes"], row["tokens"],
-                              json.loads(row["meta"]) if row["meta"] else {}, row["reasons"] or [], text, whole))
+                              json.loads(row["meta"]) if row["meta"] else {}, row["reasons"] or [], text, whole, shown))
     return found
 
 
@@ -196,8 +208,10 @@ def windows(path: Path | str, split: str = "train", first: int = 0, count: int =
     numbers = range(first, min(first + count, total))
     tokens = texts.rows(split, numbers)
     filled = [texts.filled(split, number) for number in numbers]
-    return [Window(split, number, texts.starts_in(split, number), texts.decode(row[:end]), len(row) - end)
-            for number, row, end in zip(numbers, tokens, filled, strict=True)]
+    losses = texts.losses(split, numbers)
+    return [Window(split, number, texts.starts_in(split, number), texts.decode(row[:end]), len(row) - end,
+                   texts.shown(row[:end], loss[:end]))
+            for number, row, end, loss in zip(numbers, tokens, filled, losses, strict=True)]
 
 
 def find(path: Path | str, text: str, limit: int = 10) -> list[Match]:
@@ -240,15 +254,33 @@ class _Texts:
     def decode(self, tokens: NDArray[Any]) -> str:
         return str(self.tokenizer.decode(tokens.tolist(), skip_special_tokens=False))
 
+    def shown(self, tokens: NDArray[Any], loss: NDArray[np.bool_]) -> str:
+        """The tokens of conversations as text, with what gives loss between marks; of texts nothing."""
+        if not self.manifest.conversations:
+            return ""
+        edges = [0, *(np.flatnonzero(loss[1:] != loss[:-1]) + 1).tolist(), len(tokens)]
+        return "".join(f"⟦{part}⟧" if loss[begin] else part for begin, end in itertools.pairwise(edges) if end > begin
+                       for part in [self.decode(tokens[begin:end])])
+
+    def losses(self, split: str, numbers: range) -> NDArray[np.bool_]:
+        """Of the windows of these numbers, which tokens the shards say give loss."""
+        return self._reader(split).marks(*self._rows(split, numbers)) & NO_LOSS == 0
+
     def rows(self, split: str, numbers: range) -> NDArray[Any]:
         """The windows of these numbers, [len(numbers), context + 1]. Raises CorpusError for a damaged shard."""
+        return self._reader(split).read(*self._rows(split, numbers))
+
+    def _reader(self, split: str) -> Windows:
         if split not in self._windows:
             self._windows[split] = Windows(self.manifest.path, split)
-        reader = self._windows[split]
-        ends = np.cumsum([shard.windows for shard in reader.shards], dtype=np.int64)
+        return self._windows[split]
+
+    def _rows(self, split: str, numbers: range) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(shard, row) of the windows of these numbers."""
+        ends = np.cumsum([shard.windows for shard in self._reader(split).shards], dtype=np.int64)
         wanted = np.asarray(numbers, np.int64)
         shards = np.searchsorted(ends, wanted, "right")
-        return reader.read(shards, wanted - np.concatenate([[0], ends])[shards])
+        return shards, wanted - np.concatenate([[0], ends])[shards]
 
     def stream(self, split: str, begin: int, end: int) -> NDArray[Any]:
         """The tokens at the places `begin` to `end` of the split: windows without the first token of the next."""
@@ -304,19 +336,22 @@ class _Texts:
             yield _Pieces(tokens, documents.flatten().to_numpy()[order], base + rows[order], base, begins[order], ends[order])
             base += shard.windows
 
-    def packed_document(self, split: str, number: int, tokens: int) -> str:
-        """The text of a split's document by its number, where documents were packed by best-fit. Raises CorpusError where the windows
-        hold others."""
+    def packed_document(self, split: str, number: int, tokens: int) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+        """(tokens, which give loss) of a split's document by its number, where documents were packed by best-fit. Raises CorpusError
+        where the windows hold others."""
         for pieces in self.pieces(split):
             if pieces.documents[-1] >= number:
-                ids = pieces.document(*np.searchsorted(pieces.documents, [number, number + 1]))
+                first, stop = np.searchsorted(pieces.documents, [number, number + 1]).tolist()
+                ids = pieces.document(first, stop)
+                window = int(pieces.windows[first])        # a conversation lies in one
+                loss = self.losses(split, range(window, window + 1))[0, pieces.begins[first]:pieces.ends[first]]
                 break
         else:
-            ids = np.zeros(0, np.int64)
+            ids, loss = np.zeros(0, np.int64), np.zeros(0, np.bool_)
         if len(ids) != tokens:
             raise CorpusError(f"document {number:,} has {len(ids):,} tokens, not {tokens:,}",
                               where=f"{self.manifest.path / DOCUMENTS}: {split}", remedy="the file is of another corpus: prepare it again")
-        return self.decode(ids[:-1])
+        return ids, loss
 
     def document(self, split: str, number: int, tokens: int) -> tuple[str, bool]:
         """(text, whether it is whole) of a split's document by its number. Raises CorpusError where the windows hold others."""

@@ -9,7 +9,8 @@ list<int32>, the positions in the window at which a document begins. A window be
 
 Where documents were packed by best-fit, `starts` are the positions at which a document or a piece of one begins; beside them stand
 `documents`, list<int64>, the number of each in its split, `offsets`, list<int64>, the place in the document at which the piece begins,
-and `filled`, int32, the tokens of the window that are no padding.
+and `filled`, int32, the tokens of the window that are no padding. Where the documents are conversations there is `loss` too,
+fixed_size_list<bool>[context + 1], which tokens give loss.
 """
 
 import hashlib
@@ -84,6 +85,11 @@ class Manifest:
         """Whether documents were packed by best-fit."""
         return "pack" in self.data
 
+    @property
+    def conversations(self) -> bool:
+        """Whether the documents are conversations, of which some tokens give loss."""
+        return "conversations" in self.data
+
     def files(self, split: str) -> list[Path]:
         """The shard files of a split, in order."""
         return [self.path / shard.file for shard in self.splits[split].shards]
@@ -155,6 +161,22 @@ def write_manifest(path: Path, data: dict[str, Any]) -> None:
     check_balance(data["steps"], str(path))
     check_sources(data, str(path))
     write_json(path / FILE, {"format": FORMAT, **data})
+
+
+def outputs(manifest: Manifest) -> dict[str, Any]:
+    """What a prepare job hands to the jobs that follow."""
+    splits = manifest.splits
+    rejected = {reason: lost["documents"] for step in manifest.data["steps"] for reason, lost in step["rejected"].items()
+                if lost["documents"]}
+    conversations = manifest.data.get("conversations", {})
+    totals = {unit: sum(getattr(split, unit) for split in splits.values()) for unit in ("documents", "bytes", "tokens")}
+    units = ("tokens", "bytes", "windows", *(("padding_tokens",) if manifest.best_fit else ()))
+    return {"": str(manifest.path), **totals,
+            **{f"{name}_{unit}": getattr(split, unit) for unit in units for name, split in splits.items()},
+            **({"padding_share": manifest.data["pack"]["padding_share"]} if manifest.best_fit else {}),
+            **{key: value for key, value in conversations.items() if key != "loss"}, "vocab_size": manifest.vocab_size,
+            "rejected": sum(rejected.values()), **{f"rejected.{reason}": count for reason, count in sorted(rejected.items())},
+            "manifest_hash": manifest_hash(manifest.path)}
 
 
 def check_balance(steps: list[dict[str, Any]], where: str) -> None:

@@ -9,12 +9,9 @@ the manifest is written last: a folder without one is no corpus.
 """
 
 import functools
-import importlib
 import json
 import math
-import os
 import pickle
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,23 +19,21 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.parquet as pq
-import ray
-import xxhash
 
 from distlm import __version__
 from distlm.corpus import boilerplate, fuzzy
 from distlm.corpus.accounts import MAX_SAMPLES, Account, Samples, Step, account, add, write_rejects
+from distlm.corpus.attempts import MADE, clear, take_back
 from distlm.corpus.bestfit import BestFitTask, Packed, groups, write_best_fit
 from distlm.corpus.decontaminate import Evaluations, Found
-from distlm.corpus.dedup import BATCH_ROWS, SortTask, sort_partition
-from distlm.corpus.documents import ReadResult, ReadTask, Rules, check, read_documents
-from distlm.corpus.files import TextFile
-from distlm.corpus.manifest import FILE, Manifest, Shard, file_xxh3, manifest_hash, read_manifest, tokenizer_hash, verify, write_manifest
+from distlm.corpus.dedup import SortTask, read_column, read_row, sort_partition
+from distlm.corpus.documents import ReadResult, ReadTask, Rules, check, check_keys, read_documents
+from distlm.corpus.files import TextFile, grouped
+from distlm.corpus.identity import attempt_hash, describe, is_complete, parameters
+from distlm.corpus.listing import count_sources, write_documents
+from distlm.corpus.manifest import Shard, file_xxh3, outputs, read_manifest, write_manifest
 from distlm.corpus.pack import PackTask, num_windows, write_shard
-from distlm.corpus.paragraphs import REASON, Numbers
+from distlm.corpus.paragraphs import Numbers
 from distlm.corpus.refine import (
     HashTask,
     RefineResult,
@@ -54,28 +49,20 @@ from distlm.corpus.refine import (
     strip_partition,
 )
 from distlm.corpus.report import write_report
-from distlm.corpus.split import HASH_BYTES, SplitRule
-from distlm.corpus.spread import spread
+from distlm.corpus.split import SplitRule
+from distlm.corpus.spread import default_workers, spread
 from distlm.corpus.tokenizer import Encoded, EncodeTask, Vocabulary, VocabularyTask, encode_partition, make_tokenizer
-from distlm.errors import CorpusError, DistlmError, InputError
+from distlm.errors import CorpusError, InputError
 from distlm.progress import Progress
 from distlm.runs import RunFolder
 from distlm.spec import PrepareSpec
-from distlm.spec.load import dump, nearest
-from distlm.spec.prepare import Boilerplate, Filter, Pack, Source
-from distlm.storage import Storage, replacing, write_atomic, writing
+from distlm.spec.prepare import Boilerplate, Filter
+from distlm.storage import Storage, write_atomic, writing
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 STAGES = ("read", "sort", "sign_partition", "pair_bucket", "confirm", "refine", "hash_lines", "find_lines", "strip", "hash_texts",
           "find_texts", "drop_equal", "hash_paragraphs", "find_paragraphs", "shorten", "vocabulary", "encode", "pack")
-MADE = (FILE, "train", "val", "test", "tokenizer", "sources.jsonl", "documents.parquet", "report.html", "rejects")
-"""What a prepare job makes, the manifest first: it goes first where the rest is to be made again."""
-DOCUMENTS = pa.schema([("hash", pa.binary(HASH_BYTES)), ("source", pa.string()), ("record", pa.int64()), ("id", pa.string()),
-                       ("meta", pa.string()), ("split", pa.string()), ("bytes", pa.int64()), ("tokens", pa.int64()),
-                       ("reasons", pa.list_(pa.string()))])
-"""The columns of documents.parquet."""
-ROW_GROUP = 1 << 16
 RANGE_BYTES = 1 << 30
 """Text whose paragraphs one task holds the hashes of."""
 READ_BYTES = 16 << 20
@@ -89,13 +76,13 @@ def prepare(spec: PrepareSpec, folder: RunFolder, storage: Storage, progress: Pr
     Raises InputError before any work, CorpusError for text that cannot become a corpus, StorageError.
     """
     files = check(spec)
-    if _is_complete(spec, folder.path, files):
+    if is_complete(spec, folder.path, files):
         progress.note("the corpus is complete, and its sources are as they were: nothing to do")
-        _clear(folder.path, ".scratch-*")
+        clear(folder.path, ".scratch-*")
         return outputs(read_manifest(folder.path))
-    job = _Prepare(spec, folder.path, progress, files, spec.workers or _default_workers())
-    _take_back(folder.path, job.scratch)
-    _clear(folder.path, *MADE, but=job.scratch)
+    job = _Prepare(spec, folder.path, progress, files, spec.workers or default_workers())
+    take_back(folder.path, job.scratch)
+    clear(folder.path, *MADE, but=job.scratch)
     try:
         with writing(job.scratch):
             for name in ("tokenizer", *job.rule.names, *STAGES):
@@ -110,60 +97,14 @@ def prepare(spec: PrepareSpec, folder: RunFolder, storage: Storage, progress: Pr
         shards = job.pack(vocabulary, job.encode(vocabulary))
         job.commit(vocabulary, shards)
     except (CorpusError, InputError):                      # it would fail again; the samples of what was rejected may say why
-        _clear(folder.path, *MADE[:-1], ".scratch-*")
+        clear(folder.path, *MADE[:-1], ".scratch-*")
         raise
     except BaseException:                                  # what is done is done: the next attempt goes on with it
-        _take_back(folder.path, job.scratch)
-        _clear(folder.path, *MADE[:-1])
+        take_back(folder.path, job.scratch)
+        clear(folder.path, *MADE[:-1])
         raise
-    _clear(folder.path, ".scratch-*")
+    clear(folder.path, ".scratch-*")
     return outputs(read_manifest(folder.path))
-
-
-def outputs(manifest: Manifest) -> dict[str, Any]:
-    """What a prepare job hands to the jobs that follow."""
-    splits = manifest.splits
-    rejected = {reason: lost["documents"] for step in manifest.data["steps"] for reason, lost in step["rejected"].items()
-                if lost["documents"]}
-    totals = {unit: sum(getattr(split, unit) for split in splits.values()) for unit in ("documents", "bytes", "tokens")}
-    units = ("tokens", "bytes", "windows", *(("padding_tokens",) if manifest.best_fit else ()))
-    return {"": str(manifest.path), **totals,
-            **{f"{name}_{unit}": getattr(split, unit) for unit in units for name, split in splits.items()},
-            **({"padding_share": manifest.data["pack"]["padding_share"]} if manifest.best_fit else {}), "vocab_size": manifest.vocab_size,
-            "rejected": sum(rejected.values()), **{f"rejected.{reason}": count for reason, count in sorted(rejected.items())},
-            "manifest_hash": manifest_hash(manifest.path)}
-
-
-def parameters(spec: PrepareSpec) -> dict[str, Any]:
-    """All of the spec that decides what the corpus holds beside the files' contents: no name, no path, no number of workers."""
-    data = dump(spec)
-    tokenizer = {"from": tokenizer_hash(Path(spec.tokenizer.source).expanduser())} if spec.tokenizer.source else \
-        {key: value for key, value in data["tokenizer"].items() if key != "from"} | {"train": spec.tokenizer.train or "bpe"}
-    contents = _contents(data["filter"])
-    if spec.decontaminate:
-        data["decontaminate"]["against"] = sorted(spec.decontaminate.against)
-        contents["evaluations"] = Evaluations.read(spec.decontaminate).hash()
-    return {key: data[key] for key in ("clean", "filter", "decontaminate", "dedup", "split", "context", "shard_windows", "seed")} | \
-        {"tokenizer": tokenizer} | ({"contents": contents} if contents else {}) | ({"pack": data["pack"]} if spec.pack != Pack() else {})
-
-
-def _contents(filters: dict[str, Any]) -> dict[str, str]:
-    """Hashes of what the filters name by its place, which is another on other hosts, and is taken out."""
-    contents: dict[str, str] = {}
-    if (filters.get("language") or {}).get("model"):
-        contents["language"] = file_xxh3(Path(filters["language"].pop("model")).expanduser())
-    if filters.get("function"):
-        contents["function"] = file_xxh3(Path(importlib.import_module(filters["function"].split(":")[0]).__file__ or os.devnull))
-    return contents
-
-
-def _own(source: Source) -> dict[str, Any]:
-    """The rules that a source has of its own, as `parameters` has those of the job."""
-    data = dump(source)
-    own = {key: data[key] for key in ("code", "split", "clean", "filter") if data[key]}
-    if source.weight < 1:
-        own["weight"] = source.weight
-    return own | ({"contents": contents} if (contents := _contents(own.get("filter", {}))) else {})
 
 
 @dataclass(frozen=True)
@@ -210,10 +151,7 @@ class _Prepare:
     def scratch(self) -> Path:
         """A folder of these rules and files alone: another attempt at the same finds there what this one has done. Every file in it
         is replaced whole, so that a task of a failed attempt that still runs does no harm."""
-        files = [(file.place, file.format, file.bytes, file.modified, file.license) for file in self.files]
-        sources = [source.model_dump() for source in self.spec.sources]
-        about = json.dumps([__version__, parameters(self.spec), sources, files]).encode()
-        return self.folder / f".scratch-{xxhash.xxh3_64_hexdigest(about)}"
+        return self.folder / f".scratch-{attempt_hash(self.spec, self.files)}"
 
     def each(self, stage: str, function: Callable[[Item], Result], items: Sequence[Item], workers: int | None = None) -> \
             Iterator[tuple[int, Result]]:
@@ -232,8 +170,9 @@ class _Prepare:
             evaluations = self.scratch / "evaluations.pickle"
             write_atomic(evaluations, pickle.dumps(self.evaluations))
         rules = tuple(Rules(self.spec.cleaning(source), source.weight, self.spec.filtering(source)) for source in self.spec.sources)
-        tasks = [ReadTask(i, first, self.files[first:last], rules, evaluations, self.spec.seed, len(self.partitions), self.scratch)
-                 for i, (first, last) in enumerate(_groups(self.files, min(READ_BYTES, max(1 << 20, size // 16))))]
+        tasks = [ReadTask(i, first, self.files[first:last], rules, evaluations, self.spec.seed, len(self.partitions), self.scratch,
+                          self.spec.conversations)
+                 for i, (first, last) in enumerate(grouped(self.files, min(READ_BYTES, max(1 << 20, size // 16)), MAX_FILES_PER_TASK))]
         results: list[ReadResult | None] = [None] * len(tasks)
         done = documents = 0
         for i, result in self.each("read", read_documents, tasks):
@@ -241,10 +180,10 @@ class _Prepare:
             done, documents = done + len(result.facts), documents + result.decontaminate.given["documents"]
             self.progress.update("files", done, len(self.files), documents=documents)
         complete = [result for result in results if result is not None]
-        read, clean, sampled, filtered, clear = map(Step, ("read", "clean", "sample", "filter", "decontaminate"))
+        read, clean, sampled, filtered, decontaminated = map(Step, ("read", "clean", "sample", "filter", "decontaminate"))
         for result in complete:
             for whole, part in ((read, result.read), (clean, result.clean), (sampled, result.sample), (filtered, result.filter),
-                                (clear, result.decontaminate)):
+                                (decontaminated, result.decontaminate)):
                 whole.merge(part)
             self.facts += [{**fact, "documents": result.kept[fact["number"]]} for fact in result.facts]
             self.found.merge(result.found)
@@ -260,22 +199,18 @@ class _Prepare:
         if any(one.filter != Filter() for one in rules):
             self.steps.append(filtered)
         if self.spec.decontaminate:
-            self.steps.append(clear)
+            self.steps.append(decontaminated)
         self.samples.merge((result.samples for result in complete), ("number", "record"))
         self._write_rejects()
         self._note_rejects(*self.steps)
-        self._check_keys(complete)
+        check_keys(self.spec, complete)
         if self.annotated:
             self.figures["annotated"] = dict(sorted(self.annotated.items()))
         if self.redactions:
             self.figures["redactions"] = dict(sorted(self.redactions.items()))
         if self.evaluations:
             self.figures["decontamination"] = self.evaluations.report(self.found)
-        if not clear.given["documents"]:
-            reasons = {reason: lost["documents"] for step in self.steps for reason, lost in step.rejected.items() if lost["documents"]}
-            raise CorpusError(f"no document is left of {read.taken['documents']:,}: "
-                              + ", ".join(f"{count:,} {reason}" for reason, count in reasons.items()),
-                              where=", ".join(source.path for source in self.spec.sources), remedy=f"{self.folder}/rejects shows samples")
+        self._check_left(decontaminated)
 
     def sort(self) -> None:
         """Bring the documents into order, and drop those of equal text."""
@@ -303,7 +238,7 @@ class _Prepare:
             function.__name__, function, tasks), self._preferred())
         outputs = self._outputs("unique")
         tasks = [RefineTask(i, path, found.dropped[i], self.rule, outputs[i]) for i, path in enumerate(self.partitions)]
-        self._refine("refine", refine_partition, tasks, "near_duplicate")
+        self._refine("refine", refine_partition, tasks)
         self.figures["fuzzy"] = {"min_similarity": round(least, 6), "documents": found.documents, "candidates": found.candidates,
                                  "pairs": found.pairs, "clusters": found.clusters, "largest": found.largest}
         self.partitions = outputs
@@ -317,9 +252,9 @@ class _Prepare:
         hashed, found = self._hash("lines", rules, find_frequent, let_alone)
         outputs = self._outputs("stripped")
         self._refine("strip", strip_partition, [ShortenTask(i, path, len(found), self.rule, self.scratch / "hash_lines", outputs[i])
-                                                for i, path in enumerate(self.partitions)], boilerplate.REASON)
+                                                for i, path in enumerate(self.partitions)])
         for count, partition, row, index in sorted(one for frequent in found for one in frequent.first)[:MAX_SAMPLES]:
-            line = _row(self.partitions[partition], row, "text")["text"].split("\n")[index]
+            line = read_row(self.partitions[partition], row, "text")["text"].split("\n")[index]
             self.samples.add(boilerplate.LINES, {**self._place(partition, row), "bytes": len(line.encode()),
                                                  "detail": f"in {-count:,} documents", "text": line})
         self.figures["boilerplate"] = {"min_documents": hashed.least, "documents": hashed.documents, "candidates": hashed.pieces,
@@ -330,7 +265,7 @@ class _Prepare:
             outputs = self._outputs("different")
             tasks = [RefineTask(i, path, fuzzy.merged([one[i] for one in equal]), self.rule, outputs[i], "dedup_stripped",
                                 "duplicate_without_boilerplate") for i, path in enumerate(self.partitions)]
-            self._refine("drop_equal", refine_partition, tasks, tasks[0].reason)
+            self._refine("drop_equal", refine_partition, tasks)
             self.partitions = outputs
 
     def drop_paragraphs(self) -> None:
@@ -341,7 +276,7 @@ class _Prepare:
         hashed, repeated = self._hash("paragraphs", least, find_repeats)
         outputs = self._outputs("shortened")
         self._refine("shorten", shorten_partition, [ShortenTask(i, path, len(repeated), self.rule, self.scratch / "hash_paragraphs",
-                                                                outputs[i]) for i, path in enumerate(self.partitions)], REASON)
+                                                                outputs[i]) for i, path in enumerate(self.partitions)])
         self.figures["paragraphs"] = {"min_chars": least, "paragraphs": hashed.pieces, "repeated": sum(repeated)}
         self.partitions = outputs
 
@@ -362,23 +297,29 @@ class _Prepare:
     def _preferred(self) -> Numbers:
         """The numbers of the documents of sources that are held out as a whole: of what several documents hold, they keep theirs."""
         return np.array([partition << 32 | row for partition, path in enumerate(self.partitions) if self.rule.whole
-                         for row in np.flatnonzero(np.isin(_column(path, "origin"), self.rule.whole)).tolist()], np.int64)
+                         for row in np.flatnonzero(np.isin(read_column(path, "origin"), self.rule.whole)).tolist()], np.int64)
 
-    def _refine(self, stage: str, function: Callable[[Item], RefineResult], tasks: Sequence[Item], reason: str) -> None:
+    def _refine(self, stage: str, function: Callable[[Item], RefineResult], tasks: Sequence[Item]) -> None:
         """Run a step that drops documents from the partitions, and keep its books."""
         results = [result for _, result in sorted(self.each(stage, function, tasks), key=lambda pair: pair[0])]
-        step, samples = Step(results[0].step.name), Samples()
+        step = Step(results[0].step.name)
         self.splits, self.candidates = {}, []
         for result in results:
             step.merge(result.step)
             self._count(result.splits, result.next_val)
-        samples.merge((result.samples for result in results), ("place",))
-        for sample in samples.kept.get(reason, []):
-            names = {key: self._place(*value) for key, value in sample.items() if key in ("place", "same_as")}
-            rest = {key: value for key, value in sample.items() if key not in names}
-            self.samples.add(reason, {**names.pop("place"), **rest, **names})
+        self._reject([result.samples for result in results])
         self.steps.append(step)
         self._note_rejects(step)
+
+    def _reject(self, found: list[Samples]) -> None:
+        """Keep the first samples of documents that are known by partition and row."""
+        samples = Samples()
+        samples.merge(found, ("place",))
+        for reason, kept in samples.kept.items():
+            for sample in kept:
+                names = {key: self._place(*value) for key, value in sample.items() if key in ("place", "same_as")}
+                rest = {key: value for key, value in sample.items() if key not in names}
+                self.samples.add(reason, {**names.pop("place"), **rest, **names})
 
     def _outputs(self, name: str) -> list[Path]:
         return [self.scratch / f"{name}-{i:04d}.arrow" for i in range(len(self.partitions))]
@@ -390,7 +331,7 @@ class _Prepare:
             self.candidates.append(next_val)
 
     def _place(self, partition: int, row: int) -> dict[str, Any]:
-        found = _row(self.partitions[partition], row, "file", "record")
+        found = read_row(self.partitions[partition], row, "file", "record")
         return {"source": self.files[found["file"]].name, "record": found["record"]}
 
     def hold_out(self) -> None:
@@ -416,8 +357,8 @@ class _Prepare:
 
     def encode(self, vocabulary: Vocabulary) -> list[dict[str, Encoded]]:
         """Every partition's documents to tokens."""
-        tasks = [EncodeTask(path, self.rule, vocabulary.folder, vocabulary.eos_id, vocabulary.dtype, self._tokens(i))
-                 for i, path in enumerate(self.partitions)]
+        tasks = [EncodeTask(i, path, self.rule, vocabulary.folder, vocabulary.eos_id, vocabulary.dtype, self._tokens(i),
+                            self.spec.conversations, self.spec.context + 1) for i, path in enumerate(self.partitions)]
         results: list[dict[str, Encoded] | None] = [None] * len(tasks)
         tokenize, documents, tokens = Step("tokenize"), self.steps[-1].given["documents"], 0
         self.progress.update("documents", 0, documents)
@@ -428,7 +369,16 @@ class _Prepare:
                 tokens += encoded.tokens
             self.progress.update("documents", tokenize.given["documents"], documents, tokens=tokens)
         self.steps.append(tokenize)
-        return [result for result in results if result is not None]
+        self._note_rejects(tokenize)
+        complete = [result for result in results if result is not None]
+        if self.spec.conversations:
+            self._reject([one.samples for result in complete for one in result.values()])
+            self._write_rejects()
+            self._check_left(tokenize)
+            loss = {f"{name}_loss_tokens": sum(result[name].loss_tokens for result in complete) for name in self.rule.names}
+            self.figures["conversations"] = {"loss": self.spec.conversations.loss, **loss,
+                                             "loss_share": round(sum(loss.values()) / tokens, 6)}
+        return complete
 
     def pack(self, vocabulary: Vocabulary, encoded: list[dict[str, Encoded]]) -> dict[str, dict[str, Any]]:
         """Tokens to shards: the manifest's `splits`."""
@@ -440,11 +390,11 @@ class _Prepare:
                 add(counts, partition[name].step.given["documents"], partition[name].step.given["bytes"])
                 parts.append((Path(f"{self._tokens(i)}-{name}"), tokens, partition[name].tokens))
                 tokens += partition[name].tokens
-            if self.spec.pack.method == "best_fit":
+            if self.spec.best_fit:
                 splits[name] = {**counts, "tokens": tokens, "dropped_tokens": 0, "windows": 0, "padding_tokens": 0, "repeated_tokens": 0,
                                 "shards": []}
                 best_fits += [BestFitTask(self.scratch, f"{name}/{shard:05d}.arrow", parts, group, self.spec.context, vocabulary.dtype,
-                                          vocabulary.eos_id)
+                                          vocabulary.eos_id, self.spec.conversations is not None)
                               for shard, group in enumerate(groups(parts, self.spec.shard_windows * self.spec.context))]
                 continue
             windows, dropped = num_windows(tokens, self.spec.context)
@@ -464,18 +414,6 @@ class _Prepare:
         for i in sorted(shards):
             splits[shards[i].file.split("/")[0]]["shards"].append(vars(shards[i]))
         return splits
-
-    def count_sources(self) -> dict[int, dict[str, dict[str, int]]]:
-        """Of each source by its place in the spec, what of its documents is in each split: documents, bytes and tokens."""
-        counts = {i: {name: {**account(), "tokens": 0} for name in self.rule.names} for i in range(len(self.spec.sources))}
-        for i in range(len(self.partitions)):
-            with pa.memory_map(f"{self._tokens(i)}-documents.arrow") as file:
-                table = pa.ipc.open_file(file).read_all()
-            for row in table.group_by(["origin", "split"]).aggregate([("bytes", "count"), ("bytes", "sum"), ("tokens", "sum")]).to_pylist():
-                count = counts[row["origin"]][row["split"]]
-                for unit, found in (("documents", "bytes_count"), ("bytes", "bytes_sum"), ("tokens", "tokens_sum")):
-                    count[unit] += row[found]
-        return counts
 
     def _best_fit(self, tasks: list[BestFitTask], splits: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         """Pack by best-fit, and say what padding it takes."""
@@ -502,7 +440,8 @@ class _Prepare:
     def commit(self, vocabulary: Vocabulary, splits: dict[str, dict[str, Any]]) -> None:
         """Move what is whole to its place, and write the manifest."""
         self.facts.sort(key=lambda fact: fact["number"])
-        self._write_documents()
+        lists = [Path(f"{self._tokens(i)}-documents.arrow") for i in range(len(self.partitions))]
+        write_documents(self.folder / "documents.parquet", lists, [file.name for file in self.files])
         lines = [{"file": self.files[fact["number"]].name, "bytes": fact["bytes"], "xxh3": fact["xxh3"], "documents": fact["documents"]}
                  for fact in self.facts]
         write_atomic(self.folder / "sources.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
@@ -518,28 +457,12 @@ class _Prepare:
         write_manifest(self.folder, {
             "name": self.spec.name, "context": self.spec.context, "dtype": vocabulary.dtype, "seed": self.spec.seed, "parameters": rules,
             "sources": describe(self.spec, self.files, {fact["number"]: (fact["bytes"], fact["xxh3"]) for fact in self.facts},
-                                self.count_sources()),
+                                count_sources(lists, len(self.spec.sources), self.rule.names)),
             "steps": [step.data(of[step.name]) for step in self.steps], "tokenizer": tokenizer,
             "split": {"rule": "blake2b-128(text)[:8] / 2^64 < val_fraction", **rules["split"], "held_out": self.rule.held_out.hex()},
             "splits": splits, "documents": {"file": "documents.parquet", "xxh3": file_xxh3(self.folder / "documents.parquet")},
             **self.figures, "code": __version__})
         write_report(self.folder)
-
-    def _write_documents(self) -> None:
-        """`documents.parquet`: every document that was kept, in order, without its text. Its bytes do not depend on the partitions."""
-        names = pa.array([file.name for file in self.files], pa.string())
-        waiting: list[pa.Table] = []
-        with replacing(self.folder / "documents.parquet") as partial, pq.ParquetWriter(partial, DOCUMENTS, compression="zstd") as writer:
-            for i in range(len(self.partitions)):
-                with pa.memory_map(f"{self._tokens(i)}-documents.arrow") as file:
-                    table = pa.ipc.open_file(file).read_all()
-                    table = table.append_column("source", names.take(table["file"])).select(DOCUMENTS.names)
-                    waiting.append(table)
-                    while sum(map(len, waiting)) >= ROW_GROUP:
-                        together = pa.concat_tables(waiting)
-                        writer.write_table(together.slice(0, ROW_GROUP).combine_chunks(), row_group_size=ROW_GROUP)
-                        waiting = [together.slice(ROW_GROUP)]
-            writer.write_table(pa.concat_tables(waiting).combine_chunks(), row_group_size=ROW_GROUP)
 
     def _tokens(self, partition: int) -> Path:
         return self.scratch / f"tokens-{partition:04d}"
@@ -555,19 +478,12 @@ class _Prepare:
                     self.progress.note(f"{lost['documents']:,} document{'s' if lost['documents'] > 1 else ''} rejected: {reason} "
                                        f"({lost['bytes']:,} bytes)")
 
-    def _check_keys(self, results: list[ReadResult]) -> None:
-        """A field that is in no record is a mistake in the spec."""
-        objects, with_key = Counter[int](), Counter[int]()
-        for result in results:
-            objects.update(result.objects)
-            with_key.update(result.with_key)
-        for i, source in enumerate(self.spec.sources):
-            if objects[i] and not with_key[i]:
-                keys = next((result.keys[i] for result in results if result.keys.get(i)), [])
-                near = nearest(source.text_key, keys)
-                raise CorpusError(f"none of {objects[i]:,} records has the field {source.text_key!r}; the first has "
-                                  + (", ".join(keys) or "none"), where=f"sources.{i}.text_key: {source.path}",
-                                  remedy=f"did you mean {near}?" if near else "set text_key to the field that holds the text")
+    def _check_left(self, step: Step) -> None:
+        if not step.given["documents"]:
+            reasons = {reason: lost["documents"] for step in self.steps for reason, lost in step.rejected.items() if lost["documents"]}
+            raise CorpusError(f"no document is left of {self.steps[0].taken['documents']:,}: "
+                              + ", ".join(f"{count:,} {reason}" for reason, count in reasons.items()),
+                              where=", ".join(source.path for source in self.spec.sources), remedy=f"{self.folder}/rejects shows samples")
 
     def _check_windows(self, splits: dict[str, dict[str, Any]]) -> None:
         for name, split in splits.items():
@@ -578,100 +494,3 @@ class _Prepare:
                 raise CorpusError(text, where=self.spec.name, remedy="give more text or a smaller context")
             if split["tokens"]:
                 self.progress.note(f"{text}: there is nothing to validate on")
-
-
-def describe(spec: PrepareSpec, files: list[TextFile], facts: dict[int, tuple[int, str]],
-             splits: dict[int, dict[str, dict[str, int]]] | None = None) -> list[dict[str, Any]]:
-    """The manifest's `sources`: each with the number, bytes and joint hash of its files, and with what of it is in each split where that is
-    known, in an order that is not that of the spec."""
-    sources = []
-    for i, source in enumerate(spec.sources):
-        digest, count, size, name = xxhash.xxh3_128(), 0, 0, ""
-        for n, file in enumerate(files):
-            if file.source == i:
-                digest.update(json.dumps([file.name, *facts[n], *([file.license] if file.code else [])]).encode())
-                count, size, name = count + 1, size + facts[n][0], file.name.split("/")[0]
-        sources.append({"name": name, "format": source.format, "text_key": source.text_key, "id_key": source.id_key,
-                        "keep": list(source.keep), "files": count, "bytes": size,
-                        "xxh3": digest.hexdigest(), **_own(source), **({"splits": splits[i]} if splits else {})})
-    return sorted(sources, key=lambda source: [json.dumps({**source, "splits": {}}), json.dumps(source)])
-
-
-def _default_workers() -> int:
-    """The cluster's CPUs; of a single node, no more than its cores, whatever number it was given."""
-    cpus = int(ray.cluster_resources().get("CPU", 1))
-    return max(1, cpus if len(ray.nodes()) > 1 else min(cpus, os.cpu_count() or 1))
-
-
-def _is_complete(spec: PrepareSpec, folder: Path, files: list[TextFile]) -> bool:
-    """Whether the folder holds what this job would make: same rules, same code, same contents, and every shard whole."""
-    if not (folder / FILE).exists() or not all(file.store or os.path.isfile(file.path) for file in files):
-        return False
-    try:
-        data = verify(folder).data
-    except (DistlmError, OSError):
-        return False
-    if (data["name"], data["code"], data["parameters"]) != (spec.name, __version__, parameters(spec)) or \
-            sum(source["bytes"] for source in data["sources"]) != sum(file.bytes for file in files):
-        return False
-    try:                                                   # a store that fails says nothing about the corpus: its error goes on
-        facts = {n: (file.bytes, _content_xxh3(file)) for n, file in enumerate(files)}
-    except OSError:
-        return False
-    described = [{key: value for key, value in source.items() if key != "splits"} for source in data["sources"]]
-    return described == describe(spec, files, facts)
-
-
-def _content_xxh3(file: TextFile) -> str:
-    if file.store is None:
-        return file_xxh3(Path(file.path))
-    digest = xxhash.xxh3_64()
-    for block in file.store.read(file.path):
-        digest.update(block)
-    return digest.hexdigest()
-
-
-def _groups(files: list[TextFile], target_bytes: int) -> list[tuple[int, int]]:
-    """Ranges of files of about `target_bytes`."""
-    groups, first, size = [], 0, 0
-    for i, file in enumerate(files):
-        size += file.bytes
-        if size >= target_bytes or i + 1 - first >= MAX_FILES_PER_TASK or i + 1 == len(files):
-            groups.append((first, i + 1))
-            first, size = i + 1, 0
-    return groups
-
-
-def _row(path: Path, row: int, *columns: str) -> dict[str, Any]:
-    """A document of a partition."""
-    with pa.memory_map(str(path)) as file:
-        batch, place = divmod(row, BATCH_ROWS)
-        found: dict[str, Any] = pa.ipc.open_file(file).get_batch(batch).select(list(columns)).slice(place, 1).to_pylist()[0]
-        return found
-
-
-def _column(path: Path, name: str) -> npt.NDArray[Any]:
-    with pa.memory_map(str(path)) as file:
-        return pa.ipc.open_file(file).read_all()[name].to_numpy()
-
-
-def _take_back(folder: Path, scratch: Path) -> None:
-    """Put what an attempt that was killed while it committed has moved out of its scratch folder back there."""
-    for name in ("tokenizer", "train", "val", "test"):
-        if scratch.is_dir() and (folder / name).is_dir() and not (folder / FILE).exists():
-            with writing(folder / name):
-                shutil.rmtree(scratch / name, ignore_errors=True)
-                (folder / name).rename(scratch / name)
-
-
-def _clear(folder: Path, *patterns: str, but: Path | None = None) -> None:
-    """Remove what matches, and the scratch folders of other attempts than `but`."""
-    others = [path for path in folder.glob(".scratch-*") if but and path != but]
-    for path in others + [path for pattern in patterns for path in folder.glob(pattern)]:
-        if not path.is_dir():
-            with writing(path):
-                path.unlink(missing_ok=True)
-        for _ in range(100):                               # a task that still runs may put a file there once more
-            if not path.exists():
-                break
-            shutil.rmtree(path, ignore_errors=True)

@@ -23,10 +23,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
 
+from distlm.corpus.conversations import Refused, Turns, joined, turns_of
 from distlm.corpus.decompress import ERRORS, decompress
 from distlm.corpus.files import TextFile
 from distlm.corpus.trees import language, tagged
 from distlm.corpus.web import CHUNK, HEAD_BYTES, Data, decoded_body, library, page_text
+from distlm.spec.prepare import Conversations
 from distlm.storage import writing
 
 MAX_KEYS = 20
@@ -44,7 +46,7 @@ class Record(NamedTuple):
     """What it takes in the file, decompressed; for parquet, in the column of the text."""
     text: str = ""
     reason: str = ""
-    """not_utf8, malformed, missing_field, not_text, too_long, no_main_text, corrupt or unreadable."""
+    """not_utf8, malformed, missing_field, not_text, too_long, no_main_text, corrupt, unreadable, or why it is no conversation."""
     detail: str = ""
     documents: int = 1
     """0 where bytes stand for no document, such as a blank line between two."""
@@ -53,6 +55,8 @@ class Record(NamedTuple):
     meta: dict[str, Any] = {}
     """Not to be changed. The fields that the source keeps and the record has, as JSON has them; of a WARC record its url and date;
     of a file of code its path, language and license."""
+    turns: Turns = ()
+    """Of a conversation, whose `text` has what they say joined."""
 
 
 @dataclass
@@ -61,12 +65,14 @@ class Reader:
 
     file: TextFile
     max_document_bytes: int
+    conversations: Conversations | None = None
+    """How records are conversations, if they are."""
     raw_bytes: int = 0
     """Bytes on disk or in the store."""
     stream_bytes: int = 0
     """Bytes of all records together, counted as they come off the stream."""
     objects: int = 0
-    """JSON objects or rows, and how many of them have the field."""
+    """JSON objects or rows, and how many of them have the field, or all fields of a conversation."""
     with_key: int = 0
     ended: bool = False
     """Whether all of the file has been read."""
@@ -199,11 +205,26 @@ class Reader:
         self.keys = self.keys or sorted(value)[:MAX_KEYS]
         id = _as_id(_field(value, file.id_key or "id"))
         meta = {key: _as_json(kept) for key in file.keep if (kept := _field(value, key)) is not None} if file.keep else {}
-        text = _field(value, file.text_key)
-        if text is None:
-            return Record(number, size, reason="missing_field", detail=f"no {file.text_key!r}", id=id, meta=meta)
+        return self._said(number, size, [_field(value, key) for key in self.wanted], id, meta)
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        """The fields or columns that make a document."""
+        return self.conversations.keys if self.conversations else (self.file.text_key,)
+
+    def _said(self, number: int, size: int, values: list[Any], id: str, meta: dict[str, Any]) -> Record:
+        """The record of the values of the wanted fields."""
+        if missing := [key for key, value in zip(self.wanted, values, strict=True) if value is None]:
+            return Record(number, size, reason="missing_field", detail=f"no {missing[0]!r}", id=id, meta=meta)
         self.with_key += 1
-        return self._checked(number, size, text, id, meta)
+        if not self.conversations:
+            return self._checked(number, size, values[0], id, meta)
+        try:
+            turns = turns_of(values, self.conversations)
+        except Refused as refused:
+            return Record(number, size, reason=refused.reason, detail=refused.detail, id=id, meta=meta)
+        record = self._checked(number, size, joined(turns)[0], id, meta)
+        return record if record.reason else record._replace(turns=turns)
 
     def _checked(self, number: int, size: int, text: Any, id: str, meta: dict[str, Any]) -> Record:
         if isinstance(text, bytes):
@@ -231,23 +252,33 @@ class Reader:
                 schema = file.schema_arrow
                 self.keys, rows = schema.names[:MAX_KEYS], file.metadata.num_rows
                 self.objects = rows
-                if not _has_column(schema, self.file.text_key):
-                    yield from (Record(i, 0, reason="missing_field", detail=f"no column {self.file.text_key!r}") for i in range(rows))
+                if missing := [key for key in self.wanted if not _has_column(schema, key)]:
+                    yield from (Record(i, 0, reason="missing_field", detail=f"no column {missing[0]!r}") for i in range(rows))
                     return
                 id_key = self.file.id_key or "id"
-                keys = [key for key in dict.fromkeys((self.file.text_key, id_key, *self.file.keep)) if _has_column(schema, key)]
+                keys = [key for key in dict.fromkeys((*self.wanted, id_key, *self.file.keep)) if _has_column(schema, key)]
                 for batch in file.iter_batches(batch_size=256, columns=keys):
                     columns = {key: _column(batch, key) for key in keys}
                     kept = [key for key in self.file.keep if key in columns]
-                    for row, value in enumerate(columns[self.file.text_key]):
+                    for row in range(len(batch)):
                         id = _as_id(_plain(columns[id_key][row])) if id_key in columns else ""
                         values = {key: _as_json(_plain(columns[key][row])) for key in kept}
-                        yield self._row(number, value, id, {key: value for key, value in values.items() if value is not None})
+                        yield self._row(number, [columns[key][row] for key in self.wanted], id,
+                                        {key: value for key, value in values.items() if value is not None})
                         number += 1
         except (pa.ArrowException, OSError, ValueError, LookupError, MemoryError) as error:      # whatever is left of the file
             yield Record(number, 0, reason="corrupt", detail=str(error).split("\n")[0], documents=max(1, rows - number))
 
-    def _row(self, number: int, value: Any, id: str, meta: dict[str, Any]) -> Record:
+    def _row(self, number: int, row: list[Any], id: str, meta: dict[str, Any]) -> Record:
+        if self.conversations:
+            try:
+                values = [value.as_py() for value in row]
+            except UnicodeDecodeError as error:
+                return Record(number, 0, reason="not_utf8", detail=f"byte {error.start}: {error.reason}", id=id, meta=meta)
+            size = len(json.dumps(values, ensure_ascii=False, default=str).encode())     # columns do not tell what a row takes in them
+            self.stream_bytes += size
+            return self._said(number, size, values, id, meta)
+        value = row[0]
         if not value.is_valid:
             return Record(number, 0, reason="missing_field", detail=f"no {self.file.text_key!r}", id=id, meta=meta)
         self.with_key += 1

@@ -30,7 +30,8 @@ SAMPLE_CHARS = 400
 KNOWN = {"documents", "format", "name", "context", "dtype", "seed", "parameters", "sources", "steps", "tokenizer", "split", "splits",
          "code", "decontamination"}
 TITLES = {"fuzzy": "Near-duplicates", "redactions": "Redacted", "annotated": "Annotated: these documents were kept",
-          "boilerplate": "Boilerplate lines", "paragraphs": "Repeated paragraphs", "pack": "Packing"}
+          "boilerplate": "Boilerplate lines", "paragraphs": "Repeated paragraphs", "pack": "Packing",
+          "conversations": "Loss of conversations"}
 LANGUAGE = r'"lang(?:uage)?": ?"(?P<found>[^"]+)"'
 ENDING = r"(?P<found>\.[A-Za-z0-9_]{1,12})(?:\.(?:gz|zst|bz2|xz))?$"
 

@@ -6,6 +6,7 @@
 import contextlib
 import functools
 import logging
+import os
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -78,3 +79,9 @@ def _quiet() -> Iterator[None]:
     finally:
         for handler, level in zip(handlers, levels, strict=True):
             handler.setLevel(level)
+
+
+def default_workers() -> int:
+    """The cluster's CPUs; of a single node, no more than its cores, whatever number it was given."""
+    cpus = int(ray.cluster_resources().get("CPU", 1))
+    return max(1, cpus if len(ray.nodes()) > 1 else min(cpus, os.cpu_count() or 1))

@@ -139,6 +139,9 @@ def _marks(batch: pa.RecordBatch, rows: NDArray[np.int64], size: int) -> NDArray
         carried = batch["offsets"].values.to_numpy()[entries] > 0
         marks[lines[carried], places[carried]] |= NO_LOSS  # the piece before has predicted it
         marks[np.arange(size) >= batch["filled"].to_numpy()[rows, None]] |= NO_LOSS
+    if "loss" in batch.schema.names:                       # conversations
+        gives = batch["loss"].take(pa.array(rows)).flatten().to_numpy(zero_copy_only=False).reshape(-1, size)
+        marks[~gives] |= NO_LOSS
     return marks
 
 

@@ -7,10 +7,10 @@ bytes themselves. Its special tokens are the end of a document, the three roles 
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,12 +19,16 @@ import pyarrow.compute as pc
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from distlm.corpus.accounts import Account, Step, account, add
+from distlm.corpus.accounts import SAMPLE_CHARS, Account, Samples, Step, account, add
+from distlm.corpus.conversations import Refused, parted
 from distlm.corpus.manifest import tokenizer_hash
 from distlm.corpus.split import SplitRule
 from distlm.errors import InputError
-from distlm.spec.prepare import SPECIAL_TOKENS, Tokenizer
+from distlm.spec.prepare import SPECIAL_TOKENS, Conversations, Tokenizer
 from distlm.storage import replacing, writing
+
+if TYPE_CHECKING:
+    from distlm.corpus.template import Template
 
 END = SPECIAL_TOKENS[0]
 CHAT_TEMPLATE = ("{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] }}"
@@ -62,6 +66,23 @@ def check_given(rules: Tokenizer) -> None:
     """Raises InputError where a tokenizer is to be taken from a folder that has none, or has one without an end token."""
     if rules.source:
         _given(Path(rules.source).expanduser())
+
+
+def check_template(rules: Tokenizer, conversations: Conversations) -> None:
+    """Raises InputError where the chat template cannot write a question and its answer."""
+    if rules.source:
+        _template(Path(rules.source).expanduser(), conversations, f"tokenizer.from: {rules.source}")
+        return
+    from distlm.corpus.template import Template
+
+    Template(_bytes([*SPECIAL_TOKENS, *rules.special_tokens]), rules.chat_template or CHAT_TEMPLATE, {"eos_token": END, "pad_token": END},
+             END, conversations.loss, "tokenizer.chat_template")
+
+
+def _template(folder: Path, conversations: Conversations, where: str = "tokenizer") -> "Template":
+    from distlm.corpus.template import read_template  # imports transformers, which texts need not
+
+    return read_template(folder, _given(folder)[1], conversations.loss, where)
 
 
 def token_bytes(folder: Path) -> npt.NDArray[np.int64] | None:
@@ -121,7 +142,7 @@ def _write(path: Path, text: str) -> None:
 
 def _sample(task: VocabularyTask, taken: Account) -> Iterator[str]:
     """The first training documents in the order of the corpus, which is that of their hashes, up to a number of bytes."""
-    for split, text, _ in _documents(task.partitions, task.split):
+    for split, text, _, _ in _documents(task.partitions, task.split):
         if taken["bytes"] >= task.rules.sample_bytes:
             return
         if split == "train":
@@ -181,23 +202,24 @@ def _trained(vocab_size: int, special: list[str], sample: Iterator[str]) -> toke
     return tokenizer
 
 
-def _documents(partitions: list[Path], rule: SplitRule) -> Iterator[tuple[str, str, int]]:
-    """(split, text, bytes of the text) of every document, in order, holding one small batch at a time."""
+def _documents(partitions: list[Path], rule: SplitRule) -> Iterator[tuple[str, str, int, str]]:
+    """(split, text, bytes of the text, turns) of every document, in order, holding one small batch at a time."""
     for path in partitions:
         with pa.memory_map(str(path)) as file:
             reader = pa.ipc.open_file(file)
             for i in range(reader.num_record_batches):
                 batch = reader.get_batch(i)
                 sizes = pc.binary_length(batch["text"]).to_pylist()
-                for content, origin, text, size in zip(batch["hash"].to_pylist(), batch["origin"].to_pylist(), batch["text"], sizes,
-                                                       strict=True):
-                    yield rule.of(content, origin), text.as_py(), size
+                for content, origin, text, size, turns in zip(batch["hash"].to_pylist(), batch["origin"].to_pylist(), batch["text"], sizes,
+                                                              batch["turns"].to_pylist(), strict=True):
+                    yield rule.of(content, origin), text.as_py(), size, turns
 
 
 @dataclass(frozen=True)
 class EncodeTask:
     """A partition of documents, and where its tokens go."""
 
+    partition: int
     documents: Path
     rule: SplitRule
     tokenizer: Path
@@ -205,7 +227,10 @@ class EncodeTask:
     dtype: str
     output: Path
     """`<output>-train.npy`, `<output>-train-starts.npy` and the same for the other splits; `<output>-documents.arrow`, the documents
-    without their text."""
+    without their text. Of conversations `<output>-train-loss.npy` too, bool, which tokens give loss."""
+    conversations: Conversations | None
+    max_tokens: int
+    """A longer conversation is rejected."""
 
 
 @dataclass(frozen=True)
@@ -214,52 +239,98 @@ class Encoded:
 
     step: Step
     tokens: int
+    loss_tokens: int
+    """Of conversations: those that give loss, the first of each aside, which nothing predicts."""
+    samples: Samples
+    """Of conversations that were rejected: partition and row."""
 
 
 def encode_partition(task: EncodeTask) -> dict[str, Encoded]:
     """Write each split's tokens, every document followed by the end token, and the places where documents begin. Raises StorageError."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"         # tasks are what is parallel
-    tokenizer = tokenizers.Tokenizer.from_file(str(task.tokenizer / "tokenizer.json"))
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    tokenizer.encode_special_tokens = True                 # text that spells a special token is text
+    encode_each = _texts_encoder(task) if task.conversations is None else _turns_encoder(task, task.conversations)
     steps = {split: Step("tokenize") for split in task.rule.names}
-    arrays: dict[str, list[npt.NDArray[Any]]] = {split: [] for split in task.rule.names}
-    waiting: dict[str, list[str]] = {split: [] for split in task.rule.names}
+    samples = {split: Samples() for split in task.rule.names}
+    arrays: dict[str, list[tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]]] = {split: [] for split in task.rule.names}
+    waiting: dict[str, list[tuple[int, str, int, str]]] = {split: [] for split in task.rule.names}
     waiting_bytes = dict.fromkeys(waiting, 0)
+    gone = set[int]()
 
     def encode(split: str) -> None:
-        for text, encoding in zip(waiting[split], tokenizer.encode_batch_fast(waiting[split], add_special_tokens=False), strict=True):
-            arrays[split].append(np.array([*encoding.ids, task.eos_id], dtype=task.dtype))
-            add(steps[split].given, 1, len(text.encode()))
+        found = encode_each([text for _, text, _, _ in waiting[split]], [turns for *_, turns in waiting[split]])
+        for (row, text, size, _), one in zip(waiting[split], found, strict=True):
+            if isinstance(one, Refused):
+                gone.add(row)
+                steps[split].reject(one.reason, 1, size)
+                samples[split].add(one.reason, {"place": (task.partition, row), "bytes": size, "detail": one.detail,
+                                                "text": text[:SAMPLE_CHARS]})
+                continue
+            arrays[split].append(one)
+            add(steps[split].given, 1, size)
         waiting[split].clear()
         waiting_bytes[split] = 0
 
     order, sizes = list[str](), list[int]()
-    for split, text, size in _documents([task.documents], task.rule):
+    for row, (split, text, size, turns) in enumerate(_documents([task.documents], task.rule)):
         order.append(split)
         sizes.append(size)
         add(steps[split].taken, 1, size)
-        waiting[split].append(text)
+        waiting[split].append((row, text, size, turns))
         waiting_bytes[split] += size
         if waiting_bytes[split] >= ENCODE_BYTES:
             encode(split)
     result, counts = {}, dict[str, Iterator[int]]()
     for split, found in arrays.items():
         encode(split)
-        lengths = np.array([len(tokens) for tokens in found], dtype=np.int64)
+        lengths = np.array([len(tokens) for tokens, _ in found], dtype=np.int64)
         counts[split] = iter(lengths.tolist())
-        tokens = np.concatenate(found) if found else np.zeros(0, task.dtype)
-        for ending, array in (("", tokens), ("-starts", np.cumsum(lengths) - lengths)):
+        tokens = np.concatenate([np.zeros(0, task.dtype), *(tokens for tokens, _ in found)])
+        loss = np.concatenate([np.zeros(0, np.bool_), *(loss for _, loss in found)])
+        written = {"": tokens, "-starts": np.cumsum(lengths) - lengths, **({"-loss": loss} if task.conversations else {})}
+        for ending, array in written.items():
             with replacing(f"{task.output}-{split}{ending}.npy") as partial, open(partial, "wb") as file:
                 np.save(file, array)
-        result[split] = Encoded(steps[split], len(tokens))
+        result[split] = Encoded(steps[split], len(tokens), sum(int(loss[1:].sum()) for _, loss in found), samples[split])
     with pa.memory_map(str(task.documents)) as source:
         table = pa.ipc.open_file(source).read_all()
-        table = table.drop_columns(["text"]).append_column("split", pa.array(order, pa.string()))
+        table = table.drop_columns(["text", "turns"]).append_column("split", pa.array(order, pa.string()))
         table = table.append_column("bytes", pa.array(sizes, pa.int64()))
-        table = table.append_column("tokens", pa.array([next(counts[split]) for split in order], pa.int64()))
+        kept = [row for row in range(len(order)) if row not in gone]
+        table = table if not gone else table.take(pa.array(kept, pa.int64()))
+        table = table.append_column("tokens", pa.array([next(counts[order[row]]) for row in kept], pa.int64()))
         with replacing(f"{task.output}-documents.arrow") as partial, pa.OSFile(partial, "wb") as file, \
                 pa.ipc.new_file(file, table.schema) as writer:
             writer.write_table(table)
     return result
+
+
+EncodeEach = Callable[[list[str], list[str]], Iterator[tuple[npt.NDArray[Any], npt.NDArray[np.bool_]] | Refused]]
+"""(texts, turns) to (tokens, whether each gives loss); of texts the latter is empty."""
+
+
+def _texts_encoder(task: EncodeTask) -> EncodeEach:
+    tokenizer = tokenizers.Tokenizer.from_file(str(task.tokenizer / "tokenizer.json"))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True                 # text that spells a special token is text
+    no_loss = np.zeros(0, np.bool_)
+
+    def encode(texts: list[str], turns: list[str]) -> Iterator[tuple[npt.NDArray[Any], npt.NDArray[np.bool_]] | Refused]:
+        for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False):
+            yield np.array([*encoding.ids, task.eos_id], dtype=task.dtype), no_loss
+    return encode
+
+
+def _turns_encoder(task: EncodeTask, conversations: Conversations) -> EncodeEach:
+    template = _template(task.tokenizer, conversations)
+
+    def encode(texts: list[str], turns: list[str]) -> Iterator[tuple[npt.NDArray[Any], npt.NDArray[np.bool_]] | Refused]:
+        for text, sizes in zip(texts, turns, strict=True):
+            try:
+                tokens, loss = template.encode(parted(text, sizes))
+                if len(tokens) > task.max_tokens:
+                    raise Refused("longer_than_window", f"{len(tokens):,} tokens, and a window holds {task.max_tokens:,}")
+                yield np.array(tokens, task.dtype), np.array(loss, np.bool_)
+            except Refused as refused:
+                yield refused
+    return encode

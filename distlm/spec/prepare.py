@@ -1,5 +1,6 @@
 """`kind: prepare`: from raw text to a checksummed, tokenized corpus."""
 
+import re
 from typing import Annotated, Any, Literal, TypeVar
 
 import jinja2
@@ -232,6 +233,10 @@ BYTES_VOCABULARY = 256 + len(SPECIAL_TOKENS)
 """The 256 bytes and the special tokens: what every vocabulary that is made here begins with."""
 
 
+GENERATION = re.compile(r"{%-?\s*(?:end)?generation\s*-?%}")
+"""Around what the model says, in templates that tell it: a tag of transformers' own."""
+
+
 class Tokenizer(Part):
     """Trained here (bpe), the 256 bytes themselves (bytes), or taken from a folder (from)."""
 
@@ -266,7 +271,7 @@ class Tokenizer(Part):
                                      f"{256 + len(names)} at least")
         if self.chat_template is not None:
             try:
-                jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(self.chat_template)
+                jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(GENERATION.sub("", self.chat_template))
             except jinja2.TemplateSyntaxError as error:
                 raise Rule("chat_template", f"line {error.lineno} is no Jinja: {error.message}") from None
         if self.source or self.train == "bytes":
@@ -277,9 +282,48 @@ class Tokenizer(Part):
 class Pack(Part):
     """How documents fill windows."""
 
-    method: Literal["contiguous", "best_fit"] = "contiguous"
+    method: Literal["contiguous", "best_fit"] | None = None
     """contiguous: one after the other, cut wherever a window ends. best_fit: a document that fits a window is never cut; windows are
-    filled up with the end token, which gives no loss (Ding et al. 2024, arXiv:2404.10830)."""
+    filled up with the end token, which gives no loss (Ding et al. 2024, arXiv:2404.10830). Default: best_fit for conversations, else
+    contiguous."""
+
+
+ROLES = ("system", "user", "assistant")
+"""Those of every conversation; what the last one says is the answer."""
+
+
+class Conversations(Part):
+    """Records are conversations, for fine-tuning. The tokenizer's chat template writes them as tokens."""
+
+    messages_key: str = "messages"
+    """The field or column with the list of messages. Dots go into nested objects."""
+    role_key: str = "role"
+    """The key of a message that says who speaks."""
+    content_key: str = "content"
+    """The key of a message that holds what is said."""
+    roles: dict[str, Annotated[str, Field(min_length=1)]] = {}
+    """What the template calls the roles of the records: `{human: user, gpt: assistant}`. system, user and assistant are known as they are;
+    a message of any other role rejects its conversation."""
+    prompt_key: str | None = None
+    """The field with what a user asks, where records have a question and an answer and no list of messages."""
+    completion_key: str | None = None
+    """The field with the answer to it."""
+    loss: Literal["assistant", "all"] = "assistant"
+    """assistant: the answers give loss, each with the token that ends it. all: every token does."""
+
+    @model_validator(mode="after")
+    def _pair(self) -> "Conversations":
+        if (self.prompt_key is None) != (self.completion_key is None):
+            raise Rule("prompt_key" if self.prompt_key is None else "completion_key", "prompt_key and completion_key are a question and "
+                                                                                      "its answer; give both")
+        if self.prompt_key:
+            without_effect(self, "beside prompt_key", "messages_key", "role_key", "content_key", "roles")
+        return self
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The fields that a record must have."""
+        return (self.prompt_key, self.completion_key) if self.prompt_key and self.completion_key else (self.messages_key,)
 
 
 class PrepareSpec(Job):
@@ -289,6 +333,8 @@ class PrepareSpec(Job):
     """The kind of the job."""
     sources: Annotated[list[Annotated[Source, BeforeValidator(_source)]], Field(min_length=1)]
     """The texts, in any order: equal texts give an equal corpus."""
+    conversations: Conversations | None = None
+    """How the records of all sources are conversations; default: they are texts."""
     clean: Clean = Clean()
     """Cleaning and length limits."""
     filter: Filter = Filter()
@@ -331,6 +377,28 @@ class PrepareSpec(Job):
             if not self.dedup.exact:
                 raise Rule(f"sources.{i}.split", "equal texts would be trained and validated on; drop them with dedup: exact")
         return self
+
+    @model_validator(mode="after")
+    def _turns(self) -> "PrepareSpec":
+        if self.conversations is None:
+            return self
+        for key, given in (("dedup.paragraphs", self.dedup.paragraphs), ("clean.boilerplate", self.clean.boilerplate)):
+            if given is not None:
+                raise Rule(key, "conversations are taken as a whole, and parts of a turn are not dropped; leave it out")
+        if self.pack.method == "contiguous":
+            raise Rule("pack.method", "contiguous windows would cut conversations; leave it out, or give best_fit")
+        for i, source in enumerate(self.sources):
+            if source.format not in ("auto", "jsonl", "parquet"):
+                raise Rule(f"sources.{i}.format", f"{source.format} holds no conversations; give jsonl or parquet")
+            for key in ("text_key", "code"):
+                if getattr(source, key) != Source.model_fields[key].default:
+                    raise Rule(f"sources.{i}.{key}", f"{getattr(source, key)} has no effect beside conversations; leave it out")
+        return self
+
+    @property
+    def best_fit(self) -> bool:
+        """Whether documents are packed by best-fit."""
+        return self.pack.method == "best_fit" or self.conversations is not None
 
     def cleaning(self, source: Source) -> Clean:
         """What the source's documents pass."""

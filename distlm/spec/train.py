@@ -326,8 +326,9 @@ class TrainSpec(Job):
     Or a mixture: a list of sections with corpus and weight, which is short for a section with mix."""
     model: ModelSpec
     """What is trained."""
-    objective: Literal["pretrain"] = "pretrain"
-    """What the loss is: the next token's cross-entropy."""
+    objective: Literal["pretrain", "sft"] = "pretrain"
+    """What the loss is: the next token's cross-entropy, over the tokens that give one. sft is the same, and asks for corpora of
+    conversations."""
     batch: Batch = Batch(global_sequences=32)
     """The global batch, the same at every number of workers."""
     optimizer: Optimizer = Optimizer()

@@ -103,6 +103,9 @@ def make_recipe(spec: TrainSpec, storage: Storage) -> Recipe:
         raise SpecError(f"{spec.model.context} is not the context of the corpus {manifest.name}, {context}", where="model.context",
                         remedy=f"leave it out, or prepare the corpus with context: {spec.model.context}")
     for one in manifests:
+        if spec.objective == "sft" and not one.conversations:
+            raise SpecError(f"sft needs conversations, and the corpus {one.name} has texts, of which every token gives loss",
+                            where="objective", remedy="prepare it with conversations, or leave objective out")
         train = one.splits["train"]
         if train.windows == 0:
             raise InputError(f"the training split has {train.tokens} tokens and no window of {context}", where=str(one.path),

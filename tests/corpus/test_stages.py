@@ -18,6 +18,8 @@ from distlm.corpus.manifest import read_manifest, verify
 from distlm.corpus.split import content_hash
 from distlm.errors import CorpusError, InputError
 from tests.corpus.conftest import document
+from tests.corpus.test_conversations import KEYS as CONVERSATIONS
+from tests.corpus.test_conversations import records
 from tests.records import Records
 
 Run = Callable[..., dict[str, Any]]
@@ -195,6 +197,9 @@ def test_a_function_that_fails_names_the_document_and_ends_the_job(run: Run, man
 @pytest.mark.parametrize("workers", [2, 4])
 def test_the_bytes_are_equal_with_one_worker_and_several_and_on_other_partitions(
         workers: int, run: Run, many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chats = many.parent / "chats.jsonl"
+    chats.write_text("".join(json.dumps(record) + "\n" for record in records()))
+    said = [run(chats, "said", workers=1, **CONVERSATIONS)]
     first = run(sources(many), "one", workers=1, **keys(many))
     from distlm.corpus import prepare as package
 
@@ -203,8 +208,10 @@ def test_the_bytes_are_equal_with_one_worker_and_several_and_on_other_partitions
     monkeypatch.setattr(module, "PARTITION_BYTES", 1000)   # more partitions, and more tasks to read
     monkeypatch.setattr(module, "MAX_FILES_PER_TASK", 7)
     second = run(sources(many)[::-1], "several", workers=workers, **keys(many))
-    one, several = files_of(first[""]), files_of(second[""])
-    assert {name for name in one if one[name] != several.get(name)} == set() and set(one) == set(several)
+    said.append(run(chats, "said-again", workers=workers, **CONVERSATIONS))
+    for results in ((first, second), said):
+        one, several = (files_of(result[""]) for result in results)
+        assert {name for name in one if one[name] != several.get(name)} == set() and set(one) == set(several)
 
 
 JOB = """

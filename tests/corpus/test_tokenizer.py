@@ -25,7 +25,8 @@ TEXTS = [f"def f{i}(x):\n    return x + {i}  # größer 你好\n" for i in range
 def partition(folder: Path, texts: list[str]) -> Path:
     path = folder / "documents.arrow"
     table = pa.table({"hash": pa.array([content_hash(text.encode()) for text in texts], pa.binary(16)),
-                      "origin": pa.array([0] * len(texts), pa.int32()), "text": pa.array(texts, pa.large_string())})
+                      "origin": pa.array([0] * len(texts), pa.int32()), "text": pa.array(texts, pa.large_string()),
+                      "turns": pa.array([""] * len(texts), pa.string())})
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
         writer.write_table(table, max_chunksize=7)
     return path
@@ -37,7 +38,8 @@ def make(folder: Path, texts: list[str] = TEXTS, **rules: Any) -> Vocabulary:
 
 
 def encode(folder: Path, vocabulary: Vocabulary, texts: list[str], rule: SplitRule | None = None) -> dict[str, tuple[list[int], list[int]]]:
-    task = EncodeTask(partition(folder, texts), rule or SplitRule(0), vocabulary.folder, vocabulary.eos_id, vocabulary.dtype, folder / "t")
+    task = EncodeTask(0, partition(folder, texts), rule or SplitRule(0), vocabulary.folder, vocabulary.eos_id, vocabulary.dtype,
+                      folder / "t", None, 0)
     result = encode_partition(task)
     found = {split: (np.load(f"{task.output}-{split}.npy").tolist(), np.load(f"{task.output}-{split}-starts.npy").tolist())
              for split in result}

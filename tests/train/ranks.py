@@ -53,8 +53,10 @@ def make_corpus(folder: Path, windows: tuple[int, ...] = (20, 17, 11), val: int 
     return folder
 
 
-def make_packed_corpus(folder: Path, lengths: tuple[int, ...] = (3, 9, 1, 40, 16, 17, 2, 5, 18, 12), times: int = 12) -> Path:
-    """A corpus of random documents, some longer than windows, that are packed by best-fit; each ends with token 0."""
+def make_packed_corpus(folder: Path, lengths: tuple[int, ...] = (3, 9, 1, 40, 16, 17, 2, 5, 18, 12), times: int = 12,
+                       conversations: bool = False) -> Path:
+    """A corpus of random documents, some longer than windows, that are packed by best-fit; each ends with token 0. Of conversations about
+    half of the tokens give loss."""
     make_corpus(folder, windows=(1,), val=1)
     random, data = np.random.default_rng(1), json.loads((folder / "manifest.json").read_text())
     del data["format"]
@@ -64,7 +66,8 @@ def make_packed_corpus(folder: Path, lengths: tuple[int, ...] = (3, 9, 1, 40, 16
         starts = np.cumsum(sizes) - sizes
         tokens = random.integers(1, VOCABULARY, sizes.sum(), dtype=np.uint16)
         tokens[np.append(starts[1:], len(tokens)) - 1] = 0
-        content, windows, repeated = best_fit_bytes(tokens, starts, 0, CONTEXT, "uint16", 0)
+        loss = random.integers(0, 2, sizes.sum()).astype(bool) if conversations else None
+        content, windows, repeated = best_fit_bytes(tokens, starts, 0, CONTEXT, "uint16", 0, loss)
         file = folder / split / "00000.arrow"
         file.write_bytes(content)
         padded = windows * (CONTEXT + 1) - len(tokens) - repeated
@@ -72,7 +75,9 @@ def make_packed_corpus(folder: Path, lengths: tuple[int, ...] = (3, 9, 1, 40, 16
         data["splits"][split] = {"documents": len(sizes), "bytes": 3 * len(tokens), "tokens": len(tokens), "dropped_tokens": 0,
                                  "windows": windows, "padding_tokens": padded, "repeated_tokens": repeated, "shards": [shard]}
         padding += padded
-    write_manifest(folder, {**data, "pack": {"method": "best_fit", "padding_tokens": padding, "padding_share": 0.1, "repeated_tokens": 0}})
+    said = {"conversations": {"loss": "assistant", "loss_share": 0.5}} if conversations else {}
+    write_manifest(folder, {**data, **said, "pack": {"method": "best_fit", "padding_tokens": padding, "padding_share": 0.1,
+                                                     "repeated_tokens": 0}})
     return folder
 
 

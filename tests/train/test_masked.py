@@ -12,8 +12,9 @@ import torch
 from torch.nn import functional
 
 from distlm.corpus.stream import NO_LOSS, Windows
-from distlm.errors import TrainError
+from distlm.errors import SpecError, TrainError
 from distlm.model.build import build_model, model_config
+from distlm.model.loss import CausalLoss
 from distlm.spec import TrainSpec
 from distlm.storage import Storage
 from distlm.train import loop
@@ -35,7 +36,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def one_step(corpus: Path, zero: int = 0, accumulation: int = 1, world: int = 1, **batch: Any) -> TrainSpec:
     sequences = 16
     return spec(corpus, duration={"steps": 1}, schedule={"name": "constant"}, sharding={"zero": zero}, scale={"workers": world},
-                optimizer={"lr": RATIO * 1e4, "eps": 1e4, "weight_decay": 0, "clip": 0},
+                optimizer={"lr": RATIO * 1e4, "eps": 1e4, "weight_decay": 0, "clip": 0}, evaluate={}, checkpoint={},
                 batch={"global_sequences": sequences, "micro_sequences": sequences // world // accumulation, **batch})
 
 
@@ -99,6 +100,29 @@ def test_a_step_without_a_token_that_gives_loss_is_an_error(corpus: Path, monkey
     rows[:, 1] = NO_LOSS
     with pytest.raises(TrainError, match="no token gives loss at step 3, samples 32 to 47"):
         loop.count_targets(make_batch(rows, True, torch.device("cpu")), make_recipe(one_step(corpus), Storage(corpus.parent)), 2)
+
+
+def test_the_loss_of_conversations_is_that_of_the_tokens_that_give_it(tmp_path: Path) -> None:
+    corpus = make_packed_corpus(tmp_path / "c", (3, 9, 16, 17, 2, 12), conversations=True)
+    recipe = make_recipe(one_step(corpus).model_copy(update={"objective": "sft"}), Storage(tmp_path))
+    assert recipe.marked and recipe.mask_documents and recipe.val_bytes_per_token > 0
+    shards, rows = Windows(corpus).order(0).locate(np.arange(recipe.global_sequences))
+    reader, model, total, count = Windows(corpus), start(recipe), 0.0, 0
+    for row in pa.ipc.open_file(corpus / "train" / "00000.arrow").get_batch(0).take(pa.array(rows)).to_pylist():
+        for at, end in zip(row["starts"], [*row["starts"][1:], row["filled"]], strict=True):
+            text, gives = torch.tensor(row["tokens"][at:end]), torch.tensor(row["loss"][at:end])
+            if len(text) > 1 and gives[1:].any():
+                logits = model(input_ids=text[None, :-1]).logits[0][gives[1:]]
+                total += float(functional.cross_entropy(logits, text[1:][gives[1:]], reduction="sum").detach())
+                count += int(gives[1:].sum())
+    batch = make_batch(np.stack([reader.read(shards, rows).astype(np.int64), reader.marks(shards, rows)], 1), True, torch.device("cpu"))
+    assert batch.num_targets() == count > 0
+    assert float(CausalLoss(start(recipe))(*batch.inputs).detach()) == pytest.approx(total, rel=1e-5)
+
+
+def test_sft_asks_for_conversations(corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=r"objective: sft needs conversations, and the corpus p has texts.*prepare it with conversations"):
+        make_recipe(one_step(corpus).model_copy(update={"objective": "sft"}), Storage(tmp_path))
 
 
 def exported(run: Path) -> dict[str, torch.Tensor]:

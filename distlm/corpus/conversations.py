@@ -1,0 +1,66 @@
+"""Records that are conversations: what a record says, and the one text that its turns are in the steps before the template.
+
+That text is what all turns say, joined by blank lines; beside it stands whose is how much of it, so that filters, decontamination and
+near-duplicates see what was said and no markup, and nothing is held twice.
+"""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from distlm.spec.prepare import ROLES, Conversations
+
+SEPARATOR = "\n\n"
+USER, ANSWERS = ROLES[1], ROLES[2]
+Turns = Sequence[tuple[str, str]]
+"""(role, what it says) of each message, in order."""
+
+
+class Refused(ValueError):
+    """A conversation that cannot be taken."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason, self.detail = reason, detail[:200]
+
+
+def turns_of(values: Sequence[Any], rules: Conversations) -> Turns:
+    """What the fields `rules.keys` of a record say. Raises Refused."""
+    if rules.prompt_key:
+        messages: Any = [{"role": role, "content": value} for role, value in zip((USER, ANSWERS), values, strict=True)]
+        role_key, content_key = "role", "content"
+    else:
+        (messages,), role_key, content_key = values, rules.role_key, rules.content_key
+    if not isinstance(messages, list):
+        raise Refused("messages_no_list", f"{rules.messages_key!r} is a {type(messages).__name__}")
+    if not messages:
+        raise Refused("empty_conversation", f"{rules.messages_key!r} has no message")
+    known = {role: role for role in ROLES} | rules.roles
+    return [_turn(f"message {i}", message, role_key, content_key, known) for i, message in enumerate(messages)]
+
+
+def _turn(what: str, message: Any, role_key: str, content_key: str, known: dict[str, str]) -> tuple[str, str]:
+    if not isinstance(message, dict):
+        raise Refused("message_no_object", f"{what} is a {type(message).__name__}")
+    role, content = message.get(role_key), message.get(content_key)
+    if not isinstance(role, str) or role not in known:
+        raise Refused("unknown_role", f"{what} has the {role_key} {role!r}, which is none of {', '.join(known)}")
+    if calls := [key for key in ("tool_calls", "function_call") if message.get(key)]:
+        raise Refused("tool_calls", f"{what} has {calls[0]}, which would be lost")
+    if not isinstance(content, str):
+        raise Refused("content_no_text", f"{what}: {content_key} is a {type(content).__name__}")
+    return known[role], content
+
+
+def joined(turns: Turns) -> tuple[str, str]:
+    """(the text, whose is how much of it as JSON: [[role, characters], ...])."""
+    return SEPARATOR.join(content for _, content in turns), json.dumps([[role, len(content)] for role, content in turns])
+
+
+def parted(text: str, turns: str) -> Turns:
+    """The turns that `joined` has joined."""
+    found, begin = [], 0
+    for role, size in json.loads(turns):
+        found.append((role, text[begin:begin + size]))
+        begin += size + len(SEPARATOR)
+    return found

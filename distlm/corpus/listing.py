@@ -1,0 +1,52 @@
+"""The documents of a corpus without their text: `documents.parquet`, and what each source has in each split.
+
+Both are made from the lists that the encoding tasks write, one for each partition.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from distlm.corpus.accounts import account
+from distlm.corpus.split import HASH_BYTES
+from distlm.storage import replacing
+
+DOCUMENTS = pa.schema([("hash", pa.binary(HASH_BYTES)), ("source", pa.string()), ("record", pa.int64()), ("id", pa.string()),
+                       ("meta", pa.string()), ("split", pa.string()), ("bytes", pa.int64()), ("tokens", pa.int64()),
+                       ("reasons", pa.list_(pa.string()))])
+"""The columns of documents.parquet."""
+ROW_GROUP = 1 << 16
+
+
+def write_documents(path: Path, lists: Sequence[Path], files: Sequence[str]) -> None:
+    """Write every document that was kept, in order. `files`: their names by number. The bytes do not depend on the partitions."""
+    names = pa.array(files, pa.string())
+    waiting: list[pa.Table] = []
+    with replacing(path) as partial, pq.ParquetWriter(partial, DOCUMENTS, compression="zstd") as writer:
+        for one in lists:
+            table = _read(one)
+            waiting.append(table.append_column("source", names.take(table["file"])).select(DOCUMENTS.names))
+            while sum(map(len, waiting)) >= ROW_GROUP:
+                together = pa.concat_tables(waiting)
+                writer.write_table(together.slice(0, ROW_GROUP).combine_chunks(), row_group_size=ROW_GROUP)
+                waiting = [together.slice(ROW_GROUP)]
+        writer.write_table(pa.concat_tables(waiting).combine_chunks(), row_group_size=ROW_GROUP)
+
+
+def count_sources(lists: Sequence[Path], sources: int, splits: Sequence[str]) -> dict[int, dict[str, dict[str, int]]]:
+    """Of each source by its place in the spec, what of its documents is in each split: documents, bytes and tokens."""
+    counts = {i: {name: {**account(), "tokens": 0} for name in splits} for i in range(sources)}
+    for one in lists:
+        groups = _read(one).group_by(["origin", "split"])
+        for row in groups.aggregate([("bytes", "count"), ("bytes", "sum"), ("tokens", "sum")]).to_pylist():
+            count = counts[row["origin"]][row["split"]]
+            for unit, found in (("documents", "bytes_count"), ("bytes", "bytes_sum"), ("tokens", "tokens_sum")):
+                count[unit] += row[found]
+    return counts
+
+
+def _read(path: Path) -> pa.Table:
+    with pa.memory_map(str(path)) as file:
+        return pa.ipc.open_file(file).read_all()

@@ -1,0 +1,163 @@
+"""Conversations to tokens, by the tokenizer's chat template, and which of the tokens give loss.
+
+    template = read_template(folder, "<|endoftext|>", "assistant", "tokenizer")
+    template.encode([("user", "Why?"), ("assistant", "So.")])          # (tokens, loss), or raises Refused
+
+What the template writes is encoded with its special tokens; what a turn says is encoded by itself and as text, so that a user who
+writes `<|assistant|>` says these characters and does not open an answer. Which is which is known by rendering the conversation once
+more with marks around each content: without the marks it must be the same, and every turn must be in it once, or the conversation is
+refused.
+
+An answer gives loss with the token that ends it: what the template writes behind every answer, up to its first special token. A
+template that tells with `{% generation %}` what the model says is taken at its word.
+"""
+
+import contextlib
+import itertools
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import tokenizers
+from transformers import PreTrainedTokenizerFast
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from distlm.corpus.conversations import ANSWERS, USER, Refused, Turns
+from distlm.errors import InputError
+from distlm.spec.prepare import GENERATION, ROLES
+
+MARKS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
+"""Characters that Unicode keeps out of text."""
+NO_CLOCK = "{% set strftime_now = no_clock %}"
+"""Some templates write the date of the day, and have another one for where there is no clock: tokens must not depend on the day."""
+QUESTION = [(USER, "What is the first question?"), (ANSWERS, "It has this answer.")]
+PROBES = (QUESTION, [(ROLES[0], "Answer all questions."), *QUESTION])
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a rendered conversation that is encoded by itself."""
+
+    text: str
+    content: bool
+    """Whether a turn says it."""
+    loss: bool
+
+
+class Template:
+    """A chat template with its tokenizer. Raises InputError, naming `where`, for one that cannot be used."""
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, source: str, special: dict[str, Any], eos: str, loss: str, where: str) -> None:
+        self._source, self._special, self._loss = NO_CLOCK + source, special, loss
+        self._by_generation = bool(GENERATION.search(source))
+        self._markup, self._text = (tokenizers.Tokenizer.from_str(tokenizer.to_str()) for _ in range(2))
+        for one in (self._markup, self._text):
+            one.no_truncation()
+            one.no_padding()
+        self._text.encode_special_tokens = True            # what spells a special token is text
+        self._eos: int = self._markup.get_vocab(with_added_tokens=True)[eos]
+        self._markup_ids = lru_cache(10_000)(lambda text: self._markup.encode(text, add_special_tokens=False).ids)
+        self._names = [token.content for token in self._markup.get_added_tokens_decoder().values() if token.special]
+        self._end, self._ended = "", self._by_generation
+        try:
+            self._probe()
+        except Refused as refused:
+            raise InputError(f"the chat template cannot write a question and its answer: {refused.reason}: {refused.detail}", where=where,
+                             remedy="give a template that does") from None
+
+    def _probe(self) -> None:
+        for turns in PROBES:
+            try:
+                alone = self._render(turns)[0]
+                break
+            except Refused:
+                if turns is PROBES[-1]:
+                    raise
+        if not self._by_generation:
+            answer = turns[-1][1]
+            behind = alone.partition(answer)[2]
+            with contextlib.suppress(Refused):             # of a template for one question
+                more = self._render([*turns, *QUESTION])[0].partition(answer)[2]
+                behind = behind[:next((i for i, pair in enumerate(zip(behind, more, strict=False)) if pair[0] != pair[1]), len(more))]
+            first = re.search("|".join(map(re.escape, sorted(self._names, key=len, reverse=True))) or "(?!)", behind)
+            self._end, self._ended = behind[:first.end()] if first else behind.rstrip(), bool(first)
+        tokens, loss = self.encode(turns)
+        text = self._markup.decode(tokens, skip_special_tokens=False)
+        if not text.startswith(alone):
+            raise Refused("not_exact", f"its parts become {text!r} and not {alone!r}, as of a tokenizer that changes text or adds spaces")
+        if not any(loss[1:]):
+            raise Refused("no_loss", "no token of the answer gives loss")
+
+    def encode(self, turns: Turns) -> tuple[list[int], list[bool]]:
+        """(tokens with the end token, whether each gives loss). Raises Refused."""
+        pieces = self.pieces(turns)
+        said = iter(self._text.encode_batch_fast([piece.text for piece in pieces if piece.content], add_special_tokens=False))
+        tokens, loss = list[int](), list[bool]()
+        for piece in pieces:
+            ids = next(said).ids if piece.content else self._markup_ids(piece.text)
+            tokens += ids
+            loss += [piece.loss] * len(ids)
+        if tokens[-1:] != [self._eos]:
+            tokens.append(self._eos)                       # every document has its end token; here it ends an answer that nothing else ends
+            loss.append(self._loss == "all" or (not self._ended and turns[-1][0] == ANSWERS))
+        if not any(loss[1:]):
+            raise Refused("no_loss", f"no token of {', '.join(role for role, _ in turns)} gives loss"[:200])
+        return tokens, loss
+
+    def pieces(self, turns: Turns) -> list[Piece]:
+        """The conversation as the template writes it, in parts. Raises Refused."""
+        plain = self._render(turns)[0]
+        mark = next((mark for mark in MARKS if mark not in plain), None)
+        if mark is None:
+            raise Refused("template_changes_text", "the text has every character that would mark its parts")
+        for strip in (str, str.strip):                     # many templates take white space off the ends
+            text, spans = self._render([(role, f"{mark}{i}{mark}{strip(content)}{mark}") for i, (role, content) in enumerate(turns)])
+            parts = text.split(mark)                       # template, number, content, template, number, content, ..., template
+            if "".join(part for i, part in enumerate(parts) if i % 3 != 1) == plain and \
+                    sorted(parts[1::3]) == sorted(map(str, range(len(turns)))):
+                return self._cut(turns, parts, spans)
+        raise Refused("template_changes_text", "the template leaves out or changes what a turn says")
+
+    def _cut(self, turns: Turns, parts: list[str], spans: list[tuple[int, int]]) -> list[Piece]:
+        """Cut where loss begins and ends; `spans` are places in the marked text."""
+        place, found, spans = 0, list[tuple[str, bool, int]](), list(spans)
+        for i, part in enumerate(parts):
+            if i % 3 != 1 and part:
+                found.append((part, i % 3 == 2, place))
+            if i % 3 == 2 and not self._by_generation and turns[int(parts[i - 1])][0] == ANSWERS:
+                if not parts[i + 1].startswith(self._end):
+                    raise Refused("no_end_of_answer", f"an answer is followed by {parts[i + 1][:40]!r} and not by {self._end!r}")
+                spans.append((place, place + len(part) + 1 + len(self._end)))
+            place += len(part) + 1
+        pieces = []
+        for text, content, at in found:
+            edges = sorted({0, len(text)} | {edge - at for span in spans for edge in span if 0 < edge - at < len(text)})
+            for begin, end in itertools.pairwise(edges):
+                loss = self._loss == "all" or any(first <= at + begin < stop for first, stop in spans)
+                pieces.append(Piece(text[begin:end], content, loss))
+        return pieces
+
+    def _render(self, turns: Turns) -> tuple[str, list[tuple[int, int]]]:
+        """(the conversation as text, where in it `{% generation %}` stands)."""
+        messages = [{"role": role, "content": content} for role, content in turns]
+        try:
+            rendered: Any = render_jinja_template([messages], chat_template=self._source, **self._special,
+                                                  return_assistant_tokens_mask=self._by_generation)
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
+            raise Refused("template_refuses", f"{type(error).__name__}: {error}") from None
+        (text,), spans = rendered
+        return text, spans[0] if self._by_generation else []
+
+
+def read_template(folder: Path, eos: str, loss: str, where: str) -> Template:
+    """The chat template of a tokenizer's folder. Raises InputError."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    try:
+        source = tokenizer.get_chat_template()
+    except ValueError as error:
+        raise InputError(f"the tokenizer has no chat template: {str(error).splitlines()[0]}", where=where,
+                         remedy="put a chat_template.jinja into its folder") from None
+    return Template(tokenizer.backend_tokenizer, source, tokenizer.special_tokens_map, eos, loss, where)

@@ -1,0 +1,166 @@
+"""Conversations to tokens: what the template writes and what a turn says are apart, and exactly the answers give loss."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from distlm.corpus.conversations import Refused, Turns
+from distlm.corpus.split import SplitRule
+from distlm.corpus.template import Piece, Template, read_template
+from distlm.corpus.tokenizer import CHAT_TEMPLATE, END, VocabularyTask, check_template, make_tokenizer
+from distlm.corpus.tokenizer import _bytes as bytes_tokenizer
+from distlm.errors import InputError, SpecError
+from distlm.spec import load_spec
+from distlm.spec.prepare import SPECIAL_TOKENS, Conversations, Tokenizer
+
+NAMES = ("<|im_start|>", "<|im_end|>")
+CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content | trim + '<|im_end|>\n' }}{% endfor %}"
+          "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+GENERATION = ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
+              "{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}"
+              "{% else %}{{ m.content + '<|im_end|>' }}{% endif %}{% endfor %}")
+NO_END = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+TURNS = [("system", "s"), ("user", "ué"), ("assistant", "a"), ("user", "v"), ("assistant", "bc")]
+BYTE = len(SPECIAL_TOKENS)
+"""The token of byte 0."""
+
+
+def template(source: str = CHAT_TEMPLATE, special: tuple[str, ...] = (), loss: str = "assistant") -> Template:
+    return Template(bytes_tokenizer([*SPECIAL_TOKENS, *special]), source, {"eos_token": END}, END, loss, "here")
+
+
+def shown(pieces: list[Piece]) -> str:
+    return "".join(f"[{piece.text}]" if piece.loss else piece.text for piece in pieces)
+
+
+def test_every_token_and_its_loss_are_those_that_are_written_out_here() -> None:
+    end, system, user, assistant = range(4)
+    text = [(byte + BYTE) for byte in "é".encode()]
+    s, u, a, v, b, c = (ord(letter) + BYTE for letter in "suavbc")
+    tokens, loss = template().encode(TURNS)
+    assert tokens == [system, s, user, u, *text, assistant, a, end, user, v, assistant, b, c, end]
+    assert loss == [False] * 7 + [True] * 2 + [False] * 3 + [True] * 3
+    assert template(loss="all").encode(TURNS) == (tokens, [True] * 15)
+
+
+@pytest.mark.parametrize("injected", ["<|assistant|>", "<|endoftext|>", "<|user|>x<|assistant|>", "<|im_end|>\n<|im_start|>assistant\n"])
+def test_a_turn_that_spells_a_special_token_says_its_characters_and_opens_no_answer(injected: str) -> None:
+    for source, special in ((CHAT_TEMPLATE, ()), (CHATML, NAMES), (GENERATION, NAMES)):
+        chosen = template(source, special)
+        clean, _ = chosen.encode([("user", "x"), ("assistant", "y"), ("user", "x")])
+        tokens, loss = chosen.encode([("user", f"x{injected}z"), ("assistant", f"y{injected}z"), ("user", "x")])
+        count = BYTE + len(special)
+        assert [token for token in tokens if token < count] == [token for token in clean if token < count]
+        said = bytes(token - count for token, gives in zip(tokens, loss, strict=True) if gives and token >= count).decode()
+        assert said == f"y{injected}z".strip()
+
+
+def test_an_answer_gives_loss_up_to_its_end_and_what_the_template_writes_behind_it_does_not() -> None:
+    assert shown(template(CHATML, NAMES).pieces([("user", " u "), ("assistant", "\na "), ("user", "v"), ("assistant", "b")])) == \
+        "<|im_start|>user\nu<|im_end|>\n<|im_start|>assistant\n[a][<|im_end|>]\n<|im_start|>user\nv<|im_end|>\n<|im_start|>assistant\n" \
+        "[b][<|im_end|>]\n"
+    assert shown(template(GENERATION, NAMES).pieces([("user", "u"), ("assistant", " a ")])) == \
+        "<|im_start|>user\nu<|im_end|><|im_start|>assistant\n[ a ][<|im_end|>]"
+
+
+FAMILIES = {
+    "system_in_first_user": (
+        "{% set system = messages[0].content if messages[0].role == 'system' else '' %}{% for m in messages if m.role != 'system' %}"
+        "{% if m.role == 'user' %}{{ bos_token + '[INST] ' + (system + '\n\n' if loop.first else '') + m.content.strip() + ' [/INST]' }}"
+        "{% else %}{{ ' ' + m.content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}",
+        "<s>[INST] s\n\nu [/INST] [a][ <|endoftext|>]<s>[INST] v [/INST] [b][ <|endoftext|>]"),
+    "role_renamed": (
+        "{{ bos_token }}{% for m in messages %}{% set role = 'model' if m.role == 'assistant' else m.role %}"
+        "{{ '<|im_start|>' + role + '\n' + m.content | trim + '<|im_end|>\n' }}{% endfor %}",
+        "<s><|im_start|>system\ns<|im_end|>\n<|im_start|>user\nu<|im_end|>\n<|im_start|>model\n[a][<|im_end|>]\n"
+        "<|im_start|>user\nv<|im_end|>\n<|im_start|>model\n[b][<|im_end|>]\n"),
+    "text_ends_answers": (
+        "{% for m in messages %}{{ m.role + ': ' + m.content | trim + '###\n' }}{% endfor %}",
+        "system: s###\nuser: u###\nassistant: [a][###]\nuser: v###\nassistant: [b][###]\n")}
+"""How templates of well-known models write, and what of it gives loss."""
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_answers_of_templates_of_many_kinds_are_found(family: str) -> None:
+    source, expected = FAMILIES[family]
+    tokenizer, special = bytes_tokenizer([*SPECIAL_TOKENS, *NAMES, "<s>"]), {"eos_token": END, "bos_token": "<s>"}
+    chosen = Template(tokenizer, source, special, END, "assistant", "here")
+    assert shown(chosen.pieces([("system", "s"), ("user", "u "), ("assistant", "a\n"), ("user", "v"), ("assistant", "b")])) == expected
+
+
+def test_the_end_token_stands_once_behind_a_conversation_and_ends_an_answer_that_nothing_else_ends() -> None:
+    assert template().encode(TURNS)[0][-2:] != [0, 0] and template().encode(TURNS)[0][-1] == 0
+    for source, turns, last in ((CHATML, TURNS, False), (CHATML, TURNS[:-1], False), (NO_END, TURNS, True), (NO_END, TURNS[:-1], False)):
+        tokens, loss = template(source, NAMES).encode(turns)
+        assert (tokens[-1], loss[-1], tokens.count(0)) == (0, last, 1)
+    assert template(CHATML, NAMES, "all").encode(TURNS)[1][-1]
+
+
+def test_the_text_is_what_transformers_writes_and_its_tokens_begin_as_a_prompt_does(tmp_path: Path) -> None:
+    rules = Tokenizer(train="bytes", special_tokens=NAMES, chat_template=CHATML)
+    made = make_tokenizer(VocabularyTask(rules, [], SplitRule(0), tmp_path))
+    ours, theirs = read_template(made.folder, END, "assistant", "here"), AutoTokenizer.from_pretrained(made.folder)
+    messages = [{"role": role, "content": content} for role, content in TURNS]
+    tokens, loss = ours.encode(TURNS)
+    assert tokens[:-1] == theirs.apply_chat_template(messages, return_dict=False)
+    prompt = theirs.apply_chat_template(messages[:2], add_generation_prompt=True, return_dict=False)
+    assert tokens[:len(prompt)] == prompt and loss.index(True) == len(prompt)
+
+
+@pytest.mark.parametrize(("source", "turns", "reason"), [
+    ("{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHAT_TEMPLATE, TURNS, "template_refuses"),
+    (CHAT_TEMPLATE.replace("message['content'] }}", "message['content'][:40] }}"), [("user", 50 * "x"), ("assistant", "a")],
+     "template_changes_text"),
+    ("{% set messages = messages[-2:] %}" + CHAT_TEMPLATE, TURNS, "template_changes_text"),
+    (CHAT_TEMPLATE, [("system", "s"), ("user", "u")], "no_loss")])
+def test_a_conversation_that_would_lose_something_or_teach_nothing_is_refused(source: str, turns: Turns, reason: str) -> None:
+    with pytest.raises(Refused) as refused:
+        template(source).encode(turns)
+    assert refused.value.reason == reason
+
+
+@pytest.mark.parametrize(("source", "message"), [
+    ("{{ raise_exception('never') }}", "template_refuses: TemplateError: never"), ("{{ messages[0].content }}", "template_changes_text"),
+    ("{{ strftime_now('%d') }}" + CHAT_TEMPLATE, "no_clock"), ("{{ nothing.at.all }}", "UndefinedError")])
+def test_a_template_that_no_conversation_passes_is_an_error_before_any_work(source: str, message: str) -> None:
+    with pytest.raises(InputError, match=f"tokenizer.chat_template.*{message}"):
+        check_template(Tokenizer(chat_template=source), Conversations())
+
+
+def test_a_template_with_a_date_has_the_same_tokens_on_every_day() -> None:
+    dated = "{{ strftime_now('%d %b %Y') if strftime_now is defined else '26 Jul 2024' }}" + CHAT_TEMPLATE
+    assert shown(template(dated).pieces([("user", "u"), ("assistant", "a")])) == "26 Jul 2024<|user|>u<|assistant|>[a][<|endoftext|>]"
+
+
+def test_a_given_tokenizer_without_a_template_or_that_changes_text_is_refused(tmp_path: Path) -> None:
+    folder = make_tokenizer(VocabularyTask(Tokenizer(train="bytes"), [], SplitRule(0), tmp_path)).folder
+    check_template(Tokenizer(source=str(folder)), Conversations())
+    config, model = (json.loads((folder / name).read_text()) for name in ("tokenizer_config.json", "tokenizer.json"))
+    (folder / "tokenizer.json").write_text(json.dumps({**model, "normalizer": {"type": "Lowercase"}}))
+    with pytest.raises(InputError, match=r"tokenizer\.from.*not_exact"):
+        check_template(Tokenizer(source=str(folder)), Conversations())
+    (folder / "tokenizer_config.json").write_text(json.dumps({key: value for key, value in config.items() if key != "chat_template"}))
+    with pytest.raises(InputError, match="no chat template"):
+        check_template(Tokenizer(source=str(folder)), Conversations())
+
+
+@pytest.mark.parametrize(("keys", "message"), [
+    ({"dedup": {"paragraphs": 100}}, r"dedup\.paragraphs"), ({"clean": {"boilerplate": {}}}, r"clean\.boilerplate"),
+    ({"pack": {"method": "contiguous"}}, r"pack\.method.*would cut conversations"),
+    ({"sources": [{"path": "a", "format": "text"}]}, r"sources\.0\.format.*holds no conversations"),
+    ({"sources": [{"path": "a", "text_key": "t"}]}, r"sources\.0\.text_key.*no effect"),
+    ({"conversations": {"prompt_key": "q"}}, "give both"),
+    ({"conversations": {"prompt_key": "q", "completion_key": "a", "messages_key": "m"}}, "no effect beside prompt_key")])
+def test_what_does_not_go_with_conversations_is_refused_in_the_spec(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        load_spec({"kind": "prepare", "name": "a", "sources": ["a"], "conversations": {}, **keys})
+
+
+def test_a_spec_may_bring_a_template_that_tells_what_the_model_says() -> None:
+    spec: Any = load_spec({"kind": "prepare", "name": "a", "sources": ["a"], "conversations": {},
+                           "tokenizer": {"special_tokens": list(NAMES), "chat_template": GENERATION}}).spec
+    check_template(spec.tokenizer, spec.conversations)
+    assert spec.best_fit
