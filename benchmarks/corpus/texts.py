@@ -37,12 +37,11 @@ def accumulate_zipf(count: int) -> Iterable[float]:
         yield total
 
 
-def standard_library(size: int) -> list[str]:
-    """Sources of the running interpreter, tests among them, in a shuffled order."""
+def standard_library(size: int, packages: bool = False) -> list[str]:
+    """Sources of the running interpreter, tests among them, in a shuffled order; with `packages` those of what is installed beside it."""
     texts: list[str] = []
-    for path in sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py")):
-        if "site-packages" in path.parts:
-            continue
+    paths = [path for path in sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py")) if "site-packages" not in path.parts]
+    for path in paths + (sorted(Path(sysconfig.get_path("purelib")).rglob("*.py")) if packages else []):
         try:
             texts.append(path.read_text(encoding="utf-8"))
         except UnicodeDecodeError:

@@ -38,7 +38,7 @@ def spread(function: Callable[[Item], Result], items: Sequence[Item], workers: i
     context.execution_no_progress_timeout_s = -1           # one task may be long
     workers = min(workers, len(waiting))
     cpus = max(0.01, min(1.0, ray.cluster_resources().get("CPU", 1.0) / workers))
-    with ray.data.DataContext.current(context), _quiet():
+    with ray.data.DataContext.current(context), _quiet(), _from_the_start():
         blocks = [{"index": i, "item": pickle.dumps(items[i])} for i in waiting]
         dataset = ray.data.from_items(blocks, override_num_blocks=len(blocks)).map_batches(
             functools.partial(_run, function, keep), batch_size=None, num_cpus=cpus, compute=ray.data.TaskPoolStrategy(size=workers))
@@ -65,6 +65,21 @@ def _run(function: Callable[[Any], Any], keep: Path | None, batch: dict[str, Any
         except DistlmError as error:                       # as a value, it comes back as it is
             results.append(pickle.dumps(error))
     return {"index": batch["index"], "result": results}
+
+
+@contextlib.contextmanager
+def _from_the_start() -> Iterator[None]:
+    """Let all workers begin at once: Ray Data asks what the cluster holds, begins with one task, and looks for the answer a second later,
+    which is as long as many a stage takes. There is no public setting for it."""
+    from ray.data._internal.execution.resource_manager import ResourceManager
+
+    manager: Any = ResourceManager
+    before = manager.GLOBAL_LIMITS_UPDATE_INTERVAL_S
+    manager.GLOBAL_LIMITS_UPDATE_INTERVAL_S = 0.02
+    try:
+        yield
+    finally:
+        manager.GLOBAL_LIMITS_UPDATE_INTERVAL_S = before
 
 
 @contextlib.contextmanager
