@@ -245,8 +245,9 @@ def _embed(stack: contextlib.ExitStack) -> Connection:
     token_file.write_text(secrets.token_hex(32))
     stack.enter_context(authenticated(str(token_file)))
     port, *metrics = heads.free_ports(3)
-    stack.enter_context(environment({**heads.RAY_SETTINGS, "RAY_ADDRESS": None, "AUTOSCALER_METRIC_PORT": str(metrics[0]),
-                                     "DASHBOARD_METRIC_PORT": str(metrics[1]), "RAY_TMPDIR": str(folder)}))
+    stack.enter_context(environment({
+        **heads.RAY_SETTINGS, "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", heads.HUGE_PAGES), "RAY_ADDRESS": None,
+        "AUTOSCALER_METRIC_PORT": str(metrics[0]), "DASHBOARD_METRIC_PORT": str(metrics[1]), "RAY_TMPDIR": str(folder)}))
     context: Any = ray.init(address="local", num_cpus=heads.default_cpus(), object_store_memory=heads.default_object_store_bytes(),
                        include_dashboard=True, dashboard_host="127.0.0.1", dashboard_port=port, _node_ip_address="127.0.0.1",
                        _temp_dir=str(folder / "ray"), log_to_driver=False, logging_level=logging.WARNING)

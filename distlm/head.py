@@ -35,6 +35,9 @@ LONGEST_RAY_FOLDER = 40
 """Bytes. Ray puts sockets some 64 bytes below its folder, and the path of a socket may have 107."""
 START_TIMEOUT_S = 90
 STOP_GRACE_S = 5
+HUGE_PAGES = "glibc.malloc.hugetlb=1"
+"""For glibc: tokenizing loses a third of its speed within a minute as the heap breaks into pieces, and with huge pages it does not
+(docs/experiments.md)."""
 RAY_SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_idle_worker_killing_time_threshold_ms": "20000"}
 """Of every cluster that starts here. Worker processes wait 20 s for more work, not one: the next stage of a job need not start new ones."""
 PORTS = ("port", "dashboard_port", "dashboard_agent_listen_port", "dashboard_agent_grpc_port", "metrics_export_port",
@@ -286,7 +289,8 @@ def _environment(identity: str, token_file: Path, ray_folder: Path, ports: dict[
 
     RAY_TMPDIR is where Ray's own clean-up of a stopped Train run looks for the cluster's address: beside another Ray it would find two."""
     kept = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_JOB_CONFIG_JSON_ENV_VAR")}
-    return {**kept, **RAY_SETTINGS, MARK: identity, "RAY_TMPDIR": str(ray_folder.parent), "RAY_AUTH_MODE": "token",
+    return {"GLIBC_TUNABLES": HUGE_PAGES, **kept, **RAY_SETTINGS, MARK: identity, "RAY_TMPDIR": str(ray_folder.parent),
+            "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(token_file), "AUTOSCALER_METRIC_PORT": str(ports["autoscaler"]),
             "DASHBOARD_METRIC_PORT": str(ports["dashboard_metrics"]),
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"}

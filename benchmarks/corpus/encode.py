@@ -1,15 +1,17 @@
-"""MB/s of tokenizing in a prepare job, beside a loop of `encode_batch_fast` in one process with one thread, on the same documents.
+"""MB/s of tokenizing in a prepare job, beside loops of `encode_batch_fast` with one thread, on the same documents: one loop, and as many
+at once as the job has workers, which is what the machine can do.
 
     python benchmarks/corpus/encode.py                 # 80 MB of Python sources, two workers
     python benchmarks/corpus/encode.py --quick         # 4 MB: does it work
 
-The job's time is that of its stage from the first task to the last, so that starting workers counts; writing the tokens does too. The
-loop does nothing with what it gets. A share of 1.00 is as many loops as there are workers, with nothing lost between them.
+The job's time is that of its stage from the first task to the last, so that starting workers counts; writing the tokens does too. A
+loop does nothing with what it gets, and at once each loop has all documents.
 """
 
 import argparse
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -44,14 +46,18 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3, help="times that the sides run in turn")
     parser.add_argument("--quick", action="store_true", help="one round on 4 MB")
+    parser.add_argument("--loop", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.loop:
+        print(loop(documents(options.megabytes), options.loop))
+        return
     if options.quick:
         options.megabytes, options.rounds = 4.0, 1
     from distlm import cluster
 
-    jobs, loops = list[float](), list[float]()
+    jobs, loops, together = list[float](), list[float](), list[float]()
     with tempfile.TemporaryDirectory(prefix="distlm-bench-") as folder, cluster.connect(Path(folder, "driver.log")):
-        texts = list(dict.fromkeys(standard_library(int(options.megabytes * 1e6), packages=True)))    # equal ones would be dropped
+        texts = documents(options.megabytes)
         for i, text in enumerate(texts):
             Path(folder, "texts", f"{i // 1000}").mkdir(parents=True, exist_ok=True)
             Path(folder, "texts", f"{i // 1000}", f"{i}.txt").write_text(text, encoding="utf-8")
@@ -60,13 +66,23 @@ def main() -> None:
             made = distlm.run({"kind": "prepare", "name": f"encode-{number}", "sources": [f"{folder}/texts"], "workers": options.workers,
                                "clean": {"unicode": "none", "control_characters": "keep"}}, storage=folder, progress=times)
             jobs.append(made["bytes"] / 1e6 / (times.last - times.first))
-            loops.append(loop(texts, Path(made[""], "tokenizer", "tokenizer.json")))
-            print(f"round {number + 1}: {jobs[-1]:.2f} and {loops[-1]:.2f} MB/s", file=sys.stderr, flush=True)
+            command = [sys.executable, __file__, "--megabytes", str(options.megabytes), "--loop", f"{made['']}/tokenizer/tokenizer.json"]
+            for count, speeds in ((1, loops), (options.workers, together)):
+                processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(count)]
+                speeds.append(sum(float(process.communicate()[0]) for process in processes))
+            print(f"round {number + 1}: {jobs[-1]:.2f}, {loops[-1]:.2f} and {together[-1]:.2f} MB/s", file=sys.stderr, flush=True)
     print(f"{'':28} {'MB/s':>6} {'min':>6} {'max':>6}")
-    for side, speeds in ((f"the job, {options.workers} workers", jobs), ("a loop in one process", loops)):
+    for side, speeds in ((f"the job, {options.workers} workers", jobs), ("a loop in one process", loops),
+                         (f"{options.workers} such loops at once", together)):
         print(f"{side:28} {statistics.median(speeds):6.2f} {min(speeds):6.2f} {max(speeds):6.2f}")
-    shares = [job / (loop * options.workers) for job, loop in zip(jobs, loops, strict=True)]
-    print(f"the job over {options.workers} times the loop: {statistics.median(shares):.2f}")
+    shares = [[job / other for job, other in zip(jobs, others, strict=True)] for others in (loops, together)]
+    print(f"the job over {options.workers} times the loop: {statistics.median(shares[0]) / options.workers:.2f}; "
+          f"over {options.workers} loops at once: {statistics.median(shares[1]):.2f}")
+
+
+def documents(megabytes: float) -> list[str]:
+    """Without equal ones, which the job would drop."""
+    return list(dict.fromkeys(standard_library(int(megabytes * 1e6), packages=True)))
 
 
 def loop(texts: list[str], tokenizer_file: Path) -> float:

@@ -66,7 +66,7 @@ STAGES = ("read", "sort", "sign_partition", "pair_bucket", "confirm", "refine", 
 RANGE_BYTES = 1 << 30
 """Text whose paragraphs one task holds the hashes of."""
 READ_BYTES = 16 << 20
-PARTITION_BYTES = 8 << 20
+PARTITION_BYTES = 4 << 20
 MAX_FILES_PER_TASK = 2000
 
 

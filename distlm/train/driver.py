@@ -15,6 +15,7 @@ from typing import Any
 
 from distlm.corpus.stream import plan_dataset
 from distlm.errors import ClusterError, DistlmError, StorageError, TrainError
+from distlm.head import HUGE_PAGES
 from distlm.progress import Progress
 from distlm.runs import RunFolder
 from distlm.spec.train import TrainSpec
@@ -95,7 +96,8 @@ def _launch(recipe: Recipe, folder: RunFolder, first_step: int, resume_from: Pat
 
     scale, folder_ray = recipe.spec.scale, folder.path / "ray"
     resources = {"CPU": scale.cpus_per_worker, **({"GPU": scale.gpus_per_worker} if scale.gpus_per_worker else {})}
-    on_cpu = {"DS_ACCELERATOR": "cpu", "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", KEEP_MEMORY)}
+    tunables = os.environ.get("GLIBC_TUNABLES", HUGE_PAGES)                    # another value is the user's own
+    on_cpu = {"DS_ACCELERATOR": "cpu", "GLIBC_TUNABLES": KEEP_MEMORY if tunables == HUGE_PAGES else tunables}
     environment = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **({} if scale.gpus_per_worker else on_cpu)}
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     data_context = ray.data.DataContext.get_current()
