@@ -507,15 +507,21 @@ def _compare_documents(one: Manifest, other: Manifest) -> tuple[dict[str, OnlyIn
     if not all((manifest.path / DOCUMENTS).is_file() for manifest in (one, other)):
         return {}, 0
     columns = ["hash", "source", "record", "id", "split", "bytes"]
-    left, right = (_documents_file(manifest).read(columns).combine_chunks() for manifest in (one, other))
+    left, right = (_with_version(_documents_file(manifest).read(columns).combine_chunks()) for manifest in (one, other))
     places = pc.index_in(left["hash"], right["hash"])
     both = pc.is_valid(places)
     moved = pc.sum(pc.not_equal(left["split"].filter(both), right["split"].take(places.filter(both)))).as_py() or 0
     return {"a": _only(left, right, other), "b": _only(right, left, one)}, moved
 
 
+def _with_version(table: pa.Table) -> pa.Table:
+    """With a column for the text as it was kept: of two with one hash, one may have lost lines or paragraphs since."""
+    return table.append_column("version", pc.binary_join_element_wise(
+        pc.cast(table["hash"], pa.binary()), pc.cast(pc.cast(table["bytes"], pa.string()), pa.binary()), b" "))
+
+
 def _only(mine: pa.Table, theirs: pa.Table, other: Manifest) -> OnlyIn:
-    alone = mine.filter(pc.invert(pc.is_in(mine["hash"], theirs["hash"])))
+    alone = mine.filter(pc.invert(pc.is_in(mine["version"], theirs["version"])))
     if not len(alone):
         return OnlyIn()
     same_place = pc.is_in(_places(alone), _places(theirs))

@@ -62,7 +62,8 @@ from distlm.storage import Storage, write_atomic, writing
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 STAGES = ("read", "sort", "sign_partition", "pair_bucket", "confirm", "refine", "hash_lines", "find_lines", "strip", "hash_texts",
-          "find_texts", "drop_equal", "hash_paragraphs", "find_paragraphs", "shorten", "vocabulary", "encode", "pack")
+          "find_texts", "drop_texts", "hash_paragraphs", "find_paragraphs", "shorten", "hash_rests", "find_rests", "drop_rests",
+          "vocabulary", "encode", "pack")
 RANGE_BYTES = 1 << 30
 """Text whose paragraphs one task holds the hashes of."""
 READ_BYTES = 16 << 20
@@ -260,13 +261,7 @@ class _Prepare:
         self.figures["boilerplate"] = {"min_documents": hashed.least, "documents": hashed.documents, "candidates": hashed.pieces,
                                        "lines": sum(one.distinct for one in found)}
         self.partitions = outputs
-        if self.spec.dedup.exact:
-            _, equal = self._hash("texts", None, find_equal)
-            outputs = self._outputs("different")
-            tasks = [RefineTask(i, path, fuzzy.merged([one[i] for one in equal]), self.rule, outputs[i], "dedup_stripped",
-                                "duplicate_without_boilerplate") for i, path in enumerate(self.partitions)]
-            self._refine("drop_equal", refine_partition, tasks)
-            self.partitions = outputs
+        self._drop_equal("texts", "dedup_stripped", "duplicate_without_boilerplate")
 
     def drop_paragraphs(self) -> None:
         """Drop the paragraphs that an earlier document holds."""
@@ -278,6 +273,18 @@ class _Prepare:
         self._refine("shorten", shorten_partition, [ShortenTask(i, path, len(repeated), self.rule, self.scratch / "hash_paragraphs",
                                                                 outputs[i]) for i, path in enumerate(self.partitions)])
         self.figures["paragraphs"] = {"min_chars": least, "paragraphs": hashed.pieces, "repeated": sum(repeated)}
+        self.partitions = outputs
+        self._drop_equal("rests", "dedup_shortened", "duplicate_without_paragraphs")
+
+    def _drop_equal(self, what: str, step: str, reason: str) -> None:
+        """Drop the documents that are equal now that parts of them are gone: they would straddle the splits."""
+        if not self.spec.dedup.exact:
+            return
+        _, equal = self._hash(what, None, find_equal)
+        outputs = self._outputs(what)
+        self._refine(f"drop_{what}", refine_partition, [
+            RefineTask(i, path, fuzzy.merged([one[i] for one in equal]), self.rule, outputs[i], step, reason)
+            for i, path in enumerate(self.partitions)])
         self.partitions = outputs
 
     def _hash(self, what: str, of: int | Boilerplate | None, find: Callable[[RepeatTask], Result],
@@ -452,6 +459,7 @@ class _Prepare:
         of = {"read": {}, "clean": rules["clean"], "sample": {}, "filter": rules["filter"], "decontaminate": rules["decontaminate"] or {},
               "dedup": {"exact": rules["dedup"]["exact"]}, "fuzzy": rules["dedup"]["fuzzy"] or {},
               "boilerplate": rules["clean"]["boilerplate"] or {}, "dedup_stripped": {"exact": True},
+              "dedup_shortened": {"exact": True},
               "paragraphs": {"min_chars": rules["dedup"]["paragraphs"]}, "split": rules["split"],
               "tokenize": rules["tokenizer"] | {"sampled": vocabulary.sampled}}
         write_manifest(self.folder, {
@@ -492,5 +500,5 @@ class _Prepare:
             text = f"the {split['tokens']:,} tokens of the {name} split do not fill a window of {self.spec.context} + 1"
             if name == "train":
                 raise CorpusError(text, where=self.spec.name, remedy="give more text or a smaller context")
-            if split["tokens"]:
+            if split["tokens"] or self.splits[name]["documents"]:
                 self.progress.note(f"{text}: there is nothing to validate on")

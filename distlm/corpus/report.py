@@ -7,7 +7,7 @@ corpus holds is escaped: its text is anyone's.
 """
 
 import json
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,8 +54,6 @@ class Documents:
     """By power of two of the bytes."""
     endings: Counter[str] = field(default_factory=Counter)
     languages: Counter[str] = field(default_factory=Counter)
-    sources: dict[str, list[int]] = field(default_factory=lambda: defaultdict(lambda: [0, 0, 0]))
-    """By source: documents, bytes, tokens."""
 
 
 def write_report(path: Path) -> Path:
@@ -69,7 +67,7 @@ def write_report(path: Path) -> Path:
         manifest=manifest, data=manifest.data, facts=_facts(manifest), funnel=_funnel(manifest.data["steps"]),
         reasons=_reasons(manifest), documents=documents, lengths=_lengths(documents.lengths) if documents else [],
         endings=_top(documents.endings) if documents else [], languages=_top(documents.languages) if documents else [],
-        sources=_sources(documents.sources) if documents else [], decontamination=_decontamination(manifest.data),
+        sources=_sources(manifest.data), decontamination=_decontamination(manifest.data),
         figures=_figures(manifest.data), parameters=json.dumps(manifest.data.get("parameters", {}), indent=2, ensure_ascii=False))
     write_atomic(manifest.path / FILE, page.encode("utf-8", "replace"))
     return manifest.path / FILE
@@ -122,18 +120,13 @@ def _documents(path: Path) -> Documents | None:
         return None
     found = Documents()
     try:
-        for batch in pq.ParquetFile(path).iter_batches(1 << 16, columns=["source", "meta", "bytes", "tokens"]):
+        for batch in pq.ParquetFile(path).iter_batches(1 << 16, columns=["source", "meta", "bytes"]):
             sizes = batch["bytes"].to_numpy()
             bins, counts = np.unique(np.where(sizes > 0, np.log2(np.maximum(sizes, 1)).astype(np.int64), 0), return_counts=True)
             found.lengths.update(dict(zip(bins.tolist(), counts.tolist(), strict=True)))
             found.endings.update(_extracted(batch["source"], ENDING, "no ending"))
             if len(languages := batch["meta"].filter(pc.match_substring_regex(batch["meta"], LANGUAGE))):
                 found.languages.update(_extracted(languages, LANGUAGE, ""))
-            table = pa.table({"source": pc.struct_field(pc.extract_regex(batch["source"], r"^(?P<found>[^/]*)"), "found"),
-                              "bytes": batch["bytes"], "tokens": batch["tokens"]})
-            for row in table.group_by("source").aggregate([("bytes", "count"), ("bytes", "sum"), ("tokens", "sum")]).to_pylist():
-                for i, key in enumerate(("bytes_count", "bytes_sum", "tokens_sum")):
-                    found.sources[row["source"] or ""][i] += row[key]
     except (OSError, pa.ArrowException) as error:
         raise CorpusError(f"cannot be read: {error}", where=str(path), remedy="prepare the corpus again") from None
     return found
@@ -161,8 +154,16 @@ def _top(counts: Counter[str]) -> list[Bar]:
     return _scaled([Bar(bar.name, bar.value, notes=(f"{100 * bar.value / total:.1f} %",)) for bar in bars])
 
 
-def _sources(sources: dict[str, list[int]]) -> list[Bar]:
-    rows = sorted(sources.items(), key=lambda item: (-item[1][2], item[0]))
+def _sources(data: dict[str, Any]) -> list[Bar]:
+    """Tokens by source; sources of one name are numbered."""
+    names, rows = Counter[str](), list[tuple[str, list[int]]]()
+    for source in data.get("sources", []):
+        names[source["name"]] += 1
+        name = source["name"] if names[source["name"]] == 1 else f"{source['name']} ({names[source['name']]})"
+        splits = source.get("splits", {}).values()
+        if any(split["tokens"] for split in splits):
+            rows.append((name, [sum(split[unit] for split in splits) for unit in ("documents", "bytes", "tokens")]))
+    rows.sort(key=lambda item: (-item[1][2], item[0]))
     if rest := rows[MAX_ROWS:]:
         rows = [*rows[:MAX_ROWS], (f"{len(rest):,} others", [sum(values[i] for _, values in rest) for i in range(3)])]
     return _scaled([Bar(name, tokens, notes=(f"{documents:,} documents", _size(size), f"{size / tokens:.2f} bytes per token"))

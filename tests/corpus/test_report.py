@@ -45,10 +45,18 @@ class Page(HTMLParser):
         return " ".join(" ".join(self.words).split())
 
 
+UNITS = ("documents", "bytes", "tokens")
+
+
 def corpus(folder: Path, **more: Any) -> Path:
     docs = [Doc("x" * (1 << i), f"{'web' if i % 3 else 'code'}/{i}.{'py' if i % 2 else 'jsonl.gz'}", i,
                 meta={"language": "de" if i < 4 else "en"} if i < 7 else {}) for i in range(10)]
-    made = make(folder, [*docs, Doc("y", HOSTILE.replace("/", "").encode("utf-8", "ignore").decode())], steps=STEPS, **more)
+    counts = [("code", 4, 585, 589), ("code", 6, 438, 444), ("other", 1, 1, 2)]      # two sources of one name
+    sources = [{"name": name, "format": "auto", "text_key": "text", "files": 4, "bytes": 100, "xxh3": "00",
+                "splits": {"train": {"documents": documents, "bytes": size, "tokens": tokens}, "val": dict.fromkeys(UNITS, 0)}}
+               for name, documents, size, tokens in counts]
+    docs.append(Doc("y", HOSTILE.replace("/", "").encode("utf-8", "ignore").decode()))
+    made = make(folder, docs, steps=STEPS, sources=sources, **more)
     (made / "rejects").mkdir()
     line = {"source": HOSTILE, "record": 3, "bytes": 70, "detail": HOSTILE, "text": HOSTILE, "same_as": {"source": HOSTILE, "record": 1}}
     (made / "rejects" / "malformed.jsonl").write_text((json.dumps(line) + "\n") * 9)
@@ -82,7 +90,7 @@ def test_the_page_says_what_the_manifest_and_the_documents_say(page: Page) -> No
     for text in ("input 60 9.00 kB", "read 50 −10 8.00 kB", "dedup 41 −4 6.50 kB", "malformed 10 700 read", "markup 0 300 read",
                  "clusters 1,234", "largest.size 17", "email 3", "<u>mmlu</u> 14,042 5 800,000 321 77", "512 B – 1 KiB 1", "8 B – 16 B 1",
                  "de 4 57.1 %", "en 3 42.9 %", ".jsonl 5 45.5 %", ".py 5 45.5 %", "kept: ",
-                 "code 589 4 documents 585 B 0.99 bytes per token"):
+                 "code 589 4 documents 585 B 0.99 bytes per token", "code (2) 444 6 documents 438 B 0.99 bytes per token"):
         assert text in page.text, text
     assert page.text.count(", record 3, 70 B") == 6        # of nine samples
     for first, second in (("malformed 10", "<b>short</b> 5"), ("<b>short</b> 5", "duplicate 4"), ("de 4", "en 3")):

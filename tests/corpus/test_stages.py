@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from distlm.corpus.inspect import documents, windows
+from distlm.corpus.inspect import diff, documents, windows
 from distlm.corpus.manifest import read_manifest, verify
 from distlm.corpus.split import content_hash
 from distlm.errors import CorpusError, InputError
@@ -94,7 +94,7 @@ def test_every_step_keeps_its_books_and_tells_its_reasons(run: Run, many: Path) 
     manifest = verify(result[""])
     steps = {step["name"]: step for step in manifest.data["steps"]}
     assert [*steps] == ["read", "clean", "sample", "filter", "decontaminate", "dedup", "fuzzy", "boilerplate", "dedup_stripped",
-                        "paragraphs", "split", "tokenize"]
+                        "paragraphs", "dedup_shortened", "split", "tokenize"]
     lost = {name: {reason: account["documents"] for reason, account in step["rejected"].items()} for name, step in steps.items()}
     weighed = [json.loads(line)["text"] for line in (many.parent / "weighed.jsonl").read_text().splitlines()]
     kept = [text for text in weighed if int.from_bytes(content_hash(text.encode())[8:16], "big") < 0.6 * 2 ** 64]
@@ -250,6 +250,22 @@ def test_a_job_that_is_killed_goes_on_where_it_was_and_makes_the_same_bytes(run:
     again = run(sources(many), "killed", progress=shown, **keys(many))
     assert "read: " in shown.text and "parts are done already" in shown.text
     assert files_of(again[""]) == files_of(whole[""])
+
+
+def test_what_is_equal_without_its_paragraphs_is_kept_once_and_a_shortened_text_has_changed(run: Run, tmp_path: Path) -> None:
+    menu, lines = "Menu, home and about", [f"A paragraph of its own, number {i}, with some words in it." for i in range(6)]
+    texts = tmp_path / "pages"
+    texts.mkdir()
+    for i, line in enumerate(lines):
+        (texts / f"{i}.txt").write_text(f"{line}\n\nAnd a longer one of the same page, with words.")
+        (texts / f"{i}-copy.txt").write_text(f"{menu}\n\n{line}")
+    made = run(texts, dedup={"paragraphs": 30}, split={"val_fraction": 0.3}, context=8)
+    steps = {step["name"]: step for step in verify(made[""]).data["steps"]}
+    assert steps["dedup_shortened"]["rejected"]["duplicate_without_paragraphs"]["documents"] >= 1
+    held = "".join(window.text for split in ("train", "val") for window in windows(made[""], split, 0, 10_000))
+    assert held.count(menu) <= 1 + sum(line in held.split(menu, 1)[-1] for line in lines)
+    whole = run(texts, "whole", split={"val_fraction": 0.3}, context=8)
+    assert ("only in one", "changed") in [(part, key) for part, key, *_ in diff(made[""], whole[""]).rows()]
 
 
 def test_a_worker_that_dies_changes_nothing(run: Run, texts: Path, tmp_path: Path) -> None:
