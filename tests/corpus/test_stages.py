@@ -194,7 +194,7 @@ def test_a_function_that_fails_names_the_document_and_ends_the_job(run: Run, man
     assert not list((tmp_path / "store" / "corpora" / "words").glob(".scratch-*"))
 
 
-@pytest.mark.parametrize("workers", [2, 4])
+@pytest.mark.parametrize("workers", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_the_bytes_are_equal_with_one_worker_and_several_and_on_other_partitions(
         workers: int, run: Run, many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chats = many.parent / "chats.jsonl"

@@ -72,7 +72,7 @@ PATTERNS = ("", "/", "deep", "deep/a.txt", "*", "*.txt", "**", "**/*.txt", "**/e
             "**/__pycache__", "other/sp ace 100%.txt", "ann*/*", "**/**/a.txt", "*e*/*er*")
 
 
-@pytest.mark.parametrize("kind", ["s3", "gs"])
+@pytest.mark.parametrize("kind", ["s3", pytest.param("gs", marks=pytest.mark.slow)])
 def test_a_bucket_gives_the_same_names_as_a_local_folder_for_every_pattern(tmp_path: Path, buckets: Buckets, kind: str) -> None:
     for name in TREE:
         (tmp_path / "texts" / name).parent.mkdir(parents=True, exist_ok=True)
