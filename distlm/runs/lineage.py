@@ -19,7 +19,8 @@ def lineage(spec: dict[str, Any], **inputs: Any) -> dict[str, Any]:
     return {"created": time.time(), "kind": spec.get("kind"), "name": spec.get("name"), "seed": spec.get("seed"), "inputs": inputs,
             "code": _git(Path(__file__).parent), "packages": {name: _version(name) for name in PACKAGES},
             "hardware": {"host": socket.gethostname(), "machine": platform.machine(), "python": platform.python_version(),
-                         "cpus": psutil.cpu_count(), "memory_bytes": psutil.virtual_memory().total}}
+                         "cpus": psutil.cpu_count(), "memory_bytes": psutil.virtual_memory().total,
+                         "gpus": _gpus()}}
 
 
 def _version(name: str) -> str:
@@ -27,6 +28,16 @@ def _version(name: str) -> str:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return ""
+
+
+def _gpus() -> list[str]:
+    """The names of this host's NVIDIA GPUs; the workers may have others."""
+    try:
+        found = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True, timeout=10,
+                               check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [line.strip() for line in found.stdout.splitlines() if line.strip()]
 
 
 def _git(folder: Path) -> dict[str, str]:

@@ -18,6 +18,7 @@ from distlm.errors import ClusterError, DistlmError, StorageError, TrainError
 from distlm.head import HUGE_PAGES
 from distlm.progress import Progress
 from distlm.runs import RunFolder
+from distlm.runs.report import write_report
 from distlm.spec.train import TrainSpec
 from distlm.storage import Storage, read_json
 from distlm.train import checkpoint
@@ -57,6 +58,7 @@ def train(spec: TrainSpec, folder: RunFolder, storage: Storage, progress: Progre
             raise error
         progress.note(f"{error.cause}: {error.message}; resuming from the last checkpoint, try {failures[error.cause]} of {allowed}")
         folder.event("note", error.cause, f"resuming: {error}", attempt=failures[error.cause])
+    write_report(folder)
     return outcome(recipe, folder)
 
 

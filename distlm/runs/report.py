@@ -1,0 +1,87 @@
+"""`report.html`: a run on one page that needs no network and no script, out of the files of its folder alone.
+
+    write_report(folder)                                   # the path of the page
+"""
+
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from distlm.runs.folder import RunFolder
+from distlm.storage import write_atomic
+
+FILE = "report.html"
+WIDTH, HEIGHT, MARGIN = 640, 200, 6
+MAX_POINTS = 400
+CURVES = {"Loss": ("loss", "val_loss"), "Tokens per second": ("tokens_per_s",), "Learning rate": ("lr",), "Gradient norm": ("grad_norm",)}
+"""Title -> the values of metrics.jsonl that it shows, in nats per token the loss."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Lines over the same steps, as SVG paths in a box of WIDTH times HEIGHT."""
+
+    title: str
+    lines: tuple[tuple[str, str, str], ...]
+    """(name, path, last value)"""
+    low: str
+    high: str
+    first_step: int
+    last_step: int
+
+
+def write_report(folder: RunFolder) -> Path:
+    """Write the page into the folder of a run that has metrics. Raises StorageError."""
+    records, events = folder.read_metrics(), folder.events()
+    environment = jinja2.Environment(loader=jinja2.PackageLoader("distlm.runs", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True,
+                                     undefined=jinja2.StrictUndefined)
+    spec = folder.path / "spec.yaml"
+    page = environment.get_template("report.html.j2").render(
+        name=folder.name, facts=facts(records), width=WIDTH, height=HEIGHT,
+        curves=[one for title in CURVES if (one := curve(title, records))],
+        events=[(time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(event["time"])), event["state"], event.get("cause", ""),
+                 event.get("message", "")) for event in events],
+        spec=spec.read_text(encoding="utf-8", errors="replace") if spec.is_file() else "",
+        lineage=json.dumps(folder.lineage(), indent=2, ensure_ascii=False) if (folder.path / "lineage.json").is_file() else "")
+    write_atomic(folder.path / FILE, page.encode("utf-8", "replace"))
+    return folder.path / FILE
+
+
+def facts(records: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """What stands at the top: the last values, and the middle of all speeds."""
+    last: dict[str, Any] = {}
+    for record in records:
+        last.update({key: value for key, value in record.items() if value is not None})
+    speeds = sorted(record["tokens_per_s"] for record in records if "tokens_per_s" in record)
+    shown = [("steps", last.get("step"), ",.0f"), ("tokens", last.get("tokens"), ",.0f"), ("loss", last.get("loss"), ".4f"),
+             ("validation loss", last.get("val_loss"), ".4f"), ("tokens/s", speeds[len(speeds) // 2] if speeds else None, ",.0f")]
+    return [(name, format(value, form)) for name, value, form in shown if value is not None]
+
+
+def curve(title: str, records: list[dict[str, Any]]) -> Curve | None:
+    """The lines of a title; None where no record has a value."""
+    found = {key: [(int(record["step"]), float(record[key])) for record in records
+                   if record.get(key) is not None and math.isfinite(record[key])] for key in CURVES[title]}
+    found = {key: points for key, points in found.items() if points}
+    if not found:
+        return None
+    steps = [step for points in found.values() for step, _ in points]
+    values = [value for points in found.values() for _, value in points]
+    low, high, first, last = min(values), max(values), min(steps), max(steps)
+
+    def place(step: int, value: float) -> str:
+        x = MARGIN + (WIDTH - 2 * MARGIN) * (step - first) / max(last - first, 1)
+        y = HEIGHT - MARGIN - (HEIGHT - 2 * MARGIN) * ((value - low) / (high - low) if high > low else 0.5)
+        return f"{x:.1f},{y:.1f}"
+
+    lines = []
+    for key, points in found.items():
+        stride = max(1, math.ceil(len(points) / MAX_POINTS))
+        kept = points[::stride] + (points[-1:] if (len(points) - 1) % stride else [])
+        lines.append((key.replace("_", " "), "M" + " L".join(place(*point) for point in kept), f"{points[-1][1]:.6g}"))
+    return Curve(title, tuple(lines), f"{low:.4g}", f"{high:.4g}", first, last)

@@ -1,0 +1,40 @@
+"""A run's page says what its files say, and fetches nothing."""
+
+import re
+from pathlib import Path
+
+from distlm.runs import RunFolder
+from distlm.runs.report import MAX_POINTS, curve, write_report
+
+HOSTILE = "<script>alert(1)</script>"
+
+
+def made(path: Path) -> RunFolder:
+    folder = RunFolder.create(path, f"kind: train\nname: {HOSTILE!r}\n", {"seed": 7, "corpus": HOSTILE})
+    with folder.running():
+        folder.metrics({"step": 0, "val_loss": 8.5})
+        for step in range(1, 1001):
+            folder.metrics({"step": step, "loss": 8.0 - step / 250, "lr": 0.001, "grad_norm": 1.5, "tokens": step * 512,
+                            "tokens_per_s": 5000.0 + step, **({"val_loss": 4.25} if step == 1000 else {})})
+        folder.event("note", "worker_died", HOSTILE)
+    return folder
+
+
+def test_the_page_has_the_last_values_the_curves_the_events_and_what_it_was_made_of(tmp_path: Path) -> None:
+    page = write_report(made(tmp_path / "run")).read_text()
+    for text in ("<b>1,000</b><span>steps", "<b>512,000</b><span>tokens", "<b>4.0000</b><span>loss", "<b>4.2500</b><span>validation loss",
+                 "<b>5,501</b><span>tokens/s", "val loss 4.25", "step 0 to 1000", "worker_died", "&#34;seed&#34;: 7"):
+        assert text in page, text
+    assert HOSTILE not in page and page.count("&lt;script&gt;") == 3
+    assert not re.search(r"(src|href)=|<script|@import|url\(", page)
+
+
+def test_a_curve_is_thinned_and_keeps_its_ends(tmp_path: Path) -> None:
+    records = made(tmp_path / "run").read_metrics()
+    found = curve("Loss", records)
+    assert found and [name for name, *_ in found.lines] == ["loss", "val loss"] and (found.low, found.high) == ("4", "8.5")
+    points = found.lines[0][1].removeprefix("M").split(" L")
+    assert len(points) <= MAX_POINTS + 1 and points[-1].startswith("634.0,") and points[0].startswith("6.6,")
+    assert curve("Loss", [{"step": 1, "lr": 0.1}]) is None
+    flat = curve("Learning rate", records)
+    assert flat and {point.split(",")[1] for point in flat.lines[0][1].removeprefix("M").split(" L")} == {"100.0"}
