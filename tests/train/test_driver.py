@@ -164,7 +164,8 @@ def test_a_job_that_is_killed_whole_goes_on_bit_equal_with_resume(cluster: str, 
     assert RunFolder(run).state() == ("succeeded", "completed")
 
 
-@pytest.mark.parametrize("damaged", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow                                          # tests/train/test_checkpoint.py has the same without Ray
+@pytest.mark.parametrize("damaged", [False, True])
 def test_a_run_that_lacks_only_its_export_makes_it_and_a_truncated_shard_costs_the_steps_since_the_one_before(
         cluster: str, corpus: Path, undisturbed: Path, tmp_path: Path, damaged: bool) -> None:
     given = spec(corpus, **LONG)
