@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from distlm.corpus.accounts import SAMPLE_CHARS, Account, Samples, Step, account, add
+from distlm.corpus.bpe import byte_characters, fast_encoder
 from distlm.corpus.conversations import Refused, parted
 from distlm.corpus.manifest import tokenizer_hash
 from distlm.corpus.split import SplitRule
@@ -174,13 +176,6 @@ def _given(source: Path) -> tuple[tokenizers.Tokenizer, str]:
     return tokenizer, end
 
 
-def _byte_characters() -> list[str]:
-    """The character that byte-level BPE writes for each byte (Radford et al. 2019, `bytes_to_unicode`)."""
-    shown = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    hidden = [byte for byte in range(256) if byte not in shown]
-    return [chr(byte) if byte in shown else chr(256 + hidden.index(byte)) for byte in range(256)]
-
-
 def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:
     tokenizer = tokenizers.Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -189,7 +184,7 @@ def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:
 
 
 def _bytes(special: list[str]) -> tokenizers.Tokenizer:
-    names = [*special, *_byte_characters()]
+    names = [*special, *byte_characters()]
     tokenizer = _byte_level(models.BPE(vocab={name: i for i, name in enumerate(names)}, merges=[]))
     tokenizer.add_special_tokens(special)
     return tokenizer
@@ -309,16 +304,26 @@ EncodeEach = Callable[[list[str], list[str]], Iterator[tuple[npt.NDArray[Any], n
 
 
 def _texts_encoder(task: EncodeTask) -> EncodeEach:
-    tokenizer = tokenizers.Tokenizer.from_file(str(task.tokenizer / "tokenizer.json"))
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    tokenizer.encode_special_tokens = True                 # text that spells a special token is text
+    path = task.tokenizer / "tokenizer.json"
+    status = path.stat()
+    tokenizer, fast = _loaded(path, status.st_mtime_ns, status.st_ino)
     no_loss = np.zeros(0, np.bool_)
 
     def encode(texts: list[str], turns: list[str]) -> Iterator[tuple[npt.NDArray[Any], npt.NDArray[np.bool_]] | Refused]:
-        for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False):
-            yield np.array([*encoding.ids, task.eos_id], dtype=task.dtype), no_loss
+        every = map(fast, texts) if fast else (one.ids for one in tokenizer.encode_batch_fast(texts, add_special_tokens=False))
+        for ids in every:
+            yield np.array([*ids, task.eos_id], dtype=task.dtype), no_loss
     return encode
+
+
+@lru_cache(maxsize=1)
+def _loaded(path: Path, modified: int, inode: int) -> tuple[tokenizers.Tokenizer, Callable[[str], list[int]] | None]:
+    """A process does many partitions with the same tokenizer."""
+    tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True                 # text that spells a special token is text
+    return tokenizer, fast_encoder(tokenizer)
 
 
 def _turns_encoder(task: EncodeTask, conversations: Conversations) -> EncodeEach:
