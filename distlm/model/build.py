@@ -167,8 +167,13 @@ def restore_buffers(model: "torch.nn.Module", saved: dict[str, "torch.Tensor"]) 
 
 
 def parameter_sizes(config: "PreTrainedConfig") -> dict[str, int]:
-    """The elements of each parameter of a model of this configuration, by name, tied ones once. Nothing is allocated. Raises SpecError
-    where there is no such model."""
+    """The elements of each parameter of a model of this configuration, by name, tied ones once. Raises SpecError where there is no such
+    model."""
+    return {name: parameter.numel() for name, parameter in skeleton(config).named_parameters()}
+
+
+def skeleton(config: "PreTrainedConfig") -> "PreTrainedModel":
+    """A model of this configuration without its weights: nothing is allocated. Raises SpecError where there is no such model."""
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
@@ -177,11 +182,27 @@ def parameter_sizes(config: "PreTrainedConfig") -> dict[str, int]:
         raise SpecError(f"{config.model_type} is no causal language model", where="model", remedy=CAUSAL_REMEDY)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config))
             model.tie_weights()
     except (ValueError, TypeError, KeyError, AttributeError, AssertionError, RuntimeError, ImportError) as error:
         raise SpecError(f"no causal language model can be built from it: {last_line(error)}", where="model") from None
-    return {name: parameter.numel() for name, parameter in model.named_parameters()}
+    return model
+
+
+def recompute(model: "PreTrainedModel", every: int) -> None:
+    """Let every n-th layer be computed again in the backward pass. Raises SpecError where layers of the family cannot be, or are fewer."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not model.supports_gradient_checkpointing or not layers:
+        raise SpecError(f"the {model.config.model_type} family of transformers cannot compute its layers again",
+                        where="activation_checkpointing", remedy="set it to 0")
+    if every > len(layers):
+        raise SpecError(f"{every} is more than the model's {len(layers)} layers", where="activation_checkpointing",
+                        remedy=f"set it to 1 to {len(layers)}, or to 0")
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for i, layer in enumerate(layers):
+        layer.gradient_checkpointing = i % every == 0
 
 
 def num_parameters(config: "PreTrainedConfig") -> int:

@@ -17,7 +17,7 @@ from torch import distributed
 
 from distlm.errors import TrainError
 from distlm.model.attention import use_cpu_attention
-from distlm.model.build import buffers, build_model, model_config, restore_buffers
+from distlm.model.build import buffers, build_model, model_config, recompute, restore_buffers
 from distlm.model.documents import check_documents_apart
 from distlm.model.export import export_model
 from distlm.model.loss import CausalLoss
@@ -47,6 +47,8 @@ def fit(recipe: Recipe, folder: RunFolder, steps: Iterator[NDArray[np.int64]], *
         use_cpu_attention(model)
     if recipe.mask_documents:
         check_documents_apart(model)
+    if spec.activation_checkpointing:
+        recompute(model, spec.activation_checkpointing)
     kept = buffers(model)
     engine = make_engine(spec, CausalLoss(model, penalties.label_smoothing, penalties.z_loss),
                          deepspeed_config(spec, recipe.micro_sequences, recipe.accumulation))

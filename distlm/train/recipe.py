@@ -14,7 +14,7 @@ from distlm.corpus.mix import Mix
 from distlm.corpus.stream import Plan, Windows, silent
 from distlm.corpus.tokenizer import token_bytes
 from distlm.errors import InputError, SpecError
-from distlm.model.build import Shape, model_config, parameter_sizes
+from distlm.model.build import Shape, model_config, parameter_sizes, recompute, skeleton
 from distlm.model.find import find_model
 from distlm.spec.base import Rule
 from distlm.spec.train import Mixture, TrainSpec, check_batch, check_groups, check_steps
@@ -124,7 +124,10 @@ def make_recipe(spec: TrainSpec, storage: Storage) -> Recipe:
     if spec.sharding.deepspeed:
         check_raw(spec)
     shape = Shape(manifest.vocab_size, context, manifest.eos_id)
-    sizes = parameter_sizes(model_config(spec.model, shape, spec.regularization.dropout))
+    config = model_config(spec.model, shape, spec.regularization.dropout)
+    sizes = parameter_sizes(config)
+    if spec.activation_checkpointing:
+        recompute(skeleton(config), spec.activation_checkpointing)
     try:
         micro = check_batch(sequences, spec.batch.micro_sequences, spec.scale.workers)
         steps = _num_steps(spec, sequences, sum(one.splits["train"].windows for one in manifests), context)

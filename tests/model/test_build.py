@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from distlm.errors import InputError, SpecError
-from distlm.model.build import DROPOUTS, Shape, buffers, build_model, model_config, num_parameters, restore_buffers
+from distlm.model.build import DROPOUTS, Shape, buffers, build_model, model_config, num_parameters, recompute, restore_buffers
 from distlm.model.export import export_model
 from distlm.spec.presets import PRESETS
 from distlm.spec.train import ModelSpec
+from distlm.storage import Storage
 from distlm.train.recipe import make_recipe
 from tests.train.ranks import make_corpus, spec
 
@@ -132,3 +133,25 @@ def test_dropout_is_set_wherever_the_family_has_it() -> None:
         model_config(ModelSpec(config={"model_type": "mamba"}), SHAPE, 0.1)
     with pytest.raises(SpecError, match=r"regularization.dropout: stands beside model.config.attention_dropout"):
         model_config(ModelSpec(config={"model_type": "llama", "attention_dropout": 0.2}), SHAPE, 0.1)
+
+
+@pytest.mark.parametrize("family", [{"model_type": "llama", "intermediate_size": 32}, {"model_type": "gpt2"}])
+@pytest.mark.parametrize("every", [0, 1, 2, 3])
+def test_every_nth_layer_is_computed_again_in_the_backward_pass(family: dict[str, object], every: int) -> None:
+    given = ModelSpec(config={**family, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2})
+    model = build_model(given, model_config(given, Shape(64, 16, 0)), 0)
+    if every:
+        recompute(model, every)
+    begun = list[str]()
+    for name, module in model.named_modules():
+        if name.endswith(".mlp"):
+            module.register_forward_pre_hook(lambda *_, name=name: begun.append(name.split(".")[-2]))
+    model.train()
+    model(input_ids=torch.arange(16)[None], use_cache=False).logits.sum().backward()
+    assert [begun.count(str(i)) for i in range(3)] == [2 if every and i % every == 0 else 1 for i in range(3)]
+
+
+def test_layers_that_cannot_be_computed_again_are_an_error(tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path / "c")
+    with pytest.raises(SpecError, match=r"activation_checkpointing: 3 is more than the model's 2 layers; set it to 1 to 2"):
+        make_recipe(spec(corpus, activation_checkpointing=3), Storage(tmp_path))

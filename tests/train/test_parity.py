@@ -10,8 +10,11 @@ import torch
 from distlm.corpus.stream import Windows
 from tests.train.ranks import losses, make_corpus, metrics, run_ranks, spec, windows_seen
 
+SHARDED = {"zero": 3, "deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}}}
+"""So that small parameters are sharded too, which DeepSpeed else keeps whole."""
 CASES = {"zero0": {"sharding": {"zero": 0}}, "zero1": {"sharding": {"zero": 1}}, "zero2": {"sharding": {"zero": 2}},
-         "zero3": {"sharding": {"zero": 3}}, "bf16-zero0": {"sharding": {"zero": 0}, "precision": "bf16"},
+         "zero3": {"sharding": SHARDED}, "recomputed": {"sharding": SHARDED, "activation_checkpointing": 2},
+         "bf16-zero0": {"sharding": {"zero": 0}, "precision": "bf16"},
          "bf16-zero2": {"sharding": {"zero": 2}, "precision": "bf16"}}
 TWO = {"workers": 2}
 
@@ -46,6 +49,10 @@ def test_two_workers_under_any_stage_give_one_workers_losses(undisturbed: Path, 
 def test_bf16_agrees_within_its_rounding(undisturbed: Path, one_worker: Path, zero: int) -> None:
     np.testing.assert_allclose(losses(undisturbed / f"bf16-zero{zero}"), losses(one_worker / "bf16"), rtol=5e-3)
     assert losses(one_worker / "bf16") != losses(one_worker / "fp32")
+
+
+def test_activations_that_are_computed_again_change_nothing(undisturbed: Path) -> None:
+    assert losses(undisturbed / "recomputed") == losses(undisturbed / "zero3")
 
 
 def test_accumulation_does_not_change_a_step(one_worker: Path) -> None:
