@@ -29,12 +29,14 @@ from distlm.corpus.decontaminate import Evaluations, Found
 from distlm.corpus.dedup import SortTask, read_column, read_row, sort_partition
 from distlm.corpus.documents import ReadResult, ReadTask, Rules, check, check_keys, read_documents
 from distlm.corpus.files import TextFile, grouped
+from distlm.corpus.fuzzy import Dropped
 from distlm.corpus.identity import attempt_hash, describe, is_complete, parameters
 from distlm.corpus.listing import count_sources, write_documents
 from distlm.corpus.manifest import Shard, file_xxh3, outputs, read_manifest, write_manifest
 from distlm.corpus.pack import PackTask, num_windows, write_shard
 from distlm.corpus.paragraphs import Numbers
 from distlm.corpus.refine import (
+    REPEATED,
     HashTask,
     RefineResult,
     RefineTask,
@@ -56,14 +58,16 @@ from distlm.errors import CorpusError, InputError
 from distlm.progress import Progress
 from distlm.runs import RunFolder
 from distlm.spec import PrepareSpec
-from distlm.spec.prepare import Boilerplate, Filter
+from distlm.spec.prepare import Boilerplate, Filter, Fuzzy
 from distlm.storage import Storage, write_atomic, writing
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-STAGES = ("read", "sort", "sign_partition", "pair_bucket", "confirm", "refine", "hash_lines", "find_lines", "strip", "hash_texts",
-          "find_texts", "drop_texts", "hash_paragraphs", "find_paragraphs", "shorten", "hash_rests", "find_rests", "drop_rests",
-          "vocabulary", "encode", "pack")
+FUZZY = ("fuzzy", "fuzzy_stripped", "fuzzy_shortened")
+"""The looks for near-duplicates: at whole documents, and again at what is left of them."""
+STAGES = ("read", "sort", "hash_lines", "find_lines", "strip", "hash_texts", "find_texts", "drop_texts", "hash_paragraphs",
+          "find_paragraphs", "shorten", "hash_rests", "find_rests", "drop_rests", "vocabulary", "encode", "pack",
+          *(f"{step}/{stage}" for step in FUZZY for stage in ("sign_partition", "pair_bucket", "confirm", "refine_partition")))
 RANGE_BYTES = 1 << 30
 """Text whose paragraphs one task holds the hashes of."""
 READ_BYTES = 16 << 20
@@ -235,17 +239,10 @@ class _Prepare:
         least = fuzzy.min_similarity(rules)
         self.progress.note(f"near-duplicates from a similarity of {least:.3f} on: at 0.7, 0.8, 0.9 they are found with a probability of "
                            + ", ".join(f"{fuzzy.probability(s, rules.bands, rules.rows):.3f}" for s in (0.7, 0.8, 0.9)))
-        found = fuzzy.near_duplicates(self.partitions, rules, self.scratch, lambda function, tasks: self.each(
-            function.__name__, function, tasks), self._preferred())
-        outputs = self._outputs("unique")
-        tasks = [RefineTask(i, path, found.dropped[i], self.rule, outputs[i]) for i, path in enumerate(self.partitions)]
-        self._refine("refine", refine_partition, tasks)
-        self.figures["fuzzy"] = {"min_similarity": round(least, 6), "documents": found.documents, "candidates": found.candidates,
-                                 "pairs": found.pairs, "clusters": found.clusters, "largest": found.largest}
-        self.partitions = outputs
+        self._drop_near("fuzzy", "near_duplicate", rules)
 
     def drop_boilerplate(self) -> None:
-        """Drop the lines that many documents hold, then the documents that are equal without them."""
+        """Drop the lines that many documents hold, then the documents that are alike without them."""
         rules = self.spec.clean.boilerplate
         if rules is None:
             return
@@ -261,10 +258,10 @@ class _Prepare:
         self.figures["boilerplate"] = {"min_documents": hashed.least, "documents": hashed.documents, "candidates": hashed.pieces,
                                        "lines": sum(one.distinct for one in found)}
         self.partitions = outputs
-        self._drop_equal("texts", "dedup_stripped", "duplicate_without_boilerplate")
+        self._drop_alike("texts", "stripped", "without_boilerplate", boilerplate.LINES in self.steps[-1].rejected)
 
     def drop_paragraphs(self) -> None:
-        """Drop the paragraphs that an earlier document holds."""
+        """Drop the paragraphs that an earlier document holds, then the documents that are alike without them."""
         if self.spec.dedup.paragraphs is None:
             return
         least = self.spec.dedup.paragraphs
@@ -274,17 +271,33 @@ class _Prepare:
                                                                 outputs[i]) for i, path in enumerate(self.partitions)])
         self.figures["paragraphs"] = {"min_chars": least, "paragraphs": hashed.pieces, "repeated": sum(repeated)}
         self.partitions = outputs
-        self._drop_equal("rests", "dedup_shortened", "duplicate_without_paragraphs")
+        self._drop_alike("rests", "shortened", "without_paragraphs", REPEATED in self.steps[-1].rejected)
 
-    def _drop_equal(self, what: str, step: str, reason: str) -> None:
-        """Drop the documents that are equal now that parts of them are gone: they would straddle the splits."""
-        if not self.spec.dedup.exact:
-            return
-        _, equal = self._hash(what, None, find_equal)
-        outputs = self._outputs(what)
-        self._refine(f"drop_{what}", refine_partition, [
-            RefineTask(i, path, fuzzy.merged([one[i] for one in equal]), self.rule, outputs[i], step, reason)
-            for i, path in enumerate(self.partitions)])
+    def _drop_alike(self, what: str, step: str, without: str, changed: bool) -> None:
+        """Drop the documents that are equal, or nearly so, now that parts of them are gone: they would straddle the splits."""
+        if self.spec.dedup.exact:
+            _, equal = self._hash(what, None, find_equal)
+            self._drop(f"drop_{what}", [fuzzy.merged([one[i] for one in equal]) for i in range(len(self.partitions))], f"dedup_{step}",
+                       f"duplicate_{without}")
+        if self.spec.dedup.fuzzy and changed:
+            self._drop_near(f"fuzzy_{step}", f"near_duplicate_{without}", self.spec.dedup.fuzzy)
+
+    def _drop_near(self, step: str, reason: str, rules: Fuzzy) -> None:
+        """Drop what is nearly equal to an earlier document, as the documents are now."""
+        scratch = self.scratch / step
+        found = fuzzy.near_duplicates(self.partitions, rules, scratch, lambda function, tasks: self.each(
+            f"{step}/{function.__name__}", function, tasks), self._preferred())
+        self._drop(f"{step}/refine_partition", found.dropped, step, reason)
+        self.figures[step] = {"min_similarity": round(fuzzy.min_similarity(rules), 6), "documents": found.documents,
+                              "candidates": found.candidates, "pairs": found.pairs, "clusters": found.clusters, "largest": found.largest}
+        for path in scratch.glob("fuzzy-*"):               # more than the text itself, and no stage reads them again
+            path.unlink(missing_ok=True)
+
+    def _drop(self, stage: str, dropped: Sequence[Dropped], step: str, reason: str) -> None:
+        """Drop these documents of each partition."""
+        outputs = self._outputs(step)
+        self._refine(stage, refine_partition, [RefineTask(i, path, dropped[i], self.rule, outputs[i], step, reason)
+                                               for i, path in enumerate(self.partitions)])
         self.partitions = outputs
 
     def _hash(self, what: str, of: int | Boilerplate | None, find: Callable[[RepeatTask], Result],
@@ -457,9 +470,9 @@ class _Prepare:
             for name in ("tokenizer", *self.rule.names):
                 (self.scratch / name).rename(self.folder / name)
         of = {"read": {}, "clean": rules["clean"], "sample": {}, "filter": rules["filter"], "decontaminate": rules["decontaminate"] or {},
-              "dedup": {"exact": rules["dedup"]["exact"]}, "fuzzy": rules["dedup"]["fuzzy"] or {},
-              "boilerplate": rules["clean"]["boilerplate"] or {}, "dedup_stripped": {"exact": True},
-              "dedup_shortened": {"exact": True},
+              "dedup": {"exact": rules["dedup"]["exact"]}, **dict.fromkeys(FUZZY, rules["dedup"]["fuzzy"] or {}),
+              "boilerplate": rules["clean"]["boilerplate"] or {},
+              "dedup_stripped": {"exact": True}, "dedup_shortened": {"exact": True},
               "paragraphs": {"min_chars": rules["dedup"]["paragraphs"]}, "split": rules["split"],
               "tokenize": rules["tokenizer"] | {"sampled": vocabulary.sampled}}
         write_manifest(self.folder, {

@@ -1,9 +1,9 @@
-"""What is known over the whole corpus, applied to one partition: near-duplicates go, then boilerplate and what is equal without it, then
-paragraphs that an earlier document holds.
+"""What is known over the whole corpus, applied to one partition: near-duplicates go, then boilerplate and what is alike without it, then
+paragraphs that an earlier document holds and what is alike without them.
 
 Lines and paragraphs are looked for in what is left of the documents, in three rounds: every partition's, by ranges of their hashes; each
 range's repeats; every partition without them. Near-duplicates go first, so that no paragraph is kept by a document that goes, and no line
-is boilerplate because a document has copies.
+is boilerplate because a document has copies; what only lines or paragraphs had made different goes after these.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -37,6 +37,9 @@ from distlm.corpus.split import SplitRule
 from distlm.spec.prepare import Boilerplate
 from distlm.storage import replacing
 
+REPEATED = "repeated_paragraphs"
+"""Of bytes that leave documents that stay."""
+
 
 @dataclass(frozen=True)
 class RefineTask:
@@ -48,8 +51,8 @@ class RefineTask:
     """Its near-duplicates, or what is equal to an earlier document."""
     rule: SplitRule
     output: Path
-    step: str = "fuzzy"
-    reason: str = "near_duplicate"
+    step: str
+    reason: str
 
 
 @dataclass
@@ -172,7 +175,7 @@ class ShortenTask:
 
 def shorten_partition(task: ShortenTask) -> RefineResult:
     """Write the documents without the paragraphs that an earlier one holds. Raises StorageError."""
-    return _shortened(task, "paragraphs", shorten, "repeated_paragraphs")
+    return _shortened(task, "paragraphs", shorten, REPEATED)
 
 
 def strip_partition(task: ShortenTask) -> RefineResult:

@@ -29,9 +29,10 @@ MAX_SAMPLES = 6
 SAMPLE_CHARS = 400
 KNOWN = {"documents", "format", "name", "context", "dtype", "seed", "parameters", "sources", "steps", "tokenizer", "split", "splits",
          "code", "decontamination"}
-TITLES = {"fuzzy": "Near-duplicates", "redactions": "Redacted", "annotated": "Annotated: these documents were kept",
-          "boilerplate": "Boilerplate lines", "paragraphs": "Repeated paragraphs", "pack": "Packing",
-          "conversations": "Loss of conversations"}
+TITLES = {"fuzzy": "Near-duplicates", "fuzzy_stripped": "Near-duplicates without their boilerplate",
+          "fuzzy_shortened": "Near-duplicates without repeated paragraphs", "redactions": "Redacted",
+          "annotated": "Annotated: these documents were kept", "boilerplate": "Boilerplate lines", "paragraphs": "Repeated paragraphs",
+          "pack": "Packing", "conversations": "Loss of conversations"}
 LANGUAGE = r'"lang(?:uage)?": ?"(?P<found>[^"]+)"'
 ENDING = r"(?P<found>\.[A-Za-z0-9_]{1,12})(?:\.(?:gz|zst|bz2|xz))?$"
 
