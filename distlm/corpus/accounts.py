@@ -1,5 +1,6 @@
 """Counting documents and bytes through the steps, and keeping samples of what is rejected."""
 
+import json
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -73,7 +74,7 @@ class Samples:
             self.kept[reason] = sorted(found, key=lambda sample: [sample[name] for name in order])[:MAX_SAMPLES]
 
 
-def write_rejects(folder: Path, samples: Samples, to_line: Any) -> None:
+def write_rejects(folder: Path, samples: Samples) -> None:
     """One file per reason, one JSON line per sample. Raises StorageError."""
     for reason, kept in samples.kept.items():
-        write_atomic(folder / f"{reason}.jsonl", "".join(to_line(sample) + "\n" for sample in kept))
+        write_atomic(folder / f"{reason}.jsonl", "".join(json.dumps(sample) + "\n" for sample in kept))

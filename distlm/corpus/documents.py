@@ -20,7 +20,7 @@ from distlm.corpus.decontaminate import Evaluations, Found
 from distlm.corpus.files import TextFile, find_files
 from distlm.corpus.filters import Filters
 from distlm.corpus.read import Reader, Record
-from distlm.corpus.split import HASH_BYTES, content_hash, is_sampled, order_key, partition
+from distlm.corpus.split import HASH_BYTES, document_hash, is_sampled, order_key, partition
 from distlm.corpus.tokenizer import check_given, check_template
 from distlm.errors import CorpusError, InputError
 from distlm.spec.load import nearest
@@ -166,10 +166,6 @@ class _Document:
     reasons: list[str]
 
 
-def _hash(one: _Document) -> bytes:
-    return content_hash((f"{one.turns}\0{one.text}" if one.turns else one.text).encode())
-
-
 class _Read:
     """The documents of one task on their way, in the order of the steps."""
 
@@ -220,7 +216,7 @@ class _Read:
         add(step.given, 1, cleaned.bytes)
         step = self.result.sample
         add(step.taken, 1, cleaned.bytes)
-        if rules.weight < 1 and not is_sampled(_hash(document), rules.weight):
+        if rules.weight < 1 and not is_sampled(document_hash(document.text, turns), rules.weight):
             self._reject(step, "sampled_out", record, file, number, 1, cleaned.bytes, sample)
             return
         add(step.given, 1, cleaned.bytes)
@@ -255,7 +251,7 @@ class _Read:
     def _reject(self, step: Step, reason: str, record: Record, file: TextFile, number: int, documents: int, size: int,
                 sample: dict[str, Any]) -> None:
         step.reject(reason, documents, size)
-        self.result.samples.add(reason, {"number": number, "source": file.name, "record": record.number, "bytes": size, **sample})
+        self.result.samples.add(reason, {"number": number, "record": record.number, "bytes": size, **sample})
 
 
 class _Store:
@@ -266,7 +262,7 @@ class _Store:
         self.rows: list[list[tuple[Any, ...]]] = [[] for _ in range(task.partitions)]
 
     def add(self, one: _Document) -> None:
-        content = _hash(one)
+        content = document_hash(one.text, one.turns)
         key = order_key(content, self.task.seed)
         meta = json.dumps(one.record.meta, sort_keys=True, ensure_ascii=False) if one.record.meta else ""
         self.rows[partition(key, self.task.partitions)].append(

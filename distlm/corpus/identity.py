@@ -33,7 +33,7 @@ def is_complete(spec: PrepareSpec, folder: Path, files: list[TextFile]) -> bool:
     except OSError:
         return False
     described = [{key: value for key, value in source.items() if key != "splits"} for source in data["sources"]]
-    return described == describe(spec, files, facts)
+    return described == [source for _, source in describe(spec, files, facts)]
 
 
 def parameters(spec: PrepareSpec) -> dict[str, Any]:
@@ -58,10 +58,9 @@ def attempt_hash(spec: PrepareSpec, files: list[TextFile]) -> str:
     return xxhash.xxh3_64_hexdigest(json.dumps([__version__, parameters(spec), sources, found]).encode())
 
 
-def describe(spec: PrepareSpec, files: list[TextFile], facts: dict[int, tuple[int, str]],
-             splits: dict[int, dict[str, dict[str, int]]] | None = None) -> list[dict[str, Any]]:
-    """The manifest's `sources`: each with the number, bytes and joint hash of its files, and with what of it is in each split where that is
-    known, in an order that is not that of the spec."""
+def describe(spec: PrepareSpec, files: list[TextFile], facts: dict[int, tuple[int, str]]) -> list[tuple[int, dict[str, Any]]]:
+    """The manifest's `sources`, in an order that does not depend on that of the spec: of each its place in the spec, and what it is, with
+    the number, bytes and joint hash of its files."""
     sources = []
     for i, source in enumerate(spec.sources):
         digest, count, size, name = xxhash.xxh3_128(), 0, 0, ""
@@ -69,10 +68,10 @@ def describe(spec: PrepareSpec, files: list[TextFile], facts: dict[int, tuple[in
             if file.source == i:
                 digest.update(json.dumps([file.name, *facts[n], *([file.license] if file.code else [])]).encode())
                 count, size, name = count + 1, size + facts[n][0], file.name.split("/")[0]
-        sources.append({"name": name, "format": source.format, "text_key": source.text_key, "id_key": source.id_key,
-                        "keep": list(source.keep), "files": count, "bytes": size,
-                        "xxh3": digest.hexdigest(), **_own(source), **({"splits": splits[i]} if splits else {})})
-    return sorted(sources, key=lambda source: [json.dumps({**source, "splits": {}}), json.dumps(source)])
+        first = next(n for n, file in enumerate(files) if file.source == i)      # tells apart what is equal
+        sources.append((first, i, {"name": name, "format": source.format, "text_key": source.text_key, "id_key": source.id_key,
+                                   "keep": list(source.keep), "files": count, "bytes": size, "xxh3": digest.hexdigest(), **_own(source)}))
+    return [(i, source) for _, i, source in sorted(sources, key=lambda one: (json.dumps(one[2]), one[0]))]
 
 
 def _contents(filters: dict[str, Any]) -> dict[str, str]:

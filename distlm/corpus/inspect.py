@@ -43,7 +43,7 @@ class Document:
 
     id: str
     hash: str
-    """BLAKE2b-128 of the text, in hexadecimal."""
+    """BLAKE2b-128 of the text as it was cleaned, in hexadecimal: without boilerplate and repeated paragraphs it may be shorter."""
     source: str
     record: int
     split: str
@@ -91,13 +91,13 @@ class OnlyIn:
     documents: int = 0
     bytes: int = 0
     changed: int = 0
-    """The other has a document of the same file and record, with another text."""
+    """The other has a document of the same file of the same source, and of the same record, with another text."""
     no_file: int = 0
     """The other has not read this file."""
     not_kept: int = 0
     """The other has read the file, but rejected this document or kept a duplicate of it."""
     first: list[dict[str, Any]] = field(default_factory=list)
-    """The first ten: hash, source, record, id, bytes."""
+    """The first ten: hash, origin, source, record, id, bytes."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def summary(path: Path | str) -> list[tuple[str, str]]:
         rows.append(("loss", f"{told['loss']}: {told['loss_share']:.2%} of the tokens give loss"))
     if manifest.best_fit:
         rows.append(("packing", f"best-fit, {data['pack']['padding_share']:.2%} of the windows are padding"))
-    rows += [(f"source {source['name']}", _source(source)) for source in data["sources"]]
+    rows += [(f"source {name}", _source(source)) for name, source in zip(manifest.source_names, data["sources"], strict=True)]
     return rows
 
 
@@ -457,11 +457,8 @@ def _values(manifest: Manifest) -> dict[tuple[str, str], Any]:
             plain = part in ("context", "dtype", "seed")
             for key, leaf in _leaves(value, part if plain else ""):
                 values["parameters" if plain else part, key] = leaf
-    counts: dict[str, int] = {}
-    for source in data["sources"]:
-        name = source["name"]
-        counts[name] = counts.get(name, 0) + 1
-        values["sources", name if counts[name] == 1 else f"{name} ({counts[name]})"] = _source(source)
+    for name, source in zip(manifest.source_names, data["sources"], strict=True):
+        values["sources", name] = _source(source)
     for step in data["steps"]:
         for side in ("in", "out"):
             values["steps", f"{step['name']}.{side}"] = _account(step[side])
@@ -506,35 +503,51 @@ def _compare_documents(one: Manifest, other: Manifest) -> tuple[dict[str, OnlyIn
     """What each has alone, and how many documents of both have another split."""
     if not all((manifest.path / DOCUMENTS).is_file() for manifest in (one, other)):
         return {}, 0
-    columns = ["hash", "source", "record", "id", "split", "bytes"]
-    left, right = (_with_version(_documents_file(manifest).read(columns).combine_chunks()) for manifest in (one, other))
-    places = pc.index_in(left["hash"], right["hash"])
+    left, right = (_listed(manifest) for manifest in (one, other))
+    places = pc.index_in(left["text_hash"], right["text_hash"])
     both = pc.is_valid(places)
     moved = pc.sum(pc.not_equal(left["split"].filter(both), right["split"].take(places.filter(both)))).as_py() or 0
-    return {"a": _only(left, right, other), "b": _only(right, left, one)}, moved
+    return {"a": _only(left, right, one, other), "b": _only(right, left, other, one)}, moved
 
 
-def _with_version(table: pa.Table) -> pa.Table:
-    """With a column for the text as it was kept: of two with one hash, one may have lost lines or paragraphs since."""
-    return table.append_column("version", pc.binary_join_element_wise(
-        pc.cast(table["hash"], pa.binary()), pc.cast(pc.cast(table["bytes"], pa.string()), pa.binary()), b" "))
+def _listed(manifest: Manifest) -> pa.Table:
+    columns, file = ["hash", "text_hash", "origin", "source", "record", "id", "split", "bytes"], _documents_file(manifest)
+    if missing := [name for name in columns if name not in file.schema_arrow.names]:
+        raise InputError(f"{DOCUMENTS} has no {' and no '.join(missing)}", where=str(manifest.path),
+                         remedy="an earlier distlm has made the corpus: remove it and prepare it again")
+    return file.read(columns).combine_chunks()
 
 
-def _only(mine: pa.Table, theirs: pa.Table, other: Manifest) -> OnlyIn:
-    alone = mine.filter(pc.invert(pc.is_in(mine["version"], theirs["version"])))
+def _only(mine: pa.Table, theirs: pa.Table, own: Manifest, other: Manifest) -> OnlyIn:
+    alone = mine.filter(pc.invert(pc.is_in(mine["text_hash"], theirs["text_hash"])))
     if not len(alone):
         return OnlyIn()
-    same_place = pc.is_in(_places(alone), _places(theirs))
+    paired = _paired(own.data["sources"], other.data["sources"])
+    alone = alone.append_column("theirs", pa.array(paired, pa.int32()).take(alone["origin"]))
+    same_place = pc.is_in(_joined(alone, "theirs", "source", "record"), _joined(theirs, "origin", "source", "record"))
     listed = other.path / "sources.jsonl"
-    files = [json.loads(line)["file"] for line in listed.read_text().splitlines()] if listed.is_file() else \
-        pc.unique(theirs["source"]).to_pylist()
-    no_file = pc.invert(pc.is_in(alone["source"], pa.array(files, pa.string())))
+    files = pa.Table.from_pylist([json.loads(line) for line in listed.read_text().splitlines()]) if listed.is_file() else \
+        theirs.rename_columns({"source": "file"})
+    no_file = pc.invert(pc.is_in(_joined(alone, "theirs", "source"), _joined(files, "origin", "file")))
     changed, missing = (pc.sum(mask).as_py() or 0 for mask in (same_place, no_file))
-    first = alone.select(["hash", "source", "record", "id", "bytes"]).slice(0, MAX_FIRST).to_pylist()
+    first = alone.select(["hash", "origin", "source", "record", "id", "bytes"]).slice(0, MAX_FIRST).to_pylist()
     return OnlyIn(len(alone), pc.sum(alone["bytes"]).as_py(), changed, missing, len(alone) - changed - missing,
                   [{**row, "hash": row["hash"].hex()} for row in first])
 
 
-def _places(table: pa.Table) -> pa.ChunkedArray:
-    """File and record as one text."""
-    return pc.binary_join_element_wise(table["source"], pc.cast(table["record"], pa.string()), "\0")
+def _paired(mine: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> list[int]:
+    """Of each source, the place of the same one in the other corpus, -1 where there is none: of one name, first those of equal files, then
+    in their order."""
+    found, free = [-1] * len(mine), [*range(len(theirs))]
+    for keys in (("name", "xxh3"), ("name",)):
+        for place in (place for place, other in enumerate(found) if other < 0):
+            alike = [i for i in free if all(theirs[i][key] == mine[place][key] for key in keys)]
+            if alike:
+                found[place] = alike[0]
+                free.remove(alike[0])
+    return found
+
+
+def _joined(table: pa.Table, *columns: str) -> pa.ChunkedArray:
+    """Several columns as one text."""
+    return pc.binary_join_element_wise(*(pc.cast(table[name], pa.string()) for name in columns), "\0")

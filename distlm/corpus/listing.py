@@ -13,21 +13,25 @@ from distlm.corpus.accounts import account
 from distlm.corpus.split import HASH_BYTES
 from distlm.storage import replacing
 
-DOCUMENTS = pa.schema([("hash", pa.binary(HASH_BYTES)), ("source", pa.string()), ("record", pa.int64()), ("id", pa.string()),
-                       ("meta", pa.string()), ("split", pa.string()), ("bytes", pa.int64()), ("tokens", pa.int64()),
-                       ("reasons", pa.list_(pa.string()))])
-"""The columns of documents.parquet."""
+DOCUMENTS = pa.schema([("hash", pa.binary(HASH_BYTES)), ("text_hash", pa.binary(HASH_BYTES)), ("origin", pa.int32()),
+                       ("source", pa.string()), ("record", pa.int64()), ("id", pa.string()), ("meta", pa.string()), ("split", pa.string()),
+                       ("bytes", pa.int64()), ("tokens", pa.int64()), ("reasons", pa.list_(pa.string()))])
+"""The columns of documents.parquet. `hash`: of the document as it was cleaned, which decides its split; `text_hash`: the same of what is
+left of it without boilerplate and repeated paragraphs. `origin`: the place of its source in the manifest's `sources`, which tells files of
+one name apart; `source`: the name of its file."""
 ROW_GROUP = 1 << 16
 
 
-def write_documents(path: Path, lists: Sequence[Path], files: Sequence[str]) -> None:
-    """Write every document that was kept, in order. `files`: their names by number. The bytes do not depend on the partitions."""
-    names = pa.array(files, pa.string())
+def write_documents(path: Path, lists: Sequence[Path], files: Sequence[str], origins: Sequence[int]) -> None:
+    """Write every document that was kept, in order. `files`: their names by number; `origins`: of each file. The bytes do not depend on the
+    partitions."""
+    names, places = pa.array(files, pa.string()), pa.array(origins, pa.int32())
     waiting: list[pa.Table] = []
     with replacing(path) as partial, pq.ParquetWriter(partial, DOCUMENTS, compression="zstd") as writer:
         for one in lists:
-            table = _read(one)
-            waiting.append(table.append_column("source", names.take(table["file"])).select(DOCUMENTS.names))
+            table = _read(one).drop_columns("origin")      # the place in the spec
+            table = table.append_column("source", names.take(table["file"])).append_column("origin", places.take(table["file"]))
+            waiting.append(table.select(DOCUMENTS.names))
             while sum(map(len, waiting)) >= ROW_GROUP:
                 together = pa.concat_tables(waiting)
                 writer.write_table(together.slice(0, ROW_GROUP).combine_chunks(), row_group_size=ROW_GROUP)

@@ -14,6 +14,7 @@ fixed_size_list<bool>[context + 1], which tokens give loss.
 """
 
 import hashlib
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,16 @@ class Manifest:
     def conversations(self) -> bool:
         """Whether the documents are conversations, of which some tokens give loss."""
         return "conversations" in self.data
+
+    @property
+    def source_names(self) -> list[str]:
+        """Of each source, by its place; of several of one name the second is called `name (2)`."""
+        names, seen = list[str](), Counter[str]()
+        for source in self.data.get("sources", []):
+            name = source["name"]
+            seen[name] += 1
+            names.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
+        return names
 
     def files(self, split: str) -> list[Path]:
         """The shard files of a split, in order."""

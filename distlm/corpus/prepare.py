@@ -140,6 +140,10 @@ class _Prepare:
     splits: dict[str, Account] = field(default_factory=dict)
     candidates: list[bytes] = field(default_factory=list)
     rule: SplitRule = field(init=False)
+    sources: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
+    """As the manifest has them, each with its place in the spec; known when all is read."""
+    origins: dict[int, int] = field(default_factory=dict)
+    """Their places in the manifest, by those in the spec."""
     figures: dict[str, Any] = field(default_factory=dict)
     """What the manifest tells beside the accounts."""
     partitions: list[Path] = field(default_factory=list)
@@ -205,7 +209,11 @@ class _Prepare:
             self.steps.append(filtered)
         if self.spec.decontaminate:
             self.steps.append(decontaminated)
+        self.sources = describe(self.spec, self.files, {fact["number"]: (fact["bytes"], fact["xxh3"]) for fact in self.facts})
+        self.origins = {i: place for place, (i, _) in enumerate(self.sources)}
         self.samples.merge((result.samples for result in complete), ("number", "record"))
+        for reason, kept in self.samples.kept.items():
+            self.samples.kept[reason] = [{**self._file(sample.pop("number")), **sample} for sample in kept]
         self._write_rejects()
         self._note_rejects(*self.steps)
         check_keys(self.spec, complete)
@@ -226,7 +234,7 @@ class _Prepare:
             self._count(result.splits, result.next_val)
             found.merge([result.samples], ("key", "place"))
         for sample in found.kept.get("duplicate", []):
-            names = {key: {"source": self.files[sample[key][0]].name, "record": sample[key][1]} for key in ("place", "same_as")}
+            names = {key: {**self._file(sample[key][0]), "record": sample[key][1]} for key in ("place", "same_as")}
             self.samples.add("duplicate", names["place"] | {"bytes": sample["bytes"], "same_as": names["same_as"], "text": sample["text"]})
         self.steps.append(dedup)
         self._note_rejects(dedup)
@@ -352,7 +360,12 @@ class _Prepare:
 
     def _place(self, partition: int, row: int) -> dict[str, Any]:
         found = read_row(self.partitions[partition], row, "file", "record")
-        return {"source": self.files[found["file"]].name, "record": found["record"]}
+        return {**self._file(found["file"]), "record": found["record"]}
+
+    def _file(self, number: int) -> dict[str, Any]:
+        """A file by its name, and by the place of its source in the manifest, which tells apart files of one name."""
+        file = self.files[number]
+        return {"source": file.name, "origin": self.origins[file.source]}
 
     def hold_out(self) -> None:
         """Decide what is held out."""
@@ -461,9 +474,11 @@ class _Prepare:
         """Move what is whole to its place, and write the manifest."""
         self.facts.sort(key=lambda fact: fact["number"])
         lists = [Path(f"{self._tokens(i)}-documents.arrow") for i in range(len(self.partitions))]
-        write_documents(self.folder / "documents.parquet", lists, [file.name for file in self.files])
-        lines = [{"file": self.files[fact["number"]].name, "bytes": fact["bytes"], "xxh3": fact["xxh3"], "documents": fact["documents"]}
-                 for fact in self.facts]
+        named = [self._file(number) for number in range(len(self.files))]
+        write_documents(self.folder / "documents.parquet", lists, [one["source"] for one in named], [one["origin"] for one in named])
+        counts = count_sources(lists, len(self.spec.sources), self.rule.names)
+        lines = [{"file": file["source"], "origin": file["origin"], **{key: fact[key] for key in ("bytes", "xxh3", "documents")}}
+                 for fact in self.facts for file in [named[fact["number"]]]]
         write_atomic(self.folder / "sources.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
         tokenizer, rules = vocabulary.data(), parameters(self.spec)
         with writing(self.folder):
@@ -477,8 +492,7 @@ class _Prepare:
               "tokenize": rules["tokenizer"] | {"sampled": vocabulary.sampled}}
         write_manifest(self.folder, {
             "name": self.spec.name, "context": self.spec.context, "dtype": vocabulary.dtype, "seed": self.spec.seed, "parameters": rules,
-            "sources": describe(self.spec, self.files, {fact["number"]: (fact["bytes"], fact["xxh3"]) for fact in self.facts},
-                                count_sources(lists, len(self.spec.sources), self.rule.names)),
+            "sources": [{**source, "splits": counts[i]} for i, source in self.sources],
             "steps": [step.data(of[step.name]) for step in self.steps], "tokenizer": tokenizer,
             "split": {"rule": "blake2b-128(text)[:8] / 2^64 < val_fraction", **rules["split"], "held_out": self.rule.held_out.hex()},
             "splits": splits, "documents": {"file": "documents.parquet", "xxh3": file_xxh3(self.folder / "documents.parquet")},
@@ -489,8 +503,7 @@ class _Prepare:
         return self.scratch / f"tokens-{partition:04d}"
 
     def _write_rejects(self) -> None:
-        write_rejects(self.folder / "rejects", self.samples,
-                      lambda sample: json.dumps({key: value for key, value in sample.items() if key != "number"}))
+        write_rejects(self.folder / "rejects", self.samples)
 
     def _note_rejects(self, *steps: Step) -> None:
         for step in steps:

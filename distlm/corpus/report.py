@@ -8,6 +8,7 @@ corpus holds is escaped: its text is anyone's.
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ def write_report(path: Path) -> Path:
         manifest=manifest, data=manifest.data, facts=_facts(manifest), funnel=_funnel(manifest.data["steps"]),
         reasons=_reasons(manifest), documents=documents, lengths=_lengths(documents.lengths) if documents else [],
         endings=_top(documents.endings) if documents else [], languages=_top(documents.languages) if documents else [],
-        sources=_sources(manifest.data), decontamination=_decontamination(manifest.data),
+        sources=_sources(manifest), decontamination=_decontamination(manifest.data),
         figures=_figures(manifest.data), parameters=json.dumps(manifest.data.get("parameters", {}), indent=2, ensure_ascii=False))
     write_atomic(manifest.path / FILE, page.encode("utf-8", "replace"))
     return manifest.path / FILE
@@ -98,20 +99,29 @@ def _reasons(manifest: Manifest) -> list[dict[str, Any]]:
             for reason, lost in step["rejected"].items()]
     rows.sort(key=lambda row: (-row["documents"], -abs(row["bytes"]), row["step"], row["reason"]))
     most = max((row["documents"] for row in rows), default=0)
-    return [{**row, "width": _share(row["documents"], most), "samples": _samples(manifest.path / "rejects" / f"{row['reason']}.jsonl")}
-            for row in rows]
+    place = _place_of(manifest)
+    return [{**row, "width": _share(row["documents"], most),
+             "samples": _samples(manifest.path / "rejects" / f"{row['reason']}.jsonl", place)} for row in rows]
 
 
-def _samples(path: Path) -> list[dict[str, Any]]:
+def _place_of(manifest: Manifest) -> Callable[[dict[str, Any]], str]:
+    """Says where a document stood: its source too where several have one name."""
+    counts = Counter(source["name"] for source in manifest.data["sources"])
+    among = [f" of {name}" if counts[source["name"]] > 1 else ""
+             for name, source in zip(manifest.source_names, manifest.data["sources"], strict=True)]
+    return lambda one: f"{one['source']}{among[one['origin']]}, record {one['record']}"
+
+
+def _samples(path: Path, place: Callable[[dict[str, Any]], str]) -> list[dict[str, Any]]:
     """The first samples of a reason; `same_as` is the document that was kept in its place."""
     if not path.is_file():
         return []
     try:
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:MAX_SAMPLES] if line]
-        return [{"source": line["source"], "record": line["record"], "bytes": line["bytes"], "detail": line.get("detail", ""),
-                 "text": str(line.get("text", ""))[:SAMPLE_CHARS], "same_as": line.get("same_as"),
+        return [{"place": place(line), "bytes": line["bytes"], "detail": line.get("detail", ""),
+                 "text": str(line.get("text", ""))[:SAMPLE_CHARS], "same_as": place(line["same_as"]) if "same_as" in line else "",
                  "similarity": line.get("similarity")} for line in lines]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, LookupError, TypeError) as error:
         raise CorpusError(f"the samples cannot be read: {error}", where=str(path), remedy="delete the file, or prepare again") from None
 
 
@@ -155,12 +165,10 @@ def _top(counts: Counter[str]) -> list[Bar]:
     return _scaled([Bar(bar.name, bar.value, notes=(f"{100 * bar.value / total:.1f} %",)) for bar in bars])
 
 
-def _sources(data: dict[str, Any]) -> list[Bar]:
-    """Tokens by source; sources of one name are numbered."""
-    names, rows = Counter[str](), list[tuple[str, list[int]]]()
-    for source in data.get("sources", []):
-        names[source["name"]] += 1
-        name = source["name"] if names[source["name"]] == 1 else f"{source['name']} ({names[source['name']]})"
+def _sources(manifest: Manifest) -> list[Bar]:
+    """Tokens by source."""
+    rows = list[tuple[str, list[int]]]()
+    for name, source in zip(manifest.source_names, manifest.data.get("sources", []), strict=True):
         splits = source.get("splits", {}).values()
         if any(split["tokens"] for split in splits):
             rows.append((name, [sum(split[unit] for split in splits) for unit in ("documents", "bytes", "tokens")]))

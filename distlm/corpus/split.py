@@ -19,6 +19,11 @@ def content_hash(text: bytes) -> bytes:
     return hashlib.blake2b(text, digest_size=HASH_BYTES).digest()
 
 
+def document_hash(text: str, turns: str = "") -> bytes:
+    """The content hash of a document: of its text, and of the turns where there are some."""
+    return content_hash((f"{turns}\0{text}" if turns else text).encode())
+
+
 def order_key(content: bytes, seed: int) -> bytes:
     """What documents are sorted by: BLAKE2b-128 of the content hash, keyed with the seed."""
     return hashlib.blake2b(content, digest_size=HASH_BYTES, key=str(seed).encode()[:64]).digest()

@@ -24,7 +24,7 @@ from distlm.corpus.accounts import SAMPLE_CHARS, Account, Samples, Step, account
 from distlm.corpus.bpe import byte_characters, fast_encoder
 from distlm.corpus.conversations import Refused, parted
 from distlm.corpus.manifest import tokenizer_hash
-from distlm.corpus.split import SplitRule
+from distlm.corpus.split import HASH_BYTES, SplitRule, document_hash
 from distlm.errors import InputError
 from distlm.spec.prepare import SPECIAL_TOKENS, Conversations, Tokenizer
 from distlm.storage import replacing, writing
@@ -265,10 +265,11 @@ def encode_partition(task: EncodeTask) -> dict[str, Encoded]:
         waiting[split].clear()
         waiting_bytes[split] = 0
 
-    order, sizes = list[str](), list[int]()
+    order, sizes, hashes = list[str](), list[int](), list[bytes]()
     for row, (split, text, size, turns) in enumerate(_documents([task.documents], task.rule)):
         order.append(split)
         sizes.append(size)
+        hashes.append(document_hash(text, turns))
         add(steps[split].taken, 1, size)
         waiting[split].append((row, text, size, turns))
         waiting_bytes[split] += size
@@ -290,6 +291,7 @@ def encode_partition(task: EncodeTask) -> dict[str, Encoded]:
         table = pa.ipc.open_file(source).read_all()
         table = table.drop_columns(["text", "turns"]).append_column("split", pa.array(order, pa.string()))
         table = table.append_column("bytes", pa.array(sizes, pa.int64()))
+        table = table.append_column("text_hash", pa.array(hashes, pa.binary(HASH_BYTES)))
         kept = [row for row in range(len(order)) if row not in gone]
         table = table if not gone else table.take(pa.array(kept, pa.int64()))
         table = table.append_column("tokens", pa.array([next(counts[order[row]]) for row in kept], pa.int64()))

@@ -10,14 +10,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
+from distlm.corpus.listing import DOCUMENTS
 from distlm.corpus.manifest import tokenizer_hash, write_manifest
 from distlm.corpus.pack import num_windows, shard_bytes
-from distlm.corpus.split import SplitRule, content_hash
+from distlm.corpus.split import SplitRule, document_hash
 from distlm.corpus.tokenizer import VocabularyTask, make_tokenizer
 from distlm.spec.prepare import Tokenizer
-
-SCHEMA = pa.schema([("hash", pa.binary(16)), ("source", pa.string()), ("record", pa.int64()), ("id", pa.string()), ("meta", pa.string()),
-                    ("split", pa.string()), ("bytes", pa.int64()), ("tokens", pa.int64()), ("reasons", pa.list_(pa.string()))])
 
 
 @dataclass(frozen=True)
@@ -31,6 +29,9 @@ class Doc:
     split: str = "train"
     meta: dict[str, Any] = field(default_factory=dict)
     reasons: tuple[str, ...] = ()
+    origin: int = 0
+    cleaned: str = ""
+    """The text before lines or paragraphs left it, where some did."""
 
 
 def make(folder: Path, docs: list[Doc], *, context: int = 16, shard_windows: int = 4, steps: list[dict[str, Any]] | None = None,
@@ -55,12 +56,13 @@ def make(folder: Path, docs: list[Doc], *, context: int = 16, shard_windows: int
         splits[split] = {"documents": len(mine), "bytes": sum(len(doc.text.encode()) for doc in mine), "tokens": len(tokens),
                          "dropped_tokens": dropped, "windows": windows, "shards": shards}
     if with_documents:
-        rows = [{"hash": content_hash(doc.text.encode()), "source": doc.source, "record": doc.record, "id": doc.id,
+        rows = [{"hash": document_hash(doc.cleaned or doc.text), "text_hash": document_hash(doc.text), "origin": doc.origin,
+                 "source": doc.source, "record": doc.record, "id": doc.id,
                  "meta": json.dumps(doc.meta) if doc.meta else "", "split": doc.split, "bytes": len(doc.text.encode()),
                  "tokens": len(doc.text.encode()) + 1, "reasons": list(doc.reasons)} for doc in docs]
-        pq.write_table(pa.Table.from_pylist(rows, SCHEMA), folder / "documents.parquet")
-    files = sorted({doc.source for doc in docs})
-    (folder / "sources.jsonl").write_text("".join(json.dumps({"file": name}) + "\n" for name in files))
+        pq.write_table(pa.Table.from_pylist(rows, DOCUMENTS), folder / "documents.parquet")
+    files = sorted({(doc.source, doc.origin) for doc in docs})
+    (folder / "sources.jsonl").write_text("".join(json.dumps({"file": name, "origin": origin}) + "\n" for name, origin in files))
     write_manifest(folder, {
         "name": folder.name, "context": context, "dtype": "uint16", "seed": 0,
         "sources": [{"name": "data", "format": "auto", "text_key": "text", "files": len(files), "bytes": 100, "xxh3": "00"}],

@@ -4,6 +4,7 @@ import random
 import shutil
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from distlm.corpus.inspect import diff, documents, find, summary, windows
@@ -187,4 +188,23 @@ def test_a_diff_says_which_documents_one_corpus_has_alone_and_why(tmp_path: Path
     assert (b.documents, b.changed, b.no_file, b.not_kept, b.bytes) == (1, 1, 0, 0, 5)
     assert differences.moved == 1 and ("in another split", "documents", "1", "1") in differences.rows()
     assert [(row["source"], row["record"], row["id"]) for row in a.first] == [("data/c.txt", i, f"g{i}") for i in range(10)]
-    assert b.first == [{"hash": content_hash(b"after").hex(), "source": "data/a.jsonl", "record": 60, "id": "", "bytes": 5}]
+    assert b.first == [{"hash": content_hash(b"after").hex(), "origin": 0, "source": "data/a.jsonl", "record": 60, "id": "", "bytes": 5}]
+
+
+def test_a_diff_tells_files_of_one_name_apart_and_texts_of_one_length(tmp_path: Path) -> None:
+    """The sources of one name are paired by their files, wherever they stand."""
+    sources = [{"name": "data", "format": "auto", "text_key": "text", "files": 1, "bytes": 9, "xxh3": xxh3} for xxh3 in ("00", "01", "02")]
+    shortened = [Doc(f"Left {i}.", record=3, origin=i, cleaned="Left 0. Left 1.") for i in (0, 1)]
+    one = make(tmp_path / "a", [Doc("of the second"), Doc("of the first", record=1, origin=1), Doc("there", "data/z", origin=1),
+                                shortened[0]], sources=[sources[1], sources[0]])
+    other = make(tmp_path / "b", [Doc("of another"), Doc("of the second", origin=1), Doc("here", "data/z", origin=1),
+                                  shortened[1]], sources=[sources[2], sources[1]])
+    for only in diff(one, other).only.values():
+        assert (only.documents, only.changed, only.no_file, only.not_kept) == (3, 1, 1, 1)
+
+
+def test_a_diff_of_a_corpus_from_before_there_were_origins_says_so(corpus: Path, tmp_path: Path) -> None:
+    old = make(tmp_path / "old", DOCS)
+    pq.write_table(pq.read_table(old / "documents.parquet").drop_columns(["text_hash", "origin"]), old / "documents.parquet")
+    with pytest.raises(InputError, match=r"documents\.parquet has no text_hash and no origin; an earlier distlm"):
+        diff(corpus, old)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tokenizers
 
@@ -50,6 +51,26 @@ def test_a_corpus_is_byte_equal_with_one_worker_and_two_run_again_from_elsewhere
     assert first["manifest_hash"] == second["manifest_hash"] == third["manifest_hash"]
     assert {name.split("/")[0] for name in files_of(first[""])} == \
         {"manifest.json", "sources.jsonl", "documents.parquet", "report.html", "train", "val", "tokenizer", "rejects"}
+
+
+def test_files_of_one_name_are_told_apart_by_their_source_whatever_their_order(run: Run, tmp_path: Path) -> None:
+    folders = [tmp_path / name / "texts" for name in ("a", "b")]
+    for number, folder in enumerate(folders):
+        folder.mkdir(parents=True)
+        (folder / "0.txt").write_text(document(number))
+        (folder / "1.txt").write_text(document(9))         # of both
+    made = [run([*map(str, some)], root) for root, some in (("one", folders), ("two", folders[::-1]))]
+    assert files_of(made[0][""]) == files_of(made[1][""])
+    sources = read_manifest(made[0][""]).data["sources"]
+    rows = pq.read_table(Path(made[0][""], "documents.parquet")).to_pylist()
+    assert sorted(row["origin"] for row in rows if row["source"] == "texts/0.txt") == [0, 1]
+    for place, source in enumerate(sources):
+        assert sum(row["bytes"] for row in rows if row["origin"] == place) == sum(split["bytes"] for split in source["splits"].values())
+    (copy,) = map(json.loads, Path(made[0][""], "rejects", "duplicate.jsonl").read_text().splitlines())
+    assert copy["source"] == copy["same_as"]["source"] == "texts/1.txt" and {copy["origin"], copy["same_as"]["origin"]} == {0, 1}
+    assert all(row["hash"] == row["text_hash"] for row in rows)
+    listed = map(json.loads, Path(made[0][""], "sources.jsonl").read_text().splitlines())
+    assert sorted((line["file"], line["origin"]) for line in listed) == [(f"texts/{i}.txt", origin) for i in (0, 1) for origin in (0, 1)]
 
 
 def test_every_document_is_in_the_windows_once_in_an_order_that_only_the_seed_changes(run: Run, texts: Path) -> None:

@@ -58,7 +58,8 @@ def corpus(folder: Path, **more: Any) -> Path:
     docs.append(Doc("y", HOSTILE.replace("/", "").encode("utf-8", "ignore").decode()))
     made = make(folder, docs, steps=STEPS, sources=sources, **more)
     (made / "rejects").mkdir()
-    line = {"source": HOSTILE, "record": 3, "bytes": 70, "detail": HOSTILE, "text": HOSTILE, "same_as": {"source": HOSTILE, "record": 1}}
+    place = {"source": HOSTILE, "origin": 1}
+    line = {**place, "record": 3, "bytes": 70, "detail": HOSTILE, "text": HOSTILE, "same_as": {**place, "record": 1}}
     (made / "rejects" / "malformed.jsonl").write_text((json.dumps(line) + "\n") * 9)
     return made
 
@@ -92,7 +93,7 @@ def test_the_page_says_what_the_manifest_and_the_documents_say(page: Page) -> No
                  "de 4 57.1 %", "en 3 42.9 %", ".jsonl 5 45.5 %", ".py 5 45.5 %", "kept: ",
                  "code 589 4 documents 585 B 0.99 bytes per token", "code (2) 444 6 documents 438 B 0.99 bytes per token"):
         assert text in page.text, text
-    assert page.text.count(", record 3, 70 B") == 6        # of nine samples
+    assert page.text.count(" of code (2), record 3, 70 B") == 6              # of nine samples
     for first, second in (("malformed 10", "<b>short</b> 5"), ("<b>short</b> 5", "duplicate 4"), ("de 4", "en 3")):
         assert page.text.index(first) < page.text.index(second)
 

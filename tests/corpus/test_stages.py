@@ -143,6 +143,10 @@ def test_documents_keep_their_ids_and_fields_in_the_order_of_the_corpus(run: Run
     for split, count in more.items():
         mine = [row for row in table if (row["source"], row["split"]) == ("more.jsonl", split)]
         assert count == {"documents": len(mine), **{unit: sum(row[unit] for row in mine) for unit in ("bytes", "tokens")}}
+    texts = {one.id: one.text for one in documents(result[""], [f"given-{i}" for i in range(4)])}
+    given = {row["id"]: row for row in table if row["id"] in texts}
+    assert {name: content_hash(text.encode()) for name, text in texts.items()} == {name: row["text_hash"] for name, row in given.items()}
+    assert {row["hash"] == row["text_hash"] for row in given.values()} == {False, True}      # some have lost their footer
     assert len(table) == result["documents"] and sum(row["tokens"] for row in table) == result["tokens"]
     assert sum(row["bytes"] for row in table) == result["bytes"]
     known = {row["id"]: row for row in table if row["id"]}
