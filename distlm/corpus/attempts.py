@@ -6,7 +6,8 @@ from pathlib import Path
 from distlm.corpus.manifest import FILE
 from distlm.storage import writing
 
-MADE = (FILE, "train", "val", "test", "tokenizer", "sources.jsonl", "documents.parquet", "report.html", "rejects")
+MADE = (FILE, "train", "val", "test", "tokenizer", "sources.jsonl", "documents.parquet", "duplicates.jsonl", "report.html",
+        "rejects")
 """What a prepare job makes, the manifest first: it goes first where the rest is to be made again."""
 
 

@@ -3,6 +3,7 @@
 Equal texts have equal order keys, so they meet in one partition, side by side: nothing is shared between tasks, and no copy survives.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from distlm.corpus.accounts import SAMPLE_CHARS, Account, Samples, Step, account, add
+from distlm.corpus.clusters import MAX_CLUSTERS, MAX_MEMBERS, excerpt
 from distlm.corpus.documents import SCHEMA
 from distlm.corpus.split import SplitRule, first_held_out
 from distlm.storage import replacing
@@ -43,6 +45,9 @@ class SortResult:
     """Of duplicates, in the order of the documents: (file, record) of the copy that is dropped and of the one that is kept."""
     next_val: bytes = b""
     """The hash of the training document that would be held out first."""
+    clusters: list[dict[str, Any]] = field(default_factory=list)
+    """The largest of equal documents, these first: key, documents, bytes of each, text, and the first members, (file, record, id), that
+    which is kept before the others."""
 
 
 def sort_partition(task: SortTask) -> SortResult:
@@ -54,16 +59,22 @@ def sort_partition(task: SortTask) -> SortResult:
     keys, hashes = table["key"].to_pylist(), table["hash"].to_pylist()
     places = list(zip(table["file"].to_pylist(), table["record"].to_pylist(), strict=True))
     kept: list[int] = []
+    copies = defaultdict[int, list[int]](list)             # by the row of the one that is kept
     origins, whole = table["origin"].to_pylist(), set(task.rule.whole)
     for row in sorted(range(len(keys)), key=lambda row: (keys[row], origins[row] not in whole, places[row])):
         add(result.dedup.taken, 1, sizes[row])
         if task.dedup and kept and hashes[kept[-1]] == hashes[row]:
             result.dedup.reject("duplicate", 1, sizes[row])
+            copies[kept[-1]].append(row)
             result.samples.add("duplicate", {"key": keys[row].hex(), "place": places[row], "same_as": places[kept[-1]],
                                              "bytes": sizes[row], "text": table["text"][row].as_py()[:SAMPLE_CHARS]})
             continue
         kept.append(row)
         add(result.dedup.given, 1, sizes[row])
+    for row, others in sorted(copies.items(), key=lambda item: -len(item[1]))[:MAX_CLUSTERS]:
+        members = [(*places[one], table["id"][one].as_py()) for one in [row, *others[:MAX_MEMBERS - 1]]]
+        result.clusters.append({"key": keys[row], "documents": len(others) + 1, "bytes": sizes[row], "members": members,
+                                "text": excerpt(table["text"][row].as_py())})
     left = table.select(KEPT).take(pa.array(kept, pa.int64()))
     result.splits, result.next_val = count_splits(left, [sizes[row] for row in kept], task.rule)
     write_partition(task.output, left)

@@ -74,6 +74,9 @@ class ReadResult:
     decontaminate: Step = field(default_factory=lambda: Step("decontaminate"))
     annotated: Counter[str] = field(default_factory=Counter)
     """Documents that stay although a filter has something to say of them, by reason."""
+    languages: Counter[str] = field(default_factory=Counter)
+    """Documents by the language that the filter found, and those among them that it does not keep."""
+    unwanted: Counter[str] = field(default_factory=Counter)
     redactions: Counter[str] = field(default_factory=Counter)
     """What was redacted, by kind."""
     found: Found = field(default_factory=Found)
@@ -130,6 +133,9 @@ def read_documents(task: ReadTask) -> ReadResult:
     for number, file in enumerate(task.files, task.first):
         job.read(number, file)
     job.decontaminate()
+    for filters in job.filters.values():
+        job.result.languages.update(filters.languages)
+        job.result.unwanted.update(filters.unwanted)
     job.store.flush()
     job.result.parts = job.store.parts
     return job.result

@@ -25,6 +25,7 @@ from distlm.corpus import boilerplate, fuzzy
 from distlm.corpus.accounts import MAX_SAMPLES, Account, Samples, Step, account, add, write_rejects
 from distlm.corpus.attempts import MADE, clear, take_back
 from distlm.corpus.bestfit import BestFitTask, Packed, groups, write_best_fit
+from distlm.corpus.clusters import MAX_CLUSTERS, Cluster, excerpts, largest
 from distlm.corpus.decontaminate import Evaluations, Found
 from distlm.corpus.dedup import SortTask, read_column, read_row, sort_partition
 from distlm.corpus.documents import ReadResult, ReadTask, Rules, check, check_keys, read_documents
@@ -133,6 +134,8 @@ class _Prepare:
     steps: list[Step] = field(default_factory=list)
     facts: list[dict[str, Any]] = field(default_factory=list)
     samples: Samples = field(default_factory=Samples)
+    clusters: list[dict[str, Any]] = field(default_factory=list)
+    """The largest of documents that are alike, as duplicates.jsonl has them."""
     annotated: Counter[str] = field(default_factory=Counter)
     redactions: Counter[str] = field(default_factory=Counter)
     found: Found = field(default_factory=Found)
@@ -189,6 +192,7 @@ class _Prepare:
             done, documents = done + len(result.facts), documents + result.decontaminate.given["documents"]
             self.progress.update("files", done, len(self.files), documents=documents)
         complete = [result for result in results if result is not None]
+        languages, unwanted = Counter[str](), Counter[str]()
         read, clean, sampled, filtered, decontaminated = map(Step, ("read", "clean", "sample", "filter", "decontaminate"))
         for result in complete:
             for whole, part in ((read, result.read), (clean, result.clean), (sampled, result.sample), (filtered, result.filter),
@@ -199,6 +203,8 @@ class _Prepare:
             self.parts += result.parts
             self.annotated.update(result.annotated)
             self.redactions.update(result.redactions)
+            languages.update(result.languages)
+            unwanted.update(result.unwanted)
         if retries := sum(result.retries for result in complete):
             self.progress.note(f"{retries:,} read{'s' if retries > 1 else ''} of a store failed and {'were' if retries > 1 else 'was'} "
                                "taken up again")
@@ -219,6 +225,8 @@ class _Prepare:
         check_keys(self.spec, complete)
         if self.annotated:
             self.figures["annotated"] = dict(sorted(self.annotated.items()))
+        if languages:
+            self.figures["languages"] = {name: {"documents": languages[name], "unwanted": unwanted[name]} for name in sorted(languages)}
         if self.redactions:
             self.figures["redactions"] = dict(sorted(self.redactions.items()))
         if self.evaluations:
@@ -228,11 +236,16 @@ class _Prepare:
     def sort(self) -> None:
         """Bring the documents into order, and drop those of equal text."""
         tasks = [SortTask(i, self.parts, self.spec.dedup.exact, self.rule, path) for i, path in enumerate(self.partitions)]
-        dedup, found = Step("dedup"), Samples()
+        dedup, found, clusters = Step("dedup"), Samples(), list[dict[str, Any]]()
         for _, result in self.each("sort", sort_partition, tasks):
             dedup.merge(result.dedup)
             self._count(result.splits, result.next_val)
             found.merge([result.samples], ("key", "place"))
+            clusters += result.clusters
+        for one in sorted(clusters, key=lambda one: (-one["documents"], one["key"]))[:MAX_CLUSTERS]:
+            members = [{**self._file(file), "record": record, "id": name, "bytes": one["bytes"]} for file, record, name in one["members"]]
+            members[0]["text"] = one["text"]
+            self.clusters.append({"step": "dedup", "documents": one["documents"], "members": members})
         for sample in found.kept.get("duplicate", []):
             names = {key: {**self._file(sample[key][0]), "record": sample[key][1]} for key in ("place", "same_as")}
             self.samples.add("duplicate", names["place"] | {"bytes": sample["bytes"], "same_as": names["same_as"], "text": sample["text"]})
@@ -304,9 +317,22 @@ class _Prepare:
     def _drop(self, stage: str, dropped: Sequence[Dropped], step: str, reason: str) -> None:
         """Drop these documents of each partition."""
         outputs = self._outputs(step)
+        self.clusters += [self._sampled(step, cluster) for cluster in largest(dropped)]
         self._refine(stage, refine_partition, [RefineTask(i, path, dropped[i], self.rule, outputs[i], step, reason)
                                                for i, path in enumerate(self.partitions)])
         self.partitions = outputs
+
+    def _sampled(self, step: str, cluster: Cluster) -> dict[str, Any]:
+        members, texts = list[dict[str, Any]](), list[str]()
+        for place in cluster.members:
+            found = read_row(self.partitions[place[0]], place[1], "id", "text")
+            members.append({**self._place(*place), "id": found["id"], "bytes": len(found["text"].encode())})
+            texts = [*texts, found["text"]][:2]
+        for member, similarity in zip(members[1:], cluster.similarities, strict=True):
+            member["similarity"] = similarity
+        for member, text in zip(members, excerpts(*texts), strict=False):
+            member["text"] = text
+        return {"step": step, "documents": cluster.documents, "members": members}
 
     def _hash(self, what: str, of: int | Boilerplate | None, find: Callable[[RepeatTask], Result],
               let_alone: tuple[int, ...] = ()) -> tuple[Hashed, list[Result]]:
@@ -480,6 +506,7 @@ class _Prepare:
         lines = [{"file": file["source"], "origin": file["origin"], **{key: fact[key] for key in ("bytes", "xxh3", "documents")}}
                  for fact in self.facts for file in [named[fact["number"]]]]
         write_atomic(self.folder / "sources.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+        write_atomic(self.folder / "duplicates.jsonl", "".join(json.dumps(cluster) + "\n" for cluster in self.clusters))
         tokenizer, rules = vocabulary.data(), parameters(self.spec)
         with writing(self.folder):
             for name in ("tokenizer", *self.rule.names):

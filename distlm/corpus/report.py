@@ -2,14 +2,14 @@
 
     write_report(storage.corpus("stdlib"))                 # the path of the page
 
-It is made from the manifest, documents.parquet and the samples of rejects alone, and equal corpora have equal pages. Everything that a
-corpus holds is escaped: its text is anyone's.
+It is made from the manifest, documents.parquet and the samples of rejects and duplicates alone, and equal corpora have equal pages.
+Everything that a corpus holds is escaped: its text is anyone's.
 """
 
 import json
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,15 @@ MAX_ROWS = 12
 MAX_SAMPLES = 6
 SAMPLE_CHARS = 400
 KNOWN = {"documents", "format", "name", "context", "dtype", "seed", "parameters", "sources", "steps", "tokenizer", "split", "splits",
-         "code", "decontamination"}
+         "code", "decontamination", "languages"}
 TITLES = {"fuzzy": "Near-duplicates", "fuzzy_stripped": "Near-duplicates without their boilerplate",
           "fuzzy_shortened": "Near-duplicates without repeated paragraphs", "redactions": "Redacted",
           "annotated": "Annotated: these documents were kept", "boilerplate": "Boilerplate lines", "paragraphs": "Repeated paragraphs",
           "pack": "Packing", "conversations": "Loss of conversations"}
+ALIKE = {"dedup": "equal", "fuzzy": "nearly equal", "dedup_stripped": "equal without boilerplate",
+         "fuzzy_stripped": "nearly equal without boilerplate", "dedup_shortened": "equal without repeated paragraphs",
+         "fuzzy_shortened": "nearly equal without repeated paragraphs"}
+"""What the documents of a cluster are, by the step that found it."""
 LANGUAGE = r'"lang(?:uage)?": ?"(?P<found>[^"]+)"'
 ENDING = r"(?P<found>\.[A-Za-z0-9_]{1,12})(?:\.(?:gz|zst|bz2|xz))?$"
 
@@ -55,20 +59,24 @@ class Documents:
     lengths: Counter[int] = field(default_factory=Counter)
     """By power of two of the bytes."""
     endings: Counter[str] = field(default_factory=Counter)
-    languages: Counter[str] = field(default_factory=Counter)
+    programming: Counter[str] = field(default_factory=Counter)
+    """Languages of documents of sources with `code: true`."""
+    named: Counter[str] = field(default_factory=Counter)
+    """Languages that other sources name, by a field that is kept."""
 
 
 def write_report(path: Path) -> Path:
     """Write the page into the corpus folder. Raises InputError where there is no complete corpus, CorpusError, StorageError."""
     manifest = read_manifest(path)
-    documents = _documents(manifest.path / "documents.parquet")
+    documents = _documents(manifest)
     environment = jinja2.Environment(loader=jinja2.PackageLoader("distlm.corpus", "."), autoescape=True, trim_blocks=True,
                                      lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     environment.filters |= {"number": lambda value: f"{value:,}", "size": _size}
     page = environment.get_template("report.html.j2").render(
         manifest=manifest, data=manifest.data, facts=_facts(manifest), funnel=_funnel(manifest.data["steps"]),
         reasons=_reasons(manifest), documents=documents, lengths=_lengths(documents.lengths) if documents else [],
-        endings=_top(documents.endings) if documents else [], languages=_top(documents.languages) if documents else [],
+        endings=_top(documents.endings) if documents else [], programming=_top(documents.programming) if documents else [],
+        named=_top(documents.named) if documents else [], languages=_languages(manifest.data), clusters=_clusters(manifest),
         sources=_sources(manifest), decontamination=_decontamination(manifest.data),
         figures=_figures(manifest.data), parameters=json.dumps(manifest.data.get("parameters", {}), indent=2, ensure_ascii=False))
     write_atomic(manifest.path / FILE, page.encode("utf-8", "replace"))
@@ -125,20 +133,37 @@ def _samples(path: Path, place: Callable[[dict[str, Any]], str]) -> list[dict[st
         raise CorpusError(f"the samples cannot be read: {error}", where=str(path), remedy="delete the file, or prepare again") from None
 
 
-def _documents(path: Path) -> Documents | None:
+def _clusters(manifest: Manifest) -> list[dict[str, Any]]:
+    """Documents that are alike, near-duplicates first, the largest clusters first."""
+    path, place = manifest.path / "duplicates.jsonl", _place_of(manifest)
+    if not path.is_file():
+        return []
+    try:
+        found = [{**cluster, "alike": ALIKE[cluster["step"]], "members": [{**one, "place": place(one)} for one in cluster["members"]]}
+                 for cluster in map(json.loads, path.read_text(encoding="utf-8").splitlines())]
+        return sorted(found, key=lambda cluster: (not cluster["step"].startswith("fuzzy"), -cluster["documents"]))
+    except (ValueError, LookupError, TypeError) as error:
+        raise CorpusError(f"the clusters cannot be read: {error}", where=str(path), remedy="delete the file, or prepare again") from None
+
+
+def _documents(manifest: Manifest) -> Documents | None:
     """Read a bounded number of rows at a time."""
+    path = manifest.path / "documents.parquet"
+    code = pa.array([i for i, source in enumerate(manifest.data["sources"]) if source.get("code")], pa.int32())
     if not path.is_file():
         return None
     found = Documents()
     try:
-        for batch in pq.ParquetFile(path).iter_batches(1 << 16, columns=["source", "meta", "bytes"]):
+        for batch in pq.ParquetFile(path).iter_batches(1 << 16, columns=["origin", "source", "meta", "bytes"]):
             sizes = batch["bytes"].to_numpy()
-            bins, counts = np.unique(np.where(sizes > 0, np.log2(np.maximum(sizes, 1)).astype(np.int64), 0), return_counts=True)
-            found.lengths.update(dict(zip(bins.tolist(), counts.tolist(), strict=True)))
+            bins, numbers = np.unique(np.where(sizes > 0, np.log2(np.maximum(sizes, 1)).astype(np.int64), 0), return_counts=True)
+            found.lengths.update(dict(zip(bins.tolist(), numbers.tolist(), strict=True)))
             found.endings.update(_extracted(batch["source"], ENDING, "no ending"))
-            if len(languages := batch["meta"].filter(pc.match_substring_regex(batch["meta"], LANGUAGE))):
-                found.languages.update(_extracted(languages, LANGUAGE, ""))
-    except (OSError, pa.ArrowException) as error:
+            is_code, has_language = pc.is_in(batch["origin"], code), pc.match_substring_regex(batch["meta"], LANGUAGE)
+            for counts, mask in ((found.programming, is_code), (found.named, pc.invert(is_code))):
+                if len(languages := batch["meta"].filter(pc.and_(mask, has_language))):
+                    counts.update(_extracted(languages, LANGUAGE, ""))
+    except (OSError, KeyError, pa.ArrowException) as error:
         raise CorpusError(f"cannot be read: {error}", where=str(path), remedy="prepare the corpus again") from None
     return found
 
@@ -154,6 +179,14 @@ def _lengths(lengths: Counter[int]) -> list[Bar]:
         return []
     bars = [Bar(f"{_power(i) if i else '0'} – {_power(i + 1)}", lengths[i]) for i in range(min(lengths), max(lengths) + 1)]
     return _scaled(bars)
+
+
+def _languages(data: dict[str, Any]) -> list[Bar]:
+    """What the filter found, kept or not."""
+    found = data.get("languages") or {}
+    unwanted = {name or "unknown": one["unwanted"] for name, one in found.items()}
+    bars = _top(Counter({name or "unknown": one["documents"] for name, one in found.items()}))
+    return [replace(bar, notes=(*bar.notes, f"{unwanted[bar.name]:,} unwanted")) if unwanted.get(bar.name) else bar for bar in bars]
 
 
 def _top(counts: Counter[str]) -> list[Bar]:

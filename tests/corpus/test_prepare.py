@@ -50,7 +50,7 @@ def test_a_corpus_is_byte_equal_with_one_worker_and_two_run_again_from_elsewhere
     assert files_of(first[""]) == files_of(second[""])
     assert first["manifest_hash"] == second["manifest_hash"] == third["manifest_hash"]
     assert {name.split("/")[0] for name in files_of(first[""])} == \
-        {"manifest.json", "sources.jsonl", "documents.parquet", "report.html", "train", "val", "tokenizer", "rejects"}
+        {"manifest.json", "sources.jsonl", "documents.parquet", "duplicates.jsonl", "report.html", "train", "val", "tokenizer", "rejects"}
 
 
 def test_files_of_one_name_are_told_apart_by_their_source_whatever_their_order(run: Run, tmp_path: Path) -> None:
@@ -66,6 +66,10 @@ def test_files_of_one_name_are_told_apart_by_their_source_whatever_their_order(r
     assert sorted(row["origin"] for row in rows if row["source"] == "texts/0.txt") == [0, 1]
     for place, source in enumerate(sources):
         assert sum(row["bytes"] for row in rows if row["origin"] == place) == sum(split["bytes"] for split in source["splits"].values())
+    assert [json.loads(line) for line in Path(made[0][""], "duplicates.jsonl").read_text().splitlines()] == [
+        {"step": "dedup", "documents": 2, "members": [
+            {"source": "texts/1.txt", "origin": origin, "record": 0, "id": "", "bytes": len(document(9).encode()), **text}
+            for origin, text in ((0, {"text": document(9)}), (1, {}))]}]
     (copy,) = map(json.loads, Path(made[0][""], "rejects", "duplicate.jsonl").read_text().splitlines())
     assert copy["source"] == copy["same_as"]["source"] == "texts/1.txt" and {copy["origin"], copy["same_as"]["origin"]} == {0, 1}
     assert all(row["hash"] == row["text_hash"] for row in rows)

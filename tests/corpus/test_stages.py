@@ -21,6 +21,7 @@ from distlm.errors import CorpusError, InputError
 from tests.corpus.conftest import document
 from tests.corpus.test_conversations import KEYS as CONVERSATIONS
 from tests.corpus.test_conversations import records
+from tests.corpus.test_filters import ENGLISH, GERMAN
 from tests.records import Records
 
 Run = Callable[..., dict[str, Any]]
@@ -88,7 +89,7 @@ def sources(many: Path) -> list[Any]:
 
 
 def files_of(folder: str) -> dict[str, bytes]:
-    made = ("manifest.json", "documents.parquet", "sources.jsonl", "train", "val", "tokenizer", "rejects")
+    made = ("manifest.json", "documents.parquet", "sources.jsonl", "duplicates.jsonl", "train", "val", "tokenizer", "rejects")
     return {str(path.relative_to(folder)): path.read_bytes() for name in made for path in
             ([Path(folder, name)] if Path(folder, name).is_file() else sorted(Path(folder, name).rglob("*"))) if path.is_file()}
 
@@ -128,6 +129,11 @@ def test_every_step_keeps_its_books_and_tells_its_reasons(run: Run, many: Path) 
     assert (line["text"], line["detail"], line["bytes"]) == (FOOTER, "in 43 documents", len(FOOTER))
     [copy] = [json.loads(line) for line in Path(result[""], "rejects", "duplicate_without_boilerplate.jsonl").read_text().splitlines()]
     assert {copy["source"], copy["same_as"]["source"]} == {"many/core.txt", "many/core-and-footer.txt"}
+    found = [json.loads(line) for line in Path(result[""], "duplicates.jsonl").read_text().splitlines()]
+    assert Counter(one["step"] for one in found) == {"dedup": 1, "fuzzy": 5, "dedup_stripped": 1, "fuzzy_stripped": 1, "fuzzy_shortened": 1}
+    (last,) = [one["members"] for one in found if one["step"] == "fuzzy_shortened"]
+    assert {one["source"] for one in last} > {"many/hidden-by-notice.txt"} and all(HIDDEN[-50:] in one["text"] for one in last)
+    assert last[0]["text"] != last[1]["text"] and last[1]["similarity"] > 0.7
     assert "in 43 documents" in Path(result[""], "report.html").read_text()
     held = {text: len(find(result[""], text, limit=100)) for text in ("@weighed-company.com", FOOTER, "@example-company.com")}
     assert held["@weighed-company.com"] == held[FOOTER] > 10 and not held["@example-company.com"]
@@ -188,6 +194,14 @@ def test_what_is_annotated_stays_with_its_reasons(run: Run, many: Path) -> None:
     few = [row["source"] for row in rows if row["reasons"] == ["too_few_words"]]
     assert manifest.data["annotated"]["too_few_words"] == len(few) and set(few) == {"many/short.txt", "weighed.jsonl"}
     assert {row["source"]: row["reasons"][0] for row in rows if row["reasons"]}["many/short.txt"] == "too_few_words"
+
+
+def test_the_languages_that_the_filter_finds_are_counted_kept_or_not(run: Run, tmp_path: Path) -> None:
+    pytest.importorskip("py3langid")
+    texts = [f"{text} {i}" for i in range(9) for text in (ENGLISH, GERMAN)[:1 + (i < 4)]] + ["short"]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text, "lang": "ga"}) + "\n" for text in texts))
+    made = run([{"path": str(tmp_path / "a.jsonl"), "keep": ["lang"]}], filter={"language": {"keep": ["en"]}, "min_words": 2})
+    assert verify(made[""]).data["languages"] == {"de": {"documents": 4, "unwanted": 4}, "en": {"documents": 9, "unwanted": 0}}
 
 
 @pytest.mark.parametrize("wrong, text", [

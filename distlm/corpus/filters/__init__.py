@@ -10,6 +10,7 @@ since a reason was found already, is never computed. Texts are judged as they ar
 import importlib
 import itertools
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -38,6 +39,8 @@ class Filters:
         self._licenses = frozenset(rules.license.keep) if rules.license else frozenset[str]()
         self._detect = load_detector(rules.language) if rules.language else None
         self._function = _load_function(rules.function) if rules.function else None
+        self.languages, self.unwanted = Counter[str](), Counter[str]()
+        """Texts by the language that was found, and those among them that the filter does not keep."""
 
     def reasons(self, text: str, *, path: str = "", meta: Mapping[str, Any] = MappingProxyType({})) -> list[str]:
         """Why the document is rejected: all reasons where the mode is annotate, else the first alone.
@@ -69,7 +72,9 @@ class Filters:
             yield "too_many_words"
         if rules.language and self._detect:
             language, confidence = self._detect(text.text)
+            self.languages[language] += 1
             if language not in rules.language.keep or confidence < rules.language.min_confidence:
+                self.unwanted[language] += 1
                 yield "language"
         for rule in rules.rules:
             yield from RULES[rule](text)
