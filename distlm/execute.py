@@ -25,7 +25,8 @@ JOBS = {"prepare": "distlm.corpus.prepare:prepare", "train": "distlm.train.drive
         "serve": "distlm.serve.deploy:serve", "pipeline": "distlm.pipeline:pipeline"}
 """Kind -> the function that does the job: (spec, folder, storage, progress) -> outputs."""
 
-MAY_CHANGE = {"train": ("duration", "scale", "evaluate", "checkpoint", "retry", "batch.micro_sequences"), "tune": ("concurrent",),
+MAY_CHANGE = {"train": ("duration", "scale", "evaluate", "checkpoint", "retry", "batch.micro_sequences",
+                        "sharding", "activation_checkpointing"), "tune": ("concurrent",),
               "prepare": ("workers",), "serve": tuple(ServeSpec.model_fields), "pipeline": ("steps", "prompt")}
 """Kind -> keys that may differ when a job is taken up again: they leave what was done before as it is. An endpoint is replaced in place."""
 

@@ -157,7 +157,7 @@ def test_a_run_that_cannot_go_on_as_changed_is_refused_and_stays_as_it_is(storag
     assert any("serve it" in note for note in shown.notes) and shown.records[-2]["distlm"] == "table"
     folder = RunFolder(storage.run("done"))
     before = {path: path.read_bytes() for path in folder.path.iterdir() if path.is_file()}
-    for change, message in ({"scale": {"workers": 2}}, "workers 1, and the spec says 2"), ({"duration": {"steps": 2}}, "4 steps done"):
+    for change, message in ({"precision": "bf16"}, "precision: 'fp32' -> 'bf16'"), ({"duration": {"steps": 2}}, "4 steps done"):
         with pytest.raises(SpecError, match=message):
             execute.run({**train, **change}, storage=storage, progress=Records(), resume=True)
         assert folder.state() == ("succeeded", "completed")

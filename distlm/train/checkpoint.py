@@ -83,9 +83,11 @@ def check_fits(checkpoint: Checkpoint, recipe: Recipe) -> None:
     if checkpoint.step > recipe.num_steps:
         raise CheckpointError(f"has {checkpoint.step} steps done, and the spec asks for {recipe.num_steps}", where=str(checkpoint.path),
                               cause="bad_spec", remedy=f"set duration to {checkpoint.step} steps or more, or start a new run")
+    nvme = next((name for name, raw in recipe.spec.sharding.deepspeed.get("zero_optimization", {}).items()
+                 if isinstance(raw, dict) and raw.get("device") == "nvme"), None)
     for key, value in ours.items():
         saved = checkpoint.manifest[key]
-        if saved != value:
+        if saved != value and (key not in LAYOUT or nvme):
             raise CheckpointError(f"was saved with {key} {saved}, and the spec says {value}", where=str(checkpoint.path), cause="bad_spec",
                                   remedy=f"resume with {key} {saved}, or start a new run")
     check_annealing(checkpoint, recipe)
@@ -117,6 +119,10 @@ def check_annealing(checkpoint: Checkpoint, recipe: Recipe) -> None:
                               remedy=f"set duration to {size} steps, or start a new run")
 
 
+LAYOUT = ("workers", "zero")
+"""What may differ, unless weights lie on disks: the state is then divided anew."""
+
+
 def _facts(recipe: Recipe) -> dict[str, Any]:
     return {"workers": recipe.world, "zero": recipe.spec.sharding.zero, "precision": recipe.spec.precision,
             "global_sequences": recipe.global_sequences, "seed": recipe.spec.seed, "corpus_hash": recipe.corpus_hash}
@@ -126,6 +132,8 @@ def save(engine: Any, run: Path, step: int, recipe: Recipe, rank: int, ema: "Ema
     """Write and commit the state after `step` steps, then prune. All ranks take part. Raises StorageError."""
     import torch
     from torch import distributed
+
+    from distlm.train.reshard import parameter_names
 
     path = checkpoint_path(run, step)
     if rank == 0:
@@ -152,6 +160,7 @@ def save(engine: Any, run: Path, step: int, recipe: Recipe, rank: int, ema: "Ema
     if rank == 0:
         manifest = {"format": 1, "step": step, "samples": step * recipe.global_sequences, "tokens": step * recipe.tokens_per_step,
                     **_facts(recipe), **({"anneal": recipe.mix.anneal} if recipe.mix and recipe.mix.final_weights else {}),
+                    **({"parameters": parameter_names(engine)} if not engine.zero_optimization_stage() else {}),
                     "files": sorted((entry for part in entries for entry in part), key=lambda entry: entry["file"])}
         write_json(path / "manifest.json", manifest)
         write_atomic(path / MARKER, hashlib.sha256((path / "manifest.json").read_bytes()).hexdigest() + "\n")
@@ -161,20 +170,33 @@ def save(engine: Any, run: Path, step: int, recipe: Recipe, rank: int, ema: "Ema
 
 
 def load(engine: Any, checkpoint: Path, rank: int, ema: "Ema | None" = None) -> None:
-    """Restore the engine, this rank's random numbers and its part of `ema` from a verified checkpoint. All ranks take part."""
+    """Restore the engine, this rank's random numbers and its part of `ema` from a verified checkpoint, of any number of ranks and ZeRO
+    stage. With another number of ranks the random numbers begin anew, a function of the seed that the engine began with, the step and
+    the rank. All ranks take part."""
     import torch
+    from torch import distributed
 
-    path, _ = engine.load_checkpoint(str(checkpoint), tag=TAG)
-    if path is None:
-        raise CheckpointError("DeepSpeed found nothing to load", where=str(checkpoint), cause="internal")
+    from distlm.train.reshard import load_resharded
+
+    manifest = read_json(checkpoint / "manifest.json")
+    same_ranks, zero = manifest["workers"] == distributed.get_world_size(), engine.zero_optimization_stage()
+    if manifest["zero"] != zero or (zero and not same_ranks):
+        load_resharded(engine, checkpoint, manifest, ema)
+    else:
+        path, _ = engine.load_checkpoint(str(checkpoint), tag=TAG)
+        if path is None:
+            raise CheckpointError("DeepSpeed found nothing to load", where=str(checkpoint), cause="internal")
+        if ema:
+            saved = torch.load(checkpoint / f"ema-{rank if same_ranks else 0:05d}.pt", weights_only=True, map_location="cpu")
+            for value, part in zip(ema.values, saved, strict=True):
+                value.copy_(part)
+    if not same_ranks:
+        torch.manual_seed((torch.initial_seed() + (manifest["step"] << 8)) % 2**63)
+        return
     states = torch.load(checkpoint / f"rng-{rank:05d}.pt", weights_only=True)
     torch.set_rng_state(states["cpu"])
     if len(states["cuda"]) and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
-    if ema:
-        saved = torch.load(checkpoint / f"ema-{rank:05d}.pt", weights_only=True, map_location="cpu")
-        for value, part in zip(ema.values, saved, strict=True):
-            value.copy_(part)
 
 
 def prune(run: Path, keep: int) -> None:

@@ -90,7 +90,10 @@ def test_a_run_that_has_gone_further_than_the_spec_asks_is_refused(run: Path) ->
         checkpoint.check_fits(found, make_recipe(spec(_corpus(run), duration={"steps": 10}), Storage(run.parent)))
 
 
-@pytest.mark.parametrize(("change", "name"), [({"scale": {"workers": 2}}, "workers"), ({"sharding": {"zero": 1}}, "zero"),
+NVME = {"zero": 3, "deepspeed": {"zero_optimization": {"offload_param": {"device": "nvme", "nvme_path": "/tmp"}}}}
+
+
+@pytest.mark.parametrize(("change", "name"), [({"scale": {"workers": 2}, "sharding": NVME}, "workers"), ({"sharding": NVME}, "zero"),
                                               ({"precision": "bf16"}, "precision"), ({"seed": 1}, "seed")])
 def test_a_checkpoint_of_another_set_up_is_refused_by_name(run: Path, change: dict[str, object], name: str) -> None:
     found, _ = checkpoint.latest(run)

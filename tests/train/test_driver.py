@@ -109,6 +109,22 @@ def test_a_worker_that_is_killed_costs_nothing_but_time(cluster: str, corpus: Pa
 
 
 @pytest.mark.slow
+def test_a_run_goes_on_with_more_workers_and_says_so(cluster: str, corpus: Path, tmp_path: Path) -> None:
+    alone = {**LONG, "scale": {"workers": 1}, "sharding": {"zero": 0}}
+    folder, shown = make_run(tmp_path, given := spec(corpus, **alone)), Records()
+    with folder.running():
+        train(given, folder, Storage(tmp_path), Records())
+    whole = losses(folder.path)
+    shutil.rmtree(folder.path / "checkpoints" / "step-000150")
+    shutil.rmtree(folder.path / "export")
+    with folder.running():
+        train(spec(corpus, **LONG), folder, Storage(tmp_path), shown)
+    text = "its state is divided anew: workers 1 -> 2, zero 0 -> 2"
+    assert text in shown.notes and text in [event["message"] for event in folder.events()]
+    np.testing.assert_allclose(losses(folder.path), whole, rtol=1e-4)
+
+
+@pytest.mark.slow
 def test_the_only_worker_that_is_killed_costs_nothing_but_time_and_leaves_its_log(cluster: str, corpus: Path, tmp_path: Path) -> None:
     given = spec(corpus, **{**LONG, "scale": {"workers": 1}, "sharding": {"zero": 0}})
     run_ranks({tmp_path / "undisturbed": given})

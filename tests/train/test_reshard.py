@@ -1,0 +1,68 @@
+"""A run goes on with other ranks and another ZeRO stage as if nothing had changed."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from distlm.spec import TrainSpec
+from tests.train.ranks import losses, make_corpus, metrics, run_ranks, spec, windows_seen
+
+SHARDED = {"zero": 3, "deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0, "sub_group_size": 5000}}}
+"""Small parameters are sharded too, and a group has several partitions on a rank."""
+
+
+def layout(workers: int, zero: int) -> dict[str, Any]:
+    return {"scale": {"workers": workers}, "sharding": SHARDED if zero == 3 else {"zero": zero}}
+
+
+def case(corpus: Path, workers: int, zero: int, **sections: Any) -> TrainSpec:
+    """Six steps, a checkpoint after three; parameters that do not divide evenly over the ranks."""
+    model = {"config": {"model_type": "gpt2", "n_embd": 36, "n_layer": 2, "n_head": 4}}
+    return spec(corpus, **{"duration": {"steps": 6}, "evaluate": {"every_steps": 3}, "checkpoint": {"every_steps": 3}, "model": model,
+                           "batch": {"global_sequences": 12, "micro_sequences": 1}, **layout(workers, zero), **sections})
+
+
+def check(tmp_path: Path, moves: list[tuple[tuple[int, int], tuple[int, int]]], rtol: float = 1e-5, **sections: Any) -> None:
+    """Each run begun in one layout and gone on with in another has the losses of the run that did not move."""
+    corpus = make_corpus(tmp_path / "c")
+    begun = {at: tmp_path / f"begun-{at[0]}-{at[1]}" for at in dict.fromkeys(at for at, _ in moves)}
+    for workers in sorted({at[0] for at in begun}):
+        run_ranks({run: case(corpus, *at, **sections) for at, run in begun.items() if at[0] == workers})
+    moved: dict[tuple[int, int], list[Path]] = {}
+    for at, to in moves:
+        run = tmp_path / f"{at[0]}-{at[1]}-to-{to[0]}-{to[1]}"
+        shutil.copytree(begun[at], run)
+        shutil.rmtree(run / "checkpoints" / "step-000006")
+        shutil.rmtree(run / "export")
+        for file in run.glob("windows-*.txt"):             # of the steps that are done again
+            file.write_text("".join(line for line in file.read_text().splitlines(True) if int(line.split(":")[0]) < 3))
+        moved.setdefault(to, []).append(run)
+    for workers in sorted({to[0] for to in moved}):
+        run_ranks({run: case(corpus, *to, **sections) for to, runs in moved.items() if to[0] == workers for run in runs})
+    for at, to in moves:
+        run = tmp_path / f"{at[0]}-{at[1]}-to-{to[0]}-{to[1]}"
+        assert windows_seen(run) == windows_seen(begun[at]), run.name
+        for key in ("loss", "val_loss", "grad_norm"):
+            ours, theirs = ([record[key] for record in metrics(path) if key in record] for path in (run, begun[at]))
+            np.testing.assert_allclose(ours, theirs, rtol=rtol, err_msg=f"{run.name}: {key}")
+        assert losses(run)[-1] < losses(run)[0]
+
+
+def test_ranks_and_stages_change(tmp_path: Path) -> None:
+    check(tmp_path, [((2, 1), (1, 3)), ((2, 3), (1, 0)), ((1, 0), (2, 2)), ((1, 2), (2, 1))], ema={"decay": 0.9})
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("optimizer", "precision"),
+                         [("adamw", "fp32"), ("adamw", "bf16"), ("muon", "fp32"), ("lion", "bf16"), ("sgd", "fp32")])
+def test_every_stage_to_every_other(tmp_path: Path, optimizer: str, precision: str) -> None:
+    moves = [((2, a), (1, b)) for a in range(4) for b in range(4)]
+    moves += [((1, 3), (2, 3)), ((1, 1), (2, 3)), ((2, 1), (4, 3)), ((2, 3), (4, 2))]
+    rate = {"lion": 0.001, "sgd": 0.1}.get(optimizer, 0.01)
+    rtol = 1e-5 if precision == "fp32" and optimizer != "muon" else 1e-2      # products in bf16 round anew
+    clip = {"clip": 0} if optimizer == "muon" else {}
+    check(tmp_path, moves, rtol, precision=precision, optimizer={"name": optimizer, "lr": rate, **clip})
