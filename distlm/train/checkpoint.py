@@ -83,11 +83,9 @@ def check_fits(checkpoint: Checkpoint, recipe: Recipe) -> None:
     if checkpoint.step > recipe.num_steps:
         raise CheckpointError(f"has {checkpoint.step} steps done, and the spec asks for {recipe.num_steps}", where=str(checkpoint.path),
                               cause="bad_spec", remedy=f"set duration to {checkpoint.step} steps or more, or start a new run")
-    nvme = next((name for name, raw in recipe.spec.sharding.deepspeed.get("zero_optimization", {}).items()
-                 if isinstance(raw, dict) and raw.get("device") == "nvme"), None)
     for key, value in ours.items():
         saved = checkpoint.manifest[key]
-        if saved != value and (key not in LAYOUT or nvme):
+        if saved != value and (key not in LAYOUT or _keeps_layout(checkpoint, recipe)):
             raise CheckpointError(f"was saved with {key} {saved}, and the spec says {value}", where=str(checkpoint.path), cause="bad_spec",
                                   remedy=f"resume with {key} {saved}, or start a new run")
     check_annealing(checkpoint, recipe)
@@ -120,7 +118,15 @@ def check_annealing(checkpoint: Checkpoint, recipe: Recipe) -> None:
 
 
 LAYOUT = ("workers", "zero")
-"""What may differ, unless weights lie on disks: the state is then divided anew."""
+"""What may differ: the state is then divided anew."""
+
+
+def _keeps_layout(checkpoint: Checkpoint, recipe: Recipe) -> bool:
+    """Where the state cannot be divided anew: DeepSpeed's Muon keeps whole matrices of what a partition touches, and weights may lie on
+    disks."""
+    zero = recipe.spec.sharding.deepspeed.get("zero_optimization", {})
+    return (any(isinstance(raw, dict) and raw.get("device") == "nvme" for raw in zero.values())
+            or (recipe.spec.optimizer.name == "muon" and bool(checkpoint.manifest["zero"] or recipe.spec.sharding.zero)))
 
 
 def _facts(recipe: Recipe) -> dict[str, Any]:

@@ -94,6 +94,7 @@ NVME = {"zero": 3, "deepspeed": {"zero_optimization": {"offload_param": {"device
 
 
 @pytest.mark.parametrize(("change", "name"), [({"scale": {"workers": 2}, "sharding": NVME}, "workers"), ({"sharding": NVME}, "zero"),
+                                              ({"sharding": {"zero": 1}, "optimizer": {"name": "muon", "clip": 0}}, "zero"),
                                               ({"precision": "bf16"}, "precision"), ({"seed": 1}, "seed")])
 def test_a_checkpoint_of_another_set_up_is_refused_by_name(run: Path, change: dict[str, object], name: str) -> None:
     found, _ = checkpoint.latest(run)
