@@ -1,4 +1,4 @@
-"""Counting documents and bytes through the steps, and keeping samples of what is rejected."""
+"""Counting documents and bytes through the steps, balancing the books, and keeping samples of what is rejected."""
 
 import json
 from collections import defaultdict
@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from distlm.errors import CorpusError
 from distlm.storage import write_atomic
 
 MAX_SAMPLES = 20
@@ -78,3 +79,33 @@ def write_rejects(folder: Path, samples: Samples) -> None:
     """One file per reason, one JSON line per sample. Raises StorageError."""
     for reason, kept in samples.kept.items():
         write_atomic(folder / f"{reason}.jsonl", "".join(json.dumps(sample) + "\n" for sample in kept))
+
+
+def check_balance(steps: list[dict[str, Any]], where: str) -> None:
+    """Raises CorpusError unless, in documents and in bytes, in = out + rejected at every step, and each step takes in what the one
+    before it gave out. What cleaning takes from documents that it keeps stands under `rejected` too, as bytes of no document."""
+    def wrong(step: dict[str, Any], text: str) -> CorpusError:
+        return CorpusError(f"the accounts do not balance: {text}", where=f"{where}: step {step['name']}", cause="internal",
+                           remedy="a file has changed meanwhile, or this is a bug: prepare again")
+
+    for i, step in enumerate(steps):
+        for unit in ("documents", "bytes"):
+            taken, given = step["in"][unit], step["out"][unit]
+            lost = sum(account[unit] for account in step["rejected"].values())
+            if taken != given + lost:
+                raise wrong(step, f"{taken:,} {unit} in, {given:,} out, {lost:,} rejected")
+            if i and taken != steps[i - 1]["out"][unit]:
+                raise wrong(step, f"{taken:,} {unit} in, but step {steps[i - 1]['name']} gave out {steps[i - 1]['out'][unit]:,}")
+
+
+def check_sources(data: dict[str, Any], where: str) -> None:
+    """Raises CorpusError unless the documents, bytes and tokens of all sources add up to those of each split. A manifest from before they
+    were counted has none."""
+    sources = [source["splits"] for source in data.get("sources", []) if "splits" in source]
+    for name, split in data["splits"].items() if sources else ():
+        for unit in ("documents", "bytes", "tokens"):
+            total = sum(source.get(name, {}).get(unit, 0) for source in sources)
+            if total != split[unit]:
+                raise CorpusError(f"the accounts do not balance: the sources have {total:,} {unit}, the split has {split[unit]:,}",
+                                  where=f"{where}: split {name}", cause="internal", remedy="the manifest was changed, or this is a bug: "
+                                                                                            "prepare again")

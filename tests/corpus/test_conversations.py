@@ -12,11 +12,13 @@ import pytest
 import torch
 
 from distlm.corpus.conversations import Refused, joined, parted, turns_of
+from distlm.corpus.diff import diff
 from distlm.corpus.files import find_files
-from distlm.corpus.inspect import diff, documents, find, summary, windows
-from distlm.corpus.manifest import outputs, verify
+from distlm.corpus.inspect import documents, find, summary, windows
+from distlm.corpus.manifest import outputs
 from distlm.corpus.read import Reader
 from distlm.corpus.stream import NO_LOSS, START, Windows
+from distlm.corpus.verify import verify
 from distlm.errors import CorpusError, InputError
 from distlm.model.loss import IGNORED
 from distlm.spec.prepare import Conversations, Source
