@@ -318,7 +318,8 @@ def corpus_inspect(name: Corpus, ids: Annotated[list[str] | None, typer.Option("
 
     path = _corpus(name)
     for document in inspect.documents(path, ids) if ids else ():
-        _show_rows([("id", document.id or document.hash), ("source", f"{document.source}, record {document.record}"),
+        _show_rows([("id", document.id or document.hash), *([("part", str(document.part))] if document.part else []),
+                    ("source", f"{document.source}, record {document.record}"),
                     ("split", document.split), ("size", f"{document.bytes:,} bytes, {document.tokens:,} tokens"),
                     *((key, _shown(value)) for key, value in document.meta.items()),
                     *([("reasons", ", ".join(document.reasons))] if document.reasons else [])])

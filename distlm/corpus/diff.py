@@ -88,8 +88,9 @@ def _values(manifest: Manifest) -> dict[tuple[str, str], Any]:
     for name, source in zip(manifest.source_names, data["sources"], strict=True):
         values["sources", name] = source_row(source)
     for step in data["steps"]:
-        for side in ("in", "out"):
-            values["steps", f"{step['name']}.{side}"] = _account(step[side])
+        for side in ("in", "added", "out"):
+            if side in step:
+                values["steps", f"{step['name']}.{side}"] = _account(step[side])
         for reason, lost in step["rejected"].items():
             values["steps", f"{step['name']}.rejected.{reason}"] = _account(lost)
     for name, split in manifest.splits.items():

@@ -48,6 +48,8 @@ class Document:
     """False where the end of the text lies behind the last window of the split, among the dropped tokens."""
     shown: str = ""
     """Of a conversation, the text with its end, what gives loss between ⟦ and ⟧."""
+    part: int = 0
+    """Of a conversation that was split, which of its parts this is, from 1; else 0."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,7 @@ def summary(path: Path | str) -> list[tuple[str, str]]:
         rest = sum(count for _, count in lost[MAX_REASONS:])
         rows.append((f"step {step['name']}", f"{step['in']['documents']:,} → {step['out']['documents']:,} documents, "
                                              f"{step['in']['bytes']:,} → {step['out']['bytes']:,} bytes"
+                     + (f"; {step['added']['documents']:,} more by splitting" if "added" in step else "")
                      + (f"; {top}" if top else "") + (f", {rest:,} others" if rest else "")))
     rows += [("tokenizer", f"{data['tokenizer']['kind']}, {manifest.vocab_size:,} tokens, {manifest.dtype}, end {manifest.eos_id}"),
              ("context", f"{manifest.context:,}"), ("seed", str(manifest.seed))]
@@ -141,7 +144,7 @@ def documents(path: Path | str, ids: Sequence[str]) -> list[Document]:
             text, whole = decoder.document(row["split"], number, row["tokens"])
             shown = ""
         found.append(Document(row["id"] or "", row["hash"].hex(), row["source"], row["record"], row["split"], row["bytes"], row["tokens"],
-                              json.loads(row["meta"]) if row["meta"] else {}, row["reasons"] or [], text, whole, shown))
+                              json.loads(row["meta"]) if row["meta"] else {}, row["reasons"] or [], text, whole, shown, row.get("part", 0)))
     return found
 
 
