@@ -66,8 +66,8 @@ class License(Part):
     """Only documents under some licences are kept. A document has one where its source has `code: true`, or keeps a field `license`."""
 
     keep: Annotated[tuple[str, ...], Field(min_length=1)]
-    """SPDX ids, such as MIT or Apache-2.0. Of an expression, one side of an OR and both of an AND must be among them; else the document is
-    rejected with the reason `license`."""
+    """SPDX ids, such as MIT or Apache-2.0, whose case does not count. Of an expression, one side of an OR and both of an AND must be
+    among them; else the document is rejected with the reason `license`."""
     keep_unknown: bool = False
     """Whether documents without a known licence stay; else they are rejected with the reason `no_license`."""
 
