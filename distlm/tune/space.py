@@ -18,7 +18,7 @@ from pydantic import BaseModel
 
 from distlm.errors import InputError, SpecError
 from distlm.spec.explain import KeyPath, shown
-from distlm.spec.load import Loaded, dotted, leaves, locator, nearest, nearest_file, parse, put, validate, with_spec
+from distlm.spec.load import Loaded, References, dotted, leaves, locator, nearest, nearest_file, parse, put, validate, with_spec
 from distlm.spec.train import TrainSpec
 from distlm.spec.tune import Dimension, TuneSpec
 from distlm.storage import Storage
@@ -61,9 +61,9 @@ def read_file(name: str, folder: Path, where: str) -> tuple[dict[str, Any], dict
     return data, found
 
 
-def check(spec: TuneSpec, where: Callable[[KeyPath], str], *, references: bool = False) -> None:
+def check(spec: TuneSpec, where: Callable[[KeyPath], str], *, references: References = False) -> None:
     """Every key of the space, the base spec, the ends of every range and every trial. `where` tells the place of a key of the sweep's
-    spec. With `references`, values that hold `${...}` are passed over. Raises SpecError."""
+    spec. With `references`, values that hold `${...}` are passed over, as `validate` does. Raises SpecError."""
     for key in spec.space:
         check_key(key, where(("space", key)))
         if section := next((one for one in spec.space if key.startswith(f"{one}.")), ""):
