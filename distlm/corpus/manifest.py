@@ -14,13 +14,14 @@ fixed_size_list<bool>[context + 1], which tokens give loss.
 
 import hashlib
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
 from distlm.corpus.accounts import check_balance, check_sources
+from distlm.corpus.conversations import LONGER
 from distlm.errors import CorpusError, InputError, StorageError
 from distlm.storage import read_json, write_json
 
@@ -57,6 +58,16 @@ class Split:
     """Those that fill up windows; none where documents follow each other."""
     repeated_tokens: int = 0
     """Of best-fit: those with which a further piece of a document begins, which end the piece before."""
+    rejected: dict[str, int] = field(default_factory=dict)
+    """Documents of the split that became no tokens, by reason."""
+
+    def why_empty(self) -> tuple[str, str]:
+        """(why the split has no window, what helps)."""
+        if self.documents or not self.rejected:
+            return f"the split has {self.documents:,} documents of {self.tokens:,} tokens", "a larger split.val_fraction"
+        lost = ", ".join(f"{count:,} {reason}" for reason, count in self.rejected.items())
+        return (f"every document of the split was rejected when it became tokens ({lost})",
+                ("conversations.too_long: split, a larger context or " if LONGER in self.rejected else "") + "a larger split.val_fraction")
 
 
 @dataclass(frozen=True)
@@ -120,7 +131,7 @@ def read_manifest(path: Path | str) -> Manifest:
             raise CorpusError(f"format {data['format']} is not {FORMAT}", where=str(path / FILE), remedy="prepare the corpus again")
         splits = {name: Split(split["documents"], split["bytes"], split["tokens"], split["dropped_tokens"], split["windows"],
                               tuple(Shard(**shard) for shard in split["shards"]), split.get("padding_tokens", 0),
-                              split.get("repeated_tokens", 0)) for name, split in data["splits"].items()}
+                              split.get("repeated_tokens", 0), split.get("rejected", {})) for name, split in data["splits"].items()}
         return Manifest(path, data["name"], data["context"], data["dtype"], data["seed"], data["tokenizer"]["vocab_size"],
                         data["tokenizer"]["eos_id"], splits, data)
     except (KeyError, TypeError, AttributeError, StorageError) as error:

@@ -458,13 +458,15 @@ class _Prepare:
         tasks, best_fits = list[PackTask](), list[BestFitTask]()
         for name in self.rule.names:
             counts, parts, tokens = account(), [], 0
+            lost = Counter[str]()
             for i, partition in enumerate(encoded):
                 add(counts, partition[name].step.given["documents"], partition[name].step.given["bytes"])
                 parts.append((Path(f"{self._tokens(i)}-{name}"), tokens, partition[name].tokens))
+                lost.update({reason: one["documents"] for reason, one in partition[name].step.rejected.items()})
                 tokens += partition[name].tokens
             if self.spec.best_fit:
-                splits[name] = {**counts, "tokens": tokens, "dropped_tokens": 0, "windows": 0, "padding_tokens": 0, "repeated_tokens": 0,
-                                "shards": []}
+                splits[name] = {**counts, **({"rejected": dict(sorted(lost.items()))} if lost else {}), "tokens": tokens,
+                                "dropped_tokens": 0, "windows": 0, "padding_tokens": 0, "repeated_tokens": 0, "shards": []}
                 best_fits += [BestFitTask(self.scratch, f"{name}/{shard:05d}.arrow", parts, group, self.spec.context, vocabulary.dtype,
                                           vocabulary.eos_id, self.spec.conversations is not None)
                               for shard, group in enumerate(groups(parts, self.spec.shard_windows * self.spec.context))]
@@ -564,7 +566,10 @@ class _Prepare:
             if split["windows"]:
                 continue
             text = f"the {split['tokens']:,} tokens of the {name} split do not fill a window of {self.spec.context} + 1"
+            if lost := split.get("rejected", {}) if not split["documents"] else {}:
+                text = (f"nothing is left of the {name} split, every document was rejected when it became tokens ("
+                        + ", ".join(f"{count:,} {reason}" for reason, count in lost.items()) + ")")
             if name == "train":
-                raise CorpusError(text, where=self.spec.name, remedy="give more text or a smaller context")
+                raise CorpusError(text, where=self.spec.name, remedy=f"give more text or a {'larger' if lost else 'smaller'} context")
             if split["tokens"] or self.splits[name]["documents"]:
                 self.progress.note(f"{text}: there is nothing to validate on")

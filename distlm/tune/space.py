@@ -106,7 +106,7 @@ def check(spec: TuneSpec, where: Callable[[KeyPath], str], *, references: Refere
 
 def check_metric(spec: TuneSpec, trials: list[TrainSpec], storage: Storage) -> None:
     """Raises InputError where trials would be judged by a loss that their corpus cannot give."""
-    from distlm.train.recipe import read_corpora
+    from distlm.train.recipe import read_corpora, without_val
 
     seen: list[Any] = []
     for trial in trials if spec.metric == "val_loss" else ():
@@ -115,9 +115,8 @@ def check_metric(spec: TuneSpec, trials: list[TrainSpec], storage: Storage) -> N
         seen.append(trial.corpus)
         manifests = read_corpora(trial, storage)
         if not any(one.splits["val"].windows for one in manifests):
-            names = trial.corpus if isinstance(trial.corpus, str) else " and ".join(share.corpus for share in trial.corpus.mix)
-            raise InputError(f"the corpus {names} has no validation window, so no trial would have a val_loss", where="metric",
-                             remedy="set metric: loss, or prepare the corpus with a larger split.val_fraction")
+            why, remedy = without_val(manifests)
+            raise InputError(f"no trial would have a val_loss: {why}", where="metric", remedy=f"set metric: loss, or {remedy}")
 
 
 def check_key(key: str, where: str) -> None:

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from distlm import plan
 from distlm.corpus.conversations import Refused, Turns, divided, joined, parted, turns_of
 from distlm.corpus.diff import diff
 from distlm.corpus.files import find_files
@@ -22,8 +23,11 @@ from distlm.corpus.verify import verify
 from distlm.errors import CorpusError, InputError
 from distlm.model.loss import IGNORED
 from distlm.spec.prepare import Conversations, Source
+from distlm.storage import Storage
 from distlm.train.batch import make_batch
+from distlm.train.recipe import make_recipe
 from tests.records import Records
+from tests.train.ranks import spec
 
 Run = Callable[..., dict[str, Any]]
 CONTEXT = 64
@@ -212,6 +216,25 @@ def test_the_targets_of_training_are_the_tokens_of_the_answers_and_nothing_else(
             said = bytes(0 if token == 0 else token - 4 for token in targets[targets != IGNORED].tolist()).decode()
             seen += said.split("\0")[:-1]
     assert sorted(seen) == sorted([*expected, "Answer 99, ä.", "Answer 1000, ä.", "No. Mail <|email|>"])
+
+
+def test_a_val_split_that_no_window_holds_is_told_when_it_is_lost_and_when_it_is_wanted(run: Run, tmp_path: Path) -> None:
+    long = [[message("user", "x" * 90), *exchange(i)[1:]] for i in (1, 2)]
+    for name, given in (("train", [exchange(i) for i in range(9)]), ("val", long)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"messages": turns}) + "\n" for turns in given))
+    progress = Records()
+    result = run([str(tmp_path / "train.jsonl"), {"path": str(tmp_path / "val.jsonl"), "split": "val"}], progress=progress,
+                 **{**KEYS, "split": {"val_fraction": 0}})
+    assert verify(result[""]).splits["val"].rejected == {"longer_than_window": 2}
+    assert progress.notes[-1] == ("nothing is left of the val split, every document was rejected when it became tokens "
+                                  "(2 longer_than_window): there is nothing to validate on")
+    with pytest.raises(InputError, match=r"^evaluate: there is nothing to evaluate on: the corpus words has no validation window: every "
+                                         r"document of the split was rejected.*\(2 longer_than_window\); leave it out, or prepare words "
+                                         r"with conversations\.too_long: split, a larger context or"):
+        make_recipe(spec(Path(result[""])), Storage(tmp_path))
+    without = spec(Path(result[""]), evaluate={}, checkpoint={})
+    assert make_recipe(without, Storage(tmp_path)).val == ()
+    assert dict(plan.of_train(without, Storage(tmp_path)))["evaluations"].startswith("none: the corpus words has no validation window")
 
 
 def test_what_can_be_seen_to_fail_is_found_before_work_and_what_cannot_is_told(run: Run, chats: Path, tmp_path: Path) -> None:

@@ -141,7 +141,10 @@ def test_validation_takes_of_each_corpus_its_share_and_bytes_per_token_with_it(s
     make_corpus(storage.corpus("c"), val=0)
     third = recipe(storage, mix(0.7, 0.3, 1), evaluate={"max_windows": 20})
     assert [part.share for part in third.val] == pytest.approx([0.7, 0.3]), "a corpus without validation windows has no share"
-    assert recipe(storage, "c").val == () and recipe(storage, "c").val_windows == 0
+    alone = recipe(storage, "c", evaluate={})
+    assert alone.val == () and alone.val_windows == 0
+    with pytest.raises(InputError, match=r"^evaluate: there is nothing to evaluate on: the corpus c has no validation window"):
+        recipe(storage, "c")
 
 
 def test_annealing_ends_with_the_run_and_validation_counts_its_average(storage: Storage) -> None:
