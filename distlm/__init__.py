@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from distlm.cluster import require as find_cluster
     from distlm.cluster import status as cluster_status
     from distlm.clusterfile import read as read_cluster_file
-    from distlm.corpus.inspect import diff as corpus_diff
+    from distlm.corpus.diff import diff as corpus_diff
     from distlm.corpus.inspect import documents as corpus_documents
     from distlm.corpus.inspect import find as corpus_find
     from distlm.corpus.inspect import summary as corpus_summary
     from distlm.corpus.inspect import windows as corpus_windows
-    from distlm.corpus.manifest import verify as corpus_verify
+    from distlm.corpus.verify import verify as corpus_verify
     from distlm.dashboard import serve as tensorboard
     from distlm.execute import resolve, run
     from distlm.head import LocalCluster
@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 _HOMES = {
     "LocalCluster": "head:LocalCluster", "Storage": "storage:Storage", "cluster_down": "head:down", "cluster_status": "cluster:status",
-    "cluster_up": "head:up", "corpus_diff": "corpus.inspect:diff", "corpus_documents": "corpus.inspect:documents",
-    "corpus_find": "corpus.inspect:find", "corpus_summary": "corpus.inspect:summary", "corpus_verify": "corpus.manifest:verify",
+    "cluster_up": "head:up", "corpus_diff": "corpus.diff:diff", "corpus_documents": "corpus.inspect:documents",
+    "corpus_find": "corpus.inspect:find", "corpus_summary": "corpus.inspect:summary", "corpus_verify": "corpus.verify:verify",
     "corpus_windows": "corpus.inspect:windows", "driver_log": "logs:driver_log", "find_cluster": "cluster:require",
     "find_corpus": "train.recipe:find_corpus", "follow": "logs:follow", "list_jobs": "jobs:jobs", "load_run": "jobs:load_run",
     "local_clusters": "head:recorded", "needs": "plan:needs", "query": "jobs:query", "read_cluster_file": "clusterfile:read",

@@ -318,7 +318,8 @@ def corpus_inspect(name: Corpus, ids: Annotated[list[str] | None, typer.Option("
 
     path = _corpus(name)
     for document in inspect.documents(path, ids) if ids else ():
-        _show_rows([("id", document.id or document.hash), ("source", f"{document.source}, record {document.record}"),
+        _show_rows([("id", document.id or document.hash), *([("part", str(document.part))] if document.part else []),
+                    ("source", f"{document.source}, record {document.record}"),
                     ("split", document.split), ("size", f"{document.bytes:,} bytes, {document.tokens:,} tokens"),
                     *((key, _shown(value)) for key, value in document.meta.items()),
                     *([("reasons", ", ".join(document.reasons))] if document.reasons else [])])
@@ -347,7 +348,7 @@ def corpus_verify(name: Corpus) -> None:
 
     Example: distlm corpus verify my-corpus
     """
-    from distlm.corpus.manifest import verify
+    from distlm.corpus.verify import verify
 
     manifest = verify(_corpus(name))
     shards = [shard for one in manifest.splits.values() for shard in one.shards]
@@ -361,10 +362,10 @@ def corpus_diff(a: Corpus, b: Annotated[str, typer.Argument(metavar="OTHER", hel
 
     Example: distlm corpus diff corpus-1 corpus-2
     """
-    from distlm.corpus import inspect
+    from distlm.corpus.diff import diff
     from distlm.progress import PlainProgress
 
-    differences = inspect.diff(_corpus(a), _corpus(b))
+    differences = diff(_corpus(a), _corpus(b))
     rows = differences.rows()
     if rows:
         PlainProgress().table("", list(rows), ("part", "key", Path(a).name, Path(b).name))

@@ -37,6 +37,8 @@ OUTPUTS = {
     "serve": ("url", "api_key_file", "model"),
 }
 """Kind -> what `${step.output}` may name; a sweep also has `best.<key>` for every key of its space."""
+TEXTS = ("", "manifest_hash", "export", "checkpoint", "best", "best_spec", "metric", "url", "api_key_file", "model")
+"""The outputs that are text; "" is the step itself, a folder. All others are numbers, but for `best.<key>`, which is what its key takes."""
 MAKERS: dict[str, dict[str, tuple[str, ...]]] = {"corpus": {"prepare": ("",)}, "model": {"train": ("", "export"), "tune": ("best",)}}
 """What a key may take -> the kinds of steps that make it, and the outputs, "" for the step itself, that name it."""
 HASHED_BYTES = 64 << 20
@@ -112,9 +114,15 @@ def check(loaded: Loaded) -> list[str]:
 def check_step(steps: Mapping[str, Any], step: str, where: Callable[[KeyPath], str]) -> None:
     """Validate a step with stand-ins for what is not there yet. `where` tells the place of its keys."""
     data = {key: stand_in(steps, value) for key, value in steps[step].items() if key != "needs"}
-    spec = validate(data, references=True, place=where)
+
+    def may_be_no_text(text: str) -> bool:
+        """Whether what the references of a text stand for may be no text."""
+        whole = REFERENCE.fullmatch(text)
+        return whole is not None and split(steps, whole[1])[1] not in TEXTS
+
+    spec = validate(data, references=may_be_no_text, place=where)
     if data.get("kind") == "tune" and isinstance(data.get("train"), dict) and spec is not None:
-        space.check(spec, where, references=True)
+        space.check(spec, where, references=may_be_no_text)
 
 
 def check_references(steps: Mapping[str, Any], step: str, key: KeyPath, text: str, where: str) -> None:

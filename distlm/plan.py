@@ -51,7 +51,7 @@ def of_prepare(spec: PrepareSpec) -> Rows:
 def of_train(spec: TrainSpec, storage: Storage) -> Rows:
     """A corpus that does not exist yet leaves open what depends on it."""
     from distlm.corpus.manifest import read_manifest
-    from distlm.train.recipe import find_corpus, make_recipe
+    from distlm.train.recipe import find_corpus, make_recipe, read_corpora, without_val
 
     for share in spec.mixture:
         try:
@@ -66,7 +66,8 @@ def of_train(spec: TrainSpec, storage: Storage) -> Rows:
             *([("warm-up", f"{recipe.spec.schedule.warmup_steps:,} steps")] if spec.schedule.warmup_tokens else []),
             ("tokens", f"{recipe.num_steps * recipe.tokens_per_step:,}"),
             *([("documents", "kept apart: attention stays inside each")] if recipe.mask_documents else []),
-            ("evaluations", f"every {recipe.evaluate_every:,} steps over {recipe.val_windows:,} windows"),
+            ("evaluations", f"every {recipe.evaluate_every:,} steps over {recipe.val_windows:,} windows" if recipe.val else
+             f"none: {without_val(read_corpora(spec, storage))[0]}"),
             ("checkpoints", f"every {recipe.checkpoint_every:,} steps"),
             *of_model(recipe.spec, recipe.shape, recipe.num_steps * recipe.tokens_per_step), *of_scale(spec)]
 

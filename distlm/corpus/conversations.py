@@ -5,13 +5,15 @@ near-duplicates see what was said and no markup, and nothing is held twice.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from distlm.spec.prepare import ROLES, Conversations
 
 SEPARATOR = "\n\n"
-USER, ANSWERS = ROLES[1], ROLES[2]
+SYSTEM, USER, ANSWERS = ROLES
+LONGER = "longer_than_window"
+"""The reason of a conversation, or a part of one, that no window holds."""
 Turns = Sequence[tuple[str, str]]
 """(role, what it says) of each message, in order."""
 
@@ -64,3 +66,29 @@ def parted(text: str, turns: str) -> Turns:
         found.append((role, text[begin:begin + size]))
         begin += size + len(SEPARATOR)
     return found
+
+
+def is_empty_answer(role: str, content: str) -> bool:
+    """Whether the turn is an answer that says nothing: it must not teach to say nothing."""
+    return role == ANSWERS and not content.strip()
+
+
+def divided(turns: Turns, fits: Callable[[Turns], bool]) -> list[Turns]:
+    """The parts of a conversation, cut behind answers: each as long as fits, but one exchange at least, which may not fit. The system
+    turns at the beginning stand before each part. `fits` is asked about twice the logarithm of a part's exchanges, and about no more
+    than two parts' turns at a time."""
+    first = next((i for i, (role, _) in enumerate(turns) if role != SYSTEM), len(turns))
+    head, rest = list(turns[:first]), list(turns[first:])
+    ends = [i for i in range(1, len(rest)) if rest[i - 1][0] == ANSWERS != rest[i][0]] + [len(rest)]
+    parts, begin = list[Turns](), 0
+    while ends:
+        low, high = 1, 2                                   # so many exchanges are taken, so many are not known to fit
+        while high <= len(ends) and fits(head + rest[begin:ends[high - 1]]):
+            low, high = high, 2 * high
+        high = min(high, len(ends) + 1)
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits(head + rest[begin:ends[middle - 1]]) else (low, middle)
+        parts.append(head + rest[begin:ends[low - 1]])
+        begin, ends = ends[low - 1], ends[low:]
+    return parts

@@ -11,7 +11,8 @@ import xxhash
 from distlm import __version__
 from distlm.corpus.decontaminate import Evaluations
 from distlm.corpus.files import TextFile
-from distlm.corpus.manifest import FILE, file_xxh3, tokenizer_hash, verify
+from distlm.corpus.manifest import FILE, file_xxh3, tokenizer_hash
+from distlm.corpus.verify import verify
 from distlm.errors import DistlmError
 from distlm.spec.load import dump
 from distlm.spec.prepare import PrepareSpec, Source

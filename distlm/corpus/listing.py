@@ -11,14 +11,18 @@ import pyarrow.parquet as pq
 
 from distlm.corpus.accounts import account
 from distlm.corpus.split import HASH_BYTES
+from distlm.errors import CorpusError, InputError
 from distlm.storage import replacing
 
+FILE = "documents.parquet"
 DOCUMENTS = pa.schema([("hash", pa.binary(HASH_BYTES)), ("text_hash", pa.binary(HASH_BYTES)), ("origin", pa.int32()),
                        ("source", pa.string()), ("record", pa.int64()), ("id", pa.string()), ("meta", pa.string()), ("split", pa.string()),
-                       ("bytes", pa.int64()), ("tokens", pa.int64()), ("reasons", pa.list_(pa.string()))])
+                       ("bytes", pa.int64()), ("tokens", pa.int64()), ("reasons", pa.list_(pa.string())),
+                       ("part", pa.int32())])
 """The columns of documents.parquet. `hash`: of the document as it was cleaned, which decides its split; `text_hash`: the same of what is
 left of it without boilerplate and repeated paragraphs. `origin`: the place of its source in the manifest's `sources`, which tells files of
-one name apart; `source`: the name of its file."""
+one name apart; `source`: the name of its file. `part`: of a conversation that was split, which of its parts
+this is, from 1; else 0."""
 ROW_GROUP = 1 << 16
 
 
@@ -37,6 +41,17 @@ def write_documents(path: Path, lists: Sequence[Path], files: Sequence[str], ori
                 writer.write_table(together.slice(0, ROW_GROUP).combine_chunks(), row_group_size=ROW_GROUP)
                 waiting = [together.slice(ROW_GROUP)]
         writer.write_table(pa.concat_tables(waiting).combine_chunks(), row_group_size=ROW_GROUP)
+
+
+def open_documents(corpus: Path) -> pq.ParquetFile:
+    """The list of a corpus. Raises InputError where there is none, CorpusError for one that cannot be read."""
+    path = corpus / FILE
+    if not path.is_file():
+        raise InputError(f"the corpus has no {FILE}", where=str(corpus), remedy="prepare it again to look up documents")
+    try:
+        return pq.ParquetFile(path)
+    except (OSError, pa.ArrowException) as error:
+        raise CorpusError(f"cannot be read: {error}", where=str(path), remedy="prepare the corpus again") from None
 
 
 def count_sources(lists: Sequence[Path], sources: int, splits: Sequence[str]) -> dict[int, dict[str, dict[str, int]]]:

@@ -2,7 +2,6 @@
 
     manifest = read_manifest(storage.corpus("stdlib"))
     manifest.splits["train"].shards[0].file            # "train/00000.arrow"
-    verify(manifest.path)                              # every checksum
 
 A shard is an Arrow IPC file of one record batch: `tokens`, fixed_size_list<uint16 | uint32>[context + 1], and `starts`,
 list<int32>, the positions in the window at which a document begins. A window begins with the last token of the one before it.
@@ -15,12 +14,14 @@ fixed_size_list<bool>[context + 1], which tokens give loss.
 
 import hashlib
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
+from distlm.corpus.accounts import check_balance, check_sources
+from distlm.corpus.conversations import LONGER
 from distlm.errors import CorpusError, InputError, StorageError
 from distlm.storage import read_json, write_json
 
@@ -57,6 +58,16 @@ class Split:
     """Those that fill up windows; none where documents follow each other."""
     repeated_tokens: int = 0
     """Of best-fit: those with which a further piece of a document begins, which end the piece before."""
+    rejected: dict[str, int] = field(default_factory=dict)
+    """Documents of the split that became no tokens, by reason."""
+
+    def why_empty(self) -> tuple[str, str]:
+        """(why the split has no window, what helps)."""
+        if self.documents or not self.rejected:
+            return f"the split has {self.documents:,} documents of {self.tokens:,} tokens", "a larger split.val_fraction"
+        lost = ", ".join(f"{count:,} {reason}" for reason, count in self.rejected.items())
+        return (f"every document of the split was rejected when it became tokens ({lost})",
+                ("conversations.too_long: split, a larger context or " if LONGER in self.rejected else "") + "a larger split.val_fraction")
 
 
 @dataclass(frozen=True)
@@ -120,7 +131,7 @@ def read_manifest(path: Path | str) -> Manifest:
             raise CorpusError(f"format {data['format']} is not {FORMAT}", where=str(path / FILE), remedy="prepare the corpus again")
         splits = {name: Split(split["documents"], split["bytes"], split["tokens"], split["dropped_tokens"], split["windows"],
                               tuple(Shard(**shard) for shard in split["shards"]), split.get("padding_tokens", 0),
-                              split.get("repeated_tokens", 0)) for name, split in data["splits"].items()}
+                              split.get("repeated_tokens", 0), split.get("rejected", {})) for name, split in data["splits"].items()}
         return Manifest(path, data["name"], data["context"], data["dtype"], data["seed"], data["tokenizer"]["vocab_size"],
                         data["tokenizer"]["eos_id"], splits, data)
     except (KeyError, TypeError, AttributeError, StorageError) as error:
@@ -134,37 +145,6 @@ def manifest_hash(path: Path | str) -> str:
     if not file.is_file():
         raise InputError("there is no complete corpus: manifest.json is missing", where=str(path), remedy="prepare it")
     return hashlib.sha256(file.read_bytes()).hexdigest()
-
-
-def verify(path: Path | str) -> Manifest:
-    """Check the size and the hash of every shard, of the tokenizer and of the list of documents. Raises CorpusError for the first that
-    differs."""
-    manifest = read_manifest(path)
-    check_balance(manifest.data["steps"], str(path))
-    check_sources(manifest.data, str(path))
-    for split in manifest.splits.values():
-        for shard in split.shards:
-            file = manifest.path / shard.file
-            size = file.stat().st_size if file.is_file() else None
-            if size != shard.bytes:
-                raise CorpusError("the shard is missing" if size is None else f"the shard has {size:,} bytes, not {shard.bytes:,}",
-                                  where=str(file), remedy="prepare the corpus again")
-            if file_xxh3(file) != shard.xxh3:
-                raise CorpusError(f"the shard's hash is not {shard.xxh3}: it has been changed or damaged", where=str(file),
-                                  remedy="prepare the corpus again")
-        if sum(shard.windows for shard in split.shards) != split.windows:
-            raise CorpusError("the windows of the shards do not add up", where=str(manifest.path / FILE), remedy="prepare the corpus again")
-        given = split.tokens + split.repeated_tokens + split.padding_tokens
-        if manifest.best_fit and split.windows * (manifest.context + 1) != given:
-            raise CorpusError(f"{split.windows:,} windows do not hold {given:,} tokens: those of the documents, repeated ones and padding",
-                              where=str(manifest.path / FILE), remedy="prepare the corpus again")
-    if tokenizer_hash(manifest.tokenizer) != manifest.data["tokenizer"]["hash"]:
-        raise CorpusError("the tokenizer has been changed", where=str(manifest.tokenizer), remedy="prepare the corpus again")
-    if listed := manifest.data.get("documents"):
-        file = manifest.path / listed["file"]
-        if not file.is_file() or file_xxh3(file) != listed["xxh3"]:
-            raise CorpusError("the list of documents is missing or has been changed", where=str(file), remedy="prepare the corpus again")
-    return manifest
 
 
 def write_manifest(path: Path, data: dict[str, Any]) -> None:
@@ -188,36 +168,6 @@ def outputs(manifest: Manifest) -> dict[str, Any]:
             **{key: value for key, value in conversations.items() if key != "loss"}, "vocab_size": manifest.vocab_size,
             "rejected": sum(rejected.values()), **{f"rejected.{reason}": count for reason, count in sorted(rejected.items())},
             "manifest_hash": manifest_hash(manifest.path)}
-
-
-def check_balance(steps: list[dict[str, Any]], where: str) -> None:
-    """Raises CorpusError unless, in documents and in bytes, in = out + rejected at every step, and each step takes in what the one
-    before it gave out. What cleaning takes from documents that it keeps stands under `rejected` too, as bytes of no document."""
-    def wrong(step: dict[str, Any], text: str) -> CorpusError:
-        return CorpusError(f"the accounts do not balance: {text}", where=f"{where}: step {step['name']}", cause="internal",
-                           remedy="a file has changed meanwhile, or this is a bug: prepare again")
-
-    for i, step in enumerate(steps):
-        for unit in ("documents", "bytes"):
-            taken, given = step["in"][unit], step["out"][unit]
-            lost = sum(account[unit] for account in step["rejected"].values())
-            if taken != given + lost:
-                raise wrong(step, f"{taken:,} {unit} in, {given:,} out, {lost:,} rejected")
-            if i and taken != steps[i - 1]["out"][unit]:
-                raise wrong(step, f"{taken:,} {unit} in, but step {steps[i - 1]['name']} gave out {steps[i - 1]['out'][unit]:,}")
-
-
-def check_sources(data: dict[str, Any], where: str) -> None:
-    """Raises CorpusError unless the documents, bytes and tokens of all sources add up to those of each split. A manifest from before they
-    were counted has none."""
-    sources = [source["splits"] for source in data.get("sources", []) if "splits" in source]
-    for name, split in data["splits"].items() if sources else ():
-        for unit in ("documents", "bytes", "tokens"):
-            total = sum(source.get(name, {}).get(unit, 0) for source in sources)
-            if total != split[unit]:
-                raise CorpusError(f"the accounts do not balance: the sources have {total:,} {unit}, the split has {split[unit]:,}",
-                                  where=f"{where}: split {name}", cause="internal", remedy="the manifest was changed, or this is a bug: "
-                                                                                            "prepare again")
 
 
 def file_xxh3(path: Path) -> str:

@@ -59,7 +59,7 @@ from distlm.errors import CorpusError, InputError
 from distlm.progress import Progress
 from distlm.runs import RunFolder
 from distlm.spec import PrepareSpec
-from distlm.spec.prepare import Boilerplate, Filter, Fuzzy
+from distlm.spec.prepare import Boilerplate, Conversations, Filter, Fuzzy
 from distlm.storage import Storage, write_atomic, writing
 
 Item = TypeVar("Item")
@@ -426,7 +426,7 @@ class _Prepare:
             for encoded in result.values():
                 tokenize.merge(encoded.step)
                 tokens += encoded.tokens
-            self.progress.update("documents", tokenize.given["documents"], documents, tokens=tokens)
+            self.progress.update("documents", tokenize.taken["documents"], documents, tokens=tokens)
         self.steps.append(tokenize)
         self._note_rejects(tokenize)
         complete = [result for result in results if result is not None]
@@ -434,10 +434,23 @@ class _Prepare:
             self._reject([one.samples for result in complete for one in result.values()])
             self._write_rejects()
             self._check_left(tokenize)
-            loss = {f"{name}_loss_tokens": sum(result[name].loss_tokens for result in complete) for name in self.rule.names}
-            self.figures["conversations"] = {"loss": self.spec.conversations.loss, **loss,
-                                             "loss_share": round(sum(loss.values()) / tokens, 6)}
+            self.figures["conversations"] = self._conversations(self.spec.conversations, complete, tokenize)
         return complete
+
+    def _conversations(self, rules: Conversations, encoded: list[dict[str, Encoded]], tokenize: Step) -> dict[str, Any]:
+        """What gives loss, and what was split."""
+        each = [one for result in encoded for one in result.values()]
+        loss = {f"{name}_loss_tokens": sum(result[name].loss_tokens for result in encoded) for name in self.rule.names}
+        found = {"loss": rules.loss, **loss, "loss_share": round(sum(loss.values()) / sum(one.tokens for one in each), 6)}
+        if rules.loss == "assistant" and (empty := sum(one.empty_answers for one in each)):
+            found["empty_answers"] = empty
+            self.progress.note(f"{empty:,} empty answer{'s give' if empty > 1 else ' gives'} no loss")
+        if rules.too_long == "split":
+            split = sum(one.split_conversations for one in each)
+            parts = split + tokenize.added["documents"]
+            found |= {"split_conversations": split, "split_parts": parts}
+            self.progress.note(f"{split:,} conversation{'s' if split != 1 else ''} longer than a window became {parts:,} parts")
+        return found
 
     def pack(self, vocabulary: Vocabulary, encoded: list[dict[str, Encoded]]) -> dict[str, dict[str, Any]]:
         """Tokens to shards: the manifest's `splits`."""
@@ -445,13 +458,15 @@ class _Prepare:
         tasks, best_fits = list[PackTask](), list[BestFitTask]()
         for name in self.rule.names:
             counts, parts, tokens = account(), [], 0
+            lost = Counter[str]()
             for i, partition in enumerate(encoded):
                 add(counts, partition[name].step.given["documents"], partition[name].step.given["bytes"])
                 parts.append((Path(f"{self._tokens(i)}-{name}"), tokens, partition[name].tokens))
+                lost.update({reason: one["documents"] for reason, one in partition[name].step.rejected.items()})
                 tokens += partition[name].tokens
             if self.spec.best_fit:
-                splits[name] = {**counts, "tokens": tokens, "dropped_tokens": 0, "windows": 0, "padding_tokens": 0, "repeated_tokens": 0,
-                                "shards": []}
+                splits[name] = {**counts, **({"rejected": dict(sorted(lost.items()))} if lost else {}), "tokens": tokens,
+                                "dropped_tokens": 0, "windows": 0, "padding_tokens": 0, "repeated_tokens": 0, "shards": []}
                 best_fits += [BestFitTask(self.scratch, f"{name}/{shard:05d}.arrow", parts, group, self.spec.context, vocabulary.dtype,
                                           vocabulary.eos_id, self.spec.conversations is not None)
                               for shard, group in enumerate(groups(parts, self.spec.shard_windows * self.spec.context))]
@@ -551,7 +566,10 @@ class _Prepare:
             if split["windows"]:
                 continue
             text = f"the {split['tokens']:,} tokens of the {name} split do not fill a window of {self.spec.context} + 1"
+            if lost := split.get("rejected", {}) if not split["documents"] else {}:
+                text = (f"nothing is left of the {name} split, every document was rejected when it became tokens ("
+                        + ", ".join(f"{count:,} {reason}" for reason, count in lost.items()) + ")")
             if name == "train":
-                raise CorpusError(text, where=self.spec.name, remedy="give more text or a smaller context")
+                raise CorpusError(text, where=self.spec.name, remedy=f"give more text or a {'larger' if lost else 'smaller'} context")
             if split["tokens"] or self.splits[name]["documents"]:
                 self.progress.note(f"{text}: there is nothing to validate on")

@@ -96,7 +96,7 @@ def _funnel(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
     if not steps:
         return []
     rows = [{"name": "input", **steps[0]["in"], "lost": 0}]
-    rows += [{"name": step["name"], **step["out"], "lost": step["in"]["documents"] - step["out"]["documents"]} for step in steps]
+    rows += [{"name": step["name"], **step["out"], "lost": sum(lost["documents"] for lost in step["rejected"].values())} for step in steps]
     return [{**row, **{f"{unit}_width": _share(row[unit], max(each[unit] for each in rows)) for unit in ("documents", "bytes")}}
             for row in rows]
 

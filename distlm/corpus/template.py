@@ -9,7 +9,8 @@ more with marks around each content: without the marks it must be the same, and 
 refused.
 
 An answer gives loss with the token that ends it: what the template writes behind every answer, up to its first special token. A
-template that tells with `{% generation %}` what the model says is taken at its word.
+template that tells with `{% generation %}` what the model says is taken at its word. An empty answer gives none: it would teach to end
+at once.
 """
 
 import contextlib
@@ -25,16 +26,16 @@ import tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from distlm.corpus.conversations import ANSWERS, USER, Refused, Turns
+from distlm.corpus.conversations import ANSWERS, SYSTEM, USER, Refused, Turns, is_empty_answer
 from distlm.errors import InputError
-from distlm.spec.prepare import GENERATION, ROLES
+from distlm.spec.prepare import GENERATION
 
 MARKS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 """Characters that Unicode keeps out of text."""
 NO_CLOCK = "{% set strftime_now = no_clock %}"
 """Some templates write the date of the day, and have another one for where there is no clock: tokens must not depend on the day."""
 QUESTION = [(USER, "What is the first question?"), (ANSWERS, "It has this answer.")]
-PROBES = (QUESTION, [(ROLES[0], "Answer all questions."), *QUESTION])
+PROBES = (QUESTION, [(SYSTEM, "Answer all questions."), *QUESTION])
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,9 @@ class Template:
 
     def encode(self, turns: Turns) -> tuple[list[int], list[bool]]:
         """(tokens with the end token, whether each gives loss). Raises Refused."""
+        answers = [turn for turn in turns if turn[0] == ANSWERS]
+        if answers and all(is_empty_answer(*turn) for turn in answers):
+            raise Refused("empty_answer", f"{len(answers):,} answers say nothing" if answers[1:] else "the answer says nothing")
         pieces = self.pieces(turns)
         said = iter(self._text.encode_batch_fast([piece.text for piece in pieces if piece.content], add_special_tokens=False))
         tokens, loss = list[int](), list[bool]()
@@ -102,7 +106,7 @@ class Template:
             loss += [piece.loss] * len(ids)
         if tokens[-1:] != [self._eos]:
             tokens.append(self._eos)                       # every document has its end token; here it ends an answer that nothing else ends
-            loss.append(self._loss == "all" or (not self._ended and turns[-1][0] == ANSWERS))
+            loss.append(self._loss == "all" or (not self._ended and turns[-1][0] == ANSWERS and not is_empty_answer(*turns[-1])))
         if not any(loss[1:]):
             raise Refused("no_loss", f"no token of {', '.join(role for role, _ in turns)} gives loss"[:200])
         return tokens, loss
@@ -131,6 +135,8 @@ class Template:
                 if not parts[i + 1].startswith(self._end):
                     raise Refused("no_end_of_answer", f"an answer is followed by {parts[i + 1][:40]!r} and not by {self._end!r}")
                 spans.append((place, place + len(part) + 1 + len(self._end)))
+            if i % 3 == 2 and is_empty_answer(*turns[int(parts[i - 1])]):
+                spans = [(begin, end) for begin, end in spans if not begin <= place < end]
             place += len(part) + 1
         pieces = []
         for text, content, at in found:

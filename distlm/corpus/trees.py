@@ -135,19 +135,21 @@ class Licenses:
 
 
 def allows(expression: str, keep: frozenset[str] | set[str]) -> bool:
-    """Whether an SPDX expression can be met with the ids that are kept; what is no expression cannot."""
-    words = re.findall(r"[()]|[^\s()]+", expression)[::-1]
+    """Whether an SPDX expression can be met with the ids that are kept; what is no expression cannot. The case of ids does not count (SPDX
+    2.3, annex D.2)."""
+    words = re.findall(r"[()]|[^\s()]+", expression.casefold())[::-1]
+    keep = {" ".join(one.casefold().split()) for one in keep}
 
     def either() -> bool:
         value = both()
-        while words and words[-1].upper() == "OR":
+        while words and words[-1] == "or":
             words.pop()
             value = both() or value                        # what stands there is to be read in any case
         return value
 
     def both() -> bool:
         value = one()
-        while words and words[-1].upper() == "AND":
+        while words and words[-1] == "and":
             words.pop()
             value = one() and value
         return value
@@ -159,9 +161,9 @@ def allows(expression: str, keep: frozenset[str] | set[str]) -> bool:
             if words.pop() != ")":
                 raise IndexError
             return value
-        if words and words[-1].upper() == "WITH":          # an exception allows more
+        if words and words[-1] == "with":          # an exception allows more
             words.pop()
-            whole = f"{word} WITH {words.pop()}"
+            whole = f"{word} with {words.pop()}"
             return word in keep or whole in keep
         return word in keep
 

@@ -13,6 +13,8 @@ from distlm.spec.base import Rule
 KeyPath = tuple[str | int, ...]
 UNQUOTED = re.compile(r"[-+]?[\d.]+(e[-+]?\d+)?|true|false", re.IGNORECASE)
 SECTION = ("model_type", "model_attributes_type", "dict_type", "mapping_type")
+NO_TEXT = (*SECTION, "int_type", "float_type", "bool_type", "list_type", "tuple_type")
+"""Kinds of errors of a text where another type is wanted."""
 MUST = {
     "string_type": "must be text", "int_type": "must be a whole number", "int_parsing": "must be a whole number",
     "int_parsing_size": "must be a smaller number", "int_from_float": "must be a whole number", "float_type": "must be a number",

@@ -8,9 +8,9 @@ import datetime
 import io
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
@@ -20,7 +20,7 @@ from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from distlm.errors import InputError, SpecError
-from distlm.spec.explain import KeyPath, as_written, at, describe, explain, field_names, merge_unions, nearest, shown
+from distlm.spec.explain import NO_TEXT, KeyPath, as_written, at, describe, explain, field_names, merge_unions, nearest, shown
 from distlm.spec.pipeline import PipelineSpec
 from distlm.spec.prepare import PrepareSpec
 from distlm.spec.serve import ServeSpec
@@ -31,6 +31,8 @@ Spec = PrepareSpec | TrainSpec | TuneSpec | ServeSpec | PipelineSpec
 KINDS: dict[str, type[Spec]] = {"prepare": PrepareSpec, "train": TrainSpec, "tune": TuneSpec, "serve": ServeSpec,
                                 "pipeline": PipelineSpec}
 REFERENCE = re.compile(r"\$\{([^}]*)\}")
+References: TypeAlias = bool | Callable[[str], bool]
+"""Whether values may hold references; or a function that says whether what such a value stands for may be something else than text."""
 SCALARS = (bool, int, float, str, datetime.date, type(None))
 __all__ = ["KINDS", "Loaded", "Spec", "at", "describe", "dotted", "dump", "field_names", "leaves", "load_spec", "locator", "nearest",
            "nearest_file", "parse", "plain", "put", "to_yaml", "validate"]
@@ -45,6 +47,8 @@ class Loaded:
     """Dotted key of every leaf -> `default`, `file:line` or `--set`."""
     path: str
     """The file, or `spec` for a mapping."""
+    written: Mapping[str, Any] = field(default_factory=dict)
+    """The mapping as it was read, in which a list may be short for the section that holds it."""
 
 
 def load_spec(source: str | Path | Mapping[str, Any], overrides: list[str] | None = None) -> Loaded:
@@ -64,27 +68,29 @@ def load_spec(source: str | Path | Mapping[str, Any], overrides: list[str] | Non
         origins = {k: v for k, v in origins.items() if k[:len(key)] != key}
         origins[key] = "--set"
     spec = validate(data, path, lines, {k for k, v in origins.items() if v == "--set"})
-    return Loaded(spec, {dotted(key): _origin(key, origins, path, data) for key, _ in leaves(dump(spec))}, path)
+    return Loaded(spec, {dotted(key): _origin(key, origins, path, data) for key, _ in leaves(dump(spec))}, path, data)
 
 
 def with_spec(loaded: Loaded, spec: Spec, origins: Mapping[str, str]) -> Loaded:
     """`loaded` with a spec in which files were put in place; `origins` are those of the values that came in."""
     known = {**loaded.origins, **origins}
-    return Loaded(spec, {dotted(key): known.get(dotted(key), loaded.path) for key, _ in leaves(dump(spec))}, loaded.path)
+    return Loaded(spec, {dotted(key): known.get(dotted(key), loaded.path) for key, _ in leaves(dump(spec))}, loaded.path,
+                  loaded.written)
 
 
 def locator(loaded: Loaded, section: str = "") -> Callable[[KeyPath], str]:
     """A function from a key path inside a section of a spec to its place: `a.yaml:12: steps.train: batch.micro_sequences`."""
 
     def where(key: KeyPath) -> str:
-        text = ": ".join(part for part in (section, dotted(key)) if part)
+        written = key if section else as_written(loaded.written, key)
+        text = ": ".join(part for part in (section, dotted(written)) if part)
         for end in range(len(key), -1, -1):                # what is missing has the line of the section that lacks it
             name = ".".join(part for part in (section, dotted(key[:end])) if part)
             for known, origin in loaded.origins.items() if name else ():
                 if known != name and not known.startswith(f"{name}."):
                     continue
                 if origin == "--set" and key and (known == name or end == len(key)):
-                    return f"--set {name}"
+                    return f"--set {name if section else dotted(as_written(loaded.written, key[:end]))}"
                 file, _, line = origin.rpartition(":")
                 if file and line.isdigit():
                     return f"{loaded.path if file == Path(loaded.path).name else file}:{line}: {text}"
@@ -108,11 +114,11 @@ def located(loaded: Loaded) -> Iterator[None]:
 
 
 def validate(data: dict[str, Any], path: str = "spec", lines: Mapping[KeyPath, int] | None = None,
-             overridden: set[KeyPath] | frozenset[KeyPath] = frozenset(), references: bool = False,
+             overridden: set[KeyPath] | frozenset[KeyPath] = frozenset(), references: References = False,
              place: Callable[[KeyPath], str] | None = None) -> Any:
-    """Return the spec that `data` describes. With `references`, errors about values that hold `${...}` are passed over,
-    and None is returned where there are any. `place` tells where a key stands, for data that are a part of a file, in place
-    of `path` and `lines`. Raises SpecError."""
+    """Return the spec that `data` describes. With `references`, errors about values that hold `${...}` are passed over, but for
+    what is text where none can be, and None is returned where there are any. `place` tells where a key stands, for data that are
+    a part of a file, in place of `path` and `lines`. Raises SpecError."""
     lines = lines or {}
 
     def where(key: KeyPath) -> str:
@@ -146,8 +152,10 @@ def validate(data: dict[str, Any], path: str = "spec", lines: Mapping[KeyPath, i
             key = as_written(data, key)
             value = at(data, key)
             if references and isinstance(value, str) and REFERENCE.search(value):
-                passed_over = True
-                continue
+                if item["type"] not in NO_TEXT or references is True or references(value):
+                    passed_over = True
+                    continue
+                remedy = f"{value} is text; ${{step.output}} may name a number"
             problems.append(str(SpecError(message, where=where(key), remedy=remedy)))
         if problems:
             raise SpecError("\n".join(dict.fromkeys(problems))) from None

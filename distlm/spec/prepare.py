@@ -66,8 +66,8 @@ class License(Part):
     """Only documents under some licences are kept. A document has one where its source has `code: true`, or keeps a field `license`."""
 
     keep: Annotated[tuple[str, ...], Field(min_length=1)]
-    """SPDX ids, such as MIT or Apache-2.0. Of an expression, one side of an OR and both of an AND must be among them; else the document is
-    rejected with the reason `license`."""
+    """SPDX ids, such as MIT or Apache-2.0, whose case does not count. Of an expression, one side of an OR and both of an AND must be
+    among them; else the document is rejected with the reason `license`."""
     keep_unknown: bool = False
     """Whether documents without a known licence stay; else they are rejected with the reason `no_license`."""
 
@@ -309,7 +309,10 @@ class Conversations(Part):
     completion_key: str | None = None
     """The field with the answer to it."""
     loss: Literal["assistant", "all"] = "assistant"
-    """assistant: the answers give loss, each with the token that ends it. all: every token does."""
+    """assistant: the answers give loss, each with the token that ends it, but for empty ones. all: every token does."""
+    too_long: Literal["reject", "split"] = "reject"
+    """What becomes of a conversation that is longer than a window. reject: it is rejected with the reason `longer_than_window`. split: it
+    is cut behind answers into parts that fit, each with the system turn before it; what does not fit by itself is rejected."""
 
     @model_validator(mode="after")
     def _pair(self) -> "Conversations":

@@ -23,7 +23,7 @@ from distlm.spec.train import TrainSpec
 from distlm.storage import Storage, read_json
 from distlm.train import checkpoint
 from distlm.train.failures import diagnose
-from distlm.train.recipe import Recipe, make_recipe
+from distlm.train.recipe import Recipe, make_recipe, read_corpora, without_val
 from distlm.train.worker import Task, work
 
 OnMetrics = Callable[[dict[str, Any]], None]
@@ -42,6 +42,8 @@ def train(spec: TrainSpec, folder: RunFolder, storage: Storage, progress: Progre
     check_resources(spec)
     progress.note(f"{recipe.parameters:,} parameters, {recipe.num_steps:,} steps of {recipe.tokens_per_step:,} tokens, "
                   f"{recipe.world} worker{'s' * (recipe.world > 1)} under ZeRO-{spec.sharding.zero}, {spec.precision}")
+    if not recipe.val:
+        progress.note(f"nothing is evaluated: {without_val(read_corpora(spec, storage))[0]}")
     failures: dict[str, int] = {}
     while True:
         start = _resume_point(recipe, folder, progress)

@@ -17,7 +17,7 @@ from distlm.errors import InputError, SpecError
 from distlm.model.build import Shape, model_config, parameter_sizes, recompute, skeleton
 from distlm.model.find import find_model
 from distlm.spec.base import Rule
-from distlm.spec.train import Mixture, TrainSpec, check_batch, check_groups, check_steps
+from distlm.spec.train import Evaluate, Mixture, TrainSpec, check_batch, check_groups, check_steps
 from distlm.storage import Storage, read_json
 from distlm.train.zero import check_raw
 
@@ -148,6 +148,9 @@ def make_recipe(spec: TrainSpec, storage: Storage) -> Recipe:
                         remedy=f"set it to {saved}, or lower checkpoint.every_steps")
     check_epochs(recipe, manifests)
     parts = val_parts(recipe, manifests)
+    if not parts and spec.evaluate != Evaluate():
+        why, remedy = without_val(manifests)
+        raise InputError(f"there is nothing to evaluate on: {why}", where="evaluate", remedy=f"leave it out, or {remedy}")
     of = {str(one.path): one for one in manifests}
     per_token = sum(part.share * _bytes_per_token(recipe, part, of[part.corpus]) for part in parts) if parts else 0.0
     return replace(recipe, val=parts, val_bytes_per_token=per_token)
@@ -241,6 +244,13 @@ def val_parts(recipe: Recipe, manifests: list[Manifest]) -> tuple[ValPart, ...]:
     wanted = np.maximum(1, np.floor(shares * recipe.spec.evaluate.max_windows)).astype(int)
     return tuple(ValPart(str(manifest.path), int(min(want, has)), float(share))
                  for manifest, want, has, share in zip(manifests, wanted, have, shares, strict=True) if has)
+
+
+def without_val(manifests: list[Manifest]) -> tuple[str, str]:
+    """(why no corpus has a validation window, what helps)."""
+    why = [(one.path.name, *one.splits["val"].why_empty()) for one in manifests]
+    return (" and ".join(f"the corpus {name} has no validation window: {text}" for name, text, _ in why),
+            " and ".join(f"prepare {name} with {remedy}" for name, _, remedy in why))
 
 
 def _bytes_per_token(recipe: Recipe, part: ValPart, manifest: Manifest) -> float:

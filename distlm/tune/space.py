@@ -18,7 +18,7 @@ from pydantic import BaseModel
 
 from distlm.errors import InputError, SpecError
 from distlm.spec.explain import KeyPath, shown
-from distlm.spec.load import Loaded, dotted, leaves, locator, nearest, nearest_file, parse, put, validate, with_spec
+from distlm.spec.load import Loaded, References, dotted, leaves, locator, nearest, nearest_file, parse, put, validate, with_spec
 from distlm.spec.train import TrainSpec
 from distlm.spec.tune import Dimension, TuneSpec
 from distlm.storage import Storage
@@ -61,9 +61,9 @@ def read_file(name: str, folder: Path, where: str) -> tuple[dict[str, Any], dict
     return data, found
 
 
-def check(spec: TuneSpec, where: Callable[[KeyPath], str], *, references: bool = False) -> None:
+def check(spec: TuneSpec, where: Callable[[KeyPath], str], *, references: References = False) -> None:
     """Every key of the space, the base spec, the ends of every range and every trial. `where` tells the place of a key of the sweep's
-    spec. With `references`, values that hold `${...}` are passed over. Raises SpecError."""
+    spec. With `references`, values that hold `${...}` are passed over, as `validate` does. Raises SpecError."""
     for key in spec.space:
         check_key(key, where(("space", key)))
         if section := next((one for one in spec.space if key.startswith(f"{one}.")), ""):
@@ -106,7 +106,7 @@ def check(spec: TuneSpec, where: Callable[[KeyPath], str], *, references: bool =
 
 def check_metric(spec: TuneSpec, trials: list[TrainSpec], storage: Storage) -> None:
     """Raises InputError where trials would be judged by a loss that their corpus cannot give."""
-    from distlm.train.recipe import read_corpora
+    from distlm.train.recipe import read_corpora, without_val
 
     seen: list[Any] = []
     for trial in trials if spec.metric == "val_loss" else ():
@@ -115,9 +115,8 @@ def check_metric(spec: TuneSpec, trials: list[TrainSpec], storage: Storage) -> N
         seen.append(trial.corpus)
         manifests = read_corpora(trial, storage)
         if not any(one.splits["val"].windows for one in manifests):
-            names = trial.corpus if isinstance(trial.corpus, str) else " and ".join(share.corpus for share in trial.corpus.mix)
-            raise InputError(f"the corpus {names} has no validation window, so no trial would have a val_loss", where="metric",
-                             remedy="set metric: loss, or prepare the corpus with a larger split.val_fraction")
+            why, remedy = without_val(manifests)
+            raise InputError(f"no trial would have a val_loss: {why}", where="metric", remedy=f"set metric: loss, or {remedy}")
 
 
 def check_key(key: str, where: str) -> None:

@@ -79,3 +79,11 @@ def step(name: str, taken: tuple[int, int], given: tuple[int, int], **rejected: 
 
     return {"name": name, "parameters": {}, "in": account(taken), "out": account(given),
             "rejected": {reason: account(pair) for reason, pair in rejected.items()}}
+
+
+STEPS = [step("read", (9, 900), (8, 850), malformed=(1, 30), markup=(0, 20)),
+         step("filter", (8, 850), (3, 400), short=(2, 250), long=(1, 150), odd=(1, 20), bare=(1, 30))]
+DOCS = [Doc("The quick brown fox jumps over the lazy dog.", id="fox", record=3, meta={"url": "https://example.com", "n": 1}),
+        Doc("größer 你好 🤷🏽 end", id="wide", source="data/b.txt", split="val"), Doc("a", id="one"), Doc("", id="none"),
+        Doc("Twice upon a time, a fox sat here and read for a long while, longer than a window is.", id="fox", record=4,
+            reasons=("short", "odd")), Doc("val " * 12, id="v", split="val"), Doc("The end of it all, which fills no window", id="last")]

@@ -14,8 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from distlm.corpus.bestfit import BestFitTask, Group, best_fit, best_fit_bytes, groups, pieces, write_best_fit
-from distlm.corpus.inspect import diff, documents, find, summary, windows
-from distlm.corpus.manifest import read_manifest, verify, write_manifest
+from distlm.corpus.diff import diff
+from distlm.corpus.inspect import documents, find, summary, windows
+from distlm.corpus.manifest import read_manifest, write_manifest
+from distlm.corpus.verify import verify
 from distlm.errors import CorpusError
 from tests.corpus.conftest import document
 from tests.records import Records

@@ -11,16 +11,23 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from distlm.corpus.conversations import Refused, joined, parted, turns_of
+from distlm import plan
+from distlm.corpus.conversations import Refused, Turns, divided, joined, parted, turns_of
+from distlm.corpus.diff import diff
 from distlm.corpus.files import find_files
-from distlm.corpus.inspect import diff, documents, find, summary, windows
-from distlm.corpus.manifest import outputs, verify
+from distlm.corpus.inspect import documents, find, summary, windows
+from distlm.corpus.manifest import outputs
 from distlm.corpus.read import Reader
 from distlm.corpus.stream import NO_LOSS, START, Windows
+from distlm.corpus.verify import verify
 from distlm.errors import CorpusError, InputError
 from distlm.model.loss import IGNORED
 from distlm.spec.prepare import Conversations, Source
+from distlm.storage import Storage
 from distlm.train.batch import make_batch
+from distlm.train.recipe import make_recipe
+from tests.records import Records
+from tests.train.ranks import spec
 
 Run = Callable[..., dict[str, Any]]
 CONTEXT = 64
@@ -40,7 +47,8 @@ BAD: dict[str, Any] = {
     "content_no_text": [message("user", [{"type": "text", "text": "x"}])],
     "tool_calls": [{**message("assistant", "x"), "tool_calls": [1]}],
     "missing_field": None, "longer_than_window": [message("user", "long " * 40), message("assistant", "a")],
-    "no_loss": [message("user", "Nobody answers.")], "template_refuses": [message("assistant", "First."), *exchange(0)]}
+    "no_loss": [message("user", "Nobody answers.")], "empty_answer": [message("user", "Silence?"), message("assistant", " \n")],
+    "template_refuses": [message("assistant", "First."), *exchange(0)]}
 TEMPLATE = ("{% if messages[0].role == 'assistant' %}{{ raise_exception('a user begins') }}{% endif %}"
             "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}"
             "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}")
@@ -48,6 +56,7 @@ TEMPLATE = ("{% if messages[0].role == 'assistant' %}{{ raise_exception('a user 
 
 def records() -> list[dict[str, Any]]:
     good = [{"id": f"good-{i}", "messages": exchange(i) + (exchange(i + 1000) if i % 3 == 0 else [])} for i in range(30)]
+    good.append({"id": "half", "messages": [message("user", "Are you there?"), message("assistant", "\t"), *exchange(99)]})
     good.append({"id": "injected", "messages": [message("user", INJECTED), message("assistant", "No. Mail me@real-company.com")]})
     said = [one["content"] for one in good[0]["messages"]]
     merged = {"id": "merged", "messages": [message("user", "\n\n".join(said[:3])), message("assistant", said[3])]}
@@ -82,6 +91,30 @@ def test_turns_come_back_out_of_their_text() -> None:
         assert parted(*joined(turns)) == turns
 
 
+def exchanges(*lengths: int) -> Turns:
+    return [turn for i, length in enumerate(lengths) for turn in (("user", f"{i % 10}"), ("assistant", "x" * length))]
+
+
+@pytest.mark.parametrize(("turns", "expected"), [
+    (exchanges(3, 3, 3, 3, 3), [4, 4, 2]), (exchanges(1, 1, 3, 1, 1, 3), [6, 6]),
+    (exchanges(3, 20, 3, 3), [2, 2, 4]), (exchanges(20), [2]), (exchanges(*[1] * 40), [8] * 10),
+    ([("user", "q" * 4), ("assistant", "a"), ("assistant", "b"), ("user", "q" * 9)], [3, 1]),
+    ([("user", "q"), ("user", "q"), ("assistant", "a" * 6), ("system", "s"), ("user", "q"), ("assistant", "a")], [3, 3])])
+def test_a_conversation_is_cut_behind_answers_into_the_fewest_parts_that_fit(turns: Turns, expected: list[int]) -> None:
+    asked = list[int]()
+
+    def fits(part: Turns) -> bool:
+        asked.append(len(part))
+        return sum(len(content) for _, content in part) <= 8
+
+    parts = divided(turns, fits)
+    assert list(map(len, parts)) == expected and [turn for part in parts for turn in part] == list(turns)
+    assert all(part[-1][0] == "assistant" for part in parts[:-1])
+    assert max(asked, default=0) <= 2 * max(expected) + 2, "no candidate is much longer than what fits"
+    heads = [("system", ""), ("system", "")]
+    assert divided([*heads, *turns], fits) == [[*heads, *part] for part in parts]
+
+
 def test_conversations_are_read_alike_from_lines_and_columns(tmp_path: Path) -> None:
     rows = [{"id": str(i), "messages": exchange(i)} for i in range(5)] + [{"id": "none", "messages": None}, {"id": "empty", "messages": []}]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -106,23 +139,64 @@ def test_a_job_takes_conversations_whole_and_counts_what_it_cannot_take(run: Run
     for reason in BAD:
         (sample,) = map(json.loads, Path(result[""], "rejects", f"{reason}.jsonl").read_text().splitlines())
         assert sample["record"] == [record["id"] for record in records()].index(reason)
-    assert (result["documents"], result["rejected"]) == (32, len(BAD) + 1) and manifest.data["redactions"] == {"email": 1}
+    assert (result["documents"], result["rejected"]) == (33, len(BAD) + 1) and manifest.data["redactions"] == {"email": 1}
     rows = pq.read_table(Path(result[""], "documents.parquet")).to_pylist()
-    assert len(rows) == 32 and {row["split"] for row in rows} == {"train", "val"} and {"good-0", "merged"} <= {row["id"] for row in rows}
+    assert len(rows) == 33 and {row["split"] for row in rows} == {"train", "val"} and {"good-0", "merged"} <= {row["id"] for row in rows}
     by_id = {one.id: one for one in documents(result[""], [row["id"] for row in rows])}
     assert by_id["good-1"].shown == "<|user|>Question 1?<|assistant|>⟦Answer 1, ä.<|endoftext|>⟧"
     assert by_id["good-3"].shown == "".join(f"<|user|>Question {i}?<|assistant|>⟦Answer {i}, ä.<|endoftext|>⟧" for i in (3, 1003))
     assert by_id["injected"].shown == f"<|user|>{INJECTED}<|assistant|>⟦No. Mail <|email|><|endoftext|>⟧"
+    assert by_id["half"].shown == ("<|user|>Are you there?<|assistant|>\t<|endoftext|>"
+                                   "<|user|>Question 99?<|assistant|>⟦Answer 99, ä.<|endoftext|>⟧")
+    assert result["empty_answers"] == 1
     assert "<|assistant|>Answer 7, ä." in find(result[""], "Answer 7")[0].excerpt
     told = manifest.data["conversations"]
     assert dict(summary(result[""]))["loss"].startswith("assistant: ")
     assert "Loss of conversations" in Path(result[""], "report.html").read_text()
     assert told["train_loss_tokens"] == result["train_loss_tokens"] == outputs(manifest)["train_loss_tokens"]
     each = [window for split in ("train", "val") for window in windows(result[""], split, 0, 1000)]
-    assert sum(window.shown.count("⟦") for window in each) == 32 + 10
+    assert sum(window.shown.count("⟦") for window in each) == 33 + 10
     other = run(chats, "other", **{**KEYS, "conversations": {"loss": "all"}})
     assert ("parameters", "conversations.loss", "assistant", "all") in diff(result[""], other[""]).values
     assert other["train_loss_tokens"] > result["train_loss_tokens"]
+
+
+def test_a_conversation_longer_than_a_window_is_split_between_turns_where_the_spec_says_so(run: Run, tmp_path: Path) -> None:
+    """Every answer that fits is learned once, with the system turn before it; what fits nowhere is counted and shown."""
+    system = message("system", "Be ä.")
+    long = [system, *(turn for i in range(4) for turn in exchange(i)), message("user", "x" * 80), message("assistant", "Lost."),
+            *exchange(4), message("user", "And?")]
+    given = [{"id": "long", "messages": long}, {"id": "one", "messages": [message("user", "long " * 40), message("assistant", "a")]},
+             *({"id": f"short-{i}", "messages": [system, *exchange(i + 10)]} for i in range(6))]
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(one) + "\n" for one in given))
+    keys = {**KEYS, "conversations": {"too_long": "split"}, "split": {"val_fraction": 0.3}}
+    progress = Records()
+    result = run(tmp_path / "long.jsonl", progress=progress, **keys)
+    manifest = verify(result[""])
+    step = manifest.data["steps"][-1]
+    assert step["in"]["documents"] == 8 and step["out"]["documents"] == result["documents"] == 9
+    assert step["added"]["documents"] == 3 and step["rejected"]["longer_than_window"]["documents"] == 2
+    parts = documents(result[""], ["long"])
+    answers = ["".join(f"<|user|>Question {i}?<|assistant|>⟦Answer {i}, ä.<|endoftext|>⟧" for i in some) for some in ((0, 1), (2, 3), (4,))]
+    assert [part.shown for part in parts] == [f"<|system|>Be ä.{said}" for said in (*answers[:2], answers[2] + "<|user|>And?<|endoftext|>")]
+    assert [part.part for part in parts] == [1, 2, 4] and len({(part.hash, part.split) for part in parts}) == 1
+    listed = pq.read_table(Path(result[""], "documents.parquet")).to_pylist()
+    assert len({row["text_hash"] for row in listed}) == len(listed) == 9, "parts are told apart by their text"
+    said = [[turn["content"] for turn in turns] for turns in (long[:5], [system, *long[5:9]], [system, *long[9:11]], [system, *long[11:]])]
+    assert [part.bytes for part in parts] == [len("\n\n".join(said[i]).encode()) for i in (0, 1, 3)]
+    whole = len("\n\n".join(turn["content"] for turn in long).encode())
+    assert step["added"]["bytes"] == sum(len("\n\n".join(part).encode()) for part in said) - whole
+    lost = [json.loads(line) for line in Path(result[""], "rejects", "longer_than_window.jsonl").read_text().splitlines()]
+    assert sorted((one["record"], one["detail"], one["bytes"]) for one in lost) == [
+        (0, "part 3 of 4: 95 tokens, and a window holds 65", len("\n\n".join(said[2]).encode())),
+        (1, "204 tokens, and a window holds 65", 203)]
+    assert (result["split_conversations"], result["split_parts"]) == (1, 4)
+    assert "1 conversation longer than a window became 4 parts" in progress.notes
+    assert dict(summary(result[""]))["step tokenize"].endswith("; 3 more by splitting; 2 longer_than_window")
+    (Path(result[""]) / "manifest.json").write_text(json.dumps({**manifest.data, "steps": [
+        *manifest.data["steps"][:-1], {key: value for key, value in step.items() if key != "added"}]}))
+    with pytest.raises(CorpusError, match=r"step tokenize: the accounts do not balance: 8 documents in, 9 out, 2 rejected"):
+        verify(result[""])
 
 
 def test_the_targets_of_training_are_the_tokens_of_the_answers_and_nothing_else(run: Run, chats: Path) -> None:
@@ -141,7 +215,26 @@ def test_the_targets_of_training_are_the_tokens_of_the_answers_and_nothing_else(
             assert ((targets == IGNORED) | (targets == row)).all()
             said = bytes(0 if token == 0 else token - 4 for token in targets[targets != IGNORED].tolist()).decode()
             seen += said.split("\0")[:-1]
-    assert sorted(seen) == sorted([*expected, "Answer 1000, ä.", "No. Mail <|email|>"])
+    assert sorted(seen) == sorted([*expected, "Answer 99, ä.", "Answer 1000, ä.", "No. Mail <|email|>"])
+
+
+def test_a_val_split_that_no_window_holds_is_told_when_it_is_lost_and_when_it_is_wanted(run: Run, tmp_path: Path) -> None:
+    long = [[message("user", "x" * 90), *exchange(i)[1:]] for i in (1, 2)]
+    for name, given in (("train", [exchange(i) for i in range(9)]), ("val", long)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"messages": turns}) + "\n" for turns in given))
+    progress = Records()
+    result = run([str(tmp_path / "train.jsonl"), {"path": str(tmp_path / "val.jsonl"), "split": "val"}], progress=progress,
+                 **{**KEYS, "split": {"val_fraction": 0}})
+    assert verify(result[""]).splits["val"].rejected == {"longer_than_window": 2}
+    assert progress.notes[-1] == ("nothing is left of the val split, every document was rejected when it became tokens "
+                                  "(2 longer_than_window): there is nothing to validate on")
+    with pytest.raises(InputError, match=r"^evaluate: there is nothing to evaluate on: the corpus words has no validation window: every "
+                                         r"document of the split was rejected.*\(2 longer_than_window\); leave it out, or prepare words "
+                                         r"with conversations\.too_long: split, a larger context or"):
+        make_recipe(spec(Path(result[""])), Storage(tmp_path))
+    without = spec(Path(result[""]), evaluate={}, checkpoint={})
+    assert make_recipe(without, Storage(tmp_path)).val == ()
+    assert dict(plan.of_train(without, Storage(tmp_path)))["evaluations"].startswith("none: the corpus words has no validation window")
 
 
 def test_what_can_be_seen_to_fail_is_found_before_work_and_what_cannot_is_told(run: Run, chats: Path, tmp_path: Path) -> None:
@@ -151,7 +244,7 @@ def test_what_can_be_seen_to_fail_is_found_before_work_and_what_cannot_is_told(r
         run(tmp_path / "mixed", **KEYS)
     with pytest.raises(InputError, match="the chat template cannot write"):
         run(chats, **{**KEYS, "tokenizer": {"train": "bytes", "chat_template": "{{ raise_exception('never') }}"}})
-    with pytest.raises(CorpusError, match=r"none of 43 records has the field 'message'; the first has id, messages.*did you mean messages"):
+    with pytest.raises(CorpusError, match=r"none of 45 records has the field 'message'; the first has id, messages.*did you mean messages"):
         run(chats, **{**KEYS, "conversations": {"messages_key": "message"}})
-    with pytest.raises(CorpusError, match=r"no document is left of 43.*33 longer_than_window"):
+    with pytest.raises(CorpusError, match=r"no document is left of 45.*34 longer_than_window"):
         run(chats, **{**KEYS, "context": 16})

@@ -11,7 +11,8 @@ import pytest
 import tokenizers
 
 from distlm.corpus import prepare as package
-from distlm.corpus.manifest import Manifest, read_manifest, verify
+from distlm.corpus.manifest import Manifest, read_manifest
+from distlm.corpus.verify import verify
 from distlm.errors import CorpusError, InputError, StorageError
 from tests.corpus.conftest import document
 from tests.records import Records

@@ -14,9 +14,11 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from distlm.corpus.inspect import diff, documents, find, windows
-from distlm.corpus.manifest import read_manifest, verify
+from distlm.corpus.diff import diff
+from distlm.corpus.inspect import documents, find, windows
+from distlm.corpus.manifest import read_manifest
 from distlm.corpus.split import SplitRule, content_hash
+from distlm.corpus.verify import verify
 from distlm.errors import CorpusError, InputError
 from tests.corpus.conftest import document
 from tests.corpus.test_conversations import KEYS as CONVERSATIONS

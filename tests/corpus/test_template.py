@@ -66,6 +66,23 @@ def test_an_answer_gives_loss_up_to_its_end_and_what_the_template_writes_behind_
         "<|im_start|>user\nu<|im_end|><|im_start|>assistant\n[ a ][<|im_end|>]"
 
 
+def test_an_empty_answer_gives_no_loss_and_a_conversation_of_none_but_those_is_refused() -> None:
+    turns = [("user", "u"), ("assistant", " \n"), ("user", "v"), ("assistant", "b")]
+    for source, special, expected in (
+            (CHAT_TEMPLATE, (), "<|user|>u<|assistant|> \n<|endoftext|><|user|>v<|assistant|>[b][<|endoftext|>]"),
+            (GENERATION, NAMES, "<|im_start|>user\nu<|im_end|><|im_start|>assistant\n \n<|im_end|><|im_start|>user\nv<|im_end|>"
+                                "<|im_start|>assistant\n[b][<|im_end|>]"),
+            (NO_END, (), "user: u\nassistant:  \n\nuser: v\nassistant: [b]\n")):
+        assert shown(template(source, special).pieces(turns)) == expected
+        tokens, loss = template(source, special).encode([*turns, ("user", "w"), ("assistant", "")])
+        assert tokens[-1] == 0 and not loss[-1], "the end token behind an empty last answer teaches nothing either"
+        for gives in ("assistant", "all"):
+            with pytest.raises(Refused, match="2 answers say nothing") as refused:
+                template(source, special, gives).encode([*turns[:2], ("user", "w"), ("assistant", "")])
+            assert refused.value.reason == "empty_answer"
+    assert all(template(loss="all").encode(turns)[1])
+
+
 FAMILIES = {
     "system_in_first_user": (
         "{% set system = messages[0].content if messages[0].role == 'system' else '' %}{% for m in messages if m.role != 'system' %}"

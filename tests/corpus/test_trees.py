@@ -89,6 +89,15 @@ def test_documents_of_a_tree_keep_path_language_and_licence_where_the_source_say
     assert set(map(str, metas().values())) == {"{}"}
 
 
+@pytest.mark.parametrize(("expression", "keep", "expected"), [
+    ("mit", {"MIT"}, True), ("MIT", {"mit"}, True), ("apache-2.0 or Gpl-2.0-Only", {"APACHE-2.0"}, True), ("mit AND isc", {"MIT"}, False),
+    ("apache-2.0 With LLVM-EXCEPTION", {"Apache-2.0 WITH  LLVM-exception"}, True), ("mit-0", {"MIT"}, False)])
+def test_the_ids_of_licences_are_the_same_in_small_and_capital_letters(expression: str, keep: set[str], expected: bool) -> None:
+    assert allows(expression, keep) == expected
+    rules = Filter.model_validate({"license": {"keep": sorted(keep)}})
+    assert Filters(rules).reasons("text", meta={"license": expression}) == ([] if expected else ["license"])
+
+
 def test_documents_of_other_licences_are_rejected_with_their_reason() -> None:
     rules = Filter.model_validate({"license": {"keep": ["MIT", "ISC"]}})
     reasons = [Filters(rules).reasons("text", meta=meta) for meta in

@@ -9,7 +9,7 @@ import pytest
 from distlm import plan
 from distlm.corpus.manifest import manifest_hash, write_manifest
 from distlm.errors import CheckpointError, InputError, SpecError
-from distlm.execute import check_resume, resolve
+from distlm.execute import check_resume, resolve, run_loaded
 from distlm.runs import RunFolder
 from distlm.spec import TrainSpec, load_spec
 from distlm.spec.load import dump, to_yaml
@@ -17,6 +17,7 @@ from distlm.storage import Storage
 from distlm.train import checkpoint
 from distlm.train.recipe import Recipe, inputs_of, make_recipe
 from tests.corpus.made import Doc, make
+from tests.records import Records
 from tests.train.ranks import make_corpus, make_packed_corpus, spec
 
 
@@ -98,6 +99,20 @@ def test_corpora_that_cannot_be_mixed_are_named_with_the_remedy(storage: Storage
         recipe(storage, mix(1, 1))
 
 
+@pytest.mark.parametrize(("corpus", "overrides", "where"), [
+    ("  - {corpus: a, weight: 1}\n  - {corpus: bb, weight: 1}\n", [], "run.yaml:4: corpus.1.corpus: there is no corpus bb"),
+    ("  mix:\n  - {corpus: a, weight: 1}\n  - {corpus: bb, weight: 1}\n", [], "run.yaml:5: corpus.mix.1.corpus: there is no corpus bb"),
+    ("  - {corpus: a, weight: 1}\n  - {corpus: b, weight: 1, epochs: 0.1}\n", [], "run.yaml:4: corpus.1.epochs: 20 steps take"),
+    ("  - {corpus: a, weight: 1}\n  - {corpus: b, weight: 1}\n", ["corpus.1.epochs=0.1"], "--set corpus.1.epochs: 20 steps take")])
+def test_what_is_wrong_with_a_mixture_stands_where_it_is_written(storage: Storage, corpus: str, overrides: list[str], where: str) -> None:
+    rest = to_yaml({key: value for key, value in dump(spec(Path("unused"))).items() if key not in ("kind", "corpus")})
+    file = storage.root / "run.yaml"
+    file.write_text(f"kind: train\ncorpus:\n{corpus}{rest}")
+    with pytest.raises((SpecError, InputError)) as error:
+        run_loaded(resolve(file, overrides), storage, Records())
+    assert str(error.value).removeprefix(f"{storage.root}/").startswith(where)
+
+
 def test_a_duration_that_needs_more_passes_than_allowed_is_refused_and_the_remedy_holds(storage: Storage) -> None:
     capped = mix(0.5, 0.5)
     capped[1]["epochs"] = 2                                # 26 windows of b, so 52 samples, so 4 steps of 12
@@ -126,7 +141,10 @@ def test_validation_takes_of_each_corpus_its_share_and_bytes_per_token_with_it(s
     make_corpus(storage.corpus("c"), val=0)
     third = recipe(storage, mix(0.7, 0.3, 1), evaluate={"max_windows": 20})
     assert [part.share for part in third.val] == pytest.approx([0.7, 0.3]), "a corpus without validation windows has no share"
-    assert recipe(storage, "c").val == () and recipe(storage, "c").val_windows == 0
+    alone = recipe(storage, "c", evaluate={})
+    assert alone.val == () and alone.val_windows == 0
+    with pytest.raises(InputError, match=r"^evaluate: there is nothing to evaluate on: the corpus c has no validation window"):
+        recipe(storage, "c")
 
 
 def test_annealing_ends_with_the_run_and_validation_counts_its_average(storage: Storage) -> None:

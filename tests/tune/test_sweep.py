@@ -149,10 +149,11 @@ def test_a_sweep_by_val_loss_over_a_corpus_without_validation_is_refused_before_
     write_json(storage.corpus("no-val") / "manifest.json", manifest)
     shutil.copytree(storage.corpus("c") / "tokenizer", storage.corpus("no-val") / "tokenizer")
     given = {**SWEEP, "name": "no-val", "train": {**TRAIN, "corpus": "no-val"}, "space": {"optimizer.lr": {"grid": [0.1]}}}
-    with pytest.raises(InputError, match=r"metric: the corpus no-val has no validation window.*metric: loss"):
+    with pytest.raises(InputError, match=r"metric: no trial would have a val_loss: the corpus no-val has no .*metric: loss"):
         execute.run(given, storage=storage, progress=Records())
     assert not storage.sweep("no-val").exists()
-    assert execute.inputs(execute.resolve({**given, "metric": "loss"}).spec, storage)["corpus_hash"]
+    without = {**given, "metric": "loss", "train": {key: value for key, value in given["train"].items() if key != "evaluate"}}
+    assert execute.inputs(execute.resolve(without).spec, storage)["corpus_hash"]
 
 
 def test_having_completed_is_no_cause_of_failure(storage: Storage) -> None:

@@ -1,0 +1,41 @@
+"""Whether a corpus is whole: every checksum, and books that balance.
+
+    verify(storage.corpus("stdlib"))                       # its manifest, or CorpusError for the first that differs
+"""
+
+from pathlib import Path
+
+from distlm.corpus.accounts import check_balance, check_sources
+from distlm.corpus.manifest import FILE, Manifest, file_xxh3, read_manifest, tokenizer_hash
+from distlm.errors import CorpusError
+
+
+def verify(path: Path | str) -> Manifest:
+    """Check the size and the hash of every shard, of the tokenizer and of the list of documents. Raises CorpusError for the first that
+    differs."""
+    manifest = read_manifest(path)
+    check_balance(manifest.data["steps"], str(path))
+    check_sources(manifest.data, str(path))
+    for split in manifest.splits.values():
+        for shard in split.shards:
+            file = manifest.path / shard.file
+            size = file.stat().st_size if file.is_file() else None
+            if size != shard.bytes:
+                raise CorpusError("the shard is missing" if size is None else f"the shard has {size:,} bytes, not {shard.bytes:,}",
+                                  where=str(file), remedy="prepare the corpus again")
+            if file_xxh3(file) != shard.xxh3:
+                raise CorpusError(f"the shard's hash is not {shard.xxh3}: it has been changed or damaged", where=str(file),
+                                  remedy="prepare the corpus again")
+        if sum(shard.windows for shard in split.shards) != split.windows:
+            raise CorpusError("the windows of the shards do not add up", where=str(manifest.path / FILE), remedy="prepare the corpus again")
+        given = split.tokens + split.repeated_tokens + split.padding_tokens
+        if manifest.best_fit and split.windows * (manifest.context + 1) != given:
+            raise CorpusError(f"{split.windows:,} windows do not hold {given:,} tokens: those of the documents, repeated ones and padding",
+                              where=str(manifest.path / FILE), remedy="prepare the corpus again")
+    if tokenizer_hash(manifest.tokenizer) != manifest.data["tokenizer"]["hash"]:
+        raise CorpusError("the tokenizer has been changed", where=str(manifest.tokenizer), remedy="prepare the corpus again")
+    if listed := manifest.data.get("documents"):
+        file = manifest.path / listed["file"]
+        if not file.is_file() or file_xxh3(file) != listed["xxh3"]:
+            raise CorpusError("the list of documents is missing or has been changed", where=str(file), remedy="prepare the corpus again")
+    return manifest

@@ -1,0 +1,65 @@
+"""That no damage of a corpus stays unseen."""
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distlm.corpus.verify import verify
+from distlm.errors import CorpusError
+from tests.corpus.made import DOCS, STEPS, make
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    return make(tmp_path / "c", DOCS, steps=STEPS)
+
+
+def test_every_damage_is_found(corpus: Path, tmp_path: Path) -> None:
+    def damaged(name: str, change: Callable[[Path], Any]) -> Path:
+        folder = tmp_path / "damaged"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(corpus, folder)
+        change(folder / name)
+        return folder
+
+    def flip(path: Path) -> None:
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+
+    def edit(**values: Any) -> Callable[[Path], Any]:
+        return lambda path: path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+    steps = json.loads((corpus / "manifest.json").read_text())["steps"]
+    steps[1]["in"]["bytes"] += 1
+    for name, change, message in [
+            ("train/00000.arrow", flip, "changed or damaged"), ("val/00000.arrow", Path.unlink, "the shard is missing"),
+            ("train/00001.arrow", lambda path: path.write_bytes(b"x"), "has 1 bytes, not"), ("tokenizer/tokenizer.json", flip, "tokenizer"),
+            ("tokenizer/tokenizer_config.json", Path.unlink, "tokenizer"), ("manifest.json", edit(steps=steps), "do not balance"),
+            ("manifest.json", edit(format=99), "format 99"), ("manifest.json", edit(splits=None), "damaged"),
+            ("manifest.json", lambda path: path.write_text("{"), "damaged")]:
+        with pytest.raises(CorpusError, match=message):
+            verify(damaged(name, change))
+
+
+def test_verify_finds_a_changed_byte_in_any_shard_and_in_the_tokenizer(corpus: Path) -> None:
+    files = [*corpus.glob("train/*"), *corpus.glob("val/*"), *corpus.glob("tokenizer/*")]
+    assert len(files) > 5
+    rng = random.Random(0)
+    for file in files:
+        data = file.read_bytes()
+        for place in [0, len(data) - 1, *(rng.randrange(len(data)) for _ in range(20))]:
+            file.write_bytes(data[:place] + bytes([data[place] ^ (1 << rng.randrange(8))]) + data[place + 1:])
+            with pytest.raises(CorpusError):
+                verify(corpus)
+        for cut in (data[:-1], data + b"\0"):
+            file.write_bytes(cut)
+            with pytest.raises(CorpusError):
+                verify(corpus)
+        file.write_bytes(data)
+    verify(corpus)
