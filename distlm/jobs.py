@@ -228,12 +228,15 @@ def read(folder: RunFolder) -> Job:
 def reconcile(job: Job) -> Job:
     """Ask Ray about a submitted job that has not ended, and record the end that the job could not record itself.
 
-    A serve job has done its work when its endpoint stands: as long as that answers, it is shown as running."""
+    A serve job has done its work when its endpoint stands: as long as that answers, it is shown as running, also where it could not be
+    replaced by another."""
     endpoint = job.folder / "endpoint.json"
-    if job.kind == "serve" and job.state == "succeeded" and endpoint.exists():
+    if job.kind == "serve" and job.state in ENDED and endpoint.exists():
         if healthy(read_json(endpoint)):
-            return replace(job, state="running", cause="", ended=None, message=f"answers at {read_json(endpoint)['url']}")
-        return replace(job, state="failed", cause="head_lost", message="the endpoint does not answer")
+            replaced = "" if job.state == "succeeded" else f"; its replacement has {job.state}: {job.message}"
+            return replace(job, state="running", cause="", ended=None, message=f"answers at {read_json(endpoint)['url']}{replaced}")
+        if job.state == "succeeded":
+            return replace(job, state="failed", cause="head_lost", message="the endpoint does not answer")
     if not job.active or not job.submission:
         return job
     try:

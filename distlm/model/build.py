@@ -8,7 +8,7 @@ import copy
 import inspect
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from distlm.errors import InputError, SpecError
 from distlm.spec.load import nearest
@@ -126,29 +126,32 @@ def build_model(spec: ModelSpec, config: "PreTrainedConfig", seed: int) -> "PreT
     from transformers import AutoModelForCausalLM
 
     if spec.source is not None:
-        return _load(AutoModelForCausalLM, spec.source, config)
+        return load_model(spec.source, f"model.from: {spec.source}", torch.float32, config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
 
 
-def _load(loader: Any, source: str, config: "PreTrainedConfig") -> "PreTrainedModel":
-    """Raises InputError where the checkpoint does not hold every weight of the model: the rest would be drawn at random."""
-    import torch
+def load_model(source: str | Path, where: str, dtype: "torch.dtype", config: "PreTrainedConfig | None" = None, *,
+               exact: bool = True) -> "PreTrainedModel":
+    """The model of a checkpoint. Raises InputError, which says `where`, for one that does not hold every weight of the model: the rest
+    would be drawn at random. Unless `exact` it may hold more."""
     from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
 
-    where, remedy = f"model.from: {source}", "copy the checkpoint again, or mend its config.json"
+    loader: Any = AutoModelForCausalLM
+    remedy = "copy the checkpoint again, or mend its config.json"
     try:
-        model, report = loader.from_pretrained(source, config=config, dtype=torch.float32, local_files_only=True, output_loading_info=True)
+        model, report = loader.from_pretrained(source, config=config, dtype=dtype, local_files_only=True, output_loading_info=True)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise InputError(f"transformers cannot load the weights: {last_line(error)}", where=where, remedy=remedy) from None
     for what, names in (("has no weights for", report["missing_keys"]), ("has other shapes for", report["mismatched_keys"]),
-                        ("has weights that the model has not:", report["unexpected_keys"])):
+                        ("has weights that the model has not:", report["unexpected_keys"] if exact else ())):
         if names:
             first = sorted(map(str, names))[:3]
             raise InputError(f"the checkpoint {what} {', '.join(first)}{f' and {len(names) - 3} more' if len(names) > 3 else ''}",
                              where=where, remedy=remedy)
-    return model
+    return cast("PreTrainedModel", model)
 
 
 def buffers(model: "torch.nn.Module") -> dict[str, "torch.Tensor"]:

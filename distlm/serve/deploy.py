@@ -13,6 +13,7 @@ import socket
 import time
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import httpx
 import ray
@@ -24,10 +25,11 @@ from distlm.model.find import find_model
 from distlm.progress import Progress
 from distlm.runs import RunFolder
 from distlm.serve.api import Card, create_app
+from distlm.serve.client import healthy
 from distlm.serve.guard import make_key, read_key
 from distlm.serve.metrics import Metrics
 from distlm.spec import ServeSpec
-from distlm.spec.load import nearest
+from distlm.spec.load import dump, nearest
 from distlm.storage import Storage, read_json, write_json
 
 START_TIMEOUT_S = 900
@@ -71,20 +73,53 @@ def serve(spec: ServeSpec, folder: RunFolder, storage: Storage, progress: Progre
     check_resources(spec)
     host, port = start(spec)
     prefix = route_prefix(spec.name)
+    base = f"http://{reachable(host)}:{port}{prefix.rstrip('/')}"
+    record = {"url": f"{base}/v1", "model": card.id, "api_key_file": str(key_file), "app": spec.name, "folder": str(model),
+              "lineage": card.lineage, "cluster": ray.get_runtime_context().gcs_address, "spec": dump(spec), "version": uuid4().hex}
+    before = answering(folder)
+    surge = has_room(spec)
+    if before and not surge:
+        progress.note("the cluster has no room for a second replica: the endpoint is silent while it is replaced")
     try:
-        deploy(spec, model, card, key_file, prefix)
+        deploy(record, prefix, surge=surge)
         wait_until_running(spec.name, progress)
-        base = f"http://{reachable(host)}:{port}{prefix.rstrip('/')}"
         wait_until_healthy(base)
     except BaseException:                                  # Ctrl-C too: nothing half-deployed stays behind
-        remove(spec.name)
-        (folder.path / "endpoint.json").unlink(missing_ok=True)
+        if before is None or not put_back(before, prefix, folder, progress):
+            remove(spec.name)
+            (folder.path / "endpoint.json").unlink(missing_ok=True)
         raise
-    write_json(folder.path / "endpoint.json", {"url": f"{base}/v1", "model": card.id, "api_key_file": str(key_file), "app": spec.name,
-                                               "folder": str(model), "lineage": card.lineage,
-                                               "cluster": ray.get_runtime_context().gcs_address})
+    write_json(folder.path / "endpoint.json", record)
     folder.event("running", message=f"serving at {base}/v1", url=f"{base}/v1")
     return {"": f"{base}/v1", "url": f"{base}/v1", "api_key_file": str(key_file), "model": card.id}
+
+
+def answering(folder: RunFolder) -> dict[str, Any] | None:
+    """The record of the endpoint that answers in this cluster before it is replaced."""
+    path = folder.path / "endpoint.json"
+    record = read_json(path) if path.exists() else {}
+    return record if "version" in record and record["app"] in applications() and healthy(record) else None
+
+
+def has_room(spec: ServeSpec) -> bool:
+    """Whether a replica can start while those that it replaces still run."""
+    free = ray.available_resources()
+    return free.get("CPU", 0) >= spec.cpus_per_replica and free.get("GPU", 0) >= spec.gpus_per_replica
+
+
+def put_back(before: dict[str, Any], prefix: str, folder: RunFolder, progress: Progress) -> bool:
+    """After a replacement has failed, make the endpoint what it was; replicas that still run are kept as they are. Returns whether it
+    answers."""
+    deploy(before, prefix, surge=True)
+    try:
+        wait_until_running(before["app"], progress)
+        wait_until_healthy(before["url"].removesuffix("/v1"))
+        said = f"not replaced: the endpoint as it was before answers at {before['url']}"
+    except ServeError as error:
+        said = f"the endpoint as it was before could not be brought back: {error}"
+    progress.note(said)
+    folder.event("note", message=said)
+    return said.startswith("not replaced")
 
 
 def undeploy(name: str, storage: Storage) -> None:
@@ -170,16 +205,21 @@ def applications() -> dict[str, Any]:
     return dict(client.get_serve_details()["applications"]) if client else {}
 
 
-def deploy(spec: ServeSpec, model: Path, card: Card, key_file: Path, prefix: str) -> None:
-    """Hand the application to Serve, which brings it up in the background."""
+def deploy(record: dict[str, Any], prefix: str, *, surge: bool) -> None:
+    """Hand what endpoint.json records to Serve, which brings it up in the background. With `surge` a replica that runs is stopped when
+    another has taken its place, and none where that fails."""
+    spec = ServeSpec(**record["spec"])
     options: dict[str, Any] = {"num_cpus": spec.cpus_per_replica, "num_gpus": spec.gpus_per_replica,
                                "runtime_env": {"env_vars": {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}}}
     # the engine counts and refuses by itself, in OpenAI's words; Serve's own limits lie outside, with room for /health and /metrics
     deployment = ray_serve.deployment(
         name="model", num_replicas=spec.replicas, ray_actor_options=options, max_constructor_retry_count=1, health_check_period_s=5,
         max_ongoing_requests=spec.max_sequences + spec.max_queued + 16, max_queued_requests=spec.max_queued + 16,
+        max_surge_percent=20 if surge else 0,              # rounded up to whole replicas
         backpressure_config={"status_code": 429, "retry_after_s": 2})(ray_serve.ingress()(Replica))
-    application = deployment.bind(model, card, key_file, spec)
+    # Serve tells versions apart by a random word of its own; there is no public way to name the one that runs already
+    application = deployment.options(version=record["version"], _internal=True).bind(
+        Path(record["folder"]), Card(record["model"], record["lineage"]), Path(record["api_key_file"]), spec)
     ray_serve.run_many([ray_serve.RunTarget(application, spec.name, prefix)], wait_for_ingress_deployment_creation=False,
                        wait_for_applications_running=False)
 
@@ -193,8 +233,9 @@ def wait_until_running(name: str, progress: Progress, timeout_s: float = START_T
         if status and state == "RUNNING":
             return
         if status and state in ("DEPLOY_FAILED", "UNHEALTHY", "DELETING"):
-            words = [status.message, *(one.message for one in status.deployments.values())]
-            raise ServeError(f"the model cannot be served: {reason(words)}", where=name, remedy="see logs/ and the dashboard's Serve page")
+            words = reason([status.message, *(one.message for one in status.deployments.values())])
+            raise ServeError(f"the model cannot be served: {words}", where=name, remedy="see logs/ and the dashboard's Serve page",
+                             cause="bad_input" if "InputError: " in words else "")
         if status:
             for one in status.deployments.values():
                 states = {str(getattr(state, "value", state)): number for state, number in one.replica_states.items()}

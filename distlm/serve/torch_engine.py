@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoTokenizer, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from distlm.errors import ServeError
+from distlm.model.build import load_model
 from distlm.serve.engine import Chunk, EngineFailed, EngineFull, Request, Token
 from distlm.serve.metrics import Metrics
 from distlm.serve.sample import choose, score
@@ -94,14 +95,14 @@ class Running:
 
 
 class TorchEngine:
-    """See the module. Raises ServeError where the model cannot be loaded or decoded in slots."""
+    """See the module. Raises InputError where the model cannot be loaded, ServeError where it cannot be decoded in slots."""
 
     def __init__(self, folder: str | Path, *, dtype: str = "auto", device: str | None = None, threads: int | None = None,
                  max_sequences: int = 8, max_queued: int = 64, metrics: Metrics | None = None) -> None:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         kind = DTYPES[dtype] if dtype != "auto" else torch.float32 if self.device.type == "cpu" else torch.bfloat16
+        model: Any = load_model(folder, f"model: {folder}", kind, exact=False)
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=kind)
         self.model: Any = model.to(self.device).eval()
         self.context = context_of(self.model.config)
         self.vocabulary: int = self.model.get_input_embeddings().num_embeddings

@@ -1,6 +1,8 @@
 """The serve job: what it finds and refuses, and one endpoint on a real Ray Serve."""
 
+import contextlib
 import json
+import re
 import socket
 import threading
 import time
@@ -13,13 +15,15 @@ import openai
 import pytest
 import ray
 
+from distlm import jobs
 from distlm.errors import ClusterError, InputError, ServeError
 from distlm.progress import Progress
 from distlm.runs import RunFolder
 from distlm.serve import deploy
 from distlm.serve.client import healthy, query
 from distlm.spec import ServeSpec
-from distlm.storage import Storage
+from distlm.storage import Storage, read_json
+from tests.records import Records
 from tests.serve.test_torch_engine import reference
 from tests.serve.tiny_models import LLAMA, make_model
 
@@ -59,7 +63,7 @@ def test_settings_of_generate_that_the_api_does_not_know_are_noted(tmp_path: Pat
     assert deploy.ignored_settings(tmp_path) == {"repetition_penalty": 1.1}
 
 
-def test_an_endpoint_from_start_to_end_on_ray_serve(cluster: None, storage: Storage, tmp_path: Path) -> None:
+def test_an_endpoint_from_start_to_end_on_ray_serve(cluster: None, storage: Storage, torn: str) -> None:
     with pytest.raises(ClusterError, match="100 replicas"):
         deploy.serve(*endpoint(storage, replicas=100))
     with socket.create_server(("127.0.0.1", 0)) as other, pytest.raises(ServeError, match="is taken"):
@@ -99,8 +103,9 @@ def test_an_endpoint_from_start_to_end_on_ray_serve(cluster: None, storage: Stor
 
     leaves_and_frees(base, key)
 
+    goes_on_answering_when_its_replacement_fails(outputs, storage, torn)
+
     assert healthy(outputs) and not healthy({**outputs, "model": "second"})
-    RunFolder(folder).event("succeeded", "completed")      # as execute.run records it
     assert deploy.serve(*endpoint(storage, max_tokens=3)) == outputs and (folder / "api_key").read_text().strip() == key
     assert client.completions.create(model="py", prompt=ids, temperature=0).usage.completion_tokens == 3, "replaced, with the key it had"
 
@@ -112,12 +117,10 @@ def test_an_endpoint_from_start_to_end_on_ray_serve(cluster: None, storage: Stor
         deploy.serve(*endpoint(storage, name="third", port=1))
     deploy.undeploy("second", storage)
 
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    (broken / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(ServeError, match="cannot be served"):
-        deploy.serve(*endpoint(storage, name="broken", model=str(broken)))
-    assert "broken" not in deploy.applications() and httpx.get(f"{base}/health").status_code == 200
+    *given, _ = endpoint(storage, name="ended")
+    with pytest.raises(KeyboardInterrupt):
+        deploy.serve(*given, CtrlC())
+    assert "ended" not in deploy.applications() and httpx.get(f"{base}/health").status_code == 200
 
     deploy.undeploy("py", storage)
     assert not (folder / "endpoint.json").exists() and deploy.running_serve() is None
@@ -125,6 +128,84 @@ def test_an_endpoint_from_start_to_end_on_ray_serve(cluster: None, storage: Stor
         httpx.get(f"{base}/health")
     with pytest.raises(InputError, match="no endpoint py"):
         deploy.undeploy("py", storage)
+
+
+@pytest.fixture(scope="module")
+def torn(storage: Storage) -> str:
+    """A run whose weights are cut off in the middle."""
+    weights = make_model(storage.run("torn") / "export", LLAMA) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:weights.stat().st_size // 2])
+    return "torn"
+
+
+def goes_on_answering_when_its_replacement_fails(outputs: dict[str, Any], storage: Storage, torn: str) -> None:
+    folder, replica = RunFolder(storage.endpoint("py")), replica_of(outputs)
+    folder.event("succeeded", "completed")                 # as execute.run records it
+    before = read_json(folder.path / "endpoint.json")
+    with asking(outputs) as answers:
+        *given, _ = endpoint(storage, model=torn)
+        said = r"cannot be served: .*InputError: model: .*torn/export: transformers cannot load the weights"
+        with pytest.raises(ServeError, match=said), folder.running():
+            deploy.serve(*given, (shown := Records()))
+        enough, deadline = len(answers) + 3, time.monotonic() + 20
+        while len(answers) < enough:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    assert set(answers) == {200}, "not one request has failed"
+    assert replica_of(outputs) == replica and read_json(folder.path / "endpoint.json") == before
+    assert ray.serve.status().applications["py"].status == "RUNNING", "a replica that dies is replaced again"
+    assert folder.state() == ("failed", "bad_input")
+    said = f"not replaced: the endpoint as it was before answers at {outputs['url']}"
+    assert said in shown.notes and said in [event["message"] for event in folder.events()]
+    job = jobs.locate("py", storage)
+    assert job.state == "running" and job.message.startswith(f"answers at {outputs['url']}; its replacement has failed: ServeError: py:")
+
+
+@pytest.mark.slow
+def test_an_endpoint_that_had_to_make_room_is_brought_back_when_its_replacement_fails(cluster: None, storage: Storage, torn: str) -> None:
+    outputs = deploy.serve(*endpoint(storage, name="kept"))
+    replica = replica_of(outputs)
+    RunFolder(storage.endpoint("kept")).event("succeeded", "completed")
+    *given, _ = endpoint(storage, name="kept", model=torn, cpus_per_replica=3.9)
+    with pytest.raises(ServeError, match="cannot load the weights"):
+        deploy.serve(*given, (shown := Records()))
+    assert shown.notes == ["the cluster has no room for a second replica: the endpoint is silent while it is replaced",
+                           f"not replaced: the endpoint as it was before answers at {outputs['url']}"]
+    assert replica_of(outputs) != replica, "it was stopped, and brought up again"
+    deploy.undeploy("kept", storage)
+
+
+class CtrlC(Records):
+    """The user's, when the replicas begin to start."""
+
+    def update(self, unit: str, done: int, total: int | None = None, **figures: float) -> None:
+        raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def asking(endpoint: dict[str, Any]) -> Iterator[list[int]]:
+    """Sends one completion after another; yields the list of their statuses, which grows."""
+    key, statuses, done = Path(endpoint["api_key_file"]).read_text().strip(), list[int](), threading.Event()
+
+    def ask() -> None:
+        while not done.is_set():
+            statuses.append(httpx.post(f"{endpoint['url']}/completions", json={"model": endpoint["model"], "prompt": "x", "max_tokens": 2},
+                                       headers={"Authorization": f"Bearer {key}"}, timeout=30).status_code)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    try:
+        yield statuses
+    finally:
+        done.set()
+        thread.join()
+
+
+def replica_of(endpoint: dict[str, Any]) -> str:
+    """The replica that answers."""
+    key = Path(endpoint["api_key_file"]).read_text().strip()
+    text = httpx.get(endpoint["url"].removesuffix("/v1") + "/metrics", headers={"Authorization": f"Bearer {key}"}).text
+    return re.findall(r'replica="([^"]+)"', text)[0]
 
 
 def leaves_and_frees(base: str, key: str) -> None:

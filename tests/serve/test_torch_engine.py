@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from distlm.errors import ServeError
+from distlm.errors import InputError, ServeError
 from distlm.serve.engine import Chunk, EngineFailed, EngineFull, Request
 from distlm.serve.torch_engine import TorchEngine
 from tests.serve.tiny_models import FAMILIES, make_model
@@ -54,6 +55,14 @@ def run(work: Coroutine[Any, Any, Any]) -> Any:
 async def until(condition: Any) -> None:
     while not condition():
         await asyncio.sleep(0.002)
+
+
+def test_weights_that_are_missing_are_not_made_up(tmp_path: Path) -> None:
+    weights = make_model(tmp_path, FAMILIES["llama"]) / "model.safetensors"
+    kept = {name: value for name, value in load_file(weights).items() if name != "model.norm.weight"}
+    save_file(kept, weights, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"model: .* has no weights for model.norm.weight; copy the checkpoint again"):
+        TorchEngine(tmp_path)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
