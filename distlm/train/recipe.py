@@ -140,6 +140,10 @@ def make_recipe(spec: TrainSpec, storage: Storage) -> Recipe:
         check_tokenizer(Path(spec.model.source), manifest)
     padded = any(one.best_fit for one in manifests)
     masked = padded if spec.batch.mask_documents is None else spec.batch.mask_documents
+    if masked:
+        from distlm.model.documents import check_family
+
+        check_family(config)
     recipe = Recipe(spec, str(manifest.path), mixture_hash(spec, manifests), shape, sum(sizes.values()), sequences, micro, steps,
                     spec.evaluate.every_steps or max(1, steps // 10), spec.checkpoint.every_steps or max(1, min(1000, steps // 4)),
                     (), 0.0, make_mix(spec, manifests, steps * sequences), masked, masked or padded)

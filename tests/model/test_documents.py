@@ -10,9 +10,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from distlm.corpus.stream import NO_LOSS, START
 from distlm.errors import SpecError
-from distlm.model import loss
+from distlm.model import documents, loss
 from distlm.model.attention import NAME, use_cpu_attention
-from distlm.model.documents import check_documents_apart
+from distlm.model.documents import check_documents_apart, check_family
 from distlm.train.batch import make_batch
 
 TINY = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -104,10 +104,29 @@ def test_the_families_whose_head_is_ours_keep_documents_apart(family: str) -> No
 @pytest.mark.parametrize(("family", "values"), [("bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4}),
                                                 ("mamba", {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8})])
 def test_a_family_that_does_not_is_refused(family: str, values: dict[str, Any]) -> None:
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, vocab_size=97, **values))
-    with pytest.raises(SpecError, match=f"batch.mask_documents: the {family} family of transformers does not keep the documents .* false"):
+    config = AutoConfig.for_model(family, vocab_size=97, **values)
+    model = AutoModelForCausalLM.from_config(config)
+    said = f"batch.mask_documents: the {family} family of transformers does not keep the documents .* false"
+    with pytest.raises(SpecError, match=said):
         check_documents_apart(model)
     assert model.training
+    with pytest.raises(SpecError, match=said):
+        check_family(config)
+    assert config.vocab_size == 97 and config.num_hidden_layers == 2
+
+
+def test_a_family_is_judged_by_a_small_part_of_its_model_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[int] = []
+    monkeypatch.setattr(documents, "check_documents_apart", lambda model: built.append(model.num_parameters()))
+    wide = AutoConfig.for_model("gemma2", **GEMMA, attn_implementation="eager")
+    check_family(wide)
+    assert len(built) == 1 and built[0] < 20_000
+    wide.intermediate_size = 10**9
+    check_family(wide)
+    check_family(AutoConfig.for_model("llama", **TINY))
+    assert len(built) == 1, "a gigabyte is not built, and llama's family is known"
+    with pytest.raises(SpecError, match=r"model\.config\.attn_implementation: flash_attention_2 attends over the documents"):
+        check_family(AutoConfig.for_model("llama", **TINY, attn_implementation="flash_attention_2"))
 
 
 def test_an_attention_that_looks_over_documents_is_refused() -> None:

@@ -165,6 +165,16 @@ def test_documents_are_masked_by_default_where_a_corpus_is_packed_by_best_fit(st
     assert "documents" not in rows[0] and "inside each" in rows[1]["documents"]
 
 
+def test_a_family_that_does_not_keep_documents_apart_is_refused_with_file_and_line(storage: Storage) -> None:
+    bloom = {"model_type": "bloom", "hidden_size": 32, "n_layer": 2, "n_head": 4}
+    file = storage.root / "train.yaml"
+    file.write_text(to_yaml({**dump(train("a")), "model": {"config": bloom}, "batch": {"global_sequences": 12, "mask_documents": True}}))
+    line = next(i for i, text in enumerate(file.read_text().splitlines(), 1) if "mask_documents" in text)
+    with pytest.raises(SpecError, match=rf"train\.yaml:{line}: batch\.mask_documents: the bloom family .* set it to false"):
+        plan.needs(resolve(file), storage)
+    plan.needs(resolve(file, ["batch.mask_documents=false"]), storage)
+
+
 def test_bytes_per_token_are_those_of_the_tokens_that_give_loss(storage: Storage) -> None:
     make(storage.corpus("d"), [*(Doc("größer und größer", split=split) for split in ("train", "val")), Doc("zwei", split="val")])
     assert recipe(storage, "d").val_bytes_per_token == 25 / 27      # "größer und größer" has 21 bytes and "zwei" 4, each has an end token
