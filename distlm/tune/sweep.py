@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import ray
@@ -53,6 +54,11 @@ class Trial:
 
     def steps(self) -> int:
         return max((record["step"] for record in self.folder.read_metrics() if "step" in record), default=0)
+
+    def reports(self, metric: str) -> list[dict[str, Any]]:
+        """Its records that hold the metric, up to the step at which ASHA stopped it: it may have run on a little."""
+        last = next((event["step"] for event in self.folder.events() if event["state"] == "stopped" and "step" in event), math.inf)
+        return [r for r in self.folder.read_metrics() if r.get(metric) is not None and math.isfinite(r[metric]) and r["step"] <= last]
 
     def score(self, metric: str) -> float:
         """The last value of the metric; infinite where there is none."""
@@ -100,20 +106,33 @@ def run_trials(spec: TuneSpec, trials: list[Trial], todo: list[Trial], folder: R
     """Let Tune run the trials of `todo`. Afterwards the folder of each says how it ended. Raises ClusterError, KeyboardInterrupt."""
     concurrent = min(spec.concurrent or capacity(todo), len(todo))
     progress.note(f"{len(todo)} trials, {concurrent} at once")
-    scheduler = FIFOScheduler()
-    if spec.asha:                                          # a trial's own duration is its end: ASHA only stops weak ones before it
-        scheduler = ASHAScheduler(time_attr="step", max_t=10**9, grace_period=spec.asha.grace_steps, reduction_factor=spec.asha.reduction)
+    scheduler = asha(spec, trials) if spec.asha else FIFOScheduler()
     watch = Watch(spec, trials, todo, progress)
     attempt = f"{len(list((folder.path / 'ray').glob('*'))) + 1}"
     with environment(QUIET), attached(watch):
         tuner = ray_tune.Tuner(
             ray_tune.with_resources(trial_function(todo, spec, storage), {"CPU": 0.01}),
             param_space={"trial": ray_tune.grid_search(list(range(len(todo))))},
-            tune_config=ray_tune.TuneConfig(metric=spec.metric, mode="min", scheduler=scheduler, max_concurrent_trials=concurrent,
+            tune_config=ray_tune.TuneConfig(scheduler=scheduler, max_concurrent_trials=concurrent,
                                             trial_name_creator=lambda t: todo[t.config["trial"]].name,
                                             trial_dirname_creator=lambda t: todo[t.config["trial"]].name),
             run_config=ray_tune.RunConfig(name=attempt, storage_path=str(folder.path / "ray"), verbose=0, callbacks=[watch]))
         tuner.fit()
+
+
+def asha(spec: TuneSpec, trials: list[Trial]) -> ASHAScheduler:
+    """ASHA that is told first what the trials that have ended reported, in the order in which they did: after a break a weak trial is
+    measured by them as without one."""
+    assert spec.asha
+    scheduler = ASHAScheduler(time_attr="step", metric=spec.metric, mode="min", max_t=10**9,     # a trial's own duration is its end
+                              grace_period=spec.asha.grace_steps, reduction_factor=spec.asha.reduction)
+    past: dict[str, Any] = {trial.name: SimpleNamespace(trial_id=trial.name) for trial in trials if trial.ended()}
+    reports = [(record.get("time", 0.0), trial.name, record) for trial in trials if trial.ended() for record in trial.reports(spec.metric)]
+    for trial in past.values():
+        scheduler.on_trial_add(None, trial)                # type: ignore[arg-type]
+    for _, name, record in sorted(reports, key=lambda report: report[0]):
+        scheduler.on_trial_result(None, past[name], record)    # type: ignore[arg-type]
+    return scheduler
 
 
 def capacity(trials: list[Trial]) -> int:
@@ -199,7 +218,7 @@ class Watch(TrialProgressCallback):
         mine = self.todo[trial.config["trial"]]
         if mine.folder.state()[0] not in ("succeeded", "failed"):
             step = (trial.last_result or {}).get("step", mine.steps())
-            mine.folder.event("stopped", "completed", f"stopped early by ASHA at step {step}")
+            mine.folder.event("stopped", "completed", f"stopped early by ASHA at step {step}", step=step)
         self.finish(mine)
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,7 +32,9 @@ TRAIN: dict[str, Any] = {"corpus": "c", "model": {"preset": "llama-tiny"}, "dura
 GOOD, WEAK = {"preset": "llama-tiny"}, {"config": {**PRESETS["llama-tiny"], "initializer_range": 1.0}}
 BROKEN = {"config": {**PRESETS["llama-tiny"], "rms_norm_eps": -1.0}}
 """Its loss is no number from the first step on."""
-SWEEP = {"kind": "tune", "name": "s", "train": TRAIN, "space": {"model": {"grid": [GOOD, WEAK, BROKEN]}}, "asha": {"grace_steps": 4},
+TORN = {"config": {**PRESETS["llama-tiny"], "rms_norm_eps": 1e-4}}
+"""The first test leaves it a checkpoint that cannot be read, so that it fails without a worker."""
+SWEEP = {"kind": "tune", "name": "s", "train": TRAIN, "space": {"model": {"grid": [GOOD, WEAK, TORN]}}, "asha": {"grace_steps": 4},
          "concurrent": 1}
 KEPT_BY_DATA = ("_StatsActor", "_AutoscalingCoordinatorActor", "AutoscalingRequester")
 """One each for the whole cluster, started by Ray Data for all that will use it."""
@@ -51,18 +54,24 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Storage]:
 
 @pytest.mark.timeout(280)
 def test_asha_stops_the_weak_trial_a_failed_one_is_in_the_table_and_nothing_is_left_behind(storage: Storage) -> None:
-    shown = Records()
+    from distlm.tune import sweep
+
+    shown, spec = Records(), execute.resolve(SWEEP).spec
+    assert isinstance(spec, TuneSpec)
+    torn = sweep.plan_trials(spec, RunFolder(storage.sweep("s")), storage)[2].folder.path / "checkpoints" / "step-000004"
+    torn.mkdir(parents=True)
+    (torn / checkpoint.MARKER).write_text("of another manifest")
     made = execute.run(SWEEP, storage=storage, progress=shown)
     good, weak, broken = made["trials"]
     assert (good["state"], good["steps"]) == ("succeeded", 12)
     assert (weak["state"], weak["cause"], weak["message"]) == ("stopped", "completed", "stopped early by ASHA at step 4")
-    assert (broken["state"], broken["cause"]) == ("failed", "nonfinite_loss")
+    assert (broken["state"], broken["cause"]) == ("failed", "storage") and str(torn) in broken["message"]
     assert made["best"] == good["folder"] and made["best.model"] == GOOD and made["value"] == good["val_loss"]
     assert (Path(good["folder"]) / "export" / "config.json").exists()
 
     [table] = [record for record in shown.records if record["distlm"] == "table" and record["title"] == "trials of s"]
-    assert [row[-1] for row in table["rows"]] == ["succeeded", "stopped early", "failed: nonfinite_loss"]
-    assert any("has failed: nonfinite_loss" in text for text in shown.notes)
+    assert [row[-1] for row in table["rows"]] == ["succeeded", "stopped early", "failed: storage"]
+    assert any("has failed: storage" in text for text in shown.notes)
 
     best = load_spec(made["best_spec"]).spec
     assert isinstance(best, TrainSpec) and best.model.preset == "llama-tiny" and not storage.run(best.name).exists()
@@ -94,6 +103,35 @@ def test_a_sweep_that_is_taken_up_again_leaves_what_has_ended_as_it_is(storage: 
     made = execute.run(SWEEP, storage=storage, resume=True, progress=(shown := Records()))
     assert "3 of 3 trials have ended before and stay as they are" in shown.notes
     assert [RunFolder(path).events() for path in trials] == before and made["best"] == str(trials[0])
+
+
+def test_a_sweep_that_is_taken_up_again_measures_trials_by_those_that_have_ended(tmp_path: Path) -> None:
+    """Rungs at steps 4 and 12; of four trials that come to one, the best third and what equals it goes on."""
+    from distlm.tune import sweep
+
+    spec = TuneSpec.model_validate({**SWEEP, "asha": {"grace_steps": 4, "reduction": 3}})
+    train: Any = None
+
+    def trial(name: str, state: str, losses: dict[int, float], **more: Any) -> sweep.Trial:
+        folder = RunFolder(tmp_path / name)
+        for step, loss in losses.items():
+            folder.metrics({"step": step, "val_loss": loss, "time": 100.0 + step})
+        folder.event("running")
+        folder.event(state, "completed" if state in ("succeeded", "stopped") else "worker_died", **more)
+        return sweep.Trial(name, {}, train, {}, folder)
+
+    def judged(trials: list[sweep.Trial], step: int, loss: float) -> str:
+        scheduler, new = sweep.asha(spec, trials), SimpleNamespace(trial_id="new")
+        scheduler.on_trial_add(None, new)                  # type: ignore[arg-type]
+        return scheduler.on_trial_result(None, new, {"step": step, "val_loss": loss})    # type: ignore[arg-type]
+
+    done = trial("done", "succeeded", {0: 5.0, 4: 2.0, 12: 1.0})
+    weak = trial("weak", "stopped", {0: 5.0, 4: 3.0, 12: 0.1}, step=4)
+    died = trial("died", "failed", {0: 5.0, 4: 0.5, 12: 0.1})
+    assert judged([], 4, 9.0) == "CONTINUE", "the first at a rung has nothing to be measured by"
+    assert judged([done, weak, died], 4, 2.9) == "STOP" and judged([done, weak, died], 4, 1.9) == "CONTINUE"
+    assert judged([weak, died], 12, 9.0) == "CONTINUE", "what is run again, and what a trial did after it was stopped, counts for nothing"
+    assert judged([done, weak, died], 12, 1.1) == "STOP"
 
 
 @pytest.mark.slow
