@@ -26,7 +26,7 @@ from distlm.train.driver import KEEP_MEMORY, train
 from tests.records import Records
 from tests.train.ranks import VOCABULARY, losses, make_corpus, metrics, run_ranks, spec
 
-LONG = {"duration": {"steps": 150}, "checkpoint": {"every_steps": 25}, "evaluate": {"every_steps": 50}, "scale": {"workers": 2},
+LONG = {"duration": {"steps": 120}, "checkpoint": {"every_steps": 20}, "evaluate": {"every_steps": 40}, "scale": {"workers": 2},
         "sharding": {"zero": 2}}
 
 
@@ -76,14 +76,26 @@ def make_run(root: Path, given: TrainSpec) -> RunFolder:
     return RunFolder.create(Storage(root).run(given.name), to_yaml(dump(given)), {})
 
 
-def test_a_worker_that_is_killed_costs_nothing_but_time(cluster: str, corpus: Path, undisturbed: Path, tmp_path: Path) -> None:
-    given = spec(corpus, **LONG)
-    folder, progress, seen = make_run(tmp_path, given), Records(), []
-    killed: list[int] = []
-    tunables: list[bool] = []
+def test_a_job_that_is_killed_whole_and_then_a_worker_cost_nothing_but_time(cluster: str, corpus: Path, undisturbed: Path, tmp_path: Path
+                                                                            ) -> None:
+    given, storage = spec(corpus, **LONG), Storage(tmp_path)
+    file, folder = tmp_path / "run.yaml", RunFolder(storage.run("run"))
+    file.write_text(to_yaml(dump(given)))
+    job = subprocess.Popen([sys.executable, "-m", "distlm", "run", str(file)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                           env={**os.environ, "RAY_ADDRESS": cluster, "DISTLM_STORAGE": str(tmp_path)})
+    wait_for(lambda: steps_done(folder.path) >= 25 or job.poll() is not None, "step 25")
+    job.send_signal(signal.SIGKILL)
+    output = job.communicate()[0].decode()
+    assert job.returncode == -signal.SIGKILL, output
+    assert folder.state() == ("failed", "head_lost"), "a driver that is gone is seen"
+    wait_for(lambda: not workers(), "the end of the workers", 60)
+    before = steps_done(folder.path)
+    assert before < 60
+
+    progress, killed, tunables, seen = Records(), list[int](), list[bool](), list[dict[str, float]]()
 
     def kill() -> None:
-        wait_for(lambda: steps_done(folder.path) >= 40, "step 40")
+        wait_for(lambda: workers() and steps_done(folder.path) >= 60, "step 60")
         victim = workers()[0]
         killed.append(victim.pid)
         environment = Path(f"/proc/{victim.pid}/environ").read_text().replace("\0", ":")   # glibc cuts its own variable into pieces
@@ -92,8 +104,9 @@ def test_a_worker_that_is_killed_costs_nothing_but_time(cluster: str, corpus: Pa
 
     killer = Thread(target=kill)
     killer.start()
+    RunFolder.create(folder.path, file.read_text(), {}, resume=True)
     with folder.running():
-        outputs = train(given, folder, Storage(tmp_path), progress, on_metrics=seen.append)
+        outputs = train(given, folder, storage, progress, on_metrics=seen.append)
     killer.join()
     assert killed, "the fault fired"
     assert tunables == [True]
@@ -101,9 +114,11 @@ def test_a_worker_that_is_killed_costs_nothing_but_time(cluster: str, corpus: Pa
     assert (folder.path / "export" / "model.safetensors").read_bytes() == (undisturbed / "export" / "model.safetensors").read_bytes()
     notes = [event for event in folder.events() if event["state"] == "note"]
     assert [event["cause"] for event in notes] == ["worker_died"] and folder.state() == ("succeeded", "completed")
-    assert any("resuming at step" in note for note in progress.notes)
-    assert seen[0]["step"] == 0 and seen[-1]["step"] == 150
-    assert outputs["steps"] == 150 and outputs["loss_last"] == losses(undisturbed)[-1] and outputs["checkpoint"] == "step-000150"
+    began = [int(event["message"].removeprefix("from step ")) for event in folder.events() if event["state"] == "running"]
+    assert began[0] == 0 and 20 <= began[1] <= before and began[2] >= 40 and [step % 20 for step in began] == [0, 0, 0]
+    assert [note for note in progress.notes if "resuming at step" in note] == [f"resuming at step {step} of 120" for step in began[1:]]
+    assert seen[-1]["step"] == 120
+    assert outputs["steps"] == 120 and outputs["loss_last"] == losses(undisturbed)[-1] and outputs["checkpoint"] == "step-000120"
     assert outputs["perplexity"] == pytest.approx(np.exp(outputs["val_loss"]))
     wait_for(lambda: not workers(), "the end of the workers", 30)
 
@@ -152,34 +167,6 @@ def test_the_only_worker_that_is_killed_costs_nothing_but_time_and_leaves_its_lo
     wait_for(lambda: not workers(), "the end of the workers", 30)
 
 
-def test_a_job_that_is_killed_whole_goes_on_bit_equal_with_resume(cluster: str, corpus: Path, undisturbed: Path, tmp_path: Path) -> None:
-    given = spec(corpus, **LONG)
-    file = tmp_path / "run.yaml"
-    file.write_text(to_yaml(dump(given)))
-    run = Storage(tmp_path).run("run")
-    environment = {**os.environ, "RAY_ADDRESS": cluster, "DISTLM_STORAGE": str(tmp_path)}
-
-    def distlm(*more: str) -> "subprocess.Popen[bytes]":
-        return subprocess.Popen([sys.executable, "-m", "distlm", "run", str(file), *more], env=environment, stdout=subprocess.PIPE,
-                                stderr=subprocess.STDOUT)
-
-    job = distlm()
-    wait_for(lambda: steps_done(run) >= 40 or job.poll() is not None, "step 40")
-    job.send_signal(signal.SIGKILL)
-    output = job.communicate()[0].decode()
-    assert job.returncode == -signal.SIGKILL, output
-    assert RunFolder(run).state() == ("failed", "head_lost"), "a driver that is gone is seen"
-    wait_for(lambda: not workers(), "the end of the workers", 60)
-    taken = distlm()
-    text = taken.communicate(timeout=60)[0].decode()
-    assert taken.returncode == 2 and "--resume" in text
-    again = distlm("--resume")
-    output = again.communicate(timeout=240)[0].decode()
-    assert again.returncode == 0, output
-    assert losses(run) == losses(undisturbed)
-    assert RunFolder(run).state() == ("succeeded", "completed")
-
-
 @pytest.mark.slow                                          # tests/train/test_checkpoint.py has the same without Ray
 @pytest.mark.parametrize("damaged", [False, True])
 def test_a_run_that_lacks_only_its_export_makes_it_and_a_truncated_shard_costs_the_steps_since_the_one_before(
@@ -188,7 +175,7 @@ def test_a_run_that_lacks_only_its_export_makes_it_and_a_truncated_shard_costs_t
     folder, progress = RunFolder(Storage(tmp_path).run("run")), Records()
     shutil.copytree(undisturbed, folder.path)
     shutil.rmtree(folder.path / "export")
-    newest = folder.path / "checkpoints" / "step-000150"
+    newest = folder.path / "checkpoints" / "step-000120"
     if damaged:
         shard = next((newest / "state").glob("*optim_states.pt"))
         shard.write_bytes(shard.read_bytes()[:-100])
@@ -198,7 +185,7 @@ def test_a_run_that_lacks_only_its_export_makes_it_and_a_truncated_shard_costs_t
     assert (folder.path / "export" / "model.safetensors").read_bytes() == (undisturbed / "export" / "model.safetensors").read_bytes()
     refused = [event["message"] for event in folder.events() if "refused" in event["message"]]
     assert len(refused) == int(damaged) and all(str(newest) in text for text in refused)
-    assert [note for note in progress.notes if "resuming at step" in note] == [f"resuming at step {125 if damaged else 150} of 150"]
+    assert [note for note in progress.notes if "resuming at step" in note] == [f"resuming at step {100 if damaged else 120} of 120"]
     assert bool([note for note in progress.notes if note.startswith("refused: ")]) == damaged
 
 
