@@ -7,7 +7,7 @@ import pytest
 
 import distlm
 
-ORDER = ["errors", "storage", "spec", "runs", "progress", "head", "cluster", "clusterfile", "init", "dashboard", "upload",
+ORDER = ["errors", "storage", "spec", "runs", "progress", "head", "cluster", "autoscale", "clusterfile", "init", "dashboard", "upload",
          "corpus", "model", "train", "tune", "serve", "summary", "execute", "plan", "jobs", "logs", "cli", "__main__"]
 ONE = {"pipeline": "execute"}
 """A pipeline is a job whose steps are jobs: the two call each other."""

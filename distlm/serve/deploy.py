@@ -20,6 +20,7 @@ import ray
 from ray import serve as ray_serve
 from ray.serve.exceptions import RayServeException
 
+from distlm.autoscale import grow
 from distlm.errors import ClusterError, InputError, ServeError
 from distlm.model.find import find_model
 from distlm.progress import Progress
@@ -70,7 +71,7 @@ def serve(spec: ServeSpec, folder: RunFolder, storage: Storage, progress: Progre
     for name, value in ignored_settings(model).items():
         progress.note(f"generation_config.json: {name}: {value} is not applied, the API has no field for it")
     card = Card(spec.name, read_json(model / "distlm.json") if (model / "distlm.json").exists() else {})
-    check_resources(spec)
+    check_resources(spec, progress)
     host, port = start(spec)
     prefix = route_prefix(spec.name)
     base = f"http://{reachable(host)}:{port}{prefix.rstrip('/')}"
@@ -138,8 +139,9 @@ def ignored_settings(model: Path) -> dict[str, Any]:
     return {name: settings[name] for name, off in IGNORED.items() if settings.get(name) not in (None, off)}
 
 
-def check_resources(spec: ServeSpec) -> None:
-    """Serve would wait for ever where the cluster is too small. Raises ClusterError."""
+def check_resources(spec: ServeSpec, progress: Progress) -> None:
+    """Serve would wait for ever where the cluster is too small, and does not grow. Raises ClusterError."""
+    grow([{"CPU": spec.cpus_per_replica, "GPU": spec.gpus_per_replica}] * spec.replicas, progress)
     total = ray.cluster_resources()
     for name, each in (("CPU", spec.cpus_per_replica), ("GPU", spec.gpus_per_replica)):
         if each * spec.replicas > total.get(name, 0):

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from distlm.autoscale import grow
 from distlm.corpus.stream import plan_dataset
 from distlm.errors import ClusterError, DistlmError, StorageError, TrainError
 from distlm.head import HUGE_PAGES
@@ -39,7 +40,7 @@ def train(spec: TrainSpec, folder: RunFolder, storage: Storage, progress: Progre
     """Train to the end, from the last committed checkpoint where the folder holds one. `on_metrics` gets every record of
     metrics.jsonl as it is written, on another thread. Raises SpecError, InputError, ClusterError, CheckpointError, TrainError."""
     recipe = make_recipe(spec, storage)
-    check_resources(spec)
+    check_resources(spec, progress)
     progress.note(f"{recipe.parameters:,} parameters, {recipe.num_steps:,} steps of {recipe.tokens_per_step:,} tokens, "
                   f"{recipe.world} worker{'s' * (recipe.world > 1)} under ZeRO-{spec.sharding.zero}, {spec.precision}")
     if not recipe.val:
@@ -64,10 +65,17 @@ def train(spec: TrainSpec, folder: RunFolder, storage: Storage, progress: Progre
     return outcome(recipe, folder)
 
 
-def check_resources(spec: TrainSpec) -> None:
-    """Raises ClusterError where the cluster can never hold the job: Ray would wait for ever."""
+def bundles(spec: TrainSpec) -> list[dict[str, float]]:
+    """What the job takes of the cluster: the workers and the data stream."""
+    scale = spec.scale
+    return [{"CPU": scale.cpus_per_worker, "GPU": scale.gpus_per_worker}] * scale.workers + [{"CPU": DATA_CPUS}]
+
+
+def check_resources(spec: TrainSpec, progress: Progress) -> None:
+    """Raises ClusterError where the cluster cannot hold the job, and does not grow to it: Ray would wait for ever."""
     import ray
 
+    grow(bundles(spec), progress)
     have = ray.cluster_resources()
     need = {"CPU": spec.scale.workers * spec.scale.cpus_per_worker + DATA_CPUS, "GPU": spec.scale.workers * spec.scale.gpus_per_worker}
     for name, amount in need.items():

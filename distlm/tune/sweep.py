@@ -19,6 +19,7 @@ from ray import tune as ray_tune
 from ray.tune.progress_reporter import TrialProgressCallback
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 
+from distlm.autoscale import grow
 from distlm.cluster import environment
 from distlm.errors import ClusterError, DistlmError, TrainError
 from distlm.progress import Logged, Progress, number
@@ -27,7 +28,7 @@ from distlm.spec.load import dump, to_yaml
 from distlm.spec.train import TrainSpec
 from distlm.spec.tune import TuneSpec
 from distlm.storage import Storage, write_atomic
-from distlm.train.driver import train
+from distlm.train.driver import bundles, train
 from distlm.train.recipe import inputs_of
 from distlm.tune import space
 
@@ -104,7 +105,7 @@ def plan_trials(spec: TuneSpec, folder: RunFolder, storage: Storage) -> list[Tri
 
 def run_trials(spec: TuneSpec, trials: list[Trial], todo: list[Trial], folder: RunFolder, storage: Storage, progress: Progress) -> None:
     """Let Tune run the trials of `todo`. Afterwards the folder of each says how it ended. Raises ClusterError, KeyboardInterrupt."""
-    concurrent = min(spec.concurrent or capacity(todo), len(todo))
+    concurrent = min(spec.concurrent or capacity(todo, progress), len(todo))
     progress.note(f"{len(todo)} trials, {concurrent} at once")
     scheduler = asha(spec, trials) if spec.asha else FIFOScheduler()
     watch = Watch(spec, trials, todo, progress)
@@ -135,8 +136,10 @@ def asha(spec: TuneSpec, trials: list[Trial]) -> ASHAScheduler:
     return scheduler
 
 
-def capacity(trials: list[Trial]) -> int:
-    """How many trials the cluster holds at once. Beside its workers a run needs a CPU to read its data. Raises ClusterError."""
+def capacity(trials: list[Trial], progress: Progress) -> int:
+    """How many trials the cluster holds at once, grown to one where it can be. Beside its workers a run needs a CPU to read its data.
+    Raises ClusterError."""
+    grow(max((bundles(trial.spec) for trial in trials), key=len), progress)
     have = ray.cluster_resources()
     cpus = max(t.spec.scale.workers * t.spec.scale.cpus_per_worker + 1 for t in trials)
     gpus = max(t.spec.scale.workers * t.spec.scale.gpus_per_worker for t in trials)

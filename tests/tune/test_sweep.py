@@ -223,4 +223,4 @@ def test_trials_at_once_leave_a_cpu_each_for_reading_data(storage: Storage) -> N
 
     loaded = execute.resolve({**SWEEP, "train": {**TRAIN, "scale": {"workers": 2}}, "name": "capacity"})
     trials = sweep.plan_trials(loaded.spec, RunFolder(storage.sweep("capacity")), storage)  # type: ignore[arg-type]
-    assert sweep.capacity(trials) == int(ray.cluster_resources()["CPU"] // 3)
+    assert sweep.capacity(trials, Records()) == int(ray.cluster_resources()["CPU"] // 3)

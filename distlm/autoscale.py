@@ -1,0 +1,68 @@
+"""Clusters that grow: a job that is too large for what is there now waits for the nodes that an autoscaler adds.
+
+    grow([{"CPU": 8, "GPU": 1}] * 4, progress)             # Ray is initialised
+"""
+
+import json
+import time
+
+from distlm.progress import Progress
+
+GROW_S = 900
+"""So long nodes are waited for."""
+
+Bundles = list[dict[str, float]]
+
+
+def grow(bundles: Bundles, progress: Progress, timeout_s: float = GROW_S) -> None:
+    """Where the cluster has less than these together, each on a node, and an autoscaler, wait until they fit. It returns where they never
+    can, or have not in time: what is there then is for the caller to judge."""
+    import ray
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    need = {name: sum(bundle.get(name, 0) for bundle in bundles) for name in ("CPU", "GPU")}
+    short = {name: amount for name, amount in need.items() if amount > ray.cluster_resources().get(name, 0)}
+    if not short or not autoscales():
+        return
+    most = largest()
+    if most is not None and any(amount > most.get(name, 0) for name, amount in short.items()):
+        return
+    said = ", ".join(f"{amount:g} {name}s" for name, amount in short.items())
+    progress.note(f"the job needs {said} and the cluster has {_has(short)}: waiting for its autoscaler to add nodes, at most "
+                  f"{timeout_s / 60:.0f} minutes")
+    asked = placement_group([{name: amount for name, amount in bundle.items() if amount} for bundle in bundles])
+    deadline = time.monotonic() + timeout_s
+    try:
+        while not asked.wait(1) and time.monotonic() < deadline:
+            for name, amount in short.items():
+                progress.update(f"{name}s there", int(ray.cluster_resources().get(name, 0)), int(amount))
+    finally:
+        remove_placement_group(asked)
+
+
+def _has(names: dict[str, float]) -> str:
+    import ray
+
+    have = ray.cluster_resources()
+    return ", ".join(f"{have.get(name, 0):g}" for name in names)
+
+
+def autoscales() -> bool:
+    """Whether something adds nodes to the cluster. A monitor that only looks on names a node's type after the node."""
+    import ray
+    from ray.autoscaler.v2.sdk import get_cluster_status
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    report = json.loads(_internal_kv_get("__autoscaling_status") or "{}").get("autoscaler_report") or {}
+    types = dict(report.get("node_type_mapping") or {})
+    status = get_cluster_status(ray.get_runtime_context().gcs_address)
+    types |= {node.node_id: node.ray_node_type_name for node in (*status.active_nodes, *status.idle_nodes) if node.node_id not in types}
+    return any(kind and kind != f"node_{node}" for node, kind in types.items())
+
+
+def largest() -> dict[str, float] | None:
+    """What the cluster can grow to, where whoever runs it has told Ray; open-source autoscalers do not."""
+    from ray._private.state import state
+
+    most = state.get_max_resources_from_cluster_config()
+    return None if most is None else dict(most)
