@@ -11,6 +11,9 @@ from distlm.progress import Progress
 GROW_S = 900
 """So long nodes are waited for."""
 
+REPORT_S = 15
+"""So long the first report of Ray's monitor is waited for; it comes every 5 s."""
+
 Bundles = list[dict[str, float]]
 
 
@@ -47,17 +50,22 @@ def _has(names: dict[str, float]) -> str:
     return ", ".join(f"{have.get(name, 0):g}" for name in names)
 
 
-def autoscales() -> bool:
-    """Whether something adds nodes to the cluster. A monitor that only looks on names a node's type after the node."""
+def autoscales(timeout_s: float = REPORT_S) -> bool:
+    """Whether something adds nodes to the cluster. A monitor that only looks on names a node's type after the node; that of a cluster that
+    has just begun has not said anything yet, and is waited for."""
     import ray
     from ray.autoscaler.v2.sdk import get_cluster_status
     from ray.experimental.internal_kv import _internal_kv_get
 
-    report = json.loads(_internal_kv_get("__autoscaling_status") or "{}").get("autoscaler_report") or {}
-    types = dict(report.get("node_type_mapping") or {})
     status = get_cluster_status(ray.get_runtime_context().gcs_address)
-    types |= {node.node_id: node.ray_node_type_name for node in (*status.active_nodes, *status.idle_nodes) if node.node_id not in types}
-    return any(kind and kind != f"node_{node}" for node, kind in types.items())
+    if any(node.ray_node_type_name not in ("", f"node_{node.node_id}") for node in (*status.active_nodes, *status.idle_nodes)):
+        return True
+    deadline, report = time.monotonic() + timeout_s, None
+    while not report and time.monotonic() < deadline:
+        report = json.loads(_internal_kv_get("__autoscaling_status") or "{}").get("autoscaler_report")
+        if not report:
+            time.sleep(0.2)
+    return any(kind != f"node_{node}" for node, kind in (report or {}).get("node_type_mapping", {}).items())
 
 
 def largest() -> dict[str, float] | None:

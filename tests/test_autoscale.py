@@ -77,7 +77,7 @@ def test_nodes_are_waited_for_no_longer_than_said(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.slow
 def test_rays_own_autoscaler_adds_the_node_that_a_job_waits_for(tmp_path: Path) -> None:
-    """Its provider for tests starts nodes on this machine: 1 CPU at first, and 2 more."""
+    """Its provider for tests starts nodes on this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
@@ -106,7 +106,7 @@ def test_rays_own_autoscaler_adds_the_node_that_a_job_waits_for(tmp_path: Path) 
         done = subprocess.run([sys.executable, "-c", WAIT, address], env=given, capture_output=True, text=True, timeout=150)
         assert done.returncode == 0, done.stderr
         grew, before, after, notes = json.loads(done.stdout.splitlines()[-1])
-        assert grew and (before, after) == (1, 3)
+        assert grew and before == 1 and after >= 3, done.stdout
         assert notes == ["the job needs 3 CPUs and the cluster has 1: waiting for its autoscaler to add nodes, at most 1 minutes"]
     finally:
         children = head.children(recursive=True)
