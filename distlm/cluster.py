@@ -214,6 +214,8 @@ def _shutdown() -> None:
     """Leave the cluster. The warnings that Ray has held back as repetitions it prints now, on whatever standard output is."""
     import ray
 
+    if "ray.serve.context" in sys.modules:                 # Serve knows a cluster by a number that the next one gives again
+        sys.modules["ray.serve.context"]._disconnect()
     with contextlib.redirect_stdout(sys.stderr):           # under `quiet` the log
         ray.shutdown()
 

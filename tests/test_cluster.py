@@ -269,6 +269,15 @@ def test_what_still_writes_into_an_embedded_clusters_folder_does_not_keep_it(orp
         assert own.returncode == 0, "a process of our own is not Ray's to end"
 
 
+def test_an_endpoint_of_a_cluster_that_was_left_is_not_taken_for_one_of_the_next(monkeypatch):
+    from ray.serve import context
+
+    monkeypatch.setattr(context, "_global_client", object())
+    monkeypatch.setattr(context, "_global_client_job_id", "01000000")
+    cluster._shutdown()
+    assert context._global_client is None
+
+
 def test_a_long_storage_path_gets_a_short_folder_for_sockets(tmp_path):
     deep = tmp_path / ("x" * 60) / "clusters" / "local"
     short = head._ray_folder(deep)
