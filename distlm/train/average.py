@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import distributed
 
+from distlm.errors import CheckpointError
 from distlm.train import checkpoint
+from distlm.train.recipe import Recipe
 
 
 class Ema:
@@ -47,17 +49,21 @@ class Ema:
 
 
 @torch.no_grad()
-def take_mean(engine: Any, run: Path, count: int, rank: int) -> list[str]:
-    """Give the model the mean of the run's last `count` checkpoints, whose names are returned. All ranks take part; training cannot go on
-    after it. Raises CheckpointError where one is damaged."""
-    paths = checkpoint.committed(run)[-count:]
+def take_mean(engine: Any, run: Path, recipe: Recipe, rank: int) -> list[str]:
+    """Give the model the mean of the run's last `checkpoint.average` checkpoints, whose names are returned. All ranks take part; training
+    cannot go on after it. Raises CheckpointError where one is damaged."""
+    paths = checkpoint.committed(run)[-recipe.spec.checkpoint.average:]
     if rank == 0:
         for path in paths:
-            checkpoint.verified(path)
+            try:
+                checkpoint.verified(path)
+            except CheckpointError as error:
+                error.remedy = f"resume with checkpoint.average: {len(paths) - 1 - paths.index(path) or 1}, the ones after it"
+                raise
     distributed.barrier()
     sums: list[torch.Tensor] = []
     for path in paths:
-        checkpoint.load(engine, path, rank)
+        checkpoint.load(engine, path, recipe, rank)
         sums = [part.detach().clone() + (sums[i] if sums else 0) for i, part in enumerate(masters(engine))]
     for total, part in zip(sums, masters(engine), strict=True):
         part.copy_(total / len(paths))

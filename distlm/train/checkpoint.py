@@ -8,6 +8,7 @@ file is neither written nor read.
 
 import hashlib
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from distlm.train.average import Ema
 
 MARKER = "COMMITTED"
+NAME = re.compile(r"step-(\d{6,})")
 TAG = "state"
 
 
@@ -43,8 +45,13 @@ def checkpoint_path(run: Path, step: int) -> Path:
 
 def committed(run: Path) -> list[Path]:
     """The folders that carry the marker, oldest first."""
-    found = [path.parent for path in (run / "checkpoints").glob(f"step-*/{MARKER}")]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    return [path for path in _steps(run) if (path / MARKER).is_file()]
+
+
+def _steps(run: Path) -> list[Path]:
+    """The folders that are named as checkpoints are, oldest first; a copy under another name is its maker's own."""
+    found = {int(match[1]): path for path in (run / "checkpoints").glob("step-*") if (match := NAME.fullmatch(path.name))}
+    return [found[step] for step in sorted(found)]
 
 
 def latest(run: Path) -> tuple[Checkpoint | None, list[CheckpointError]]:
@@ -61,12 +68,14 @@ def latest(run: Path) -> tuple[Checkpoint | None, list[CheckpointError]]:
 def verified(path: Path) -> Checkpoint:
     """Check marker, manifest, and the size and hash of each file. Raises CheckpointError."""
     try:
-        marker, text = (path / MARKER).read_text().strip(), (path / "manifest.json").read_bytes()
+        marker, text = (path / MARKER).read_bytes().strip(), (path / "manifest.json").read_bytes()
         manifest = read_json(path / "manifest.json")
     except (OSError, StorageError) as error:
         raise CheckpointError(f"is not readable: {error}", where=str(path)) from None
-    if hashlib.sha256(text).hexdigest() != marker:
+    if hashlib.sha256(text).hexdigest().encode() != marker:
         raise CheckpointError("the manifest is not the one that was committed", where=str(path))
+    if path.name != checkpoint_path(path, manifest["step"]).name:
+        raise CheckpointError(f"holds the state of step {manifest['step']}", where=str(path))
     for entry in manifest["files"]:
         file = path / entry["file"]
         size = file.stat().st_size if file.is_file() else -1
@@ -84,7 +93,7 @@ def check_fits(checkpoint: Checkpoint, recipe: Recipe) -> None:
         raise CheckpointError(f"has {checkpoint.step} steps done, and the spec asks for {recipe.num_steps}", where=str(checkpoint.path),
                               cause="bad_spec", remedy=f"set duration to {checkpoint.step} steps or more, or start a new run")
     for key, value in ours.items():
-        saved = checkpoint.manifest[key]
+        saved = checkpoint.manifest.get(key, {}) if key == "partition" else checkpoint.manifest[key]
         if saved != value and (key not in LAYOUT or _keeps_layout(checkpoint, recipe)):
             raise CheckpointError(f"was saved with {key} {saved}, and the spec says {value}", where=str(checkpoint.path), cause="bad_spec",
                                   remedy=f"resume with {key} {saved}, or start a new run")
@@ -117,7 +126,7 @@ def check_annealing(checkpoint: Checkpoint, recipe: Recipe) -> None:
                               remedy=f"set duration to {size} steps, or start a new run")
 
 
-LAYOUT = ("workers", "zero")
+LAYOUT = ("workers", "zero", "partition")
 """What may differ: the state is then divided anew."""
 
 
@@ -130,7 +139,8 @@ def _keeps_layout(checkpoint: Checkpoint, recipe: Recipe) -> bool:
 
 
 def _facts(recipe: Recipe) -> dict[str, Any]:
-    return {"workers": recipe.world, "zero": recipe.spec.sharding.zero, "precision": recipe.spec.precision,
+    return {"workers": recipe.world, "zero": recipe.spec.sharding.zero,
+            "partition": recipe.spec.sharding.deepspeed.get("zero_optimization", {}), "precision": recipe.spec.precision,
             "global_sequences": recipe.global_sequences, "seed": recipe.spec.seed, "corpus_hash": recipe.corpus_hash}
 
 
@@ -175,18 +185,17 @@ def save(engine: Any, run: Path, step: int, recipe: Recipe, rank: int, ema: "Ema
     return path
 
 
-def load(engine: Any, checkpoint: Path, rank: int, ema: "Ema | None" = None) -> None:
+def load(engine: Any, checkpoint: Path, recipe: Recipe, rank: int, ema: "Ema | None" = None) -> None:
     """Restore the engine, this rank's random numbers and its part of `ema` from a verified checkpoint, of any number of ranks and ZeRO
     stage. With another number of ranks the random numbers begin anew, a function of the seed that the engine began with, the step and
     the rank. All ranks take part."""
     import torch
-    from torch import distributed
 
     from distlm.train.reshard import load_resharded
 
-    manifest = read_json(checkpoint / "manifest.json")
-    same_ranks, zero = manifest["workers"] == distributed.get_world_size(), engine.zero_optimization_stage()
-    if manifest["zero"] != zero or (zero and not same_ranks):
+    manifest, ours = read_json(checkpoint / "manifest.json"), _facts(recipe)
+    same_ranks, zero = manifest["workers"] == recipe.world, recipe.spec.sharding.zero
+    if manifest["zero"] != zero or (zero and not (same_ranks and manifest.get("partition", {}) == ours["partition"])):
         load_resharded(engine, checkpoint, manifest, ema)
     else:
         path, _ = engine.load_checkpoint(str(checkpoint), tag=TAG)
@@ -208,7 +217,7 @@ def load(engine: Any, checkpoint: Path, rank: int, ema: "Ema | None" = None) -> 
 def prune(run: Path, keep: int) -> None:
     """Delete all but the newest `keep` committed checkpoints, and what was never committed. The marker goes first."""
     kept = set(committed(run)[-keep:])
-    for path in (run / "checkpoints").glob("step-*"):
+    for path in _steps(run):
         if path not in kept:
             (path / MARKER).unlink(missing_ok=True)
             shutil.rmtree(path, ignore_errors=True)

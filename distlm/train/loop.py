@@ -57,7 +57,7 @@ def fit(recipe: Recipe, folder: RunFolder, steps: Iterator[NDArray[np.int64]], *
     torch.manual_seed((spec.seed << 24) + rank)            # dropout, on each rank its own; a checkpoint brings the state it had
     ema = Ema(spec.ema.decay, engine) if spec.ema else None
     if resume_from is not None:
-        checkpoint.load(engine, resume_from, rank, ema)
+        checkpoint.load(engine, resume_from, recipe, rank, ema)
     evaluator = Evaluator(recipe, rank, device)
     writer = MetricsWriter(folder, recipe, first_step) if rank == 0 else None
     val_loss = evaluator.loss(engine) if first_step == 0 else None
@@ -81,7 +81,7 @@ def fit(recipe: Recipe, folder: RunFolder, steps: Iterator[NDArray[np.int64]], *
             checkpoint.save(engine, folder.path, done, recipe, rank, ema)
     mean = {}
     if spec.checkpoint.average > 1:
-        mean = {"averaged": take_mean(engine, folder.path, spec.checkpoint.average, rank), "val_loss": evaluator.loss(engine)}
+        mean = {"averaged": take_mean(engine, folder.path, recipe, rank), "val_loss": evaluator.loss(engine)}
     with exported_weights(engine, ema):
         weights = gather_weights(engine, rank)
     if rank == 0:

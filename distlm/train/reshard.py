@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from distlm.train.average import Ema
 
 WEIGHTS, EMA = "weights", "ema"
+REMEDY = "resume with the workers and the sharding that it was saved with"
 
 
 @dataclass(frozen=True)
@@ -50,28 +51,43 @@ def load_resharded(engine: Any, folder: Path, manifest: dict[str, Any], ema: "Em
     saved: dict[str, list[Saved]] = {}
     for piece in _saved(folder, manifest, ema is not None):
         saved.setdefault(piece.at.name, []).append(piece)
+    if unknown := saved.keys() - {name for name, _ in engine.module.named_parameters()}:
+        raise CheckpointError(f"holds {min(unknown)}, which the model has not", where=str(folder), cause="bad_spec", remedy=REMEDY)
     states = getattr(engine.optimizer, "optimizer", engine.optimizer).state
     for i, (master, fragments) in enumerate(zip(masters(engine), _fragments(engine), strict=True)):
-        state = states[master]
         for to in fragments:
-            for piece in saved.get(to.name, ()):
-                low, high = max(to.offset, piece.at.offset), min(to.offset + to.numel, piece.at.offset + piece.at.numel)
-                if low >= high:
-                    continue
-                there, here = (slice(low - one.offset + one.start, high - one.offset + one.start) for one in (piece.at, to))
-                for key, value in piece.values.items():
-                    if key == WEIGHTS:
-                        master.view(-1)[here] = value[there].to(master.device)
-                    elif key == EMA and ema:
-                        ema.values[i].view(-1)[here] = value[there].to(master.device)
-                    elif key != EMA and (not torch.is_tensor(value) or not value.dim()):
-                        state[key] = value.clone() if torch.is_tensor(value) else value
-                    elif key != EMA:
-                        if key not in state or state[key].shape != master.shape:
-                            state[key] = torch.zeros_like(master, dtype=value.dtype)
-                        state[key].view(-1)[here] = value[there].to(master.device)
+            there = [piece for piece in saved.get(to.name, ()) if _overlap(piece.at, to)]
+            found = sum(len(_overlap(piece.at, to)) for piece in there)
+            if found != to.numel or any(piece.values.keys() != there[0].values.keys() for piece in there):
+                raise CheckpointError(f"holds {found:,} of {to.numel:,} elements of {to.name}, or not all of their states",
+                                      where=str(folder), cause="storage", remedy=REMEDY)
+            for piece in there:
+                _copy(piece, to, master, states[master], ema.values[i] if ema else None)
     spread(engine)
     engine.global_steps = manifest["step"]
+
+
+def _overlap(one: Fragment, other: Fragment) -> range:
+    """The elements of their parameter that both hold."""
+    return range(max(one.offset, other.offset), min(one.offset + one.numel, other.offset + other.numel))
+
+
+def _copy(piece: Saved, to: Fragment, master: torch.Tensor, state: dict[str, Any], average: torch.Tensor | None) -> None:
+    """What the piece holds of `to`: weights into `master`, the optimizer's into its `state`, and the average."""
+    both = _overlap(piece.at, to)
+    there, here = (slice(both.start - one.offset + one.start, both.stop - one.offset + one.start) for one in (piece.at, to))
+    for key, value in piece.values.items():
+        if key == EMA:
+            if average is not None:
+                average.view(-1)[here] = value[there].to(average.device)
+        elif key == WEIGHTS:
+            master.view(-1)[here] = value[there].to(master.device)
+        elif not torch.is_tensor(value) or not value.dim():
+            state[key] = value.clone() if torch.is_tensor(value) else value
+        else:
+            if key not in state or state[key].shape != master.shape:
+                state[key] = torch.zeros_like(master, dtype=value.dtype)
+            state[key].view(-1)[here] = value[there].to(master.device)
 
 
 def parameter_names(engine: Any) -> list[str]:
@@ -141,7 +157,7 @@ def _saved(folder: Path, manifest: dict[str, Any], with_ema: bool) -> Iterator[S
 def _saved_whole(model: dict[str, Any], manifest: dict[str, Any], average: list[torch.Tensor]) -> Iterator[Saved]:
     if "parameters" not in manifest:
         raise CheckpointError("does not tell its parameters' names, as those of older versions", where="checkpoint", cause="bad_spec",
-                              remedy="resume with the workers and the ZeRO stage that it was saved with")
+                              remedy=REMEDY)
     optimizer = model["optimizer"]
     precise = [part for group in optimizer.get("fp32_groups", []) for part in group]
     states = optimizer["optimizer_state_dict" if precise else "state"]

@@ -32,7 +32,7 @@ def test_the_newest_two_are_kept_and_each_is_committed(run: Path) -> None:
     assert found.manifest["samples"] == 20 * 12 and found.manifest["tokens"] == 20 * 12 * 16
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "manifest"])
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "manifest", "marker", "renamed"])
 def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_taken(run: Path, damage: str) -> None:
     newest = run / "checkpoints" / "step-000020"
     shard = next((newest / "state").glob("*model_states.pt"))
@@ -44,11 +44,23 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_taken(run: Path, 
         shard.write_bytes(data)
     elif damage == "missing":
         shard.unlink()
+    elif damage == "marker":
+        (newest / "COMMITTED").write_bytes(b"\xff" + (newest / "COMMITTED").read_bytes()[1:])
+    elif damage == "renamed":
+        newest = newest.rename(newest.with_name("step-000030"))
     else:
         (newest / "manifest.json").write_text((newest / "manifest.json").read_text().replace('"step": 20', '"step": 21'))
     found, refused = checkpoint.latest(run)
     assert found and found.step == 15
     assert len(refused) == 1 and str(newest) in str(refused[0])
+
+
+def test_a_copy_under_another_name_is_left_alone(run: Path) -> None:
+    copy = Path(shutil.copytree(run / "checkpoints" / "step-000020", run / "checkpoints" / "step-000020.bak"))
+    found, refused = checkpoint.latest(run)
+    assert found and found.step == 20 and not refused
+    checkpoint.prune(run, keep=2)
+    assert (copy / "COMMITTED").exists() and len(checkpoint.committed(run)) == 2
 
 
 def test_a_folder_without_the_marker_is_no_checkpoint(run: Path) -> None:

@@ -22,6 +22,7 @@ from distlm.runs import RunFolder
 from distlm.spec import TrainSpec
 from distlm.spec.load import dump, to_yaml
 from distlm.storage import Storage
+from distlm.train import checkpoint
 from distlm.train.driver import KEEP_MEMORY, train
 from tests.records import Records
 from tests.train.ranks import VOCABULARY, losses, make_corpus, metrics, run_ranks, spec
@@ -130,7 +131,7 @@ def test_a_run_goes_on_with_more_workers_and_says_so(cluster: str, corpus: Path,
     with folder.running():
         train(given, folder, Storage(tmp_path), Records())
     whole = losses(folder.path)
-    shutil.rmtree(folder.path / "checkpoints" / "step-000150")
+    shutil.rmtree(checkpoint.committed(folder.path)[-1])
     shutil.rmtree(folder.path / "export")
     with folder.running():
         train(spec(corpus, **LONG), folder, Storage(tmp_path), shown)

@@ -2,12 +2,16 @@
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from distlm.errors import CheckpointError
 from distlm.spec import TrainSpec
+from distlm.storage import read_json
+from distlm.train.reshard import load_resharded
 from tests.train.ranks import losses, make_corpus, metrics, run_ranks, spec, windows_seen
 
 SHARDED = {"zero": 3, "deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0, "sub_group_size": 5000}}}
@@ -15,7 +19,8 @@ SHARDED = {"zero": 3, "deepspeed": {"zero_optimization": {"stage3_param_persiste
 
 
 def layout(workers: int, zero: int) -> dict[str, Any]:
-    return {"scale": {"workers": workers}, "sharding": SHARDED if zero == 3 else {"zero": zero}}
+    sharding = {30: {"zero": 3}, 3: SHARDED}.get(zero, {"zero": zero})
+    return {"scale": {"workers": workers}, "sharding": sharding}
 
 
 def case(corpus: Path, workers: int, zero: int, **sections: Any) -> TrainSpec:
@@ -52,7 +57,7 @@ def check(tmp_path: Path, moves: list[tuple[tuple[int, int], tuple[int, int]]], 
 
 
 def test_ranks_and_stages_change(tmp_path: Path) -> None:
-    check(tmp_path, [((2, 1), (1, 3)), ((2, 3), (1, 0)), ((1, 0), (2, 2)), ((1, 2), (2, 1))], ema={"decay": 0.9})
+    check(tmp_path, [((2, 1), (1, 3)), ((2, 3), (1, 0)), ((1, 0), (2, 2)), ((1, 2), (2, 1)), ((2, 3), (2, 30))], ema={"decay": 0.9})
 
 
 @pytest.mark.slow
@@ -72,3 +77,29 @@ def test_every_stage_to_every_other(tmp_path: Path, optimizer: str, precision: s
 def test_without_zero_any_optimizer_takes_other_ranks(tmp_path: Path, optimizer: str, rtol: float) -> None:
     options = {"name": optimizer, "lr": 0.01, **({"clip": 0} if optimizer == "muon" else {})}
     check(tmp_path, [((2, 0), (1, 0)), ((1, 0), (2, 0))], rtol, optimizer=options, ema={"decay": 0.9})
+
+
+def test_a_checkpoint_that_lacks_elements_is_refused(tmp_path: Path) -> None:
+    """Never half of the weights: by another name, or with a rank's part gone."""
+    import torch
+
+    run = tmp_path / "run"
+    run_ranks({run: case(make_corpus(tmp_path / "c"), 2, 1, duration={"steps": 3})})
+    [path] = (run / "checkpoints").glob("step-*")
+    manifest = read_json(path / "manifest.json")
+    model = torch.nn.Linear(3, 3)
+    engine = SimpleNamespace(module=model, optimizer=torch.optim.SGD(model.parameters()), zero_optimization_stage=lambda: 0)
+    with pytest.raises(CheckpointError, match=r"holds model\.transformer\.h\.0\.attn\.c_attn\.bias, which the model has not"):
+        load_resharded(engine, path, manifest, None)
+    whole = {name: torch.nn.Parameter(torch.zeros(size)) for name, size in sizes(path).items()}
+    engine = SimpleNamespace(module=SimpleNamespace(named_parameters=lambda: whole.items()), zero_optimization_stage=lambda: 0,
+                             optimizer=torch.optim.SGD(whole.values()))
+    with pytest.raises(CheckpointError, match=r"holds [\d,]+ of [\d,]+ elements of model"):
+        load_resharded(engine, path, {**manifest, "workers": 1}, None)
+
+
+def sizes(path: Path) -> dict[str, int]:
+    import torch
+
+    shapes = torch.load(path / "state" / "mp_rank_00_model_states.pt", weights_only=False)["param_shapes"]
+    return {name: shape.numel() for group in shapes for name, shape in group.items()}
