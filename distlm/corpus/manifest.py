@@ -27,6 +27,9 @@ from distlm.storage import read_json, write_json
 
 FORMAT = 1
 FILE = "manifest.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+                   "vocab.json", "merges.txt", "tokenizer.model")
+"""What is taken from a given tokenizer's folder, and may lie in a corpus' own."""
 
 
 @dataclass(frozen=True)
@@ -180,9 +183,10 @@ def file_xxh3(path: Path) -> str:
 
 
 def tokenizer_hash(folder: Path) -> str:
-    """SHA-256 over the names and contents of a tokenizer's files."""
+    """SHA-256 over the names and contents of a tokenizer's files, whatever else lies in its folder: a model's weights may."""
     digest = hashlib.sha256()
-    for file in sorted(folder.glob("*")):
-        content = file.read_bytes()
-        digest.update(f"{file.name}\0{len(content)}\0".encode() + content)
+    for name in sorted(TOKENIZER_FILES):
+        if (folder / name).is_file():
+            content = (folder / name).read_bytes()
+            digest.update(f"{name}\0{len(content)}\0".encode() + content)
     return digest.hexdigest()

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from distlm.corpus.manifest import tokenizer_hash
 from distlm.corpus.verify import verify
 from distlm.errors import CorpusError
 from tests.corpus.made import DOCS, STEPS, make
@@ -63,3 +64,16 @@ def test_verify_finds_a_changed_byte_in_any_shard_and_in_the_tokenizer(corpus: P
                 verify(corpus)
         file.write_bytes(data)
     verify(corpus)
+
+
+def test_a_tokenizer_is_known_by_its_own_files_whatever_lies_beside_them(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "merges.txt").write_text("a b")
+    alone = tokenizer_hash(folder)
+    (folder / ".cache").mkdir()
+    (folder / "model.safetensors").write_bytes(b"weights")
+    assert tokenizer_hash(folder) == alone
+    (folder / "merges.txt").write_text("a c")
+    assert tokenizer_hash(folder) != alone
