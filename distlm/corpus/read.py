@@ -34,6 +34,8 @@ from distlm.storage import writing
 MAX_KEYS = 20
 MAX_DEPTH = 64
 """Of what is kept beside a document."""
+BATCH_ROWS = 8
+"""Rows of parquet that are decoded at a time: a few bytes of a file may stand for many long rows, which no figure in it tells."""
 parse_json = json.JSONDecoder().decode
 
 
@@ -257,7 +259,7 @@ class Reader:
                     return
                 id_key = self.file.id_key or "id"
                 keys = [key for key in dict.fromkeys((*self.wanted, id_key, *self.file.keep)) if _has_column(schema, key)]
-                for batch in file.iter_batches(batch_size=256, columns=keys):
+                for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=keys):
                     columns = {key: _column(batch, key) for key in keys}
                     kept = [key for key in self.file.keep if key in columns]
                     for row in range(len(batch)):

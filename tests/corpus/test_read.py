@@ -138,6 +138,17 @@ def test_a_bomb_is_too_long_or_no_document_and_never_held(tmp_path: Path, format
     assert peak < 8_000_000
 
 
+def test_rows_that_are_many_times_their_file_are_not_held_together(tmp_path: Path) -> None:
+    """Of 256 equal texts of 2 MB a file holds one."""
+    pq.write_table(pa.table({"text": ["x" * 2_000_000] * 256}), tmp_path / "a.parquet", compression="zstd")
+    assert (tmp_path / "a.parquet").stat().st_size < 2000
+    held, (file,) = 0, find_files([Source(path=str(tmp_path / "a.parquet"))])
+    for record in Reader(file, 1_000_000).records():
+        assert record.reason == "too_long"
+        held = max(held, pa.total_allocated_bytes())
+    assert held < 60_000_000
+
+
 def test_parquet_rows_without_text_are_rejected_and_a_damaged_file_too(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"body": ["one", None, "x" * 200, "two"], "n": [1, 2, 3, 4]}), path)
