@@ -33,7 +33,7 @@ from distlm.corpus.files import TextFile, grouped
 from distlm.corpus.fuzzy import Dropped
 from distlm.corpus.identity import attempt_hash, describe, is_complete, parameters
 from distlm.corpus.listing import count_sources, write_documents
-from distlm.corpus.manifest import Shard, file_xxh3, outputs, read_manifest, write_manifest
+from distlm.corpus.manifest import Shard, file_xxh3, manifest_of, outputs, read_manifest, write_manifest
 from distlm.corpus.pack import PackTask, num_windows, write_shard
 from distlm.corpus.paragraphs import Numbers
 from distlm.corpus.refine import (
@@ -544,14 +544,15 @@ class _Prepare:
               "dedup_stripped": {"exact": True}, "dedup_shortened": {"exact": True},
               "paragraphs": {"min_chars": rules["dedup"]["paragraphs"]}, "split": rules["split"],
               "tokenize": rules["tokenizer"] | {"sampled": vocabulary.sampled}}
-        write_manifest(self.folder, {
+        data = {
             "name": self.spec.name, "context": self.spec.context, "dtype": vocabulary.dtype, "seed": self.spec.seed, "parameters": rules,
             "sources": [{**source, "splits": counts[i]} for i, source in self.sources],
             "steps": [step.data(of[step.name]) for step in self.steps], "tokenizer": tokenizer,
             "split": {"rule": "blake2b-128(text)[:8] / 2^64 < val_fraction", **rules["split"], "held_out": self.rule.held_out.hex()},
             "splits": splits, "documents": {"file": "documents.parquet", "xxh3": file_xxh3(self.folder / "documents.parquet")},
-            **self.figures, "code": __version__})
-        write_report(self.folder)
+            **self.figures, "code": __version__}
+        write_report(manifest_of(self.folder, data))
+        write_manifest(self.folder, data)
 
     def _tokens(self, partition: int) -> Path:
         return self.scratch / f"tokens-{partition:04d}"
