@@ -13,7 +13,7 @@ words are 64-bit hashes: words are those between the changes of a character's cl
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -197,6 +197,7 @@ def _texts(name: str, rules: Decontaminate) -> list[str]:
         except InputError as error:
             raise InputError(error.message, where=where, remedy=error.remedy) from None
         for file in files:
+            file = replace(file, format="text") if file.format == "json" else file
             if file.format == "text" and key != rules.text_keys[0]:
                 continue                                   # it has no fields, and was read
             reader = Reader(file, MAX_TEXT_BYTES)

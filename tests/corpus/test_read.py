@@ -446,6 +446,57 @@ def test_bad_records_of_an_archive_are_rejects_and_too_long_ones_are_not_held(tm
     assert peak < 5_000_000
 
 
+def test_a_page_of_an_error_or_a_redirect_is_a_reject(tmp_path: Path) -> None:
+    pytest.importorskip("trafilatura", exc_type=ImportError)
+    pytest.importorskip("warcio")
+    given = ["200 OK", "203 Non-Authoritative Information", "404 Not Found", "301 Moved Permanently", "503 Unavailable", "2000 Odd", ""]
+    (tmp_path / "a.warc").write_bytes(b"".join(response(page()).replace(b"200 OK", status.encode()).replace(
+        b"Content-Length: ", b"Content-Length: %d\r\nX-Was: " % (len(response(page()).split(b"\r\n\r\n", 1)[1]) - 4 - 6 + len(status)))
+        for status in given))
+    records, _ = read(tmp_path / "a.warc")
+    assert [record.reason for record in records] == ["", ""] + ["http_status"] * 5
+    assert records[2].detail == "404 Not Found" and records[2].id == "<urn:uuid:1>"
+
+
+@pytest.mark.parametrize("name", ["a.warc.wet", "a.warc.wet.gz", "a.warc.WET.GZ"])
+def test_the_texts_of_an_archive_of_texts_are_read_as_they_are(tmp_path: Path, name: str) -> None:
+    pytest.importorskip("trafilatura", exc_type=ImportError)
+    pytest.importorskip("warcio")
+
+    def text(data: bytes, kind: bytes = b"text/plain") -> bytes:
+        return b"WARC/1.0\r\nWARC-Type: conversion\r\nWARC-Target-URI: http://a.example/x\r\nContent-Type: %b\r\nContent-Length: %d\r\n" \
+               b"\r\n%b\r\n\r\n" % (kind, len(data), data)
+    data = INFO + text("Größe <b>\nund mehr".encode()) + text(b"%PDF", b"application/pdf")
+    data += text(b"\xff") + text(b"x" * 101) + text(b"last")
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.lower().endswith("gz") else data)
+    records, _ = read(tmp_path / name, limit=100)
+    assert reasons(records) == ["Größe <b>\nund mehr", "not_utf8", "too_long", "last"]
+    assert records[1].meta == {"url": "http://a.example/x"}
+
+
+@pytest.mark.parametrize("ending", [".gz", ".zst", ".bz2", ".xz"])
+def test_an_ending_counts_in_capitals_too(tmp_path: Path, ending: str) -> None:
+    (tmp_path / f"a.txt{ending.upper()}").write_bytes(COMPRESS[ending](b"a text"))
+    (tmp_path / f"b.JSONL{ending.upper()}").write_bytes(COMPRESS[ending](lines({"text": "a line"})))
+    assert reasons(read(tmp_path / f"a.txt{ending.upper()}")[0]) == ["a text"]
+    assert reasons(read(tmp_path / f"b.JSONL{ending.upper()}")[0]) == ["a line"]
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_an_array_of_objects_with_the_text_field_is_records_and_other_json_is_a_text(tmp_path: Path, indent: int | None) -> None:
+    path = tmp_path / "a.json"
+    values = [{"text": "größer", "id": 7}, {"text": 5}, {"text": "], [{", "url": "x"}]
+    path.write_text("\ufeff \n" + json.dumps(values, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
+    records, reader = read(path, keep=("url",))
+    assert reasons(records) == ["größer", "not_text", "], [{"] and (reader.objects, reader.with_key) == (3, 3)
+    assert (records[0].id, records[2].meta, [record.number for record in records]) == ("7", {"url": "x"}, [0, 1, 2])
+    for text in ('[{"text": "a"}, {"b": 1}]', '[{"text": "a"}', "[]", "[1]", '{"text": "a"}', "[" * 100_000, "no JSON"):
+        path.write_text(text)
+        assert reasons(read(path)[0]) == [text]
+    path.write_text(json.dumps(values))
+    assert reasons(read(path, limit=20)[0]) == ["too_long"] and reasons(read(path, code=True)[0]) == [json.dumps(values)]
+
+
 @pytest.mark.parametrize(("encoding", "body"), [
     ("gzip", gzip.compress), ("gzip", bytes), ("deflate", zlib.compress),
     ("deflate", lambda data: zlib.compress(data)[2:-4]), ("br", bytes), ("", bytes)])
