@@ -138,6 +138,19 @@ def test_a_bomb_is_too_long_or_no_document_and_never_held(tmp_path: Path, format
     assert peak < 8_000_000
 
 
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_a_file_that_expands_without_measure_is_left_as_a_reject(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str) -> None:
+    monkeypatch.setattr("distlm.corpus.decompress.FREE_BYTES", 1 << 20)
+    monkeypatch.setattr("distlm.corpus.decompress.MAX_RATIO", 100)
+    path = tmp_path / f"a.jsonl{ending}"
+    texts = [os.urandom(50_000).hex() for _ in range(30)]
+    path.write_bytes(COMPRESS[ending](lines(*({"text": text} for text in texts))))
+    assert reasons(read(path)[0]) == texts                 # more bytes, but no bomb
+    path.write_bytes(COMPRESS[ending](lines({"text": "first"}) + bytes(30_000_000)))
+    records, reader = read(path, limit=1000)
+    assert reasons(records) == ["first", "corrupt"] and "100 times" in records[-1].detail and reader.stream_bytes < 8_000_000
+
+
 def test_rows_that_are_many_times_their_file_are_not_held_together(tmp_path: Path) -> None:
     """Of 256 equal texts of 2 MB a file holds one."""
     pq.write_table(pa.table({"text": ["x" * 2_000_000] * 256}), tmp_path / "a.parquet", compression="zstd")
