@@ -352,8 +352,12 @@ def corpus_verify(name: Corpus) -> None:
 
     manifest = verify(_corpus(name))
     shards = [shard for one in manifest.splits.values() for shard in one.shards]
-    print(f"{manifest.name}: {len(shards):,} shards of {sum(shard.bytes for shard in shards):,} bytes and the tokenizer are whole; "
+    others = f"{len(manifest.data['files']):,} other files are" if "files" in manifest.data else "the tokenizer are"
+    print(f"{manifest.name}: {len(shards):,} shards of {sum(shard.bytes for shard in shards):,} bytes and {others} whole; "
           f"{len(manifest.data['steps'])} steps balance")
+    if "files" not in manifest.data:
+        print("an earlier distlm made it, without checksums of the manifest, the report and the lists beside the shards: prepare it again "
+              "to have them checked too")
 
 
 @corpus_app.command("diff")

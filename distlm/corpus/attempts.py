@@ -3,12 +3,11 @@
 import shutil
 from pathlib import Path
 
-from distlm.corpus.manifest import FILE
+from distlm.corpus.manifest import FILE, FILES
 from distlm.storage import writing
 
-MADE = (FILE, "train", "val", "test", "tokenizer", "sources.jsonl", "documents.parquet", "duplicates.jsonl", "report.html",
-        "rejects")
-"""What a prepare job makes, the manifest first: it goes first where the rest is to be made again."""
+MADE = (FILE, "train", "val", "test", *FILES)
+"""What a prepare job makes, the manifest first: it goes first where the rest is to be made again. `rejects` come last."""
 
 
 def take_back(folder: Path, scratch: Path) -> None:

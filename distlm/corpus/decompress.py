@@ -21,17 +21,39 @@ ZSTD_SLICE = 128
 """Bytes that are given to zstd at a time. It has no limit for what comes out, and four bytes may stand for 128 KiB: 4 MiB at most."""
 
 
+FREE_BYTES, MAX_RATIO = 1 << 30, 1000
+"""Beyond so many bytes a file is made to harm if it expands to more than so many times what has been read of it. Text expands to 2 to 10
+times its size, gzip at most to 1,032; bz2 to a million, and a megabyte of it would take an hour."""
+
+
 class DamagedError(Exception):
-    """Not what the file's ending says, or no longer."""
+    """Not what the file's ending says, or no longer; or made to harm."""
 
 
 ERRORS = (DamagedError, EOFError, zlib.error, zstandard.ZstdError, lzma.LZMAError)
 
 
 def decompress(ending: str, blocks: Iterable[bytes]) -> Iterator[bytes]:
-    """What the blocks of a file hold, in blocks of bounded size; as it stands for an ending that is none of ENDINGS. Raises ERRORS."""
+    """What the blocks of a file hold, in blocks of bounded size; as it stands for an ending that is none of ENDINGS. Raises ERRORS, which
+    more than MAX_RATIO times as many bytes are, too."""
     readers: dict[str, Callable[[Iterable[bytes]], Iterator[bytes]]] = {".gz": gunzip, ".zst": unzstd, ".bz2": bunzip, ".xz": unxz}
-    return readers.get(ending, iter)(blocks)
+    return _bounded(readers[ending], blocks) if ending in readers else iter(blocks)
+
+
+def _bounded(reader: Callable[[Iterable[bytes]], Iterator[bytes]], blocks: Iterable[bytes]) -> Iterator[bytes]:
+    taken = given = 0
+
+    def counted() -> Iterator[bytes]:
+        nonlocal taken
+        for block in blocks:
+            taken += len(block)
+            yield block
+
+    for block in reader(counted()):
+        yield block
+        given += len(block)
+        if given > max(FREE_BYTES, MAX_RATIO * taken):
+            raise DamagedError(f"{taken:,} bytes expand to more than {MAX_RATIO:,} times as many, over {FREE_BYTES:,} in all")
 
 
 def gunzip(blocks: Iterable[bytes]) -> Iterator[bytes]:

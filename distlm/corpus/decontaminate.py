@@ -5,14 +5,15 @@
     counts = evaluations.hits_each(texts, found)           # [{}, {"mmlu": 3}, ...]
     evaluations.report(found)                              # {"mmlu": {"texts": 14042, ..., "found": 1, "documents": 1}}
 
-A word is a run of letters, marks and digits in lower case; scripts that write no spaces have one word per character. Words and runs of
+A word is a run of letters, marks and digits in lower case, without invisible characters; scripts that write no spaces have one word per
+character. Words and runs of
 words are 64-bit hashes: words are those between the changes of a character's class, looked up for all of many documents together.
 """
 
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -31,9 +32,11 @@ MIN_WORDS = 8
 """An evaluation text of fewer words says too little: it is skipped, and counted."""
 MAX_TEXT_BYTES = 100_000_000
 BATCH_CHARS = 1 << 19
-LETTER, ALONE = 1, 2
+LETTER, ALONE, INVISIBLE = 1, 2, 3
 WORD_CHARACTER = regex.compile(r"[\p{L}\p{M}\p{N}]+")
 WITHOUT_SPACES = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]+")
+UNSEEN = regex.compile(r"[\p{Cf}\p{Default_Ignorable_Code_Point}]+")
+"""What no reader sees and any writer may put into a word: soft hyphens, zero-width spaces and joiners, variation selectors."""
 STEP = np.uint64(0x9E3779B97F4A7C15)
 MASKS = np.array([(1 << 8 * count) - 1 for count in range(9)], np.uint64)
 """The first bytes of a little-endian word of eight."""
@@ -194,6 +197,7 @@ def _texts(name: str, rules: Decontaminate) -> list[str]:
         except InputError as error:
             raise InputError(error.message, where=where, remedy=error.remedy) from None
         for file in files:
+            file = replace(file, format="text") if file.format == "json" else file
             if file.format == "text" and key != rules.text_keys[0]:
                 continue                                   # it has no fields, and was read
             reader = Reader(file, MAX_TEXT_BYTES)
@@ -250,6 +254,8 @@ def _word_hashes(texts: Sequence[str]) -> tuple[Hashes, NDArray[np.int64]]:
         codes = np.frombuffer("\n".join(normal).encode("utf-32-le", "surrogatepass"), np.uint32)
     kinds = np.zeros(len(codes) + 2, np.uint8)
     kinds[1:-1] = _kinds()[codes]
+    if codes.dtype != np.uint8 and (kinds == INVISIBLE).any():
+        return _word_hashes([UNSEEN.sub("", text) for text in texts])
     begins, ends = kinds[1:] != kinds[:-1], kinds[1:] != kinds[:-1]
     if codes.dtype != np.uint8:                            # a character that stands alone begins and ends a word
         begins, ends = begins | (kinds[1:] == ALONE), ends | (kinds[:-1] == ALONE)
@@ -304,7 +310,7 @@ def _mix(x: Hashes) -> Hashes:
 
 @lru_cache(maxsize=1)
 def _kinds() -> NDArray[np.uint8]:
-    """uint8[0x110000]: what every character is: no part of a word, LETTER, or ALONE."""
+    """uint8[0x110000]: what every character is: no part of a word, LETTER, ALONE, or INVISIBLE."""
     everything = "".join(chr(code) if not 0xD800 <= code < 0xE000 else " " for code in range(0x110000))
     kinds = np.zeros(0x110000, np.uint8)
     for match in WORD_CHARACTER.finditer(everything):
@@ -312,4 +318,6 @@ def _kinds() -> NDArray[np.uint8]:
     for match in WITHOUT_SPACES.finditer(everything):
         inside = kinds[match.start():match.end()]
         inside[inside > 0] = ALONE
+    for match in UNSEEN.finditer(everything):
+        kinds[match.start():match.end()] = INVISIBLE
     return kinds

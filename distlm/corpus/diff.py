@@ -81,7 +81,7 @@ def _values(manifest: Manifest) -> dict[tuple[str, str], Any]:
     data = manifest.data
     values: dict[tuple[str, str], Any] = {}
     for part, value in data.items():
-        if part not in ("format", "name", "sources", "steps", "splits"):
+        if part not in ("format", "name", "sources", "steps", "splits", "files", "hash"):
             plain = part in ("context", "dtype", "seed")
             for key, leaf in _leaves(value, part if plain else ""):
                 values["parameters" if plain else part, key] = leaf

@@ -30,7 +30,7 @@ class TextFile:
     name: str
     """How the manifest calls it: the last part of the source's path, and what is below. The same on every host."""
     format: str
-    """text, jsonl, parquet, html or warc."""
+    """text, json, jsonl, parquet, html or warc."""
     text_key: str
     source: int
     """The source it belongs to, by its place in the spec."""
@@ -143,9 +143,11 @@ def _walk(folder: Path, skipped: set[str]) -> Iterator[Path]:
 def _format(path: Path, source: Source) -> str:
     if source.format != "auto":
         return source.format
-    ending = Path(path.stem if path.suffix in ENDINGS else path.name).suffix.lower()
+    ending = Path(path.stem if path.suffix.lower() in ENDINGS else path.name).suffix.lower()
+    if ending == ".json" and not source.code:
+        return "json"
     return {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".html": "html", ".htm": "html",
-            ".warc": "warc"}.get(ending, "text")
+            ".warc": "warc", ".wet": "warc"}.get(ending, "text")
 
 
 def _nearest(path: Path) -> str:

@@ -57,9 +57,12 @@ BLOCK = 2048
 MAX_UNSURE = 16
 DEVIATIONS = 3.0
 _SPACELESS = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
-WORD = regex.compile(rf"[{_SPACELESS}]\p{{M}}*|[^\W{_SPACELESS}]+")
-"""Scripts that put no space between words have a word for every character."""
-ASCII_WORD = regex.compile(r"\w+", regex.ASCII)
+_SIGNS = r"%&*/@#\\\p{S}"
+_MINUS = r"(?<!\w)[-!](?=[\w(])"
+WORD = regex.compile(rf"[{_SPACELESS}]\p{{M}}*|[^\W{_SPACELESS}]+|[{_SIGNS}]+|{_MINUS}")
+"""Scripts that put no space between words have a word for every character. A run of signs is a word: operators, a minus or a `!` before
+what it belongs to, emoji; the punctuation and the dashes of sentences are not, in which copies of a text differ."""
+ASCII_WORD = regex.compile(rf"\w+|[{_SIGNS.replace(chr(92) + 'p{S}', '$+<=>^`|~')}]+|{_MINUS}", regex.ASCII)
 
 
 def probability(similarity: float, bands: int, rows: int) -> float:

@@ -13,6 +13,7 @@ fixed_size_list<bool>[context + 1], which tokens give loss.
 """
 
 import hashlib
+import json
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,11 @@ from distlm.storage import read_json, write_json
 
 FORMAT = 1
 FILE = "manifest.json"
+FILES = ("sources.jsonl", "documents.parquet", "duplicates.jsonl", "report.html", "tokenizer", "rejects")
+"""What else a corpus folder holds beside its shards: files, and folders of files."""
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+                   "vocab.json", "merges.txt", "tokenizer.model")
+"""What is taken from a given tokenizer's folder, and may lie in a corpus' own."""
 
 
 @dataclass(frozen=True)
@@ -129,14 +135,19 @@ def read_manifest(path: Path | str) -> Manifest:
         data = read_json(path / FILE)
         if data["format"] != FORMAT:
             raise CorpusError(f"format {data['format']} is not {FORMAT}", where=str(path / FILE), remedy="prepare the corpus again")
-        splits = {name: Split(split["documents"], split["bytes"], split["tokens"], split["dropped_tokens"], split["windows"],
-                              tuple(Shard(**shard) for shard in split["shards"]), split.get("padding_tokens", 0),
-                              split.get("repeated_tokens", 0), split.get("rejected", {})) for name, split in data["splits"].items()}
-        return Manifest(path, data["name"], data["context"], data["dtype"], data["seed"], data["tokenizer"]["vocab_size"],
-                        data["tokenizer"]["eos_id"], splits, data)
+        return manifest_of(path, data)
     except (KeyError, TypeError, AttributeError, StorageError) as error:
         raise CorpusError(f"the manifest is damaged: {type(error).__name__} {error}", where=str(path / FILE),
                           remedy="prepare the corpus again") from None
+
+
+def manifest_of(path: Path, data: dict[str, Any]) -> Manifest:
+    """What the manifest of the corpus in folder `path` says."""
+    splits = {name: Split(split["documents"], split["bytes"], split["tokens"], split["dropped_tokens"], split["windows"],
+                          tuple(Shard(**shard) for shard in split["shards"]), split.get("padding_tokens", 0),
+                          split.get("repeated_tokens", 0), split.get("rejected", {})) for name, split in data["splits"].items()}
+    return Manifest(path, data["name"], data["context"], data["dtype"], data["seed"], data["tokenizer"]["vocab_size"],
+                    data["tokenizer"]["eos_id"], splits, data)
 
 
 def manifest_hash(path: Path | str) -> str:
@@ -148,10 +159,24 @@ def manifest_hash(path: Path | str) -> str:
 
 
 def write_manifest(path: Path, data: dict[str, Any]) -> None:
-    """Make the folder a corpus: balance the accounts, then write the manifest, whole or not at all. Raises CorpusError, StorageError."""
+    """Make the folder a corpus: balance the accounts, then write the manifest with the checksums of all other files and of itself, whole or
+    not at all. Raises CorpusError, StorageError."""
     check_balance(data["steps"], str(path))
     check_sources(data, str(path))
-    write_json(path / FILE, {"format": FORMAT, **data})
+    data = {**data, "format": FORMAT, "files": {str(file.relative_to(path)): file_xxh3(file) for file in other_files(path)}}
+    write_json(path / FILE, {**data, "hash": body_hash(data)})
+
+
+def other_files(path: Path) -> list[Path]:
+    """The files of a corpus folder that are no shards, by their names."""
+    found = [path / name for name in FILES]
+    return sorted(file for one in found for file in (one.rglob("*") if one.is_dir() else [one]) if file.is_file())
+
+
+def body_hash(data: dict[str, Any]) -> str:
+    """SHA-256 of all that a manifest says but this hash, however it is written."""
+    body = json.loads(json.dumps({key: value for key, value in data.items() if key != "hash"}))
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
 def outputs(manifest: Manifest) -> dict[str, Any]:
@@ -180,9 +205,10 @@ def file_xxh3(path: Path) -> str:
 
 
 def tokenizer_hash(folder: Path) -> str:
-    """SHA-256 over the names and contents of a tokenizer's files."""
+    """SHA-256 over the names and contents of a tokenizer's files, whatever else lies in its folder: a model's weights may."""
     digest = hashlib.sha256()
-    for file in sorted(folder.glob("*")):
-        content = file.read_bytes()
-        digest.update(f"{file.name}\0{len(content)}\0".encode() + content)
+    for name in sorted(TOKENIZER_FILES):
+        if (folder / name).is_file():
+            content = (folder / name).read_bytes()
+            digest.update(f"{name}\0{len(content)}\0".encode() + content)
     return digest.hexdigest()

@@ -33,16 +33,18 @@ from distlm.corpus.files import TextFile, grouped
 from distlm.corpus.fuzzy import Dropped
 from distlm.corpus.identity import attempt_hash, describe, is_complete, parameters
 from distlm.corpus.listing import count_sources, write_documents
-from distlm.corpus.manifest import Shard, file_xxh3, outputs, read_manifest, write_manifest
+from distlm.corpus.manifest import Shard, file_xxh3, manifest_of, outputs, read_manifest, write_manifest
 from distlm.corpus.pack import PackTask, num_windows, write_shard
 from distlm.corpus.paragraphs import Numbers
 from distlm.corpus.refine import (
     REPEATED,
     HashTask,
+    LookTask,
     RefineResult,
     RefineTask,
     RepeatTask,
     ShortenTask,
+    decontaminate_partition,
     find_equal,
     find_frequent,
     find_repeats,
@@ -67,7 +69,8 @@ Result = TypeVar("Result")
 FUZZY = ("fuzzy", "fuzzy_stripped", "fuzzy_shortened")
 """The looks for near-duplicates: at whole documents, and again at what is left of them."""
 STAGES = ("read", "sort", "hash_lines", "find_lines", "strip", "hash_texts", "find_texts", "drop_texts", "hash_paragraphs",
-          "find_paragraphs", "shorten", "hash_rests", "find_rests", "drop_rests", "vocabulary", "encode", "pack",
+          "find_paragraphs", "shorten", "decontaminate_stripped", "decontaminate_shortened", "hash_rests", "find_rests", "drop_rests",
+          "vocabulary", "encode", "pack",
           *(f"{step}/{stage}" for step in FUZZY for stage in ("sign_partition", "pair_bucket", "confirm", "refine_partition")))
 RANGE_BYTES = 1 << 30
 """Text whose paragraphs one task holds the hashes of."""
@@ -177,9 +180,8 @@ class _Prepare:
         """Read and clean every file."""
         size = sum(file.bytes for file in self.files)
         self.partitions = [self.scratch / f"sorted-{i:04d}.arrow" for i in range(min(1024, max(8, size // PARTITION_BYTES)))]
-        evaluations = None
-        if self.evaluations:
-            evaluations = self.scratch / "evaluations.pickle"
+        evaluations = self.scratch / "evaluations.pickle" if self.evaluations else None
+        if evaluations:
             write_atomic(evaluations, pickle.dumps(self.evaluations))
         rules = tuple(Rules(self.spec.cleaning(source), source.weight, self.spec.filtering(source)) for source in self.spec.sources)
         tasks = [ReadTask(i, first, self.files[first:last], rules, evaluations, self.spec.seed, len(self.partitions), self.scratch,
@@ -279,7 +281,7 @@ class _Prepare:
         self.figures["boilerplate"] = {"min_documents": hashed.least, "documents": hashed.documents, "candidates": hashed.pieces,
                                        "lines": sum(one.distinct for one in found)}
         self.partitions = outputs
-        self._drop_alike("texts", "stripped", "without_boilerplate", boilerplate.LINES in self.steps[-1].rejected)
+        self._drop_again("texts", "stripped", "without_boilerplate", boilerplate.LINES in self.steps[-1].rejected)
 
     def drop_paragraphs(self) -> None:
         """Drop the paragraphs that an earlier document holds, then the documents that are alike without them."""
@@ -292,10 +294,18 @@ class _Prepare:
                                                                 outputs[i]) for i, path in enumerate(self.partitions)])
         self.figures["paragraphs"] = {"min_chars": least, "paragraphs": hashed.pieces, "repeated": sum(repeated)}
         self.partitions = outputs
-        self._drop_alike("rests", "shortened", "without_paragraphs", REPEATED in self.steps[-1].rejected)
+        self._drop_again("rests", "shortened", "without_paragraphs", REPEATED in self.steps[-1].rejected)
 
-    def _drop_alike(self, what: str, step: str, without: str, changed: bool) -> None:
-        """Drop the documents that are equal, or nearly so, now that parts of them are gone: they would straddle the splits."""
+    def _drop_again(self, what: str, step: str, without: str, changed: bool) -> None:
+        """Now that parts of documents are gone, drop those that hold a part of an evaluation text, which what is gone had cut, then those
+        that are equal, or nearly so: they would straddle the splits."""
+        if self.evaluations and changed:
+            name = f"decontaminate_{step}"
+            outputs = self._outputs(name)
+            self._refine(name, decontaminate_partition, [LookTask(i, path, self.scratch / "evaluations.pickle", self.rule, outputs[i], name,
+                                                                  without) for i, path in enumerate(self.partitions)])
+            self.partitions = outputs
+            self.figures["decontamination"] = self.evaluations.report(self.found)
         if self.spec.dedup.exact:
             _, equal = self._hash(what, None, find_equal)
             self._drop(f"drop_{what}", [fuzzy.merged([one[i] for one in equal]) for i in range(len(self.partitions))], f"dedup_{step}",
@@ -361,6 +371,7 @@ class _Prepare:
         for result in results:
             step.merge(result.step)
             self._count(result.splits, result.next_val)
+            self.found.merge(result.found)
         self._reject([result.samples for result in results])
         self.steps.append(step)
         self._note_rejects(step)
@@ -526,20 +537,22 @@ class _Prepare:
         with writing(self.folder):
             for name in ("tokenizer", *self.rule.names):
                 (self.scratch / name).rename(self.folder / name)
-        of = {"read": {}, "clean": rules["clean"], "sample": {}, "filter": rules["filter"], "decontaminate": rules["decontaminate"] or {},
+        of = {"read": {}, "clean": rules["clean"], "sample": {}, "filter": rules["filter"],
+              **dict.fromkeys(("decontaminate", "decontaminate_stripped", "decontaminate_shortened"), rules["decontaminate"] or {}),
               "dedup": {"exact": rules["dedup"]["exact"]}, **dict.fromkeys(FUZZY, rules["dedup"]["fuzzy"] or {}),
               "boilerplate": rules["clean"]["boilerplate"] or {},
               "dedup_stripped": {"exact": True}, "dedup_shortened": {"exact": True},
               "paragraphs": {"min_chars": rules["dedup"]["paragraphs"]}, "split": rules["split"],
               "tokenize": rules["tokenizer"] | {"sampled": vocabulary.sampled}}
-        write_manifest(self.folder, {
+        data = {
             "name": self.spec.name, "context": self.spec.context, "dtype": vocabulary.dtype, "seed": self.spec.seed, "parameters": rules,
             "sources": [{**source, "splits": counts[i]} for i, source in self.sources],
             "steps": [step.data(of[step.name]) for step in self.steps], "tokenizer": tokenizer,
             "split": {"rule": "blake2b-128(text)[:8] / 2^64 < val_fraction", **rules["split"], "held_out": self.rule.held_out.hex()},
             "splits": splits, "documents": {"file": "documents.parquet", "xxh3": file_xxh3(self.folder / "documents.parquet")},
-            **self.figures, "code": __version__})
-        write_report(self.folder)
+            **self.figures, "code": __version__}
+        write_report(manifest_of(self.folder, data))
+        write_manifest(self.folder, data)
 
     def _tokens(self, partition: int) -> Path:
         return self.scratch / f"tokens-{partition:04d}"

@@ -34,7 +34,10 @@ from distlm.storage import writing
 MAX_KEYS = 20
 MAX_DEPTH = 64
 """Of what is kept beside a document."""
-parse_json = json.JSONDecoder().decode
+BATCH_ROWS = 8
+"""Rows of parquet that are decoded at a time: a few bytes of a file may stand for many long rows, which no figure in it tells."""
+parse_json, raw_json = json.JSONDecoder().decode, json.JSONDecoder().raw_decode
+BETWEEN = re.compile(r"[\s,]*")
 
 
 class Record(NamedTuple):
@@ -46,7 +49,8 @@ class Record(NamedTuple):
     """What it takes in the file, decompressed; for parquet, in the column of the text."""
     text: str = ""
     reason: str = ""
-    """not_utf8, malformed, missing_field, not_text, too_long, no_main_text, corrupt, unreadable, or why it is no conversation."""
+    """not_utf8, malformed, missing_field, not_text, too_long, no_main_text, http_status, corrupt, unreadable, or why it is no
+    conversation."""
     detail: str = ""
     documents: int = 1
     """0 where bytes stand for no document, such as a blank line between two."""
@@ -85,7 +89,8 @@ class Reader:
     def records(self) -> Iterator[Record]:
         """Every record, good or rejected. Does not raise for what a file may hold; InputError where no reader of html is installed,
         StorageError for a store that does not give what it has."""
-        formats = {"text": self._text, "jsonl": self._jsonl, "parquet": self._parquet, "html": self._html, "warc": self._warc}
+        formats = {"text": self._text, "json": self._json, "jsonl": self._jsonl, "parquet": self._parquet,
+                   "html": self._html, "warc": self._warc}
         taken = number = 0
         try:
             for record in formats[self.file.format]():
@@ -137,7 +142,7 @@ class Reader:
 
     def _stream(self) -> Iterator[bytes]:
         """The file's bytes, decompressed, in blocks of bounded size."""
-        for block in decompress(Path(self.file.path).suffix, self._raw()):
+        for block in decompress(Path(self.file.path).suffix.lower(), self._raw()):
             self.stream_bytes += len(block)
             yield block
 
@@ -159,6 +164,28 @@ class Reader:
             license = tagged(record.text) or self.file.license
             record = record._replace(meta={"path": self.file.name, "language": language(self.file.name), "license": license})
         yield record
+
+    def _json(self) -> Iterator[Record]:
+        """The objects of an array all of which have the text field, each as a record; any other JSON is one text, as settings are."""
+        data, size = self._whole()
+        if data is None:
+            yield Record(0, size, reason="too_long", detail=f"{size} bytes; an array of records may be longer as jsonl")
+            return
+        record = _decoded(0, size, data)
+        try:
+            values = parse_json(record.text) if record.text.lstrip()[:1] == "[" else None
+        except (ValueError, RecursionError):
+            values = None
+        if not values or not all(isinstance(value, dict) and _field(value, self.file.text_key) is not None for value in values):
+            yield record
+            return
+        taken, position = 0, record.text.index("[") + 1
+        for number, value in enumerate(values, 1):
+            begin = BETWEEN.match(record.text, position)
+            _, end = raw_json(record.text, begin.end() if begin else position)
+            part = size - taken if number == len(values) else len(record.text[position:end].encode()) + (number == 1)
+            yield self._value(number - 1, part, value)
+            taken, position = taken + part, end
 
     def _html(self) -> Iterator[Record]:
         data, size = self._whole()
@@ -200,6 +227,9 @@ class Reader:
             return Record(number, size, reason="malformed", detail=str(error))
         if not isinstance(value, dict):
             return Record(number, size, reason="malformed", detail=f"a {type(value).__name__}, not an object")
+        return self._value(number, size, value)
+
+    def _value(self, number: int, size: int, value: dict[str, Any]) -> Record:
         self.objects += 1
         file = self.file
         self.keys = self.keys or sorted(value)[:MAX_KEYS]
@@ -257,7 +287,7 @@ class Reader:
                     return
                 id_key = self.file.id_key or "id"
                 keys = [key for key in dict.fromkeys((*self.wanted, id_key, *self.file.keep)) if _has_column(schema, key)]
-                for batch in file.iter_batches(batch_size=256, columns=keys):
+                for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=keys):
                     columns = {key: _column(batch, key) for key in keys}
                     kept = [key for key in self.file.keep if key in columns]
                     for row in range(len(batch)):
@@ -306,7 +336,8 @@ class Reader:
                 data.check(bool(line))
                 found = {"reason": "malformed", "detail": "no WARC record that says its length"}
             size = data.position - len(line) - end
-            yield self._page(number, size, **found) if "data" in found else Record(number, size, **found)
+            yield self._page(number, size, **found) if "data" in found else \
+                _decoded(number, size, found.pop("plain"), **found) if "plain" in found else Record(number, size, **found)
             end, number = end + size, number + 1
         data.check(bool(line))
         if data.position > end:
@@ -324,15 +355,18 @@ class Reader:
         if not re.fullmatch("[0-9]{1,18}", length):
             return None
         left = int(length)
-        is_response = (headers.get_header("WARC-Type") or "").lower() == "response" and \
-            (headers.get_header("Content-Type") or "").lower().startswith("application/http")
-        too_long = left > self.max_document_bytes + HEAD_BYTES
-        block = data.read(HEAD_BYTES if too_long else left) if is_response else b""
+        kind = (headers.get_header("WARC-Type") or "").lower(), (headers.get_header("Content-Type") or "").lower()
+        is_response = kind[0] == "response" and kind[1].startswith("application/http")
+        is_text = kind[0] == "conversion" and kind[1].startswith("text/plain")               # as WET files have them
+        too_long = left > self.max_document_bytes + HEAD_BYTES * is_response
+        block = data.read(min(left, HEAD_BYTES) if too_long else left) if is_response or is_text else b""
         data.skip(left - len(block))
-        if not is_response:
+        if not is_response and not is_text:
             return {"documents": 0}
         facts = {"url": (headers.get_header("WARC-Target-URI") or "").strip("<>"), "date": headers.get_header("WARC-Date") or ""}
         known = {"id": _utf8(headers.get_header("WARC-Record-ID") or ""), "meta": {key: _utf8(fact) for key, fact in facts.items() if fact}}
+        if is_text:
+            return {**({"reason": "too_long", "detail": f"{length} bytes"} if too_long else {"plain": block}), **known}
         return {**self._body(block, too_long), **known}
 
     def _body(self, block: bytes, too_long: bool) -> dict[str, Any]:
@@ -346,6 +380,9 @@ class Reader:
         kind, _, charset = (headers.get_header("Content-Type") or "").lower().partition("charset=")
         if kind.split(";")[0].strip() not in ("text/html", "application/xhtml+xml"):
             return {"documents": 0}
+        status = headers.statusline.partition(" ")[2].strip()                                # behind the version
+        if not re.match(r"2\d\d(?!\S)", status):
+            return {"reason": "http_status", "detail": _utf8(status[:200]) or "no status"}
         if too_long:
             return {"reason": "too_long", "detail": f"a page of over {self.max_document_bytes} bytes"}
         if (headers.get_header("Transfer-Encoding") or "").lower() == "chunked":

@@ -3,9 +3,11 @@ paragraphs that an earlier document holds and what is alike without them.
 
 Lines and paragraphs are looked for in what is left of the documents, in three rounds: every partition's, by ranges of their hashes; each
 range's repeats; every partition without them. Near-duplicates go first, so that no paragraph is kept by a document that goes, and no line
-is boilerplate because a document has copies; what only lines or paragraphs had made different goes after these.
+is boilerplate because a document has copies; what only lines or paragraphs had made different goes after these. So do evaluation texts
+that a line or a paragraph had cut.
 """
 
+import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,6 +20,7 @@ import pyarrow.compute as pc
 
 from distlm.corpus.accounts import SAMPLE_CHARS, Account, Samples, Step, add
 from distlm.corpus.boilerplate import LINES, Frequent, frequent, line_hashes, strip
+from distlm.corpus.decontaminate import Found
 from distlm.corpus.dedup import count_splits, write_partition
 from distlm.corpus.fuzzy import Dropped
 from distlm.corpus.paragraphs import (
@@ -33,12 +36,13 @@ from distlm.corpus.paragraphs import (
     shorten,
     text_hashes,
 )
-from distlm.corpus.split import SplitRule
+from distlm.corpus.split import SplitRule, document_hash
 from distlm.spec.prepare import Boilerplate
 from distlm.storage import replacing
 
 REPEATED = "repeated_paragraphs"
 """Of bytes that leave documents that stay."""
+WAITING_CHARS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,8 @@ class RefineResult:
     next_val: bytes = b""
     samples: Samples = field(default_factory=Samples)
     """Partition and row; of near-duplicates also those of the document that is kept, and the similarity."""
+    found: Found = field(default_factory=Found)
+    """What the documents shared with evaluation texts."""
 
 
 def refine_partition(task: RefineTask) -> RefineResult:
@@ -81,12 +87,68 @@ def refine_partition(task: RefineTask) -> RefineResult:
                     "similarity": round(float(gone.similarities[i]), 4), "bytes": int(sizes[row]),
                     "text": table["text"][row].as_py()[:SAMPLE_CHARS]}):
                 break
-        left = np.setdiff1d(np.arange(len(table)), gone.rows, assume_unique=True)
-        add(result.step.given, len(left), int(sizes[left].sum()))
-        table, sizes = table.take(pa.array(left)), sizes[left]
-        write_partition(task.output, table)
-        result.splits, result.next_val = count_splits(table, sizes.tolist(), task.rule)
+        _keep(result, table, sizes, gone.rows, task.rule, task.output)
     return result
+
+
+@dataclass(frozen=True)
+class LookTask:
+    """A partition of documents in order, and the evaluation texts that must not be in it."""
+
+    partition: int
+    documents: Path
+    evaluations: Path
+    """A pickle of Evaluations."""
+    rule: SplitRule
+    output: Path
+    step: str
+    without: str
+    """What has gone from the documents, as their reasons name it."""
+
+
+def decontaminate_partition(task: LookTask) -> RefineResult:
+    """Write the partition without the documents that hold a part of an evaluation text now that they are shorter: those that are as they
+    were have been looked at. Raises StorageError."""
+    result, evaluations = RefineResult(Step(task.step)), pickle.loads(task.evaluations.read_bytes())
+    with pa.memory_map(str(task.documents)) as file:
+        table = pa.ipc.open_file(file).read_all()
+        sizes = pc.binary_length(table["text"]).to_numpy().astype(np.int64)
+        add(result.step.taken, len(table), int(sizes.sum()))
+        gone = list[int]()
+        for rows, texts in _changed(task.documents):
+            for row, text, hits in zip(rows, texts, evaluations.hits_each(texts, result.found), strict=True):
+                if hits:
+                    gone.append(row)
+                    reason = f"contaminated_{min(hits)}_{task.without}"
+                    result.step.reject(reason, 1, int(sizes[row]))
+                    result.samples.add(reason, {"place": (task.partition, row), "bytes": int(sizes[row]), "text": text[:SAMPLE_CHARS]})
+        _keep(result, table, sizes, np.array(gone, np.int64), task.rule, task.output)
+    return result
+
+
+def _changed(path: Path) -> Iterator[tuple[list[int], list[str]]]:
+    """The rows and texts of documents that are no longer as they were when they were cleaned, some at a time."""
+    rows, texts, size = list[int](), list[str](), 0
+    for row, (text, turns, cleaned) in enumerate(_rows(path, "text", "turns", "hash")):
+        if document_hash(text, turns) != cleaned:
+            rows.append(row)
+            texts.append(text)
+            size += len(text)
+            if size >= WAITING_CHARS:
+                yield rows, texts
+                rows, texts, size = [], [], 0
+    if rows:
+        yield rows, texts
+
+
+def _keep(result: RefineResult, table: pa.Table, sizes: npt.NDArray[np.int64], gone: npt.NDArray[np.int64], rule: SplitRule,
+          output: Path) -> None:
+    """Write the rows that do not go, and count them."""
+    left = np.setdiff1d(np.arange(len(table)), gone, assume_unique=True)
+    add(result.step.given, len(left), int(sizes[left].sum()))
+    table, sizes = table.take(pa.array(left)), sizes[left]
+    write_partition(output, table)
+    result.splits, result.next_val = count_splits(table, sizes.tolist(), rule)
 
 
 @dataclass(frozen=True)

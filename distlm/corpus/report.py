@@ -29,7 +29,7 @@ MAX_ROWS = 12
 MAX_SAMPLES = 6
 SAMPLE_CHARS = 400
 KNOWN = {"documents", "format", "name", "context", "dtype", "seed", "parameters", "sources", "steps", "tokenizer", "split", "splits",
-         "code", "decontamination", "languages"}
+         "code", "decontamination", "languages", "files", "hash"}
 TITLES = {"fuzzy": "Near-duplicates", "fuzzy_stripped": "Near-duplicates without their boilerplate",
           "fuzzy_shortened": "Near-duplicates without repeated paragraphs", "redactions": "Redacted",
           "annotated": "Annotated: these documents were kept", "boilerplate": "Boilerplate lines", "paragraphs": "Repeated paragraphs",
@@ -65,9 +65,10 @@ class Documents:
     """Languages that other sources name, by a field that is kept."""
 
 
-def write_report(path: Path) -> Path:
-    """Write the page into the corpus folder. Raises InputError where there is no complete corpus, CorpusError, StorageError."""
-    manifest = read_manifest(path)
+def write_report(corpus: Path | Manifest) -> Path:
+    """Write the page into the corpus folder, which may be without its manifest as yet. Raises InputError where there is no complete corpus,
+    CorpusError, StorageError."""
+    manifest = corpus if isinstance(corpus, Manifest) else read_manifest(corpus)
     documents = _documents(manifest)
     environment = jinja2.Environment(loader=jinja2.PackageLoader("distlm.corpus", "."), autoescape=True, trim_blocks=True,
                                      lstrip_blocks=True, undefined=jinja2.StrictUndefined)

@@ -23,7 +23,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from distlm.corpus.accounts import SAMPLE_CHARS, Account, Samples, Step, account, add
 from distlm.corpus.bpe import byte_characters, fast_encoder
 from distlm.corpus.conversations import LONGER, Refused, Turns, divided, is_empty_answer, joined, parted
-from distlm.corpus.manifest import tokenizer_hash
+from distlm.corpus.manifest import TOKENIZER_FILES, tokenizer_hash
 from distlm.corpus.split import HASH_BYTES, SplitRule, document_hash
 from distlm.errors import InputError
 from distlm.spec.prepare import SPECIAL_TOKENS, Conversations, Tokenizer
@@ -36,9 +36,6 @@ END = SPECIAL_TOKENS[0]
 CHAT_TEMPLATE = ("{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] }}"
                  "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
                  "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
-FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "vocab.json",
-         "merges.txt", "tokenizer.model")
-"""What is taken from a given tokenizer's folder."""
 ENCODE_BYTES = 1 << 20
 
 
@@ -119,7 +116,7 @@ def make_tokenizer(task: VocabularyTask) -> Vocabulary:
     if rules.source:
         source = Path(rules.source).expanduser()
         tokenizer, end = _given(source)
-        for name in FILES:
+        for name in TOKENIZER_FILES:
             if (source / name).is_file():
                 with writing(folder / name):
                     shutil.copyfile(source / name, folder / name)

@@ -64,7 +64,7 @@ def _names() -> frozenset[str]:
 def language(path: str) -> str:
     """The programming language by the file's name, as pygments calls it; empty where it knows none."""
     name = path.rsplit("/", 1)[-1]
-    if Path(name).suffix in ENDINGS:
+    if Path(name).suffix.lower() in ENDINGS:
         name = Path(name).stem
     return _language(name if name in _names() or name == "CMakeLists.txt" else Path(name).suffix.lower())
 

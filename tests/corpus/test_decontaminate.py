@@ -52,6 +52,14 @@ def test_case_punctuation_and_white_space_hide_nothing(evaluations: Evaluations,
     assert evaluations.hits(f"{padding(1)}. {change(' '.join(WORDS))} {padding(2)}") == {"rivers": 6}
 
 
+@pytest.mark.parametrize("sign", ["\u00ad", "\u200b", "\u200d", "\u2060", "\ufeff", "\u034f", "\ufe0f", "\u202e", "\U000e0041", "\u115f"])
+def test_invisible_characters_hide_nothing(evaluations: Evaluations, tmp_path: Path, sign: str) -> None:
+    words = [word[:2] + sign + word[2:] if i % 3 == 0 else word + sign if i % 5 == 0 else word for i, word in enumerate(WORDS)]
+    assert evaluations.hits_each([f"{padding(1)} {' '.join(words)}", "Ä", TEXT + sign]) == [{"rivers": 6}, {}, {"rivers": 6}]
+    assert read(tmp_path, [" ".join(words)]).hits(TEXT) == {"rivers": 6}
+    assert evaluations.hits(f"{sign} {sign}") == {}
+
+
 def test_twelve_of_thirteen_words_are_no_hit(evaluations: Evaluations) -> None:
     for first in range(len(WORDS) - 12):
         assert evaluations.hits(f"{padding(1)} {' '.join(WORDS[first:first + 12])} {padding(2)}") == {}

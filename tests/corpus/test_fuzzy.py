@@ -220,6 +220,26 @@ def test_words_are_those_of_the_script_in_any_case(tmp_path: Path, first: str, s
     assert bool(find(tmp_path, [first, second])[1]) == similar
 
 
+CODE = "if a > b and c + d > e:\n    f = g + h\n    i = j + k if l > m else -n\n    o += p * q\nreturn a & b, not c > d\n"
+
+
+@pytest.mark.parametrize(("first", "second"), [
+    (CODE, CODE.replace(">", "<=")), (CODE, CODE.replace("+", "-")), (CODE + "# ä", CODE.replace(">", "<=") + "# ä"),
+    ("\n".join(f"row {i} +{i}.5 up" for i in range(20)), "\n".join(f"row {i} -{i}.5 up" for i in range(20))),
+    ("\n".join(f"row {i}: {i}.5" for i in range(20)), "\n".join(f"row {i}: -{i}.5" for i in range(20))),
+    ("if !a && !b || !c { return !d }", "if a && b || c { return d }"),
+    ("A film with much music 👍", "A film with much music 👎"), ("10 € and 20 € and 30 € in all", "10 $ and 20 $ and 30 $ in all")])
+def test_what_differs_in_its_signs_alone_is_not_alike(tmp_path: Path, first: str, second: str) -> None:
+    assert not find(tmp_path, [first, second], Fuzzy(bands=50, rows=1, min_similarity=0.7))[1]
+
+
+def test_what_differs_in_the_punctuation_of_its_sentences_is_alike(tmp_path: Path) -> None:
+    first = 'He said: "Well-known words - said often, it\'s true; are they (not) [sic]? Yes! And so on..."'
+    second = "He said: “Well‐known words – said often – it’s true… are they not sic. Yes, and so on”"
+    found, gone = find(tmp_path, [first, second, first.replace('"', "").replace(" - ", " ")])
+    assert set(gone) == {1, 2} and all(similarity == 1 for dropped in found.dropped for similarity in dropped.similarities)
+
+
 def test_what_signing_holds_does_not_grow_with_the_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fuzzy, "CHUNK_BYTES", 1 << 15)
     monkeypatch.setattr(fuzzy, "MAX_KNOWN_WORDS", 1000)

@@ -138,6 +138,30 @@ def test_a_bomb_is_too_long_or_no_document_and_never_held(tmp_path: Path, format
     assert peak < 8_000_000
 
 
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_a_file_that_expands_without_measure_is_left_as_a_reject(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str) -> None:
+    monkeypatch.setattr("distlm.corpus.decompress.FREE_BYTES", 1 << 20)
+    monkeypatch.setattr("distlm.corpus.decompress.MAX_RATIO", 100)
+    path = tmp_path / f"a.jsonl{ending}"
+    texts = [os.urandom(50_000).hex() for _ in range(30)]
+    path.write_bytes(COMPRESS[ending](lines(*({"text": text} for text in texts))))
+    assert reasons(read(path)[0]) == texts                 # more bytes, but no bomb
+    path.write_bytes(COMPRESS[ending](lines({"text": "first"}) + bytes(30_000_000)))
+    records, reader = read(path, limit=1000)
+    assert reasons(records) == ["first", "corrupt"] and "100 times" in records[-1].detail and reader.stream_bytes < 8_000_000
+
+
+def test_rows_that_are_many_times_their_file_are_not_held_together(tmp_path: Path) -> None:
+    """Of 256 equal texts of 2 MB a file holds one."""
+    pq.write_table(pa.table({"text": ["x" * 2_000_000] * 256}), tmp_path / "a.parquet", compression="zstd")
+    assert (tmp_path / "a.parquet").stat().st_size < 2000
+    held, (file,) = 0, find_files([Source(path=str(tmp_path / "a.parquet"))])
+    for record in Reader(file, 1_000_000).records():
+        assert record.reason == "too_long"
+        held = max(held, pa.total_allocated_bytes())
+    assert held < 60_000_000
+
+
 def test_parquet_rows_without_text_are_rejected_and_a_damaged_file_too(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"body": ["one", None, "x" * 200, "two"], "n": [1, 2, 3, 4]}), path)
@@ -433,6 +457,57 @@ def test_bad_records_of_an_archive_are_rejects_and_too_long_ones_are_not_held(tm
     tracemalloc.stop()
     assert [record.reason for record in records if record.documents] == [reason for _, found in cases for reason in found]
     assert peak < 5_000_000
+
+
+def test_a_page_of_an_error_or_a_redirect_is_a_reject(tmp_path: Path) -> None:
+    pytest.importorskip("trafilatura", exc_type=ImportError)
+    pytest.importorskip("warcio")
+    given = ["200 OK", "203 Non-Authoritative Information", "404 Not Found", "301 Moved Permanently", "503 Unavailable", "2000 Odd", ""]
+    (tmp_path / "a.warc").write_bytes(b"".join(response(page()).replace(b"200 OK", status.encode()).replace(
+        b"Content-Length: ", b"Content-Length: %d\r\nX-Was: " % (len(response(page()).split(b"\r\n\r\n", 1)[1]) - 4 - 6 + len(status)))
+        for status in given))
+    records, _ = read(tmp_path / "a.warc")
+    assert [record.reason for record in records] == ["", ""] + ["http_status"] * 5
+    assert records[2].detail == "404 Not Found" and records[2].id == "<urn:uuid:1>"
+
+
+@pytest.mark.parametrize("name", ["a.warc.wet", "a.warc.wet.gz", "a.warc.WET.GZ"])
+def test_the_texts_of_an_archive_of_texts_are_read_as_they_are(tmp_path: Path, name: str) -> None:
+    pytest.importorskip("trafilatura", exc_type=ImportError)
+    pytest.importorskip("warcio")
+
+    def text(data: bytes, kind: bytes = b"text/plain") -> bytes:
+        return b"WARC/1.0\r\nWARC-Type: conversion\r\nWARC-Target-URI: http://a.example/x\r\nContent-Type: %b\r\nContent-Length: %d\r\n" \
+               b"\r\n%b\r\n\r\n" % (kind, len(data), data)
+    data = INFO + text("Größe <b>\nund mehr".encode()) + text(b"%PDF", b"application/pdf")
+    data += text(b"\xff") + text(b"x" * 101) + text(b"last")
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.lower().endswith("gz") else data)
+    records, _ = read(tmp_path / name, limit=100)
+    assert reasons(records) == ["Größe <b>\nund mehr", "not_utf8", "too_long", "last"]
+    assert records[1].meta == {"url": "http://a.example/x"}
+
+
+@pytest.mark.parametrize("ending", [".gz", ".zst", ".bz2", ".xz"])
+def test_an_ending_counts_in_capitals_too(tmp_path: Path, ending: str) -> None:
+    (tmp_path / f"a.txt{ending.upper()}").write_bytes(COMPRESS[ending](b"a text"))
+    (tmp_path / f"b.JSONL{ending.upper()}").write_bytes(COMPRESS[ending](lines({"text": "a line"})))
+    assert reasons(read(tmp_path / f"a.txt{ending.upper()}")[0]) == ["a text"]
+    assert reasons(read(tmp_path / f"b.JSONL{ending.upper()}")[0]) == ["a line"]
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_an_array_of_objects_with_the_text_field_is_records_and_other_json_is_a_text(tmp_path: Path, indent: int | None) -> None:
+    path = tmp_path / "a.json"
+    values = [{"text": "größer", "id": 7}, {"text": 5}, {"text": "], [{", "url": "x"}]
+    path.write_text("\ufeff \n" + json.dumps(values, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
+    records, reader = read(path, keep=("url",))
+    assert reasons(records) == ["größer", "not_text", "], [{"] and (reader.objects, reader.with_key) == (3, 3)
+    assert (records[0].id, records[2].meta, [record.number for record in records]) == ("7", {"url": "x"}, [0, 1, 2])
+    for text in ('[{"text": "a"}, {"b": 1}]', '[{"text": "a"}', "[]", "[1]", '{"text": "a"}', "[" * 100_000, "no JSON"):
+        path.write_text(text)
+        assert reasons(read(path)[0]) == [text]
+    path.write_text(json.dumps(values))
+    assert reasons(read(path, limit=20)[0]) == ["too_long"] and reasons(read(path, code=True)[0]) == [json.dumps(values)]
 
 
 @pytest.mark.parametrize(("encoding", "body"), [

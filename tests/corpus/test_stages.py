@@ -101,8 +101,9 @@ def test_every_step_keeps_its_books_and_tells_its_reasons(run: Run, many: Path) 
     result = run(sources(many), progress=shown, **keys(many))
     manifest = verify(result[""])
     steps = {step["name"]: step for step in manifest.data["steps"]}
-    assert [*steps] == ["read", "clean", "sample", "filter", "decontaminate", "dedup", "fuzzy", "boilerplate", "dedup_stripped",
-                        "fuzzy_stripped", "paragraphs", "dedup_shortened", "fuzzy_shortened", "split", "tokenize"]
+    assert [*steps] == ["read", "clean", "sample", "filter", "decontaminate", "dedup", "fuzzy", "boilerplate", "decontaminate_stripped",
+                        "dedup_stripped", "fuzzy_stripped", "paragraphs", "decontaminate_shortened", "dedup_shortened", "fuzzy_shortened",
+                        "split", "tokenize"]
     lost = {name: {reason: account["documents"] for reason, account in step["rejected"].items()} for name, step in steps.items()}
     weighed = [json.loads(line)["text"] for line in (many.parent / "weighed.jsonl").read_text().splitlines()]
     kept = [text for text in weighed if int.from_bytes(content_hash(text.encode())[8:16], "big") < 0.6 * 2 ** 64]
@@ -315,6 +316,28 @@ def test_near_duplicates_that_lines_or_paragraphs_hide_do_not_straddle(run: Run,
     pairs = Counter(name.split("-")[0] for name in rows)
     assert len(pairs) == 20 and len(whole) <= 2            # the first of each kind keeps the paragraphs, and is unlike what has none
     assert {name for name, count in pairs.items() if count > 1} <= whole
+
+
+def test_an_evaluation_text_that_a_line_or_a_paragraph_had_cut_is_found_when_that_has_gone(run: Run, tmp_path: Path) -> None:
+    words, middle = QUESTION.split(), len(QUESTION.split()) // 2
+    begin, end = " ".join(words[:middle]), " ".join(words[middle:])
+    pages = [f"page{i} one two three\n{FOOTER}\nand four five{i}\n\nsix{i} seven eight" for i in range(12)]
+    pages += [f"{NOTICE}\n\n{HIDDEN} paper{i}" for i in range(5)]
+    lines = {"line": f"Of old.\n{begin}\n{FOOTER}\n{end}\nAnd on.", "paragraph": f"Of new. {begin}\n\n{NOTICE}\n\n{end}. So it is."}
+    (tmp_path / "pages.jsonl").write_text("".join(json.dumps({"id": name, "text": text}) + "\n" for name, text in
+                                                  [*lines.items(), *((f"{i}", page) for i, page in enumerate(pages))]))
+    (tmp_path / "evaluation.jsonl").write_text(json.dumps({"text": QUESTION}) + "\n")
+    made = run(tmp_path / "pages.jsonl", clean={"boilerplate": {}}, dedup={"paragraphs": 40}, context=8,
+               decontaminate={"against": {"rivers": str(tmp_path / "evaluation.jsonl")}})
+    data = verify(made[""]).data
+    steps = {step["name"]: step["rejected"] for step in data["steps"]}
+    assert not steps["decontaminate"]                      # they were cut
+    assert steps["decontaminate_stripped"]["contaminated_rivers_without_boilerplate"]["documents"] == 1
+    assert steps["decontaminate_shortened"]["contaminated_rivers_without_paragraphs"]["documents"] == 1
+    assert (data["decontamination"]["rivers"]["documents"], data["decontamination"]["rivers"]["found"]) == (2, 1)
+    assert not {"line", "paragraph"} & {row["id"] for row in pq.read_table(Path(made[""], "documents.parquet")).to_pylist()}
+    (sample,) = map(json.loads, Path(made[""], "rejects", "contaminated_rivers_without_boilerplate.jsonl").read_text().splitlines())
+    assert f"{begin}\n{end}" in sample["text"]
 
 
 def test_a_worker_that_dies_changes_nothing(run: Run, texts: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from distlm.corpus.manifest import tokenizer_hash
 from distlm.corpus.verify import verify
 from distlm.errors import CorpusError
 from tests.corpus.made import DOCS, STEPS, make
@@ -16,6 +17,8 @@ from tests.corpus.made import DOCS, STEPS, make
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
+    (tmp_path / "c" / "rejects").mkdir(parents=True)
+    (tmp_path / "c" / "rejects" / "short.jsonl").write_text("{}\n")
     return make(tmp_path / "c", DOCS, steps=STEPS)
 
 
@@ -40,7 +43,12 @@ def test_every_damage_is_found(corpus: Path, tmp_path: Path) -> None:
     for name, change, message in [
             ("train/00000.arrow", flip, "changed or damaged"), ("val/00000.arrow", Path.unlink, "the shard is missing"),
             ("train/00001.arrow", lambda path: path.write_bytes(b"x"), "has 1 bytes, not"), ("tokenizer/tokenizer.json", flip, "tokenizer"),
-            ("tokenizer/tokenizer_config.json", Path.unlink, "tokenizer"), ("manifest.json", edit(steps=steps), "do not balance"),
+            ("tokenizer/tokenizer_config.json", Path.unlink, "tokenizer"), ("manifest.json", edit(seed=7), "it has been changed"),
+            ("sources.jsonl", flip, "sources.jsonl: the file has been changed"), ("sources.jsonl", Path.unlink, "is missing"),
+            ("rejects/short.jsonl", flip, "the file has been changed"), ("rejects/short.jsonl", Path.unlink, "is missing"),
+            ("rejects/more.jsonl", Path.touch, "it came later"), ("tokenizer/more.json", Path.touch, "it came later"),
+            ("report.html", Path.touch, "it came later"), ("manifest.json", edit(files={}), "it came later"),
+            ("manifest.json", edit(hash=""), "it has been changed"), ("manifest.json", edit(steps=steps), "do not balance"),
             ("manifest.json", edit(format=99), "format 99"), ("manifest.json", edit(splits=None), "damaged"),
             ("manifest.json", lambda path: path.write_text("{"), "damaged")]:
         with pytest.raises(CorpusError, match=message):
@@ -63,3 +71,26 @@ def test_verify_finds_a_changed_byte_in_any_shard_and_in_the_tokenizer(corpus: P
                 verify(corpus)
         file.write_bytes(data)
     verify(corpus)
+
+
+def test_a_tokenizer_is_known_by_its_own_files_whatever_lies_beside_them(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "merges.txt").write_text("a b")
+    alone = tokenizer_hash(folder)
+    (folder / ".cache").mkdir()
+    (folder / "model.safetensors").write_bytes(b"weights")
+    assert tokenizer_hash(folder) == alone
+    (folder / "merges.txt").write_text("a c")
+    assert tokenizer_hash(folder) != alone
+
+
+def test_a_corpus_from_before_all_files_had_checksums_is_still_one(corpus: Path) -> None:
+    data = json.loads((corpus / "manifest.json").read_text())
+    (corpus / "manifest.json").write_text(json.dumps({key: value for key, value in data.items() if key not in ("files", "hash")}))
+    (corpus / "sources.jsonl").write_text("")
+    assert "files" not in verify(corpus).data
+    (corpus / "train" / "00000.arrow").unlink()
+    with pytest.raises(CorpusError, match="shard is missing"):
+        verify(corpus)
