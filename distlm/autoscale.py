@@ -24,12 +24,12 @@ def grow(bundles: Bundles, progress: Progress, timeout_s: float = GROW_S) -> Non
     from ray.util.placement_group import placement_group, remove_placement_group
 
     need = {name: sum(bundle.get(name, 0) for bundle in bundles) for name in ("CPU", "GPU")}
-    short = {name: amount for name, amount in need.items() if amount > ray.cluster_resources().get(name, 0)}
-    if not short or not autoscales():
+    if fits(bundles) or not autoscales():
         return
     most = largest()
-    if most is not None and any(amount > most.get(name, 0) for name, amount in short.items()):
+    if most is not None and any(amount > most.get(name, 0) for name, amount in need.items()):
         return
+    short = {name: amount for name, amount in need.items() if amount > ray.cluster_resources().get(name, 0)} or need
     said = ", ".join(f"{amount:g} {name}s" for name, amount in short.items())
     progress.note(f"the job needs {said} and the cluster has {_has(short)}: waiting for its autoscaler to add nodes, at most "
                   f"{timeout_s / 60:.0f} minutes")
@@ -41,6 +41,22 @@ def grow(bundles: Bundles, progress: Progress, timeout_s: float = GROW_S) -> Non
                 progress.update(f"{name}s there", int(ray.cluster_resources().get(name, 0)), int(amount))
     finally:
         remove_placement_group(asked)
+
+
+def fits(bundles: Bundles) -> bool:
+    """Whether the cluster as it is holds these together, each on a node, when nothing else runs: the largest ones are placed first, each on
+    the first node that has room."""
+    import ray
+
+    rooms = [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+    for bundle in sorted(bundles, key=lambda one: (one.get("GPU", 0), one.get("CPU", 0)), reverse=True):
+        room = next((room for room in rooms if all(room.get(name, 0) >= amount for name, amount in bundle.items() if amount)), None)
+        if room is None:
+            return False
+        for name, amount in bundle.items():
+            if amount:
+                room[name] -= amount
+    return True
 
 
 def _has(names: dict[str, float]) -> str:

@@ -35,6 +35,7 @@ class Fake:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, autoscales: bool = True, largest: dict[str, float] | None = None) -> None:
         self.cpus, self.asked, self.removed = 2.0, list[Any](), 0
         monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": self.cpus})
+        monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": self.cpus}}])
         monkeypatch.setattr(autoscale, "autoscales", lambda: autoscales)
         monkeypatch.setattr(autoscale, "largest", lambda: largest)
         groups = importlib.import_module("ray.util.placement_group")       # ray.util has a function of that name
@@ -51,6 +52,16 @@ class Fake:
 
     def remove(self, group: "Fake") -> None:
         self.removed += 1
+
+
+def test_what_fits_together_must_fit_node_by_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = [{"Alive": True, "Resources": {"CPU": 4.0, "GPU": 1.0}}, {"Alive": True, "Resources": {"CPU": 4.0}},
+             {"Alive": False, "Resources": {"CPU": 64.0}}]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    assert autoscale.fits([{"CPU": 3, "GPU": 1}, {"CPU": 3}, {"CPU": 1}, {"CPU": 1}])
+    assert autoscale.fits([{"CPU": 1}] * 5 + [{"CPU": 3}])
+    assert not autoscale.fits([{"CPU": 6}, {"CPU": 1}])
+    assert not autoscale.fits([{"CPU": 1, "GPU": 1}] * 2)
 
 
 def test_a_job_waits_for_the_nodes_that_an_autoscaler_adds(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from distlm.autoscale import grow
+from distlm.autoscale import fits, grow
 from distlm.corpus.stream import plan_dataset
 from distlm.errors import ClusterError, DistlmError, StorageError, TrainError
 from distlm.head import HUGE_PAGES
@@ -76,13 +76,17 @@ def check_resources(spec: TrainSpec, progress: Progress) -> None:
     import ray
 
     grow(bundles(spec), progress)
-    have = ray.cluster_resources()
-    need = {"CPU": spec.scale.workers * spec.scale.cpus_per_worker + DATA_CPUS, "GPU": spec.scale.workers * spec.scale.gpus_per_worker}
+    if fits(bundles(spec)):
+        return
+    have, scale = ray.cluster_resources(), spec.scale
+    need = {"CPU": scale.workers * scale.cpus_per_worker + DATA_CPUS, "GPU": scale.workers * scale.gpus_per_worker}
+    remedy = "lower scale.workers or scale.cpus_per_worker, or take a larger cluster"
     for name, amount in need.items():
         if amount > have.get(name, 0):
-            raise ClusterError(f"{spec.scale.workers} workers and the data stream need {amount:g} {name}s, and the cluster has "
-                               f"{have.get(name, 0):g}", where="scale", cause="bad_spec",
-                               remedy="lower scale.workers or scale.cpus_per_worker, or take a larger cluster")
+            raise ClusterError(f"{scale.workers} workers and the data stream need {amount:g} {name}s, and the cluster has "
+                               f"{have.get(name, 0):g}", where="scale", cause="bad_spec", remedy=remedy)
+    raise ClusterError(f"{scale.workers} workers of {scale.cpus_per_worker:g} CPUs and {scale.gpus_per_worker} GPUs, and the data stream, "
+                       "do not fit the cluster's nodes one by one", where="scale", cause="bad_spec", remedy=remedy)
 
 
 def _resume_point(recipe: Recipe, folder: RunFolder, progress: Progress) -> checkpoint.Checkpoint | None:
