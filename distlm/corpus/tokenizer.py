@@ -6,6 +6,7 @@ bytes themselves. Its special tokens are the end of a document, the three roles 
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -188,9 +189,15 @@ def _bytes(special: list[str]) -> tokenizers.Tokenizer:
 
 
 def _trained(vocab_size: int, special: list[str], sample: Iterator[str]) -> tokenizers.Tokenizer:
+    """What spells a special token is left out of what merges are learned from: one that made the token's very string would make its id."""
     tokenizer = _byte_level(models.BPE())
+    pieces, words = tokenizer.pre_tokenizer, [token for token in special if token not in SPECIAL_TOKENS]
+    if words:                                              # those that all vocabularies have are of several pieces
+        spelled = tokenizers.Regex("|".join(map(re.escape, words)))
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pieces, pre_tokenizers.Split(spelled, "removed")])
     tokenizer.train_from_iterator(sample, trainers.BpeTrainer(
         vocab_size=vocab_size, show_progress=False, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer.pre_tokenizer = pieces
     return tokenizer
 
 

@@ -263,6 +263,9 @@ class Tokenizer(Part):
         for place, token in enumerate(self.special_tokens):
             if not token.strip():
                 raise Rule(f"special_tokens.{place}", f"{token!r} is white space; give a text that stands for nothing else")
+            if len(token) == 1 and ord(token) < 0x144 and token.isprintable():         # distlm.corpus.bpe.byte_characters
+                raise Rule(f"special_tokens.{place}", f"{token!r} is the name of a byte in every vocabulary that is made here, and text "
+                                                      "would become it; give two characters or more")
             if token in names[:len(SPECIAL_TOKENS) + place]:
                 raise Rule(f"special_tokens.{place}", f"{token!r} is there already; the end token and the roles need not be given"
                            if token in SPECIAL_TOKENS else f"{token!r} is given twice; leave one out")

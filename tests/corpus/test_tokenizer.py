@@ -13,8 +13,9 @@ import pytest
 import tokenizers
 from transformers import AutoTokenizer
 
+from distlm.corpus.bpe import byte_characters, fast_encoder
 from distlm.corpus.split import SplitRule, content_hash
-from distlm.corpus.tokenizer import END, EncodeTask, Vocabulary, VocabularyTask, check_given, encode_partition, make_tokenizer
+from distlm.corpus.tokenizer import END, EncodeTask, Vocabulary, VocabularyTask, check_given, encode_partition, make_tokenizer, token_bytes
 from distlm.errors import InputError, SpecError
 from distlm.spec import load_spec
 from distlm.spec.prepare import Tokenizer
@@ -105,6 +106,7 @@ def test_further_special_tokens_and_a_chat_template_are_those_of_the_spec(tmp_pa
     ({"special_tokens": ["<|a|>", "<|a|>"]}, r"tokenizer\.special_tokens\.1: '<\|a\|>' is given twice"),
     ({"special_tokens": ["<|user|>"]}, r"special_tokens\.0: '<\|user\|>' is there already"),
     ({"special_tokens": [""]}, r"special_tokens\.0: '': must not be empty"), ({"special_tokens": [" \n"]}, "is white space"),
+    ({"special_tokens": ["#"]}, r"special_tokens\.0: '#' is the name of a byte"), ({"special_tokens": ["Ġ"]}, "'Ġ' is the name of a byte"),
     ({"special_tokens": ["<|a|>"], "vocab_size": 260}, "vocab_size: 260 is less than 256 bytes and 5 special tokens; give 261 at least"),
     ({"special_tokens": ["<|a|>"], "from": "x"}, "has no effect beside from"),
     ({"chat_template": "x", "from": "x"}, "has no effect beside from"),
@@ -112,6 +114,30 @@ def test_further_special_tokens_and_a_chat_template_are_those_of_the_spec(tmp_pa
 def test_special_tokens_that_cannot_be_are_refused(rules: dict[str, Any], message: str) -> None:
     with pytest.raises(SpecError, match=message):
         load_spec({"kind": "prepare", "name": "a", "sources": ["a"], "tokenizer": rules})
+
+
+def test_special_tokens_that_are_plain_words_are_not_made_by_merges(tmp_path: Path) -> None:
+    """However often text has them, alone, within words, or as the very string that stands for some bytes in the vocabulary."""
+    special = ("TOOL", "###", "OLS", "Ġin", "ä½", "a.b|c", "世")
+    texts = ["TOOL TOOLS STOOL TOOL ### #### in 你 a.b|c 世界\n"] * 50 + TEXTS
+    for train in ("bpe", "bytes"):
+        vocabulary = make(tmp_path / train, texts, train=train, special_tokens=special, **({"vocab_size": 300} if train == "bpe" else {}))
+        ids, tokenizer = set(range(4, 4 + len(special))), AutoTokenizer.from_pretrained(vocabulary.folder)
+        assert vocabulary.size == len(tokenizer) == (300 if train == "bpe" else 267)
+        assert tokenizer.convert_tokens_to_ids(list(special)) == sorted(ids) and tokenizer("###TOOL")["input_ids"] == [5, 4]
+        sizes = token_bytes(vocabulary.folder)
+        assert sizes is not None and not sizes[:4 + len(special)].any() and sizes[4 + len(special):].all()
+        plain = tokenizers.Tokenizer.from_file(str(vocabulary.folder / "tokenizer.json"))
+        plain.encode_special_tokens = True
+        fast = fast_encoder(plain)
+        for text in (*texts[:1], *special, "a", "STOOLS in"):
+            tokens = encode(tmp_path / train, vocabulary, [text])["train"][0][:-1]
+            assert not ids & set(tokens) and tokenizer.decode(tokens) == text and sizes[tokens].sum() == len(text.encode())
+            assert fast and fast(text) == plain.encode(text, add_special_tokens=False).ids == tokens
+
+
+def test_what_the_spec_takes_for_the_name_of_a_byte_is_one() -> None:
+    assert {chr(i) for i in range(0x200) if chr(i).strip() and chr(i).isprintable() and i < 0x144} == set(byte_characters())
 
 
 def test_the_bytes_tokenizer_has_one_token_per_byte(tmp_path: Path) -> None:
