@@ -127,7 +127,8 @@ def write_partitions(texts: list[str], folder: Path) -> list[Path]:
     number = max(1, round(size / PARTITION_BYTES))
     paths = [folder / f"sorted-{i:04d}.arrow" for i in range(number)]
     for i, path in enumerate(paths):
-        table = pa.table({"text": pa.array(texts[len(texts) * i // number:len(texts) * (i + 1) // number], pa.string())})
+        part = texts[len(texts) * i // number:len(texts) * (i + 1) // number]
+        table = pa.table({"text": pa.array(part, pa.string()), "turns": pa.array([""] * len(part), pa.string())})
         with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
             writer.write_table(table, max_chunksize=BATCH_ROWS)
     return paths

@@ -1,7 +1,8 @@
 """Records that are conversations: what a record says, and the one text that its turns are in the steps before the template.
 
 That text is what all turns say, joined by blank lines; beside it stands whose is how much of it, so that filters, decontamination and
-near-duplicates see what was said and no markup, and nothing is held twice.
+near-duplicates see what was said and no markup, and nothing is held twice. A system turn that many conversations share makes none of them
+alike or good: filters and the signatures of near-duplicates pass it over.
 """
 
 import json
@@ -66,6 +67,13 @@ def parted(text: str, turns: str) -> Turns:
         found.append((role, text[begin:begin + size]))
         begin += size + len(SEPARATOR)
     return found
+
+
+def without_system(text: str, turns: str) -> str:
+    """What `joined` has joined without its system turns, which many conversations share; a text that is none as it is."""
+    if f'"{SYSTEM}"' not in turns:
+        return text
+    return SEPARATOR.join(content for role, content in parted(text, turns) if role != SYSTEM)
 
 
 def is_empty_answer(role: str, content: str) -> bool:

@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from distlm.corpus.accounts import SAMPLE_CHARS, Samples, Step, add
 from distlm.corpus.clean import clean, clean_turns
+from distlm.corpus.conversations import without_system
 from distlm.corpus.decontaminate import Evaluations, Found
 from distlm.corpus.files import TextFile, find_files
 from distlm.corpus.filters import Filters
@@ -228,7 +229,8 @@ class _Read:
         add(step.given, 1, cleaned.bytes)
         step = self.result.filter
         add(step.taken, 1, cleaned.bytes)
-        reasons = self.filters[file.source].reasons(cleaned.text, path=file.name, meta=record.meta)
+        said = without_system(cleaned.text, turns)
+        reasons = self.filters[file.source].reasons(said, path=file.name, meta=record.meta)
         if reasons and rules.filter.mode == "drop":
             self._reject(step, reasons[0], record, file, number, 1, cleaned.bytes, sample)
             return

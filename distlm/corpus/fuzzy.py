@@ -5,7 +5,8 @@
 A document is the set of its shingles, the runs of `ngram_words` words. MinHash (Broder 1997, "On the resemblance and containment of
 documents") gives each a signature of `bands` x `rows` numbers, and two documents whose signatures agree in a band are candidates:
 of Jaccard similarity s, with `probability(s, bands, rows)`. A candidate counts when the Jaccard similarity of the two sets themselves
-(of 64-bit hashes) is `min_similarity` or more. Clusters are the connected components of what is confirmed, over the whole corpus, and
+(of 64-bit hashes) is `min_similarity` or more; that of conversations both without their system turns, which many share, and with them,
+for these may say what each is about. Clusters are the connected components of what is confirmed, over the whole corpus, and
 the first document of each in the corpus' order is kept.
 
     found = near_duplicates(partitions, spec.dedup.fuzzy, scratch, functools.partial(spread, workers=4))
@@ -20,7 +21,7 @@ What a task holds in memory: `sign_partition` the words of one document (about 1
 partition 8 x bands x rows + 48 x bands bytes a document (1.6 kB at 14 x 8); `pair_bucket` 2^20 band keys (60 MB) and their candidates (48
 bytes each; at worst MAX_UNSURE a key), for all documents of one key have to meet; `confirm` 40 bytes for each candidate of its partition's
 documents, and 64 MB of shingles; `clusters` about 100 bytes for each confirmed pair, of the whole corpus. The scratch folder takes 8 bytes
-a word and 4 x bands x rows + 12 x bands bytes a document (616).
+a word, twice that of conversations with a system turn, and 4 x bands x rows + 12 x bands + 16 bytes a document (632).
 """
 
 import itertools
@@ -38,6 +39,7 @@ import xxhash
 from numpy.typing import NDArray
 from rensa import RMinHash
 
+from distlm.corpus.conversations import without_system
 from distlm.spec.prepare import Fuzzy
 from distlm.storage import replacing
 
@@ -82,7 +84,7 @@ def min_similarity(rules: Fuzzy) -> float:
 
 @dataclass(frozen=True)
 class SignTask:
-    """A partition: an Arrow file with the column `text`."""
+    """A partition: an Arrow file with the columns `text` and, where conversations may be among the texts, `turns`."""
 
     partition: int
     path: Path
@@ -174,22 +176,27 @@ def sign_partition(task: SignTask) -> int:
     """
     hashes = _WordHashes()
     permutations = task.rules.bands * task.rules.rows
-    signatures, sizes = [np.empty((0, permutations), np.uint32)], [np.zeros(1, np.int64)]
+    signatures, sizes = [np.empty((0, permutations), np.uint32)], [np.zeros((1, 2), np.int64)]
     bands = [np.empty((0, task.rules.bands), np.uint64)]
-    with replacing(_file(task, "shingles")) as partial, open(partial, "wb") as file:
-        for texts in _chunks(task.path):
-            flat, counts = shingles([hashes.of(text) for text in texts], task.rules.ngram_words)
+    with replacing(_file(task, "shingles")) as partial, open(partial, "wb") as file, \
+            replacing(_file(task, "whole")) as partial_whole, open(partial_whole, "wb") as file_whole:
+        for texts, turns in _chunks(task.path):
+            said = list(map(without_system, texts, turns))
+            flat, counts = shingles([hashes.of(text) for text in said], task.rules.ngram_words)
+            whole, whole_counts = shingles([hashes.of(text if text != some else "") for text, some in zip(texts, said, strict=True)],
+                                           task.rules.ngram_words)
             offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.uint64)
             digests = RMinHash.digest_matrix_from_flat_token_hashes(flat, offsets, permutations, SEED)
             signatures.append(np.asarray(digests.to_rows(), np.uint32).reshape(len(texts), permutations))
             bands.append(band_keys(signatures[-1], task.rules.bands))
-            sizes.append(counts)
+            sizes.append(np.stack([counts, whole_counts], axis=1))
             flat.tofile(file)
-    offsets = np.cumsum(np.concatenate(sizes))
+            whole.tofile(file_whole)
+    offsets = np.cumsum(np.concatenate(sizes), axis=0)
     with replacing(_file(task, "offsets")) as partial:
         offsets.tofile(partial)
     _save(task, "signatures", np.concatenate(signatures))
-    rows = np.flatnonzero(np.diff(offsets))
+    rows = np.flatnonzero(np.diff(offsets[:, 0]))
     keys = np.concatenate(bands)[rows].reshape(-1)
     order = np.argsort(keys, kind="stable")
     keys = keys[order]
@@ -309,7 +316,7 @@ def connect(signatures: NDArray[np.uint32], similarity: float) -> tuple[Pairs, N
 
 
 def confirm(task: ConfirmTask) -> Confirmed:
-    """Keep the candidates whose sets of shingles have the Jaccard similarity that is asked for."""
+    """Keep the candidates whose sets of shingles have the Jaccard similarity that is asked for, with system turns and without."""
     slices = [np.empty((0, 2), np.int64)]
     for bucket in range(task.buckets):
         low, high = _load(task.scratch, "bounds-of-pairs", bucket)[task.partition:task.partition + 2]
@@ -319,7 +326,10 @@ def confirm(task: ConfirmTask) -> Confirmed:
     least = min_similarity(task.rules)
     shingles_of = _Shingles(task.scratch)
     for i, (first, second) in enumerate(pairs.tolist()):
-        similarities[i] = jaccard(shingles_of[first], shingles_of[second])
+        (said, whole), (other_said, other_whole) = shingles_of[first], shingles_of[second]
+        similarities[i] = jaccard(said, other_said)
+        if whole is not said or other_whole is not other_said:
+            similarities[i] = min(similarities[i], jaccard(whole, other_whole))
     kept = similarities >= least
     return Confirmed(len(pairs), pairs[kept], similarities[kept])
 
@@ -393,36 +403,40 @@ class _WordHashes(dict[str, int]):
         return np.fromiter(map(self.__getitem__, words), np.uint64, len(words))
 
 
-class _Shingles(dict[int, Words]):
-    """Documents' sets of shingles from the scratch folder, those that were read last."""
+class _Shingles(dict[int, tuple[Words, Words]]):
+    """Documents' sets of shingles from the scratch folder, those that were read last: without system turns, and of the whole."""
 
     def __init__(self, scratch: Path) -> None:
         self.scratch, self.bytes = scratch, 0
 
-    def __missing__(self, number: int) -> Words:
+    def __missing__(self, number: int) -> tuple[Words, Words]:
         partition, row = number >> 32, number & 0xFFFFFFFF
-        low, high = np.fromfile(self.scratch / f"fuzzy-offsets-{partition:05d}", np.int64, 2, offset=8 * row).tolist()
-        found = np.fromfile(self.scratch / f"fuzzy-shingles-{partition:05d}", np.uint64, high - low, offset=8 * low)
-        self.bytes += found.nbytes
+        offsets = np.fromfile(self.scratch / f"fuzzy-offsets-{partition:05d}", np.int64, 4, offset=16 * row).reshape(2, 2)
+        said, whole = (np.fromfile(self.scratch / f"fuzzy-{name}-{partition:05d}", np.uint64, high - low, offset=8 * low)
+                       for name, (low, high) in zip(("shingles", "whole"), offsets.T.tolist(), strict=True))
+        size = said.nbytes + whole.nbytes
+        self.bytes += size
         if self.bytes > CACHE_BYTES:
             self.clear()
-            self.bytes = found.nbytes
-        self[number] = found
-        return found
+            self.bytes = size
+        self[number] = said, whole if len(whole) else said
+        return self[number]
 
 
-def _chunks(path: Path) -> Iterator[list[str]]:
-    """The texts of a partition, about a megabyte at a time."""
+def _chunks(path: Path) -> Iterator[tuple[list[str], list[str]]]:
+    """The texts of a partition and whose is how much of each, about a megabyte at a time."""
     with pa.memory_map(str(path)) as file:
         reader = pa.ipc.open_file(file)
         for number in range(reader.num_record_batches):
-            texts = reader.get_batch(number)["text"]
+            batch = reader.get_batch(number)
+            texts = batch["text"]
+            turns = batch["turns"].to_pylist()
             ends = np.cumsum(pc.binary_length(texts).to_numpy(zero_copy_only=False))
             start = 0
             while start < len(texts):
                 begin = ends[start - 1] if start else 0
                 stop = max(start + 1, int(np.searchsorted(ends, begin + CHUNK_BYTES, "right")))
-                yield texts[start:stop].to_pylist()
+                yield texts[start:stop].to_pylist(), turns[start:stop]
                 start = stop
 
 

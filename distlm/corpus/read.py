@@ -209,7 +209,7 @@ class Reader:
         return self._checked(number, size, text, id, meta)
 
     def _jsonl(self) -> Iterator[Record]:
-        limit = 2 * self.max_document_bytes + 65536        # escapes and other fields make a line longer than its text
+        limit = 6 * self.max_document_bytes + 65536        # an escape takes six bytes for one; and there are other fields
         for number, (line, size) in enumerate(_lines(self._stream(), limit)):
             if line is None:
                 yield Record(number, size, reason="too_long", detail=f"a line of {size} bytes")

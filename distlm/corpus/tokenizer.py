@@ -369,12 +369,15 @@ def _turns_encoder(task: EncodeTask, conversations: Conversations) -> EncodeEach
             return Refused(LONGER, f"{len(tokens):,} tokens, and a window holds {task.max_tokens:,}")
         return np.array(tokens, task.dtype), np.array(loss, np.bool_)
 
+    def is_longer(result: Tokens | Refused) -> bool:
+        return isinstance(result, Refused) and result.reason == LONGER
+
     def encode(texts: list[str], turns: list[str]) -> Iterator[list[Part]]:
         for text, sizes in zip(texts, turns, strict=True):
             said = parted(text, sizes)
             parts, results = [said], [whole(said)]
-            if conversations.too_long == "split" and isinstance(results[0], Refused) and results[0].reason == LONGER:
-                parts = divided(said, lambda some: not isinstance(whole(some), Refused))
+            if conversations.too_long == "split" and is_longer(results[0]):
+                parts = divided(said, lambda some: not is_longer(whole(some)))
                 results = [whole(part) for part in parts] if len(parts) > 1 else results
             yield [Part(*joined(part), result, sum(is_empty_answer(*turn) for turn in part))
                    for part, result in zip(parts, results, strict=True)]

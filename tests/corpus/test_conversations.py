@@ -12,13 +12,15 @@ import pytest
 import torch
 
 from distlm import plan
-from distlm.corpus.conversations import Refused, Turns, divided, joined, parted, turns_of
+from distlm.corpus.conversations import Refused, Turns, divided, joined, parted, turns_of, without_system
 from distlm.corpus.diff import diff
 from distlm.corpus.files import find_files
 from distlm.corpus.inspect import documents, find, summary, windows
 from distlm.corpus.manifest import outputs
 from distlm.corpus.read import Reader
+from distlm.corpus.split import SplitRule
 from distlm.corpus.stream import NO_LOSS, START, Windows
+from distlm.corpus.tokenizer import EncodeTask, _turns_encoder
 from distlm.corpus.verify import verify
 from distlm.errors import CorpusError, InputError
 from distlm.model.loss import IGNORED
@@ -26,6 +28,7 @@ from distlm.spec.prepare import Conversations, Source
 from distlm.storage import Storage
 from distlm.train.batch import make_batch
 from distlm.train.recipe import make_recipe
+from tests.corpus.test_tokenizer import make
 from tests.records import Records
 from tests.train.ranks import spec
 
@@ -46,7 +49,7 @@ BAD: dict[str, Any] = {
     "messages_no_list": "text", "empty_conversation": [], "message_no_object": ["text"], "unknown_role": [message("robot", "x")],
     "content_no_text": [message("user", [{"type": "text", "text": "x"}])],
     "tool_calls": [{**message("assistant", "x"), "tool_calls": [1]}],
-    "missing_field": None, "longer_than_window": [message("user", "long " * 40), message("assistant", "a")],
+    "missing_field": None, "longer_than_window": [message("system", "s " * 60), message("user", "long " * 40), message("assistant", "a")],
     "no_loss": [message("user", "Nobody answers.")], "empty_answer": [message("user", "Silence?"), message("assistant", " \n")],
     "template_refuses": [message("assistant", "First."), *exchange(0)]}
 TEMPLATE = ("{% if messages[0].role == 'assistant' %}{{ raise_exception('a user begins') }}{% endif %}"
@@ -71,6 +74,7 @@ def chats(tmp_path: Path) -> Path:
 
 
 KEYS: dict[str, Any] = {"context": CONTEXT, "conversations": {}, "clean": {"redact": ["email"]}, "split": {"val_fraction": 0.2},
+                        "filter": {"max_words": 50},       # of what is said beside system turns
                         "tokenizer": {"train": "bytes", "chat_template": TEMPLATE}, "shard_windows": 4}
 
 
@@ -89,6 +93,11 @@ def test_a_record_that_is_no_conversation_says_why() -> None:
 def test_turns_come_back_out_of_their_text() -> None:
     for turns in ([("user", "a\n\n"), ("assistant", "\n\nb"), ("user", "")], [("user", "")], [("assistant", "ä 你"), ("user", "[[")]):
         assert parted(*joined(turns)) == turns
+
+
+def test_what_many_conversations_share_in_a_system_turn_is_seen_apart() -> None:
+    assert without_system(*joined([("system", "s"), ("user", "q"), ("system", "t"), ("assistant", "a")])) == "q\n\na"
+    assert without_system(*joined([("user", '"system"'), ("assistant", "")])) == '"system"\n\n' and without_system("text", "") == "text"
 
 
 def exchanges(*lengths: int) -> Turns:
@@ -113,6 +122,16 @@ def test_a_conversation_is_cut_behind_answers_into_the_fewest_parts_that_fit(tur
     assert max(asked, default=0) <= 2 * max(expected) + 2, "no candidate is much longer than what fits"
     heads = [("system", ""), ("system", "")]
     assert divided([*heads, *turns], fits) == [[*heads, *part] for part in parts]
+
+
+def test_answers_that_say_nothing_go_with_what_follows_when_a_conversation_is_cut(tmp_path: Path) -> None:
+    """By themselves they are refused, which is not for want of room."""
+    vocabulary = make(tmp_path, train="bytes")
+    task = EncodeTask(0, tmp_path, SplitRule(0), vocabulary.folder, vocabulary.eos_id, vocabulary.dtype, tmp_path, None, 20)
+    silent = [("user", "q"), ("assistant", ""), ("user", "r"), ("assistant", " ")]
+    (parts,) = _turns_encoder(task, Conversations(too_long="split"))(*([one] for one in joined([*silent, *exchanges(3, 9)])))
+    assert [(part.text, isinstance(part.result, Refused), part.empty_answers) for part in parts] == [
+        ("q\n\n\n\nr\n\n \n\n0\n\nxxx", False, 2), ("1\n\nxxxxxxxxx", False, 0)]
 
 
 def test_conversations_are_read_alike_from_lines_and_columns(tmp_path: Path) -> None:

@@ -121,7 +121,8 @@ def lines(number: int, chars: int, end: str = "") -> str:
     ("fineweb_line_punctuation", lines(12, 40, ".") + lines(88, 41), lines(11, 40, ".") + lines(89, 41)),
     ("fineweb_line_punctuation", lines(12, 40, "。") + "\n  \n" + lines(88, 41), lines(11, 40, "。") + lines(89, 41)),
     ("fineweb_short_lines", lines(67, 30, ".") + lines(33, 31, "."), lines(68, 30, ".") + lines(32, 31, ".")),
-    ("fineweb_duplicate_characters", lines(10, 98, ".") + "ten chars.\n" * 2, lines(10, 98, ".").replace(".", "", 1) + "ten chars.\n" * 2)])
+    ("fineweb_duplicate_characters", lines(10, 98, ".") + "ten chars.\n" * 2, lines(10, 98, ".").replace(".", "", 1) + "ten chars.\n" * 2),
+    ("fineweb_list_ratio", "ten words " * 5 + "\n\n \n", "nine words " * 4 + "more\n\n \n"), ("fineweb_list_ratio", "", "\n")])
 def test_fineweb_rejects_beyond_the_threshold_and_not_at_it(reason: str, good: str, bad: str) -> None:
     assert reason not in judge(good, "fineweb")
     assert reason in judge(bad, "fineweb")
@@ -240,6 +241,8 @@ def literal_fineweb(text: str) -> Iterator[str]:
     chars = sum(len(line) for i, line in enumerate(all_lines) if line in all_lines[:i])
     if all_lines and chars / sum(len(line) for line in all_lines) > 0.01:
         yield "fineweb_duplicate_characters"
+    if "\n" in text and (not text.split() or text.count("\n") / len(text.split()) > 0.3):
+        yield "fineweb_list_ratio"
 
 
 def literal_c4(text: str) -> Iterator[str]:
@@ -293,7 +296,7 @@ def test_the_rules_agree_with_a_literal_reading_of_them_on_random_documents(rule
         assert found == list(TWINS[rule](text)), (number, text)
         seen.update(found)
     assert seen and all(seen[reason] < len(texts) for reason in seen)
-    assert len(seen) == {"gopher_quality": 9, "gopher_repetition": 13, "fineweb": 3, "c4": 4}[rule], seen  # no case of > 100,000 words
+    assert len(seen) == {"gopher_quality": 9, "gopher_repetition": 13, "fineweb": 4, "c4": 4}[rule], seen  # no case of > 100,000 words
 
 
 # Texts that were made to hurt

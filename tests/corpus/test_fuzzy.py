@@ -12,6 +12,7 @@ import pyarrow as pa
 import pytest
 
 from distlm.corpus import fuzzy
+from distlm.corpus.conversations import joined
 from distlm.corpus.dedup import BATCH_ROWS
 from distlm.corpus.fuzzy import NearDuplicates, components, connect, near_duplicates, probability, threshold
 from distlm.errors import StorageError
@@ -45,12 +46,19 @@ def out_of_turn(function: Callable[[Any], Any], tasks: Sequence[Any]) -> Iterabl
 def find(folder: Path, texts: list[str], rules: Fuzzy | None = None, partitions: int = 3,
          run: fuzzy.Spread = in_turn) -> tuple[NearDuplicates, dict[int, tuple[int, int]]]:
     """What is found, and by the numbers of the texts: those that go, with (keeper, cluster)."""
+    return find_said(folder, [(text, "") for text in texts], rules, partitions, run)
+
+
+def find_said(folder: Path, said: list[tuple[str, str]], rules: Fuzzy | None = None, partitions: int = 3,
+              run: fuzzy.Spread = in_turn) -> tuple[NearDuplicates, dict[int, tuple[int, int]]]:
+    """The same of texts and whose is how much of each."""
     scratch = folder / f"{next(numbers)}"
     scratch.mkdir()
     paths = [scratch / f"{i}.arrow" for i in range(partitions)]
-    bounds = [len(texts) * i // partitions for i in range(partitions + 1)]
+    bounds = [len(said) * i // partitions for i in range(partitions + 1)]
     for path, (low, high) in zip(paths, itertools.pairwise(bounds), strict=True):
-        table = pa.table({"hash": pa.array([b""] * (high - low), pa.binary()), "text": pa.array(texts[low:high], pa.string())})
+        texts, turns = (pa.array([one[i] for one in said[low:high]], pa.string()) for i in (0, 1))
+        table = pa.table({"hash": pa.array([b""] * (high - low), pa.binary()), "text": texts, "turns": turns})
         with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
             writer.write_table(table, max_chunksize=BATCH_ROWS)
     found = near_duplicates(paths, rules or Fuzzy(), scratch, run)
@@ -260,7 +268,7 @@ def test_the_probability_and_the_threshold_are_those_that_are_published() -> Non
 
 def test_a_scratch_folder_that_cannot_be_written_is_a_storage_error(tmp_path: Path) -> None:
     path = tmp_path / "0.arrow"
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, pa.schema({"text": pa.string()})):
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, pa.schema({"text": pa.string(), "turns": pa.string()})):
         pass
     with pytest.raises(StorageError, match="cannot write"):
         near_duplicates([path], Fuzzy(), tmp_path / "none", in_turn)
@@ -272,5 +280,14 @@ def test_what_confirming_holds_is_bounded_but_for_one_document(tmp_path: Path, m
     scratch, = tmp_path.iterdir()
     held = fuzzy._Shingles(scratch)
     for number in [(0 << 32) + 2, (1 << 32) + 3, *((2 << 32) + row for row in range(8)), (0 << 32) + 2]:
-        assert len(held[number]) in (96, 396)
-        assert sum(found.nbytes for found in held.values()) <= max(2000, held[number].nbytes)
+        assert len(held[number][0]) in (96, 396)
+        assert sum(found.nbytes for found, _ in held.values()) <= max(2000, held[number][0].nbytes)
+
+
+def test_a_system_turn_that_conversations_share_makes_them_no_copies_and_one_that_differs_tells_them_apart(tmp_path: Path) -> None:
+    prompt, same, nearly = (" ".join(words(n)) for n in (300, 30, 1))
+    chats = [[("system", prompt), ("user", " ".join(words(12))), ("assistant", " ".join(words(8)))] for _ in range(60)]
+    chats += [[("system", " ".join(words(50))), ("user", same)] for _ in range(20)]      # what is asked about is in the system turn
+    chats += [[("system", first), ("user", f"{same} copy")] for first in (prompt, f"{prompt} {nearly}")] + [[("user", same)]]
+    found, gone = find_said(tmp_path, [joined(turns) for turns in chats])
+    assert gone == {81: (80, 0)} and found.documents == len(chats)

@@ -90,6 +90,12 @@ def test_a_document_is_too_long_by_the_bytes_of_its_text(tmp_path: Path, format:
         assert reasons(records) == [expected]
 
 
+@pytest.mark.parametrize("text", ["я" * 49_900, "\x01" * 99_900])
+def test_a_text_within_the_limit_is_read_however_its_line_escapes_it(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}))
+    assert reasons(read(tmp_path / "a.jsonl", limit=100_000)[0]) == [text]
+
+
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_compressed_files_of_several_members_are_read_whole(tmp_path: Path, ending: str) -> None:
     compress = COMPRESS[ending]
