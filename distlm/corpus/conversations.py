@@ -39,10 +39,11 @@ def turns_of(values: Sequence[Any], rules: Conversations) -> Turns:
     if not messages:
         raise Refused("empty_conversation", f"{rules.messages_key!r} has no message")
     known = {role: role for role in ROLES} | rules.roles
-    return [_turn(f"message {i}", message, role_key, content_key, known) for i, message in enumerate(messages)]
+    taken = {role_key, content_key, *rules.ignore_keys}
+    return [_turn(f"message {i}", message, role_key, content_key, known, taken) for i, message in enumerate(messages)]
 
 
-def _turn(what: str, message: Any, role_key: str, content_key: str, known: dict[str, str]) -> tuple[str, str]:
+def _turn(what: str, message: Any, role_key: str, content_key: str, known: dict[str, str], taken: set[str]) -> tuple[str, str]:
     if not isinstance(message, dict):
         raise Refused("message_no_object", f"{what} is a {type(message).__name__}")
     role, content = message.get(role_key), message.get(content_key)
@@ -50,6 +51,8 @@ def _turn(what: str, message: Any, role_key: str, content_key: str, known: dict[
         raise Refused("unknown_role", f"{what} has the {role_key} {role!r}, which is none of {', '.join(known)}")
     if calls := [key for key in ("tool_calls", "function_call") if message.get(key)]:
         raise Refused("tool_calls", f"{what} has {calls[0]}, which would be lost")
+    if lost := [key for key, value in message.items() if key not in taken and value is not None and value not in ("", [], {})]:
+        raise Refused("unknown_key", f"{what} has {lost[0]}, which would be lost; conversations.ignore_keys names what may be")
     if not isinstance(content, str):
         raise Refused("content_no_text", f"{what}: {content_key} is a {type(content).__name__}")
     return known[role], content

@@ -230,9 +230,9 @@ class _Read:
         step = self.result.filter
         add(step.taken, 1, cleaned.bytes)
         said = without_system(cleaned.text, turns)
-        reasons = self.filters[file.source].reasons(said, path=file.name, meta=record.meta)
-        if reasons and rules.filter.mode == "drop":
-            self._reject(step, reasons[0], record, file, number, 1, cleaned.bytes, sample)
+        dropped, reasons = self.filters[file.source].judge(said, path=file.name, meta=record.meta)
+        if dropped:
+            self._reject(step, dropped, record, file, number, 1, cleaned.bytes, sample)
             return
         add(step.given, 1, cleaned.bytes)
         self.result.annotated.update(reasons)

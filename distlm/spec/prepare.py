@@ -89,6 +89,19 @@ class Filter(Part):
     """A function of yours, `module:name`, that is given the text and returns None or the reason of a rejection."""
     mode: Literal["drop", "annotate"] = "drop"
     """annotate: documents stay, and the reasons stand beside them in `documents.parquet`."""
+    annotate: tuple[Literal["gopher_quality", "gopher_repetition", "c4", "fineweb", "code", "language", "license", "min_words", "max_words",
+                            "function"], ...] = ()
+    """Rules that only annotate, whatever the mode: what they say is counted and stands beside documents that no other rule drops."""
+
+    @model_validator(mode="after")
+    def _annotating(self) -> "Filter":
+        if self.mode == "annotate":
+            without_effect(self, "beside mode: annotate", "annotate")
+        return self
+
+    def asks(self, rule: str) -> bool:
+        """Whether the rule of this name, as `annotate` has it, is in use."""
+        return rule in self.rules or getattr(self, rule, None) is not None
 
 
 class Split(Part):
@@ -307,6 +320,9 @@ class Conversations(Part):
     roles: dict[str, Annotated[str, Field(min_length=1)]] = {}
     """What the template calls the roles of the records: `{human: user, gpt: assistant}`. system, user and assistant are known as they are;
     a message of any other role rejects its conversation."""
+    ignore_keys: tuple[str, ...] = ("id", "name")
+    """Further keys of a message that say nothing to train on, such as timestamp. One that has any other, with a value, rejects its
+    conversation with the reason `unknown_key`: thoughts, weights or what else it holds would be lost in silence."""
     prompt_key: str | None = None
     """The field with what a user asks, where records have a question and an answer and no list of messages."""
     completion_key: str | None = None
@@ -323,7 +339,7 @@ class Conversations(Part):
             raise Rule("prompt_key" if self.prompt_key is None else "completion_key", "prompt_key and completion_key are a question and "
                                                                                       "its answer; give both")
         if self.prompt_key:
-            without_effect(self, "beside prompt_key", "messages_key", "role_key", "content_key", "roles")
+            without_effect(self, "beside prompt_key", "messages_key", "role_key", "content_key", "roles", "ignore_keys")
         return self
 
     @property
@@ -382,6 +398,15 @@ class PrepareSpec(Job):
                                                  "nothing to train on; split: val or split: test takes the whole source")
             if not self.dedup.exact:
                 raise Rule(f"sources.{i}.split", "equal texts would be trained and validated on; drop them with dedup: exact")
+        return self
+
+    @model_validator(mode="after")
+    def _annotating(self) -> "PrepareSpec":
+        for where, section, sources in [("filter", self.filter, self.sources),
+                                        *((f"sources.{i}.filter", one.filter, [one]) for i, one in enumerate(self.sources))]:
+            for rule in section.annotate if section else ():
+                if not any(self.filtering(source).asks(rule) for source in sources):
+                    raise Rule(f"{where}.annotate", f"{rule} is no rule that is asked for; give it in the filter, or leave it out here")
         return self
 
     @model_validator(mode="after")

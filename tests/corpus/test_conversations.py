@@ -86,6 +86,14 @@ def test_a_record_that_is_no_conversation_says_why() -> None:
     rules = Conversations(messages_key="conversations", role_key="from", content_key="value", roles={"human": "user", "gpt": "assistant"})
     assert turns_of([[{"from": "human", "value": "q"}, {"from": "gpt", "value": ""}]], rules) == [("user", "q"), ("assistant", "")]
     assert turns_of(["q", "a"], Conversations(prompt_key="p", completion_key="c")) == [("user", "q"), ("assistant", "a")]
+    extra = {"name": "Ann", "id": 5, "thinking": None, "refusal": "", "annotations": []}
+    assert turns_of([[{**message("user", "q"), **extra}]], Conversations()) == [("user", "q")]
+    for key, value in (("reasoning_content", "So."), ("thinking", "So."), ("weight", 0), ("flag", False), ("images", [1])):
+        given = [{**message("assistant", "a"), key: value}]
+        with pytest.raises(Refused, match=f"message 0 has {key}, which would be lost") as refused:
+            turns_of([given], Conversations())
+        assert refused.value.reason == "unknown_key"
+        assert turns_of([given], Conversations(ignore_keys=(key,))) == [("assistant", "a")]
     with pytest.raises(Refused, match="message 0: content is a int"):
         turns_of([1, "a"], Conversations(prompt_key="p", completion_key="c"))
 

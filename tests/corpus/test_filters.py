@@ -15,7 +15,8 @@ import pytest
 import regex
 
 from distlm.corpus.filters import Filters, language
-from distlm.errors import CorpusError, InputError
+from distlm.errors import CorpusError, InputError, SpecError
+from distlm.spec import load_spec
 from distlm.spec.prepare import Filter, Language
 
 
@@ -325,6 +326,35 @@ def test_documents_are_counted_in_words() -> None:
     assert judge("one two  three", min_words=3, max_words=3) == []
     assert judge("one two", min_words=3) == ["too_few_words"]
     assert judge("one two three four", max_words=3) == ["too_many_words"]
+
+
+def test_rules_that_only_annotate_say_all_they_have_and_the_others_drop() -> None:
+    text = "{ word } " * 20
+    both = Filters(Filter(rules=("c4", "fineweb"), max_words=9, annotate=("c4", "max_words")))
+    assert both.judge(text) == ("fineweb_line_punctuation", ["too_many_words", "c4_curly_bracket", "c4_no_terminal_punctuation",
+                                                             "c4_few_sentences"])
+    kept = Filters(Filter(rules=("fineweb", "c4"), min_words=99, function="tests.corpus.test_filters:grumble",
+                          annotate=("fineweb", "c4", "min_words", "function")))
+    assert kept.judge(text) == ("", kept.reasons(text)) and {"too_few_words", "fineweb_line_punctuation", "c4_few_sentences",
+                                                            "custom_grumble"} < set(kept.reasons(text))
+    licensed = Filter.model_validate({"license": {"keep": ["MIT"]}, "min_words": 2, "annotate": ["license"]})
+    assert Filters(licensed).judge("word", meta={"license": "GPL-3.0-only"}) == ("too_few_words", ["license"])
+
+
+def grumble(text: str) -> str:
+    return "grumble"
+
+
+def test_annotate_names_rules_that_are_asked_for() -> None:
+    given: dict[str, Any] = {"kind": "prepare", "name": "a", "sources": [{"path": "a", "filter": {"rules": ["code"]}}, "b"]}
+    spec: Any = load_spec({**given, "filter": {"annotate": ["code"]}}).spec
+    assert spec.filtering(spec.sources[0]).annotate == ("code",)
+    with pytest.raises(SpecError, match=r"filter\.annotate: c4 is no rule that is asked for"):
+        load_spec({**given, "filter": {"annotate": ["c4"]}})
+    with pytest.raises(SpecError, match=r"sources\.0\.filter\.annotate: language is no rule"):
+        load_spec({**given, "sources": [{"path": "a", "filter": {"annotate": ["language"]}}], "filter": {"rules": ["c4"]}})
+    with pytest.raises(SpecError, match="has no effect beside mode: annotate"):
+        load_spec({**given, "filter": {"mode": "annotate", "rules": ["c4"], "annotate": ["c4"]}})
 
 
 def test_drop_says_the_first_reason_in_the_order_of_the_spec_and_annotate_all() -> None:

@@ -141,7 +141,7 @@ def test_a_bomb_is_too_long_or_no_document_and_never_held(tmp_path: Path, format
     tracemalloc.stop()
     assert reasons(records) == ["malformed" if format == "warc" else "too_long"]
     assert reader.stream_bytes == records[0].bytes == 200 << 20
-    assert peak < 8_000_000
+    assert peak < 14_000_000                               # a line may have 6.1 MB, and is copied when it grows
 
 
 @pytest.mark.parametrize("ending", ENDINGS)

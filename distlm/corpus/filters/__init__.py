@@ -43,15 +43,23 @@ class Filters:
         """Texts by the language that was found, and those among them that the filter does not keep."""
 
     def reasons(self, text: str, *, path: str = "", meta: Mapping[str, Any] = MappingProxyType({})) -> list[str]:
-        """Why the document is rejected: all reasons where the mode is annotate, else the first alone.
+        """`judge`, in one list: the reason of a rejection alone, or all that is said of a document that stays."""
+        dropped, said = self.judge(text, path=path, meta=meta)
+        return [dropped] if dropped else said
+
+    def judge(self, text: str, *, path: str = "", meta: Mapping[str, Any] = MappingProxyType({})) -> tuple[str, list[str]]:
+        """(why the document is rejected, empty where it stays; what the rules say that only annotate and were asked until then).
 
         The order: licence, length, language, the rules as the spec has them, the user's function. `path` names the document, and its ending
         says whether it is Python; `meta` may hold its license. Raises CorpusError where the user's function fails.
         """
-        found = itertools.chain(self._license(meta.get("license")), self._reasons(Text(text, path)))
-        if self._rules.mode == "annotate":
-            return list(found)
-        return [reason for reason in (next(found, ""),) if reason]
+        said = list[str]()
+        license = (("license", reason) for reason in self._license(meta.get("license")))
+        for rule, reason in itertools.chain(license, self._reasons(Text(text, path))):
+            if self._rules.mode == "drop" and rule not in self._rules.annotate:
+                return reason, said
+            said.append(reason)
+        return "", said
 
     def _license(self, given: Any) -> Iterator[str]:
         """Several licences in a list hold all together."""
@@ -64,22 +72,23 @@ class Filters:
         elif not all(allows(one, self._licenses) for one in found):
             yield "license"
 
-    def _reasons(self, text: Text) -> Iterator[str]:
+    def _reasons(self, text: Text) -> Iterator[tuple[str, str]]:
+        """(rule, reason)."""
         rules = self._rules
         if rules.min_words is not None and len(text.words) < rules.min_words:
-            yield "too_few_words"
+            yield "min_words", "too_few_words"
         if rules.max_words is not None and len(text.words) > rules.max_words:
-            yield "too_many_words"
+            yield "max_words", "too_many_words"
         if rules.language and self._detect:
             language, confidence = self._detect(text.text)
             self.languages[language] += 1
             if language not in rules.language.keep or confidence < rules.language.min_confidence:
                 self.unwanted[language] += 1
-                yield "language"
+                yield "language", "language"
         for rule in rules.rules:
-            yield from RULES[rule](text)
+            yield from ((rule, reason) for reason in RULES[rule](text))
         if self._function:
-            yield from self._ask(self._function, text)
+            yield from (("function", reason) for reason in self._ask(self._function, text))
 
     def _ask(self, function: Callable[[str], Any], text: Text) -> Iterator[str]:
         where = f"{text.path or 'a document'}: filter.function: {self._rules.function}"
