@@ -253,11 +253,13 @@ def test_what_signing_holds_does_not_grow_with_the_texts(tmp_path: Path, monkeyp
     monkeypatch.setattr(fuzzy, "MAX_KNOWN_WORDS", 1000)
     peaks = []
     for copies in (10, 80):
-        texts = [" ".join(words(2000)) for _ in range(copies)]
-        tracemalloc.start()
-        find(tmp_path, texts, partitions=1)
-        peaks.append(tracemalloc.get_traced_memory()[1] - sum(map(len, texts)))
-        tracemalloc.stop()
+        texts, twice = [" ".join(words(2000)) for _ in range(copies)], []
+        for _ in range(2):                                 # once in a while Python's table of interned strings grows by megabytes
+            tracemalloc.start()
+            find(tmp_path, texts, partitions=1)
+            twice.append(tracemalloc.get_traced_memory()[1] - sum(map(len, texts)))
+            tracemalloc.stop()
+        peaks.append(min(twice))
     assert peaks[1] < 1.5 * peaks[0] + 80 * 2000, peaks
 
 
