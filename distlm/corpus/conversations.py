@@ -15,6 +15,8 @@ SEPARATOR = "\n\n"
 SYSTEM, USER, ANSWERS = ROLES
 LONGER = "longer_than_window"
 """The reason of a conversation, or a part of one, that no window holds."""
+BESIDE = ("tools", "functions")
+"""Fields of a record that say what its answers may call: they would be lost."""
 Turns = Sequence[tuple[str, str]]
 """(role, what it says) of each message, in order."""
 

@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
 
-from distlm.corpus.conversations import Refused, Turns, joined, turns_of
+from distlm.corpus.conversations import BESIDE, Refused, Turns, joined, turns_of
 from distlm.corpus.decompress import ERRORS, decompress
 from distlm.corpus.files import TextFile
 from distlm.corpus.trees import language, tagged
@@ -235,20 +235,28 @@ class Reader:
         self.keys = self.keys or sorted(value)[:MAX_KEYS]
         id = _as_id(_field(value, file.id_key or "id"))
         meta = {key: _as_json(kept) for key in file.keep if (kept := _field(value, key)) is not None} if file.keep else {}
-        return self._said(number, size, [_field(value, key) for key in self.wanted], id, meta)
+        lost = [key for key in self._beside if _is_given(value.get(key))]
+        return self._said(number, size, [_field(value, key) for key in self.wanted], id, meta, lost)
 
     @property
     def wanted(self) -> tuple[str, ...]:
         """The fields or columns that make a document."""
         return self.conversations.keys if self.conversations else (self.file.text_key,)
 
-    def _said(self, number: int, size: int, values: list[Any], id: str, meta: dict[str, Any]) -> Record:
-        """The record of the values of the wanted fields."""
+    @property
+    def _beside(self) -> tuple[str, ...]:
+        """The fields or columns with which a record is no conversation that can be taken."""
+        return BESIDE if self.conversations else ()
+
+    def _said(self, number: int, size: int, values: list[Any], id: str, meta: dict[str, Any], lost: list[str]) -> Record:
+        """The record of the values of the wanted fields, beside which it has those that would be lost."""
         if missing := [key for key, value in zip(self.wanted, values, strict=True) if value is None]:
             return Record(number, size, reason="missing_field", detail=f"no {missing[0]!r}", id=id, meta=meta)
         self.with_key += 1
         if not self.conversations:
             return self._checked(number, size, values[0], id, meta)
+        if lost:
+            return Record(number, size, reason="tools", detail=f"it has {lost[0]}, which would be lost", id=id, meta=meta)
         try:
             turns = turns_of(values, self.conversations)
         except Refused as refused:
@@ -286,20 +294,21 @@ class Reader:
                     yield from (Record(i, 0, reason="missing_field", detail=f"no column {missing[0]!r}") for i in range(rows))
                     return
                 id_key = self.file.id_key or "id"
-                keys = [key for key in dict.fromkeys((*self.wanted, id_key, *self.file.keep)) if _has_column(schema, key)]
+                keys = [key for key in dict.fromkeys((*self.wanted, id_key, *self.file.keep, *self._beside)) if _has_column(schema, key)]
                 for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=keys):
                     columns = {key: _column(batch, key) for key in keys}
                     kept = [key for key in self.file.keep if key in columns]
                     for row in range(len(batch)):
                         id = _as_id(_plain(columns[id_key][row])) if id_key in columns else ""
                         values = {key: _as_json(_plain(columns[key][row])) for key in kept}
+                        lost = [key for key in self._beside if key in columns and _is_given(_plain(columns[key][row]))]
                         yield self._row(number, [columns[key][row] for key in self.wanted], id,
-                                        {key: value for key, value in values.items() if value is not None})
+                                        {key: value for key, value in values.items() if value is not None}, lost)
                         number += 1
         except (pa.ArrowException, OSError, ValueError, LookupError, MemoryError) as error:      # whatever is left of the file
             yield Record(number, 0, reason="corrupt", detail=str(error).split("\n")[0], documents=max(1, rows - number))
 
-    def _row(self, number: int, row: list[Any], id: str, meta: dict[str, Any]) -> Record:
+    def _row(self, number: int, row: list[Any], id: str, meta: dict[str, Any], lost: list[str]) -> Record:
         if self.conversations:
             try:
                 values = [value.as_py() for value in row]
@@ -307,7 +316,7 @@ class Reader:
                 return Record(number, 0, reason="not_utf8", detail=f"byte {error.start}: {error.reason}", id=id, meta=meta)
             size = len(json.dumps(values, ensure_ascii=False, default=str).encode())     # columns do not tell what a row takes in them
             self.stream_bytes += size
-            return self._said(number, size, values, id, meta)
+            return self._said(number, size, values, id, meta, lost)
         value = row[0]
         if not value.is_valid:
             return Record(number, 0, reason="missing_field", detail=f"no {self.file.text_key!r}", id=id, meta=meta)
@@ -435,6 +444,11 @@ def _field(value: dict[str, Any], key: str) -> Any:
     for part in key.split("."):
         found = found.get(part) if isinstance(found, dict) else None
     return found
+
+
+def _is_given(value: Any) -> bool:
+    """Whether a field says anything: some write nothing as an empty list in JSON."""
+    return bool(value) and value != "[]"
 
 
 def _as_id(value: Any) -> str:

@@ -144,8 +144,10 @@ def test_answers_that_say_nothing_go_with_what_follows_when_a_conversation_is_cu
 
 def test_conversations_are_read_alike_from_lines_and_columns(tmp_path: Path) -> None:
     rows = [{"id": str(i), "messages": exchange(i)} for i in range(5)] + [{"id": "none", "messages": None}, {"id": "empty", "messages": []}]
+    rows += [{"id": "tools", "messages": exchange(0), "tools": ["f"]}, {"id": "none", "messages": exchange(1), "tools": []}]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "b.parquet")
+    pq.write_table(pa.Table.from_pylist(rows, pa.schema([("id", pa.string()), ("messages", pa.list_(pa.struct(
+        [("role", pa.string()), ("content", pa.string())]))), ("tools", pa.list_(pa.string()))])), tmp_path / "b.parquet")
     pairs = [{"p": f"q{i}", "c": f"a{i}"} for i in range(3)] + [{"p": "q", "c": None}]
     pq.write_table(pa.Table.from_pylist(pairs), tmp_path / "c.parquet")
     found = []
@@ -153,7 +155,7 @@ def test_conversations_are_read_alike_from_lines_and_columns(tmp_path: Path) -> 
         reader = Reader(file, 1000, Conversations(prompt_key="p", completion_key="c") if "c.parquet" in file.name else Conversations())
         found.append([(one.id, one.turns, one.reason) for one in reader.records()])
         assert reader.stream_bytes == sum(one.bytes for one in Reader(file, 1000, reader.conversations).records()) > 0
-    assert found[0] == found[1] and [reason for *_, reason in found[0]] == [""] * 5 + ["missing_field", "empty_conversation"]
+    assert found[0] == found[1] and [reason for *_, reason in found[0]] == [""] * 5 + ["missing_field", "empty_conversation", "tools", ""]
     assert found[2] == [("", [("user", f"q{i}"), ("assistant", f"a{i}")], "") for i in range(3)] + [("", (), "missing_field")]
 
 
