@@ -255,6 +255,14 @@ def token(token_file: str | None) -> str:
     return ""
 
 
+def speaks_for(token_file: str, dashboard_url: str) -> bool:
+    """Whether the token belongs to the cluster that had this dashboard: after its end anybody may listen there. A head that lives on
+    another host is believed by its record."""
+    root = Storage(Path(token_file).parent / "../..")       # it lies in <storage root>/clusters/<name>
+    return any((head.token_file, head.dashboard_url) == (token_file, dashboard_url) and (head.alive() or not head.here())
+               for head in recorded(root))
+
+
 @contextlib.contextmanager
 def client(dashboard_url: str, token_file: str | None) -> Iterator[httpx.Client]:
     """An HTTP client of a cluster's dashboard, with its token. Connection errors become ClusterError."""

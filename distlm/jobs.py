@@ -24,8 +24,8 @@ import psutil
 
 from distlm import cluster as clusters
 from distlm import upload
-from distlm.errors import PREFIX, ClusterError, InputError
-from distlm.head import Head, client, recorded, same_address
+from distlm.errors import PREFIX, ClusterError, InputError, ServeError
+from distlm.head import Head, client, recorded, same_address, speaks_for
 from distlm.runs.folder import ENDED, SUBMISSION, RunFolder
 from distlm.serve.client import healthy
 from distlm.spec import PipelineSpec, TuneSpec
@@ -288,6 +288,9 @@ def submission_of(job: Job) -> Submission:
     if urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1") and host != socket.gethostname():
         raise ClusterError(f"{job.name} was submitted on {host}, to a cluster that only that machine reaches", where=url,
                            remedy="ask there")
+    if (file := queued.get("token_file")) and not speaks_for(file, url):
+        raise ClusterError(f"the cluster that {job.name} was submitted to has gone: its token is sent to nobody else", where=url,
+                           remedy="`distlm cluster status` shows what is up")
     return Submission(job.submission, url, queued.get("token_file"), job.folder)
 
 
@@ -434,13 +437,17 @@ def _stop_process(job: Job, grace_s: float) -> str:
 
 def query(name: str, prompt: str, max_tokens: int | None = None, *, temperature: float = 0.0,
           storage: str | Path | Storage | None = None) -> Iterator[str]:
-    """What an endpoint makes of `prompt`, piece by piece. Raises InputError where there is none of that name, ServeError."""
+    """What an endpoint makes of `prompt`, piece by piece. Raises InputError where there is none of that name, ServeError where it does not
+    prove itself: then it is sent neither the key nor the prompt."""
     from distlm.serve.client import query as ask
 
     path = Storage.given(storage).endpoint(name) / "endpoint.json"
     if not path.exists():
         raise InputError(f"there is no endpoint {name!r}", where=str(path.parent), remedy="`distlm runs` lists those that serve")
     endpoint = read_json(path)
+    if not healthy(endpoint):
+        raise ServeError("no endpoint answers there that knows the key", where=endpoint["url"],
+                         remedy=f"`distlm status {name}` shows how it stands, `distlm run` or `submit` with its spec brings it up")
     return ask(endpoint["url"], Path(endpoint["api_key_file"]).read_text().strip(), prompt, max_tokens, model=endpoint.get("model"),
                temperature=temperature)
 

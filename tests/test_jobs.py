@@ -7,15 +7,18 @@ import socket
 import threading
 import zipfile
 from collections.abc import Iterator
+from dataclasses import asdict, replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from distlm import cluster, jobs, logs
-from distlm.errors import ClusterError, InputError
+from distlm.errors import ClusterError, InputError, ServeError
 from distlm.runs import RunFolder
+from distlm.serve.guard import make_key
 from distlm.storage import Storage, write_json
 from tests.endpoints import fake_endpoint
 
@@ -36,6 +39,64 @@ def test_an_endpoint_is_running_while_it_answers_and_lost_when_it_does_not(tmp_p
     (folder.path / "endpoint.json").unlink()
     folder.event("stopped", "user")
     assert jobs.locate("py", storage).state == "stopped"
+
+
+@contextlib.contextmanager
+def impostor() -> Iterator[tuple[str, list[str]]]:
+    """Somebody else who listens at an address of ours, agrees to all, and keeps what it is told."""
+    told: list[str] = []
+
+    class Listener(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            told.append(f"{self.path} {self.headers}")
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps({"status": "RUNNING", "proof": "", "data": [{"id": "py"}]}).encode())
+
+        do_POST = do_GET
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Listener)
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", told
+    server.shutdown()
+    server.server_close()
+
+
+def test_whoever_has_taken_an_endpoints_port_is_not_told_its_key(tmp_path: Path) -> None:
+    folder = RunFolder(Storage(tmp_path).endpoint("py"))
+    folder.event("succeeded", "completed")
+    key = make_key(folder.path / "api_key")
+    with impostor() as (url, told):
+        write_json(folder.path / "endpoint.json", {"url": f"{url}/v1", "model": "py", "api_key_file": str(key), "app": "py"})
+        job = jobs.locate("py", tmp_path)
+        with pytest.raises(ServeError, match="no endpoint answers there that knows the key"):
+            next(jobs.query("py", "secret prompt", storage=tmp_path))
+    assert (job.state, job.cause) == ("failed", "head_lost") and told
+    assert not [text for text in told if key.read_text().strip() in text or "Authorization" in text or "secret" in text]
+
+
+@pytest.mark.parametrize("known", ["dead", "moved", "forgotten"])
+def test_whoever_has_taken_a_dashboards_port_is_not_told_the_token(known: str, tmp_path: Path) -> None:
+    folder = tmp_path / "clusters" / "local"
+    folder.mkdir(parents=True)
+    (folder / "token").write_text("a" * 64)
+    with impostor() as (url, told):
+        me = psutil.Process()
+        head = cluster.heads.Head("local", "0", str(folder), str(folder), "127.0.0.1:1", url, str(folder / "token"), 1,
+                                  socket.gethostname(), me.pid, me.create_time())
+        write_json(folder / "cluster.json", asdict(head))
+        RunFolder(Storage(tmp_path).run("x")).event("queued", submission="train-x-1", dashboard=url, token_file=str(folder / "token"))
+        jobs.locate("x", tmp_path)
+        assert len(told) == 1 and "a" * 64 in told.pop(), "the head lives: it is asked"
+        if known == "forgotten":
+            (folder / "cluster.json").unlink()
+        else:
+            write_json(folder / "cluster.json", asdict(replace(head, **({"started": 1.0} if known == "dead" else {"dashboard_url": "http://other"}))))
+        job = jobs.locate("x", tmp_path)
+        assert job.state == "queued" and "`distlm stop x` frees the name" in job.message and told == []
 
 
 @contextlib.contextmanager
