@@ -430,6 +430,8 @@ def cluster_down(file: ClusterFile = None, name: Annotated[str, typer.Option(hel
     ending = jobs.in_cluster(found[0], _storage()) if found[0].here() else []
     if ending and found[0].alive() and not yes:
         typer.confirm(f"{', '.join(job.name for job in ending)} would end with it. Go on?", abort=True)
+    for job in ending:
+        jobs.end_with_cluster(job)
     print(f"cluster {config.name} is down: {head.down(found[0])} processes ended")
     for job in ending:
         jobs.ended_with_cluster(job)

@@ -109,14 +109,16 @@ def connected(folder: RunFolder, storage: Storage, progress: Progress) -> Iterat
     """A Ray connection for the block; yields whether the cluster was started here and ends with the block."""
     import ray
 
-    if ray.is_initialized():
-        yield False
-        return
     from distlm import cluster
 
+    if ray.is_initialized():
+        folder.event("note", message=f"in cluster {cluster.joined()}", cluster=cluster.joined())
+        yield False
+        return
     with cluster.connect(folder.path / "logs" / "driver.log", storage=storage) as connection:
         place = "a cluster for this job alone" if connection.embedded else f"cluster {connection.address}"
         progress.note(f"{place}, dashboard {connection.dashboard_url or 'off'}")
+        folder.event("note", message=f"in {place}", cluster=connection.address)
         yield connection.embedded
 
 

@@ -359,17 +359,33 @@ def _take_down(job: Job, storage: Storage, force: bool) -> str:
 
 
 def in_cluster(head: Head, storage: Storage) -> list[Job]:
-    """What ends with a local cluster: jobs that were submitted to it, and endpoints that live in it."""
-    found = []
-    for job in jobs(storage):
-        if job.kind == "serve" and (job.folder / "endpoint.json").exists():
-            inside = same_address(read_json(job.folder / "endpoint.json").get("cluster", ""), head.address)
-        else:
-            queued: dict[str, Any] = next((event for event in reversed(RunFolder(job.folder).events()) if event["state"] == "queued"), {})
-            inside = bool(job.submission) and queued.get("dashboard") == head.dashboard_url
-        if job.active and inside:
-            found.append(job)
-    return found
+    """What ends with a local cluster: jobs that were submitted to it or have joined it, and endpoints that live in it."""
+    return [job for job in jobs(storage) if job.active and _inside(job, head)]
+
+
+def _inside(job: Job, head: Head) -> bool:
+    loopback = urlsplit(head.dashboard_url).hostname in ("127.0.0.1", "localhost", "::1")
+    if loopback and _owner(job).get("host", head.host) != head.host:
+        return False                                       # the same address there is another cluster
+    if job.kind == "serve" and (job.folder / "endpoint.json").exists():
+        return same_address(read_json(job.folder / "endpoint.json").get("cluster", ""), head.address)
+    for event in reversed(RunFolder(job.folder).events()):  # the latest attempt's word, from where it has joined
+        if "cluster" in event:
+            return same_address(event["cluster"], head.address)
+        if event["state"] == "queued":
+            return bool(job.submission) and event.get("dashboard") == head.dashboard_url
+        if event["state"] == "starting" and not job.submission:
+            return False
+    return False
+
+
+def end_with_cluster(job: Job, grace_s: float = STOP_GRACE_S) -> None:
+    """Before its cluster is taken down, stop a job whose driver is no process of the cluster: it would wait for what does not come back."""
+    folder = RunFolder(job.folder)
+    if not job.submission and folder.state()[0] not in ENDED:
+        folder.event("note", message="its cluster is taken down")
+        with contextlib.suppress(ClusterError, psutil.Error):  # on another host, or of another user
+            _stop_process(job, grace_s)
 
 
 def ended_with_cluster(job: Job) -> None:

@@ -4,6 +4,8 @@ import asyncio
 import contextlib
 import json
 import socket
+import subprocess
+import sys
 import threading
 import zipfile
 from collections.abc import Iterator
@@ -14,8 +16,10 @@ from typing import Any
 
 import psutil
 import pytest
+from typer.testing import CliRunner
 
 from distlm import cluster, jobs, logs
+from distlm.cli import app
 from distlm.errors import ClusterError, InputError, ServeError
 from distlm.runs import RunFolder
 from distlm.serve.guard import make_key
@@ -234,6 +238,45 @@ def test_what_ended_with_its_cluster_is_recorded(tmp_path: Path) -> None:
     [job] = jobs.in_cluster(mine, storage)
     jobs.ended_with_cluster(job)
     assert RunFolder(storage.run("x")).state() == ("stopped", "user") and RunFolder(storage.run("y")).state() == ("queued", "")
+
+
+DRIVER = """
+import sys, time
+from pathlib import Path
+from distlm.runs import RunFolder
+folder = RunFolder(Path(sys.argv[1]))
+with folder.running():
+    if sys.argv[2]:
+        folder.event("note", cluster=sys.argv[2])
+    print("began", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_job_that_has_joined_a_cluster_is_asked_about_and_ends_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DISTLM_STORAGE", str(tmp_path))
+    storage, folder = Storage(tmp_path), tmp_path / "clusters" / "local"
+    with contextlib.ExitStack() as stack:
+        def start(*words: str) -> "subprocess.Popen[str]":
+            process = stack.enter_context(subprocess.Popen([sys.executable, "-c", *words], stdout=subprocess.PIPE, text=True,
+                                                           start_new_session=True))
+            stack.callback(process.kill)
+            return process
+
+        head = start("import time; time.sleep(600)")
+        write_json(folder / "cluster.json", asdict(cluster.heads.Head(
+            "local", "0", str(folder), str(folder / "ray"), "127.0.0.1:7", "http://127.0.0.1:9", str(folder / "token"), 1,
+            socket.gethostname(), head.pid, psutil.Process(head.pid).create_time())))
+        drivers = [start(DRIVER, str(storage.run(name)), address)
+                   for name, address in (("inside", "127.0.0.1:7"), ("other", "127.0.0.1:8"), ("alone", ""))]
+        assert [driver.stdout.readline() for driver in drivers if driver.stdout] == ["began\n"] * 3
+        asked = CliRunner().invoke(app, ["cluster", "down"], input="n\n")
+        assert "inside would end with it" in asked.output and asked.exit_code == 1 and head.poll() is None and drivers[0].poll() is None
+        done = CliRunner().invoke(app, ["cluster", "down", "--yes"])
+        assert done.exit_code == 0 and "train inside ended with it" in done.output, done.output
+        assert drivers[0].poll() is not None and head.poll() is not None and [driver.poll() for driver in drivers[1:]] == [None, None]
+    assert RunFolder(storage.run("inside")).state() == ("stopped", "user")
+    assert "its cluster is taken down" in [event["message"] for event in RunFolder(storage.run("inside")).events()]
 
 
 @pytest.mark.parametrize(("one", "other", "same"), [
