@@ -84,14 +84,14 @@ def submit(source: str | Path | Mapping[str, Any], *, overrides: Sequence[str] =
 
     loaded = resolve(source, overrides)
     spec = loaded.spec
-    storage = Storage.given(storage, spec.storage)
+    shared, storage = Storage.given(storage), Storage.given(storage, spec.storage)
     folder = RunFolder(storage.folder(spec.kind, spec.name))
     here = Path(working_dir or Path.cwd()).absolute()
     _check_name(folder, resume or spec.kind == "pipeline")
     if resume and (folder.path / "spec.yaml").exists():
         check_resume(folder, spec)
-    at = clusters.dashboard(clusters.require())
-    if here == Path.cwd() and any(head.alive() and head.dashboard_url == at.dashboard_url for head in recorded(storage)):
+    at = clusters.dashboard(clusters.require(shared))      # not under the spec's own root: `run` looks where this looks
+    if here == Path.cwd() and any(head.alive() and head.dashboard_url == at.dashboard_url for head in recorded(shared)):
         with located(loaded):                              # a cluster of this machine reads what this process can read
             inputs(spec, storage)
     with client(at.dashboard_url, at.token_file) as http:  # a wrong token is told before anything is recorded

@@ -18,7 +18,7 @@ import psutil
 import pytest
 from typer.testing import CliRunner
 
-from distlm import cluster, jobs, logs
+from distlm import cluster, execute, jobs, logs
 from distlm.cli import app
 from distlm.errors import ClusterError, InputError, ServeError
 from distlm.runs import RunFolder
@@ -238,6 +238,27 @@ def test_what_ended_with_its_cluster_is_recorded(tmp_path: Path) -> None:
     [job] = jobs.in_cluster(mine, storage)
     jobs.ended_with_cluster(job)
     assert RunFolder(storage.run("x")).state() == ("stopped", "user") and RunFolder(storage.run("y")).state() == ("queued", "")
+
+
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("verb", ["run", "submit"])
+def test_a_cluster_is_looked_for_under_the_callers_root_and_not_the_specs(verb: str, given: bool, tmp_path: Path,
+                                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[Any] = []
+
+    def look(storage: Any = None) -> None:
+        looked.append(storage or Storage.find())
+        raise ClusterError("enough")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("DISTLM_STORAGE", str(tmp_path / "default"))
+    monkeypatch.setattr(cluster, "find", look)
+    (tmp_path / "a.txt").write_text("text")
+    spec = {"kind": "prepare", "name": "x", "sources": [str(tmp_path / "a.txt")], "storage": str(tmp_path / "own")}
+    with pytest.raises(ClusterError, match="enough"):
+        (execute.run if verb == "run" else jobs.submit)(spec, storage=tmp_path / "given" if given else None)
+    assert looked == [Storage(tmp_path / ("given" if given else "default"))]
+    assert verb == "submit" or Storage(tmp_path / ("given" if given else "own")).corpus("x").exists()
 
 
 DRIVER = """
