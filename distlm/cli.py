@@ -404,7 +404,8 @@ def cluster_up(file: ClusterFile = None, yes: Yes = False) -> None:
 
 @cluster_app.command("down")
 def cluster_down(file: ClusterFile = None, name: Annotated[str, typer.Option(help="A local cluster by name.")] = "local",
-                 yes: Yes = False) -> None:
+                 yes: Yes = False, force: Annotated[bool, typer.Option("--force", help="Forget one whose machine is gone.")] = False
+                 ) -> None:
     """End a cluster that `up` started, and no other.
 
     Example: distlm cluster down
@@ -422,9 +423,15 @@ def cluster_down(file: ClusterFile = None, name: Annotated[str, typer.Option(hel
     if not found:
         print(f"cluster {config.name} is not up")
         return
-    ending = jobs.in_cluster(found[0], _storage())
+    if force and not found[0].here():
+        head.forget(found[0])
+        print(f"the record of cluster {config.name} was removed; its processes on {found[0].host} were not reached")
+        return
+    ending = jobs.in_cluster(found[0], _storage()) if found[0].here() else []
     if ending and found[0].alive() and not yes:
         typer.confirm(f"{', '.join(job.name for job in ending)} would end with it. Go on?", abort=True)
+    for job in ending:
+        jobs.end_with_cluster(job)
     print(f"cluster {config.name} is down: {head.down(found[0])} processes ended")
     for job in ending:
         jobs.ended_with_cluster(job)

@@ -35,19 +35,20 @@ def run(source: str | Path | Mapping[str, Any], *, overrides: Sequence[str] = ()
         storage: str | Path | Storage | None = None, progress: Progress | None = None) -> dict[str, Any]:
     """Do the job of a spec, a file or a mapping, and return its outputs, which also stand in the folder's result.json.
 
-    Ray is used as it is where the process has already initialised it, else connected to for the time of the job. An endpoint in a
+    Ray is used as it is where the process has already initialised it, else connected to for the time of the job: clusters are looked for
+    under `storage` or the default root, whatever root the spec gives its own files. An endpoint in a
     cluster that this process has started ends with it: then this call returns by KeyboardInterrupt alone.
     Raises DistlmError: SpecError, InputError before any work; the job's own errors, recorded in its folder; ClusterError.
     """
     loaded = resolve(source, overrides)
-    root = storage if isinstance(storage, Storage) else Storage.find(str(storage) if storage else loaded.spec.storage)
     with progress or Progress.for_stdout() as shown:
-        return run_loaded(loaded, root, shown, resume=resume)
+        return run_loaded(loaded, Storage.given(storage, loaded.spec.storage), shown, resume=resume, clusters=Storage.given(storage))
 
 
 def run_loaded(loaded: Loaded, storage: Storage, progress: Progress, *, resume: bool = False, hold: bool = True,
-               extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """`run` for a spec that is loaded. Without `hold` an endpoint is left to the caller; `extra` goes into the lineage."""
+               extra: Mapping[str, Any] | None = None, clusters: Storage | None = None) -> dict[str, Any]:
+    """`run` for a spec that is loaded. Without `hold` an endpoint is left to the caller; `extra` goes into the lineage; `clusters` is the
+    root under which a cluster is looked for, where it is not `storage`."""
     spec = loaded.spec
     folder = RunFolder(storage.folder(spec.kind, spec.name))
     state, _ = folder.state() if folder.exists() else ("", "")
@@ -71,7 +72,7 @@ def run_loaded(loaded: Loaded, storage: Storage, progress: Progress, *, resume: 
     with folder.running(), Logged(progress, folder.path / "logs" / "driver.log") as progress:
         if changes:
             folder.event("note", message="resumed with " + ", ".join(changes))
-        with connected(folder, storage, progress) as embedded:
+        with connected(folder, clusters or storage, progress) as embedded:
             progress.stage(spec.kind, spec.name)
             outputs = job(spec.kind)(spec, folder, storage, progress)
             folder.result(outputs)
@@ -109,14 +110,16 @@ def connected(folder: RunFolder, storage: Storage, progress: Progress) -> Iterat
     """A Ray connection for the block; yields whether the cluster was started here and ends with the block."""
     import ray
 
-    if ray.is_initialized():
-        yield False
-        return
     from distlm import cluster
 
+    if ray.is_initialized():
+        folder.event("note", message=f"in cluster {cluster.joined()}", cluster=cluster.joined())
+        yield False
+        return
     with cluster.connect(folder.path / "logs" / "driver.log", storage=storage) as connection:
         place = "a cluster for this job alone" if connection.embedded else f"cluster {connection.address}"
         progress.note(f"{place}, dashboard {connection.dashboard_url or 'off'}")
+        folder.event("note", message=f"in {place}", cluster=connection.address)
         yield connection.embedded
 
 

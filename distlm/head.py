@@ -80,9 +80,14 @@ class Head:
     pid: int
     started: float
 
+    def here(self) -> bool:
+        """Whether it was started on this host: another's processes cannot be seen, where hosts share the storage root."""
+        return self.host == socket.gethostname()
+
     def alive(self) -> bool:
-        """Whether the head process is still the one that was started: false after a reboot, though the record remains."""
-        if self.host != socket.gethostname():
+        """Whether the head process is still the one that was started: false after a reboot, though the record remains, and on another
+        host."""
+        if not self.here():
             return False
         with contextlib.suppress(psutil.Error):
             process = psutil.Process(self.pid)
@@ -119,7 +124,8 @@ def default_object_store_bytes() -> int:
 def up(config: LocalCluster, storage: Storage) -> tuple[Head, bool]:
     """Start a head and wait until it answers. Returns (head, whether it was started just now).
 
-    Raises InputError for a port that is taken, ClusterError where Ray does not come up. Whatever interrupts it, nothing remains.
+    Raises InputError for a port that is taken, ClusterError where Ray does not come up or another host has the name. Whatever interrupts
+    it, nothing remains.
     Of several at once one starts it, and the others find it up.
     """
     with locked(storage.root / "clusters" / f".{config.name}.lock"):
@@ -132,7 +138,7 @@ def _up(config: LocalCluster, storage: Storage) -> tuple[Head, bool]:
         if head.name == config.name:
             if head.alive():
                 return head, False
-            down(head)                                     # what a head that crashed left behind
+            down(head)                                     # what a head that crashed left behind; refused for one of another host
     ports = _ports(config)
     ray_folder = _ray_folder(folder)
     token_file = folder / "token"
@@ -168,7 +174,12 @@ def down(head: Head) -> int:
     """End the processes of this head, and remove its record and token. Returns how many there were.
 
     Logs in the cluster's own folder stay until the next `up`; a short folder of Ray's elsewhere goes.
+    Raises ClusterError for a head on another host: whether it lives cannot be seen from here.
     """
+    if not head.here():
+        raise ClusterError(f"cluster {head.name} was started on {head.host}, not here", where=head.folder,
+                           remedy=f"run it there, or take another name, or, where that machine is gone, `distlm cluster down --name "
+                           f"{head.name} --force` forgets the record")
     ended: set[int] = set()
     deadline = time.monotonic() + STOP_GRACE_S
     with contextlib.suppress(psutil.Error):
@@ -183,9 +194,8 @@ def down(head: Head) -> int:
                     process.terminate()
             ended.add(process.pid)
         psutil.wait_procs(found, timeout=0.5)
+    forget(head)
     folder = Path(head.folder)
-    for name in ("cluster.json", "token"):
-        (folder / name).unlink(missing_ok=True)
     if folder not in Path(head.ray_folder).parents:
         shutil.rmtree(head.ray_folder, ignore_errors=True)
         with contextlib.suppress(OSError):                 # the short one is empty then
@@ -193,9 +203,15 @@ def down(head: Head) -> int:
     return len(ended)
 
 
+def forget(head: Head) -> None:
+    """Remove a head's record and token, and touch no process."""
+    for name in ("cluster.json", "token"):
+        (Path(head.folder) / name).unlink(missing_ok=True)
+
+
 def processes(head: Head) -> list[psutil.Process]:
     """The living processes of a head: by its mark, its session, and what descends from either."""
-    if head.host != socket.gethostname():
+    if not head.here():
         return []
     found: dict[int, psutil.Process] = {}
     for process in psutil.process_iter():
@@ -237,6 +253,14 @@ def token(token_file: str | None) -> str:
     with contextlib.suppress(OSError):
         return path.read_text().strip()
     return ""
+
+
+def speaks_for(token_file: str, dashboard_url: str) -> bool:
+    """Whether the token belongs to the cluster that had this dashboard: after its end anybody may listen there. A head that lives on
+    another host is believed by its record."""
+    root = Storage(Path(token_file).parent / "../..")       # it lies in <storage root>/clusters/<name>
+    return any((head.token_file, head.dashboard_url) == (token_file, dashboard_url) and (head.alive() or not head.here())
+               for head in recorded(root))
 
 
 @contextlib.contextmanager

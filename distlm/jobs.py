@@ -24,8 +24,8 @@ import psutil
 
 from distlm import cluster as clusters
 from distlm import upload
-from distlm.errors import PREFIX, ClusterError, InputError
-from distlm.head import Head, client, recorded, same_address
+from distlm.errors import PREFIX, ClusterError, InputError, ServeError
+from distlm.head import Head, client, recorded, same_address, speaks_for
 from distlm.runs.folder import ENDED, SUBMISSION, RunFolder
 from distlm.serve.client import healthy
 from distlm.spec import PipelineSpec, TuneSpec
@@ -84,14 +84,14 @@ def submit(source: str | Path | Mapping[str, Any], *, overrides: Sequence[str] =
 
     loaded = resolve(source, overrides)
     spec = loaded.spec
-    storage = Storage.given(storage, spec.storage)
+    shared, storage = Storage.given(storage), Storage.given(storage, spec.storage)
     folder = RunFolder(storage.folder(spec.kind, spec.name))
     here = Path(working_dir or Path.cwd()).absolute()
     _check_name(folder, resume or spec.kind == "pipeline")
     if resume and (folder.path / "spec.yaml").exists():
         check_resume(folder, spec)
-    at = clusters.dashboard(clusters.require())
-    if here == Path.cwd() and any(head.alive() and head.dashboard_url == at.dashboard_url for head in recorded(storage)):
+    at = clusters.dashboard(clusters.require(shared))      # not under the spec's own root: `run` looks where this looks
+    if here == Path.cwd() and any(head.alive() and head.dashboard_url == at.dashboard_url for head in recorded(shared)):
         with located(loaded):                              # a cluster of this machine reads what this process can read
             inputs(spec, storage)
     with client(at.dashboard_url, at.token_file) as http:  # a wrong token is told before anything is recorded
@@ -288,6 +288,9 @@ def submission_of(job: Job) -> Submission:
     if urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1") and host != socket.gethostname():
         raise ClusterError(f"{job.name} was submitted on {host}, to a cluster that only that machine reaches", where=url,
                            remedy="ask there")
+    if (file := queued.get("token_file")) and not speaks_for(file, url):
+        raise ClusterError(f"the cluster that {job.name} was submitted to has gone: its token is sent to nobody else", where=url,
+                           remedy="`distlm cluster status` shows what is up")
     return Submission(job.submission, url, queued.get("token_file"), job.folder)
 
 
@@ -356,17 +359,33 @@ def _take_down(job: Job, storage: Storage, force: bool) -> str:
 
 
 def in_cluster(head: Head, storage: Storage) -> list[Job]:
-    """What ends with a local cluster: jobs that were submitted to it, and endpoints that live in it."""
-    found = []
-    for job in jobs(storage):
-        if job.kind == "serve" and (job.folder / "endpoint.json").exists():
-            inside = same_address(read_json(job.folder / "endpoint.json").get("cluster", ""), head.address)
-        else:
-            queued: dict[str, Any] = next((event for event in reversed(RunFolder(job.folder).events()) if event["state"] == "queued"), {})
-            inside = bool(job.submission) and queued.get("dashboard") == head.dashboard_url
-        if job.active and inside:
-            found.append(job)
-    return found
+    """What ends with a local cluster: jobs that were submitted to it or have joined it, and endpoints that live in it."""
+    return [job for job in jobs(storage) if job.active and _inside(job, head)]
+
+
+def _inside(job: Job, head: Head) -> bool:
+    loopback = urlsplit(head.dashboard_url).hostname in ("127.0.0.1", "localhost", "::1")
+    if loopback and _owner(job).get("host", head.host) != head.host:
+        return False                                       # the same address there is another cluster
+    if job.kind == "serve" and (job.folder / "endpoint.json").exists():
+        return same_address(read_json(job.folder / "endpoint.json").get("cluster", ""), head.address)
+    for event in reversed(RunFolder(job.folder).events()):  # the latest attempt's word, from where it has joined
+        if "cluster" in event:
+            return same_address(event["cluster"], head.address)
+        if event["state"] == "queued":
+            return bool(job.submission) and event.get("dashboard") == head.dashboard_url
+        if event["state"] == "starting" and not job.submission:
+            return False
+    return False
+
+
+def end_with_cluster(job: Job, grace_s: float = STOP_GRACE_S) -> None:
+    """Before its cluster is taken down, stop a job whose driver is no process of the cluster: it would wait for what does not come back."""
+    folder = RunFolder(job.folder)
+    if not job.submission and folder.state()[0] not in ENDED:
+        folder.event("note", message="its cluster is taken down")
+        with contextlib.suppress(ClusterError, psutil.Error):  # on another host, or of another user
+            _stop_process(job, grace_s)
 
 
 def ended_with_cluster(job: Job) -> None:
@@ -434,13 +453,17 @@ def _stop_process(job: Job, grace_s: float) -> str:
 
 def query(name: str, prompt: str, max_tokens: int | None = None, *, temperature: float = 0.0,
           storage: str | Path | Storage | None = None) -> Iterator[str]:
-    """What an endpoint makes of `prompt`, piece by piece. Raises InputError where there is none of that name, ServeError."""
+    """What an endpoint makes of `prompt`, piece by piece. Raises InputError where there is none of that name, ServeError where it does not
+    prove itself: then it is sent neither the key nor the prompt."""
     from distlm.serve.client import query as ask
 
     path = Storage.given(storage).endpoint(name) / "endpoint.json"
     if not path.exists():
         raise InputError(f"there is no endpoint {name!r}", where=str(path.parent), remedy="`distlm runs` lists those that serve")
     endpoint = read_json(path)
+    if not healthy(endpoint):
+        raise ServeError("no endpoint answers there that knows the key", where=endpoint["url"],
+                         remedy=f"`distlm status {name}` shows how it stands, `distlm run` or `submit` with its spec brings it up")
     return ask(endpoint["url"], Path(endpoint["api_key_file"]).read_text().strip(), prompt, max_tokens, model=endpoint.get("model"),
                temperature=temperature)
 

@@ -7,21 +7,21 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
-from distlm.serve.guard import make_key
+from distlm.serve.guard import make_key, proof
 
 
 @contextlib.contextmanager
 def fake_endpoint(folder: Path, model: str) -> Iterator[dict[str, str]]:
-    """A server that tells the name of its model to whoever has the key, which lies in `folder`. Yields what endpoint.json would hold."""
+    """A server that proves to know the key, which lies in `folder`, and to serve the model. Yields what endpoint.json would hold."""
     key = make_key(folder / "api_key")
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            admitted = self.path == "/v1/models" and self.headers["Authorization"] == f"Bearer {key.read_text().strip()}"
-            self.send_response(200 if admitted or self.path == "/health" else 401)
+            path, _, nonce = self.path.partition("?nonce=")
+            self.send_response(200 if path == "/health" else 401)
             self.end_headers()
-            if admitted:
-                self.wfile.write(json.dumps({"data": [{"id": model}]}).encode())
+            if path == "/health":
+                self.wfile.write(json.dumps({"proof": proof(key.read_text().strip(), model, nonce)}).encode())
 
         def log_message(self, *_: object) -> None:
             pass

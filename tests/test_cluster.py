@@ -16,9 +16,12 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+from typer.testing import CliRunner
 
 from distlm import cluster, head
+from distlm.cli import app
 from distlm.errors import ClusterError, InputError
+from distlm.runs import RunFolder
 from distlm.storage import Storage, write_json
 from tests.codes import INTERRUPTED
 
@@ -212,6 +215,24 @@ def test_a_record_from_before_a_reboot_is_not_taken_for_a_cluster(up, tmp_path, 
         cluster.require()
     done = distlm("cluster", "down")                       # takes the record away, and no process: this one has that pid
     assert done.returncode == 0 and "0 processes" in done.stdout and head.recorded(Storage(tmp_path)) == []
+
+
+def test_a_cluster_of_another_host_is_neither_ended_nor_replaced_from_here(tmp_path, monkeypatch):
+    storage, folder = Storage(tmp_path), tmp_path / "clusters" / "local"
+    session = folder / "ray" / "session_1"
+    session.mkdir(parents=True)
+    (folder / "token").write_text("secret")
+    elsewhere = head.Head("local", "0" * 32, str(folder), str(folder / "ray"), "127.0.0.1:7", "http://127.0.0.1:9", str(folder / "token"),
+                          1, "login-node-7", 1, 1.0)
+    write_json(folder / "cluster.json", asdict(elsewhere))
+    RunFolder(storage.run("big")).event("queued", submission="train-big-1", dashboard="http://127.0.0.1:9")
+    monkeypatch.setenv("DISTLM_STORAGE", str(tmp_path))
+    for verb in ("down", "up"):
+        done = CliRunner().invoke(app, ["cluster", verb])
+        assert isinstance(done.exception, ClusterError) and "login-node-7" in str(done.exception) and "--force" in str(done.exception)
+    assert session.exists() and (folder / "token").exists() and head.recorded(storage) == [elsewhere]
+    assert CliRunner().invoke(app, ["cluster", "down", "--force"]).exit_code == 0 and head.recorded(storage) == []
+    assert session.exists() and RunFolder(storage.run("big")).state() == ("queued", "")
 
 
 def test_ray_address_comes_before_the_recorded_cluster(up, monkeypatch):

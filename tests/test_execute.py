@@ -49,6 +49,7 @@ def test_a_job_leaves_its_spec_with_origins_its_lineage_its_end_and_its_result(s
     assert "context: 16  # prepare.yaml:4" in text and "val_fraction: 0.3  # --set" in text and "exact: true  # default" in text
     assert dump(load_spec(folder.path / "spec.yaml").spec) == dump(execute.resolve(file, ["split.val_fraction=0.3"]).spec)
     assert folder.lineage()["kind"] == "prepare"
+    assert [event["cluster"] for event in folder.events() if "cluster" in event] == [cluster.joined()] != [""]
 
 
 def test_a_taken_name_is_refused_and_a_complete_job_is_not_done_again(storage: Storage, texts: Path) -> None:

@@ -4,18 +4,25 @@ import asyncio
 import contextlib
 import json
 import socket
+import subprocess
+import sys
 import threading
 import zipfile
 from collections.abc import Iterator
+from dataclasses import asdict, replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+from typer.testing import CliRunner
 
-from distlm import cluster, jobs, logs
-from distlm.errors import ClusterError, InputError
+from distlm import cluster, execute, jobs, logs
+from distlm.cli import app
+from distlm.errors import ClusterError, InputError, ServeError
 from distlm.runs import RunFolder
+from distlm.serve.guard import make_key
 from distlm.storage import Storage, write_json
 from tests.endpoints import fake_endpoint
 
@@ -36,6 +43,64 @@ def test_an_endpoint_is_running_while_it_answers_and_lost_when_it_does_not(tmp_p
     (folder.path / "endpoint.json").unlink()
     folder.event("stopped", "user")
     assert jobs.locate("py", storage).state == "stopped"
+
+
+@contextlib.contextmanager
+def impostor() -> Iterator[tuple[str, list[str]]]:
+    """Somebody else who listens at an address of ours, agrees to all, and keeps what it is told."""
+    told: list[str] = []
+
+    class Listener(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            told.append(f"{self.path} {self.headers}")
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps({"status": "RUNNING", "proof": "", "data": [{"id": "py"}]}).encode())
+
+        do_POST = do_GET
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Listener)
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", told
+    server.shutdown()
+    server.server_close()
+
+
+def test_whoever_has_taken_an_endpoints_port_is_not_told_its_key(tmp_path: Path) -> None:
+    folder = RunFolder(Storage(tmp_path).endpoint("py"))
+    folder.event("succeeded", "completed")
+    key = make_key(folder.path / "api_key")
+    with impostor() as (url, told):
+        write_json(folder.path / "endpoint.json", {"url": f"{url}/v1", "model": "py", "api_key_file": str(key), "app": "py"})
+        job = jobs.locate("py", tmp_path)
+        with pytest.raises(ServeError, match="no endpoint answers there that knows the key"):
+            next(jobs.query("py", "secret prompt", storage=tmp_path))
+    assert (job.state, job.cause) == ("failed", "head_lost") and told
+    assert not [text for text in told if key.read_text().strip() in text or "Authorization" in text or "secret" in text]
+
+
+@pytest.mark.parametrize("known", ["dead", "moved", "forgotten"])
+def test_whoever_has_taken_a_dashboards_port_is_not_told_the_token(known: str, tmp_path: Path) -> None:
+    folder = tmp_path / "clusters" / "local"
+    folder.mkdir(parents=True)
+    (folder / "token").write_text("a" * 64)
+    with impostor() as (url, told):
+        me = psutil.Process()
+        head = cluster.heads.Head("local", "0", str(folder), str(folder), "127.0.0.1:1", url, str(folder / "token"), 1,
+                                  socket.gethostname(), me.pid, me.create_time())
+        write_json(folder / "cluster.json", asdict(head))
+        RunFolder(Storage(tmp_path).run("x")).event("queued", submission="train-x-1", dashboard=url, token_file=str(folder / "token"))
+        jobs.locate("x", tmp_path)
+        assert len(told) == 1 and "a" * 64 in told.pop(), "the head lives: it is asked"
+        if known == "forgotten":
+            (folder / "cluster.json").unlink()
+        else:
+            write_json(folder / "cluster.json", asdict(replace(head, **({"started": 1.0} if known == "dead" else {"dashboard_url": "http://other"}))))
+        job = jobs.locate("x", tmp_path)
+        assert job.state == "queued" and "`distlm stop x` frees the name" in job.message and told == []
 
 
 @contextlib.contextmanager
@@ -173,6 +238,66 @@ def test_what_ended_with_its_cluster_is_recorded(tmp_path: Path) -> None:
     [job] = jobs.in_cluster(mine, storage)
     jobs.ended_with_cluster(job)
     assert RunFolder(storage.run("x")).state() == ("stopped", "user") and RunFolder(storage.run("y")).state() == ("queued", "")
+
+
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("verb", ["run", "submit"])
+def test_a_cluster_is_looked_for_under_the_callers_root_and_not_the_specs(verb: str, given: bool, tmp_path: Path,
+                                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[Any] = []
+
+    def look(storage: Any = None) -> None:
+        looked.append(storage or Storage.find())
+        raise ClusterError("enough")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("DISTLM_STORAGE", str(tmp_path / "default"))
+    monkeypatch.setattr(cluster, "find", look)
+    (tmp_path / "a.txt").write_text("text")
+    spec = {"kind": "prepare", "name": "x", "sources": [str(tmp_path / "a.txt")], "storage": str(tmp_path / "own")}
+    with pytest.raises(ClusterError, match="enough"):
+        (execute.run if verb == "run" else jobs.submit)(spec, storage=tmp_path / "given" if given else None)
+    assert looked == [Storage(tmp_path / ("given" if given else "default"))]
+    assert verb == "submit" or Storage(tmp_path / ("given" if given else "own")).corpus("x").exists()
+
+
+DRIVER = """
+import sys, time
+from pathlib import Path
+from distlm.runs import RunFolder
+folder = RunFolder(Path(sys.argv[1]))
+with folder.running():
+    if sys.argv[2]:
+        folder.event("note", cluster=sys.argv[2])
+    print("began", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_job_that_has_joined_a_cluster_is_asked_about_and_ends_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DISTLM_STORAGE", str(tmp_path))
+    storage, folder = Storage(tmp_path), tmp_path / "clusters" / "local"
+    with contextlib.ExitStack() as stack:
+        def start(*words: str) -> "subprocess.Popen[str]":
+            process = stack.enter_context(subprocess.Popen([sys.executable, "-c", *words], stdout=subprocess.PIPE, text=True,
+                                                           start_new_session=True))
+            stack.callback(process.kill)
+            return process
+
+        head = start("import time; time.sleep(600)")
+        write_json(folder / "cluster.json", asdict(cluster.heads.Head(
+            "local", "0", str(folder), str(folder / "ray"), "127.0.0.1:7", "http://127.0.0.1:9", str(folder / "token"), 1,
+            socket.gethostname(), head.pid, psutil.Process(head.pid).create_time())))
+        drivers = [start(DRIVER, str(storage.run(name)), address)
+                   for name, address in (("inside", "127.0.0.1:7"), ("other", "127.0.0.1:8"), ("alone", ""))]
+        assert [driver.stdout.readline() for driver in drivers if driver.stdout] == ["began\n"] * 3
+        asked = CliRunner().invoke(app, ["cluster", "down"], input="n\n")
+        assert "inside would end with it" in asked.output and asked.exit_code == 1 and head.poll() is None and drivers[0].poll() is None
+        done = CliRunner().invoke(app, ["cluster", "down", "--yes"])
+        assert done.exit_code == 0 and "train inside ended with it" in done.output, done.output
+        assert drivers[0].poll() is not None and head.poll() is not None and [driver.poll() for driver in drivers[1:]] == [None, None]
+    assert RunFolder(storage.run("inside")).state() == ("stopped", "user")
+    assert "its cluster is taken down" in [event["message"] for event in RunFolder(storage.run("inside")).events()]
 
 
 @pytest.mark.parametrize(("one", "other", "same"), [

@@ -24,7 +24,7 @@ from distlm import __version__
 from distlm.serve.answers import Chat, Completion, error, usage
 from distlm.serve.engine import Engine, EngineFailed, EngineFull, Request, Token
 from distlm.serve.fields import OFF, ChatRequest, CompletionRequest, Sampling
-from distlm.serve.guard import Guard
+from distlm.serve.guard import Guard, proof
 from distlm.serve.metrics import Metrics
 
 RULES = {"prompt": "must be a string, a list of strings, a list of token ids, or a list of lists of token ids, and not an empty list",
@@ -60,9 +60,9 @@ def create_app(engine: Engine, card: Card, key: str, metrics: Metrics, *, defaul
              "lineage": card.lineage}
 
     @app.get("/health")
-    async def health() -> Response:
+    async def health(nonce: str = "") -> Response:
         engine.check()
-        return JSONResponse({"status": "ok"})
+        return JSONResponse({"status": "ok", **({"proof": proof(key, card.id, nonce)} if nonce else {})})
 
     @app.get("/metrics")
     async def prometheus() -> Response:

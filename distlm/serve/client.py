@@ -4,7 +4,9 @@
         print(piece, end="", flush=True)
 """
 
+import hmac
 import json
+import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from typing import Any
 import httpx
 
 from distlm.errors import InputError, ServeError
-from distlm.serve.guard import read_key
+from distlm.serve.guard import proof, read_key
 
 
 def query(url: str, api_key: str, prompt: str, max_tokens: int | None = None, *, model: str | None = None, chat: bool = False,
@@ -40,14 +42,15 @@ def query(url: str, api_key: str, prompt: str, max_tokens: int | None = None, *,
 
 
 def healthy(endpoint: Mapping[str, Any]) -> bool:
-    """Whether an endpoint answers to its key by its name: another one may have taken its port since. `endpoint` holds url, api_key_file
-    and model, as endpoint.json and the outputs of its job do."""
+    """Whether an endpoint answers and proves that it knows its key and serves its model: anybody may have taken its port since, so the key
+    is not sent. `endpoint` holds url, api_key_file and model, as endpoint.json and the outputs of its job do."""
     try:
-        key = read_key(Path(endpoint["api_key_file"]))
-        answer = httpx.get(endpoint["url"].rstrip("/").removesuffix("/v1") + "/v1/models", headers={"Authorization": f"Bearer {key}"},
-                           timeout=10, trust_env=False)
-        return answer.status_code == 200 and endpoint["model"] in [card["id"] for card in answer.json()["data"]]
-    except (httpx.HTTPError, InputError, ValueError, KeyError, TypeError):
+        key, nonce = read_key(Path(endpoint["api_key_file"])), secrets.token_hex(16)
+        base = endpoint["url"].rstrip("/").removesuffix("/v1")
+        answer = httpx.get(f"{base}/health", params={"nonce": nonce}, timeout=10, trust_env=False)
+        wanted = proof(key, endpoint["model"], nonce)
+        return answer.status_code == 200 and hmac.compare_digest(answer.json()["proof"].encode(), wanted.encode())
+    except (httpx.HTTPError, InputError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 

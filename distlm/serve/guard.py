@@ -13,7 +13,7 @@ from distlm.errors import InputError
 from distlm.storage import writing
 
 OPEN_PATHS = ("/health",)
-"""What answers without a key: load balancers ask here, and learn nothing but yes or no."""
+"""What answers without a key: load balancers ask here, and learn nothing but yes or no; our own clients, whether the key is known there."""
 
 
 def make_key(path: Path) -> Path:
@@ -44,6 +44,12 @@ def read_key(path: Path) -> str:
         raise InputError("the API key must be one line of at least 16 ASCII characters without spaces", where=str(path),
                          remedy="leave api_key_file out and one is made")
     return key
+
+
+def proof(key: str, model: str, nonce: str) -> str:
+    """What /health answers to a nonce: that whoever listens knows the key and serves this model. The key itself need not be sent to learn
+    that (HMAC, RFC 2104), since after a crash anybody may listen at an address that is on record."""
+    return hmac.new(key.encode(), f"distlm endpoint\n{model}\n{nonce}".encode(), "sha256").hexdigest()
 
 
 class Guard:

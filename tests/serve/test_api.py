@@ -16,7 +16,7 @@ import uvicorn
 
 from distlm.errors import ServeError
 from distlm.serve.api import Card, create_app
-from distlm.serve.client import query
+from distlm.serve.client import healthy, query
 from distlm.serve.metrics import Metrics
 from distlm.serve.torch_engine import TorchEngine
 from tests.serve.test_torch_engine import reference
@@ -175,7 +175,17 @@ def test_without_the_key_there_is_401_everywhere_but_at_health(server: Server, h
             answer = http.get(path, headers=header)
             assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key", path
         assert http.post("/v1/completions", content=b"{", headers=header).status_code == 401
-        assert http.get("/health", headers=header).status_code == 200
+        assert http.get("/health", headers=header).json() == {"status": "ok"}
+
+
+def test_health_proves_that_it_knows_the_key_without_being_told(server: Server, tmp_path: Path) -> None:
+    key = tmp_path / "api_key"
+    key.touch(mode=0o600)
+    key.write_text(KEY)
+    record = {"url": f"{server.url}/v1", "model": "tiny", "api_key_file": str(key)}
+    assert healthy(record) and not healthy({**record, "model": "other"})
+    key.write_text(KEY[::-1])
+    assert not healthy(record)
 
 
 @pytest.mark.parametrize(("fields", "param", "words"), [
