@@ -15,16 +15,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from distlm import execute
 from distlm.errors import InputError, ServeError, SpecError
 from distlm.progress import Progress
+from distlm.reads import missing, reads
 from distlm.runs import RunFolder
 from distlm.serve.client import healthy
-from distlm.spec import PrepareSpec, ServeSpec, TuneSpec
+from distlm.spec import PrepareSpec, ServeSpec
 from distlm.spec.explain import KeyPath
-from distlm.spec.load import REFERENCE, Loaded, Spec, dotted, dump, leaves, locator, nearest, put, validate, with_spec
+from distlm.spec.load import REFERENCE, Loaded, dotted, dump, leaves, locator, nearest, put, validate, with_spec
 from distlm.spec.pipeline import PipelineSpec
 from distlm.storage import Storage, read_json
 from distlm.tune import space
@@ -41,7 +40,6 @@ TEXTS = ("", "manifest_hash", "export", "checkpoint", "best", "best_spec", "metr
 """The outputs that are text; "" is the step itself, a folder. All others are numbers, but for `best.<key>`, which is what its key takes."""
 MAKERS: dict[str, dict[str, tuple[str, ...]]] = {"corpus": {"prepare": ("",)}, "model": {"train": ("", "export"), "tune": ("best",)}}
 """What a key may take -> the kinds of steps that make it, and the outputs, "" for the step itself, that name it."""
-HASHED_BYTES = 64 << 20
 
 
 def inline(loaded: Loaded) -> Loaded:
@@ -320,8 +318,8 @@ def check_ports(spec: PipelineSpec, storage: Storage) -> None:
 
 
 def run_step(owner: str, step: str, loaded: Loaded, mark: str, folder: RunFolder, storage: Storage, progress: Progress) -> dict[str, Any]:
-    """Skip the step where it is complete and unchanged, resume it where it has failed, run it anew where it has changed. An endpoint that
-    has changed is replaced in place: its address and its key stay."""
+    """Skip the step where it is complete and unchanged, resume it where it has failed, run it anew where it has changed or where files that
+    it made are gone. An endpoint that has changed is replaced in place: its address and its key stay."""
     kind = loaded.spec.kind
     resume = False
     if folder.exists():
@@ -331,13 +329,15 @@ def run_step(owner: str, step: str, loaded: Loaded, mark: str, folder: RunFolder
             raise InputError(f"the name {folder.name} is taken by a job that is not of the pipeline {owner}", where=str(folder.path),
                              remedy=f"give the step {step} another name")
         unchanged = record.get("fingerprint") == mark
+        lacks = ""
         if unchanged and state == "succeeded":
             outputs = folder.read_result()
-            if kind != "serve" or healthy(outputs):
+            lacks = missing(kind, outputs)
+            if not lacks and (kind != "serve" or healthy(outputs)):
                 progress.stage(kind, loaded.spec.name)
                 progress.note(f"step {step} is complete and unchanged: skipped")
                 return outputs
-        if unchanged:
+        if unchanged and not lacks:
             progress.note(f"step {step} has {state} before: taken up again")
             resume = True
         elif state in ("starting", "running"):
@@ -347,7 +347,8 @@ def run_step(owner: str, step: str, loaded: Loaded, mark: str, folder: RunFolder
             resume = True
         else:
             aside = move_aside(folder.path)
-            progress.note(f"step {step} or what it reads has changed: it runs again; what it made before lies in {aside}")
+            why = f"step {step} is not complete any more, {lacks}" if lacks else f"step {step} or what it reads has changed"
+            progress.note(f"{why}: it runs again; what it made before lies in {aside}")
     return execute.run_loaded(loaded, storage, progress, resume=resume, hold=False,
                               extra={"pipeline": owner, "step": step, "fingerprint": mark})
 
@@ -365,45 +366,6 @@ def fingerprint(loaded: Loaded, needed: Mapping[str, str], storage: Storage) -> 
     """A hash of all that decides what a step makes: its spec, what it needs, what it reads. Raises InputError for what does not exist."""
     spec = dump(loaded.spec) | {"storage": None}
     return hashlib.sha256(json.dumps([spec, sorted(needed.items()), reads(loaded.spec, storage)]).encode()).hexdigest()
-
-
-def reads(spec: Spec, storage: Storage) -> list[Any]:
-    """What stands for the content of all that a step reads: sources, tokenizers, corpora, models."""
-    found: list[Any] = [execute.inputs(spec, storage)]
-    if isinstance(spec, PrepareSpec):
-        found += source_files(spec)
-        found += folder_files(Path(spec.tokenizer.source).expanduser()) if spec.tokenizer.source else []
-    elif isinstance(spec, TuneSpec):
-        from distlm.train.recipe import inputs_of
-
-        trials = [inputs_of(space.trial_spec(spec, values, spec.name), storage) for values in space.samples(spec)]
-        found += trials
-        for model in sorted({trial["model"] for trial in trials if "model" in trial}):
-            found += folder_files(Path(model))
-    elif "model" in found[0]:
-        found += folder_files(Path(found[0]["model"]))
-    return found
-
-
-def source_files(spec: PrepareSpec) -> list[tuple[str, int, int]]:
-    """Path, size and time of change of every file that a prepare step reads; a broken link has none."""
-    from distlm.corpus.files import find_files
-
-    return sorted((file.place, file.bytes, file.modified) for file in find_files(spec.sources))
-
-
-def folder_files(path: Path) -> list[tuple[str, int, int | str]]:
-    """Name, size and hash of every file of a model's or tokenizer's folder; of a large one the time of change instead of the hash."""
-    files = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
-    return [(file.name, size, xxhash.xxh3_64_hexdigest(file.read_bytes()) if size <= HASHED_BYTES else changed(file))
-            for file in files for size in [file.stat().st_size]]
-
-
-def changed(path: Path) -> int:
-    try:
-        return path.stat().st_mtime_ns
-    except OSError:
-        return -1
 
 
 def identity(kind: str, folder: RunFolder) -> str:
