@@ -6,6 +6,7 @@
 
 import contextlib
 import importlib
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -207,6 +208,7 @@ def hold_endpoints(urls: Mapping[str, str], storage: Storage, progress: Progress
     finally:
         for name in urls:
             (storage.endpoint(name) / "endpoint.json").unlink(missing_ok=True)
+            shutil.rmtree(storage.endpoint(name) / "models", ignore_errors=True)
             if RunFolder(storage.endpoint(name)).state()[0] == "succeeded":
                 RunFolder(storage.endpoint(name)).event("stopped", "user", "ended with the cluster of the process that brought it up")
 

@@ -7,8 +7,10 @@ Every endpoint is a Serve application of its own name. A cluster has one HTTP po
 and later ones under /<name>.
 """
 
+import contextlib
 import errno
 import os
+import shutil
 import socket
 import time
 from pathlib import Path
@@ -21,19 +23,22 @@ from ray import serve as ray_serve
 from ray.serve.exceptions import RayServeException
 
 from distlm.autoscale import grow
-from distlm.errors import ClusterError, InputError, ServeError
+from distlm.errors import ClusterError, DistlmError, InputError, ServeError
 from distlm.model.find import find_model
 from distlm.progress import Progress
 from distlm.runs import RunFolder
 from distlm.serve.api import Card, create_app
-from distlm.serve.client import healthy
 from distlm.serve.guard import make_key, read_key
 from distlm.serve.metrics import Metrics
 from distlm.spec import ServeSpec
 from distlm.spec.load import dump, nearest
-from distlm.storage import Storage, read_json, write_json
+from distlm.storage import Storage, read_json, write_json, writing
 
 START_TIMEOUT_S = 900
+MODELS = "models"
+"""In an endpoint's folder: the files that its replicas load, a folder for each version."""
+COPIED_BYTES = 1 << 20
+"""Larger files are linked."""
 IGNORED = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "encoder_repetition_penalty": 1.0, "min_new_tokens": 0,
            "suppress_tokens": None, "bad_words_ids": None, "sequence_bias": None, "forced_eos_token_id": None}
 """Settings of generation_config.json that change what `generate` gives and that the API has no field for, with what turns them off."""
@@ -70,36 +75,68 @@ def serve(spec: ServeSpec, folder: RunFolder, storage: Storage, progress: Progre
     read_key(key_file)
     for name, value in ignored_settings(model).items():
         progress.note(f"generation_config.json: {name}: {value} is not applied, the API has no field for it")
-    card = Card(spec.name, read_json(model / "distlm.json") if (model / "distlm.json").exists() else {})
     check_resources(spec, progress)
     host, port = start(spec)
     prefix = route_prefix(spec.name)
     base = f"http://{reachable(host)}:{port}{prefix.rstrip('/')}"
-    record = {"url": f"{base}/v1", "model": card.id, "api_key_file": str(key_file), "app": spec.name, "folder": str(model),
-              "lineage": card.lineage, "cluster": ray.get_runtime_context().gcs_address, "spec": dump(spec), "version": uuid4().hex}
-    before = answering(folder)
+    version = uuid4().hex
+    own = folder.path / MODELS / version
+    record = {"url": f"{base}/v1", "model": spec.name, "api_key_file": str(key_file), "app": spec.name, "folder": str(own),
+              "source": str(model), "cluster": ray.get_runtime_context().gcs_address, "spec": dump(spec), "version": version}
+    before, running = recorded(folder), is_running(spec.name)
     surge = has_room(spec)
-    if before and not surge:
+    if running and not surge:
         progress.note("the cluster has no room for a second replica: the endpoint is silent while it is replaced")
     try:
+        take(model, own)
+        record["lineage"] = read_json(own / "distlm.json") if (own / "distlm.json").exists() else {}
         deploy(record, prefix, surge=surge)
         wait_until_running(spec.name, progress)
         wait_until_healthy(base)
-    except BaseException:                                  # Ctrl-C too: nothing half-deployed stays behind
-        if before is None or not put_back(before, prefix, folder, progress):
-            remove(spec.name)
-            (folder.path / "endpoint.json").unlink(missing_ok=True)
+        write_json(folder.path / "endpoint.json", record)
+    except BaseException as error:                         # Ctrl-C too: nothing half-deployed stays behind
+        if isinstance(error, ServeError):
+            error.message = error.message.replace(str(own), str(model))
+        if before:
+            put_back(before, prefix, folder, progress)
+        elif not running:                                  # what ran, and is not on record, is not taken down either
+            abandon(spec.name, folder, progress)
+        if before or not running:
+            shutil.rmtree(own, ignore_errors=True)
         raise
-    write_json(folder.path / "endpoint.json", record)
+    for other in own.parent.iterdir():                     # Serve has no replica of an earlier version any more
+        if other != own:
+            shutil.rmtree(other, ignore_errors=True)
     folder.event("running", message=f"serving at {base}/v1", url=f"{base}/v1")
-    return {"": f"{base}/v1", "url": f"{base}/v1", "api_key_file": str(key_file), "model": card.id}
+    return {"": f"{base}/v1", "url": f"{base}/v1", "api_key_file": str(key_file), "model": spec.name}
 
 
-def answering(folder: RunFolder) -> dict[str, Any] | None:
-    """The record of the endpoint that answers in this cluster before it is replaced."""
+def take(model: Path, own: Path) -> None:
+    """Make the files of a model the endpoint's own, so that a replica that starts again finds what it had, whatever has become of the run:
+    by links, which cost no space, or copies where there are none. Raises StorageError."""
+    with writing(own):
+        own.mkdir(parents=True)
+        for path in model.iterdir():
+            file, name = path.resolve(), own / path.name
+            if not file.is_file():
+                continue
+            if file.stat().st_size > COPIED_BYTES:         # the small ones are those that are edited in place
+                with contextlib.suppress(OSError):
+                    os.link(file, name)
+                    continue
+            shutil.copyfile(file, name)
+
+
+def recorded(folder: RunFolder) -> dict[str, Any] | None:
+    """The record of the endpoint that this cluster has before it is replaced. Whether it answers is not asked: it may be busy."""
     path = folder.path / "endpoint.json"
     record = read_json(path) if path.exists() else {}
-    return record if "version" in record and record["app"] in applications() and healthy(record) else None
+    return record if "version" in record and applications().get(record["app"], {}).get("status", "DELETING") != "DELETING" else None
+
+
+def is_running(app: str) -> bool:
+    """Whether Serve has the application, up or on its way back."""
+    return applications().get(app, {}).get("status") in ("RUNNING", "UNHEALTHY")
 
 
 def has_room(spec: ServeSpec) -> bool:
@@ -108,19 +145,33 @@ def has_room(spec: ServeSpec) -> bool:
     return free.get("CPU", 0) >= spec.cpus_per_replica and free.get("GPU", 0) >= spec.gpus_per_replica
 
 
-def put_back(before: dict[str, Any], prefix: str, folder: RunFolder, progress: Progress) -> bool:
-    """After a replacement has failed, make the endpoint what it was; replicas that still run are kept as they are. Returns whether it
-    answers."""
-    deploy(before, prefix, surge=True)
+def put_back(before: dict[str, Any], prefix: str, folder: RunFolder, progress: Progress) -> None:
+    """After a replacement has failed, make the endpoint what it was; replicas that still run are kept as they are. Raises nothing: the
+    failure itself is what is to be told."""
     try:
+        deploy(before, prefix, surge=True)
         wait_until_running(before["app"], progress)
         wait_until_healthy(before["url"].removesuffix("/v1"))
         said = f"not replaced: the endpoint as it was before answers at {before['url']}"
-    except ServeError as error:
-        said = f"the endpoint as it was before could not be brought back: {error}"
+    except Exception as error:
+        said = f"the endpoint as it was before could not be brought back: {error}; `distlm stop {before['app']}` takes it down"
+    tell(said, folder, progress)
+
+
+def abandon(app: str, folder: RunFolder, progress: Progress) -> None:
+    """Take down what has failed to come up. Raises nothing, as `put_back`."""
+    try:
+        remove(app)
+    except Exception as error:
+        tell(f"what has failed could not be taken down: {error}", folder, progress)
+    (folder.path / "endpoint.json").unlink(missing_ok=True)
+
+
+def tell(said: str, folder: RunFolder, progress: Progress) -> None:
+    """Beside an error that is being raised: a full disk must not hide it."""
     progress.note(said)
-    folder.event("note", message=said)
-    return said.startswith("not replaced")
+    with contextlib.suppress(OSError, DistlmError):
+        folder.event("note", message=said)
 
 
 def undeploy(name: str, storage: Storage) -> None:
@@ -131,6 +182,7 @@ def undeploy(name: str, storage: Storage) -> None:
         raise InputError(f"there is no endpoint {name}", where=str(record.parent), remedy=f"did you mean {near}?" if near else "")
     remove(read_json(record)["app"])
     record.unlink()
+    shutil.rmtree(record.parent / MODELS, ignore_errors=True)
 
 
 def ignored_settings(model: Path) -> dict[str, Any]:

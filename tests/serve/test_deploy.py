@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -16,7 +17,7 @@ import pytest
 import ray
 
 from distlm import jobs
-from distlm.errors import ClusterError, InputError, ServeError
+from distlm.errors import ClusterError, InputError, ServeError, StorageError
 from distlm.progress import Progress
 from distlm.runs import RunFolder
 from distlm.serve import deploy
@@ -63,6 +64,127 @@ def test_settings_of_generate_that_the_api_does_not_know_are_noted(tmp_path: Pat
     assert deploy.ignored_settings(tmp_path) == {"repetition_penalty": 1.1}
 
 
+class FakeServe:
+    """Ray Serve as `deploy.serve` sees it. `fails` is raised by what `at` names, after a deployment of what is not `kept`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.running: dict[str, Path] = {}
+        self.fails: BaseException | None = None
+        self.at, self.kept, self.last = "wait_until_running", "", ""
+        for name in ("wait_until_running", "wait_until_healthy", "write_json"):
+            monkeypatch.setattr(deploy, name, self.failing(name, getattr(deploy, name) if name == "write_json" else None))
+        monkeypatch.setattr(deploy, "deploy", self.deploy)
+        monkeypatch.setattr(deploy, "remove", lambda app: self.running.pop(app, None))
+        monkeypatch.setattr(deploy, "applications", lambda: {app: {"status": "RUNNING", "route_prefix": "/"} for app in self.running})
+        monkeypatch.setattr(deploy, "start", lambda spec: ("127.0.0.1", 1))
+        monkeypatch.setattr(deploy, "check_resources", lambda *_: None)
+        monkeypatch.setattr(deploy, "has_room", lambda spec: True)
+        monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address="127.0.0.1:2"))
+
+    def failing(self, name: str, real: Any) -> Any:
+        def call(*given: Any) -> None:
+            if self.fails and name == self.at and self.last != self.kept:
+                raise self.fails
+            if real:
+                real(*given)
+        return call
+
+    def deploy(self, record: dict[str, Any], prefix: str, *, surge: bool) -> None:
+        self.running[record["app"]], self.last = Path(record["folder"]), record["version"]
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakeServe:
+    return FakeServe(monkeypatch)
+
+
+def given_model(tmp_path: Path, **fields: Any) -> tuple[ServeSpec, RunFolder, Storage, Records]:
+    """Of an endpoint of a run whose weights are large enough to be linked."""
+    export = tmp_path / "runs" / "tiny" / "export"
+    export.mkdir(parents=True, exist_ok=True)
+    (export / "config.json").write_text("{}")
+    (export / "distlm.json").write_text('{"run": "tiny"}')
+    (export / "model.safetensors").write_bytes(bytes(deploy.COPIED_BYTES + 1))
+    if (folder := RunFolder(tmp_path / "endpoints" / "py")).exists():
+        folder.event("succeeded", "completed")             # as execute.run records it
+    *given, _ = endpoint(Storage(tmp_path), **fields)
+    return (*given, Records())
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_an_endpoint_owns_the_files_that_its_replicas_load(links: bool, fake: FakeServe, tmp_path: Path,
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    if not links:
+        monkeypatch.setattr(deploy.os, "link", lambda *_: (_ for _ in ()).throw(OSError("no links here")))
+    deploy.serve(*given_model(tmp_path))
+    folder, first = tmp_path / "endpoints" / "py", fake.running["py"]
+    run = tmp_path / "runs" / "tiny"
+    assert first.parent == folder / "models" and (first / "model.safetensors").samefile(run / "export" / "model.safetensors") == links
+    (run / "export" / "config.json").write_text("edited")
+    run.rename(run.with_name("tiny.old-1"))                # as a pipeline that trains again
+    assert (first / "config.json").read_text() == "{}" and (first / "model.safetensors").stat().st_size == deploy.COPIED_BYTES + 1
+    assert read_json(folder / "endpoint.json")["lineage"] == {"run": "tiny"}
+
+    deploy.serve(*given_model(tmp_path))
+    assert list((folder / "models").iterdir()) == [fake.running["py"]] != [first], "an earlier version's are gone"
+    deploy.undeploy("py", Storage(tmp_path))
+    assert not (folder / "models").exists()
+
+
+@pytest.mark.parametrize(("at", "error"), [("wait_until_running", ServeError("it fails")), ("wait_until_running", KeyboardInterrupt()),
+                                           ("write_json", StorageError("no space left"))])
+def test_an_endpoint_that_is_too_busy_to_say_so_is_kept_when_its_replacement_fails(at: str, error: BaseException, fake: FakeServe,
+                                                                                   tmp_path: Path) -> None:
+    deploy.serve(*given_model(tmp_path))                   # nothing answers at its address
+    folder, first = tmp_path / "endpoints" / "py", fake.running["py"]
+    before = read_json(folder / "endpoint.json")
+    fake.fails, fake.at, fake.kept = error, at, before["version"]
+    with pytest.raises(type(error)):
+        deploy.serve(*given_model(tmp_path))
+    assert fake.running == {"py": first} and read_json(folder / "endpoint.json") == before
+    assert list((folder / "models").iterdir()) == [first]
+
+    fake.kept = ""                                         # what was before cannot be brought back either
+    with pytest.raises(type(error)):
+        deploy.serve(*given_model(tmp_path))
+    assert fake.running == {"py": first} and read_json(folder / "endpoint.json") == before
+
+    (folder / "endpoint.json").unlink()                    # it runs, and nobody knows from what
+    with pytest.raises(type(error)):
+        deploy.serve(*given_model(tmp_path))
+    assert "py" in fake.running and fake.running["py"].is_dir()
+
+
+@pytest.mark.parametrize("at", ["wait_until_running", "write_json"])
+def test_nothing_stays_of_an_endpoint_that_has_never_come_up(at: str, fake: FakeServe, tmp_path: Path) -> None:
+    fake.fails, fake.at = ServeError("it fails"), at
+    with pytest.raises(ServeError, match="it fails"):
+        deploy.serve(*given_model(tmp_path))
+    folder = tmp_path / "endpoints" / "py"
+    assert not fake.running and not (folder / "endpoint.json").exists() and not list((folder / "models").iterdir())
+
+
+def test_an_error_on_the_way_back_does_not_hide_the_first(fake: FakeServe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("Serve's controller has died")
+
+    *given, shown = given_model(tmp_path)
+    deploy.serve(*given, shown)
+    fake.fails = ServeError("it fails")
+    put_back = deploy.put_back
+    monkeypatch.setattr(deploy, "put_back", lambda *given: (monkeypatch.setattr(deploy, "deploy", broken), put_back(*given)))
+    with pytest.raises(ServeError, match="it fails"):
+        deploy.serve(*given, shown)
+    assert "could not be brought back: Serve's controller has died; `distlm stop py` takes it down" in shown.notes[-1]
+
+    fake.running.clear()
+    monkeypatch.setattr(deploy, "remove", broken)
+    monkeypatch.setattr(deploy, "deploy", fake.deploy)
+    with pytest.raises(ServeError, match="it fails"):
+        deploy.serve(*given, shown)
+    assert "could not be taken down: Serve's controller has died" in shown.notes[-1]
+
+
 def test_an_endpoint_from_start_to_end_on_ray_serve(cluster: None, storage: Storage, torn: str) -> None:
     with pytest.raises(ClusterError, match="100 replicas"):
         deploy.serve(*endpoint(storage, replicas=100))
@@ -73,6 +195,7 @@ def test_an_endpoint_from_start_to_end_on_ray_serve(cluster: None, storage: Stor
     folder = storage.endpoint("py")
     record = json.loads((folder / "endpoint.json").read_text())
     assert outputs == {"": record["url"], "url": record["url"], "api_key_file": str(folder / "api_key"), "model": "py"}
+    assert Path(record["folder"]).parent == folder / "models" and record["source"] == str(storage.run("tiny") / "export")
     assert record["app"] == "py" and record["lineage"]["corpus_hash"] == "ab12"
     key = (folder / "api_key").read_text().strip()
     base = outputs["url"].removesuffix("/v1")
