@@ -1,6 +1,7 @@
-"""The working directory of a submitted job, as one zip: what git would keep, never `.git`, virtual environments or run folders."""
+"""The working directory of a submitted job, as one zip: what git would keep, never `.git`, virtual environments, run folders or keys."""
 
 import os
+import stat
 import subprocess
 import zipfile
 from collections import Counter
@@ -50,13 +51,18 @@ def files(folder: Path, storage_root: Path) -> Iterator[Path]:
         folders[:] = sorted(name for name in folders if not _left_out(Path(base) / name, storage_root))
         for name in sorted(names):
             path = Path(base) / name
-            if path.is_file() and (kept is None or path in kept):
+            if path.is_file() and (kept is None or path in kept) and not _secret(path):
                 yield path
 
 
 def _left_out(folder: Path, storage_root: Path) -> bool:
-    return (folder.name in LEFT_OUT or folder.is_symlink() or (folder / "pyvenv.cfg").exists() or (folder / "events.jsonl").exists()
-            or folder == storage_root)
+    return (folder.name in LEFT_OUT or folder.is_symlink() or folder == storage_root
+            or any((folder / name).exists() for name in ("pyvenv.cfg", "conda-meta", "events.jsonl", "cluster.json")))
+
+
+def _secret(path: Path) -> bool:
+    """A key of an endpoint or a cluster's token, or the file by which a worktree or a submodule finds its `.git`, which is not there."""
+    return path.name == ".git" or (path.name in ("token", "api_key") and not stat.S_IMODE(path.stat().st_mode) & 0o077)
 
 
 def _git_files(folder: Path) -> set[Path] | None:

@@ -30,6 +30,18 @@ def test_git_environments_runs_and_storage_stay_behind(folder, tmp_path):
     assert zipfile.ZipFile(tmp_path / "a.zip").read("src/code.py") == b"src/code.py"
 
 
+def test_keys_and_environments_stay_behind_where_there_is_no_git(folder, tmp_path):
+    for name in ("other/clusters/c/cluster.json", "other/clusters/c/token", "other/clusters/c/head.log", "conda/conda-meta/history",
+                 "conda/bin/python", "module/.git", "module/a.py", "token", "keys/api_key"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    for name in ("token", "keys/api_key"):
+        (folder / name).chmod(0o600)
+    (folder / "src" / "token").write_text("a word, which all may read")
+    upload.pack(folder, tmp_path / "a.zip", folder / "store")
+    assert names(tmp_path / "a.zip") == ["module/a.py", "src/code.py", "src/token", "train.yaml"]
+
+
 def test_what_git_ignores_stays_behind(folder, tmp_path):
     (folder / ".git" / "config").unlink()
     (folder / ".git").rmdir()
