@@ -18,6 +18,7 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.composer import ComposerError
 from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.events import CollectionEndEvent, CollectionStartEvent
 
 from distlm.errors import InputError, SpecError
 from distlm.spec.explain import NO_TEXT, KeyPath, as_written, at, describe, explain, field_names, merge_unions, nearest, shown
@@ -33,6 +34,7 @@ KINDS: dict[str, type[Spec]] = {"prepare": PrepareSpec, "train": TrainSpec, "tun
 REFERENCE = re.compile(r"\$\{([^}]*)\}")
 References: TypeAlias = bool | Callable[[str], bool]
 """Whether values may hold references; or a function that says whether what such a value stands for may be something else than text."""
+MAX_DEPTH = 100
 SCALARS = (bool, int, float, str, datetime.date, type(None))
 __all__ = ["KINDS", "Loaded", "Spec", "at", "describe", "dotted", "dump", "field_names", "leaves", "load_spec", "locator", "nearest",
            "nearest_file", "parse", "plain", "put", "to_yaml", "validate"]
@@ -190,6 +192,8 @@ def parse(text: str, path: str = "spec") -> tuple[dict[str, Any], dict[KeyPath, 
         tree = YAML(typ="rt").load(text)
     except YAMLError as error:
         raise _not_yaml(error, path) from None
+    except RecursionError:
+        raise _too_deep(f"{path}:{_line_of_depth(text)}") from None
     if not isinstance(tree, CommentedMap):
         raise SpecError("the file is empty" if tree is None else "this is no mapping", where=path,
                         remedy="a spec is a mapping that begins with `kind:`")
@@ -202,6 +206,8 @@ def parse(text: str, path: str = "spec") -> tuple[dict[str, Any], dict[KeyPath, 
                             where=f"{path}:{lines.get(key, 1)}: {dotted(key)}")
         if not isinstance(node, CommentedMap | CommentedSeq):
             return
+        if len(key) >= MAX_DEPTH:                          # a section that holds itself has no end
+            raise _too_deep(f"{path}:{lines.get(key, 1)}")
         numbers = node.lc.data or {}                       # what `<<` merges in has no line of its own
         for name, child in node.items() if isinstance(node, CommentedMap) else enumerate(node):
             place = (*key, name if isinstance(node, CommentedSeq) else str(name))
@@ -210,6 +216,20 @@ def parse(text: str, path: str = "spec") -> tuple[dict[str, Any], dict[KeyPath, 
 
     walk(tree, ())
     return plain(tree), lines
+
+
+def _too_deep(where: str) -> SpecError:
+    return SpecError(f"sections and lists lie more than {MAX_DEPTH} deep", where=where, remedy="no key of a spec lies so deep")
+
+
+def _line_of_depth(text: str) -> int:
+    """The line in which sections and lists begin to lie too deep."""
+    depth = 0
+    for event in YAML(typ="rt").parse(io.StringIO(text)):
+        depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            return int(event.start_mark.line) + 1
+    return 1
 
 
 def _not_yaml(error: YAMLError, path: str) -> SpecError:
@@ -251,6 +271,8 @@ def _override(data: dict[str, Any], text: str) -> KeyPath:
         parsed = plain(YAML(typ="safe").load(value)) if value else None
     except YAMLError as error:
         raise SpecError(f"{value!r} is not valid YAML: {getattr(error, 'problem', None) or error}", where=f"--set {key}") from None
+    except RecursionError:
+        raise _too_deep(f"--set {key}") from None
     return put(data, key, parsed)
 
 

@@ -222,6 +222,15 @@ def test_a_wrong_override_is_told_by_its_key(spec_file, override, told):
     assert error(spec_file(TRAIN), [override]) == told
 
 
+@pytest.mark.parametrize(("text", "line"), [
+    (TRAIN + "".join("  " * i + "deep:\n" for i in range(900)), 6 + 100), (TRAIN + "deep: " + "{a: " * 900 + "1" + "}" * 900, 6),
+    (TRAIN + "deep: " + "[" * 101 + "]" * 101, 6)])
+def test_what_lies_too_deep_is_told_with_its_line(spec_file, text, line):
+    path = spec_file(text)
+    assert error(path) == f"{path}:{line}: sections and lists lie more than 100 deep; no key of a spec lies so deep"
+    assert error(spec_file(TRAIN), ["seed=" + "[" * 900 + "]" * 900]).startswith("--set seed: sections and lists lie more than 100 deep")
+
+
 def test_an_override_finds_its_place_in_a_list(spec_file):
     path = spec_file(PREPARE + "sources: [a, {path: b}]\n")
     loaded = load_spec(path, ["sources.1.format=text"])
