@@ -24,8 +24,9 @@ READ = {"prepare": {"sources.path", "decontaminate.against", "filter.language.mo
 """The keys that name what a job reads. Those of a sweep are its trials'; those of a pipeline are its steps'."""
 TEXT = {"prepare": {"sources.text_key", "sources.id_key", "sources.keep", "sources.filter.language.keep", "sources.filter.license.keep",
                     "conversations.messages_key", "conversations.role_key", "conversations.content_key", "conversations.roles",
-                    "conversations.ignore_keys", "conversations.prompt_key", "conversations.completion_key", "filter.language.keep", "filter.license.keep",
-                    "decontaminate.text_keys", "tokenizer.special_tokens", "tokenizer.chat_template"},
+                    "conversations.ignore_keys", "conversations.prompt_key", "conversations.completion_key",
+                    "filter.language.keep", "filter.license.keep", "decontaminate.text_keys",
+                    "tokenizer.special_tokens", "tokenizer.chat_template"},
         "train": {"model.preset", "model.config", "optimizer.groups.match", "sharding.deepspeed"}, "tune": set(), "serve": {"host"},
         "pipeline": {"prompt"}}
 """The keys whose text stands for itself."""
