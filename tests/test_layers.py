@@ -9,8 +9,8 @@ import distlm
 
 ORDER = ["errors", "storage", "spec", "runs", "progress", "head", "cluster", "autoscale", "clusterfile", "init", "dashboard", "upload",
          "corpus", "model", "train", "tune", "serve", "summary", "execute", "plan", "jobs", "logs", "cli", "__main__"]
-ONE = {"pipeline": "execute"}
-"""A pipeline is a job whose steps are jobs: the two call each other."""
+ONE = {"pipeline": "execute", "reads": "execute"}
+"""A pipeline is a job whose steps are jobs, and asks of each what it reads: they call each other."""
 STRANGERS = {"serve": {"corpus", "train", "tune"}, "model": {"corpus"}}
 """Layer -> those before it that it may not know all the same."""
 PACKAGE = Path(distlm.__file__).parent
