@@ -139,9 +139,9 @@ def _saved(folder: Path, manifest: dict[str, Any], with_ema: bool) -> Iterator[S
             fragments = list(_partitions(sizes, rank, len(files)))
             for i, flat in enumerate(optimizer["fp32_flat_groups"]):          # a group may be cut into several flat tensors
                 values = _values(flat, optimizer["optimizer_state_dict"]["state"].get(i, {}), average, i)
-                first, used = fragments[0].start, 0
+                first = fragments[0].start
                 while fragments and fragments[0].start - first < len(flat):
-                    one, used = fragments.pop(0), used + 1
+                    one = fragments.pop(0)
                     yield Saved(Fragment(one.name, one.offset, one.start - first, one.numel), values)
         return
     done: dict[str, int] = {}
