@@ -363,6 +363,22 @@ def in_cluster(head: Head, storage: Storage) -> list[Job]:
     return [job for job in jobs(storage) if job.active and _inside(job, head)]
 
 
+def others_in_cluster(head: Head, ending: Sequence[Job]) -> list[str]:
+    """What else ends with a head, as Ray tells: jobs by id and command, and endpoints, of other storage roots or not distlm's at all. Empty
+    where the head does not answer."""
+    found = {}
+    with contextlib.suppress(ClusterError), client(head.dashboard_url, head.token_file) as http:
+        for path in ("/api/jobs/", "/api/serve/applications/"):
+            answer = http.get(path)
+            found[path] = answer.json() if answer.status_code == 200 else {}
+    submissions, drivers = {job.submission for job in ending}, {str(_owner(job).get("pid")) for job in ending}
+    running = [f"{one['submission_id'] or one['job_id']} ({one['entrypoint']})" for one in found.get("/api/jobs/", ())
+               if one["status"] in ("PENDING", "RUNNING") and one["submission_id"] not in submissions
+               and (one["driver_info"] or {}).get("pid") not in drivers]
+    applications = found.get("/api/serve/applications/", {}).get("applications", {})
+    return running + [f"endpoint {name}" for name in applications if name not in {job.name for job in ending if job.kind == "serve"}]
+
+
 def _inside(job: Job, head: Head) -> bool:
     loopback = urlsplit(head.dashboard_url).hostname in ("127.0.0.1", "localhost", "::1")
     if loopback and _owner(job).get("host", head.host) != head.host:

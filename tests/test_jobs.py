@@ -292,7 +292,10 @@ def test_a_job_that_has_joined_a_cluster_is_asked_about_and_ends_with_it(tmp_pat
                    for name, address in (("inside", "127.0.0.1:7"), ("other", "127.0.0.1:8"), ("alone", ""))]
         assert [driver.stdout.readline() for driver in drivers if driver.stdout] == ["began\n"] * 3
         asked = CliRunner().invoke(app, ["cluster", "down"], input="n\n")
-        assert "inside would end with it" in asked.output and asked.exit_code == 1 and head.poll() is None and drivers[0].poll() is None
+        assert "inside would end with it" in asked.output and isinstance(asked.exception, SystemExit) and asked.exit_code == 1
+        assert head.poll() is None and drivers[0].poll() is None
+        unasked = CliRunner().invoke(app, ["cluster", "down"]).exception
+        assert isinstance(unasked, InputError) and "inside would end with it" in str(unasked) and "--yes" in str(unasked)
         done = CliRunner().invoke(app, ["cluster", "down", "--yes"])
         assert done.exit_code == 0 and "train inside ended with it" in done.output, done.output
         assert drivers[0].poll() is not None and head.poll() is not None and [driver.poll() for driver in drivers[1:]] == [None, None]
