@@ -27,6 +27,7 @@ import psutil
 from pydantic import Field
 
 from distlm.errors import ClusterError, InputError
+from distlm.process import living
 from distlm.spec.base import Name, Part
 from distlm.storage import Storage, locked, read_json, write_json, writing
 
@@ -87,12 +88,7 @@ class Head:
     def alive(self) -> bool:
         """Whether the head process is still the one that was started: false after a reboot, though the record remains, and on another
         host."""
-        if not self.here():
-            return False
-        with contextlib.suppress(psutil.Error):
-            process = psutil.Process(self.pid)
-            return abs(process.create_time() - self.started) < 2 and process.status() != psutil.STATUS_ZOMBIE
-        return False
+        return self.here() and living(self.pid, self.started) is not None
 
 
 def recorded(storage: Storage) -> list[Head]:

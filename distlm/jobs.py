@@ -26,6 +26,7 @@ from distlm import cluster as clusters
 from distlm import upload
 from distlm.errors import PREFIX, ClusterError, InputError, ServeError
 from distlm.head import Head, client, recorded, same_address, speaks_for
+from distlm.process import living
 from distlm.runs.folder import ENDED, SUBMISSION, RunFolder
 from distlm.serve.client import healthy
 from distlm.spec import PipelineSpec, TuneSpec
@@ -452,10 +453,10 @@ def _stop_process(job: Job, grace_s: float) -> str:
     if owner["host"] != socket.gethostname():
         raise ClusterError(f"{job.name} runs on {owner['host']}, not here", where=str(job.folder),
                            remedy=f"stop it there, or, where that is gone, `distlm stop {job.name} --force` ends it in the record")
+    process = living(owner["pid"], owner["started"])
+    if process is None:
+        return "stopped"
     with contextlib.suppress(psutil.NoSuchProcess):
-        process = psutil.Process(owner["pid"])
-        if abs(process.create_time() - owner["started"]) > 2:
-            return "stopped"
         children = process.children(recursive=True)
         process.send_signal(signal.SIGINT)
         _, alive = psutil.wait_procs([process], timeout=grace_s)
