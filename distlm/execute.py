@@ -50,14 +50,20 @@ def run_loaded(loaded: Loaded, storage: Storage, progress: Progress, *, resume: 
                extra: Mapping[str, Any] | None = None, clusters: Storage | None = None) -> dict[str, Any]:
     """`run` for a spec that is loaded. Without `hold` an endpoint is left to the caller; `extra` goes into the lineage; `clusters` is the
     root under which a cluster is looked for, where it is not `storage`."""
+    from distlm.reads import missing  # here: it asks this module what a job reads
+
     spec = loaded.spec
     folder = RunFolder(storage.folder(spec.kind, spec.name))
     state, _ = folder.state() if folder.exists() else ("", "")
     resume = resume or spec.kind == "pipeline"             # a pipeline decides step by step what is still to be done
     changes = check_resume(folder, spec) if resume and state and state != "queued" else []
     if state == "succeeded" and resume and not changes and spec.kind in ("prepare", "train", "tune"):
-        progress.note(f"{spec.kind} {spec.name} has already succeeded: nothing to do")
-        return folder.read_result()
+        outputs = folder.read_result()
+        lacks = missing(spec.kind, outputs) if spec.kind == "train" else ""
+        if not lacks:
+            progress.note(f"{spec.kind} {spec.name} has already succeeded: nothing to do")
+            return outputs
+        progress.note(f"{spec.kind} {spec.name} has succeeded before, but {lacks}: it goes on from its last checkpoint")
     with located(loaded):
         made_of = lineage(dump(spec), **inputs(spec, storage)) | dict(extra or {})
         if changes and isinstance(spec, TrainSpec):

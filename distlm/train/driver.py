@@ -17,6 +17,7 @@ from distlm.autoscale import require, train_bundles
 from distlm.corpus.stream import plan_dataset
 from distlm.errors import DistlmError, StorageError, TrainError
 from distlm.head import HUGE_PAGES
+from distlm.model.export import export_lacks
 from distlm.progress import Progress
 from distlm.runs import RunFolder
 from distlm.runs.report import write_report
@@ -168,9 +169,10 @@ def _following(folder: RunFolder, recipe: Recipe, progress: Progress, first_step
 
 
 def exported(recipe: Recipe, folder: RunFolder) -> bool:
-    """Whether the export is that of the last step: it is what a run does last."""
+    """Whether the export is that of the last step, and whole: it is what a run does last."""
+    export = folder.path / "export"
     try:
-        return read_json(folder.path / "export" / "distlm.json")["step"] == recipe.num_steps
+        return read_json(export / "distlm.json")["step"] == recipe.num_steps and not export_lacks(export)
     except StorageError:
         return False
 
