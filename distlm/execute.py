@@ -6,7 +6,6 @@
 
 import contextlib
 import importlib
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from distlm.errors import DistlmError, ServeError, SpecError
 from distlm.model.find import find_model
 from distlm.progress import Logged, Progress
 from distlm.runs import RunFolder, lineage
-from distlm.serve.client import healthy
+from distlm.serve.client import forget, healthy
 from distlm.spec import PipelineSpec, PrepareSpec, ServeSpec, TrainSpec, TuneSpec
 from distlm.spec.load import Loaded, Spec, dotted, dump, leaves, load_spec, located, locator, parse, to_yaml
 from distlm.storage import Storage, read_json
@@ -213,8 +212,7 @@ def hold_endpoints(urls: Mapping[str, str], storage: Storage, progress: Progress
                          remedy="logs/ in its folder and the dashboard say more")
     finally:
         for name in urls:
-            (storage.endpoint(name) / "endpoint.json").unlink(missing_ok=True)
-            shutil.rmtree(storage.endpoint(name) / "models", ignore_errors=True)
+            forget(storage.endpoint(name))
             if RunFolder(storage.endpoint(name)).state()[0] == "succeeded":
                 RunFolder(storage.endpoint(name)).event("stopped", "user", "ended with the cluster of the process that brought it up")
 

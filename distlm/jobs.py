@@ -28,7 +28,7 @@ from distlm.errors import PREFIX, ClusterError, InputError, ServeError
 from distlm.head import Head, client, recorded, same_address, speaks_for
 from distlm.process import living
 from distlm.runs.folder import ENDED, SUBMISSION, RunFolder
-from distlm.serve.client import healthy
+from distlm.serve.client import forget, healthy
 from distlm.spec import PipelineSpec, TuneSpec
 from distlm.spec.load import Spec, dump, load_spec, located, nearest, to_yaml
 from distlm.storage import FOLDERS, Storage, read_json
@@ -352,10 +352,14 @@ def _take_down(job: Job, storage: Storage, force: bool) -> str:
     except ClusterError:
         if not force:
             raise
-    if not force and healthy(read_json(path)):
+    answers = healthy(read_json(path))
+    if answers and not force:
         raise ClusterError(f"{job.name} answers, and the cluster that it is in is not one that can be joined from here", where=address,
                            remedy=f"name it in RAY_ADDRESS, or `distlm stop {job.name} --force` forgets the endpoint and leaves it running")
-    path.unlink()
+    if answers:                                            # its replicas may need their files again
+        path.unlink()
+    else:
+        forget(job.folder)
     return "its record was removed: the cluster that it was in is not up here"
 
 
@@ -407,8 +411,9 @@ def end_with_cluster(job: Job, grace_s: float = STOP_GRACE_S) -> None:
 
 def ended_with_cluster(job: Job) -> None:
     """Record the end of a job whose cluster was taken down."""
-    (job.folder / "endpoint.json").unlink(missing_ok=True)
     folder = RunFolder(job.folder)
+    if job.kind == "serve":
+        forget(job.folder)
     if job.kind == "serve" or folder.state()[0] not in ENDED or folder.state() == ("failed", "head_lost"):
         folder.event("stopped", "user", "its cluster was taken down")
 

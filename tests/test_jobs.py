@@ -212,9 +212,10 @@ def test_an_endpoint_whose_cluster_is_gone_is_struck_off_without_a_new_one(held:
     with folder.running():
         pass
     write_json(folder.path / "endpoint.json", {"url": "http://127.0.0.1:1/v1", "app": "py", "cluster": "127.0.0.1:3"})
+    (folder.path / "models" / "1").mkdir(parents=True)     # what its replicas loaded
     job = jobs.stop("py", tmp_path)
     assert (job.state, job.cause) == ("stopped", "user") and "its record was removed" in job.message
-    assert not (folder.path / "endpoint.json").exists()
+    assert not (folder.path / "endpoint.json").exists() and not (folder.path / "models").exists()
 
 
 def test_an_endpoint_that_answers_is_not_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,7 +228,9 @@ def test_an_endpoint_that_answers_is_not_forgotten(tmp_path: Path, monkeypatch: 
         with pytest.raises(ClusterError, match=r"py answers, and the cluster .*--force"):
             jobs.stop("py", tmp_path)
         assert (folder.path / "endpoint.json").exists() and jobs.locate("py", tmp_path).state == "running"
+        (folder.path / "models" / "1").mkdir(parents=True)
         assert jobs.stop("py", tmp_path, force=True).state == "stopped"
+        assert (folder.path / "models" / "1").exists(), "it runs on, and a replica may start again"
 
 
 def test_what_ended_with_its_cluster_is_recorded(tmp_path: Path) -> None:
@@ -235,8 +238,13 @@ def test_what_ended_with_its_cluster_is_recorded(tmp_path: Path) -> None:
     mine = cluster.heads.Head("local", "0", "", "", "127.0.0.1:7", "http://127.0.0.1:9", "", 1, socket.gethostname(), 0, 0)
     for name, url in (("x", "http://127.0.0.1:9"), ("y", "http://127.0.0.1:8")):
         RunFolder(storage.run(name)).event("queued", submission=f"train-{name}-1", dashboard=url)
-    [job] = jobs.in_cluster(mine, storage)
-    jobs.ended_with_cluster(job)
+    endpoint = RunFolder(storage.endpoint("e"))
+    endpoint.event("running")
+    write_json(endpoint.path / "endpoint.json", {"cluster": "127.0.0.1:7"})
+    (endpoint.path / "models" / "1").mkdir(parents=True)
+    for job in jobs.in_cluster(mine, storage):
+        jobs.ended_with_cluster(job)
+    assert endpoint.state() == ("stopped", "user") and [path.name for path in endpoint.path.iterdir()] == ["events.jsonl"]
     assert RunFolder(storage.run("x")).state() == ("stopped", "user") and RunFolder(storage.run("y")).state() == ("queued", "")
 
 

@@ -28,6 +28,7 @@ from distlm.model.find import find_model
 from distlm.progress import Progress
 from distlm.runs import RunFolder
 from distlm.serve.api import Card, create_app
+from distlm.serve.client import MODELS, forget
 from distlm.serve.guard import make_key, read_key
 from distlm.serve.metrics import Metrics
 from distlm.spec import ServeSpec
@@ -35,8 +36,6 @@ from distlm.spec.load import dump, nearest
 from distlm.storage import Storage, read_json, write_json, writing
 
 START_TIMEOUT_S = 900
-MODELS = "models"
-"""In an endpoint's folder: the files that its replicas load, a folder for each version."""
 COPIED_BYTES = 1 << 20
 """Larger files are linked."""
 IGNORED = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "encoder_repetition_penalty": 1.0, "min_new_tokens": 0,
@@ -182,8 +181,7 @@ def undeploy(name: str, storage: Storage) -> None:
         near = nearest(name, [path.parent.name for path in storage.endpoint("x").parent.glob("*/endpoint.json")])
         raise InputError(f"there is no endpoint {name}", where=str(record.parent), remedy=f"did you mean {near}?" if near else "")
     remove(read_json(record)["app"])
-    record.unlink()
-    shutil.rmtree(record.parent / MODELS, ignore_errors=True)
+    forget(record.parent)
 
 
 def ignored_settings(model: Path) -> dict[str, Any]:
