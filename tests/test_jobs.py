@@ -22,8 +22,10 @@ from distlm import cluster, execute, jobs, logs
 from distlm.cli import app
 from distlm.errors import ClusterError, InputError, ServeError
 from distlm.runs import RunFolder
-from distlm.serve.guard import make_key
+from distlm.serve.client import healthy
+from distlm.serve.guard import make_key, proof
 from distlm.storage import Storage, write_json
+from tests import endpoints
 from tests.endpoints import fake_endpoint
 
 
@@ -80,6 +82,19 @@ def test_whoever_has_taken_an_endpoints_port_is_not_told_its_key(tmp_path: Path)
             next(jobs.query("py", "secret prompt", storage=tmp_path))
     assert (job.state, job.cause) == ("failed", "head_lost") and told
     assert not [text for text in told if key.read_text().strip() in text or "Authorization" in text or "secret" in text]
+
+
+def test_a_proof_that_was_overheard_proves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def overheard(key: str, model: str, nonce: str) -> str:
+        asked.append(nonce)
+        return proof(key, model, asked[0])
+
+    monkeypatch.setattr(endpoints, "proof", overheard)
+    with fake_endpoint(tmp_path, "py") as record:
+        assert [healthy(record) for _ in range(3)] == [True, False, False]
+    assert len(set(asked)) == 3
 
 
 @pytest.mark.parametrize("known", ["dead", "moved", "forgotten"])
