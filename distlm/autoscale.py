@@ -1,12 +1,16 @@
-"""Clusters that grow: a job that is too large for what is there now waits for the nodes that an autoscaler adds.
+"""Whether a cluster holds what a job needs; in one that grows, a job that is too large waits for the nodes that an autoscaler adds.
 
-    grow([{"CPU": 8, "GPU": 1}] * 4, progress)             # Ray is initialised
+    require(train_bundles(spec), "4 workers and the data stream", progress, where="scale", remedy="...")      # Ray is initialised
 """
 
 import json
 import time
+from bisect import bisect_left
+from collections import Counter
 
+from distlm.errors import ClusterError
 from distlm.progress import Progress
+from distlm.spec import ServeSpec, TrainSpec
 
 GROW_S = 900
 """So long nodes are waited for."""
@@ -15,6 +19,47 @@ REPORT_S = 15
 """So long the first report of Ray's monitor is waited for; it comes every 5 s."""
 
 Bundles = list[dict[str, float]]
+"""What a job needs: of each resource so much together on a node, for each of its processes."""
+
+DATA_CPUS = 1
+"""Logical CPUs that the data stream of a training needs beside the workers."""
+
+
+def train_bundles(spec: TrainSpec) -> Bundles:
+    """The workers and the data stream."""
+    return [{"CPU": spec.scale.cpus_per_worker, "GPU": spec.scale.gpus_per_worker}] * spec.scale.workers + [{"CPU": DATA_CPUS}]
+
+
+def serve_bundles(spec: ServeSpec) -> Bundles:
+    """The replicas."""
+    return [{"CPU": spec.cpus_per_replica, "GPU": spec.gpus_per_replica}] * spec.replicas
+
+
+def require(bundles: Bundles, what: str, progress: Progress, *, where: str, remedy: str) -> None:
+    """Raises ClusterError where the cluster cannot hold these and does not grow to them: Ray would wait for ever."""
+    import ray
+
+    grow(bundles, progress)
+    if fits(bundles):
+        return
+    have = ray.cluster_resources()
+    for name, amount in total(bundles).items():
+        if amount > have.get(name, 0):
+            raise ClusterError(f"{what} need{'s' * (len(bundles) == 1)} {amount:g} {name}s, and the cluster has {have.get(name, 0):g}",
+                               where=where, cause="bad_spec", remedy=remedy)
+    parts = Counter(f"{bundle.get('CPU', 0):g} CPUs and {bundle.get('GPU', 0):g} GPUs" for bundle in bundles)
+    raise ClusterError(f"{what}, {', '.join(f'{number} of {part}' for part, number in parts.items())}, do not fit the cluster's nodes one "
+                       "by one", where=where, cause="bad_spec", remedy=remedy)
+
+
+def total(bundles: Bundles) -> dict[str, float]:
+    """CPUs and GPUs together."""
+    return {name: sum(bundle.get(name, 0) for bundle in bundles) for name in ("CPU", "GPU")}
+
+
+def times(bundles: Bundles, most: int) -> int:
+    """How often the cluster holds these at once, `most` at most."""
+    return bisect_left(range(1, most + 1), True, key=lambda number: not fits(bundles * number))
 
 
 def grow(bundles: Bundles, progress: Progress, timeout_s: float = GROW_S) -> None:
@@ -23,7 +68,7 @@ def grow(bundles: Bundles, progress: Progress, timeout_s: float = GROW_S) -> Non
     import ray
     from ray.util.placement_group import placement_group, remove_placement_group
 
-    need = {name: sum(bundle.get(name, 0) for bundle in bundles) for name in ("CPU", "GPU")}
+    need = total(bundles)
     if fits(bundles) or not autoscales():
         return
     most = largest()

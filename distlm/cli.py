@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from distlm.errors import PREFIX, ClusterError, DistlmError
+from distlm.errors import PREFIX, ClusterError, DistlmError, InputError
 
 if TYPE_CHECKING:
     from distlm.jobs import Job, Submission
@@ -391,7 +391,7 @@ def cluster_up(file: ClusterFile = None, yes: Yes = False) -> None:
     if isinstance(config, clusterfile.RayUpFile):
         _show_rows(config.rows())
         if not yes:
-            typer.confirm("These machines cost money. Start them?", abort=True)
+            _confirm("These machines cost money. Start them?")
         config.up()
         return
     signal.signal(signal.SIGTERM, _interrupt)
@@ -416,7 +416,7 @@ def cluster_down(file: ClusterFile = None, name: Annotated[str, typer.Option(hel
     if isinstance(config, clusterfile.RayUpFile):
         _show_rows(config.rows())
         if not yes:
-            typer.confirm("Terminate these machines?", abort=True)
+            _confirm("Terminate these machines?")
         config.down()
         return
     found = [one for one in head.recorded(_storage()) if one.name == config.name]
@@ -428,14 +428,17 @@ def cluster_down(file: ClusterFile = None, name: Annotated[str, typer.Option(hel
         print(f"the record of cluster {config.name} was removed; its processes on {found[0].host} were not reached")
         return
     ending = jobs.in_cluster(found[0], _storage()) if found[0].here() else []
-    if ending and found[0].alive() and not yes:
-        typer.confirm(f"{', '.join(job.name for job in ending)} would end with it. Go on?", abort=True)
+    others = jobs.others_in_cluster(found[0], ending) if found[0].alive() else []
+    if (ending or others) and found[0].alive() and not yes:
+        _confirm(f"{', '.join([*(job.name for job in ending), *others])} would end with it. Go on?")
     for job in ending:
         jobs.end_with_cluster(job)
     print(f"cluster {config.name} is down: {head.down(found[0])} processes ended")
     for job in ending:
         jobs.ended_with_cluster(job)
         print(f"{job.kind} {job.name} ended with it")
+    for other in others:
+        print(f"{other} ended with it")
 
 
 @cluster_app.command("status")
@@ -462,6 +465,19 @@ def _storage() -> "Storage":
     from distlm.storage import Storage
 
     return Storage.find()
+
+
+def _confirm(question: str) -> None:
+    """Go on after a yes. Raises InputError where nobody can answer, Abort after a no or Ctrl-C."""
+    try:
+        if sys.stdin is None:
+            raise EOFError
+        typer.confirm(question, abort=True)
+    except (typer.Abort, EOFError) as error:
+        if not isinstance(error.__context__ or error, EOFError):
+            raise
+        print()
+        raise InputError(f"{question} Nobody answers, standard input has ended", remedy="--yes goes on without asking") from None
 
 
 def _interrupt(*_: Any) -> None:

@@ -179,6 +179,8 @@ def connect(log_file: Path | None = None, *, storage: Storage | None = None, clu
                                "the head as host:port")
         before = signal.getsignal(signal.SIGTERM)
         with contextlib.ExitStack() as stack:
+            if not cluster or any(heads.same_address(cluster.address, head.address) for head in heads.recorded(storage or Storage.find())):
+                stack.enter_context(environment({name: os.environ.get(name, value) for name, value in heads.LOST_AFTER.items()}))
             if cluster:
                 stack.enter_context(authenticated(cluster.token_file))
             try:

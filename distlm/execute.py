@@ -6,7 +6,6 @@
 
 import contextlib
 import importlib
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from distlm.errors import DistlmError, ServeError, SpecError
 from distlm.model.find import find_model
 from distlm.progress import Logged, Progress
 from distlm.runs import RunFolder, lineage
-from distlm.serve.client import healthy
+from distlm.serve.client import forget, healthy
 from distlm.spec import PipelineSpec, PrepareSpec, ServeSpec, TrainSpec, TuneSpec
 from distlm.spec.load import Loaded, Spec, dotted, dump, leaves, load_spec, located, locator, parse, to_yaml
 from distlm.storage import Storage, read_json
@@ -50,14 +49,20 @@ def run_loaded(loaded: Loaded, storage: Storage, progress: Progress, *, resume: 
                extra: Mapping[str, Any] | None = None, clusters: Storage | None = None) -> dict[str, Any]:
     """`run` for a spec that is loaded. Without `hold` an endpoint is left to the caller; `extra` goes into the lineage; `clusters` is the
     root under which a cluster is looked for, where it is not `storage`."""
+    from distlm.reads import missing  # here: it asks this module what a job reads
+
     spec = loaded.spec
     folder = RunFolder(storage.folder(spec.kind, spec.name))
     state, _ = folder.state() if folder.exists() else ("", "")
     resume = resume or spec.kind == "pipeline"             # a pipeline decides step by step what is still to be done
     changes = check_resume(folder, spec) if resume and state and state != "queued" else []
     if state == "succeeded" and resume and not changes and spec.kind in ("prepare", "train", "tune"):
-        progress.note(f"{spec.kind} {spec.name} has already succeeded: nothing to do")
-        return folder.read_result()
+        outputs = folder.read_result()
+        lacks = missing(spec.kind, outputs) if spec.kind == "train" else ""
+        if not lacks:
+            progress.note(f"{spec.kind} {spec.name} has already succeeded: nothing to do")
+            return outputs
+        progress.note(f"{spec.kind} {spec.name} has succeeded before, but {lacks}: it goes on from its last checkpoint")
     with located(loaded):
         made_of = lineage(dump(spec), **inputs(spec, storage)) | dict(extra or {})
         if changes and isinstance(spec, TrainSpec):
@@ -207,8 +212,7 @@ def hold_endpoints(urls: Mapping[str, str], storage: Storage, progress: Progress
                          remedy="logs/ in its folder and the dashboard say more")
     finally:
         for name in urls:
-            (storage.endpoint(name) / "endpoint.json").unlink(missing_ok=True)
-            shutil.rmtree(storage.endpoint(name) / "models", ignore_errors=True)
+            forget(storage.endpoint(name))
             if RunFolder(storage.endpoint(name)).state()[0] == "succeeded":
                 RunFolder(storage.endpoint(name)).event("stopped", "user", "ended with the cluster of the process that brought it up")
 

@@ -27,6 +27,7 @@ import psutil
 from pydantic import Field
 
 from distlm.errors import ClusterError, InputError
+from distlm.process import living
 from distlm.spec.base import Name, Part
 from distlm.storage import Storage, locked, read_json, write_json, writing
 
@@ -38,6 +39,8 @@ STOP_GRACE_S = 5
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
 """For glibc: tokenizing loses a third of its speed within a minute as the heap breaks into pieces, and with huge pages it does not
 (docs/experiments.md)."""
+LOST_AFTER = {"RAY_gcs_rpc_server_reconnect_timeout_s": "15"}
+"""For what has joined a head that starts here: one that is gone does not come back, and Ray would wait a minute (docs/experiments.md)."""
 RAY_SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_idle_worker_killing_time_threshold_ms": "20000"}
 """Of every cluster that starts here. Worker processes wait 20 s for more work, not one: the next stage of a job need not start new ones."""
 PORTS = ("port", "dashboard_port", "dashboard_agent_listen_port", "dashboard_agent_grpc_port", "metrics_export_port",
@@ -87,12 +90,7 @@ class Head:
     def alive(self) -> bool:
         """Whether the head process is still the one that was started: false after a reboot, though the record remains, and on another
         host."""
-        if not self.here():
-            return False
-        with contextlib.suppress(psutil.Error):
-            process = psutil.Process(self.pid)
-            return abs(process.create_time() - self.started) < 2 and process.status() != psutil.STATUS_ZOMBIE
-        return False
+        return self.here() and living(self.pid, self.started) is not None
 
 
 def recorded(storage: Storage) -> list[Head]:
@@ -313,7 +311,7 @@ def _environment(identity: str, token_file: Path, ray_folder: Path, ports: dict[
 
     RAY_TMPDIR is where Ray's own clean-up of a stopped Train run looks for the cluster's address: beside another Ray it would find two."""
     kept = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_JOB_CONFIG_JSON_ENV_VAR")}
-    return {"GLIBC_TUNABLES": HUGE_PAGES, **kept, **RAY_SETTINGS, MARK: identity, "RAY_TMPDIR": str(ray_folder.parent),
+    return {"GLIBC_TUNABLES": HUGE_PAGES, **LOST_AFTER, **kept, **RAY_SETTINGS, MARK: identity, "RAY_TMPDIR": str(ray_folder.parent),
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(token_file), "AUTOSCALER_METRIC_PORT": str(ports["autoscaler"]),
             "DASHBOARD_METRIC_PORT": str(ports["dashboard_metrics"]),

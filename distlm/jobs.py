@@ -26,8 +26,9 @@ from distlm import cluster as clusters
 from distlm import upload
 from distlm.errors import PREFIX, ClusterError, InputError, ServeError
 from distlm.head import Head, client, recorded, same_address, speaks_for
+from distlm.process import living
 from distlm.runs.folder import ENDED, SUBMISSION, RunFolder
-from distlm.serve.client import healthy
+from distlm.serve.client import forget, healthy
 from distlm.spec import PipelineSpec, TuneSpec
 from distlm.spec.load import Spec, dump, load_spec, located, nearest, to_yaml
 from distlm.storage import FOLDERS, Storage, read_json
@@ -351,16 +352,36 @@ def _take_down(job: Job, storage: Storage, force: bool) -> str:
     except ClusterError:
         if not force:
             raise
-    if not force and healthy(read_json(path)):
+    answers = healthy(read_json(path))
+    if answers and not force:
         raise ClusterError(f"{job.name} answers, and the cluster that it is in is not one that can be joined from here", where=address,
                            remedy=f"name it in RAY_ADDRESS, or `distlm stop {job.name} --force` forgets the endpoint and leaves it running")
-    path.unlink()
+    if answers:                                            # its replicas may need their files again
+        path.unlink()
+    else:
+        forget(job.folder)
     return "its record was removed: the cluster that it was in is not up here"
 
 
 def in_cluster(head: Head, storage: Storage) -> list[Job]:
     """What ends with a local cluster: jobs that were submitted to it or have joined it, and endpoints that live in it."""
     return [job for job in jobs(storage) if job.active and _inside(job, head)]
+
+
+def others_in_cluster(head: Head, ending: Sequence[Job]) -> list[str]:
+    """What else ends with a head, as Ray tells: jobs by id and command, and endpoints, of other storage roots or not distlm's at all. Empty
+    where the head does not answer."""
+    found = {}
+    with contextlib.suppress(ClusterError), client(head.dashboard_url, head.token_file) as http:
+        for path in ("/api/jobs/", "/api/serve/applications/"):
+            answer = http.get(path)
+            found[path] = answer.json() if answer.status_code == 200 else {}
+    submissions, drivers = {job.submission for job in ending}, {str(_owner(job).get("pid")) for job in ending}
+    running = [f"{one['submission_id'] or one['job_id']} ({one['entrypoint']})" for one in found.get("/api/jobs/", ())
+               if one["status"] in ("PENDING", "RUNNING") and one["submission_id"] not in submissions
+               and (one["driver_info"] or {}).get("pid") not in drivers]
+    applications = found.get("/api/serve/applications/", {}).get("applications", {})
+    return running + [f"endpoint {name}" for name in applications if name not in {job.name for job in ending if job.kind == "serve"}]
 
 
 def _inside(job: Job, head: Head) -> bool:
@@ -390,8 +411,9 @@ def end_with_cluster(job: Job, grace_s: float = STOP_GRACE_S) -> None:
 
 def ended_with_cluster(job: Job) -> None:
     """Record the end of a job whose cluster was taken down."""
-    (job.folder / "endpoint.json").unlink(missing_ok=True)
     folder = RunFolder(job.folder)
+    if job.kind == "serve":
+        forget(job.folder)
     if job.kind == "serve" or folder.state()[0] not in ENDED or folder.state() == ("failed", "head_lost"):
         folder.event("stopped", "user", "its cluster was taken down")
 
@@ -436,10 +458,10 @@ def _stop_process(job: Job, grace_s: float) -> str:
     if owner["host"] != socket.gethostname():
         raise ClusterError(f"{job.name} runs on {owner['host']}, not here", where=str(job.folder),
                            remedy=f"stop it there, or, where that is gone, `distlm stop {job.name} --force` ends it in the record")
+    process = living(owner["pid"], owner["started"])
+    if process is None:
+        return "stopped"
     with contextlib.suppress(psutil.NoSuchProcess):
-        process = psutil.Process(owner["pid"])
-        if abs(process.create_time() - owner["started"]) > 2:
-            return "stopped"
         children = process.children(recursive=True)
         process.send_signal(signal.SIGINT)
         _, alive = psutil.wait_procs([process], timeout=grace_s)

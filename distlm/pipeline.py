@@ -318,8 +318,8 @@ def check_ports(spec: PipelineSpec, storage: Storage) -> None:
 
 
 def run_step(owner: str, step: str, loaded: Loaded, mark: str, folder: RunFolder, storage: Storage, progress: Progress) -> dict[str, Any]:
-    """Skip the step where it is complete and unchanged, resume it where it has failed, run it anew where it has changed or where files that
-    it made are gone. An endpoint that has changed is replaced in place: its address and its key stay."""
+    """Skip the step where it is complete and unchanged, resume it where it has failed or a checkpoint gives back what is gone,
+    run it anew where it has changed or nothing can. An endpoint that has changed is replaced in place: its address and its key stay."""
     kind = loaded.spec.kind
     resume = False
     if folder.exists():
@@ -337,8 +337,8 @@ def run_step(owner: str, step: str, loaded: Loaded, mark: str, folder: RunFolder
                 progress.stage(kind, loaded.spec.name)
                 progress.note(f"step {step} is complete and unchanged: skipped")
                 return outputs
-        if unchanged and not lacks:
-            progress.note(f"step {step} has {state} before: taken up again")
+        if unchanged and (not lacks or (kind == "train" and has_checkpoint(folder))):
+            progress.note(f"step {step} has {state} before{lacks and ', but ' + lacks}: taken up again")
             resume = True
         elif state in ("starting", "running"):
             raise InputError(f"{folder.name} is {state}", where=str(folder.path), remedy=f"`distlm stop {folder.name}` ends it")
@@ -351,6 +351,13 @@ def run_step(owner: str, step: str, loaded: Loaded, mark: str, folder: RunFolder
             progress.note(f"{why}: it runs again; what it made before lies in {aside}")
     return execute.run_loaded(loaded, storage, progress, resume=resume, hold=False,
                               extra={"pipeline": owner, "step": step, "fingerprint": mark})
+
+
+def has_checkpoint(folder: RunFolder) -> bool:
+    """Whether a run can go on from what it has saved."""
+    from distlm.train import checkpoint
+
+    return checkpoint.latest(folder.path)[0] is not None
 
 
 def move_aside(path: Path) -> Path:
@@ -369,12 +376,16 @@ def fingerprint(loaded: Loaded, needed: Mapping[str, str], storage: Storage) -> 
 
 
 def identity(kind: str, folder: RunFolder) -> str:
-    """What stands for the content of a step's folder: a corpus by its manifest, others by when they were made and what came of them."""
+    """What stands for the content of a step's folder: a corpus by its manifest, others by when they were made and what came of them; a run
+    by when it began first, since one that is taken up again makes the same."""
     if kind == "prepare":
         from distlm.corpus.manifest import manifest_hash
 
         return manifest_hash(folder.path)
-    return hashlib.sha256(json.dumps([folder.lineage().get("created"), folder.read_result()], sort_keys=True).encode()).hexdigest()
+    record = folder.lineage()
+    if kind == "train":
+        record = next(iter(record.get("earlier", ())), record)
+    return hashlib.sha256(json.dumps([record.get("created"), folder.read_result()], sort_keys=True).encode()).hexdigest()
 
 
 def place(loaded: Loaded, key: str) -> str:

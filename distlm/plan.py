@@ -6,6 +6,7 @@
 
 from typing import Any
 
+from distlm.autoscale import DATA_CPUS, serve_bundles, total, train_bundles
 from distlm.errors import InputError, SpecError
 from distlm.model.find import find_model
 from distlm.spec import PipelineSpec, PrepareSpec, ServeSpec, TrainSpec, TuneSpec
@@ -125,12 +126,10 @@ def memory_per_rank(parameters: int, precision: str, zero: int, workers: int, st
 
 
 def of_scale(spec: TrainSpec) -> Rows:
-    from distlm.train.driver import DATA_CPUS
-
-    scale = spec.scale
+    scale, need = spec.scale, total(train_bundles(spec))
     rows = [("workers", f"{scale.workers}, ZeRO stage {spec.sharding.zero}, {spec.precision}"),
-            ("CPUs", f"{scale.workers * scale.cpus_per_worker + DATA_CPUS:g}: {scale.cpus_per_worker:g} a worker, {DATA_CPUS} for data")]
-    return rows + ([("GPUs", f"{scale.workers * scale.gpus_per_worker}")] if scale.gpus_per_worker else [])
+            ("CPUs", f"{need['CPU']:g}: {scale.cpus_per_worker:g} a worker, {DATA_CPUS} for data")]
+    return rows + ([("GPUs", f"{need['GPU']:g}")] if need["GPU"] else [])
 
 
 def of_tune(spec: TuneSpec, storage: Storage) -> Rows:
@@ -157,9 +156,10 @@ def of_serve(spec: ServeSpec, storage: Storage) -> Rows:
         model = "what another step makes" if "${" in spec.model else str(find_model(spec.model, storage))
     except InputError as error:
         model = f"{spec.model}: not there yet ({error.message})"
+    need = total(serve_bundles(spec))
     rows = [("model", model), ("address", f"{spec.host}:{spec.port or 'a free port'}"), ("replicas", str(spec.replicas)),
-            ("CPUs", f"{spec.replicas * spec.cpus_per_replica:g}")]
-    return rows + ([("GPUs", f"{spec.replicas * spec.gpus_per_replica:g}")] if spec.gpus_per_replica else [])
+            ("CPUs", f"{need['CPU']:g}")]
+    return rows + ([("GPUs", f"{need['GPU']:g}")] if need["GPU"] else [])
 
 
 def of_pipeline(spec: PipelineSpec, storage: Storage) -> Rows:

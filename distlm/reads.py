@@ -7,7 +7,6 @@ Each kind of spec has one function that lists its paths; tests/test_reads.py kno
 """
 
 import importlib.util
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,11 @@ import xxhash
 
 from distlm import execute
 from distlm.errors import DistlmError
+from distlm.model.export import export_lacks, file_lacks
 from distlm.spec import PrepareSpec, ServeSpec, TrainSpec, TuneSpec
 from distlm.spec.load import Spec
 from distlm.spec.prepare import Source
-from distlm.storage import Storage, read_json
+from distlm.storage import Storage
 
 HASHED_BYTES = 64 << 20
 
@@ -101,8 +101,8 @@ def missing(kind: str, result: Mapping[str, Any]) -> str:
     if kind == "prepare":
         return _corpus_lacks(Path(result[""]))
     if kind == "train":
-        return _export_lacks(Path(result["export"]))
-    return _export_lacks(Path(result["best"]) / "export") if kind == "tune" else ""
+        return export_lacks(Path(result["export"]))
+    return export_lacks(Path(result["best"]) / "export") if kind == "tune" else ""
 
 
 def _corpus_lacks(folder: Path) -> str:
@@ -113,34 +113,6 @@ def _corpus_lacks(folder: Path) -> str:
     except DistlmError as error:
         return str(error)
     sizes = {folder / shard.file: shard.bytes for split in manifest.splits.values() for shard in split.shards}
-    if wrong := next((text for path, size in sizes.items() if (text := _lacks(path, size))), ""):
+    if wrong := next((text for path, size in sizes.items() if (text := file_lacks(path, size))), ""):
         return wrong
     return "" if tokenizer_hash(manifest.tokenizer) == manifest.data["tokenizer"]["hash"] else f"{manifest.tokenizer} is not what it was"
-
-
-def _export_lacks(folder: Path) -> str:
-    """Of an export: config and tokenizer, and every file of weights, whose head says how long it is."""
-    index = folder / "model.safetensors.index.json"
-    try:
-        weights = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
-        for name in ("config.json", "tokenizer.json", *weights):
-            path = folder / name
-            if wrong := _lacks(path, _safetensors_bytes(path) if name in weights and path.is_file() else None):
-                return wrong
-    except (DistlmError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{folder} cannot be read: {error}"
-    return ""
-
-
-def _safetensors_bytes(path: Path) -> int:
-    """The length of a safetensors file by its own head."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        head = json.loads(file.read(min(length, HASHED_BYTES)))
-    return 8 + length + max((tensor["data_offsets"][1] for name, tensor in head.items() if name != "__metadata__"), default=0)
-
-
-def _lacks(path: Path, size: int | None) -> str:
-    if not path.is_file():
-        return f"{path} is missing"
-    return f"{path} has {path.stat().st_size:,} of {size:,} bytes" if size is not None and path.stat().st_size != size else ""

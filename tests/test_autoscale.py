@@ -17,6 +17,7 @@ import pytest
 import ray
 
 from distlm import autoscale
+from distlm.errors import ClusterError
 from tests.records import Records
 
 WAIT = """import json, sys, ray
@@ -62,6 +63,29 @@ def test_what_fits_together_must_fit_node_by_node(monkeypatch: pytest.MonkeyPatc
     assert autoscale.fits([{"CPU": 1}] * 5 + [{"CPU": 3}])
     assert not autoscale.fits([{"CPU": 6}, {"CPU": 1}])
     assert not autoscale.fits([{"CPU": 1, "GPU": 1}] * 2)
+
+
+def test_a_job_that_does_not_fit_is_refused_in_one_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    Fake(monkeypatch, autoscales=False)
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 1.0}}] * 2)
+
+    def refused(bundles: autoscale.Bundles, what: str) -> str:
+        with pytest.raises(ClusterError) as error:
+            autoscale.require(bundles, what, Records(), where="scale", remedy="ask for less")
+        assert error.value.cause == "bad_spec"
+        return str(error.value)
+
+    autoscale.require([{"CPU": 1}] * 2, "2 workers", Records(), where="", remedy="")
+    assert refused([{"CPU": 1}] * 3, "3 workers") == "scale: 3 workers need 3 CPUs, and the cluster has 2; ask for less"
+    assert refused([{"CPU": 1, "GPU": 1}], "1 replica") == "scale: 1 replica needs 1 GPUs, and the cluster has 0; ask for less"
+    assert "1 of 2 CPUs and 0 GPUs, do not fit the cluster's nodes one by one" in refused([{"CPU": 2}], "1 replica")
+
+
+def test_a_job_fits_as_often_as_all_of_its_parts_find_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 5.0}}] * 2)
+    assert autoscale.times([{"CPU": 3}], 9) == 2           # 10 CPUs would be enough for three
+    assert [autoscale.times([{"CPU": 1}] * 2, most) for most in (0, 3, 9)] == [0, 3, 5]
+    assert autoscale.times([{"CPU": 6}], 9) == 0
 
 
 def test_a_job_waits_for_the_nodes_that_an_autoscaler_adds(monkeypatch: pytest.MonkeyPatch) -> None:

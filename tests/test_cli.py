@@ -1,5 +1,6 @@
 """The command line as a user meets it: in processes of its own, by exit code, stdout and stderr."""
 
+import io
 import json
 import os
 import resource
@@ -10,7 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
+import typer
 
+from distlm import cli
+from distlm.errors import InputError
 from distlm.runs import RunFolder
 from tests.codes import INTERRUPTED
 
@@ -112,6 +116,22 @@ def test_a_traceback_is_shown_under_debug_alone(distlm):
     assert "Traceback" not in distlm("run", "no.yaml").stderr
     assert "Traceback" in distlm("run", "no.yaml", "--debug").stderr
     assert "Traceback" in distlm("run", "no.yaml", DISTLM_DEBUG="1").stderr
+
+
+class Interrupted(io.StringIO):
+    """A terminal at which Ctrl-C is pressed."""
+
+    def readline(self, *_):
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(("stdin", "error", "said"), [
+    (Interrupted(), typer.Abort, None), (io.StringIO("n\n"), typer.Abort, None),
+    (io.StringIO(), InputError, r"Go on\? Nobody answers.*--yes"), (None, InputError, "Nobody answers")])
+def test_a_question_that_nobody_can_answer_is_a_mistake_and_no_interrupt(stdin, error, said, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", stdin)
+    with pytest.raises(error, match=said):
+        cli._confirm("Go on?")
 
 
 def test_no_cluster_and_no_storage_exit_4(distlm, tmp_path):

@@ -299,6 +299,34 @@ def test_an_endpoint_of_a_cluster_that_was_left_is_not_taken_for_one_of_the_next
     assert context._global_client is None
 
 
+WAITING = """
+from distlm import cluster
+with cluster.connect():
+    import ray, time
+    print("joined", flush=True)
+    ray.get(ray.remote(lambda: time.sleep(600)).remote())
+"""
+
+
+@pytest.mark.slow
+def test_what_has_joined_a_head_that_dies_ends_soon(storage):
+    """Where a head has gone nothing brings it back: Ray's own minute would be waited for nothing."""
+    lost, _ = head.up(head.LocalCluster(name="lost", cpus=2, object_store_bytes=100_000_000), storage)
+    try:
+        driver = subprocess.Popen([sys.executable, "-c", WAITING], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                                  env={**os.environ, "DISTLM_CLUSTER": "lost"})
+        while "joined" not in (line := driver.stdout.readline()):
+            assert line, "it has ended"
+        [gcs] = [process for process in head.processes(lost) if process.name() == "gcs_server"]
+        gcs.kill()
+        began = time.monotonic()
+        said = driver.communicate(timeout=120)[0]
+        assert driver.returncode != 0 and "GCS may have been killed" in said and time.monotonic() - began < 40
+    finally:
+        driver.kill()
+        head.down(lost)
+
+
 def test_a_long_storage_path_gets_a_short_folder_for_sockets(tmp_path):
     deep = tmp_path / ("x" * 60) / "clusters" / "local"
     short = head._ray_folder(deep)

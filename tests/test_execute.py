@@ -63,6 +63,18 @@ def test_a_taken_name_is_refused_and_a_complete_job_is_not_done_again(storage: S
     assert shown.notes == ["prepare twice has already succeeded: nothing to do"] and folder.events() == events
 
 
+def test_a_run_whose_export_is_gone_is_not_complete(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded, shown = execute.resolve({"kind": "train", "name": "bare", "corpus": "c", "model": {"preset": "llama-tiny"},
+                                     "duration": {"steps": 3}}), Records()
+    folder = RunFolder.create(storage.run("bare"), to_yaml(dump(loaded.spec)), {})
+    folder.result({"export": str(folder.path / "export")})
+    folder.event("succeeded", "completed")
+    monkeypatch.setattr(execute, "inputs", lambda *_: {})
+    monkeypatch.setattr(execute, "job", lambda kind: lambda *_: {"did": kind})
+    assert execute.run_loaded(loaded, storage, shown, resume=True, hold=False) == {"did": "train"}
+    assert "config.json is missing: it goes on from its last checkpoint" in shown.notes[0]
+
+
 def test_a_changed_spec_is_not_taken_up_again_and_the_error_names_the_differences(storage: Storage, texts: Path) -> None:
     execute.run(spec(texts, "changed"), storage=storage, progress=Records())
     RunFolder(storage.corpus("changed")).event("failed", "internal")

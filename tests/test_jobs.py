@@ -22,8 +22,10 @@ from distlm import cluster, execute, jobs, logs
 from distlm.cli import app
 from distlm.errors import ClusterError, InputError, ServeError
 from distlm.runs import RunFolder
-from distlm.serve.guard import make_key
+from distlm.serve.client import healthy
+from distlm.serve.guard import make_key, proof
 from distlm.storage import Storage, write_json
+from tests import endpoints
 from tests.endpoints import fake_endpoint
 
 
@@ -80,6 +82,19 @@ def test_whoever_has_taken_an_endpoints_port_is_not_told_its_key(tmp_path: Path)
             next(jobs.query("py", "secret prompt", storage=tmp_path))
     assert (job.state, job.cause) == ("failed", "head_lost") and told
     assert not [text for text in told if key.read_text().strip() in text or "Authorization" in text or "secret" in text]
+
+
+def test_a_proof_that_was_overheard_proves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def overheard(key: str, model: str, nonce: str) -> str:
+        asked.append(nonce)
+        return proof(key, model, asked[0])
+
+    monkeypatch.setattr(endpoints, "proof", overheard)
+    with fake_endpoint(tmp_path, "py") as record:
+        assert [healthy(record) for _ in range(3)] == [True, False, False]
+    assert len(set(asked)) == 3
 
 
 @pytest.mark.parametrize("known", ["dead", "moved", "forgotten"])
@@ -212,9 +227,10 @@ def test_an_endpoint_whose_cluster_is_gone_is_struck_off_without_a_new_one(held:
     with folder.running():
         pass
     write_json(folder.path / "endpoint.json", {"url": "http://127.0.0.1:1/v1", "app": "py", "cluster": "127.0.0.1:3"})
+    (folder.path / "models" / "1").mkdir(parents=True)     # what its replicas loaded
     job = jobs.stop("py", tmp_path)
     assert (job.state, job.cause) == ("stopped", "user") and "its record was removed" in job.message
-    assert not (folder.path / "endpoint.json").exists()
+    assert not (folder.path / "endpoint.json").exists() and not (folder.path / "models").exists()
 
 
 def test_an_endpoint_that_answers_is_not_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,7 +243,9 @@ def test_an_endpoint_that_answers_is_not_forgotten(tmp_path: Path, monkeypatch: 
         with pytest.raises(ClusterError, match=r"py answers, and the cluster .*--force"):
             jobs.stop("py", tmp_path)
         assert (folder.path / "endpoint.json").exists() and jobs.locate("py", tmp_path).state == "running"
+        (folder.path / "models" / "1").mkdir(parents=True)
         assert jobs.stop("py", tmp_path, force=True).state == "stopped"
+        assert (folder.path / "models" / "1").exists(), "it runs on, and a replica may start again"
 
 
 def test_what_ended_with_its_cluster_is_recorded(tmp_path: Path) -> None:
@@ -235,8 +253,13 @@ def test_what_ended_with_its_cluster_is_recorded(tmp_path: Path) -> None:
     mine = cluster.heads.Head("local", "0", "", "", "127.0.0.1:7", "http://127.0.0.1:9", "", 1, socket.gethostname(), 0, 0)
     for name, url in (("x", "http://127.0.0.1:9"), ("y", "http://127.0.0.1:8")):
         RunFolder(storage.run(name)).event("queued", submission=f"train-{name}-1", dashboard=url)
-    [job] = jobs.in_cluster(mine, storage)
-    jobs.ended_with_cluster(job)
+    endpoint = RunFolder(storage.endpoint("e"))
+    endpoint.event("running")
+    write_json(endpoint.path / "endpoint.json", {"cluster": "127.0.0.1:7"})
+    (endpoint.path / "models" / "1").mkdir(parents=True)
+    for job in jobs.in_cluster(mine, storage):
+        jobs.ended_with_cluster(job)
+    assert endpoint.state() == ("stopped", "user") and [path.name for path in endpoint.path.iterdir()] == ["events.jsonl"]
     assert RunFolder(storage.run("x")).state() == ("stopped", "user") and RunFolder(storage.run("y")).state() == ("queued", "")
 
 
@@ -292,7 +315,10 @@ def test_a_job_that_has_joined_a_cluster_is_asked_about_and_ends_with_it(tmp_pat
                    for name, address in (("inside", "127.0.0.1:7"), ("other", "127.0.0.1:8"), ("alone", ""))]
         assert [driver.stdout.readline() for driver in drivers if driver.stdout] == ["began\n"] * 3
         asked = CliRunner().invoke(app, ["cluster", "down"], input="n\n")
-        assert "inside would end with it" in asked.output and asked.exit_code == 1 and head.poll() is None and drivers[0].poll() is None
+        assert "inside would end with it" in asked.output and isinstance(asked.exception, SystemExit) and asked.exit_code == 1
+        assert head.poll() is None and drivers[0].poll() is None
+        unasked = CliRunner().invoke(app, ["cluster", "down"]).exception
+        assert isinstance(unasked, InputError) and "inside would end with it" in str(unasked) and "--yes" in str(unasked)
         done = CliRunner().invoke(app, ["cluster", "down", "--yes"])
         assert done.exit_code == 0 and "train inside ended with it" in done.output, done.output
         assert drivers[0].poll() is not None and head.poll() is not None and [driver.poll() for driver in drivers[1:]] == [None, None]

@@ -221,6 +221,27 @@ def test_a_rerun_skips_what_is_complete_and_repeats_what_has_changed_with_what_d
     assert RunFolder(storage.pipeline("p")).state() == ("succeeded", "completed")
 
 
+@pytest.mark.slow
+def test_a_run_that_lacks_its_export_writes_it_from_the_checkpoint_and_trains_nothing(storage: Storage, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("".join(f"{i} is followed by {i + 1}. " for i in range(400)))
+    prepare = {**PREPARE, "sources": [str(tmp_path / "a.txt")], "context": 16, "tokenizer": {"train": "bytes"},
+               "split": {"val_fraction": 0}}
+    train = {**TRAIN, "batch": {"global_sequences": 2}, "scale": {"threads_per_worker": 1}}
+    given = {**steps(prepare=prepare, train=train), "name": "gone"}
+    execute.run(given, storage=storage, progress=Records())
+    folder = RunFolder(storage.run("gone-train"))
+    weights, mark, losses = folder.path / "export" / "model.safetensors", pipeline.identity("train", folder), folder.read_metrics()
+    before = weights.read_bytes()
+
+    for again in (lambda shown: execute.run(given, storage=storage, progress=shown),
+                  lambda shown: execute.run(folder.path / "spec.yaml", storage=storage, progress=shown, resume=True)):
+        weights.unlink()
+        again(shown := Records())
+        assert weights.read_bytes() == before and folder.read_metrics() == losses and not storage.run("gone-train.old-1").exists()
+        assert "resuming at step 3 of 3" in shown.notes and "model.safetensors is missing" in shown.text, shown.text
+    assert pipeline.identity("train", folder) == mark
+
+
 def test_an_input_that_is_named_without_a_reference_counts_by_its_content(tmp_path: Path) -> None:
     storage, model, texts = Storage(tmp_path), tmp_path / "runs" / "my-run" / "export", tmp_path / "texts"
     texts.mkdir()

@@ -1,5 +1,6 @@
 """What decides whether a job would make the same again: every file that its spec names; and whether what it made is still there."""
 
+import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -140,3 +141,31 @@ def test_a_step_whose_files_are_gone_is_not_skipped(tmp_path: Path, monkeypatch:
     pipeline.run_step("p", "first", loaded, "same", folder, storage, shown)
     assert calls == [False] and storage.corpus("c.old-1").is_dir()
     assert "step first is not complete any more" in shown.notes[-1] and "00000.arrow is missing: it runs again" in shown.notes[-1]
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_run_whose_export_is_gone_goes_on_from_its_checkpoint_where_it_has_one(saved: bool, tmp_path: Path,
+                                                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    storage, shown, calls = Storage(tmp_path), Records(), []
+    monkeypatch.setattr(execute, "run_loaded", lambda *_, resume, **__: calls.append(resume) or {})
+    loaded = execute.resolve({"kind": "train", "name": "r", "corpus": "c", "model": {"preset": "llama-tiny"}, "duration": {"steps": 3}})
+    folder = RunFolder.create(storage.run("r"), "kind: train\n", {"pipeline": "p", "fingerprint": "same"})
+    folder.result(export(folder.path))
+    folder.event("succeeded", "completed")
+    (folder.path / "export" / "two.safetensors").unlink()
+    (step := folder.path / "checkpoints" / "step-000003").mkdir(parents=True)
+    write_json(step / "manifest.json", {"step": 3, "files": []})
+    if saved:
+        (step / "COMMITTED").write_text(hashlib.sha256((step / "manifest.json").read_bytes()).hexdigest())
+    pipeline.run_step("p", "train", loaded, "same", folder, storage, shown)
+    assert calls == [saved] and storage.run("r.old-1").exists() is not saved and "two.safetensors is missing" in shown.notes[-1]
+
+
+def test_a_run_that_is_taken_up_again_for_its_export_changes_nothing_that_depends_on_it(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path / "r", "kind: train\n", {"created": 1})
+    folder.result({"loss_last": 2.0})
+    before = pipeline.identity("train", folder)
+    write_json(folder.path / "lineage.json", {"created": 2, "earlier": [{"created": 1}]})
+    assert pipeline.identity("train", folder) == before != pipeline.identity("tune", folder)
+    folder.result({"loss_last": 3.0})
+    assert pipeline.identity("train", folder) != before

@@ -61,14 +61,14 @@ def up(storage):
 @pytest.fixture
 def send(up, storage, tmp_path):
     """Send a Python script as a job of the name given, the way `submit` sends a spec."""
-    def call(name: str, script: str) -> jobs.Submission:
+    def call(name: str, script: str, root: Storage = storage) -> jobs.Submission:
         here = tmp_path / name
         here.mkdir()
         (here / "script.py").write_text(script)
-        folder = RunFolder(storage.run(name))
+        folder = RunFolder(root.run(name))
         submission = jobs.Submission(f"train-{name}-{os.urandom(4).hex()}", up.dashboard_url, up.token_file, folder.path)
         upload.pack(here, tmp_path / f"{name}.zip", storage.root)
-        folder.event("queued", submission=submission.id)
+        folder.event("queued", submission=submission.id, dashboard=up.dashboard_url, token_file=up.token_file)
         jobs.send(submission, f"python script.py {folder.path}", tmp_path / f"{name}.zip", {"PYTHONUNBUFFERED": "1"}, {})
         return submission
 
@@ -193,6 +193,34 @@ def test_interrupting_a_follower_leaves_the_job_and_stop_ends_it(send, storage):
     assert distlm("stop", "slow").returncode == 2
     states = [event["state"] for event in RunFolder(storage.run("slow")).events() if event["state"] != "note"]
     assert states.count("stopped") == 1
+
+
+JOIN = """import sys, ray
+ray.init(address=sys.argv[1], log_to_driver=False)
+print("joined", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_down_asks_about_what_the_cluster_runs_for_others_too_and_cannot_ask_nobody(send, up, storage, tmp_path):
+    mine, foreign = send("mine", SLOW), send("foreign", SLOW, Storage(tmp_path / "other"))
+    environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": up.token_file}
+    with subprocess.Popen([sys.executable, "-c", JOIN, up.address], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          text=True) as joined:
+        while "joined" not in joined.stdout.readline():
+            assert joined.poll() is None
+        down = [sys.executable, "-m", "distlm", "cluster", "down"]
+        done = subprocess.run(down, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 2 and up.alive(), done.stdout + done.stderr
+        assert "mine, " in done.stderr and mine.id not in done.stderr and "--yes" in done.stderr
+        assert f"{foreign.id} (python script.py" in done.stderr and "import sys, ray" in done.stderr, done.stderr
+        closed = subprocess.run(["sh", "-c", '"$@" <&-', "sh", *down], capture_output=True, text=True, timeout=60)
+        assert closed.returncode == 2 and foreign.id in closed.stderr and "--yes" in closed.stderr
+        joined.stdin.close()
+    with cluster.authenticated(up.token_file):
+        for submission in (mine, foreign):
+            jobs._stop_ray_job(submission, 10)
+    assert jobs.others_in_cluster(up, []) == []
 
 
 def test_a_job_that_failed_before_it_began_is_seen_and_its_name_is_free(send, storage):

@@ -5,11 +5,15 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distlm.storage import write_json, writing
+from distlm.errors import DistlmError
+from distlm.storage import read_json, write_json, writing
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
+
+HEAD_BYTES = 100 << 20
+"""The most that the head of a safetensors file may have."""
 
 
 def export_model(model: "PreTrainedModel", weights: dict[str, "torch.Tensor"], tokenizer: Path, folder: Path,
@@ -33,3 +37,32 @@ def export_model(model: "PreTrainedModel", weights: dict[str, "torch.Tensor"], t
         write_json(partial / "distlm.json", lineage)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
+
+
+def export_lacks(folder: Path) -> str:
+    """Which of config, tokenizer and the files of weights is not there, or not as long as its head says; "" where all are."""
+    index = folder / "model.safetensors.index.json"
+    try:
+        weights = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+        for name in ("config.json", "tokenizer.json", *weights):
+            path = folder / name
+            if wrong := file_lacks(path, _safetensors_bytes(path) if name in weights and path.is_file() else None):
+                return wrong
+    except (DistlmError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{folder} cannot be read: {error}"
+    return ""
+
+
+def _safetensors_bytes(path: Path) -> int:
+    """The length of a safetensors file by its own head."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        head = json.loads(file.read(min(length, HEAD_BYTES)))
+    return 8 + length + max((tensor["data_offsets"][1] for name, tensor in head.items() if name != "__metadata__"), default=0)
+
+
+def file_lacks(path: Path, size: int | None) -> str:
+    """Why a file is not there with that many bytes, or at all; "" where it is."""
+    if not path.is_file():
+        return f"{path} is missing"
+    return f"{path} has {path.stat().st_size:,} of {size:,} bytes" if size is not None and path.stat().st_size != size else ""

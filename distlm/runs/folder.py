@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 
 from distlm.errors import CAUSES, DistlmError, InputError
+from distlm.process import living
 from distlm.storage import locked, read_json, write_atomic, write_json, writing
 
 STATES = ("queued", "starting", "running", "succeeded", "failed", "stopped")
@@ -205,7 +206,4 @@ def _claimed(claim: int, events: int, resume: bool) -> bool:
 def _alive(owner: dict[str, Any] | None) -> bool:
     if not owner or owner["host"] != socket.gethostname():
         return True                                        # another node's process cannot be seen from here
-    try:
-        return abs(psutil.Process(owner["pid"]).create_time() - owner["started"]) < 2
-    except psutil.Error:
-        return False
+    return living(owner["pid"], owner["started"]) is not None

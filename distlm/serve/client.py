@@ -7,6 +7,7 @@
 import hmac
 import json
 import secrets
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ import httpx
 
 from distlm.errors import InputError, ServeError
 from distlm.serve.guard import proof, read_key
+
+MODELS = "models"
+"""In an endpoint's folder: the files that its replicas load, a folder for each version."""
 
 
 def query(url: str, api_key: str, prompt: str, max_tokens: int | None = None, *, model: str | None = None, chat: bool = False,
@@ -66,6 +70,12 @@ def _pieces(answer: httpx.Response, base: str) -> Iterator[str]:
             text = choice["text"] if "text" in choice else choice["delta"].get("content")
             if text:
                 yield text
+
+
+def forget(folder: Path) -> None:
+    """Remove from an endpoint's folder the record of what is down, and the files that its replicas loaded. Its key stays."""
+    (folder / "endpoint.json").unlink(missing_ok=True)
+    shutil.rmtree(folder / MODELS, ignore_errors=True)
 
 
 def _accept(answer: httpx.Response, base: str) -> None:

@@ -22,12 +22,13 @@ import ray
 from ray import serve as ray_serve
 from ray.serve.exceptions import RayServeException
 
-from distlm.autoscale import grow
-from distlm.errors import ClusterError, DistlmError, InputError, ServeError
+from distlm.autoscale import require, serve_bundles
+from distlm.errors import DistlmError, InputError, ServeError
 from distlm.model.find import find_model
 from distlm.progress import Progress
 from distlm.runs import RunFolder
 from distlm.serve.api import Card, create_app
+from distlm.serve.client import MODELS, forget
 from distlm.serve.guard import make_key, read_key
 from distlm.serve.metrics import Metrics
 from distlm.spec import ServeSpec
@@ -35,8 +36,6 @@ from distlm.spec.load import dump, nearest
 from distlm.storage import Storage, read_json, write_json, writing
 
 START_TIMEOUT_S = 900
-MODELS = "models"
-"""In an endpoint's folder: the files that its replicas load, a folder for each version."""
 COPIED_BYTES = 1 << 20
 """Larger files are linked."""
 IGNORED = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "encoder_repetition_penalty": 1.0, "min_new_tokens": 0,
@@ -75,7 +74,8 @@ def serve(spec: ServeSpec, folder: RunFolder, storage: Storage, progress: Progre
     read_key(key_file)
     for name, value in ignored_settings(model).items():
         progress.note(f"generation_config.json: {name}: {value} is not applied, the API has no field for it")
-    check_resources(spec, progress)
+    require(serve_bundles(spec), f"{spec.replicas} replica{'s' * (spec.replicas > 1)}", progress, where="replicas",
+            remedy="lower replicas, cpus_per_replica or gpus_per_replica, or take a larger cluster")
     host, port = start(spec)
     prefix = route_prefix(spec.name)
     base = f"http://{reachable(host)}:{port}{prefix.rstrip('/')}"
@@ -181,24 +181,13 @@ def undeploy(name: str, storage: Storage) -> None:
         near = nearest(name, [path.parent.name for path in storage.endpoint("x").parent.glob("*/endpoint.json")])
         raise InputError(f"there is no endpoint {name}", where=str(record.parent), remedy=f"did you mean {near}?" if near else "")
     remove(read_json(record)["app"])
-    record.unlink()
-    shutil.rmtree(record.parent / MODELS, ignore_errors=True)
+    forget(record.parent)
 
 
 def ignored_settings(model: Path) -> dict[str, Any]:
     path = model / "generation_config.json"
     settings = read_json(path) if path.exists() else {}
     return {name: settings[name] for name, off in IGNORED.items() if settings.get(name) not in (None, off)}
-
-
-def check_resources(spec: ServeSpec, progress: Progress) -> None:
-    """Serve would wait for ever where the cluster is too small, and does not grow. Raises ClusterError."""
-    grow([{"CPU": spec.cpus_per_replica, "GPU": spec.gpus_per_replica}] * spec.replicas, progress)
-    total = ray.cluster_resources()
-    for name, each in (("CPU", spec.cpus_per_replica), ("GPU", spec.gpus_per_replica)):
-        if each * spec.replicas > total.get(name, 0):
-            raise ClusterError(f"{spec.replicas} replicas of {each:g} {name} do not fit the cluster's {total.get(name, 0):g}",
-                               where=f"{name.lower()}s_per_replica", remedy="ask for less, or add nodes", cause="bad_input")
 
 
 def start(spec: ServeSpec) -> tuple[str, int]:

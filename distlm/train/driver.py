@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from distlm.autoscale import fits, grow
+from distlm.autoscale import require, train_bundles
 from distlm.corpus.stream import plan_dataset
-from distlm.errors import ClusterError, DistlmError, StorageError, TrainError
+from distlm.errors import DistlmError, StorageError, TrainError
 from distlm.head import HUGE_PAGES
+from distlm.model.export import export_lacks
 from distlm.progress import Progress
 from distlm.runs import RunFolder
 from distlm.runs.report import write_report
@@ -28,8 +29,6 @@ from distlm.train.recipe import Recipe, make_recipe, read_corpora, without_val
 from distlm.train.worker import Task, work
 
 OnMetrics = Callable[[dict[str, Any]], None]
-DATA_CPUS = 1
-"""Logical CPUs that the stream needs beside the workers."""
 KEEP_MEMORY = ":".join(f"glibc.malloc.{name}" for name in ("mmap_max=0", "trim_threshold=17179869184", "top_pad=268435456", "hugetlb=1"))
 """A worker on CPU keeps what it frees for the next step, in huge pages: 100,000 page faults a step cost a fifth of it, where glibc
 gives every large tensor back to the system (docs/experiments.md). Other C libraries ignore it."""
@@ -40,9 +39,11 @@ def train(spec: TrainSpec, folder: RunFolder, storage: Storage, progress: Progre
     """Train to the end, from the last committed checkpoint where the folder holds one. `on_metrics` gets every record of
     metrics.jsonl as it is written, on another thread. Raises SpecError, InputError, ClusterError, CheckpointError, TrainError."""
     recipe = make_recipe(spec, storage)
-    check_resources(spec, progress)
+    workers = f"{spec.scale.workers} worker{'s' * (spec.scale.workers > 1)}"
+    require(train_bundles(spec), f"{workers} and the data stream", progress, where="scale",
+            remedy="lower scale.workers or scale.cpus_per_worker, or take a larger cluster")
     progress.note(f"{recipe.parameters:,} parameters, {recipe.num_steps:,} steps of {recipe.tokens_per_step:,} tokens, "
-                  f"{recipe.world} worker{'s' * (recipe.world > 1)} under ZeRO-{spec.sharding.zero}, {spec.precision}")
+                  f"{workers} under ZeRO-{spec.sharding.zero}, {spec.precision}")
     if not recipe.val:
         progress.note(f"nothing is evaluated: {without_val(read_corpora(spec, storage))[0]}")
     failures: dict[str, int] = {}
@@ -63,30 +64,6 @@ def train(spec: TrainSpec, folder: RunFolder, storage: Storage, progress: Progre
         folder.event("note", error.cause, f"resuming: {error}", attempt=failures[error.cause])
     write_report(folder)
     return outcome(recipe, folder)
-
-
-def bundles(spec: TrainSpec) -> list[dict[str, float]]:
-    """What the job takes of the cluster: the workers and the data stream."""
-    scale = spec.scale
-    return [{"CPU": scale.cpus_per_worker, "GPU": scale.gpus_per_worker}] * scale.workers + [{"CPU": DATA_CPUS}]
-
-
-def check_resources(spec: TrainSpec, progress: Progress) -> None:
-    """Raises ClusterError where the cluster cannot hold the job, and does not grow to it: Ray would wait for ever."""
-    import ray
-
-    grow(bundles(spec), progress)
-    if fits(bundles(spec)):
-        return
-    have, scale = ray.cluster_resources(), spec.scale
-    need = {"CPU": scale.workers * scale.cpus_per_worker + DATA_CPUS, "GPU": scale.workers * scale.gpus_per_worker}
-    remedy = "lower scale.workers or scale.cpus_per_worker, or take a larger cluster"
-    for name, amount in need.items():
-        if amount > have.get(name, 0):
-            raise ClusterError(f"{scale.workers} workers and the data stream need {amount:g} {name}s, and the cluster has "
-                               f"{have.get(name, 0):g}", where="scale", cause="bad_spec", remedy=remedy)
-    raise ClusterError(f"{scale.workers} workers of {scale.cpus_per_worker:g} CPUs and {scale.gpus_per_worker} GPUs, and the data stream, "
-                       "do not fit the cluster's nodes one by one", where="scale", cause="bad_spec", remedy=remedy)
 
 
 def _resume_point(recipe: Recipe, folder: RunFolder, progress: Progress) -> checkpoint.Checkpoint | None:
@@ -192,9 +169,10 @@ def _following(folder: RunFolder, recipe: Recipe, progress: Progress, first_step
 
 
 def exported(recipe: Recipe, folder: RunFolder) -> bool:
-    """Whether the export is that of the last step: it is what a run does last."""
+    """Whether the export is that of the last step, and whole: it is what a run does last."""
+    export = folder.path / "export"
     try:
-        return read_json(folder.path / "export" / "distlm.json")["step"] == recipe.num_steps
+        return read_json(export / "distlm.json")["step"] == recipe.num_steps and not export_lacks(export)
     except StorageError:
         return False
 

@@ -14,21 +14,20 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import ray
 from ray import tune as ray_tune
 from ray.tune.progress_reporter import TrialProgressCallback
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 
-from distlm.autoscale import grow
+from distlm.autoscale import require, times, train_bundles
 from distlm.cluster import environment
-from distlm.errors import ClusterError, DistlmError, TrainError
+from distlm.errors import DistlmError, TrainError
 from distlm.progress import Logged, Progress, number
 from distlm.runs import RunFolder, lineage
 from distlm.spec.load import dump, to_yaml
 from distlm.spec.train import TrainSpec
 from distlm.spec.tune import TuneSpec
 from distlm.storage import Storage, write_atomic
-from distlm.train.driver import bundles, train
+from distlm.train.driver import train
 from distlm.train.recipe import inputs_of
 from distlm.tune import space
 
@@ -137,17 +136,12 @@ def asha(spec: TuneSpec, trials: list[Trial]) -> ASHAScheduler:
 
 
 def capacity(trials: list[Trial], progress: Progress) -> int:
-    """How many trials the cluster holds at once, grown to one where it can be. Beside its workers a run needs a CPU to read its data.
-    Raises ClusterError."""
-    grow(max((bundles(trial.spec) for trial in trials), key=len), progress)
-    have = ray.cluster_resources()
-    cpus = max(t.spec.scale.workers * t.spec.scale.cpus_per_worker + 1 for t in trials)
-    gpus = max(t.spec.scale.workers * t.spec.scale.gpus_per_worker for t in trials)
-    count = min(int(have.get("CPU", 0) // cpus), int(have.get("GPU", 0) // gpus) if gpus else 10**9)
-    if count < 1:
-        raise ClusterError(f"a trial needs {cpus:g} CPUs and {gpus} GPUs, the cluster has {have.get('CPU', 0):g} and "
-                           f"{have.get('GPU', 0):g}", where="scale", remedy="lower workers or cpus_per_worker, or take a larger cluster")
-    return count
+    """How many trials the cluster holds at once, whichever these are, grown to one where it can be. Raises ClusterError."""
+    needs = list({str(need): need for trial in trials for need in [train_bundles(trial.spec)]}.values())
+    for need in needs:
+        require(need, "a trial's workers and the data stream", progress, where="scale",
+                remedy="lower scale.workers or scale.cpus_per_worker, or take a larger cluster")
+    return min(times(need, len(trials)) for need in needs)
 
 
 def trial_function(trials: list[Trial], spec: TuneSpec, storage: Storage) -> Callable[[dict[str, Any]], None]:

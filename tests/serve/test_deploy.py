@@ -77,7 +77,7 @@ class FakeServe:
         monkeypatch.setattr(deploy, "remove", lambda app: self.running.pop(app, None))
         monkeypatch.setattr(deploy, "applications", lambda: {app: {"status": "RUNNING", "route_prefix": "/"} for app in self.running})
         monkeypatch.setattr(deploy, "start", lambda spec: ("127.0.0.1", 1))
-        monkeypatch.setattr(deploy, "check_resources", lambda *_: None)
+        monkeypatch.setattr(deploy, "require", lambda *_, **__: None)
         monkeypatch.setattr(deploy, "has_room", lambda spec: True)
         monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address="127.0.0.1:2"))
 
