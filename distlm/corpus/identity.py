@@ -23,17 +23,18 @@ def is_complete(spec: PrepareSpec, folder: Path, files: list[TextFile]) -> bool:
     if not (folder / FILE).exists() or not all(file.store or os.path.isfile(file.path) for file in files):
         return False
     try:
-        data = verify(folder).data
+        manifest = verify(folder)
     except (DistlmError, OSError):
         return False
+    data = manifest.data
     if (data["name"], data["code"], data["parameters"]) != (spec.name, __version__, parameters(spec)) or \
-            sum(source["bytes"] for source in data["sources"]) != sum(file.bytes for file in files):
+            sum(source["bytes"] for source in manifest.sources) != sum(file.bytes for file in files):
         return False
     try:                                                   # a store that fails says nothing about the corpus: its error goes on
         facts = {n: (file.bytes, _content_xxh3(file)) for n, file in enumerate(files)}
     except OSError:
         return False
-    described = [{key: value for key, value in source.items() if key != "splits"} for source in data["sources"]]
+    described = [{key: value for key, value in source.items() if key != "splits"} for source in manifest.sources]
     return described == [source for _, source in describe(spec, files, facts)]
 
 
@@ -60,7 +61,7 @@ def attempt_hash(spec: PrepareSpec, files: list[TextFile]) -> str:
 
 
 def describe(spec: PrepareSpec, files: list[TextFile], facts: dict[int, tuple[int, str]]) -> list[tuple[int, dict[str, Any]]]:
-    """The manifest's `sources`, in an order that does not depend on that of the spec: of each its place in the spec, and what it is, with
+    """The `sources` of a corpus, in an order that does not depend on that of the spec: of each its place in the spec, and what it is, with
     the number, bytes and joint hash of its files."""
     sources = []
     for i, source in enumerate(spec.sources):

@@ -20,8 +20,8 @@ DOCUMENTS = pa.schema([("hash", pa.binary(HASH_BYTES)), ("text_hash", pa.binary(
                        ("bytes", pa.int64()), ("tokens", pa.int64()), ("reasons", pa.list_(pa.string())),
                        ("part", pa.int32())])
 """The columns of documents.parquet. `hash`: of the document as it was cleaned, which decides its split; `text_hash`: the same of what is
-left of it without boilerplate and repeated paragraphs. `origin`: the place of its source in the manifest's `sources`, which tells files of
-one name apart; `source`: the name of its file. `part`: of a conversation that was split, which of its parts
+left of it without boilerplate and repeated paragraphs. `origin`: the place of its source in the `sources` of inputs.json, which tells
+files of one name apart; `source`: the name of its file. `part`: of a conversation that was split, which of its parts
 this is, from 1; else 0."""
 ROW_GROUP = 1 << 16
 

@@ -33,7 +33,7 @@ from distlm.corpus.files import TextFile, grouped
 from distlm.corpus.fuzzy import Dropped
 from distlm.corpus.identity import attempt_hash, describe, is_complete, parameters
 from distlm.corpus.listing import count_sources, write_documents
-from distlm.corpus.manifest import Shard, file_xxh3, manifest_of, outputs, read_manifest, write_manifest
+from distlm.corpus.manifest import Shard, manifest_of, outputs, read_manifest, rules_of, write_manifest
 from distlm.corpus.pack import PackTask, num_windows, write_shard
 from distlm.corpus.paragraphs import Numbers
 from distlm.corpus.refine import (
@@ -147,9 +147,9 @@ class _Prepare:
     candidates: list[bytes] = field(default_factory=list)
     rule: SplitRule = field(init=False)
     sources: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
-    """As the manifest has them, each with its place in the spec; known when all is read."""
+    """As `describe` has them, each with its place in the spec; known when all is read."""
     origins: dict[int, int] = field(default_factory=dict)
-    """Their places in the manifest, by those in the spec."""
+    """Their places there, by those in the spec."""
     figures: dict[str, Any] = field(default_factory=dict)
     """What the manifest tells beside the accounts."""
     partitions: list[Path] = field(default_factory=list)
@@ -237,7 +237,7 @@ class _Prepare:
 
     def sort(self) -> None:
         """Bring the documents into order, and drop those of equal text."""
-        tasks = [SortTask(i, self.parts, self.spec.dedup.exact, self.rule, path) for i, path in enumerate(self.partitions)]
+        tasks = [SortTask(i, self.parts, self.spec.dedup.exact, self.rule, self._ranks(), path) for i, path in enumerate(self.partitions)]
         dedup, found, clusters = Step("dedup"), Samples(), list[dict[str, Any]]()
         for _, result in self.each("sort", sort_partition, tasks):
             dedup.merge(result.dedup)
@@ -253,6 +253,13 @@ class _Prepare:
             self.samples.add("duplicate", names["place"] | {"bytes": sample["bytes"], "same_as": names["same_as"], "text": sample["text"]})
         self.steps.append(dedup)
         self._note_rejects(dedup)
+
+    def _ranks(self) -> tuple[int, ...]:
+        """Of each source, by its place in the spec: which of equal documents is kept. Those that are held out as a whole come first; then
+        the rules decide, and files only among sources of the same, so that no source's share depends on how its documents lie in files."""
+        rules = dict((i, rules_of(source)) for i, source in self.sources)
+        order = sorted({(i not in self.rule.whole, rules[i]) for i in rules})
+        return tuple(order.index((i not in self.rule.whole, rules[i])) for i in sorted(rules))
 
     def drop_near_duplicates(self) -> None:
         """Drop what is nearly equal to an earlier document."""
@@ -400,7 +407,7 @@ class _Prepare:
         return {**self._file(found["file"]), "record": found["record"]}
 
     def _file(self, number: int) -> dict[str, Any]:
-        """A file by its name, and by the place of its source in the manifest, which tells apart files of one name."""
+        """A file by its name, and by the place of its source in inputs.json, which tells apart files of one name."""
         file = self.files[number]
         return {"source": file.name, "origin": self.origins[file.source]}
 
@@ -549,8 +556,7 @@ class _Prepare:
             "sources": [{**source, "splits": counts[i]} for i, source in self.sources],
             "steps": [step.data(of[step.name]) for step in self.steps], "tokenizer": tokenizer,
             "split": {"rule": "blake2b-128(text)[:8] / 2^64 < val_fraction", **rules["split"], "held_out": self.rule.held_out.hex()},
-            "splits": splits, "documents": {"file": "documents.parquet", "xxh3": file_xxh3(self.folder / "documents.parquet")},
-            **self.figures, "code": __version__}
+            "splits": splits, **self.figures, "code": __version__}
         write_report(manifest_of(self.folder, data))
         write_manifest(self.folder, data)
 

@@ -51,7 +51,44 @@ def test_a_corpus_is_byte_equal_with_one_worker_and_two_run_again_from_elsewhere
     assert files_of(first[""]) == files_of(second[""])
     assert first["manifest_hash"] == second["manifest_hash"] == third["manifest_hash"]
     assert {name.split("/")[0] for name in files_of(first[""])} == \
-        {"manifest.json", "sources.jsonl", "documents.parquet", "duplicates.jsonl", "report.html", "train", "val", "tokenizer", "rejects"}
+        {"manifest.json", "inputs.json", "sources.jsonl", "documents.parquet", "duplicates.jsonl", "report.html", "train", "val",
+         "tokenizer", "rejects"}
+
+
+def test_the_same_documents_in_other_files_and_sources_give_the_same_manifest_and_shards(
+        run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One file; several; several that are sources of their own; parquet in one file and in several, and in row groups. Some documents stand
+    there twice, some under a source of other rules, whose files come first or last by their names."""
+    lines = [{"text": document(i % 90), "id": str(i)} for i in range(100)] + [{"text": "\xe4", "id": "short"}, {"id": "no text"}]
+    other = [{"text": document(i), "id": f"o{i}"} for i in range(85, 110)]
+
+    def write(name: str, rows: list[dict[str, Any]]) -> str:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        if name.endswith(".parquet"):
+            pq.write_table(pa.Table.from_pylist(rows), tmp_path / name, row_group_size=7)
+        else:
+            (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(tmp_path / name)
+
+    def corpus(root: str, first: Any, second: list[str]) -> Manifest:
+        own = [{"path": path, "clean": {"min_chars": 2}} for path in second]
+        return verify(run([*first, *own], root, dedup={"fuzzy": {}}, split={"val_fraction": 0.2})[""])
+
+    one = corpus("one", [write("all.jsonl", lines)], [write("b.jsonl", other)])
+    parts = [write(f"parts/{9 - i}.jsonl", lines[i * 25:(i + 1) * 25 if i < 3 else None]) for i in range(4)]
+    with monkeypatch.context() as patch:
+        patch.setattr(package, "PARTITION_BYTES", 1000)
+        several = corpus("several", [str(tmp_path / "parts")], [write("a.jsonl", other[:5]), write("z.jsonl", other[5:])])
+    sources = corpus("sources", parts, [str(tmp_path / "b.jsonl")])
+    hashed = ("manifest.json", "train", "val", "tokenizer")
+    made = [{name: data for name, data in files_of(manifest.path).items() if name.split("/")[0] in hashed}
+            for manifest in (one, several, sources)]
+    assert made[0] == made[1] == made[2] and len(made[0]) > 5
+    assert [[source["name"] for source in manifest.sources] for manifest in (one, several, sources)] == [
+        ["all.jsonl", "b.jsonl"], ["a.jsonl", "parts", "z.jsonl"], ["6.jsonl", "7.jsonl", "8.jsonl", "9.jsonl", "b.jsonl"]]
+    parquet = [corpus(f"parquet{i}", [found], [str(tmp_path / "b.jsonl")]) for i, found in enumerate((
+        write("all.parquet", lines), str(Path(write("many/1.parquet", lines[60:]), write("many/2.parquet", lines[:60])).parent)))]
+    assert Path(parquet[0].path, "manifest.json").read_bytes() == Path(parquet[1].path, "manifest.json").read_bytes()
 
 
 def test_files_of_one_name_are_told_apart_by_their_source_whatever_their_order(run: Run, tmp_path: Path) -> None:
@@ -62,7 +99,7 @@ def test_files_of_one_name_are_told_apart_by_their_source_whatever_their_order(r
         (folder / "1.txt").write_text(document(9))         # of both
     made = [run([*map(str, some)], root) for root, some in (("one", folders), ("two", folders[::-1]))]
     assert files_of(made[0][""]) == files_of(made[1][""])
-    sources = read_manifest(made[0][""]).data["sources"]
+    sources = read_manifest(made[0][""]).sources
     rows = pq.read_table(Path(made[0][""], "documents.parquet")).to_pylist()
     assert sorted(row["origin"] for row in rows if row["source"] == "texts/0.txt") == [0, 1]
     for place, source in enumerate(sources):
