@@ -10,7 +10,7 @@ import xxhash
 
 from distlm import __version__
 from distlm.corpus.decontaminate import Evaluations
-from distlm.corpus.files import TextFile
+from distlm.corpus.files import TextFile, joint_xxh3, ranges
 from distlm.corpus.manifest import FILE, file_xxh3, tokenizer_hash
 from distlm.corpus.verify import verify
 from distlm.errors import DistlmError
@@ -54,8 +54,8 @@ def parameters(spec: PrepareSpec) -> dict[str, Any]:
 
 
 def attempt_hash(spec: PrepareSpec, files: list[TextFile]) -> str:
-    """What stands for an attempt at these rules and files, by all that decides what its stages write."""
-    found = [(file.place, file.format, file.bytes, file.modified, file.license) for file in files]
+    """What stands for an attempt at these rules and ranges of files, by all that decides what its stages write."""
+    found = [(file.place, file.format, file.bytes, file.modified, file.license, file.begin) for file in files]
     sources = [source.model_dump() for source in spec.sources]
     return xxhash.xxh3_64_hexdigest(json.dumps([__version__, parameters(spec), sources, found]).encode())
 
@@ -97,7 +97,7 @@ def _own(source: Source) -> dict[str, Any]:
 
 def _content_xxh3(file: TextFile) -> str:
     if file.store is None:
-        return file_xxh3(Path(file.path))
+        return joint_xxh3([file_xxh3(Path(file.path), part.begin, part.end) for part in ranges(file)])
     digest = xxhash.xxh3_64()
     for block in file.store.read(file.path):
         digest.update(block)

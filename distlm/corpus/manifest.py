@@ -266,11 +266,12 @@ def outputs(manifest: Manifest) -> dict[str, Any]:
             "manifest_hash": manifest_hash(manifest.path)}
 
 
-def file_xxh3(path: Path) -> str:
-    """XXH3-64 of a file, in hexadecimal."""
+def file_xxh3(path: Path, begin: int = 0, end: int | None = None) -> str:
+    """XXH3-64 of a file, or of a range of its bytes, in hexadecimal."""
     digest = xxhash.xxh3_64()
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
+        file.seek(begin)
+        while block := file.read(1 << 20 if end is None else min(1 << 20, end - file.tell())):
             digest.update(block)
     return digest.hexdigest()
 

@@ -29,7 +29,7 @@ from distlm.corpus.clusters import MAX_CLUSTERS, Cluster, excerpts, largest
 from distlm.corpus.decontaminate import Evaluations, Found
 from distlm.corpus.dedup import SortTask, read_column, read_row, sort_partition
 from distlm.corpus.documents import ReadResult, ReadTask, Rules, check, check_keys, read_documents
-from distlm.corpus.files import TextFile, grouped
+from distlm.corpus.files import TextFile, grouped, joint_xxh3, ranges
 from distlm.corpus.fuzzy import Dropped
 from distlm.corpus.identity import attempt_hash, describe, is_complete, parameters
 from distlm.corpus.listing import count_sources, write_documents
@@ -135,7 +135,12 @@ class _Prepare:
     files: list[TextFile]
     workers: int
     steps: list[Step] = field(default_factory=list)
+    ranges: list[TextFile] = field(init=False)
+    """The files, and the ranges of those that are read in several: what `file` numbers in the documents' lists."""
+    firsts: list[int] = field(default_factory=list)
+    """Of each of them, the number of its first record in its file; known when all is read."""
     facts: list[dict[str, Any]] = field(default_factory=list)
+    """Of each file: bytes, xxh3, documents."""
     samples: Samples = field(default_factory=Samples)
     clusters: list[dict[str, Any]] = field(default_factory=list)
     """The largest of documents that are alike, as duplicates.jsonl has them."""
@@ -155,6 +160,7 @@ class _Prepare:
     partitions: list[Path] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.ranges = [part for file in self.files for part in ranges(file)]
         shares = tuple(map(self.spec.shares, self.spec.sources)) if any(source.split for source in self.spec.sources) else ()
         self.rule = SplitRule(self.spec.split.val_fraction, self.spec.split.test_fraction, sources=shares)
 
@@ -166,7 +172,7 @@ class _Prepare:
     def scratch(self) -> Path:
         """A folder of these rules and files alone: another attempt at the same finds there what this one has done. Every file in it
         is replaced whole, so that a task of a failed attempt that still runs does no harm."""
-        return self.folder / f".scratch-{attempt_hash(self.spec, self.files)}"
+        return self.folder / f".scratch-{attempt_hash(self.spec, self.ranges)}"
 
     def each(self, stage: str, function: Callable[[Item], Result], items: Sequence[Item], workers: int | None = None) -> \
             Iterator[tuple[int, Result]]:
@@ -184,14 +190,15 @@ class _Prepare:
         if evaluations:
             write_atomic(evaluations, pickle.dumps(self.evaluations))
         rules = tuple(Rules(self.spec.cleaning(source), source.weight, self.spec.filtering(source)) for source in self.spec.sources)
-        tasks = [ReadTask(i, first, self.files[first:last], rules, evaluations, self.spec.seed, len(self.partitions), self.scratch,
+        tasks = [ReadTask(i, first, self.ranges[first:last], rules, evaluations, self.spec.seed, len(self.partitions), self.scratch,
                           self.spec.conversations)
-                 for i, (first, last) in enumerate(grouped(self.files, min(READ_BYTES, max(1 << 20, size // 16)), MAX_FILES_PER_TASK))]
+                 for i, (first, last) in enumerate(grouped(self.ranges, min(READ_BYTES, max(1 << 20, size // 16)), MAX_FILES_PER_TASK))]
         results: list[ReadResult | None] = [None] * len(tasks)
-        done = documents = 0
+        found, done, documents = list[dict[str, Any]](), 0, 0
         for i, result in self.each("read", read_documents, tasks):
             results[i] = result
-            done, documents = done + len(result.facts), documents + result.decontaminate.given["documents"]
+            done += sum(self.ranges[fact["number"]].end is None for fact in result.facts)
+            documents += result.decontaminate.given["documents"]
             self.progress.update("files", done, len(self.files), documents=documents)
         complete = [result for result in results if result is not None]
         languages, unwanted = Counter[str](), Counter[str]()
@@ -200,7 +207,7 @@ class _Prepare:
             for whole, part in ((read, result.read), (clean, result.clean), (sampled, result.sample), (filtered, result.filter),
                                 (decontaminated, result.decontaminate)):
                 whole.merge(part)
-            self.facts += [{**fact, "documents": result.kept[fact["number"]]} for fact in result.facts]
+            found += [{**fact, "documents": result.kept[fact["number"]]} for fact in result.facts]
             self.found.merge(result.found)
             self.parts += result.parts
             self.annotated.update(result.annotated)
@@ -217,11 +224,12 @@ class _Prepare:
             self.steps.append(filtered)
         if self.spec.decontaminate:
             self.steps.append(decontaminated)
-        self.sources = describe(self.spec, self.files, {fact["number"]: (fact["bytes"], fact["xxh3"]) for fact in self.facts})
+        self._join(found)
+        self.sources = describe(self.spec, self.files, {i: (fact["bytes"], fact["xxh3"]) for i, fact in enumerate(self.facts)})
         self.origins = {i: place for place, (i, _) in enumerate(self.sources)}
         self.samples.merge((result.samples for result in complete), ("number", "record"))
         for reason, kept in self.samples.kept.items():
-            self.samples.kept[reason] = [{**self._file(sample.pop("number")), **sample} for sample in kept]
+            self.samples.kept[reason] = [{**self._record(sample.pop("number"), sample.pop("record")), **sample} for sample in kept]
         self._write_rejects()
         self._note_rejects(*self.steps)
         check_keys(self.spec, complete)
@@ -235,6 +243,19 @@ class _Prepare:
             self.figures["decontamination"] = self.evaluations.report(self.found)
         self._check_left(decontaminated)
 
+    def _join(self, found: list[dict[str, Any]]) -> None:
+        """The facts of each file, of those of its ranges; and the numbers of their first records."""
+        for part, fact in zip(self.ranges, sorted(found, key=lambda fact: fact["number"]), strict=True):
+            if not part.begin:
+                self.facts.append({"bytes": 0, "xxh3": [], "documents": 0, "records": 0})
+            whole = self.facts[-1]
+            self.firsts.append(whole["records"])
+            for unit in ("bytes", "documents", "records"):
+                whole[unit] += fact[unit]
+            whole["xxh3"].append(fact["xxh3"])
+        for whole in self.facts:
+            whole["xxh3"] = joint_xxh3(whole["xxh3"])
+
     def sort(self) -> None:
         """Bring the documents into order, and drop those of equal text."""
         tasks = [SortTask(i, self.parts, self.spec.dedup.exact, self.rule, self._ranks(), path) for i, path in enumerate(self.partitions)]
@@ -245,11 +266,11 @@ class _Prepare:
             found.merge([result.samples], ("key", "place"))
             clusters += result.clusters
         for one in sorted(clusters, key=lambda one: (-one["documents"], one["key"]))[:MAX_CLUSTERS]:
-            members = [{**self._file(file), "record": record, "id": name, "bytes": one["bytes"]} for file, record, name in one["members"]]
+            members = [{**self._record(file, record), "id": name, "bytes": one["bytes"]} for file, record, name in one["members"]]
             members[0]["text"] = one["text"]
             self.clusters.append({"step": "dedup", "documents": one["documents"], "members": members})
         for sample in found.kept.get("duplicate", []):
-            names = {key: {**self._file(sample[key][0]), "record": sample[key][1]} for key in ("place", "same_as")}
+            names = {key: self._record(*sample[key]) for key in ("place", "same_as")}
             self.samples.add("duplicate", names["place"] | {"bytes": sample["bytes"], "same_as": names["same_as"], "text": sample["text"]})
         self.steps.append(dedup)
         self._note_rejects(dedup)
@@ -404,11 +425,14 @@ class _Prepare:
 
     def _place(self, partition: int, row: int) -> dict[str, Any]:
         found = read_row(self.partitions[partition], row, "file", "record")
-        return {**self._file(found["file"]), "record": found["record"]}
+        return self._record(found["file"], found["record"])
 
-    def _file(self, number: int) -> dict[str, Any]:
+    def _record(self, number: int, record: int) -> dict[str, Any]:
+        """A record of a file or range."""
+        return {**self._file(self.ranges[number]), "record": self.firsts[number] + record}
+
+    def _file(self, file: TextFile) -> dict[str, Any]:
         """A file by its name, and by the place of its source in inputs.json, which tells apart files of one name."""
-        file = self.files[number]
         return {"source": file.name, "origin": self.origins[file.source]}
 
     def hold_out(self) -> None:
@@ -531,13 +555,13 @@ class _Prepare:
 
     def commit(self, vocabulary: Vocabulary, splits: dict[str, dict[str, Any]]) -> None:
         """Move what is whole to its place, and write the manifest."""
-        self.facts.sort(key=lambda fact: fact["number"])
         lists = [Path(f"{self._tokens(i)}-documents.arrow") for i in range(len(self.partitions))]
-        named = [self._file(number) for number in range(len(self.files))]
-        write_documents(self.folder / "documents.parquet", lists, [one["source"] for one in named], [one["origin"] for one in named])
+        named = [self._file(part) for part in self.ranges]
+        write_documents(self.folder / "documents.parquet", lists, [one["source"] for one in named], [one["origin"] for one in named],
+                        self.firsts)
         counts = count_sources(lists, len(self.spec.sources), self.rule.names)
         lines = [{"file": file["source"], "origin": file["origin"], **{key: fact[key] for key in ("bytes", "xxh3", "documents")}}
-                 for fact in self.facts for file in [named[fact["number"]]]]
+                 for file, fact in zip(map(self._file, self.files), self.facts, strict=True)]
         write_atomic(self.folder / "sources.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
         write_atomic(self.folder / "duplicates.jsonl", "".join(json.dumps(cluster) + "\n" for cluster in self.clusters))
         tokenizer, rules = vocabulary.data(), parameters(self.spec)

@@ -1,3 +1,4 @@
+import functools
 import gzip
 import json
 import shutil
@@ -11,6 +12,7 @@ import pytest
 import tokenizers
 
 from distlm.corpus import prepare as package
+from distlm.corpus.files import ranges
 from distlm.corpus.manifest import Manifest, read_manifest
 from distlm.corpus.verify import verify
 from distlm.errors import CorpusError, InputError, StorageError
@@ -89,6 +91,32 @@ def test_the_same_documents_in_other_files_and_sources_give_the_same_manifest_an
     parquet = [corpus(f"parquet{i}", [found], [str(tmp_path / "b.jsonl")]) for i, found in enumerate((
         write("all.parquet", lines), str(Path(write("many/1.parquet", lines[60:]), write("many/2.parquet", lines[:60])).parent)))]
     assert Path(parquet[0].path, "manifest.json").read_bytes() == Path(parquet[1].path, "manifest.json").read_bytes()
+
+
+def test_a_large_file_is_read_in_ranges_by_several_tasks_and_gives_the_same_bytes(
+        run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Documents, rejects and clusters name the same records as when each file is read whole, and the corpus is known again."""
+    lines = [json.dumps({"text": document(i % 40), "id": str(i)}) for i in range(60)]
+    (tmp_path / "a.jsonl").write_text("\n".join([*lines[:30], "", "{broken", *lines[30:]]))
+    pq.write_table(pa.table({"text": [document(i) if i % 9 else None for i in range(30, 80)]}), tmp_path / "b.parquet", row_group_size=8)
+    sources = [str(tmp_path / name) for name in ("a.jsonl", "b.parquet")]
+    whole = run(sources, "whole", dedup={"fuzzy": {}})
+    module: Any = package
+    parts = functools.partial(ranges, size=1000)
+    monkeypatch.setattr(module, "ranges", parts)
+    monkeypatch.setattr("distlm.corpus.identity.ranges", parts)
+    monkeypatch.setattr(module, "READ_BYTES", 1)
+    shown = Records()
+    made = run(sources, "parts", progress=shown, dedup={"fuzzy": {}})
+    one, other = (files_of(result[""]) for result in (whole, made))
+    changed = {name for name in one | other if one.get(name) != other.get(name)}
+    assert changed == {"inputs.json", "sources.jsonl"}     # the hash of a file is another
+    listed = [[json.loads(line) for line in files["sources.jsonl"].splitlines()] for files in (one, other)]
+    assert [{**line, "xxh3": ""} for line in listed[0]] == [{**line, "xxh3": ""} for line in listed[1]]
+    assert json.loads(one["rejects/malformed.jsonl"])["record"] == 31
+    verify(made[""])
+    shown = Records()
+    assert run(sources, "parts", progress=shown, dedup={"fuzzy": {}}) == made and "nothing to do" in shown.text
 
 
 def test_files_of_one_name_are_told_apart_by_their_source_whatever_their_order(run: Run, tmp_path: Path) -> None:
