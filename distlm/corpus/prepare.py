@@ -22,7 +22,7 @@ import numpy as np
 
 from distlm import __version__
 from distlm.corpus import boilerplate, fuzzy
-from distlm.corpus.accounts import MAX_SAMPLES, Account, Samples, Step, account, add, write_rejects
+from distlm.corpus.accounts import MAX_SAMPLES, Account, Samples, Step, account, add, check_balance, write_rejects
 from distlm.corpus.attempts import MADE, clear, take_back
 from distlm.corpus.bestfit import BestFitTask, Packed, groups, write_best_fit
 from distlm.corpus.clusters import MAX_CLUSTERS, Cluster, excerpts, largest
@@ -217,13 +217,9 @@ class _Prepare:
         if retries := sum(result.retries for result in complete):
             self.progress.note(f"{retries:,} read{'s' if retries > 1 else ''} of a store failed and {'were' if retries > 1 else 'was'} "
                                "taken up again")
-        self.steps += [read, clean]
-        if any(one.weight < 1 for one in rules):
-            self.steps.append(sampled)
-        if any(one.filter != Filter() for one in rules):
-            self.steps.append(filtered)
-        if self.spec.decontaminate:
-            self.steps.append(decontaminated)
+        self._book(read, clean, *([sampled] if any(one.weight < 1 for one in rules) else []),
+                   *([filtered] if any(one.filter != Filter() for one in rules) else []),
+                   *([decontaminated] if self.spec.decontaminate else []))
         self._join(found)
         self.sources = describe(self.spec, self.files, {i: (fact["bytes"], fact["xxh3"]) for i, fact in enumerate(self.facts)})
         self.origins = {i: place for place, (i, _) in enumerate(self.sources)}
@@ -272,7 +268,7 @@ class _Prepare:
         for sample in found.kept.get("duplicate", []):
             names = {key: self._record(*sample[key]) for key in ("place", "same_as")}
             self.samples.add("duplicate", names["place"] | {"bytes": sample["bytes"], "same_as": names["same_as"], "text": sample["text"]})
-        self.steps.append(dedup)
+        self._book(dedup)
         self._note_rejects(dedup)
 
     def _ranks(self) -> tuple[int, ...]:
@@ -401,7 +397,7 @@ class _Prepare:
             self._count(result.splits, result.next_val)
             self.found.merge(result.found)
         self._reject([result.samples for result in results])
-        self.steps.append(step)
+        self._book(step)
         self._note_rejects(step)
 
     def _reject(self, found: list[Samples]) -> None:
@@ -445,7 +441,7 @@ class _Prepare:
                                    "that there is a validation split")
             elif given["documents"] == 1:
                 self.progress.note("there is one document only: no validation split")
-        self.steps.append(Step("split", given, {unit: sum(self.splits[name][unit] for name in rule.names) for unit in given}))
+        self._book(Step("split", given, {unit: sum(self.splits[name][unit] for name in rule.names) for unit in given}))
         self._write_rejects()
 
     def make_vocabulary(self) -> Vocabulary:
@@ -469,7 +465,7 @@ class _Prepare:
                 tokenize.merge(encoded.step)
                 tokens += encoded.tokens
             self.progress.update("documents", tokenize.taken["documents"], documents, tokens=tokens)
-        self.steps.append(tokenize)
+        self._book(tokenize)
         self._note_rejects(tokenize)
         complete = [result for result in results if result is not None]
         if self.spec.conversations:
@@ -586,6 +582,12 @@ class _Prepare:
 
     def _tokens(self, partition: int) -> Path:
         return self.scratch / f"tokens-{partition:04d}"
+
+    def _book(self, *steps: Step) -> None:
+        """Add the books of steps that are done. Raises CorpusError for the first that does not balance, before anything is made of it."""
+        for step in steps:
+            self.steps.append(step)
+            check_balance([one.data({}) for one in self.steps[-2:]], str(self.folder))
 
     def _write_rejects(self) -> None:
         write_rejects(self.folder / "rejects", self.samples)

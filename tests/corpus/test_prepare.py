@@ -199,6 +199,29 @@ def test_bad_input_is_counted_by_reason_with_samples_and_loses_nothing_good(run:
     assert "1 document rejected: too_long (3,000,013 bytes)" in shown.text and "10 documents rejected: duplicate" in shown.text
 
 
+@pytest.mark.parametrize(("stage", "step"), [("read_documents", "clean"), ("sort_partition", "dedup"), ("refine_partition", "fuzzy")])
+def test_a_stage_that_loses_a_document_ends_the_job_there(
+        run: Run, texts: Path, monkeypatch: pytest.MonkeyPatch, stage: str, step: str) -> None:
+    """The tasks of the next stage, which would fail here, do not begin."""
+    module: Any = package
+    whole = getattr(module, stage)
+
+    def loses(task: Any) -> Any:
+        result = whole(task)
+        books = result.clean if stage == "read_documents" else result.dedup if stage == "sort_partition" else result.step
+        books.given["documents"] -= 1
+        return result
+
+    def next_stage(task: Any) -> Any:
+        raise InputError("the next stage has begun")
+
+    following = {"read_documents": "sort_partition", "sort_partition": "refine_partition", "refine_partition": "make_tokenizer"}
+    monkeypatch.setattr(module, stage, loses)
+    monkeypatch.setattr(module, following[stage], next_stage)
+    with pytest.raises(CorpusError, match=rf"step {step}: the accounts do not balance: .* documents in, .* out, .* rejected"):
+        run(texts, dedup={"fuzzy": {}})
+
+
 def test_a_corpus_with_nothing_in_it_is_an_error_that_says_why_and_keeps_the_samples(run: Run, tmp_path: Path) -> None:
     folder = tmp_path / "texts"
     folder.mkdir()
