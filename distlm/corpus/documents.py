@@ -96,9 +96,9 @@ class ReadResult:
     parts: list[Path] = field(default_factory=list)
 
 
-def check(spec: PrepareSpec) -> list[TextFile]:
-    """The files of a prepare job. Raises InputError for what it names and what is not there or not installed, StorageError for a store
-    that cannot be read, before any work."""
+def check(spec: PrepareSpec) -> tuple[list[TextFile], Evaluations | None]:
+    """The files of a prepare job, and the evaluation texts that its documents must not hold. Raises InputError for what it names and what
+    is not there or not installed, StorageError for a store that cannot be read, before any work."""
     files = find_files(spec.sources)
     check_given(spec.tokenizer)
     if spec.conversations:
@@ -110,9 +110,7 @@ def check(spec: PrepareSpec) -> list[TextFile]:
         with own_keys(i, source):
             clean("é", spec.cleaning(source))              # not ASCII: that would need no library
             Filters(spec.filtering(source))
-    if spec.decontaminate:
-        Evaluations.read(spec.decontaminate)
-    return files
+    return files, Evaluations.read(spec.decontaminate) if spec.decontaminate else None
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from distlm.spec.load import dump
 from distlm.spec.prepare import PrepareSpec, Source
 
 
-def is_complete(spec: PrepareSpec, folder: Path, files: list[TextFile]) -> bool:
+def is_complete(spec: PrepareSpec, rules: dict[str, Any], folder: Path, files: list[TextFile]) -> bool:
     """Whether the folder holds what this job would make: same rules, same code, same contents, and every shard whole."""
     if not (folder / FILE).exists() or not all(file.store or os.path.isfile(file.path) for file in files):
         return False
@@ -27,7 +27,7 @@ def is_complete(spec: PrepareSpec, folder: Path, files: list[TextFile]) -> bool:
     except (DistlmError, OSError):
         return False
     data = manifest.data
-    if (data["name"], data["code"], data["parameters"]) != (spec.name, __version__, parameters(spec)) or \
+    if (data["name"], data["code"], data["parameters"]) != (spec.name, __version__, rules) or \
             sum(source["bytes"] for source in manifest.sources) != sum(file.bytes for file in files):
         return False
     try:                                                   # a store that fails says nothing about the corpus: its error goes on
@@ -38,26 +38,26 @@ def is_complete(spec: PrepareSpec, folder: Path, files: list[TextFile]) -> bool:
     return described == [source for _, source in describe(spec, files, facts)]
 
 
-def parameters(spec: PrepareSpec) -> dict[str, Any]:
+def parameters(spec: PrepareSpec, evaluations: Evaluations | None) -> dict[str, Any]:
     """All of the spec that decides what the corpus holds beside the files' contents: no name, no path, no number of workers."""
     data = dump(spec)
     tokenizer = {"from": tokenizer_hash(Path(spec.tokenizer.source).expanduser())} if spec.tokenizer.source else \
         {key: value for key, value in data["tokenizer"].items() if key != "from"} | {"train": spec.tokenizer.train or "bpe"}
     contents = _contents(data["filter"])
-    if spec.decontaminate:
+    if spec.decontaminate and evaluations:
         data["decontaminate"]["against"] = sorted(spec.decontaminate.against)
-        contents["evaluations"] = Evaluations.read(spec.decontaminate).hash()
+        contents["evaluations"] = evaluations.hash()
     return {key: data[key] for key in ("clean", "filter", "decontaminate", "dedup", "split", "context", "shard_windows", "seed")} | \
         {"tokenizer": tokenizer} | ({"contents": contents} if contents else {}) | \
         ({"pack": {"method": "best_fit"}} if spec.best_fit else {}) | \
         ({"conversations": data["conversations"]} if spec.conversations else {})
 
 
-def attempt_hash(spec: PrepareSpec, files: list[TextFile]) -> str:
+def attempt_hash(spec: PrepareSpec, rules: dict[str, Any], files: list[TextFile]) -> str:
     """What stands for an attempt at these rules and ranges of files, by all that decides what its stages write."""
     found = [(file.place, file.format, file.bytes, file.modified, file.license, file.begin) for file in files]
     sources = [source.model_dump() for source in spec.sources]
-    return xxhash.xxh3_64_hexdigest(json.dumps([__version__, parameters(spec), sources, found]).encode())
+    return xxhash.xxh3_64_hexdigest(json.dumps([__version__, rules, sources, found]).encode())
 
 
 def describe(spec: PrepareSpec, files: list[TextFile], facts: dict[int, tuple[int, str]]) -> list[tuple[int, dict[str, Any]]]:

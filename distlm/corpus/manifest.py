@@ -208,7 +208,7 @@ def write_manifest(path: Path, data: dict[str, Any]) -> None:
     check_sources(data, str(path))
     checksums = {str(file.relative_to(path)): file_xxh3(file) for file in other_files(path)}
     own = {name: checksum for name, checksum in checksums.items() if name.startswith("tokenizer/")}
-    rules, sources = grouped(data["sources"])
+    rules, sources = grouped(data.get("sources", []))
     data = {**data, "sources": rules, "format": FORMAT, "files": own, "inputs": INPUTS}
     data["hash"] = body_hash(data)
     inputs = {"corpus": data["hash"], "sources": sources, "files": {name: checksums[name] for name in checksums if name not in own}}

@@ -84,12 +84,13 @@ def prepare(spec: PrepareSpec, folder: RunFolder, storage: Storage, progress: Pr
 
     Raises InputError before any work, CorpusError for text that cannot become a corpus, StorageError.
     """
-    files = check(spec)
-    if is_complete(spec, folder.path, files):
+    files, evaluations = check(spec)
+    rules = parameters(spec, evaluations)
+    if is_complete(spec, rules, folder.path, files):
         progress.note("the corpus is complete, and its sources are as they were: nothing to do")
         clear(folder.path, ".scratch-*")
         return outputs(read_manifest(folder.path))
-    job = _Prepare(spec, folder.path, progress, files, spec.workers or default_workers())
+    job = _Prepare(spec, rules, evaluations, folder.path, progress, files, spec.workers or default_workers())
     take_back(folder.path, job.scratch)
     clear(folder.path, *MADE, but=job.scratch)
     try:
@@ -130,6 +131,9 @@ class _Prepare:
     """One job: the stages in order, and what they hand on."""
 
     spec: PrepareSpec
+    rules: dict[str, Any]
+    """The manifest's `parameters`."""
+    evaluations: Evaluations | None
     folder: Path
     progress: Progress
     files: list[TextFile]
@@ -165,14 +169,10 @@ class _Prepare:
         self.rule = SplitRule(self.spec.split.val_fraction, self.spec.split.test_fraction, sources=shares)
 
     @functools.cached_property
-    def evaluations(self) -> Evaluations | None:
-        return Evaluations.read(self.spec.decontaminate) if self.spec.decontaminate else None
-
-    @functools.cached_property
     def scratch(self) -> Path:
         """A folder of these rules and files alone: another attempt at the same finds there what this one has done. Every file in it
         is replaced whole, so that a task of a failed attempt that still runs does no harm."""
-        return self.folder / f".scratch-{attempt_hash(self.spec, self.ranges)}"
+        return self.folder / f".scratch-{attempt_hash(self.spec, self.rules, self.ranges)}"
 
     def each(self, stage: str, function: Callable[[Item], Result], items: Sequence[Item], workers: int | None = None) -> \
             Iterator[tuple[int, Result]]:
@@ -560,7 +560,7 @@ class _Prepare:
                  for file, fact in zip(map(self._file, self.files), self.facts, strict=True)]
         write_atomic(self.folder / "sources.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
         write_atomic(self.folder / "duplicates.jsonl", "".join(json.dumps(cluster) + "\n" for cluster in self.clusters))
-        tokenizer, rules = vocabulary.data(), parameters(self.spec)
+        tokenizer, rules = vocabulary.data(), self.rules
         with writing(self.folder):
             for name in ("tokenizer", *self.rule.names):
                 (self.scratch / name).rename(self.folder / name)
@@ -575,7 +575,8 @@ class _Prepare:
             "name": self.spec.name, "context": self.spec.context, "dtype": vocabulary.dtype, "seed": self.spec.seed, "parameters": rules,
             "sources": [{**source, "splits": counts[i]} for i, source in self.sources],
             "steps": [step.data(of[step.name]) for step in self.steps], "tokenizer": tokenizer,
-            "split": {"rule": "blake2b-128(text)[:8] / 2^64 < val_fraction", **rules["split"], "held_out": self.rule.held_out.hex()},
+            "split": {"rule": self.rule.described(self.spec.conversations is not None), **rules["split"],
+                      "held_out": self.rule.held_out.hex()},
             "splits": splits, **self.figures, "code": __version__}
         write_report(manifest_of(self.folder, data))
         write_manifest(self.folder, data)

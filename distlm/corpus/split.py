@@ -70,6 +70,13 @@ class SplitRule:
             return "val"
         return "test" if at < (val + test) * 2 ** 64 else "train"
 
+    def described(self, conversations: bool) -> str:
+        """As the manifest has it."""
+        hashed, names = "turns, NUL, text" if conversations else "text", self.names
+        return f"x = blake2b-128({hashed}, as cleaned)[:8], big-endian, / 2^64: val below val_fraction, " + \
+            ("test below val_fraction + test_fraction, " if "test" in names else "") + "else train" + \
+            ("; by the split of the source where it has its own" if self.sources else "")
+
     @property
     def may_hold_out(self) -> bool:
         """Whether a share of any source is for validation."""
