@@ -25,6 +25,7 @@ from distlm.corpus.accounts import SAMPLE_CHARS, Account, Samples, Step, account
 from distlm.corpus.bpe import byte_characters, fast_encoder
 from distlm.corpus.conversations import LONGER, Refused, Turns, divided, is_empty_answer, joined, parted
 from distlm.corpus.manifest import TOKENIZER_FILES, tokenizer_hash
+from distlm.corpus.plain import plain, respelled, without_special
 from distlm.corpus.split import HASH_BYTES, SplitRule, document_hash
 from distlm.errors import InputError
 from distlm.spec.prepare import SPECIAL_TOKENS, Conversations, Tokenizer
@@ -63,9 +64,11 @@ class Vocabulary:
 
 
 def check_given(rules: Tokenizer) -> None:
-    """Raises InputError where a tokenizer is to be taken from a folder that has none, or has one without an end token."""
+    """Raises InputError where a tokenizer is to be taken from a folder that has none, or has one without an end token or one that makes
+    special tokens of text."""
     if rules.source:
-        _given(Path(rules.source).expanduser())
+        tokenizer, end = _given(Path(rules.source).expanduser())
+        respelled(plain(tokenizer, end), end, f"tokenizer.from: {rules.source}")
 
 
 def check_template(rules: Tokenizer, conversations: Conversations) -> None:
@@ -337,24 +340,24 @@ EncodeEach = Callable[[list[str], list[str]], Iterator[Tokens | Refused | list[P
 def _texts_encoder(task: EncodeTask) -> EncodeEach:
     path = task.tokenizer / "tokenizer.json"
     status = path.stat()
-    tokenizer, fast = _loaded(path, status.st_mtime_ns, status.st_ino)
+    tokenizer, fast, spelled = _loaded(path, status.st_mtime_ns, status.st_ino, task.eos_id)
     no_loss = np.zeros(0, np.bool_)
 
     def encode(texts: list[str], turns: list[str]) -> Iterator[tuple[npt.NDArray[Any], npt.NDArray[np.bool_]] | Refused]:
         every = map(fast, texts) if fast else (one.ids for one in tokenizer.encode_batch_fast(texts, add_special_tokens=False))
         for ids in every:
-            yield np.array([*ids, task.eos_id], dtype=task.dtype), no_loss
+            yield np.array([*without_special(ids, spelled), task.eos_id], dtype=task.dtype), no_loss
     return encode
 
 
 @lru_cache(maxsize=1)
-def _loaded(path: Path, modified: int, inode: int) -> tuple[tokenizers.Tokenizer, Callable[[str], list[int]] | None]:
+def _loaded(path: Path, modified: int, inode: int,
+            eos_id: int) -> tuple[tokenizers.Tokenizer, Callable[[str], list[int]] | None, dict[int, list[int]]]:
     """A process does many partitions with the same tokenizer."""
-    tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    tokenizer.encode_special_tokens = True                 # text that spells a special token is text
-    return tokenizer, fast_encoder(tokenizer)
+    given = tokenizers.Tokenizer.from_file(str(path))
+    end = given.id_to_token(eos_id) or END
+    tokenizer = plain(given, end)
+    return tokenizer, fast_encoder(tokenizer), respelled(tokenizer, end, str(path))
 
 
 def _turns_encoder(task: EncodeTask, conversations: Conversations) -> EncodeEach:
