@@ -29,6 +29,7 @@ from distlm.corpus.clusters import MAX_CLUSTERS, Cluster, excerpts, largest
 from distlm.corpus.decontaminate import Evaluations, Found
 from distlm.corpus.dedup import SortTask, read_column, read_row, sort_partition
 from distlm.corpus.documents import ReadResult, ReadTask, Rules, check, check_keys, read_documents
+from distlm.corpus.encode import Encoded, EncodeTask, encode_partition
 from distlm.corpus.files import TextFile, grouped, joint_xxh3, ranges
 from distlm.corpus.fuzzy import Dropped
 from distlm.corpus.identity import attempt_hash, describe, is_complete, parameters
@@ -56,7 +57,7 @@ from distlm.corpus.refine import (
 from distlm.corpus.report import write_report
 from distlm.corpus.split import SplitRule
 from distlm.corpus.spread import default_workers, spread
-from distlm.corpus.tokenizer import Encoded, EncodeTask, Vocabulary, VocabularyTask, encode_partition, make_tokenizer
+from distlm.corpus.tokenizer import Vocabulary, VocabularyTask, make_tokenizer
 from distlm.errors import CorpusError, InputError
 from distlm.progress import Progress
 from distlm.runs import RunFolder

@@ -16,9 +16,10 @@ from tokenizers import decoders, models, pre_tokenizers
 from transformers import AutoTokenizer
 
 from distlm.corpus.bpe import byte_characters, fast_encoder
+from distlm.corpus.encode import EncodeTask, encode_partition
 from distlm.corpus.split import SplitRule, content_hash
 from distlm.corpus.template import read_template
-from distlm.corpus.tokenizer import END, EncodeTask, Vocabulary, VocabularyTask, check_given, encode_partition, make_tokenizer, token_bytes
+from distlm.corpus.tokenizer import END, Vocabulary, VocabularyTask, check_given, make_tokenizer, token_bytes
 from distlm.errors import InputError, SpecError
 from distlm.spec import load_spec
 from distlm.spec.prepare import Tokenizer
