@@ -103,7 +103,7 @@ def test_a_large_file_is_read_in_ranges_by_several_tasks_and_gives_the_same_byte
     whole = run(sources, "whole", dedup={"fuzzy": {}})
     module: Any = package
     parts = functools.partial(ranges, size=1000)
-    monkeypatch.setattr(module, "ranges", parts)
+    monkeypatch.setattr("distlm.corpus.inputs.ranges", parts)
     monkeypatch.setattr("distlm.corpus.identity.ranges", parts)
     monkeypatch.setattr(module, "READ_BYTES", 1)
     shown = Records()
