@@ -352,10 +352,10 @@ def corpus_verify(name: Corpus) -> None:
 
     manifest = verify(_corpus(name))
     shards = [shard for one in manifest.splits.values() for shard in one.shards]
-    others = f"{len(manifest.data['files']):,} other files are" if "files" in manifest.data else "the tokenizer are"
+    others = f"{len(manifest.checksums):,} other files are" if manifest.checksums else "the tokenizer are"
     print(f"{manifest.name}: {len(shards):,} shards of {sum(shard.bytes for shard in shards):,} bytes and {others} whole; "
           f"{len(manifest.data['steps'])} steps balance")
-    if "files" not in manifest.data:
+    if not manifest.checksums:
         print("an earlier distlm made it, without checksums of the manifest, the report and the lists beside the shards: prepare it again "
               "to have them checked too")
 

@@ -136,7 +136,7 @@ def inputs(spec: Spec, storage: Storage) -> dict[str, Any]:
     if isinstance(spec, PrepareSpec):
         from distlm.corpus.documents import check
 
-        check(spec)                                        # the hashes of its files stand in the manifest
+        check(spec)                                        # the hashes of its files stand in inputs.json
     if isinstance(spec, TuneSpec):
         from distlm.tune import space
 

@@ -40,7 +40,7 @@ def of_prepare(spec: PrepareSpec) -> Rows:
     from distlm.corpus.files import find_files
 
     later = "${" in (spec.tokenizer.source or "")          # another step makes the tokenizer
-    files = find_files(spec.sources) if later else check(spec)
+    files = find_files(spec.sources) if later else check(spec)[0]
     vocabulary = f"taken from {spec.tokenizer.source}" if spec.tokenizer.source else (
         "256 bytes" if spec.tokenizer.train == "bytes" else f"{spec.tokenizer.vocab_size:,} tokens, trained")
     loss = [("loss", f"conversations: {spec.conversations.loss}")] if spec.conversations else []

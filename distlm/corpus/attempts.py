@@ -3,10 +3,10 @@
 import shutil
 from pathlib import Path
 
-from distlm.corpus.manifest import FILE, FILES
+from distlm.corpus.manifest import FILE, FILES, INPUTS
 from distlm.storage import writing
 
-MADE = (FILE, "train", "val", "test", *FILES)
+MADE = (FILE, INPUTS, "train", "val", "test", *FILES)
 """What a prepare job makes, the manifest first: it goes first where the rest is to be made again. `rejects` come last."""
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import xxhash
 
 from distlm.corpus.accounts import MAX_SAMPLES
-from distlm.corpus.paragraphs import PARAGRAPH, Paragraphs, Shortened, document_numbers, num_bytes, with_lost
+from distlm.corpus.paragraphs import PARAGRAPH, Paragraphs, Shortened, document_numbers, without
 from distlm.spec.prepare import Boilerplate
 
 REASON, LINES = "boilerplate", "boilerplate_lines"
@@ -84,11 +84,7 @@ def frequent(parts: Sequence[Paragraphs], least: int) -> Frequent:
 
 def strip(texts: Iterable[str], lost: Sequence[Paragraphs]) -> Iterator[Shortened]:
     """Every document of a partition without the lines that `frequent` found there, over all ranges."""
-    for text, drop in with_lost(texts, lost):
-        size = num_bytes(text)
-        left = drop_lines(text, drop) if drop else text
-        after = num_bytes(left)
-        yield Shortened(left, after, size - after, len(drop), "" if left or not drop else REASON)
+    return without(texts, lost, drop_lines, REASON)
 
 
 def drop_lines(text: str, drop: set[int]) -> str:

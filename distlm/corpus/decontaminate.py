@@ -23,6 +23,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from distlm.corpus.files import find_files
+from distlm.corpus.order import hash64
 from distlm.corpus.read import Reader
 from distlm.errors import InputError
 from distlm.spec.load import nearest
@@ -272,11 +273,11 @@ def _word_hashes(texts: Sequence[str]) -> tuple[Hashes, NDArray[np.int64]]:
     padded = np.frombuffer(data + bytes(8), np.uint8)
     eights = np.lib.stride_tricks.as_strided(padded[:8].view("<u8"), (len(data) + 1,), (1,), writeable=False)
     lengths = stops - starts
-    hashes = _mix(eights[starts] & MASKS[np.minimum(lengths, 8)])
+    hashes = hash64(eights[starts] & MASKS[np.minimum(lengths, 8)])
     longer, place = np.flatnonzero(lengths > 8), 8
     while len(longer):
         more = eights[starts[longer] + place] & MASKS[np.minimum(lengths[longer] - place, 8)]
-        hashes[longer] = _mix(hashes[longer] * STEP + more)
+        hashes[longer] = hash64(hashes[longer] * STEP + more)
         place += 8
         longer = longer[lengths[longer] > place]
     return hashes, firsts
@@ -295,17 +296,7 @@ def _ngram_hashes(words: Hashes, lengths: tuple[int, ...]) -> dict[int, Hashes]:
             sums[length] = both[:-1] * STEP + words[length - 1:] if odd else both
         return sums[length]
 
-    return {length: _mix(total(length) + np.uint64(length)) for length in lengths}
-
-
-def _mix(x: Hashes) -> Hashes:
-    """splitmix64's finaliser (Steele, Lea and Flood 2014), in place."""
-    x ^= x >> np.uint64(30)
-    x *= np.uint64(0xBF58476D1CE4E5B9)
-    x ^= x >> np.uint64(27)
-    x *= np.uint64(0x94D049BB133111EB)
-    x ^= x >> np.uint64(31)
-    return x
+    return {length: hash64(total(length) + np.uint64(length)) for length in lengths}
 
 
 @lru_cache(maxsize=1)

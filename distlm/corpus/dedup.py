@@ -32,6 +32,8 @@ class SortTask:
     parts: list[Path]
     dedup: bool
     rule: SplitRule
+    ranks: tuple[int, ...]
+    """Of each source, by its place in the spec: of equal documents that of the lowest is kept."""
     output: Path
 
 
@@ -60,8 +62,8 @@ def sort_partition(task: SortTask) -> SortResult:
     places = list(zip(table["file"].to_pylist(), table["record"].to_pylist(), strict=True))
     kept: list[int] = []
     copies = defaultdict[int, list[int]](list)             # by the row of the one that is kept
-    origins, whole = table["origin"].to_pylist(), set(task.rule.whole)
-    for row in sorted(range(len(keys)), key=lambda row: (keys[row], origins[row] not in whole, places[row])):
+    origins = table["origin"].to_pylist()
+    for row in sorted(range(len(keys)), key=lambda row: (keys[row], task.ranks[origins[row]], places[row])):
         add(result.dedup.taken, 1, sizes[row])
         if task.dedup and kept and hashes[kept[-1]] == hashes[row]:
             result.dedup.reject("duplicate", 1, sizes[row])

@@ -81,11 +81,11 @@ def _values(manifest: Manifest) -> dict[tuple[str, str], Any]:
     data = manifest.data
     values: dict[tuple[str, str], Any] = {}
     for part, value in data.items():
-        if part not in ("format", "name", "sources", "steps", "splits", "files", "hash"):
+        if part not in ("format", "name", "sources", "steps", "splits", "files", "inputs", "hash"):
             plain = part in ("context", "dtype", "seed")
             for key, leaf in _leaves(value, part if plain else ""):
                 values["parameters" if plain else part, key] = leaf
-    for name, source in zip(manifest.source_names, data["sources"], strict=True):
+    for name, source in zip(manifest.source_names, manifest.sources, strict=True):
         values["sources", name] = source_row(source)
     for step in data["steps"]:
         for side in ("in", "added", "out"):
@@ -146,7 +146,7 @@ def _only(mine: pa.Table, theirs: pa.Table, own: Manifest, other: Manifest) -> O
     alone = mine.filter(pc.invert(pc.is_in(mine["text_hash"], theirs["text_hash"])))
     if not len(alone):
         return OnlyIn()
-    paired = _paired(own.data["sources"], other.data["sources"])
+    paired = _paired(own.sources, other.sources)
     alone = alone.append_column("theirs", pa.array(paired, pa.int32()).take(alone["origin"]))
     same_place = pc.is_in(_joined(alone, "theirs", "source", "record"), _joined(theirs, "origin", "source", "record"))
     listed = other.path / "sources.jsonl"

@@ -49,7 +49,7 @@ class Rules:
 
 @dataclass(frozen=True)
 class ReadTask:
-    """Files that one task reads; `first` is the number of the first among all."""
+    """Files, or ranges of them, that one task reads; `first` is the number of the first among all."""
 
     number: int
     first: int
@@ -83,9 +83,9 @@ class ReadResult:
     found: Found = field(default_factory=Found)
     """What the documents shared with evaluation texts."""
     kept: Counter[int] = field(default_factory=Counter)
-    """Documents that go on, by the number of their file."""
+    """Documents that go on, by the number of their file or range."""
     facts: list[dict[str, Any]] = field(default_factory=list)
-    """Per file: number, bytes, xxh3."""
+    """Per file or range: number, bytes, xxh3, records."""
     samples: Samples = field(default_factory=Samples)
     objects: Counter[int] = field(default_factory=Counter)
     """Per source, the JSON objects and rows that were read, and those that have the text field."""
@@ -96,9 +96,9 @@ class ReadResult:
     parts: list[Path] = field(default_factory=list)
 
 
-def check(spec: PrepareSpec) -> list[TextFile]:
-    """The files of a prepare job. Raises InputError for what it names and what is not there or not installed, StorageError for a store
-    that cannot be read, before any work."""
+def check(spec: PrepareSpec) -> tuple[list[TextFile], Evaluations | None]:
+    """The files of a prepare job, and the evaluation texts that its documents must not hold. Raises InputError for what it names and what
+    is not there or not installed, StorageError for a store that cannot be read, before any work."""
     files = find_files(spec.sources)
     check_given(spec.tokenizer)
     if spec.conversations:
@@ -110,9 +110,7 @@ def check(spec: PrepareSpec) -> list[TextFile]:
         with own_keys(i, source):
             clean("é", spec.cleaning(source))              # not ASCII: that would need no library
             Filters(spec.filtering(source))
-    if spec.decontaminate:
-        Evaluations.read(spec.decontaminate)
-    return files
+    return files, Evaluations.read(spec.decontaminate) if spec.decontaminate else None
 
 
 @contextlib.contextmanager
@@ -198,11 +196,13 @@ class _Read:
             else:
                 result.read.reject("markup", 0, record.bytes)
         result.read.taken["bytes"] += reader.stream_bytes
-        result.facts.append({"number": number, "bytes": reader.raw_bytes, "xxh3": reader.digest.hexdigest()})
+        result.facts.append({"number": number, "bytes": reader.raw_bytes, "xxh3": reader.digest.hexdigest(),
+                             "records": reader.num_records})
         result.retries += reader.retries
         result.objects[file.source] += reader.objects
         result.with_key[file.source] += reader.with_key
-        result.keys.setdefault(file.source, reader.keys)
+        if reader.keys:
+            result.keys.setdefault(file.source, reader.keys)
 
     def _clean(self, record: Record, file: TextFile, number: int) -> None:
         size = len(record.text) if record.text.isascii() else len(record.text.encode())

@@ -5,8 +5,10 @@ import os
 import stat
 import sysconfig
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+import xxhash
 
 from distlm.corpus import stores
 from distlm.corpus.decompress import ENDINGS
@@ -16,6 +18,8 @@ from distlm.errors import InputError
 from distlm.spec.load import nearest
 from distlm.spec.prepare import Source
 
+RANGE_BYTES = 32 << 20
+"""What one task reads of a file that can be read in ranges."""
 SKIPPED_FOLDERS = {"__pycache__"}
 SKIPPED_STDLIB = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 """The tests of the standard library are 60 % of its bytes, and much of them is data."""
@@ -45,11 +49,30 @@ class TextFile:
     """Of a file of code: what the tree says of it."""
     store: stores.Store | None = None
     """Where it is not a local file."""
+    begin: int = 0
+    """Of a range of the file: the place of its first byte, and of the first behind it, None for the end of the file. The lines and row
+    groups that begin in a range are its own."""
+    end: int | None = None
 
     @property
     def place(self) -> str:
         """How messages and records of this host call it."""
         return self.store.uri(self.path) if self.store else self.path
+
+
+def ranges(file: TextFile, size: int = RANGE_BYTES) -> list[TextFile]:
+    """The file in ranges of `size` bytes, which several tasks can read: jsonl and parquet, where it lies on disk and is not compressed. Of
+    any other file, itself."""
+    if file.format not in ("jsonl", "parquet") or file.store or Path(file.path).suffix.lower() in ENDINGS:
+        return [file]
+    begins = [*range(0, max(1, file.bytes), size)]
+    ends = [*begins[1:], None]                             # the last takes in what has been added meanwhile
+    return [replace(file, bytes=(end or file.bytes) - begin, begin=begin, end=end) for begin, end in zip(begins, ends, strict=True)]
+
+
+def joint_xxh3(hashes: list[str]) -> str:
+    """The hash of a file, by those of its ranges."""
+    return hashes[0] if len(hashes) == 1 else xxhash.xxh3_64_hexdigest("".join(hashes).encode())
 
 
 def grouped(files: list[TextFile], target_bytes: int, most: int) -> list[tuple[int, int]]:

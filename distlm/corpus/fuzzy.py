@@ -40,6 +40,7 @@ from numpy.typing import NDArray
 from rensa import RMinHash
 
 from distlm.corpus.conversations import without_system
+from distlm.corpus.order import hash64
 from distlm.spec.prepare import Fuzzy
 from distlm.storage import replacing
 
@@ -210,11 +211,11 @@ def shingles(documents: Sequence[Words], ngram_words: int) -> tuple[Words, NDArr
     """The sets of shingles of documents that are given as hashes of their words: (the hashes of the shingles, ascending and once within a
     document, one document after the other; how many each has)."""
     flat = np.concatenate([np.empty(0, np.uint64), *documents])
-    factors = _mix(np.arange(1, ngram_words + 1, dtype=np.uint64)) | np.uint64(1)
+    factors = hash64(np.arange(1, ngram_words + 1, dtype=np.uint64)) | np.uint64(1)
     runs = np.zeros(max(0, len(flat) - ngram_words + 1), np.uint64)
     for i, factor in enumerate(factors):
         runs += flat[i:i + len(runs)] * factor
-    runs = _mix(runs)
+    runs = hash64(runs)
     sets: list[Words] = []
     start = 0
     for words in documents:
@@ -222,7 +223,7 @@ def shingles(documents: Sequence[Words], ngram_words: int) -> tuple[Words, NDArr
             found = np.sort(runs[start:start + len(words) - ngram_words + 1])
             sets.append(found[np.concatenate([[True], found[1:] != found[:-1]])])
         else:
-            sets.append(_mix(np.sum(words * factors[:len(words)], keepdims=True)) if len(words) else words)
+            sets.append(hash64(np.sum(words * factors[:len(words)], keepdims=True)) if len(words) else words)
         start += len(words)
     return np.concatenate([flat[:0], *sets]), np.asarray([len(found) for found in sets], np.int64)
 
@@ -230,9 +231,9 @@ def shingles(documents: Sequence[Words], ngram_words: int) -> tuple[Words, NDArr
 def band_keys(signatures: NDArray[np.uint32], bands: int) -> Words:
     """uint64[documents, bands] of signatures uint32[documents, bands * rows]: equal where a band is."""
     values = signatures.reshape(len(signatures), bands, signatures.shape[1] // bands).astype(np.uint64)
-    keys = np.broadcast_to(_mix(np.arange(1, bands + 1, dtype=np.uint64)), values.shape[:2])
+    keys = np.broadcast_to(hash64(np.arange(1, bands + 1, dtype=np.uint64)), values.shape[:2])
     for row in range(values.shape[2]):
-        keys = _mix(keys + values[:, :, row])
+        keys = hash64(keys + values[:, :, row])
     return keys
 
 
@@ -438,13 +439,6 @@ def _chunks(path: Path) -> Iterator[tuple[list[str], list[str]]]:
                 stop = max(start + 1, int(np.searchsorted(ends, begin + CHUNK_BYTES, "right")))
                 yield texts[start:stop].to_pylist(), turns[start:stop]
                 start = stop
-
-
-def _mix(values: Words) -> Words:
-    """splitmix64's finaliser (Steele, Lea and Flood 2014), a bijection of uint64."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
 
 
 def _edges(buckets: int) -> Words:

@@ -10,7 +10,7 @@ import xxhash
 
 from distlm import __version__
 from distlm.corpus.decontaminate import Evaluations
-from distlm.corpus.files import TextFile
+from distlm.corpus.files import TextFile, joint_xxh3, ranges
 from distlm.corpus.manifest import FILE, file_xxh3, tokenizer_hash
 from distlm.corpus.verify import verify
 from distlm.errors import DistlmError
@@ -18,49 +18,50 @@ from distlm.spec.load import dump
 from distlm.spec.prepare import PrepareSpec, Source
 
 
-def is_complete(spec: PrepareSpec, folder: Path, files: list[TextFile]) -> bool:
+def is_complete(spec: PrepareSpec, rules: dict[str, Any], folder: Path, files: list[TextFile]) -> bool:
     """Whether the folder holds what this job would make: same rules, same code, same contents, and every shard whole."""
     if not (folder / FILE).exists() or not all(file.store or os.path.isfile(file.path) for file in files):
         return False
     try:
-        data = verify(folder).data
+        manifest = verify(folder)
     except (DistlmError, OSError):
         return False
-    if (data["name"], data["code"], data["parameters"]) != (spec.name, __version__, parameters(spec)) or \
-            sum(source["bytes"] for source in data["sources"]) != sum(file.bytes for file in files):
+    data = manifest.data
+    if (data["name"], data["code"], data["parameters"]) != (spec.name, __version__, rules) or \
+            sum(source["bytes"] for source in manifest.sources) != sum(file.bytes for file in files):
         return False
     try:                                                   # a store that fails says nothing about the corpus: its error goes on
         facts = {n: (file.bytes, _content_xxh3(file)) for n, file in enumerate(files)}
     except OSError:
         return False
-    described = [{key: value for key, value in source.items() if key != "splits"} for source in data["sources"]]
+    described = [{key: value for key, value in source.items() if key != "splits"} for source in manifest.sources]
     return described == [source for _, source in describe(spec, files, facts)]
 
 
-def parameters(spec: PrepareSpec) -> dict[str, Any]:
+def parameters(spec: PrepareSpec, evaluations: Evaluations | None) -> dict[str, Any]:
     """All of the spec that decides what the corpus holds beside the files' contents: no name, no path, no number of workers."""
     data = dump(spec)
     tokenizer = {"from": tokenizer_hash(Path(spec.tokenizer.source).expanduser())} if spec.tokenizer.source else \
         {key: value for key, value in data["tokenizer"].items() if key != "from"} | {"train": spec.tokenizer.train or "bpe"}
     contents = _contents(data["filter"])
-    if spec.decontaminate:
+    if spec.decontaminate and evaluations:
         data["decontaminate"]["against"] = sorted(spec.decontaminate.against)
-        contents["evaluations"] = Evaluations.read(spec.decontaminate).hash()
+        contents["evaluations"] = evaluations.hash()
     return {key: data[key] for key in ("clean", "filter", "decontaminate", "dedup", "split", "context", "shard_windows", "seed")} | \
         {"tokenizer": tokenizer} | ({"contents": contents} if contents else {}) | \
         ({"pack": {"method": "best_fit"}} if spec.best_fit else {}) | \
         ({"conversations": data["conversations"]} if spec.conversations else {})
 
 
-def attempt_hash(spec: PrepareSpec, files: list[TextFile]) -> str:
-    """What stands for an attempt at these rules and files, by all that decides what its stages write."""
-    found = [(file.place, file.format, file.bytes, file.modified, file.license) for file in files]
+def attempt_hash(spec: PrepareSpec, rules: dict[str, Any], files: list[TextFile]) -> str:
+    """What stands for an attempt at these rules and ranges of files, by all that decides what its stages write."""
+    found = [(file.place, file.format, file.bytes, file.modified, file.license, file.begin) for file in files]
     sources = [source.model_dump() for source in spec.sources]
-    return xxhash.xxh3_64_hexdigest(json.dumps([__version__, parameters(spec), sources, found]).encode())
+    return xxhash.xxh3_64_hexdigest(json.dumps([__version__, rules, sources, found]).encode())
 
 
 def describe(spec: PrepareSpec, files: list[TextFile], facts: dict[int, tuple[int, str]]) -> list[tuple[int, dict[str, Any]]]:
-    """The manifest's `sources`, in an order that does not depend on that of the spec: of each its place in the spec, and what it is, with
+    """The `sources` of a corpus, in an order that does not depend on that of the spec: of each its place in the spec, and what it is, with
     the number, bytes and joint hash of its files."""
     sources = []
     for i, source in enumerate(spec.sources):
@@ -96,7 +97,7 @@ def _own(source: Source) -> dict[str, Any]:
 
 def _content_xxh3(file: TextFile) -> str:
     if file.store is None:
-        return file_xxh3(Path(file.path))
+        return joint_xxh3([file_xxh3(Path(file.path), part.begin, part.end) for part in ranges(file)])
     digest = xxhash.xxh3_64()
     for block in file.store.read(file.path):
         digest.update(block)

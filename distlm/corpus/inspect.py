@@ -106,7 +106,7 @@ def summary(path: Path | str) -> list[tuple[str, str]]:
         rows.append(("loss", f"{told['loss']}: {told['loss_share']:.2%} of the tokens give loss"))
     if manifest.best_fit:
         rows.append(("packing", f"best-fit, {data['pack']['padding_share']:.2%} of the windows are padding"))
-    rows += [(f"source {name}", source_row(source)) for name, source in zip(manifest.source_names, data["sources"], strict=True)]
+    rows += [(f"source {name}", source_row(source)) for name, source in zip(manifest.source_names, manifest.sources, strict=True)]
     return rows
 
 
@@ -226,6 +226,6 @@ def _excerpt(text: str, at: int, length: int) -> str:
 
 
 def source_row(source: dict[str, Any]) -> str:
-    """A source of the manifest in one line."""
+    """A source of a corpus in one line."""
     splits = "".join(f", {split['tokens']:,} tokens of {name}" for name, split in source.get("splits", {}).items())
     return f"{source['files']:,} files, {source['bytes']:,} bytes, {source['format']}, xxh3 {source['xxh3']}{splits}"

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from distlm.corpus.accounts import account
@@ -20,21 +21,22 @@ DOCUMENTS = pa.schema([("hash", pa.binary(HASH_BYTES)), ("text_hash", pa.binary(
                        ("bytes", pa.int64()), ("tokens", pa.int64()), ("reasons", pa.list_(pa.string())),
                        ("part", pa.int32())])
 """The columns of documents.parquet. `hash`: of the document as it was cleaned, which decides its split; `text_hash`: the same of what is
-left of it without boilerplate and repeated paragraphs. `origin`: the place of its source in the manifest's `sources`, which tells files of
-one name apart; `source`: the name of its file. `part`: of a conversation that was split, which of its parts
+left of it without boilerplate and repeated paragraphs. `origin`: the place of its source in the `sources` of inputs.json, which tells
+files of one name apart; `source`: the name of its file. `part`: of a conversation that was split, which of its parts
 this is, from 1; else 0."""
 ROW_GROUP = 1 << 16
 
 
-def write_documents(path: Path, lists: Sequence[Path], files: Sequence[str], origins: Sequence[int]) -> None:
-    """Write every document that was kept, in order. `files`: their names by number; `origins`: of each file. The bytes do not depend on the
-    partitions."""
-    names, places = pa.array(files, pa.string()), pa.array(origins, pa.int32())
+def write_documents(path: Path, lists: Sequence[Path], files: Sequence[str], origins: Sequence[int], firsts: Sequence[int]) -> None:
+    """Write every document that was kept, in order. `files`: the names of files or ranges of them by number; `origins`: of each; `firsts`:
+    of each the number of its first record in the file. The bytes depend neither on the partitions nor on the ranges."""
+    names, places, before = pa.array(files, pa.string()), pa.array(origins, pa.int32()), pa.array(firsts, pa.int64())
     waiting: list[pa.Table] = []
     with replacing(path) as partial, pq.ParquetWriter(partial, DOCUMENTS, compression="zstd") as writer:
         for one in lists:
             table = _read(one).drop_columns("origin")      # the place in the spec
             table = table.append_column("source", names.take(table["file"])).append_column("origin", places.take(table["file"]))
+            table = table.set_column(table.schema.get_field_index("record"), "record", pc.add(table["record"], before.take(table["file"])))
             waiting.append(table.select(DOCUMENTS.names))
             while sum(map(len, waiting)) >= ROW_GROUP:
                 together = pa.concat_tables(waiting)

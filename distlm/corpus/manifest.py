@@ -2,6 +2,11 @@
 
     manifest = read_manifest(storage.corpus("stdlib"))
     manifest.splits["train"].shards[0].file            # "train/00000.arrow"
+    manifest.sources[0]["name"]                        # out of inputs.json
+
+The manifest says what the corpus holds and by which rules, and has the checksums of the shards and the tokenizer: the same documents give
+the same manifest, however they lie in files. What names those files stands in `inputs.json`: the sources, and the checksums of all files
+of the corpus that say where a document came from.
 
 A shard is an Arrow IPC file of one record batch: `tokens`, fixed_size_list<uint16 | uint32>[context + 1], and `starts`,
 list<int32>, the positions in the window at which a document begins. A window begins with the last token of the one before it.
@@ -12,6 +17,7 @@ and `filled`, int32, the tokens of the window that are no padding. Where the doc
 fixed_size_list<bool>[context + 1], which tokens give loss.
 """
 
+import functools
 import hashlib
 import json
 from collections import Counter
@@ -28,6 +34,9 @@ from distlm.storage import read_json, write_json
 
 FORMAT = 1
 FILE = "manifest.json"
+INPUTS = "inputs.json"
+OF_FILES = ("name", "files", "bytes", "xxh3")
+"""What of a source is that of its files; the rest are the rules that its documents pass, and what of them is in each split."""
 FILES = ("sources.jsonl", "documents.parquet", "duplicates.jsonl", "report.html", "tokenizer", "rejects")
 """What else a corpus folder holds beside its shards: files, and folders of files."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
@@ -108,11 +117,45 @@ class Manifest:
         """Whether the documents are conversations, of which some tokens give loss."""
         return "conversations" in self.data
 
+    @functools.cached_property
+    def inputs(self) -> dict[str, Any]:
+        """What inputs.json says; empty for a corpus from before there was one. Raises CorpusError."""
+        if "inputs" not in self.data:
+            return {}
+        where = str(self.path / INPUTS)
+        try:
+            found = read_json(self.path / INPUTS)
+            for key, kind in (("sources", list), ("files", dict)):
+                if not isinstance(found[key], kind):
+                    raise TypeError(f"{key} is a {type(found[key]).__name__}")
+        except (KeyError, TypeError, StorageError, OSError) as error:
+            raise CorpusError(f"the list of inputs is damaged: {type(error).__name__} {error}", where=where,
+                              remedy="restore it from a copy, or prepare the corpus again") from None
+        return dict(found)
+
+    @functools.cached_property
+    def sources(self) -> list[dict[str, Any]]:
+        """Of each source, by the place that `origin` gives elsewhere: its rules, its name, the number, bytes and hash of its files, and
+        what of it is in each split. Raises CorpusError."""
+        if "inputs" not in self.data:
+            return list(self.data.get("sources", []))
+        try:
+            return [{**{key: value for key, value in self.data["sources"][source["rules"]].items() if key != "splits"},
+                     **{key: value for key, value in source.items() if key != "rules"}} for source in self.inputs["sources"]]
+        except (LookupError, TypeError, AttributeError) as error:
+            raise CorpusError(f"the list of inputs is damaged: {type(error).__name__} {error}", where=str(self.path / INPUTS),
+                              remedy="restore it from a copy, or prepare the corpus again") from None
+
+    @property
+    def checksums(self) -> dict[str, str]:
+        """XXH3-64 of every file that is no shard, by its name in the corpus folder; none for a corpus from before there were."""
+        return {**self.data.get("files", {}), **self.inputs.get("files", {})}
+
     @property
     def source_names(self) -> list[str]:
         """Of each source, by its place; of several of one name the second is called `name (2)`."""
         names, seen = list[str](), Counter[str]()
-        for source in self.data.get("sources", []):
+        for source in self.sources:
             name = source["name"]
             seen[name] += 1
             names.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
@@ -159,12 +202,40 @@ def manifest_hash(path: Path | str) -> str:
 
 
 def write_manifest(path: Path, data: dict[str, Any]) -> None:
-    """Make the folder a corpus: balance the accounts, then write the manifest with the checksums of all other files and of itself, whole or
-    not at all. Raises CorpusError, StorageError."""
+    """Make the folder a corpus: balance the accounts, then write inputs.json and the manifest with the checksums of all other files and of
+    themselves, whole or not at all. `data`: what the manifest says, with all of the sources. Raises CorpusError, StorageError."""
     check_balance(data["steps"], str(path))
     check_sources(data, str(path))
-    data = {**data, "format": FORMAT, "files": {str(file.relative_to(path)): file_xxh3(file) for file in other_files(path)}}
-    write_json(path / FILE, {**data, "hash": body_hash(data)})
+    checksums = {str(file.relative_to(path)): file_xxh3(file) for file in other_files(path)}
+    own = {name: checksum for name, checksum in checksums.items() if name.startswith("tokenizer/")}
+    rules, sources = grouped(data.get("sources", []))
+    data = {**data, "sources": rules, "format": FORMAT, "files": own, "inputs": INPUTS}
+    data["hash"] = body_hash(data)
+    inputs = {"corpus": data["hash"], "sources": sources, "files": {name: checksums[name] for name in checksums if name not in own}}
+    write_json(path / INPUTS, {**inputs, "hash": body_hash(inputs)})
+    write_json(path / FILE, data)
+
+
+def rules_of(source: dict[str, Any]) -> str:
+    """The rules that a source's documents pass, by which sources are grouped and ordered."""
+    return json.dumps({key: value for key, value in source.items() if key not in (*OF_FILES, "splits")}, sort_keys=True)
+
+
+def grouped(sources: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(the rules that there are, each with what its sources have together in each split; the sources without them, each with the place of
+    its rules): how the manifest and inputs.json have the sources. It is the same to the manifest whether documents of the same rules are
+    one source or several."""
+    names = sorted(set(map(rules_of, sources)))
+    groups: list[dict[str, Any]] = [json.loads(name) for name in names]
+    entries = []
+    for source in sources:
+        place = names.index(rules_of(source))
+        entries.append({key: source[key] for key in (*OF_FILES, "splits") if key in source} | {"rules": place})
+        for split, counts in source.get("splits", {}).items():
+            total = groups[place].setdefault("splits", {}).setdefault(split, dict.fromkeys(counts, 0))
+            for unit, count in counts.items():
+                total[unit] += count
+    return groups, entries
 
 
 def other_files(path: Path) -> list[Path]:
@@ -195,11 +266,12 @@ def outputs(manifest: Manifest) -> dict[str, Any]:
             "manifest_hash": manifest_hash(manifest.path)}
 
 
-def file_xxh3(path: Path) -> str:
-    """XXH3-64 of a file, in hexadecimal."""
+def file_xxh3(path: Path, begin: int = 0, end: int | None = None) -> str:
+    """XXH3-64 of a file, or of a range of its bytes, in hexadecimal."""
     digest = xxhash.xxh3_64()
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
+        file.seek(begin)
+        while block := file.read(1 << 20 if end is None else min(1 << 20, end - file.tell())):
             digest.update(block)
     return digest.hexdigest()
 

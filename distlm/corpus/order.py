@@ -57,8 +57,11 @@ def permutation(size: int, seed: int, epoch: int, stream: int) -> NDArray[np.int
 
 
 def hash64(x: NDArray[np.uint64] | np.uint64) -> NDArray[np.uint64]:
-    """splitmix64's finaliser (Steele, Lea and Flood 2014), a bijection of uint64."""
-    y = np.asarray(x, dtype=np.uint64)
-    y = (y ^ (y >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    y = (y ^ (y >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return y ^ (y >> np.uint64(31))
+    """splitmix64's finaliser (Steele, Lea and Flood 2014), a bijection of uint64. A new array; the rest is done in place."""
+    x = np.asarray(x, dtype=np.uint64)
+    y = x ^ (x >> np.uint64(30))
+    y *= np.uint64(0xBF58476D1CE4E5B9)
+    y ^= y >> np.uint64(27)
+    y *= np.uint64(0x94D049BB133111EB)
+    y ^= y >> np.uint64(31)
+    return y

@@ -10,7 +10,7 @@ The number of ranges and the cut into partitions change no document. Paragraphs 
 the odds that any two different ones share a hash are 3 %, and what would be lost is one paragraph.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -91,7 +91,7 @@ def repeats(parts: Sequence[Paragraphs], preferred: Numbers = NONE) -> list[Para
     return [part[mask] for part, mask in zip(parts, np.split(lost, np.cumsum([len(part) for part in parts])[:-1]), strict=True)]
 
 
-def with_lost(texts: Iterable[str], lost: Sequence[Paragraphs]) -> Iterator[tuple[str, set[int]]]:
+def _with_lost(texts: Iterable[str], lost: Sequence[Paragraphs]) -> Iterator[tuple[str, set[int]]]:
     """Every text of a partition with the numbers of its paragraphs that are in `lost`, over all ranges."""
     everything = np.concatenate(lost) if lost else np.zeros(0, PARAGRAPH)
     everything = everything[np.argsort(everything["row"], kind="stable")]
@@ -107,11 +107,17 @@ def with_lost(texts: Iterable[str], lost: Sequence[Paragraphs]) -> Iterator[tupl
 
 def shorten(texts: Iterable[str], lost: Sequence[Paragraphs]) -> Iterator[Shortened]:
     """Every document of a partition without what `repeats` found there, over all ranges."""
-    for text, drop in with_lost(texts, lost):
+    return without(texts, lost, drop_paragraphs, REASON)
+
+
+def without(texts: Iterable[str], lost: Sequence[Paragraphs], drop_pieces: Callable[[str, set[int]], str],
+            reason: str) -> Iterator[Shortened]:
+    """Every document of a partition without its pieces that are in `lost`, over all ranges; `reason`: of those of which nothing is left."""
+    for text, drop in _with_lost(texts, lost):
         size = num_bytes(text)
-        left = drop_paragraphs(text, drop) if drop else text
+        left = drop_pieces(text, drop) if drop else text
         after = num_bytes(left)
-        yield Shortened(left, after, size - after, len(drop), "" if left or not drop else REASON)
+        yield Shortened(left, after, size - after, len(drop), "" if left or not drop else reason)
 
 
 def drop_paragraphs(text: str, drop: set[int]) -> str:

@@ -22,18 +22,21 @@ import numpy as np
 
 from distlm import __version__
 from distlm.corpus import boilerplate, fuzzy
-from distlm.corpus.accounts import MAX_SAMPLES, Account, Samples, Step, account, add, write_rejects
+from distlm.corpus.accounts import MAX_SAMPLES, Account, Samples, Step, account, add
 from distlm.corpus.attempts import MADE, clear, take_back
 from distlm.corpus.bestfit import BestFitTask, Packed, groups, write_best_fit
+from distlm.corpus.books import Books
 from distlm.corpus.clusters import MAX_CLUSTERS, Cluster, excerpts, largest
 from distlm.corpus.decontaminate import Evaluations, Found
 from distlm.corpus.dedup import SortTask, read_column, read_row, sort_partition
 from distlm.corpus.documents import ReadResult, ReadTask, Rules, check, check_keys, read_documents
+from distlm.corpus.encode import Encoded, EncodeTask, encode_partition
 from distlm.corpus.files import TextFile, grouped
 from distlm.corpus.fuzzy import Dropped
-from distlm.corpus.identity import attempt_hash, describe, is_complete, parameters
-from distlm.corpus.listing import count_sources, write_documents
-from distlm.corpus.manifest import Shard, file_xxh3, manifest_of, outputs, read_manifest, write_manifest
+from distlm.corpus.identity import attempt_hash, is_complete, parameters
+from distlm.corpus.inputs import Inputs
+from distlm.corpus.listing import count_sources
+from distlm.corpus.manifest import Shard, manifest_of, outputs, read_manifest, write_manifest
 from distlm.corpus.pack import PackTask, num_windows, write_shard
 from distlm.corpus.paragraphs import Numbers
 from distlm.corpus.refine import (
@@ -56,7 +59,7 @@ from distlm.corpus.refine import (
 from distlm.corpus.report import write_report
 from distlm.corpus.split import SplitRule
 from distlm.corpus.spread import default_workers, spread
-from distlm.corpus.tokenizer import Encoded, EncodeTask, Vocabulary, VocabularyTask, encode_partition, make_tokenizer
+from distlm.corpus.tokenizer import Vocabulary, VocabularyTask, make_tokenizer
 from distlm.errors import CorpusError, InputError
 from distlm.progress import Progress
 from distlm.runs import RunFolder
@@ -84,12 +87,13 @@ def prepare(spec: PrepareSpec, folder: RunFolder, storage: Storage, progress: Pr
 
     Raises InputError before any work, CorpusError for text that cannot become a corpus, StorageError.
     """
-    files = check(spec)
-    if is_complete(spec, folder.path, files):
+    files, evaluations = check(spec)
+    rules = parameters(spec, evaluations)
+    if is_complete(spec, rules, folder.path, files):
         progress.note("the corpus is complete, and its sources are as they were: nothing to do")
         clear(folder.path, ".scratch-*")
         return outputs(read_manifest(folder.path))
-    job = _Prepare(spec, folder.path, progress, files, spec.workers or default_workers())
+    job = _Prepare(spec, rules, evaluations, folder.path, progress, files, spec.workers or default_workers())
     take_back(folder.path, job.scratch)
     clear(folder.path, *MADE, but=job.scratch)
     try:
@@ -130,13 +134,15 @@ class _Prepare:
     """One job: the stages in order, and what they hand on."""
 
     spec: PrepareSpec
+    rules: dict[str, Any]
+    """The manifest's `parameters`."""
+    evaluations: Evaluations | None
     folder: Path
     progress: Progress
     files: list[TextFile]
     workers: int
-    steps: list[Step] = field(default_factory=list)
-    facts: list[dict[str, Any]] = field(default_factory=list)
-    samples: Samples = field(default_factory=Samples)
+    inputs: Inputs = field(init=False)
+    books: Books = field(init=False)
     clusters: list[dict[str, Any]] = field(default_factory=list)
     """The largest of documents that are alike, as duplicates.jsonl has them."""
     annotated: Counter[str] = field(default_factory=Counter)
@@ -146,27 +152,21 @@ class _Prepare:
     splits: dict[str, Account] = field(default_factory=dict)
     candidates: list[bytes] = field(default_factory=list)
     rule: SplitRule = field(init=False)
-    sources: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
-    """As the manifest has them, each with its place in the spec; known when all is read."""
-    origins: dict[int, int] = field(default_factory=dict)
-    """Their places in the manifest, by those in the spec."""
     figures: dict[str, Any] = field(default_factory=dict)
     """What the manifest tells beside the accounts."""
     partitions: list[Path] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.inputs = Inputs(self.spec, self.files)
+        self.books = Books(self.folder, self.inputs, self.progress)
         shares = tuple(map(self.spec.shares, self.spec.sources)) if any(source.split for source in self.spec.sources) else ()
         self.rule = SplitRule(self.spec.split.val_fraction, self.spec.split.test_fraction, sources=shares)
-
-    @functools.cached_property
-    def evaluations(self) -> Evaluations | None:
-        return Evaluations.read(self.spec.decontaminate) if self.spec.decontaminate else None
 
     @functools.cached_property
     def scratch(self) -> Path:
         """A folder of these rules and files alone: another attempt at the same finds there what this one has done. Every file in it
         is replaced whole, so that a task of a failed attempt that still runs does no harm."""
-        return self.folder / f".scratch-{attempt_hash(self.spec, self.files)}"
+        return self.folder / f".scratch-{attempt_hash(self.spec, self.rules, self.inputs.ranges)}"
 
     def each(self, stage: str, function: Callable[[Item], Result], items: Sequence[Item], workers: int | None = None) -> \
             Iterator[tuple[int, Result]]:
@@ -184,14 +184,16 @@ class _Prepare:
         if evaluations:
             write_atomic(evaluations, pickle.dumps(self.evaluations))
         rules = tuple(Rules(self.spec.cleaning(source), source.weight, self.spec.filtering(source)) for source in self.spec.sources)
-        tasks = [ReadTask(i, first, self.files[first:last], rules, evaluations, self.spec.seed, len(self.partitions), self.scratch,
+        target = min(READ_BYTES, max(1 << 20, size // 16))
+        tasks = [ReadTask(i, first, self.inputs.ranges[first:last], rules, evaluations, self.spec.seed, len(self.partitions), self.scratch,
                           self.spec.conversations)
-                 for i, (first, last) in enumerate(grouped(self.files, min(READ_BYTES, max(1 << 20, size // 16)), MAX_FILES_PER_TASK))]
+                 for i, (first, last) in enumerate(grouped(self.inputs.ranges, target, MAX_FILES_PER_TASK))]
         results: list[ReadResult | None] = [None] * len(tasks)
-        done = documents = 0
+        found, done, documents = list[dict[str, Any]](), 0, 0
         for i, result in self.each("read", read_documents, tasks):
             results[i] = result
-            done, documents = done + len(result.facts), documents + result.decontaminate.given["documents"]
+            done += sum(self.inputs.ranges[fact["number"]].end is None for fact in result.facts)
+            documents += result.decontaminate.given["documents"]
             self.progress.update("files", done, len(self.files), documents=documents)
         complete = [result for result in results if result is not None]
         languages, unwanted = Counter[str](), Counter[str]()
@@ -200,7 +202,7 @@ class _Prepare:
             for whole, part in ((read, result.read), (clean, result.clean), (sampled, result.sample), (filtered, result.filter),
                                 (decontaminated, result.decontaminate)):
                 whole.merge(part)
-            self.facts += [{**fact, "documents": result.kept[fact["number"]]} for fact in result.facts]
+            found += [{**fact, "documents": result.kept[fact["number"]]} for fact in result.facts]
             self.found.merge(result.found)
             self.parts += result.parts
             self.annotated.update(result.annotated)
@@ -210,20 +212,12 @@ class _Prepare:
         if retries := sum(result.retries for result in complete):
             self.progress.note(f"{retries:,} read{'s' if retries > 1 else ''} of a store failed and {'were' if retries > 1 else 'was'} "
                                "taken up again")
-        self.steps += [read, clean]
-        if any(one.weight < 1 for one in rules):
-            self.steps.append(sampled)
-        if any(one.filter != Filter() for one in rules):
-            self.steps.append(filtered)
-        if self.spec.decontaminate:
-            self.steps.append(decontaminated)
-        self.sources = describe(self.spec, self.files, {fact["number"]: (fact["bytes"], fact["xxh3"]) for fact in self.facts})
-        self.origins = {i: place for place, (i, _) in enumerate(self.sources)}
-        self.samples.merge((result.samples for result in complete), ("number", "record"))
-        for reason, kept in self.samples.kept.items():
-            self.samples.kept[reason] = [{**self._file(sample.pop("number")), **sample} for sample in kept]
-        self._write_rejects()
-        self._note_rejects(*self.steps)
+        self.books.add(read, clean, *([sampled] if any(one.weight < 1 for one in rules) else []),
+                       *([filtered] if any(one.filter != Filter() for one in rules) else []),
+                       *([decontaminated] if self.spec.decontaminate else []))
+        self.inputs.join(found)
+        self.books.sample_read([result.samples for result in complete])
+        self.books.write_samples()
         check_keys(self.spec, complete)
         if self.annotated:
             self.figures["annotated"] = dict(sorted(self.annotated.items()))
@@ -233,11 +227,12 @@ class _Prepare:
             self.figures["redactions"] = dict(sorted(self.redactions.items()))
         if self.evaluations:
             self.figures["decontamination"] = self.evaluations.report(self.found)
-        self._check_left(decontaminated)
+        self.books.check_left(decontaminated)
 
     def sort(self) -> None:
         """Bring the documents into order, and drop those of equal text."""
-        tasks = [SortTask(i, self.parts, self.spec.dedup.exact, self.rule, path) for i, path in enumerate(self.partitions)]
+        ranks = self.inputs.ranks(self.rule.whole)
+        tasks = [SortTask(i, self.parts, self.spec.dedup.exact, self.rule, ranks, path) for i, path in enumerate(self.partitions)]
         dedup, found, clusters = Step("dedup"), Samples(), list[dict[str, Any]]()
         for _, result in self.each("sort", sort_partition, tasks):
             dedup.merge(result.dedup)
@@ -245,14 +240,14 @@ class _Prepare:
             found.merge([result.samples], ("key", "place"))
             clusters += result.clusters
         for one in sorted(clusters, key=lambda one: (-one["documents"], one["key"]))[:MAX_CLUSTERS]:
-            members = [{**self._file(file), "record": record, "id": name, "bytes": one["bytes"]} for file, record, name in one["members"]]
+            members = [{**self.inputs.record(file, record), "id": name, "bytes": one["bytes"]} for file, record, name in one["members"]]
             members[0]["text"] = one["text"]
             self.clusters.append({"step": "dedup", "documents": one["documents"], "members": members})
         for sample in found.kept.get("duplicate", []):
-            names = {key: {**self._file(sample[key][0]), "record": sample[key][1]} for key in ("place", "same_as")}
-            self.samples.add("duplicate", names["place"] | {"bytes": sample["bytes"], "same_as": names["same_as"], "text": sample["text"]})
-        self.steps.append(dedup)
-        self._note_rejects(dedup)
+            names = {key: self.inputs.record(*sample[key]) for key in ("place", "same_as")}
+            self.books.samples.add("duplicate", {**names["place"], "bytes": sample["bytes"], "same_as": names["same_as"],
+                                                 "text": sample["text"]})
+        self.books.add(dedup)
 
     def drop_near_duplicates(self) -> None:
         """Drop what is nearly equal to an earlier document."""
@@ -276,12 +271,12 @@ class _Prepare:
                                                 for i, path in enumerate(self.partitions)])
         for count, partition, row, index in sorted(one for frequent in found for one in frequent.first)[:MAX_SAMPLES]:
             line = read_row(self.partitions[partition], row, "text")["text"].split("\n")[index]
-            self.samples.add(boilerplate.LINES, {**self._place(partition, row), "bytes": len(line.encode()),
+            self.books.samples.add(boilerplate.LINES, {**self.inputs.place(self.partitions[partition], row), "bytes": len(line.encode()),
                                                  "detail": f"in {-count:,} documents", "text": line})
         self.figures["boilerplate"] = {"min_documents": hashed.least, "documents": hashed.documents, "candidates": hashed.pieces,
                                        "lines": sum(one.distinct for one in found)}
         self.partitions = outputs
-        self._drop_again("texts", "stripped", "without_boilerplate", boilerplate.LINES in self.steps[-1].rejected)
+        self._drop_again("texts", "stripped", "without_boilerplate", boilerplate.LINES in self.books.steps[-1].rejected)
 
     def drop_paragraphs(self) -> None:
         """Drop the paragraphs that an earlier document holds, then the documents that are alike without them."""
@@ -294,7 +289,7 @@ class _Prepare:
                                                                 outputs[i]) for i, path in enumerate(self.partitions)])
         self.figures["paragraphs"] = {"min_chars": least, "paragraphs": hashed.pieces, "repeated": sum(repeated)}
         self.partitions = outputs
-        self._drop_again("rests", "shortened", "without_paragraphs", REPEATED in self.steps[-1].rejected)
+        self._drop_again("rests", "shortened", "without_paragraphs", REPEATED in self.books.steps[-1].rejected)
 
     def _drop_again(self, what: str, step: str, without: str, changed: bool) -> None:
         """Now that parts of documents are gone, drop those that hold a part of an evaluation text, which what is gone had cut, then those
@@ -335,8 +330,9 @@ class _Prepare:
     def _sampled(self, step: str, cluster: Cluster) -> dict[str, Any]:
         members, texts = list[dict[str, Any]](), list[str]()
         for place in cluster.members:
-            found = read_row(self.partitions[place[0]], place[1], "id", "text")
-            members.append({**self._place(*place), "id": found["id"], "bytes": len(found["text"].encode())})
+            path, row = self.partitions[place[0]], place[1]
+            found = read_row(path, row, "id", "text")
+            members.append({**self.inputs.place(path, row), "id": found["id"], "bytes": len(found["text"].encode())})
             texts = [*texts, found["text"]][:2]
         for member, similarity in zip(members[1:], cluster.similarities, strict=True):
             member["similarity"] = similarity
@@ -349,7 +345,7 @@ class _Prepare:
         """Hash pieces of all documents but those of sources that are let alone, and find what is there several times: figures, and what
         `find` says of each range."""
         scratch = self.scratch / f"hash_{what}"
-        ranges = max(1, self.steps[-1].given["bytes"] // RANGE_BYTES)
+        ranges = max(1, self.books.steps[-1].given["bytes"] // RANGE_BYTES)
         tasks = [HashTask(i, path, of, let_alone, ranges, scratch) for i, path in enumerate(self.partitions)]
         documents, pieces = np.sum([found for _, found in self.each(scratch.name, hash_pieces, tasks)], axis=0).tolist()
         least = max(of.min_documents, math.ceil(of.min_fraction * documents)) if isinstance(of, Boilerplate) else 2
@@ -372,19 +368,8 @@ class _Prepare:
             step.merge(result.step)
             self._count(result.splits, result.next_val)
             self.found.merge(result.found)
-        self._reject([result.samples for result in results])
-        self.steps.append(step)
-        self._note_rejects(step)
-
-    def _reject(self, found: list[Samples]) -> None:
-        """Keep the first samples of documents that are known by partition and row."""
-        samples = Samples()
-        samples.merge(found, ("place",))
-        for reason, kept in samples.kept.items():
-            for sample in kept:
-                names = {key: self._place(*value) for key, value in sample.items() if key in ("place", "same_as")}
-                rest = {key: value for key, value in sample.items() if key not in names}
-                self.samples.add(reason, {**names.pop("place"), **rest, **names})
+        self.books.sample([result.samples for result in results], self.partitions)
+        self.books.add(step)
 
     def _outputs(self, name: str) -> list[Path]:
         return [self.scratch / f"{name}-{i:04d}.arrow" for i in range(len(self.partitions))]
@@ -395,18 +380,9 @@ class _Prepare:
         if next_val:
             self.candidates.append(next_val)
 
-    def _place(self, partition: int, row: int) -> dict[str, Any]:
-        found = read_row(self.partitions[partition], row, "file", "record")
-        return {**self._file(found["file"]), "record": found["record"]}
-
-    def _file(self, number: int) -> dict[str, Any]:
-        """A file by its name, and by the place of its source in the manifest, which tells apart files of one name."""
-        file = self.files[number]
-        return {"source": file.name, "origin": self.origins[file.source]}
-
     def hold_out(self) -> None:
         """Decide what is held out."""
-        rule, given = self.rule, dict(self.steps[-1].given)
+        rule, given = self.rule, dict(self.books.steps[-1].given)
         if rule.may_hold_out and not self.splits["val"]["documents"]:
             if given["documents"] > 1 and self.candidates:
                 self.rule = replace(rule, held_out=min(self.candidates))
@@ -414,8 +390,8 @@ class _Prepare:
                                    "that there is a validation split")
             elif given["documents"] == 1:
                 self.progress.note("there is one document only: no validation split")
-        self.steps.append(Step("split", given, {unit: sum(self.splits[name][unit] for name in rule.names) for unit in given}))
-        self._write_rejects()
+        self.books.add(Step("split", given, {unit: sum(self.splits[name][unit] for name in rule.names) for unit in given}))
+        self.books.write_samples()
 
     def make_vocabulary(self) -> Vocabulary:
         task = VocabularyTask(self.spec.tokenizer, self.partitions, self.rule, self.scratch / "tokenizer")
@@ -430,7 +406,7 @@ class _Prepare:
         tasks = [EncodeTask(i, path, self.rule, vocabulary.folder, vocabulary.eos_id, vocabulary.dtype, self._tokens(i),
                             self.spec.conversations, self.spec.context + 1) for i, path in enumerate(self.partitions)]
         results: list[dict[str, Encoded] | None] = [None] * len(tasks)
-        tokenize, documents, tokens = Step("tokenize"), self.steps[-1].given["documents"], 0
+        tokenize, documents, tokens = Step("tokenize"), self.books.steps[-1].given["documents"], 0
         self.progress.update("documents", 0, documents)
         for i, result in self.each("encode", encode_partition, tasks):
             results[i] = result
@@ -438,13 +414,12 @@ class _Prepare:
                 tokenize.merge(encoded.step)
                 tokens += encoded.tokens
             self.progress.update("documents", tokenize.taken["documents"], documents, tokens=tokens)
-        self.steps.append(tokenize)
-        self._note_rejects(tokenize)
+        self.books.add(tokenize)
         complete = [result for result in results if result is not None]
         if self.spec.conversations:
-            self._reject([one.samples for result in complete for one in result.values()])
-            self._write_rejects()
-            self._check_left(tokenize)
+            self.books.sample([one.samples for result in complete for one in result.values()], self.partitions)
+            self.books.write_samples()
+            self.books.check_left(tokenize)
             self.figures["conversations"] = self._conversations(self.spec.conversations, complete, tokenize)
         return complete
 
@@ -524,16 +499,11 @@ class _Prepare:
 
     def commit(self, vocabulary: Vocabulary, splits: dict[str, dict[str, Any]]) -> None:
         """Move what is whole to its place, and write the manifest."""
-        self.facts.sort(key=lambda fact: fact["number"])
         lists = [Path(f"{self._tokens(i)}-documents.arrow") for i in range(len(self.partitions))]
-        named = [self._file(number) for number in range(len(self.files))]
-        write_documents(self.folder / "documents.parquet", lists, [one["source"] for one in named], [one["origin"] for one in named])
+        self.inputs.write(self.folder, lists)
         counts = count_sources(lists, len(self.spec.sources), self.rule.names)
-        lines = [{"file": file["source"], "origin": file["origin"], **{key: fact[key] for key in ("bytes", "xxh3", "documents")}}
-                 for fact in self.facts for file in [named[fact["number"]]]]
-        write_atomic(self.folder / "sources.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
         write_atomic(self.folder / "duplicates.jsonl", "".join(json.dumps(cluster) + "\n" for cluster in self.clusters))
-        tokenizer, rules = vocabulary.data(), parameters(self.spec)
+        tokenizer, rules = vocabulary.data(), self.rules
         with writing(self.folder):
             for name in ("tokenizer", *self.rule.names):
                 (self.scratch / name).rename(self.folder / name)
@@ -546,33 +516,16 @@ class _Prepare:
               "tokenize": rules["tokenizer"] | {"sampled": vocabulary.sampled}}
         data = {
             "name": self.spec.name, "context": self.spec.context, "dtype": vocabulary.dtype, "seed": self.spec.seed, "parameters": rules,
-            "sources": [{**source, "splits": counts[i]} for i, source in self.sources],
-            "steps": [step.data(of[step.name]) for step in self.steps], "tokenizer": tokenizer,
-            "split": {"rule": "blake2b-128(text)[:8] / 2^64 < val_fraction", **rules["split"], "held_out": self.rule.held_out.hex()},
-            "splits": splits, "documents": {"file": "documents.parquet", "xxh3": file_xxh3(self.folder / "documents.parquet")},
-            **self.figures, "code": __version__}
+            "sources": [{**source, "splits": counts[i]} for i, source in self.inputs.sources],
+            "steps": [step.data(of[step.name]) for step in self.books.steps], "tokenizer": tokenizer,
+            "split": {"rule": self.rule.described(self.spec.conversations is not None), **rules["split"],
+                      "held_out": self.rule.held_out.hex()},
+            "splits": splits, **self.figures, "code": __version__}
         write_report(manifest_of(self.folder, data))
         write_manifest(self.folder, data)
 
     def _tokens(self, partition: int) -> Path:
         return self.scratch / f"tokens-{partition:04d}"
-
-    def _write_rejects(self) -> None:
-        write_rejects(self.folder / "rejects", self.samples)
-
-    def _note_rejects(self, *steps: Step) -> None:
-        for step in steps:
-            for reason, lost in sorted(step.rejected.items()):
-                if lost["documents"]:
-                    self.progress.note(f"{lost['documents']:,} document{'s' if lost['documents'] > 1 else ''} rejected: {reason} "
-                                       f"({lost['bytes']:,} bytes)")
-
-    def _check_left(self, step: Step) -> None:
-        if not step.given["documents"]:
-            reasons = {reason: lost["documents"] for step in self.steps for reason, lost in step.rejected.items() if lost["documents"]}
-            raise CorpusError(f"no document is left of {self.steps[0].taken['documents']:,}: "
-                              + ", ".join(f"{count:,} {reason}" for reason, count in reasons.items()),
-                              where=", ".join(source.path for source in self.spec.sources), remedy=f"{self.folder}/rejects shows samples")
 
     def _check_windows(self, splits: dict[str, dict[str, Any]]) -> None:
         for name, split in splits.items():

@@ -65,21 +65,23 @@ class Record(NamedTuple):
 
 @dataclass
 class Reader:
-    """Reads one file. The figures are complete when `records` has come to its end."""
+    """Reads one file, or a range of one. The figures are complete when `records` has come to its end."""
 
     file: TextFile
     max_document_bytes: int
     conversations: Conversations | None = None
     """How records are conversations, if they are."""
     raw_bytes: int = 0
-    """Bytes on disk or in the store."""
+    """Bytes on disk or in the store, those of the range alone."""
     stream_bytes: int = 0
     """Bytes of all records together, counted as they come off the stream."""
     objects: int = 0
     """JSON objects or rows, and how many of them have the field, or all fields of a conversation."""
     with_key: int = 0
+    num_records: int = 0
+    """Good or rejected, and those that are no document."""
     ended: bool = False
-    """Whether all of the file has been read."""
+    """Whether all of the file or range has been read."""
     retries: int = 0
     """Reads of a store that were taken up again."""
     keys: list[str] = field(default_factory=list)
@@ -95,21 +97,32 @@ class Reader:
         try:
             for record in formats[self.file.format]():
                 taken, number = taken + record.bytes, record.number + 1
+                self.num_records = number
                 yield record
         except ERRORS as error:
             yield Record(number, self.stream_bytes - taken, reason="corrupt", detail=f"breaks off: {error}")
         except OSError as error:
             yield Record(number, self.stream_bytes - taken, reason="unreadable", detail=error.strerror or str(error))
         with contextlib.suppress(OSError):                 # what a broken stream left unread belongs to the file's hash
-            for _ in self._raw(self.raw_bytes) if not self.ended else ():
-                pass
+            self._hash(self.file.begin + self.raw_bytes)
 
     def _raw(self, start: int = 0) -> Iterator[bytes]:
+        """The file's bytes from `start` on; what of them is of the range is counted and hashed."""
+        begin, end = self.file.begin, self.file.end
         for block in self.file.store.read(self.file.path, start, self._retried) if self.file.store else self._on_disk(start):
-            self.raw_bytes += len(block)
-            self.digest.update(block)
+            own = block[max(0, begin - start):None if end is None else max(0, end - start)]
+            self.raw_bytes += len(own)
+            self.digest.update(own)
+            start += len(block)
+            self.ended = self.ended or (end is not None and start >= end)
             yield block
         self.ended = True
+
+    def _hash(self, start: int) -> None:
+        """Read what is left of the range."""
+        blocks = self._raw(start)
+        while not self.ended and next(blocks, None) is not None:
+            pass
 
     def _retried(self) -> None:
         self.retries += 1
@@ -124,12 +137,11 @@ class Reader:
 
     @contextlib.contextmanager
     def _seekable(self) -> Iterator[Any]:
-        """The file to be read at any place, when all of it has been hashed. An object is copied to a temporary file for it ($TMPDIR): its
-        bytes must all come for the hash, and would come twice if the columns were read from the store. Raises StorageError where there is
-        no room."""
+        """The file to be read at any place, when all of it, or of the range, has been hashed. An object is copied to a temporary file for
+        it ($TMPDIR): its bytes must all come for the hash, and would come twice if the columns were read from the store. Raises
+        StorageError where there is no room."""
         if not self.file.store:
-            for _ in self._raw():
-                pass
+            self._hash(self.file.begin)
             yield self.file.path
             return
         with tempfile.TemporaryFile(buffering=0) as copy:  # a buffer would be written once more when it is closed, and raise again
@@ -210,13 +222,40 @@ class Reader:
 
     def _jsonl(self) -> Iterator[Record]:
         limit = 6 * self.max_document_bytes + 65536        # an escape takes six bytes for one; and there are other fields
-        for number, (line, size) in enumerate(_lines(self._stream(), limit)):
+        stream = self._stream() if not self._is_range else self._own_lines()
+        for number, (line, size) in enumerate(_lines(stream, limit)):
             if line is None:
                 yield Record(number, size, reason="too_long", detail=f"a line of {size} bytes")
             elif not line or line.isspace():
                 yield Record(number, size, documents=0)
             else:
                 yield self._object(number, size, line)
+
+    @property
+    def _is_range(self) -> bool:
+        return self.file.begin > 0 or self.file.end is not None
+
+    def _own_lines(self) -> Iterator[bytes]:
+        """The lines that begin in the range, in blocks of bounded size. One begins behind a line feed, which may be the last byte before
+        the range; the last line may end far behind it."""
+        begin, end = self.file.begin, self.file.end
+        position, inside = max(0, begin - 1), not begin
+        for block in self._raw(position):
+            if not inside:
+                feed = block.find(b"\n")
+                block, position = (block[feed + 1:], position + feed + 1) if feed >= 0 else (b"", position + len(block))
+                inside = feed >= 0
+            if end is not None and position + len(block) >= end:
+                if not inside or (position >= end and not self.stream_bytes):
+                    return                                 # no line begins here
+                feed = block.find(b"\n", max(0, end - 1 - position))
+                if feed >= 0:
+                    self.stream_bytes += feed + 1
+                    yield block[:feed + 1]
+                    return
+            position += len(block)
+            self.stream_bytes += len(block)
+            yield block
 
     def _object(self, number: int, size: int, line: bytes) -> Record:
         try:
@@ -288,14 +327,15 @@ class Reader:
         try:
             with pq.ParquetFile(source) as file:
                 schema = file.schema_arrow
-                self.keys, rows = schema.names[:MAX_KEYS], file.metadata.num_rows
+                groups = [i for i in range(file.metadata.num_row_groups) if self._is_own(file.metadata.row_group(i))]
+                self.keys, rows = schema.names[:MAX_KEYS], sum(file.metadata.row_group(i).num_rows for i in groups)
                 self.objects = rows
                 if missing := [key for key in self.wanted if not _has_column(schema, key)]:
                     yield from (Record(i, 0, reason="missing_field", detail=f"no column {missing[0]!r}") for i in range(rows))
                     return
                 id_key = self.file.id_key or "id"
                 keys = [key for key in dict.fromkeys((*self.wanted, id_key, *self.file.keep, *self._beside)) if _has_column(schema, key)]
-                for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=keys):
+                for batch in file.iter_batches(batch_size=BATCH_ROWS, row_groups=groups, columns=keys):
                     columns = {key: _column(batch, key) for key in keys}
                     kept = [key for key in self.file.keep if key in columns]
                     for row in range(len(batch)):
@@ -307,6 +347,15 @@ class Reader:
                         number += 1
         except (pa.ArrowException, OSError, ValueError, LookupError, MemoryError) as error:      # whatever is left of the file
             yield Record(number, 0, reason="corrupt", detail=str(error).split("\n")[0], documents=max(1, rows - number))
+
+    def _is_own(self, group: pq.RowGroupMetaData) -> bool:
+        """Whether a row group begins in the range."""
+        if not self._is_range:
+            return True
+        column = group.column(0)
+        pages = (column.data_page_offset, column.dictionary_page_offset)
+        place = max(0, min(page for page in pages if page is not None))
+        return self.file.begin <= place and (self.file.end is None or place < self.file.end)
 
     def _row(self, number: int, row: list[Any], id: str, meta: dict[str, Any], lost: list[str]) -> Record:
         if self.conversations:

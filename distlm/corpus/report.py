@@ -29,7 +29,7 @@ MAX_ROWS = 12
 MAX_SAMPLES = 6
 SAMPLE_CHARS = 400
 KNOWN = {"documents", "format", "name", "context", "dtype", "seed", "parameters", "sources", "steps", "tokenizer", "split", "splits",
-         "code", "decontamination", "languages", "files", "hash"}
+         "code", "decontamination", "languages", "files", "inputs", "hash"}
 TITLES = {"fuzzy": "Near-duplicates", "fuzzy_stripped": "Near-duplicates without their boilerplate",
           "fuzzy_shortened": "Near-duplicates without repeated paragraphs", "redactions": "Redacted",
           "annotated": "Annotated: these documents were kept", "boilerplate": "Boilerplate lines", "paragraphs": "Repeated paragraphs",
@@ -115,9 +115,9 @@ def _reasons(manifest: Manifest) -> list[dict[str, Any]]:
 
 def _place_of(manifest: Manifest) -> Callable[[dict[str, Any]], str]:
     """Says where a document stood: its source too where several have one name."""
-    counts = Counter(source["name"] for source in manifest.data["sources"])
+    counts = Counter(source["name"] for source in manifest.sources)
     among = [f" of {name}" if counts[source["name"]] > 1 else ""
-             for name, source in zip(manifest.source_names, manifest.data["sources"], strict=True)]
+             for name, source in zip(manifest.source_names, manifest.sources, strict=True)]
     return lambda one: f"{one['source']}{among[one['origin']]}, record {one['record']}"
 
 
@@ -150,7 +150,7 @@ def _clusters(manifest: Manifest) -> list[dict[str, Any]]:
 def _documents(manifest: Manifest) -> Documents | None:
     """Read a bounded number of rows at a time."""
     path = manifest.path / "documents.parquet"
-    code = pa.array([i for i, source in enumerate(manifest.data["sources"]) if source.get("code")], pa.int32())
+    code = pa.array([i for i, source in enumerate(manifest.sources) if source.get("code")], pa.int32())
     if not path.is_file():
         return None
     found = Documents()
@@ -202,7 +202,7 @@ def _top(counts: Counter[str]) -> list[Bar]:
 def _sources(manifest: Manifest) -> list[Bar]:
     """Tokens by source."""
     rows = list[tuple[str, list[int]]]()
-    for name, source in zip(manifest.source_names, manifest.data.get("sources", []), strict=True):
+    for name, source in zip(manifest.source_names, manifest.sources, strict=True):
         splits = source.get("splits", {}).values()
         if any(split["tokens"] for split in splits):
             rows.append((name, [sum(split[unit] for split in splits) for unit in ("documents", "bytes", "tokens")]))

@@ -5,9 +5,13 @@ is the same at any number of workers.
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeAlias
+
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from distlm.spec.prepare import WHOLE
 
@@ -70,6 +74,13 @@ class SplitRule:
             return "val"
         return "test" if at < (val + test) * 2 ** 64 else "train"
 
+    def described(self, conversations: bool) -> str:
+        """As the manifest has it."""
+        hashed, names = "turns, NUL, text" if conversations else "text", self.names
+        return f"x = blake2b-128({hashed}, as cleaned)[:8], big-endian, / 2^64: val below val_fraction, " + \
+            ("test below val_fraction + test_fraction, " if "test" in names else "") + "else train" + \
+            ("; by the split of the source where it has its own" if self.sources else "")
+
     @property
     def may_hold_out(self) -> bool:
         """Whether a share of any source is for validation."""
@@ -84,3 +95,16 @@ class SplitRule:
 def first_held_out(documents: Iterable[tuple[bytes, int]], rule: SplitRule) -> bytes:
     """Of (content hash, source), the training document that would be held out first if the fractions grew."""
     return min((content for content, origin in documents if rule.of(content, origin) == "train" and rule.shares(origin)[0]), default=b"")
+
+
+def split_documents(partitions: list[Path], rule: SplitRule) -> Iterator[tuple[str, str, int, str]]:
+    """(split, text, bytes of the text, turns) of every document, in order, holding one small batch at a time."""
+    for path in partitions:
+        with pa.memory_map(str(path)) as file:
+            reader = pa.ipc.open_file(file)
+            for i in range(reader.num_record_batches):
+                batch = reader.get_batch(i)
+                sizes = pc.binary_length(batch["text"]).to_pylist()
+                for content, origin, text, size, turns in zip(batch["hash"].to_pylist(), batch["origin"].to_pylist(), batch["text"], sizes,
+                                                              batch["turns"].to_pylist(), strict=True):
+                    yield rule.of(content, origin), text.as_py(), size, turns

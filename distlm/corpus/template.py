@@ -27,6 +27,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from distlm.corpus.conversations import ANSWERS, SYSTEM, USER, Refused, Turns, is_empty_answer
+from distlm.corpus.plain import plain, respelled, without_special
 from distlm.errors import InputError
 from distlm.spec.prepare import GENERATION
 
@@ -54,11 +55,11 @@ class Template:
     def __init__(self, tokenizer: tokenizers.Tokenizer, source: str, special: dict[str, Any], eos: str, loss: str, where: str) -> None:
         self._source, self._special, self._loss = NO_CLOCK + source, special, loss
         self._by_generation = bool(GENERATION.search(source))
-        self._markup, self._text = (tokenizers.Tokenizer.from_str(tokenizer.to_str()) for _ in range(2))
-        for one in (self._markup, self._text):
-            one.no_truncation()
-            one.no_padding()
-        self._text.encode_special_tokens = True            # what spells a special token is text
+        self._markup = tokenizers.Tokenizer.from_str(tokenizer.to_str())
+        self._markup.no_truncation()
+        self._markup.no_padding()
+        self._text = plain(tokenizer, eos)
+        self._spelled = respelled(self._text, eos, where)
         self._eos: int = self._markup.get_vocab(with_added_tokens=True)[eos]
         self._markup_ids = lru_cache(10_000)(lambda text: self._markup.encode(text, add_special_tokens=False).ids)
         self._names = [token.content for token in self._markup.get_added_tokens_decoder().values() if token.special]
@@ -101,7 +102,7 @@ class Template:
         said = iter(self._text.encode_batch_fast([piece.text for piece in pieces if piece.content], add_special_tokens=False))
         tokens, loss = list[int](), list[bool]()
         for piece in pieces:
-            ids = next(said).ids if piece.content else self._markup_ids(piece.text)
+            ids = without_special(next(said).ids, self._spelled) if piece.content else self._markup_ids(piece.text)
             tokens += ids
             loss += [piece.loss] * len(ids)
         if tokens[-1:] != [self._eos]:

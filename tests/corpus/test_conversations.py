@@ -14,13 +14,13 @@ import torch
 from distlm import plan
 from distlm.corpus.conversations import Refused, Turns, divided, joined, parted, turns_of, without_system
 from distlm.corpus.diff import diff
+from distlm.corpus.encode import EncodeTask, _turns_encoder
 from distlm.corpus.files import find_files
 from distlm.corpus.inspect import documents, find, summary, windows
 from distlm.corpus.manifest import outputs
 from distlm.corpus.read import Reader
 from distlm.corpus.split import SplitRule
 from distlm.corpus.stream import NO_LOSS, START, Windows
-from distlm.corpus.tokenizer import EncodeTask, _turns_encoder
 from distlm.corpus.verify import verify
 from distlm.errors import CorpusError, InputError
 from distlm.model.loss import IGNORED

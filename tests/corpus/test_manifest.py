@@ -31,6 +31,6 @@ def test_a_manifest_says_what_the_contract_says(corpus: Path) -> None:
     assert sorted(file.name for file in manifest.files("train")) == sorted(path.name for path in (corpus / "train").iterdir())
     text = (corpus / "manifest.json").read_text() + (corpus / "sources.jsonl").read_text()
     assert str(corpus.parents[2]) not in text
-    for source in manifest.data["sources"]:
+    for source in manifest.sources:
         assert {name: {unit: manifest.data["splits"][name][unit] for unit in ("documents", "bytes", "tokens")}
                 for name in manifest.splits} == source["splits"]

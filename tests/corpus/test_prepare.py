@@ -1,3 +1,4 @@
+import functools
 import gzip
 import json
 import shutil
@@ -11,6 +12,7 @@ import pytest
 import tokenizers
 
 from distlm.corpus import prepare as package
+from distlm.corpus.files import ranges
 from distlm.corpus.manifest import Manifest, read_manifest
 from distlm.corpus.verify import verify
 from distlm.errors import CorpusError, InputError, StorageError
@@ -51,7 +53,70 @@ def test_a_corpus_is_byte_equal_with_one_worker_and_two_run_again_from_elsewhere
     assert files_of(first[""]) == files_of(second[""])
     assert first["manifest_hash"] == second["manifest_hash"] == third["manifest_hash"]
     assert {name.split("/")[0] for name in files_of(first[""])} == \
-        {"manifest.json", "sources.jsonl", "documents.parquet", "duplicates.jsonl", "report.html", "train", "val", "tokenizer", "rejects"}
+        {"manifest.json", "inputs.json", "sources.jsonl", "documents.parquet", "duplicates.jsonl", "report.html", "train", "val",
+         "tokenizer", "rejects"}
+
+
+def test_the_same_documents_in_other_files_and_sources_give_the_same_manifest_and_shards(
+        run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One file; several; several that are sources of their own; parquet in one file and in several, and in row groups. Some documents stand
+    there twice, some under a source of other rules, whose files come first or last by their names."""
+    lines = [{"text": document(i % 90), "id": str(i)} for i in range(100)] + [{"text": "\xe4", "id": "short"}, {"id": "no text"}]
+    other = [{"text": document(i), "id": f"o{i}"} for i in range(85, 110)]
+
+    def write(name: str, rows: list[dict[str, Any]]) -> str:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        if name.endswith(".parquet"):
+            pq.write_table(pa.Table.from_pylist(rows), tmp_path / name, row_group_size=7)
+        else:
+            (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(tmp_path / name)
+
+    def corpus(root: str, first: Any, second: list[str]) -> Manifest:
+        own = [{"path": path, "clean": {"min_chars": 2}} for path in second]
+        return verify(run([*first, *own], root, dedup={"fuzzy": {}}, split={"val_fraction": 0.2})[""])
+
+    one = corpus("one", [write("all.jsonl", lines)], [write("b.jsonl", other)])
+    parts = [write(f"parts/{9 - i}.jsonl", lines[i * 25:(i + 1) * 25 if i < 3 else None]) for i in range(4)]
+    with monkeypatch.context() as patch:
+        patch.setattr(package, "PARTITION_BYTES", 1000)
+        several = corpus("several", [str(tmp_path / "parts")], [write("a.jsonl", other[:5]), write("z.jsonl", other[5:])])
+    sources = corpus("sources", parts, [str(tmp_path / "b.jsonl")])
+    hashed = ("manifest.json", "train", "val", "tokenizer")
+    made = [{name: data for name, data in files_of(manifest.path).items() if name.split("/")[0] in hashed}
+            for manifest in (one, several, sources)]
+    assert made[0] == made[1] == made[2] and len(made[0]) > 5
+    assert [[source["name"] for source in manifest.sources] for manifest in (one, several, sources)] == [
+        ["all.jsonl", "b.jsonl"], ["a.jsonl", "parts", "z.jsonl"], ["6.jsonl", "7.jsonl", "8.jsonl", "9.jsonl", "b.jsonl"]]
+    parquet = [corpus(f"parquet{i}", [found], [str(tmp_path / "b.jsonl")]) for i, found in enumerate((
+        write("all.parquet", lines), str(Path(write("many/1.parquet", lines[60:]), write("many/2.parquet", lines[:60])).parent)))]
+    assert Path(parquet[0].path, "manifest.json").read_bytes() == Path(parquet[1].path, "manifest.json").read_bytes()
+
+
+def test_a_large_file_is_read_in_ranges_by_several_tasks_and_gives_the_same_bytes(
+        run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Documents, rejects and clusters name the same records as when each file is read whole, and the corpus is known again."""
+    lines = [json.dumps({"text": document(i % 40), "id": str(i)}) for i in range(60)]
+    (tmp_path / "a.jsonl").write_text("\n".join([*lines[:30], "", "{broken", *lines[30:]]))
+    pq.write_table(pa.table({"text": [document(i) if i % 9 else None for i in range(30, 80)]}), tmp_path / "b.parquet", row_group_size=8)
+    sources = [str(tmp_path / name) for name in ("a.jsonl", "b.parquet")]
+    whole = run(sources, "whole", dedup={"fuzzy": {}})
+    module: Any = package
+    parts = functools.partial(ranges, size=1000)
+    monkeypatch.setattr("distlm.corpus.inputs.ranges", parts)
+    monkeypatch.setattr("distlm.corpus.identity.ranges", parts)
+    monkeypatch.setattr(module, "READ_BYTES", 1)
+    shown = Records()
+    made = run(sources, "parts", progress=shown, dedup={"fuzzy": {}})
+    one, other = (files_of(result[""]) for result in (whole, made))
+    changed = {name for name in one | other if one.get(name) != other.get(name)}
+    assert changed == {"inputs.json", "sources.jsonl"}     # the hash of a file is another
+    listed = [[json.loads(line) for line in files["sources.jsonl"].splitlines()] for files in (one, other)]
+    assert [{**line, "xxh3": ""} for line in listed[0]] == [{**line, "xxh3": ""} for line in listed[1]]
+    assert json.loads(one["rejects/malformed.jsonl"])["record"] == 31
+    verify(made[""])
+    shown = Records()
+    assert run(sources, "parts", progress=shown, dedup={"fuzzy": {}}) == made and "nothing to do" in shown.text
 
 
 def test_files_of_one_name_are_told_apart_by_their_source_whatever_their_order(run: Run, tmp_path: Path) -> None:
@@ -62,7 +127,7 @@ def test_files_of_one_name_are_told_apart_by_their_source_whatever_their_order(r
         (folder / "1.txt").write_text(document(9))         # of both
     made = [run([*map(str, some)], root) for root, some in (("one", folders), ("two", folders[::-1]))]
     assert files_of(made[0][""]) == files_of(made[1][""])
-    sources = read_manifest(made[0][""]).data["sources"]
+    sources = read_manifest(made[0][""]).sources
     rows = pq.read_table(Path(made[0][""], "documents.parquet")).to_pylist()
     assert sorted(row["origin"] for row in rows if row["source"] == "texts/0.txt") == [0, 1]
     for place, source in enumerate(sources):
@@ -132,6 +197,29 @@ def test_bad_input_is_counted_by_reason_with_samples_and_loses_nothing_good(run:
     assert (rejects["malformed"][0]["source"], rejects["malformed"][0]["record"]) == ("texts/bad.jsonl", 1)
     assert rejects["duplicate"][0]["same_as"]["source"].startswith("texts/")
     assert "1 document rejected: too_long (3,000,013 bytes)" in shown.text and "10 documents rejected: duplicate" in shown.text
+
+
+@pytest.mark.parametrize(("stage", "step"), [("read_documents", "clean"), ("sort_partition", "dedup"), ("refine_partition", "fuzzy")])
+def test_a_stage_that_loses_a_document_ends_the_job_there(
+        run: Run, texts: Path, monkeypatch: pytest.MonkeyPatch, stage: str, step: str) -> None:
+    """The tasks of the next stage, which would fail here, do not begin."""
+    module: Any = package
+    whole = getattr(module, stage)
+
+    def loses(task: Any) -> Any:
+        result = whole(task)
+        books = result.clean if stage == "read_documents" else result.dedup if stage == "sort_partition" else result.step
+        books.given["documents"] -= 1
+        return result
+
+    def next_stage(task: Any) -> Any:
+        raise InputError("the next stage has begun")
+
+    following = {"read_documents": "sort_partition", "sort_partition": "refine_partition", "refine_partition": "make_tokenizer"}
+    monkeypatch.setattr(module, stage, loses)
+    monkeypatch.setattr(module, following[stage], next_stage)
+    with pytest.raises(CorpusError, match=rf"step {step}: the accounts do not balance: .* documents in, .* out, .* rejected"):
+        run(texts, dedup={"fuzzy": {}})
 
 
 def test_a_corpus_with_nothing_in_it_is_an_error_that_says_why_and_keeps_the_samples(run: Run, tmp_path: Path) -> None:

@@ -20,8 +20,9 @@ import pytest
 import xxhash
 import zstandard
 
+from distlm.corpus import read as module
 from distlm.corpus.decompress import ENDINGS
-from distlm.corpus.files import find_files
+from distlm.corpus.files import find_files, ranges
 from distlm.corpus.read import Reader, Record
 from distlm.errors import InputError
 from distlm.spec.prepare import Source
@@ -63,6 +64,69 @@ def test_bad_lines_are_rejected_beside_the_good_ones_that_surround_them(tmp_path
                                 "missing_field", "two\r\n\0", "last, without a line feed"]
     assert [record.number for record in records] == list(range(12))
     assert (reader.objects, reader.with_key, reader.keys) == (7, 5, ["text"])
+
+
+def in_ranges(path: Path, size: int, limit: int = 10_000_000) -> tuple[list[Record], list[Reader]]:
+    """The records of the file as ranges of it give them, numbered as in the whole; each range reads and hashes its own bytes alone."""
+    (file,) = find_files([Source(path=str(path))])
+    data, found, readers = path.read_bytes(), list[Record](), list[Reader]()
+    for part in ranges(file, size):
+        reader = Reader(part, limit)
+        first = len(found)
+        found += [record._replace(number=first + record.number) for record in reader.records()]
+        own = data[part.begin:part.end]
+        assert reader.num_records == len(found) - first
+        assert (reader.raw_bytes, reader.digest.hexdigest()) == (len(own), xxhash.xxh3_64_hexdigest(own)) and part.bytes == len(own)
+        assert sum(record.bytes for record in found[first:]) == reader.stream_bytes
+        readers.append(reader)
+    return found, readers
+
+
+@pytest.mark.parametrize("end", [b"", b"\n", b"\r\n", b"\n\n", "ä".encode()])
+def test_a_file_of_lines_gives_the_same_records_in_ranges_of_any_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: bytes) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + lines({"text": "one"}) + b'{"text": "two"}\r\n\n' + '{"text": "日本語 🤷🏽 ä"}\n'.encode()
+                     + b'\r\n\n\n{broken\n{"other": 1}\n{"text": "\xff"}\n' + b'{"text": "long ' + b"x" * 70_000 + b'"}\n'
+                     + b'{"text": "' + b"y" * 150 + b'"}\n{"text": "last"}' + end)
+    whole, reader = read(path, limit=100)
+    assert Counter(record.reason for record in whole)["too_long"] == 2
+    for chunk in (1 << 20, 7):
+        monkeypatch.setattr(module, "CHUNK", chunk)
+        for size in (*range(3, 40), 64, 1000, 70_000, path.stat().st_size - 1, path.stat().st_size) if chunk > 7 else (29, 64, 5000):
+            if size < 40:                                  # many ranges without a line: only about the ends of lines
+                path.write_bytes(path.read_bytes().replace(b"x" * 70_000, b"x" * 120))
+                whole, reader = read(path, limit=100)
+            found, readers = in_ranges(path, size, limit=100)
+            assert found == whole
+            assert sum(one.objects for one in readers) == reader.objects and len(readers) == -(-path.stat().st_size // size)
+    assert in_ranges(path, 10**9)[0] == read(path)[0]
+
+
+def test_a_line_that_fills_ranges_is_read_once(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "' + b"x" * 5_000_000 + b'"}\n' + lines({"text": "after"}))
+    found, readers = in_ranges(path, 1_000_000)
+    assert [len(record.text) for record in found] == [5_000_000, 5]
+    assert [one.stream_bytes > 0 for one in readers] == [True, False, False, False, False, True]
+
+
+def test_row_groups_are_read_in_ranges_each_once(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    texts = [None if i % 7 == 0 else f"text {i} " * (i % 5) for i in range(300)]
+    pq.write_table(pa.table({"id": range(300), "text": texts}), path, row_group_size=11)
+    whole, reader = read(path)
+    edge = pq.ParquetFile(path).metadata.row_group(1).column(0).dictionary_page_offset
+    for size in (edge, 100, 1000, 4096, path.stat().st_size - 1, 10**9):
+        found, readers = in_ranges(path, size)
+        assert found == whole and sum(one.objects for one in readers) == reader.objects == 300
+    assert sum(one.num_records > 0 for one in in_ranges(path, 1000)[1]) > 3
+
+
+def test_what_is_compressed_or_no_list_of_records_is_read_whole(tmp_path: Path) -> None:
+    for name in ("a.txt", "a.json", "a.html", "a.jsonl.gz", "a.jsonl"):
+        (tmp_path / name).write_bytes(b"x" * 100)
+    assert {file.name.split("/")[-1]: len(ranges(file, 40)) for file in find_files([Source(path=str(tmp_path))])} == \
+        {"a.txt": 1, "a.json": 1, "a.html": 1, "a.jsonl.gz": 1, "a.jsonl": 3}
 
 
 def test_a_line_of_50_mb_is_rejected_and_never_held(tmp_path: Path) -> None:

@@ -23,6 +23,17 @@ def test_a_source_gives_what_differs_from_the_job_or_is_of_one_split_as_a_whole(
     assert [shares(name, val_fraction=0.1) for name in ("train", "val", "test")] == [(0, 0), (1, 0), (0, 1)]
 
 
+def test_what_the_manifest_says_of_the_rule_is_what_it_does() -> None:
+    assert SplitRule(0.1).described(False) == \
+        "x = blake2b-128(text, as cleaned)[:8], big-endian, / 2^64: val below val_fraction, else train"
+    every = SplitRule(0.1, 0.2, sources=((0.1, 0.2), (0, 0))).described(True)
+    assert every == "x = blake2b-128(turns, NUL, text, as cleaned)[:8], big-endian, / 2^64: val below val_fraction, test below " \
+                    "val_fraction + test_fraction, else train; by the split of the source where it has its own"
+    for content in HASHES:
+        x = int.from_bytes(content[:8], "big") / 2**64
+        assert SplitRule(0.1, 0.2).of(content) == ("val" if x < 0.1 else "test" if x < 0.1 + 0.2 else "train")
+
+
 @pytest.mark.parametrize(("source", "job", "message"), [
     ({"val_fraction": 0.9}, {"split": {"test_fraction": 0.2}}, "sources.0.split: val_fraction 0.9 and test_fraction 0.2"),
     ({"all": "val", "val_fraction": 0.5}, {}, "val_fraction: 0.5 has no effect beside all: val"),

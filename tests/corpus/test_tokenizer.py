@@ -1,6 +1,7 @@
 import hashlib
 import json
 import random
+import string
 import subprocess
 import sys
 import unicodedata
@@ -11,11 +12,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
 from transformers import AutoTokenizer
 
 from distlm.corpus.bpe import byte_characters, fast_encoder
+from distlm.corpus.encode import EncodeTask, encode_partition
 from distlm.corpus.split import SplitRule, content_hash
-from distlm.corpus.tokenizer import END, EncodeTask, Vocabulary, VocabularyTask, check_given, encode_partition, make_tokenizer, token_bytes
+from distlm.corpus.template import read_template
+from distlm.corpus.tokenizer import END, Vocabulary, VocabularyTask, check_given, make_tokenizer, token_bytes
 from distlm.errors import InputError, SpecError
 from distlm.spec import load_spec
 from distlm.spec.prepare import Tokenizer
@@ -161,6 +165,67 @@ def test_text_that_spells_a_special_token_is_text(tmp_path: Path) -> None:
     tokens, _ = encode(tmp_path, vocabulary, [text])["train"]
     assert tokens.count(0) == 1 and tokens[-1] == 0 and 2 not in tokens
     assert AutoTokenizer.from_pretrained(vocabulary.folder).decode(tokens[:-1]) == text
+
+
+def saved(folder: Path, tokenizer: tokenizers.Tokenizer, end: str, template: str = "") -> Path:
+    folder.mkdir(parents=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "chat_template": template}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def spelling_bpe(*words: str, special: bool = True) -> tokenizers.Tokenizer:
+    """A byte-level BPE whose merges make these words, which are its special tokens."""
+    vocab, merges = {character: i for i, character in enumerate(byte_characters())}, list[tuple[str, str]]()
+    for word in words:
+        for end in range(2, len(word) + 1):
+            if word[:end] not in vocab:
+                merges.append((word[:end - 1], word[end - 1]))
+                vocab[word[:end]] = len(vocab)
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.add_tokens([tokenizers.AddedToken(word, special=special, normalized=False) for word in words])
+    return tokenizer
+
+
+def unigram() -> tokenizers.Tokenizer:
+    pieces = [("<unk>", 0.0), ("</s>", 0.0), ("▁", -3.0), *((character, -4.0) for character in string.ascii_letters + "</>.?")]
+    tokenizer = tokenizers.Tokenizer(models.Unigram(pieces, unk_id=0))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="never")
+    tokenizer.add_special_tokens(["</s>", "<unk>"])
+    return tokenizer
+
+
+@pytest.mark.parametrize(("given", "end"), [
+    (lambda: spelling_bpe("END", "STOP"), "END"), (lambda: spelling_bpe("END", "STOP", special=False), "END"), (unigram, "</s>")])
+def test_no_text_becomes_a_special_token_of_a_given_tokenizer_whose_model_spells_it(tmp_path: Path, given: Any, end: str) -> None:
+    """In texts and in what a turn says; what the template writes does."""
+    chat = "{% for message in messages %}{{ message['content'] }}{{ eos_token }}{% endfor %}"
+    folder = saved(tmp_path / "given", given(), end, chat)
+    rules = Tokenizer(source=str(folder))
+    check_given(rules)
+    vocabulary = make(tmp_path, source=str(folder))
+    plain = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    plain.encode_special_tokens = True
+    assert vocabulary.eos_id in plain.encode(end).ids      # what the library makes of it
+    for text in (end, f"{end}{end} {end} ends{end}s", "STOP ENDS", "none"):
+        tokens, _ = encode(tmp_path, vocabulary, [text])["train"]
+        assert tokens.count(vocabulary.eos_id) == 1 and tokens[-1] == vocabulary.eos_id
+        assert plain.decode(tokens[:-1], skip_special_tokens=False) == text
+    template = read_template(folder, end, "assistant", "here")
+    assert template.encode([("user", f"a{end}"), ("assistant", f"{end}s")])[0].count(vocabulary.eos_id) == 2
+
+
+def test_a_given_tokenizer_that_has_no_other_tokens_for_what_spells_a_special_one_is_refused(tmp_path: Path) -> None:
+    words = tokenizers.Tokenizer(models.WordLevel({"END": 0, "a": 1, "[UNK]": 2}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.add_special_tokens(["END", "[UNK]"])
+    for name, tokenizer, end in (("bpe", spelling_bpe("#"), "#"), ("words", words, "END")):
+        folder = saved(tmp_path / name, tokenizer, end)
+        with pytest.raises(InputError, match=rf"tokenizer\.from: .*{name}: text that spells the special token '{end}' would become it"):
+            check_given(Tokenizer(source=str(folder)))
 
 
 def test_documents_go_to_their_split_each_with_its_end(tmp_path: Path) -> None:

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
-from distlm.corpus.manifest import tokenizer_hash
+from distlm.corpus.diff import diff
+from distlm.corpus.inspect import summary
+from distlm.corpus.manifest import body_hash, tokenizer_hash
 from distlm.corpus.verify import verify
 from distlm.errors import CorpusError
 from tests.corpus.made import DOCS, STEPS, make
@@ -38,6 +40,12 @@ def test_every_damage_is_found(corpus: Path, tmp_path: Path) -> None:
     def edit(**values: Any) -> Callable[[Path], Any]:
         return lambda path: path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
+    def sealed(**values: Any) -> Callable[[Path], Any]:
+        def write(path: Path) -> None:
+            data = json.loads(path.read_text()) | values
+            path.write_text(json.dumps({**data, "hash": body_hash(data)}))
+        return write
+
     steps = json.loads((corpus / "manifest.json").read_text())["steps"]
     steps[1]["in"]["bytes"] += 1
     for name, change, message in [
@@ -48,6 +56,10 @@ def test_every_damage_is_found(corpus: Path, tmp_path: Path) -> None:
             ("rejects/short.jsonl", flip, "the file has been changed"), ("rejects/short.jsonl", Path.unlink, "is missing"),
             ("rejects/more.jsonl", Path.touch, "it came later"), ("tokenizer/more.json", Path.touch, "it came later"),
             ("report.html", Path.touch, "it came later"), ("manifest.json", edit(files={}), "it came later"),
+            ("inputs.json", edit(corpus="0"), "it has been changed"), ("inputs.json", edit(files={}), "it came later"),
+            ("inputs.json", Path.unlink, "inputs.json: the list of inputs is damaged"), ("inputs.json", edit(sources=0), "is damaged"),
+            ("inputs.json", edit(sources=[]), "it has been changed"), ("inputs.json", sealed(corpus="0"), "it is of another corpus"),
+            ("inputs.json", sealed(sources=[]), "do not add up"),
             ("manifest.json", edit(hash=""), "it has been changed"), ("manifest.json", edit(steps=steps), "do not balance"),
             ("manifest.json", edit(format=99), "format 99"), ("manifest.json", edit(splits=None), "damaged"),
             ("manifest.json", lambda path: path.write_text("{"), "damaged")]:
@@ -87,10 +99,14 @@ def test_a_tokenizer_is_known_by_its_own_files_whatever_lies_beside_them(tmp_pat
 
 
 def test_a_corpus_from_before_all_files_had_checksums_is_still_one(corpus: Path) -> None:
-    data = json.loads((corpus / "manifest.json").read_text())
-    (corpus / "manifest.json").write_text(json.dumps({key: value for key, value in data.items() if key not in ("files", "hash")}))
+    """Nor were there inputs.json and its sources, which stood in the manifest."""
+    manifest = verify(corpus)
+    data = {key: value for key, value in manifest.data.items() if key not in ("files", "inputs", "hash")} | {"sources": manifest.sources}
+    (corpus / "manifest.json").write_text(json.dumps(data))
+    (corpus / "inputs.json").unlink()
     (corpus / "sources.jsonl").write_text("")
-    assert "files" not in verify(corpus).data
+    assert not verify(corpus).checksums and verify(corpus).source_names == ["data"] and not diff(corpus, corpus).values
+    assert ("source data", "2 files, 100 bytes, auto, xxh3 00") in summary(corpus)
     (corpus / "train" / "00000.arrow").unlink()
     with pytest.raises(CorpusError, match="shard is missing"):
         verify(corpus)
