@@ -251,13 +251,50 @@ DEEPSPEED_KEYS = {"train_batch_size": "batch.global_sequences", "train_micro_bat
 """DeepSpeed's keys that the spec sets elsewhere, and where."""
 
 
+class Offload(Part):
+    """What lies outside of the GPUs' memory (Ren et al. 2021; Rajbhandari et al. 2021): the same steps, slower. A run on CPUs makes them
+    too and saves no memory."""
+
+    optimizer: Literal["cpu", "nvme"] | None = None
+    """Where the optimizer's states and the fp32 weights lie, which are updated on the CPU: cpu from ZeRO stage 1 on, nvme with stage 3."""
+    parameters: Literal["cpu", "nvme"] | None = None
+    """Where the weights lie until a layer needs them; with ZeRO stage 3."""
+    path: Annotated[str | None, Field(min_length=1)] = None
+    """A folder on a fast disk of every node, for nvme."""
+
+    @model_validator(mode="after")
+    def _rules(self) -> "Offload":
+        nvme = [key for key in ("optimizer", "parameters") if getattr(self, key) == "nvme"]
+        if not self.optimizer and not self.parameters:
+            raise Rule("", "neither optimizer nor parameters is given; give one of them, or leave offload out")
+        if nvme and not self.path:
+            raise Rule("path", f"{nvme[0]}: nvme needs a folder on a fast disk; give path, or set {nvme[0]}: cpu")
+        if self.path and not nvme:
+            raise Rule("path", f"{self.path} has no effect where nothing lies on nvme; leave it out")
+        return self
+
+
 class Sharding(Part):
     """How DeepSpeed divides the model over the workers."""
 
     zero: Literal[0, 1, 2, 3] = 0
     """ZeRO stage: 1 shards optimizer states, 2 gradients too, 3 parameters too (Rajbhandari et al. 2020)."""
+    offload: Offload | None = None
+    """What lies in the host's memory or on its disks. Left out, all is on the device that computes."""
     deepspeed: dict[str, Any] = {}
     """Raw DeepSpeed keys for experts. A key that the spec sets elsewhere is refused."""
+
+    @model_validator(mode="after")
+    def _rules(self) -> "Sharding":
+        if self.offload is None:
+            return self
+        if self.offload.parameters and self.zero < 3:
+            raise Rule("offload.parameters", f"{self.offload.parameters} needs weights that are sharded; set zero: 3, or leave it out")
+        least = 3 if self.offload.optimizer == "nvme" else 1
+        if self.offload.optimizer and self.zero < least:
+            raise Rule("offload.optimizer", f"{self.offload.optimizer} needs ZeRO stage {least} at least, and zero is {self.zero}; set "
+                                            f"zero: {least}, or leave it out")
+        return self
 
 
 class Scale(Part):
@@ -375,12 +412,9 @@ class TrainSpec(Job):
             if name in raw if name else section in self.sharding.deepspeed:
                 raise Rule(f"sharding.deepspeed.{key}", f"contradicts {ours}, which sets it; leave it out and set {ours}")
         check_optimizer(self.optimizer, self.sharding.zero)
+        check_offload(self)
         if self.ema and self.checkpoint.average > 1:
             raise Rule("checkpoint.average", f"{self.checkpoint.average} stands beside ema, which is exported; leave one of them out")
-        for key, raw in self.sharding.deepspeed.get("zero_optimization", {}).items():
-            if isinstance(raw, dict) and raw.get("device") == "nvme" and (self.ema or self.checkpoint.average > 1):
-                raise Rule(f"sharding.deepspeed.zero_optimization.{key}", "weights on disks cannot be averaged; leave out ema and "
-                                                                          "checkpoint.average, or set device: cpu")
         if self.duration.steps is not None:
             check_steps(self, self.duration.steps)
         batch, workers = self.batch, self.scale.workers
@@ -412,6 +446,22 @@ def check_optimizer(optimizer: Optimizer, zero: int) -> None:
     if optimizer.name == "muon" and zero and optimizer.clip:
         raise Rule("optimizer.clip", f"{optimizer.clip:g} would clip muon's orthogonal updates under ZeRO-{zero}, not the gradient; set "
                                      "clip: 0, which muon does not need, or zero: 0")
+
+
+def check_offload(spec: TrainSpec) -> None:
+    """Raises Rule where raw keys contradict `sharding.offload`, and where what is offloaded cannot be averaged."""
+    offload, averaged = spec.sharding.offload, spec.ema or spec.checkpoint.average > 1
+    for ours, key in (("optimizer", "offload_optimizer"), ("parameters", "offload_param")):
+        device = getattr(offload, ours, None)
+        raw = spec.sharding.deepspeed.get("zero_optimization", {}).get(key, {})
+        twice = [name for name in ("device", "nvme_path") if isinstance(raw, dict) and name in raw]
+        if device and twice:
+            raise Rule(f"sharding.deepspeed.zero_optimization.{key}.{twice[0]}",
+                       f"contradicts sharding.offload.{ours}, which sets it; leave one of them out")
+        if averaged and "nvme" in (device, raw.get("device") if isinstance(raw, dict) else None):
+            where = f"sharding.offload.{ours}" if device else f"sharding.deepspeed.zero_optimization.{key}"
+            raise Rule(where, "weights on disks cannot be averaged; leave out ema and checkpoint.average, or set it to cpu" if device else
+                       "weights on disks cannot be averaged; leave out ema and checkpoint.average, or set device: cpu")
 
 
 def check_steps(spec: TrainSpec, steps: int) -> None:

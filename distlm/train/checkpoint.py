@@ -20,6 +20,7 @@ from distlm.errors import CheckpointError, SpecError, StorageError
 from distlm.storage import read_json, write_atomic, write_json, writing
 from distlm.train.failures import peer_lost
 from distlm.train.recipe import Recipe
+from distlm.train.zero import zero_options
 
 if TYPE_CHECKING:
     from distlm.train.average import Ema
@@ -133,14 +134,14 @@ LAYOUT = ("workers", "zero", "partition")
 def _keeps_layout(checkpoint: Checkpoint, recipe: Recipe) -> bool:
     """Where the state cannot be divided anew: DeepSpeed's Muon keeps whole matrices of what a partition touches, and weights may lie on
     disks."""
-    zero = recipe.spec.sharding.deepspeed.get("zero_optimization", {})
-    return (any(isinstance(raw, dict) and raw.get("device") == "nvme" for raw in zero.values())
+    options = [*zero_options(recipe.spec).values(), *checkpoint.manifest.get("partition", {}).values()]
+    return (any(isinstance(raw, dict) and raw.get("device") == "nvme" for raw in options)
             or (recipe.spec.optimizer.name == "muon" and bool(checkpoint.manifest["zero"] or recipe.spec.sharding.zero)))
 
 
 def _facts(recipe: Recipe) -> dict[str, Any]:
     return {"workers": recipe.world, "zero": recipe.spec.sharding.zero,
-            "partition": recipe.spec.sharding.deepspeed.get("zero_optimization", {}), "precision": recipe.spec.precision,
+            "partition": zero_options(recipe.spec), "precision": recipe.spec.precision,
             "global_sequences": recipe.global_sequences, "seed": recipe.spec.seed, "corpus_hash": recipe.corpus_hash}
 
 

@@ -14,10 +14,20 @@ def deepspeed_config(spec: TrainSpec, micro_sequences: int, accumulation: int) -
     config: dict[str, Any] = {"train_micro_batch_size_per_gpu": micro_sequences, "gradient_accumulation_steps": accumulation,
               "gradient_clipping": spec.optimizer.clip, "bf16": {"enabled": spec.precision == "bf16"},
               "zero_optimization": {"stage": spec.sharding.zero}, "steps_per_print": 2**31 - 1,
-              "zero_allow_untested_optimizer": True}       # ours are tested
+              "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}       # ours are tested, and need no compiler
     if spec.optimizer.name == "muon" and spec.sharding.zero == 3:
         config["zero_optimization"]["reduce_scatter"] = False                     # DeepSpeed's Muon asks for it
-    return _merge(config, spec.sharding.deepspeed)
+    return _merge(_merge(config, {"zero_optimization": zero_options(spec)}), spec.sharding.deepspeed)
+
+
+def zero_options(spec: TrainSpec) -> dict[str, Any]:
+    """What the spec asks of DeepSpeed's `zero_optimization` beside the stage: it decides what lies where."""
+    options: dict[str, Any] = {}
+    if offload := spec.sharding.offload:
+        for key, device in (("offload_optimizer", offload.optimizer), ("offload_param", offload.parameters)):
+            if device:
+                options[key] = {"device": device, **({"nvme_path": offload.path} if device == "nvme" else {})}
+    return _merge(options, spec.sharding.deepspeed.get("zero_optimization", {}))
 
 
 SECTIONS = {"zero_optimization", "flops_profiler", "comms_logger", "activation_checkpointing", "tensorboard", "wandb", "csv_monitor",

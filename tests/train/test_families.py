@@ -46,6 +46,7 @@ def test_every_family_trains_goes_on_and_exports_what_was_trained(zero: int, tmp
             loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).item()
             assert loss == pytest.approx(metrics(run)[-1]["val_loss"], rel=1e-5), run.name
             if zero == 0:
-                state = torch.load(run / "checkpoints" / "step-000004" / "state" / "mp_rank_00_model_states.pt", weights_only=False)["module"]
+                file = run / "checkpoints" / "step-000004" / "state" / "mp_rank_00_model_states.pt"
+                state = torch.load(file, weights_only=False)["module"]
                 model.load_state_dict({name.removeprefix("model."): value for name, value in state.items()}, strict=False)
                 assert torch.equal(model(input_ids=tokens[:, :-1]).logits, logits), run.name
