@@ -130,7 +130,7 @@ and columns are too few to count."""
 def memory_per_rank(parameters: int, precision: str, zero: int, workers: int, states: int = 8) -> dict[str, int]:
     """Bytes of model states on one worker (Rajbhandari et al. 2020, section 3): with adamw in bf16 2 + 2 + 12 a parameter, in fp32
     4 + 4 + 8. `states`: bytes of the optimizer's own states of a parameter."""
-    weight, optimizer = (2, 4 + states) if precision == "bf16" else (4, states)
+    weight, optimizer = (2, 4 + states) if precision != "fp32" else (4, states)
 
     def share(bytes_each: int, from_stage: int) -> int:
         return -(-parameters * bytes_each // (workers if zero >= from_stage else 1))

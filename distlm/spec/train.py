@@ -297,6 +297,16 @@ class Sharding(Part):
         return self
 
 
+class LossScale(Part):
+    """Dynamic loss scaling (Micikevicius et al. 2018, section 3.2): a step whose gradients overflow is skipped and the scale halved, at the
+    second such step at first. Skipped steps count as steps, and metrics.jsonl marks them."""
+
+    initial_power: Annotated[int, Field(ge=0, le=32)] = 16
+    """It begins at 2 to this power."""
+    window: Annotated[int, Field(ge=1)] = 1000
+    """It doubles after so many steps without an overflow."""
+
+
 class Scale(Part):
     """What the job asks of the cluster."""
 
@@ -377,8 +387,10 @@ class TrainSpec(Job):
     """Dropout, label smoothing, z-loss."""
     duration: Duration
     """How long."""
-    precision: Literal["fp32", "bf16"] = "bf16"
-    """bf16 computes in bfloat16 and keeps fp32 master weights."""
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """bf16 computes in bfloat16 and keeps fp32 master weights; fp16 does so in float16 with a scaled loss, for GPUs without bfloat16."""
+    loss_scale: LossScale = LossScale()
+    """With fp16: what the loss is multiplied by, so that small gradients are not 0."""
     activation_checkpointing: Annotated[int, Field(ge=0)] = 0
     """Every n-th layer keeps its input alone and is computed again in the backward pass (Chen et al. 2016): 1 for every layer, which takes
     the least memory and about a third more time. 0 keeps all activations."""
@@ -413,6 +425,13 @@ class TrainSpec(Job):
                 raise Rule(f"sharding.deepspeed.{key}", f"contradicts {ours}, which sets it; leave it out and set {ours}")
         check_optimizer(self.optimizer, self.sharding.zero)
         check_offload(self)
+        if self.precision != "fp16":
+            without_effect(self, f"with {self.precision}", "loss_scale")
+        elif not self.scale.gpus_per_worker:
+            raise Rule("precision", "fp16 needs GPUs, and scale.gpus_per_worker is 0; take bf16 or fp32")
+        elif not self.sharding.zero:
+            raise Rule("sharding.zero", "0 cannot be with fp16, whose loss scale DeepSpeed handles rightly under ZeRO alone; set zero: 1, "
+                                        "or take bf16")
         if self.ema and self.checkpoint.average > 1:
             raise Rule("checkpoint.average", f"{self.checkpoint.average} stands beside ema, which is exported; leave one of them out")
         if self.duration.steps is not None:

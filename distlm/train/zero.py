@@ -13,6 +13,8 @@ def deepspeed_config(spec: TrainSpec, micro_sequences: int, accumulation: int) -
     """The configuration for `deepspeed.initialize`."""
     config: dict[str, Any] = {"train_micro_batch_size_per_gpu": micro_sequences, "gradient_accumulation_steps": accumulation,
               "gradient_clipping": spec.optimizer.clip, "bf16": {"enabled": spec.precision == "bf16"},
+              "fp16": {"enabled": spec.precision == "fp16", "initial_scale_power": spec.loss_scale.initial_power,
+                       "loss_scale_window": 2**31 - 1},   # `update` looks after that
               "zero_optimization": {"stage": spec.sharding.zero}, "steps_per_print": 2**31 - 1,
               "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}       # ours are tested, and need no compiler
     if spec.optimizer.name == "muon" and spec.sharding.zero == 3:
@@ -83,3 +85,26 @@ def make_engine(spec: TrainSpec, model: "CausalLoss", config: dict[str, Any]) ->
     if hasattr(engine.optimizer, "optimizer") and not engine.zero_optimization_stage():
         engine.optimizer.optimizer.state.clear()           # bf16 without ZeRO: that empty step would count in bias corrections
     return engine
+
+
+def loss_scale(engine: Any) -> float | None:
+    """What fp16's losses are multiplied by; None with another precision."""
+    return float(engine.optimizer.loss_scale) if engine.fp16_enabled() else None
+
+
+def update(engine: Any, window: int) -> bool:
+    """The engine's step at the end of a batch, after which fp16's loss scale doubles where there was no overflow in `window` steps:
+    DeepSpeed would double it before it divides the gradients by it. Returns whether fp16 skipped the step, since gradients overflowed.
+    Raises OverflowError where no scale helps any more. All ranks take part."""
+    try:
+        engine.step()
+    except Exception as error:                             # DeepSpeed has no class for it
+        if "loss scale already at minimum" not in str(error):
+            raise
+        raise OverflowError("the gradients overflow at a loss scale of 1") from None
+    if not engine.fp16_enabled() or engine.optimizer.overflow:
+        return engine.fp16_enabled()
+    scaler = engine.optimizer.loss_scaler
+    if (scaler.cur_iter - 1 - scaler.last_overflow_iter) % window == 0:
+        scaler.cur_scale, scaler.cur_hysteresis = scaler.cur_scale * scaler.scale_factor, scaler.delayed_shift
+    return False
