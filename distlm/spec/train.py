@@ -74,6 +74,14 @@ def _mixture(value: Any) -> Any:
     return value
 
 
+class Mup(Part):
+    """The maximal update parametrization (Yang et al. 2022, table 3): a learning rate that was found at one width holds at others, where
+    heads keep their width and the other sizes grow with hidden_size. The export is a model like any other."""
+
+    base_width: Annotated[int, Field(ge=1)]
+    """The hidden_size at which the learning rate was found; there mup changes nothing."""
+
+
 class ModelSpec(Part):
     """The Transformer: exactly one of preset, config, from."""
 
@@ -85,6 +93,8 @@ class ModelSpec(Part):
     """A folder that `AutoModelForCausalLM.from_pretrained` loads, or a run of ours by name or path."""
     context: Annotated[int | None, Field(ge=8)] = None
     """Tokens of context. Default, and only value possible: the corpus's."""
+    mup: Mup | None = None
+    """Initial weights and learning rates that transfer across widths, with adamw or lion. Left out, both are the same at every width."""
 
     @model_validator(mode="after")
     def _one(self) -> "ModelSpec":
@@ -93,6 +103,8 @@ class ModelSpec(Part):
             raise Rule("preset", f"unknown preset {self.preset!r}; there are {', '.join(PRESETS)}")
         if self.config is not None and "model_type" not in self.config:
             raise Rule("config", "a transformers configuration needs model_type, e.g. llama, gpt2, qwen3")
+        if self.mup and self.source is not None:
+            raise Rule("mup", "a checkpoint's weights are not drawn anew; leave it out, and set rates by optimizer.groups")
         return self
 
 
@@ -425,6 +437,8 @@ class TrainSpec(Job):
                 raise Rule(f"sharding.deepspeed.{key}", f"contradicts {ours}, which sets it; leave it out and set {ours}")
         check_optimizer(self.optimizer, self.sharding.zero)
         check_offload(self)
+        if self.model.mup and self.optimizer.name not in ("adamw", "lion"):
+            raise Rule("model.mup", f"its rules are for adamw and lion, not for {self.optimizer.name}; leave it out, or take adamw")
         if self.precision != "fp16":
             without_effect(self, f"with {self.precision}", "loss_scale")
         elif not self.scale.gpus_per_worker:
