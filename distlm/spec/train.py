@@ -286,6 +286,18 @@ class Offload(Part):
         return self
 
 
+class ZeroPlusPlus(Part):
+    """ZeRO++ (Wang et al. 2023): less traffic between nodes under ZeRO stage 3."""
+
+    hierarchical_partition: Annotated[int, Field(ge=1)] = 1
+    """Weights are kept a second time over groups of so many workers, those of a node, from which the backward pass gathers them. A divisor
+    of scale.workers; 1 for none."""
+    quantized_weights: bool = False
+    """Weights are gathered in 8 bits, on GPUs; steps are no longer exactly those of other stages."""
+    quantized_gradients: bool = False
+    """Gradients are reduced in 4 bits, on GPUs; steps are no longer exactly those of other stages."""
+
+
 class Sharding(Part):
     """How DeepSpeed divides the model over the workers."""
 
@@ -293,11 +305,15 @@ class Sharding(Part):
     """ZeRO stage: 1 shards optimizer states, 2 gradients too, 3 parameters too (Rajbhandari et al. 2020)."""
     offload: Offload | None = None
     """What lies in the host's memory or on its disks. Left out, all is on the device that computes."""
+    zeropp: ZeroPlusPlus = ZeroPlusPlus()
+    """Less traffic between nodes, with ZeRO stage 3."""
     deepspeed: dict[str, Any] = {}
     """Raw DeepSpeed keys for experts. A key that the spec sets elsewhere is refused."""
 
     @model_validator(mode="after")
     def _rules(self) -> "Sharding":
+        if self.zero < 3:
+            without_effect(self, f"with zero: {self.zero}: only stage 3 shards weights", "zeropp")
         if self.offload is None:
             return self
         if self.offload.parameters and self.zero < 3:
@@ -437,6 +453,7 @@ class TrainSpec(Job):
                 raise Rule(f"sharding.deepspeed.{key}", f"contradicts {ours}, which sets it; leave it out and set {ours}")
         check_optimizer(self.optimizer, self.sharding.zero)
         check_offload(self)
+        check_zeropp(self)
         if self.model.mup and self.optimizer.name not in ("adamw", "lion"):
             raise Rule("model.mup", f"its rules are for adamw and lion, not for {self.optimizer.name}; leave it out, or take adamw")
         if self.precision != "fp16":
@@ -495,6 +512,28 @@ def check_offload(spec: TrainSpec) -> None:
             where = f"sharding.offload.{ours}" if device else f"sharding.deepspeed.zero_optimization.{key}"
             raise Rule(where, "weights on disks cannot be averaged; leave out ema and checkpoint.average, or set it to cpu" if device else
                        "weights on disks cannot be averaged; leave out ema and checkpoint.average, or set device: cpu")
+
+
+ZEROPP_KEYS = {"hierarchical_partition": "zero_hpz_partition_size", "quantized_weights": "zero_quantized_weights",
+               "quantized_gradients": "zero_quantized_gradients"}
+"""Keys of `sharding.zeropp` and DeepSpeed's."""
+
+
+def check_zeropp(spec: TrainSpec) -> None:
+    """Raises Rule where ZeRO++ does not fit the workers, or raw keys contradict it."""
+    zeropp, workers = spec.sharding.zeropp, spec.scale.workers
+    size = zeropp.hierarchical_partition
+    if workers % size:
+        near = [n for n in range(1, workers + 1) if workers % n == 0]
+        raise Rule("sharding.zeropp.hierarchical_partition", f"{size} does not divide {workers} workers; try {', '.join(map(str, near))}")
+    for ours, theirs in ZEROPP_KEYS.items():
+        if getattr(zeropp, ours) == type(zeropp).model_fields[ours].default:
+            continue
+        if ours != "hierarchical_partition" and not spec.scale.gpus_per_worker:
+            raise Rule(f"sharding.zeropp.{ours}", "DeepSpeed has its kernels for GPUs alone, and scale.gpus_per_worker is 0; leave it out")
+        if theirs in spec.sharding.deepspeed.get("zero_optimization", {}):
+            raise Rule(f"sharding.deepspeed.zero_optimization.{theirs}", f"contradicts sharding.zeropp.{ours}, which sets it; leave one of "
+                                                                         "them out")
 
 
 def check_steps(spec: TrainSpec, steps: int) -> None:

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from distlm.errors import SpecError
 from distlm.spec.load import nearest
-from distlm.spec.train import TrainSpec
+from distlm.spec.train import ZEROPP_KEYS, TrainSpec
 
 if TYPE_CHECKING:
     from distlm.model.loss import CausalLoss
@@ -29,6 +29,10 @@ def zero_options(spec: TrainSpec) -> dict[str, Any]:
         for key, device in (("offload_optimizer", offload.optimizer), ("offload_param", offload.parameters)):
             if device:
                 options[key] = {"device": device, **({"nvme_path": offload.path} if device == "nvme" else {})}
+    for ours, theirs in ZEROPP_KEYS.items():
+        field = type(spec.sharding.zeropp).model_fields[ours]
+        if (value := getattr(spec.sharding.zeropp, ours)) != field.default:
+            options[theirs] = value
     return _merge(options, spec.sharding.deepspeed.get("zero_optimization", {}))
 
 
