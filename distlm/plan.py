@@ -98,10 +98,24 @@ def of_model(spec: TrainSpec, shape: Any, tokens: int | None) -> Rows:
     memory = memory_per_rank(parameters, spec.precision, spec.sharding.zero, spec.scale.workers, STATE_BYTES[spec.optimizer.name])
     if spec.ema:
         memory["ema"] = memory_per_rank(parameters, "fp32", spec.sharding.zero, spec.scale.workers, 4)["optimizer"]
-    parts = ", ".join(f"{name} {size(value)}" for name, value in memory.items())
     total = f"{flops * tokens:.2e} FLOPs, " if tokens else ""
     return [("parameters", f"{parameters:,}"), ("arithmetic", f"{total}{flops:.2e} FLOPs a token"),
-            ("memory a worker", f"{size(sum(memory.values()))} ({parts}), activations not counted")]
+            ("memory a worker", f"{summed(memory)}, activations not counted"),
+            *((f"of it on {place}", summed(part)) for place, part in offloaded(spec, memory).items())]
+
+
+def summed(memory: dict[str, int]) -> str:
+    return f"{size(sum(memory.values()))} ({', '.join(f'{name} {size(value)}' for name, value in memory.items())})"
+
+
+def offloaded(spec: TrainSpec, memory: dict[str, int]) -> dict[str, dict[str, int]]:
+    """What `sharding.offload` lays elsewhere, by the place: cpu or nvme."""
+    places: dict[str, dict[str, int]] = {}
+    if offload := spec.sharding.offload:
+        for place, names in ((offload.parameters, ("weights",)), (offload.optimizer, ("optimizer", "ema"))):
+            if place:
+                places.setdefault(place, {}).update({name: memory[name] for name in names if name in memory})
+    return places
 
 
 def flops_per_token(parameters: int, layers: int, width: int, context: int) -> float:
@@ -117,7 +131,7 @@ and columns are too few to count."""
 def memory_per_rank(parameters: int, precision: str, zero: int, workers: int, states: int = 8) -> dict[str, int]:
     """Bytes of model states on one worker (Rajbhandari et al. 2020, section 3): with adamw in bf16 2 + 2 + 12 a parameter, in fp32
     4 + 4 + 8. `states`: bytes of the optimizer's own states of a parameter."""
-    weight, optimizer = (2, 4 + states) if precision == "bf16" else (4, states)
+    weight, optimizer = (2, 4 + states) if precision != "fp32" else (4, states)
 
     def share(bytes_each: int, from_stage: int) -> int:
         return -(-parameters * bytes_each // (workers if zero >= from_stage else 1))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from distlm.errors import InputError, SpecError
+from distlm.model.mup import check_mup, scale_weights
 from distlm.spec.load import nearest
 from distlm.spec.presets import PRESETS
 from distlm.spec.train import ModelSpec
@@ -42,6 +43,8 @@ def model_config(spec: ModelSpec, shape: Shape, dropout: float | None = None) ->
     """The configuration that the spec describes, with `dropout` wherever the family has one. Raises SpecError for one that transformers
     does not accept, and InputError for a checkpoint that is missing or does not fit the corpus."""
     config = _checkpoint_config(Path(spec.source), shape) if spec.source is not None else _new_config(spec, shape)
+    if spec.mup:
+        check_mup(config)
     if dropout is not None:
         names = [name for name in DROPOUTS if name not in NO_ACTIVATIONS and hasattr(config, name)]
         if dropout and not names:
@@ -129,7 +132,10 @@ def build_model(spec: ModelSpec, config: "PreTrainedConfig", seed: int) -> "PreT
         return load_model(spec.source, f"model.from: {spec.source}", torch.float32, config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
+    if spec.mup:
+        scale_weights(model, spec.mup.base_width)
+    return cast("PreTrainedModel", model)
 
 
 def load_model(source: str | Path, where: str, dtype: "torch.dtype", config: "PreTrainedConfig | None" = None, *,

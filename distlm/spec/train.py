@@ -74,6 +74,14 @@ def _mixture(value: Any) -> Any:
     return value
 
 
+class Mup(Part):
+    """The maximal update parametrization (Yang et al. 2022, table 3): a learning rate that was found at one width holds at others, where
+    heads keep their width and the other sizes grow with hidden_size. The export is a model like any other."""
+
+    base_width: Annotated[int, Field(ge=1)]
+    """The hidden_size at which the learning rate was found; there mup changes nothing."""
+
+
 class ModelSpec(Part):
     """The Transformer: exactly one of preset, config, from."""
 
@@ -85,6 +93,8 @@ class ModelSpec(Part):
     """A folder that `AutoModelForCausalLM.from_pretrained` loads, or a run of ours by name or path."""
     context: Annotated[int | None, Field(ge=8)] = None
     """Tokens of context. Default, and only value possible: the corpus's."""
+    mup: Mup | None = None
+    """Initial weights and learning rates that transfer across widths, with adamw or lion. Left out, both are the same at every width."""
 
     @model_validator(mode="after")
     def _one(self) -> "ModelSpec":
@@ -93,6 +103,8 @@ class ModelSpec(Part):
             raise Rule("preset", f"unknown preset {self.preset!r}; there are {', '.join(PRESETS)}")
         if self.config is not None and "model_type" not in self.config:
             raise Rule("config", "a transformers configuration needs model_type, e.g. llama, gpt2, qwen3")
+        if self.mup and self.source is not None:
+            raise Rule("mup", "a checkpoint's weights are not drawn anew; leave it out, and set rates by optimizer.groups")
         return self
 
 
@@ -251,13 +263,76 @@ DEEPSPEED_KEYS = {"train_batch_size": "batch.global_sequences", "train_micro_bat
 """DeepSpeed's keys that the spec sets elsewhere, and where."""
 
 
+class Offload(Part):
+    """What lies outside of the GPUs' memory (Ren et al. 2021; Rajbhandari et al. 2021): the same steps, slower. A run on CPUs makes them
+    too and saves no memory."""
+
+    optimizer: Literal["cpu", "nvme"] | None = None
+    """Where the optimizer's states and the fp32 weights lie, which are updated on the CPU: cpu from ZeRO stage 1 on, nvme with stage 3."""
+    parameters: Literal["cpu", "nvme"] | None = None
+    """Where the weights lie until a layer needs them; with ZeRO stage 3."""
+    path: Annotated[str | None, Field(min_length=1)] = None
+    """A folder on a fast disk of every node, for nvme."""
+
+    @model_validator(mode="after")
+    def _rules(self) -> "Offload":
+        nvme = [key for key in ("optimizer", "parameters") if getattr(self, key) == "nvme"]
+        if not self.optimizer and not self.parameters:
+            raise Rule("", "neither optimizer nor parameters is given; give one of them, or leave offload out")
+        if nvme and not self.path:
+            raise Rule("path", f"{nvme[0]}: nvme needs a folder on a fast disk; give path, or set {nvme[0]}: cpu")
+        if self.path and not nvme:
+            raise Rule("path", f"{self.path} has no effect where nothing lies on nvme; leave it out")
+        return self
+
+
+class ZeroPlusPlus(Part):
+    """ZeRO++ (Wang et al. 2023): less traffic between nodes under ZeRO stage 3."""
+
+    hierarchical_partition: Annotated[int, Field(ge=1)] = 1
+    """Weights are kept a second time over groups of so many workers, those of a node, from which the backward pass gathers them. A divisor
+    of scale.workers; 1 for none."""
+    quantized_weights: bool = False
+    """Weights are gathered in 8 bits, on GPUs; steps are no longer exactly those of other stages."""
+    quantized_gradients: bool = False
+    """Gradients are reduced in 4 bits, on GPUs; steps are no longer exactly those of other stages."""
+
+
 class Sharding(Part):
     """How DeepSpeed divides the model over the workers."""
 
     zero: Literal[0, 1, 2, 3] = 0
     """ZeRO stage: 1 shards optimizer states, 2 gradients too, 3 parameters too (Rajbhandari et al. 2020)."""
+    offload: Offload | None = None
+    """What lies in the host's memory or on its disks. Left out, all is on the device that computes."""
+    zeropp: ZeroPlusPlus = ZeroPlusPlus()
+    """Less traffic between nodes, with ZeRO stage 3."""
     deepspeed: dict[str, Any] = {}
     """Raw DeepSpeed keys for experts. A key that the spec sets elsewhere is refused."""
+
+    @model_validator(mode="after")
+    def _rules(self) -> "Sharding":
+        if self.zero < 3:
+            without_effect(self, f"with zero: {self.zero}: only stage 3 shards weights", "zeropp")
+        if self.offload is None:
+            return self
+        if self.offload.parameters and self.zero < 3:
+            raise Rule("offload.parameters", f"{self.offload.parameters} needs weights that are sharded; set zero: 3, or leave it out")
+        least = 3 if self.offload.optimizer == "nvme" else 1
+        if self.offload.optimizer and self.zero < least:
+            raise Rule("offload.optimizer", f"{self.offload.optimizer} needs ZeRO stage {least} at least, and zero is {self.zero}; set "
+                                            f"zero: {least}, or leave it out")
+        return self
+
+
+class LossScale(Part):
+    """Dynamic loss scaling (Micikevicius et al. 2018, section 3.2): a step whose gradients overflow is skipped and the scale halved, at the
+    second such step at first. Skipped steps count as steps, and metrics.jsonl marks them."""
+
+    initial_power: Annotated[int, Field(ge=0, le=32)] = 16
+    """It begins at 2 to this power."""
+    window: Annotated[int, Field(ge=1)] = 1000
+    """It doubles after so many steps without an overflow."""
 
 
 class Scale(Part):
@@ -340,8 +415,10 @@ class TrainSpec(Job):
     """Dropout, label smoothing, z-loss."""
     duration: Duration
     """How long."""
-    precision: Literal["fp32", "bf16"] = "bf16"
-    """bf16 computes in bfloat16 and keeps fp32 master weights."""
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """bf16 computes in bfloat16 and keeps fp32 master weights; fp16 does so in float16 with a scaled loss, for GPUs without bfloat16."""
+    loss_scale: LossScale = LossScale()
+    """With fp16: what the loss is multiplied by, so that small gradients are not 0."""
     activation_checkpointing: Annotated[int, Field(ge=0)] = 0
     """Every n-th layer keeps its input alone and is computed again in the backward pass (Chen et al. 2016): 1 for every layer, which takes
     the least memory and about a third more time. 0 keeps all activations."""
@@ -375,12 +452,19 @@ class TrainSpec(Job):
             if name in raw if name else section in self.sharding.deepspeed:
                 raise Rule(f"sharding.deepspeed.{key}", f"contradicts {ours}, which sets it; leave it out and set {ours}")
         check_optimizer(self.optimizer, self.sharding.zero)
+        check_offload(self)
+        check_zeropp(self)
+        if self.model.mup and self.optimizer.name not in ("adamw", "lion"):
+            raise Rule("model.mup", f"its rules are for adamw and lion, not for {self.optimizer.name}; leave it out, or take adamw")
+        if self.precision != "fp16":
+            without_effect(self, f"with {self.precision}", "loss_scale")
+        elif not self.scale.gpus_per_worker:
+            raise Rule("precision", "fp16 needs GPUs, and scale.gpus_per_worker is 0; take bf16 or fp32")
+        elif not self.sharding.zero:
+            raise Rule("sharding.zero", "0 cannot be with fp16, whose loss scale DeepSpeed handles rightly under ZeRO alone; set zero: 1, "
+                                        "or take bf16")
         if self.ema and self.checkpoint.average > 1:
             raise Rule("checkpoint.average", f"{self.checkpoint.average} stands beside ema, which is exported; leave one of them out")
-        for key, raw in self.sharding.deepspeed.get("zero_optimization", {}).items():
-            if isinstance(raw, dict) and raw.get("device") == "nvme" and (self.ema or self.checkpoint.average > 1):
-                raise Rule(f"sharding.deepspeed.zero_optimization.{key}", "weights on disks cannot be averaged; leave out ema and "
-                                                                          "checkpoint.average, or set device: cpu")
         if self.duration.steps is not None:
             check_steps(self, self.duration.steps)
         batch, workers = self.batch, self.scale.workers
@@ -412,6 +496,44 @@ def check_optimizer(optimizer: Optimizer, zero: int) -> None:
     if optimizer.name == "muon" and zero and optimizer.clip:
         raise Rule("optimizer.clip", f"{optimizer.clip:g} would clip muon's orthogonal updates under ZeRO-{zero}, not the gradient; set "
                                      "clip: 0, which muon does not need, or zero: 0")
+
+
+def check_offload(spec: TrainSpec) -> None:
+    """Raises Rule where raw keys contradict `sharding.offload`, and where what is offloaded cannot be averaged."""
+    offload, averaged = spec.sharding.offload, spec.ema or spec.checkpoint.average > 1
+    for ours, key in (("optimizer", "offload_optimizer"), ("parameters", "offload_param")):
+        device = getattr(offload, ours, None)
+        raw = spec.sharding.deepspeed.get("zero_optimization", {}).get(key, {})
+        twice = [name for name in ("device", "nvme_path") if isinstance(raw, dict) and name in raw]
+        if device and twice:
+            raise Rule(f"sharding.deepspeed.zero_optimization.{key}.{twice[0]}",
+                       f"contradicts sharding.offload.{ours}, which sets it; leave one of them out")
+        if averaged and "nvme" in (device, raw.get("device") if isinstance(raw, dict) else None):
+            where = f"sharding.offload.{ours}" if device else f"sharding.deepspeed.zero_optimization.{key}"
+            raise Rule(where, "weights on disks cannot be averaged; leave out ema and checkpoint.average, or set it to cpu" if device else
+                       "weights on disks cannot be averaged; leave out ema and checkpoint.average, or set device: cpu")
+
+
+ZEROPP_KEYS = {"hierarchical_partition": "zero_hpz_partition_size", "quantized_weights": "zero_quantized_weights",
+               "quantized_gradients": "zero_quantized_gradients"}
+"""Keys of `sharding.zeropp` and DeepSpeed's."""
+
+
+def check_zeropp(spec: TrainSpec) -> None:
+    """Raises Rule where ZeRO++ does not fit the workers, or raw keys contradict it."""
+    zeropp, workers = spec.sharding.zeropp, spec.scale.workers
+    size = zeropp.hierarchical_partition
+    if workers % size:
+        near = [n for n in range(1, workers + 1) if workers % n == 0]
+        raise Rule("sharding.zeropp.hierarchical_partition", f"{size} does not divide {workers} workers; try {', '.join(map(str, near))}")
+    for ours, theirs in ZEROPP_KEYS.items():
+        if getattr(zeropp, ours) == type(zeropp).model_fields[ours].default:
+            continue
+        if ours != "hierarchical_partition" and not spec.scale.gpus_per_worker:
+            raise Rule(f"sharding.zeropp.{ours}", "DeepSpeed has its kernels for GPUs alone, and scale.gpus_per_worker is 0; leave it out")
+        if theirs in spec.sharding.deepspeed.get("zero_optimization", {}):
+            raise Rule(f"sharding.deepspeed.zero_optimization.{theirs}", f"contradicts sharding.zeropp.{ours}, which sets it; leave one of "
+                                                                         "them out")
 
 
 def check_steps(spec: TrainSpec, steps: int) -> None:

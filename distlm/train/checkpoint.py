@@ -20,6 +20,7 @@ from distlm.errors import CheckpointError, SpecError, StorageError
 from distlm.storage import read_json, write_atomic, write_json, writing
 from distlm.train.failures import peer_lost
 from distlm.train.recipe import Recipe
+from distlm.train.zero import loss_scale, zero_options
 
 if TYPE_CHECKING:
     from distlm.train.average import Ema
@@ -133,14 +134,14 @@ LAYOUT = ("workers", "zero", "partition")
 def _keeps_layout(checkpoint: Checkpoint, recipe: Recipe) -> bool:
     """Where the state cannot be divided anew: DeepSpeed's Muon keeps whole matrices of what a partition touches, and weights may lie on
     disks."""
-    zero = recipe.spec.sharding.deepspeed.get("zero_optimization", {})
-    return (any(isinstance(raw, dict) and raw.get("device") == "nvme" for raw in zero.values())
+    options = [*zero_options(recipe.spec).values(), *checkpoint.manifest.get("partition", {}).values()]
+    return (any(isinstance(raw, dict) and raw.get("device") == "nvme" for raw in options)
             or (recipe.spec.optimizer.name == "muon" and bool(checkpoint.manifest["zero"] or recipe.spec.sharding.zero)))
 
 
 def _facts(recipe: Recipe) -> dict[str, Any]:
     return {"workers": recipe.world, "zero": recipe.spec.sharding.zero,
-            "partition": recipe.spec.sharding.deepspeed.get("zero_optimization", {}), "precision": recipe.spec.precision,
+            "partition": zero_options(recipe.spec), "precision": recipe.spec.precision,
             "global_sequences": recipe.global_sequences, "seed": recipe.spec.seed, "corpus_hash": recipe.corpus_hash}
 
 
@@ -176,6 +177,7 @@ def save(engine: Any, run: Path, step: int, recipe: Recipe, rank: int, ema: "Ema
     if rank == 0:
         manifest = {"format": 1, "step": step, "samples": step * recipe.global_sequences, "tokens": step * recipe.tokens_per_step,
                     **_facts(recipe), **({"anneal": recipe.mix.anneal} if recipe.mix and recipe.mix.final_weights else {}),
+                    **({} if loss_scale(engine) is None else {"loss_scale": loss_scale(engine)}),
                     **({"parameters": parameter_names(engine)} if not engine.zero_optimization_stage() else {}),
                     "files": sorted((entry for part in entries for entry in part), key=lambda entry: entry["file"])}
         write_json(path / "manifest.json", manifest)
@@ -197,6 +199,8 @@ def load(engine: Any, checkpoint: Path, recipe: Recipe, rank: int, ema: "Ema | N
     same_ranks, zero = manifest["workers"] == recipe.world, recipe.spec.sharding.zero
     if manifest["zero"] != zero or (zero and not (same_ranks and manifest.get("partition", {}) == ours["partition"])):
         load_resharded(engine, checkpoint, manifest, ema)
+        if "loss_scale" in manifest:
+            engine.optimizer.loss_scaler.cur_scale = manifest["loss_scale"]
     else:
         path, _ = engine.load_checkpoint(str(checkpoint), tag=TAG)
         if path is None:

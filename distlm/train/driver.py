@@ -190,4 +190,6 @@ def outcome(recipe: Recipe, folder: RunFolder) -> dict[str, Any]:
             "val_loss_first": values[0]["val_loss"] if values else None, "val_loss": val_loss,
             "perplexity": None if val_loss is None else math.exp(min(val_loss, 700)),
             "bits_per_byte": None if val_loss is None else val_loss / math.log(2) / recipe.val_bytes_per_token,
-            "tokens_per_s": speeds[len(speeds) // 2], "checkpoint": checkpoint.checkpoint_path(folder.path, recipe.num_steps).name}
+            "tokens_per_s": speeds[len(speeds) // 2],
+            **({"skipped_steps": sum("skipped" in r for r in steps)} if recipe.spec.precision == "fp16" else {}),
+            "checkpoint": checkpoint.checkpoint_path(folder.path, recipe.num_steps).name}

@@ -30,7 +30,7 @@ from distlm.train.metrics import MetricsWriter
 from distlm.train.optimizer import set_rate
 from distlm.train.recipe import Recipe, manifest_of
 from distlm.train.schedule import learning_rate
-from distlm.train.zero import deepspeed_config, make_engine
+from distlm.train.zero import deepspeed_config, loss_scale, make_engine, update
 
 
 def fit(recipe: Recipe, folder: RunFolder, steps: Iterator[NDArray[np.int64]], *, rank: int, device: torch.device, first_step: int = 0,
@@ -76,7 +76,7 @@ def fit(recipe: Recipe, folder: RunFolder, steps: Iterator[NDArray[np.int64]], *
             with exported_weights(engine, ema):
                 val_loss = evaluator.loss(engine)
         if writer:
-            writer.step(done, loss, rate, norm, seconds, val_loss, num_targets)
+            writer.step(done, loss, rate, norm, seconds, val_loss, num_targets, loss_scale(engine))
         if done % recipe.checkpoint_every == 0 or done == recipe.num_steps:
             checkpoint.save(engine, folder.path, done, recipe, rank, ema)
     mean = {}
@@ -97,9 +97,9 @@ def exported_weights(engine: Any, ema: Ema | None) -> contextlib.AbstractContext
     return ema.in_place(engine) if ema else contextlib.nullcontext()
 
 
-def train_step(engine: Any, batch: Batch, recipe: Recipe, rate: float, step: int) -> tuple[float, float, int]:
-    """One optimizer step on this rank's share: (mean loss in nats per token over the global batch, global gradient norm, tokens that
-    gave loss).
+def train_step(engine: Any, batch: Batch, recipe: Recipe, rate: float, step: int) -> tuple[float, float | None, int]:
+    """One optimizer step on this rank's share: (mean loss in nats per token over the global batch, global gradient norm, or None where fp16
+    skipped the step, tokens that gave loss).
 
     The loss of a step is the sum over its tokens that give loss divided by their global count; DeepSpeed averages over ranks
     and micro-batches, so the sum of a micro-batch is multiplied by both first. All ranks take part.
@@ -121,7 +121,11 @@ def train_step(engine: Any, batch: Batch, recipe: Recipe, rate: float, step: int
         raise TrainError(f"the loss is {mean} at step {step + 1}, samples {first} to {first + recipe.global_sequences - 1}",
                          remedy="lower optimizer.lr, or look at these samples", cause="nonfinite_loss")
     norm = gradient_norm(engine)
-    engine.step()
+    try:
+        if update(engine, recipe.spec.loss_scale.window):
+            return mean, None, num_targets
+    except OverflowError as error:
+        raise TrainError(f"{error}, at step {step + 1}", remedy="lower optimizer.lr", cause="nonfinite_loss") from None
     norm = norm if norm is not None else float(engine.get_global_grad_norm())
     if not math.isfinite(norm):
         raise TrainError(f"the gradient's norm is {norm} at step {step + 1}", remedy="lower optimizer.lr", cause="nonfinite_loss")

@@ -22,17 +22,18 @@ class MetricsWriter:
             self._folder.metrics({"step": 0, "val_loss": val_loss, "time": time.time()})
             self._board.add_scalar("loss/val", val_loss, 0)
 
-    def step(self, done: int, loss: float, rate: float, norm: float, seconds: float, val_loss: float | None,
-             num_targets: int) -> None:
-        """Record a step: mean loss in nats, learning rate, gradient norm before clipping, seconds of the step alone, tokens that gave loss
-        where not all do."""
+    def step(self, done: int, loss: float, rate: float, norm: float | None, seconds: float, val_loss: float | None,
+             num_targets: int, loss_scale: float | None = None) -> None:
+        """Record a step: mean loss in nats, learning rate, gradient norm before clipping, None where fp16 skipped the step, seconds of the
+        step alone, tokens that gave loss where not all do, and fp16's loss scale after the step."""
         tokens = self._recipe.tokens_per_step
-        record = {"step": done, "loss": loss, "lr": rate, "grad_norm": norm, "tokens": done * tokens, "tokens_per_s": tokens / seconds,
+        record = {"step": done, "loss": loss, "lr": rate, **({"skipped": True} if norm is None else {"grad_norm": norm}),
+                  **({} if loss_scale is None else {"loss_scale": loss_scale}), "tokens": done * tokens, "tokens_per_s": tokens / seconds,
                   "time": time.time(), **({} if val_loss is None else {"val_loss": val_loss}),
                   **({"loss_tokens": num_targets} if self._recipe.marked else {})}
         self._folder.metrics(record)
         for name, value in (("loss/train", loss), ("loss/val", val_loss), ("optimizer/lr", rate), ("optimizer/grad_norm", norm),
-                            ("speed/tokens_per_s", tokens / seconds)):
+                            ("optimizer/loss_scale", loss_scale), ("speed/tokens_per_s", tokens / seconds)):
             if value is not None:
                 self._board.add_scalar(name, value, done)
 

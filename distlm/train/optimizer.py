@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from distlm.model.loss import CausalLoss
+from distlm.model.mup import rate_factor
 from distlm.spec.train import ParameterGroup, TrainSpec, group_of
 
 
@@ -33,6 +34,7 @@ def make_groups(spec: TrainSpec, model: CausalLoss) -> list[dict[str, Any]]:
     """Groups of parameters that are treated alike, none empty: matrices first."""
     options = spec.optimizer
     orthogonal = muon_matrices(model) if options.name == "muon" else set()
+    factors = rate_factor(model.model, spec.model.mup.base_width) if spec.model.mup else {}
     groups: dict[Any, dict[str, Any]] = {}
     for name, parameter in sorted(model.model.named_parameters(), key=lambda pair: pair[1].dim() < 2):
         if not parameter.requires_grad:
@@ -40,6 +42,9 @@ def make_groups(spec: TrainSpec, model: CausalLoss) -> list[dict[str, Any]]:
         own = group_of(name, options.groups) or ParameterGroup(match=".")
         decay = options.weight_decay if parameter.dim() >= 2 else 0.0
         settings: dict[str, Any] = {"weight_decay": decay if own.weight_decay is None else own.weight_decay, "lr_factor": own.lr_factor}
+        if parameter in factors:                           # the decay is multiplied by the rate
+            settings["lr_factor"] *= factors[parameter]
+            settings["weight_decay"] /= factors[parameter]
         if options.name == "muon":
             _add_muon(settings, parameter, parameter in orthogonal)
         groups.setdefault(tuple(settings.items()), {"params": [], **settings})["params"].append(parameter)

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from distlm.errors import SpecError
 from distlm.spec.load import nearest
-from distlm.spec.train import TrainSpec
+from distlm.spec.train import ZEROPP_KEYS, TrainSpec
 
 if TYPE_CHECKING:
     from distlm.model.loss import CausalLoss
@@ -13,11 +13,27 @@ def deepspeed_config(spec: TrainSpec, micro_sequences: int, accumulation: int) -
     """The configuration for `deepspeed.initialize`."""
     config: dict[str, Any] = {"train_micro_batch_size_per_gpu": micro_sequences, "gradient_accumulation_steps": accumulation,
               "gradient_clipping": spec.optimizer.clip, "bf16": {"enabled": spec.precision == "bf16"},
+              "fp16": {"enabled": spec.precision == "fp16", "initial_scale_power": spec.loss_scale.initial_power,
+                       "loss_scale_window": 2**31 - 1},   # `update` looks after that
               "zero_optimization": {"stage": spec.sharding.zero}, "steps_per_print": 2**31 - 1,
-              "zero_allow_untested_optimizer": True}       # ours are tested
+              "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}       # ours are tested, and need no compiler
     if spec.optimizer.name == "muon" and spec.sharding.zero == 3:
         config["zero_optimization"]["reduce_scatter"] = False                     # DeepSpeed's Muon asks for it
-    return _merge(config, spec.sharding.deepspeed)
+    return _merge(_merge(config, {"zero_optimization": zero_options(spec)}), spec.sharding.deepspeed)
+
+
+def zero_options(spec: TrainSpec) -> dict[str, Any]:
+    """What the spec asks of DeepSpeed's `zero_optimization` beside the stage: it decides what lies where."""
+    options: dict[str, Any] = {}
+    if offload := spec.sharding.offload:
+        for key, device in (("offload_optimizer", offload.optimizer), ("offload_param", offload.parameters)):
+            if device:
+                options[key] = {"device": device, **({"nvme_path": offload.path} if device == "nvme" else {})}
+    for ours, theirs in ZEROPP_KEYS.items():
+        field = type(spec.sharding.zeropp).model_fields[ours]
+        if (value := getattr(spec.sharding.zeropp, ours)) != field.default:
+            options[theirs] = value
+    return _merge(options, spec.sharding.deepspeed.get("zero_optimization", {}))
 
 
 SECTIONS = {"zero_optimization", "flops_profiler", "comms_logger", "activation_checkpointing", "tensorboard", "wandb", "csv_monitor",
@@ -73,3 +89,26 @@ def make_engine(spec: TrainSpec, model: "CausalLoss", config: dict[str, Any]) ->
     if hasattr(engine.optimizer, "optimizer") and not engine.zero_optimization_stage():
         engine.optimizer.optimizer.state.clear()           # bf16 without ZeRO: that empty step would count in bias corrections
     return engine
+
+
+def loss_scale(engine: Any) -> float | None:
+    """What fp16's losses are multiplied by; None with another precision."""
+    return float(engine.optimizer.loss_scale) if engine.fp16_enabled() else None
+
+
+def update(engine: Any, window: int) -> bool:
+    """The engine's step at the end of a batch, after which fp16's loss scale doubles where there was no overflow in `window` steps:
+    DeepSpeed would double it before it divides the gradients by it. Returns whether fp16 skipped the step, since gradients overflowed.
+    Raises OverflowError where no scale helps any more. All ranks take part."""
+    try:
+        engine.step()
+    except Exception as error:                             # DeepSpeed has no class for it
+        if "loss scale already at minimum" not in str(error):
+            raise
+        raise OverflowError("the gradients overflow at a loss scale of 1") from None
+    if not engine.fp16_enabled() or engine.optimizer.overflow:
+        return engine.fp16_enabled()
+    scaler = engine.optimizer.loss_scaler
+    if (scaler.cur_iter - 1 - scaler.last_overflow_iter) % window == 0:
+        scaler.cur_scale, scaler.cur_hysteresis = scaler.cur_scale * scaler.scale_factor, scaler.delayed_shift
+    return False

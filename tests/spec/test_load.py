@@ -31,7 +31,7 @@ FORMS = {
     TRAIN + "optimizer: {learning_rate: 1}\n": f":6: optimizer.learning_rate: unknown key; there are {OPTIMIZER}",
     TRAIN + "optimizer.lr: 1\n": ":6: optimizer.lr: unknown key; write it as a section, optimizer: {lr: ...}",
     TRAIN + "optimizer: {3: 4}\n": f":6: optimizer.3: unknown key; there are {OPTIMIZER}",
-    TRAIN.replace("preset: llama-tiny", "source: x"): ":4: model.source: unknown key; there are preset, config, from, context",
+    TRAIN.replace("preset: llama-tiny", "source: x"): ":4: model.source: unknown key; there are preset, config, from, context, mup",
     PREPARE + "sources:\n- a\n- path: b\n  fromat: text\n": ":6: sources.1.fromat: unknown key; did you mean format?",
     TUNE + "space: {optimizer.lr: {unifrom: [1, 2]}}\n": ":4: space.optimizer.lr.unifrom: unknown key; did you mean uniform?",
     TRAIN.replace("corpus: c\n", ""): ":1: corpus: this key is missing; a prepared corpus, by name or path",
@@ -41,7 +41,7 @@ FORMS = {
     TRAIN.replace("name: a", "name: ../a"): f":2: name: '../a' is no name; {IS_NAME}",
     TRAIN.replace("name: a", "name: " + "a" * 101): f":2: name: '{'a' * 49}… is no name; {IS_NAME}",
     TRAIN.replace("{preset: llama-tiny}", "llama-tiny"):
-        ":4: model: 'llama-tiny': must be a section; its keys are preset, config, from, context",
+        ":4: model: 'llama-tiny': must be a section; its keys are preset, config, from, context, mup",
     TRAIN + "seed: abc\n": ":6: seed: 'abc': must be a whole number",
     TRAIN + "seed: 1.5\n": ":6: seed: 1.5: must be a whole number",
     TRAIN + "seed: 4294967296\n": ":6: seed: 4294967296: must be below 4294967296",

@@ -146,6 +146,7 @@ def windows_seen(run: Path) -> dict[int, list[int]]:
 def main() -> None:
     """One rank."""
     import torch
+    from deepspeed.accelerator import get_accelerator
     from torch import distributed
 
     from distlm.corpus.stream import local_steps, ordered_steps
@@ -160,6 +161,8 @@ def main() -> None:
     distributed.init_process_group("gloo")
     for run in map(Path, sys.argv[1:]):
         recipe = make_recipe(load_spec(run / "spec.yaml").spec, Storage(run.parent))
+        if recipe.spec.precision == "fp16":                # a rank on CPU stands for one on a GPU
+            get_accelerator().is_fp16_supported = lambda: True  # type: ignore[method-assign]
         start, _ = checkpoint.latest(run)
         first = start.step if start else 0
         if start:

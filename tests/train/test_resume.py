@@ -17,8 +17,8 @@ def case(corpus: Path, optimizer: str, precision: str, zero: int, **sections: An
     """Six steps of two ranks, a checkpoint after three."""
     options = {"name": optimizer, "lr": RATES.get(optimizer, 0.01), **({"clip": 0} if optimizer == "muon" else {}),
                "groups": [{"match": "embed_tokens|wte", "lr_factor": 0.5, "weight_decay": 0}]}
-    return spec(corpus, scale={"workers": 2}, precision=precision, sharding={"zero": zero}, duration={"steps": 6},
-                evaluate={"every_steps": 3}, **{"optimizer": options, "checkpoint": {"every_steps": 3}, **sections})
+    return spec(corpus, precision=precision, duration={"steps": 6}, evaluate={"every_steps": 3},
+                **{"scale": {"workers": 2}, "sharding": {"zero": zero}, "optimizer": options, "checkpoint": {"every_steps": 3}, **sections})
 
 
 def records(run: Path) -> list[dict[str, float]]:

@@ -1,0 +1,85 @@
+"""With mup what a few steps do to a model is the same at every width, and is not without it."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from distlm.errors import SpecError
+from distlm.model.build import Shape, build_model, model_config
+from distlm.model.loss import CausalLoss
+from distlm.model.mup import rate_factor
+from distlm.spec.load import dump, load_spec
+from distlm.spec.train import ModelSpec
+from distlm.train.optimizer import make_optimizer, set_rate
+from tests.train.ranks import spec
+
+SHAPE, BASE = Shape(vocab_size=64, context=16, eos_id=0), 32
+
+
+def config(family: str, width: int) -> dict[str, Any]:
+    heads = width // 8
+    if family == "gpt2":
+        return {"model_type": family, "n_embd": width, "n_layer": 2, "n_head": heads, "tie_word_embeddings": False}
+    return {"model_type": family, "hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 2,
+            "num_attention_heads": heads, "num_key_value_heads": heads // 2, "tie_word_embeddings": False}
+
+
+def moved(family: str, width: int, mup: bool) -> dict[str, float]:
+    """How far five steps of adamw move the last hidden states and the logits, as root mean squares."""
+    given = spec("c", model={"config": config(family, width), **({"mup": {"base_width": BASE}} if mup else {})})  # type: ignore[arg-type]
+    model = build_model(given.model, model_config(given.model, SHAPE), 0).eval()
+    random = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, 64, (8, 17), generator=random)
+
+    def look() -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.no_grad():
+            hidden = model.base_model(input_ids=tokens[:, :-1]).last_hidden_state
+            return hidden, hidden @ head.T
+
+    head = model.get_output_embeddings().weight
+    loss = CausalLoss(model)
+    optimizer = make_optimizer(given, loss)
+    before = look()
+    for _ in range(5):
+        (loss(tokens) / tokens[:, 1:].numel()).backward()
+        set_rate(optimizer, 0.01)
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: (after - one).square().mean().sqrt().item()
+            for name, one, after in zip(("hidden", "logits"), before, look(), strict=True)}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_steps_move_activations_as_far_at_every_width(family: str) -> None:
+    with_it, without = ([moved(family, width, mup) for width in (32, 256)] for mup in (True, False))
+    assert with_it[0] == without[0], "at the base width nothing changes"
+    assert 0.5 < with_it[1]["logits"] / with_it[0]["logits"] < 1.7 < 3 < without[1]["logits"] / without[0]["logits"]
+
+
+def test_initial_weights_and_rates_are_those_of_the_table() -> None:
+    given = ModelSpec.model_validate({"config": config("llama", 128), "mup": {"base_width": BASE}}, by_name=True)
+    plain = ModelSpec.model_validate({"config": config("llama", 128)}, by_name=True)
+    ours, theirs = (build_model(one, model_config(one, SHAPE), 0) for one in (given, plain))
+    rates = rate_factor(ours, BASE)
+    for (name, one), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        hidden, last = "_proj" in name, "lm_head" in name
+        torch.testing.assert_close(one, other * (0.5 if hidden else 0.25 if last else 1.0))
+        assert rates[one] == (0.25 if hidden or last else 1.0), name
+
+
+@pytest.mark.parametrize(("sections", "message"), [
+    ({"model": {"from": "m", "mup": {"base_width": 32}}}, "model.mup: a checkpoint's weights are not drawn anew"),
+    ({"model": {"preset": "llama-tiny", "mup": {"base_width": 32}}, "optimizer": {"name": "sgd"}}, "its rules are for adamw and lion")])
+def test_what_the_table_does_not_describe_is_refused(sections: dict[str, Any], message: str) -> None:
+    with pytest.raises(SpecError) as error:
+        load_spec({**dump(spec("c")), **sections})  # type: ignore[arg-type]
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(("changes", "message"), [({"tie_word_embeddings": True}, "cannot have the scales of both"),
+                                                  ({"model_type": "gemma"}, "not known how gemma scales")])
+def test_a_model_that_the_table_does_not_describe_is_refused(changes: dict[str, Any], message: str) -> None:
+    given = ModelSpec.model_validate({"config": {**config("llama", 64), **changes}, "mup": {"base_width": 32}}, by_name=True)
+    with pytest.raises(SpecError, match=message):
+        model_config(given, SHAPE)
