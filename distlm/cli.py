@@ -198,7 +198,8 @@ def status(name: Name, as_json: Json = False) -> None:
         _print_json(jobs.to_dict(job))
         return
     rows = [("state", f"{job.state}{f' ({job.cause})' if job.cause else ''}"), ("message", job.message), ("duration", _duration(job)),
-            *((key, _number(job.metrics[key])) for key in ("step", "tokens", "loss", "val_loss", "tokens_per_s") if key in job.metrics),
+            *((key, _number(job.metrics[key])) for key in ("step", "tokens", "loss", "val_loss", "tokens_per_s", "mfu")
+              if key in job.metrics),
             ("submission", job.submission), ("dashboard", _dashboard()), ("folder", str(job.folder))]
     print(f"{job.kind} {job.name}")
     for key, value in rows:

@@ -89,11 +89,12 @@ def of_mixture(recipe: Any) -> Rows:
 
 def of_model(spec: TrainSpec, shape: Any, tokens: int | None) -> Rows:
     """Parameters are counted on the meta device: nothing is allocated."""
-    from distlm.model.build import model_config, num_parameters
+    from distlm.model.build import model_config, parameter_sizes
+    from distlm.train.flops import config_flops
 
     config = model_config(spec.model, shape)
-    parameters, text = num_parameters(config), config.get_text_config()
-    flops = flops_per_token(parameters, text.num_hidden_layers, text.hidden_size, shape.context)
+    sizes = parameter_sizes(config)
+    parameters, flops = sum(sizes.values()), config_flops(config, sizes, shape.context)
     memory = memory_per_rank(parameters, spec.precision, spec.sharding.zero, spec.scale.workers, STATE_BYTES[spec.optimizer.name])
     if spec.ema:
         memory["ema"] = memory_per_rank(parameters, "fp32", spec.sharding.zero, spec.scale.workers, 4)["optimizer"]
@@ -101,11 +102,6 @@ def of_model(spec: TrainSpec, shape: Any, tokens: int | None) -> Rows:
     total = f"{flops * tokens:.2e} FLOPs, " if tokens else ""
     return [("parameters", f"{parameters:,}"), ("arithmetic", f"{total}{flops:.2e} FLOPs a token"),
             ("memory a worker", f"{size(sum(memory.values()))} ({parts}), activations not counted")]
-
-
-def flops_per_token(parameters: int, layers: int, width: int, context: int) -> float:
-    """Forward and backward: 6 N, and causal attention's 6 L T d (Chowdhery et al. 2022, appendix B, with half of the scores masked)."""
-    return 6.0 * parameters + 6.0 * layers * context * width
 
 
 STATE_BYTES = {"adamw": 8, "muon": 8, "lion": 4, "adafactor": 0, "sgd": 4}

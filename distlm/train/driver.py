@@ -161,12 +161,21 @@ def _following(folder: RunFolder, recipe: Recipe, progress: Progress, first_step
     """Show and pass on each record of metrics.jsonl as rank 0 writes it: the file is the truth, wherever the ranks run."""
     stop, latest_val = threading.Event(), {"val_loss": math.nan}
 
+    began: dict[str, float] = {}                           # the first step: what comes before it is no training
+
+    def eta(record: dict[str, Any]) -> dict[str, float]:
+        """Seconds to the end, evaluations and checkpoints included, by the pace since the first step."""
+        done, since = record["step"] - began.setdefault("step", record["step"]), record["time"] - began.setdefault("time", record["time"])
+        return {"eta_s": since / done * (recipe.num_steps - record["step"])} if done else {}
+
     def handle(record: dict[str, Any]) -> None:
         if "val_loss" in record:
             latest_val["val_loss"] = record["val_loss"]
         if "loss" in record:
             shown = {} if math.isnan(latest_val["val_loss"]) else latest_val
-            progress.update("steps", record["step"], recipe.num_steps, loss=record["loss"], **shown, tokens_per_s=record["tokens_per_s"])
+            keys = ("lr", "grad_norm", "tokens_per_s", "mfu", "memory_bytes")
+            progress.update("steps", record["step"], recipe.num_steps, loss=record["loss"], **shown,
+                            **{key: record[key] for key in keys if key in record}, **eta(record))
         if on_metrics:
             on_metrics(record)
 
