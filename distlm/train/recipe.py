@@ -20,6 +20,7 @@ from distlm.spec.base import Rule
 from distlm.spec.train import Evaluate, Mixture, TrainSpec, check_batch, check_groups, check_steps
 from distlm.storage import Storage, read_json
 from distlm.train.flops import config_flops
+from distlm.train.memory import check_states, make_load, memory_limit
 from distlm.train.zero import check_raw
 
 
@@ -154,6 +155,8 @@ def make_recipe(spec: TrainSpec, storage: Storage) -> Recipe:
         raise SpecError(f"{spec.checkpoint.average} checkpoints are averaged, and {steps:,} steps save {saved}", where="checkpoint.average",
                         remedy=f"set it to {saved}, or lower checkpoint.every_steps")
     check_epochs(recipe, manifests)
+    if memory_limit(spec) is not None:
+        check_states(make_load(spec, config, shape, recipe.parameters, micro, recipe.accumulation, masked))
     parts = val_parts(recipe, manifests)
     if not parts and spec.evaluate != Evaluate():
         why, remedy = without_val(manifests)

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from distlm.model.build import Shape, build_model, model_config, parameter_sizes
 from distlm.runs import RunFolder
+from distlm.spec.gpus import find_gpu
 from distlm.spec.train import ModelSpec
 from distlm.storage import Storage
 from distlm.train import flops, metrics
@@ -46,7 +47,7 @@ def test_of_a_mixture_of_experts_those_that_a_token_goes_to_count() -> None:
     ("NVIDIA L4", 121e12, 24), ("NVIDIA L40S", 362e12, 48), ("Tesla V100-SXM2-16GB", 125e12, 16),
     ("NVIDIA GeForce RTX 4090", 165.2e12, 24), ("NVIDIA B200", 2250e12, 180)])
 def test_a_gpu_is_known_by_its_name(name: str, peak: float, memory: int) -> None:
-    gpu = flops.find_gpu(name)
+    gpu = find_gpu(name)
     assert gpu and flops.peak_flops(name) == peak and gpu.memory_gib == memory
 
 
