@@ -14,7 +14,7 @@ import pytest
 from distlm.runs import RunFolder
 from tests.codes import INTERRUPTED
 
-VERBS = ["init", "plan", "run", "submit", "status", "logs", "stop", "runs", "query", "dashboard", "cluster up", "cluster down",
+VERBS = ["init", "plan", "run", "profile", "submit", "status", "logs", "stop", "runs", "query", "dashboard", "cluster up", "cluster down",
          "cluster status"]
 SPEC = """kind: prepare
 name: words

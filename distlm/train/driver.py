@@ -20,9 +20,10 @@ from distlm.head import HUGE_PAGES
 from distlm.progress import Progress
 from distlm.runs import RunFolder
 from distlm.runs.report import write_report
-from distlm.spec.train import TrainSpec
+from distlm.spec.train import Checkpoints, Duration, Evaluate, Schedule, TrainSpec
 from distlm.storage import Storage, read_json
 from distlm.train import checkpoint
+from distlm.train import profile as profiles
 from distlm.train.failures import diagnose
 from distlm.train.recipe import Recipe, make_recipe, read_corpora, without_val
 from distlm.train.worker import Task, work
@@ -63,6 +64,25 @@ def train(spec: TrainSpec, folder: RunFolder, storage: Storage, progress: Progre
         folder.event("note", error.cause, f"resuming: {error}", attempt=failures[error.cause])
     write_report(folder)
     return outcome(recipe, folder)
+
+
+def profile(spec: TrainSpec, folder: RunFolder, storage: Storage, progress: Progress) -> dict[str, Any]:
+    """A job in place of `train`: a few steps of a spec under PyTorch's profiler, whose trace goes to `profile/` of the folder, and a table
+    of where they went. Raises what `train` raises."""
+    duration = Duration(steps=profiles.WARM_UP + profiles.STEPS)
+    recipe = make_recipe(spec.model_copy(update={"duration": duration, "schedule": Schedule(), "evaluate": Evaluate(),
+                                                 "checkpoint": Checkpoints()}), storage)
+    check_resources(spec, progress)
+    progress.note(f"{profiles.STEPS} steps of {recipe.tokens_per_step:,} tokens under the profiler, after {profiles.WARM_UP}")
+    error = _launch(recipe, folder, 0, None, 0, profile=True)
+    if error is not None:
+        raise error
+    place = folder.path / "profile"
+    found = read_json(place / "profile.json")
+    progress.table(f"where a step goes, rank 0 of {recipe.world}", [*profiles.rows(found)], ("", "ms", "share", "calls"))
+    progress.note(f"{place / 'trace.json'} opens in ui.perfetto.dev or chrome://tracing")
+    return {"": str(folder.path), "trace": str(place / "trace.json"), "step_ms": found["step_ms"], **found["regions_ms"],
+            "tokens_per_s": recipe.tokens_per_step * 1e3 / found["step_ms"]}
 
 
 def bundles(spec: TrainSpec) -> list[dict[str, float]]:
@@ -108,7 +128,8 @@ def _resume_point(recipe: Recipe, folder: RunFolder, progress: Progress) -> chec
     return start
 
 
-def _launch(recipe: Recipe, folder: RunFolder, first_step: int, resume_from: Path | None, attempt: int) -> DistlmError | None:
+def _launch(recipe: Recipe, folder: RunFolder, first_step: int, resume_from: Path | None, attempt: int, *,
+            profile: bool = False) -> DistlmError | None:
     """Run one worker group to its end. Returns what stopped it, if it is not done. Raises KeyboardInterrupt after Ctrl-C."""
     import ray
     from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
@@ -124,7 +145,7 @@ def _launch(recipe: Recipe, folder: RunFolder, first_step: int, resume_from: Pat
     data_context.enable_progress_bars = False
     data_context.execution_no_progress_timeout_s = -1      # a step may be slower than Ray's idea of progress
     trainer = TorchTrainer(
-        work, train_loop_config={"task": Task(recipe, folder.path, first_step, resume_from)},
+        work, train_loop_config={"task": Task(recipe, folder.path, first_step, resume_from, profile)},
         torch_config=TorchConfig(backend="nccl" if scale.gpus_per_worker else "gloo"),
         scaling_config=ScalingConfig(num_workers=scale.workers, use_gpu=bool(scale.gpus_per_worker), resources_per_worker=resources),
         datasets={"train": plan_dataset(recipe.plan(), first_step)} if first_step < recipe.num_steps else {},
@@ -138,7 +159,8 @@ def _launch(recipe: Recipe, folder: RunFolder, first_step: int, resume_from: Pat
             trainer.fit()
     except TrainingFailedError as error:
         return diagnose(error, folder.path)
-    if not exported(recipe, folder):                       # Ray returns normally from an abort
+    done = (folder.path / "profile" / "profile.json").exists() if profile else exported(recipe, folder)
+    if not done:                                           # Ray returns normally from an abort
         raise KeyboardInterrupt
     return None
 

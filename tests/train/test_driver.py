@@ -1,6 +1,7 @@
 """The train job on a real Ray: exact against ranks without Ray, and resumed by cause after real kills."""
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -17,7 +18,8 @@ import pytest
 import ray
 
 from distlm.corpus.stream import START, Plan, local_steps, ordered_steps, plan_dataset
-from distlm.errors import ClusterError, TrainError
+from distlm.errors import ClusterError, SpecError, TrainError
+from distlm.execute import profile
 from distlm.runs import RunFolder
 from distlm.spec import TrainSpec
 from distlm.spec.load import dump, to_yaml
@@ -197,6 +199,22 @@ def test_a_failure_that_comes_back_ends_the_run_with_its_cause(cluster: str, cor
         train(given, folder, Storage(tmp_path), Records())
     assert folder.state() == ("failed", "nonfinite_loss")
     assert not (folder.path / "export").exists()
+
+
+def test_a_profile_tells_where_ten_steps_go_and_saves_nothing_else(cluster: str, corpus: Path, tmp_path: Path) -> None:
+    shown = Records()
+    given = dump(spec(corpus, scale={"workers": 2}, sharding={"zero": 2}, schedule={"warmup_steps": 20}))
+    made = profile({**given, "kind": "train"}, storage=tmp_path, progress=shown)
+    run = Path(made[""])
+    assert run.name.startswith("run-profile-") and RunFolder(run).state() == ("succeeded", "completed")
+    parts = [made[name] for name in ("data", "forward", "backward", "optimizer", "other")]
+    assert all(part > 0 for part in parts[:4]) and sum(parts) == pytest.approx(made["step_ms"], rel=0.05)
+    trace = json.loads((run / "profile" / "trace.json").read_text())["traceEvents"]
+    for name, times in (("distlm.forward", 30), ("distlm.backward", 30), ("distlm.optimizer", 10), ("distlm.data", 10)):
+        assert len([one for one in trace if one.get("name") == name and one.get("cat") == "user_annotation"]) == times, name
+    assert not (run / "checkpoints").exists() and not (run / "export").exists()
+    with pytest.raises(SpecError, match="only a training job has steps"):
+        profile({"kind": "prepare", "name": "x", "sources": [str(tmp_path)]}, storage=tmp_path)
 
 
 def test_a_job_that_the_cluster_can_never_hold_is_refused(cluster: str, corpus: Path, tmp_path: Path) -> None:
