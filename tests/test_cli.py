@@ -102,6 +102,7 @@ def test_mistakes_are_one_line_on_stderr_and_exit_2(distlm, tmp_path):
                         (["run", "no.yaml"], "no such file"),
                         (["bogus"], "No such command"), (["run"], "Missing argument"), (["status", "nobody"], "there is no job 'nobody'"),
                         (["query", "nobody", "x"], "there is no endpoint"), (["dashboard"], "no metrics"),
+                        (["profile", "nobody"], "there is no job 'nobody'"), (["profile", "no.yaml"], "no such file"),
                         (["plan", "bad.yaml", "--set", "context"], "is no override")]:
         done = distlm(*words)
         assert done.returncode == 2 and said in done.stderr, (words, done.stderr)

@@ -183,6 +183,7 @@ def _following(folder: RunFolder, recipe: Recipe, progress: Progress, first_step
     """Show and pass on each record of metrics.jsonl as rank 0 writes it: the file is the truth, wherever the ranks run."""
     stop, latest_val = threading.Event(), {"val_loss": math.nan}
 
+    to_prometheus = gauges(folder.name)
     began: dict[str, float] = {}                           # the first step: what comes before it is no training
 
     def eta(record: dict[str, Any]) -> dict[str, float]:
@@ -198,6 +199,7 @@ def _following(folder: RunFolder, recipe: Recipe, progress: Progress, first_step
             keys = ("lr", "grad_norm", "tokens_per_s", "mfu", "memory_bytes")
             progress.update("steps", record["step"], recipe.num_steps, loss=record["loss"], **shown,
                             **{key: record[key] for key in keys if key in record}, **eta(record))
+        to_prometheus(record)
         if on_metrics:
             on_metrics(record)
 
@@ -220,6 +222,26 @@ def _following(folder: RunFolder, recipe: Recipe, progress: Progress, first_step
     finally:
         stop.set()
         thread.join(timeout=10)
+
+
+GAUGES = {"step": "Steps done", "loss": "Training loss, nats per token", "val_loss": "Validation loss, nats per token",
+          "lr": "Learning rate", "grad_norm": "Gradient norm before clipping", "tokens_per_s": "Tokens a second",
+          "mfu": "Model FLOPs utilization, 0 to 1", "memory_bytes": "Memory of rank 0"}
+"""What of a record of metrics.jsonl the cluster's Prometheus endpoint shows as ray_distlm_train_NAME, by run."""
+
+
+def gauges(run: str) -> OnMetrics:
+    """A function that shows a record of `run` at the metrics endpoint of the driver's node."""
+    from ray.util.metrics import Gauge
+
+    made = {key: Gauge(f"distlm_train_{key}", text, ("run",)) for key, text in GAUGES.items()}
+
+    def show(record: dict[str, Any]) -> None:
+        for key, gauge in made.items():
+            if key in record:
+                gauge.set(record[key], {"run": run})
+
+    return show
 
 
 def exported(recipe: Recipe, folder: RunFolder) -> bool:

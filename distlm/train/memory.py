@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from distlm.errors import SpecError
-from distlm.model.build import Shape, recompute, skeleton
+from distlm.model.build import Shape, recomputable, skeleton
 from distlm.model.loss import BLOCK_ELEMENTS, CHUNK_ELEMENTS, PLAIN_HEADS
 from distlm.spec.base import Rule
 from distlm.spec.gpus import find_gpu
@@ -106,14 +106,9 @@ class Load:
 def make_load(spec: TrainSpec, config: "PreTrainedConfig", shape: Shape, parameters: int, micro_sequences: int, accumulation: int,
               masked: bool = False) -> Load:
     text = config.get_text_config()
-    try:
-        recompute(skeleton(config), 1)
-        recomputable = True
-    except SpecError:
-        recomputable = False
     return Load(spec, parameters, measure_activations(config, shape, spec.precision, bool(spec.scale.gpus_per_worker), masked),
                 text.hidden_size, text.vocab_size, shape.context, micro_sequences, accumulation, config.model_type in PLAIN_HEADS,
-                recomputable)
+                bool(recomputable(skeleton(config))))
 
 
 def memory_limit(spec: TrainSpec) -> int | None:
@@ -203,9 +198,11 @@ def peak_memory(load: Load) -> Memory:
     gradients = states["gradients"]
     ema = model_states(n, "fp32", zero, world, 4)["optimizer"] if spec.ema else 0
     held = gradients if load.accumulation > 1 else 0       # the first backward pass begins without gradients
+    early = buffers if zero == 3 or (zero and on_gpu) else 0                   # what there is before gradients fill buckets
     peaks = {
-        "loss": (held, kept, loss, buffers if zero == 3 or (zero and on_gpu) else 0),
-        "layers": (gradients, again, 0, buffers),
+        "loss": (held, kept, loss, early),
+        "last layer": (held, kept + again, 0, early),
+        "first layer": (gradients, again, 0, buffers),
         "step": (gradients, 0, 0, step + (buffers if zero == 3 else 0))}
     at = max(peaks.values(), key=sum)
     whole = Memory(weights, at[0], optimizer, ema, at[1], at[2], at[3], 0)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from threading import Thread
 
+import httpx
 import numpy as np
 import psutil
 import pytest
@@ -25,7 +26,7 @@ from distlm.spec import TrainSpec
 from distlm.spec.load import dump, to_yaml
 from distlm.storage import Storage
 from distlm.train import checkpoint
-from distlm.train.driver import KEEP_MEMORY, train
+from distlm.train.driver import KEEP_MEMORY, gauges, train
 from tests.records import Records
 from tests.train.ranks import VOCABULARY, losses, make_corpus, metrics, run_ranks, spec
 
@@ -140,6 +141,8 @@ def test_a_run_goes_on_with_more_workers_and_says_so(cluster: str, corpus: Path,
     text = "its state is divided anew: workers 1 -> 2, zero 0 -> 2"
     assert text in shown.notes and text in [event["message"] for event in folder.events()]
     np.testing.assert_allclose(losses(folder.path), whole, rtol=1e-4)
+    last = [record for record in shown.records if record["distlm"] == "update"][-1]["figures"]
+    assert {"loss", "val_loss", "lr", "grad_norm", "tokens_per_s", "memory_bytes"} <= set(last) and last["eta_s"] == 0
 
 
 @pytest.mark.slow
@@ -199,6 +202,15 @@ def test_a_failure_that_comes_back_ends_the_run_with_its_cause(cluster: str, cor
         train(given, folder, Storage(tmp_path), Records())
     assert folder.state() == ("failed", "nonfinite_loss")
     assert not (folder.path / "export").exists()
+
+
+def test_what_a_step_measured_is_shown_at_the_cluster_s_metrics_endpoint(cluster: str) -> None:
+    gauges("one-run")({"step": 7, "loss": 2.5, "tokens_per_s": 1000.0, "time": 1.0})
+    url = f"http://127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}/metrics"
+    wait_for(lambda: "ray_distlm_train_loss" in httpx.get(url).text, "the endpoint's first report")
+    lines = [line for line in httpx.get(url).text.splitlines() if line.startswith("ray_distlm_train_") and 'run="one-run"' in line]
+    assert {line.split("{")[0].removeprefix("ray_distlm_train_"): float(line.split()[-1]) for line in lines} == {
+        "step": 7, "loss": 2.5, "tokens_per_s": 1000}
 
 
 def test_a_profile_tells_where_ten_steps_go_and_saves_nothing_else(cluster: str, corpus: Path, tmp_path: Path) -> None:

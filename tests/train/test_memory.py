@@ -65,6 +65,8 @@ def test_every_part_follows_from_the_stage() -> None:
     small = peak_memory(load(sharding={"zero": 2, "deepspeed": {"zero_optimization": {"reduce_bucket_size": 10**6}}}))
     assert parts[2].buffers - small.buffers == 2 * (5 * 10**8 - 10**6)
     assert peak_memory(load(ema={})).ema == 4 * 10**9
+    again = peak_memory(load(parameters=10**7, activation_checkpointing=1))
+    assert again.activations == 8 * (4 * GIB // 32 + GIB // 16 + GIB), "all inputs, and one layer whole"
 
 
 def test_advice_is_the_cheapest_change_that_fits() -> None:
