@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from distlm.corpus.inspect import windows as corpus_windows
     from distlm.corpus.verify import verify as corpus_verify
     from distlm.dashboard import serve as tensorboard
-    from distlm.execute import resolve, run
+    from distlm.execute import profile, resolve, run
     from distlm.head import LocalCluster
     from distlm.head import down as cluster_down
     from distlm.head import recorded as local_clusters
@@ -43,14 +43,16 @@ _HOMES = {
     "corpus_find": "corpus.inspect:find", "corpus_summary": "corpus.inspect:summary", "corpus_verify": "corpus.verify:verify",
     "corpus_windows": "corpus.inspect:windows", "driver_log": "logs:driver_log", "find_cluster": "cluster:require",
     "find_corpus": "train.recipe:find_corpus", "follow": "logs:follow", "list_jobs": "jobs:jobs", "load_run": "jobs:load_run",
-    "local_clusters": "head:recorded", "needs": "plan:needs", "query": "jobs:query", "read_cluster_file": "clusterfile:read",
+    "local_clusters": "head:recorded", "needs": "plan:needs", "profile": "execute:profile",
+    "query": "jobs:query", "read_cluster_file": "clusterfile:read",
     "resolve": "execute:resolve", "run": "execute:run", "status": "jobs:locate", "stop": "jobs:stop", "submit": "jobs:submit",
     "tensorboard": "dashboard:serve", "write_starters": "init:init"}
 """Name here -> module and name there."""
 __all__ = [
     "LocalCluster", "Storage", "__version__", "cluster_down", "cluster_status", "cluster_up", "corpus_diff", "corpus_documents",
     "corpus_find", "corpus_summary", "corpus_verify", "corpus_windows", "driver_log", "find_cluster", "find_corpus", "follow", "list_jobs",
-    "load_run", "local_clusters", "needs", "query", "read_cluster_file", "resolve", "run", "status", "stop", "submit", "tensorboard",
+    "load_run", "local_clusters", "needs", "profile",
+    "query", "read_cluster_file", "resolve", "run", "status", "stop", "submit", "tensorboard",
     "write_starters"]
 
 

@@ -167,6 +167,29 @@ def run(spec: SpecFile, set_: Sets = None, resume: Resume = False) -> None:
 
 
 @app.command()
+def profile(spec: Annotated[str, typer.Argument(metavar="SPEC", help="A training spec, or a run by name.", autocompletion=_specs)],
+            set_: Sets = None) -> None:
+    """Show where ten training steps go, and leave a trace.
+
+    Example: distlm profile train.yaml --set batch.micro_sequences=8
+    """
+    from distlm import jobs
+    from distlm.cluster import import_ray
+    from distlm.execute import profile as profile_job
+    from distlm.execute import resolve
+
+    path = Path(spec)
+    if not path.exists() and path.suffix not in (".yaml", ".yml"):
+        path = jobs.locate(spec, _storage()).folder
+    if path.is_dir():
+        path = path / "spec.yaml"
+    resolve(path, set_ or [])
+    signal.signal(signal.SIGTERM, _interrupt)
+    import_ray()
+    profile_job(path, overrides=set_ or [])
+
+
+@app.command()
 def submit(spec: SpecFile, set_: Sets = None, resume: Resume = False,
            follow: Annotated[bool | None, typer.Option("--follow/--no-follow", "-f",
                                                        help="Show its progress. Default: on a terminal.")] = None,
@@ -198,7 +221,8 @@ def status(name: Name, as_json: Json = False) -> None:
         _print_json(jobs.to_dict(job))
         return
     rows = [("state", f"{job.state}{f' ({job.cause})' if job.cause else ''}"), ("message", job.message), ("duration", _duration(job)),
-            *((key, _number(job.metrics[key])) for key in ("step", "tokens", "loss", "val_loss", "tokens_per_s") if key in job.metrics),
+            *((key, _number(job.metrics[key])) for key in ("step", "tokens", "loss", "val_loss", "tokens_per_s", "mfu")
+              if key in job.metrics),
             ("submission", job.submission), ("dashboard", _dashboard()), ("folder", str(job.folder))]
     print(f"{job.kind} {job.name}")
     for key, value in rows:

@@ -8,6 +8,7 @@ import contextlib
 import importlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ from distlm.spec.load import Loaded, Spec, dotted, dump, leaves, load_spec, loca
 from distlm.storage import Storage, read_json
 
 JOBS = {"prepare": "distlm.corpus.prepare:prepare", "train": "distlm.train.driver:train", "tune": "distlm.tune.sweep:tune",
-        "serve": "distlm.serve.deploy:serve", "pipeline": "distlm.pipeline:pipeline"}
-"""Kind -> the function that does the job: (spec, folder, storage, progress) -> outputs."""
+        "serve": "distlm.serve.deploy:serve", "pipeline": "distlm.pipeline:pipeline", "profile": "distlm.train.driver:profile"}
+"""Kind, or what is done in its place -> the function that does the job: (spec, folder, storage, progress) -> outputs."""
 
 MAY_CHANGE = {"train": ("duration", "scale", "evaluate", "checkpoint", "retry", "batch.micro_sequences",
                         "sharding", "activation_checkpointing"), "tune": ("concurrent",),
@@ -45,10 +46,26 @@ def run(source: str | Path | Mapping[str, Any], *, overrides: Sequence[str] = ()
         return run_loaded(loaded, Storage.given(storage, loaded.spec.storage), shown, resume=resume, clusters=Storage.given(storage))
 
 
+def profile(source: str | Path | Mapping[str, Any], *, overrides: Sequence[str] = (), storage: str | Path | Storage | None = None,
+            progress: Progress | None = None) -> dict[str, Any]:
+    """Run ten steps of a training spec under PyTorch's profiler, in a run folder of their own, NAME-profile-TIME, whose `profile/` holds a
+    trace; return milliseconds of a step and of its parts. Nothing is saved or exported. Raises what `run` raises."""
+    loaded = resolve(source, overrides)
+    if not isinstance(loaded.spec, TrainSpec):
+        raise SpecError(f"{loaded.spec.kind}: only a training job has steps", where=f"{loaded.path}: kind",
+                        remedy="take a spec of `kind: train`")
+    name = f"{loaded.spec.name[:70]}-profile-{time.strftime('%Y%m%d-%H%M%S')}"
+    loaded = replace(loaded, spec=loaded.spec.model_copy(update={"name": name}))
+    with progress or Progress.for_stdout() as shown:
+        return run_loaded(loaded, Storage.given(storage, loaded.spec.storage), shown, hold=False, clusters=Storage.given(storage),
+                          do=job("profile"))
+
+
 def run_loaded(loaded: Loaded, storage: Storage, progress: Progress, *, resume: bool = False, hold: bool = True,
-               extra: Mapping[str, Any] | None = None, clusters: Storage | None = None) -> dict[str, Any]:
+               extra: Mapping[str, Any] | None = None, clusters: Storage | None = None,
+               do: Callable[..., dict[str, Any]] | None = None) -> dict[str, Any]:
     """`run` for a spec that is loaded. Without `hold` an endpoint is left to the caller; `extra` goes into the lineage; `clusters` is the
-    root under which a cluster is looked for, where it is not `storage`."""
+    root under which a cluster is looked for, where it is not `storage`; `do` stands in for the function of the spec's kind."""
     from distlm.reads import missing  # here: it asks this module what a job reads
 
     spec = loaded.spec
@@ -80,7 +97,7 @@ def run_loaded(loaded: Loaded, storage: Storage, progress: Progress, *, resume: 
             folder.event("note", message="resumed with " + ", ".join(changes))
         with connected(folder, clusters or storage, progress) as embedded:
             progress.stage(spec.kind, spec.name)
-            outputs = job(spec.kind)(spec, folder, storage, progress)
+            outputs = (do or job(spec.kind))(spec, folder, storage, progress)
             folder.result(outputs)
             if hold and spec.kind != "pipeline":           # which shows its own
                 summary.show_job(spec.kind, folder, outputs, progress)

@@ -10,8 +10,10 @@ from distlm.autoscale import DATA_CPUS, serve_bundles, total, train_bundles
 from distlm.errors import InputError, SpecError
 from distlm.model.find import find_model
 from distlm.spec import PipelineSpec, PrepareSpec, ServeSpec, TrainSpec, TuneSpec
+from distlm.spec.base import Rule
 from distlm.spec.load import Loaded, Spec, located, validate
 from distlm.spec.prepare import BYTES_VOCABULARY, Tokenizer
+from distlm.spec.train import check_batch
 from distlm.storage import Storage
 
 Rows = list[tuple[str, str]]
@@ -70,7 +72,8 @@ def of_train(spec: TrainSpec, storage: Storage) -> Rows:
             ("evaluations", f"every {recipe.evaluate_every:,} steps over {recipe.val_windows:,} windows" if recipe.val else
              f"none: {without_val(read_corpora(spec, storage))[0]}"),
             ("checkpoints", f"every {recipe.checkpoint_every:,} steps"),
-            *of_model(recipe.spec, recipe.shape, recipe.num_steps * recipe.tokens_per_step), *of_scale(spec)]
+            *of_model(recipe.spec, recipe.shape, recipe.num_steps * recipe.tokens_per_step,
+                      (recipe.micro_sequences, recipe.accumulation), recipe.mask_documents), *of_scale(spec)]
 
 
 def of_mixture(recipe: Any) -> Rows:
@@ -88,24 +91,26 @@ def of_mixture(recipe: Any) -> Rows:
     return rows
 
 
-def of_model(spec: TrainSpec, shape: Any, tokens: int | None) -> Rows:
-    """Parameters are counted on the meta device: nothing is allocated."""
-    from distlm.model.build import model_config, num_parameters
+ASSUMED_MFU = {"gpu": 0.4, "cpu": 0.2}
+"""What a run is taken to reach of the peak: a dense model of a billion parameters on GPUs, a small one on a CPU (docs/experiments.md)."""
 
-    config = model_config(spec.model, shape)
-    parameters, text = num_parameters(config), config.get_text_config()
-    flops = flops_per_token(parameters, text.num_hidden_layers, text.hidden_size, shape.context)
-    memory = memory_per_rank(parameters, spec.precision, spec.sharding.zero, spec.scale.workers, STATE_BYTES[spec.optimizer.name])
-    if spec.ema:
-        memory["ema"] = memory_per_rank(parameters, "fp32", spec.sharding.zero, spec.scale.workers, 4)["optimizer"]
+
+def of_model(spec: TrainSpec, shape: Any, tokens: int | None, cut: tuple[int, int] = (1, 1), masked: bool = False) -> Rows:
+    """Parameters and activations are counted on the meta device: nothing is allocated. `cut`: micro_sequences and accumulation."""
+    from distlm.model.build import model_config, parameter_sizes
+    from distlm.train.flops import config_flops
+    from distlm.train.memory import make_load, offloads, peak_memory
+
+    config = model_config(spec.model, shape, spec.regularization.dropout)
+    sizes = parameter_sizes(config)
+    parameters, flops = sum(sizes.values()), config_flops(config, sizes, shape.context)
+    load = make_load(spec, config, shape, parameters, *cut, masked)
+    memory = peak_memory(load)
     total = f"{flops * tokens:.2e} FLOPs, " if tokens else ""
-    return [("parameters", f"{parameters:,}"), ("arithmetic", f"{total}{flops:.2e} FLOPs a token"),
-            ("memory a worker", f"{summed(memory)}, activations not counted"),
-            *((f"of it on {place}", summed(part)) for place, part in offloaded(spec, memory).items())]
-
-
-def summed(memory: dict[str, int]) -> str:
-    return f"{size(sum(memory.values()))} ({', '.join(f'{name} {size(value)}' for name, value in memory.items())})"
+    return [("parameters", f"{parameters:,}"), ("arithmetic", f"{total}{flops:.2e} FLOPs a token"), *of_speed(spec, flops, tokens),
+            ("memory a worker", summed(memory.parts()) + (", before what is offloaded" if offloads(spec) else "")),
+            *((f"of it on {place}", summed(part)) for place, part in offloaded(spec, memory.parts()).items()),
+            *of_limit(load, memory.total)]
 
 
 def offloaded(spec: TrainSpec, memory: dict[str, int]) -> dict[str, dict[str, int]]:
@@ -114,29 +119,62 @@ def offloaded(spec: TrainSpec, memory: dict[str, int]) -> dict[str, dict[str, in
     if offload := spec.sharding.offload:
         for place, names in ((offload.parameters, ("weights",)), (offload.optimizer, ("optimizer", "ema"))):
             if place:
-                places.setdefault(place, {}).update({name: memory[name] for name in names if name in memory})
+                places.setdefault(place, {}).update({name: memory[name] for name in names if memory.get(name)})
     return places
 
 
-def flops_per_token(parameters: int, layers: int, width: int, context: int) -> float:
-    """Forward and backward: 6 N, and causal attention's 6 L T d (Chowdhery et al. 2022, appendix B, with half of the scores masked)."""
-    return 6.0 * parameters + 6.0 * layers * context * width
+def summed(memory: dict[str, int]) -> str:
+    return f"{size(sum(memory.values()))} ({', '.join(f'{name} {size(value)}' for name, value in memory.items() if value)})"
 
 
-STATE_BYTES = {"adamw": 8, "muon": 8, "lion": 4, "adafactor": 0, "sgd": 4}
-"""What an optimizer keeps of a parameter, in float32: one moment or two; of muon the most, since its matrices have one. Adafactor's rows
-and columns are too few to count."""
+def of_speed(spec: TrainSpec, flops: float, tokens: int | None) -> Rows:
+    """Tokens a second by the peak of the workers and an assumed MFU, hours, and the price where the spec has one."""
+    from distlm.train.flops import measured_peak, peak_flops
+
+    scale = spec.scale
+    if scale.gpus_per_worker:
+        name = scale.gpu or local_gpu()[0]
+        peak = peak_flops(name, spec.precision) if name else None
+        if peak is None:
+            return [("speed", f"not known: {name} is not in the table of GPUs" if name else "not known: scale.gpu names no GPU")]
+        kind, peak, of_what = "gpu", peak * scale.workers, f"{scale.workers} x {peak:.3g} FLOP/s of {name}"
+    else:
+        kind, peak = "cpu", measured_peak(spec.precision)
+        of_what = f"{peak:.2g} FLOP/s, which a product of matrices reaches on this machine now"
+    speed = ASSUMED_MFU[kind] * peak / flops
+    rows = [("speed", f"{speed:,.0f} tokens/s, if the MFU is {ASSUMED_MFU[kind]:.0%} of {of_what}")]
+    if tokens:
+        hours = tokens / speed / 3600
+        rows.append(("time", f"{hours:.3g} hours at this speed, evaluations and checkpoints not counted"))
+        if scale.price_per_worker_hour is not None:
+            rows.append(("price", f"{hours * scale.workers * scale.price_per_worker_hour:,.2f}, {scale.workers} x "
+                                  f"{scale.price_per_worker_hour:g} an hour"))
+    return rows
 
 
-def memory_per_rank(parameters: int, precision: str, zero: int, workers: int, states: int = 8) -> dict[str, int]:
-    """Bytes of model states on one worker (Rajbhandari et al. 2020, section 3): with adamw in bf16 2 + 2 + 12 a parameter, in fp32
-    4 + 4 + 8. `states`: bytes of the optimizer's own states of a parameter."""
-    weight, optimizer = (2, 4 + states) if precision != "fp32" else (4, states)
+def of_limit(load: Any, total: int) -> Rows:
+    """A warning where a worker's memory is known and the estimate exceeds it, with the cheapest change that fits."""
+    from distlm.train.memory import CUDA_BYTES, GIB, advice, memory_limit, offloads
 
-    def share(bytes_each: int, from_stage: int) -> int:
-        return -(-parameters * bytes_each // (workers if zero >= from_stage else 1))
+    spec = load.spec
+    limit, local = memory_limit(spec), local_gpu()[1]
+    if limit is None and spec.scale.gpus_per_worker and local:
+        limit = local - CUDA_BYTES
+    if limit is None or total <= limit or offloads(spec):
+        return []
+    found = advice(load, limit)
+    return [("warning", f"does not fit: {total / GIB:.3g} of {limit / GIB:.3g} GiB; "
+                        + (f"it would with {found}" if found else "no ZeRO stage, checkpointing or micro-batch makes it fit: take more "
+                           "workers, or a smaller model"))]
 
-    return {"weights": share(weight, 3), "gradients": share(weight, 2), "optimizer": share(optimizer, 1)}
+
+def local_gpu() -> tuple[str, int]:
+    """Name and bytes of this machine's first GPU; empty and 0 where there is none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return "", 0
+    return torch.cuda.get_device_name(0), torch.cuda.get_device_properties(0).total_memory
 
 
 def of_scale(spec: TrainSpec) -> Rows:
@@ -214,8 +252,19 @@ def _of_step(pipe: PipelineSpec, spec: Spec, storage: Storage) -> Rows:
         trained = tokenizer.get("vocab_size", Tokenizer.model_fields["vocab_size"].default)
         vocabulary = BYTES_VOCABULARY if tokenizer.get("train") == "bytes" else trained
         context = made_by.get("context", PrepareSpec.model_fields["context"].default)
-        rows += [(prefix + what, text) for what, text in of_model(train, Shape(vocabulary, context, 0), None)]
+        rows += [(prefix + what, text) for what, text in of_model(train, Shape(vocabulary, context, 0), None,
+                                                                          cut_of(train, context))]
     return rows + [(prefix + what, text) for what, text in of_scale(train)]
+
+
+def cut_of(spec: TrainSpec, context: int) -> tuple[int, int]:
+    """micro_sequences and accumulation of a spec whose corpus is not there yet."""
+    sequences = spec.batch.global_sequences or max(1, (spec.batch.global_tokens or 0) // context)
+    try:
+        micro = check_batch(sequences, spec.batch.micro_sequences, spec.scale.workers)
+    except Rule:                                           # which is told when the corpus is there
+        return 1, 1
+    return micro, sequences // spec.scale.workers // micro
 
 
 def size(count: int) -> str:

@@ -28,6 +28,8 @@ from distlm.storage import writing
 
 MARK = '{"distlm": '
 """Begins every line of a job that stands for a record, where DISTLM_PROGRESS=json."""
+WIDTH = 120
+"""Columns of a log's lines."""
 
 
 class Progress:
@@ -103,7 +105,7 @@ class PlainProgress(Progress):
     """Lines without control codes, for logs: an update every ten seconds, and the last one."""
 
     def __init__(self) -> None:
-        self._console = Console(width=110, highlight=False)
+        self._console = Console(width=WIDTH, highlight=False)
         self._next = 0.0
 
     def show(self, record: dict[str, Any]) -> None:
@@ -134,12 +136,13 @@ class RichProgress(Progress):
         if record["distlm"] == "update":
             unit = record["unit"]
             if self._bars is None:
-                self._bars = Bars(TextColumn("  {task.description:<11}"), BarColumn(24), MofNCompleteColumn(), TimeRemainingColumn(),
+                self._bars = Bars(TextColumn("  {task.description:<9}"), BarColumn(10), MofNCompleteColumn(), TimeRemainingColumn(),
                                   TextColumn("[dim]{task.fields[figures]}"), console=self._console)
                 self._bars.start()
             if unit not in self._tasks:
                 self._tasks[unit] = self._bars.add_task(unit, total=record["total"], figures="")
-            self._bars.update(self._tasks[unit], completed=record["done"], total=record["total"], figures=figures(record["figures"]))
+            shown = {name: value for name, value in record["figures"].items() if name != "eta_s"}    # the bar has its own
+            self._bars.update(self._tasks[unit], completed=record["done"], total=record["total"], figures=figures(shown))
             return
         if record["distlm"] in ("stage", "table"):
             self.close()
@@ -164,8 +167,22 @@ def draw(console: Console, record: dict[str, Any]) -> None:
 
 
 def figures(values: dict[str, Any]) -> str:
-    """`loss 4.21  tokens/s 5,100`."""
-    return "  ".join(f"{name.replace('_per_s', '/s').replace('_', ' ')} {number(value)}" for name, value in values.items())
+    """`loss 4.21  tokens/s 5,100  mfu 41%  61.2 GB  eta 1:23:45`."""
+    return "  ".join(figure(name, value) for name, value in values.items())
+
+
+def figure(name: str, value: Any) -> str:
+    """One value with its name, short: a training line has eight of them."""
+    if name == "eta_s":
+        minutes, seconds = divmod(round(value), 60)
+        return f"eta {minutes // 60}:{minutes % 60:02}:{seconds:02}"
+    if name == "memory_bytes":
+        return f"{value / 1e9:.3g} GB"
+    if name == "mfu":
+        return f"mfu {value:.0%}"
+    if name in ("lr", "grad_norm"):
+        return f"{name.removeprefix('grad_')} {value:.3g}"
+    return f"{name.replace('_loss', '').replace('_per_s', '/s').replace('_', ' ')} {number(value)}"
 
 
 def number(value: Any) -> str:

@@ -18,7 +18,7 @@ from distlm.errors import InputError
 from distlm.runs import RunFolder
 from tests.codes import INTERRUPTED
 
-VERBS = ["init", "plan", "run", "submit", "status", "logs", "stop", "runs", "query", "dashboard", "cluster up", "cluster down",
+VERBS = ["init", "plan", "run", "profile", "submit", "status", "logs", "stop", "runs", "query", "dashboard", "cluster up", "cluster down",
          "cluster status"]
 SPEC = """kind: prepare
 name: words
@@ -106,6 +106,7 @@ def test_mistakes_are_one_line_on_stderr_and_exit_2(distlm, tmp_path):
                         (["run", "no.yaml"], "no such file"),
                         (["bogus"], "No such command"), (["run"], "Missing argument"), (["status", "nobody"], "there is no job 'nobody'"),
                         (["query", "nobody", "x"], "there is no endpoint"), (["dashboard"], "no metrics"),
+                        (["profile", "nobody"], "there is no job 'nobody'"), (["profile", "no.yaml"], "no such file"),
                         (["plan", "bad.yaml", "--set", "context"], "is no override")]:
         done = distlm(*words)
         assert done.returncode == 2 and said in done.stderr, (words, done.stderr)

@@ -13,6 +13,7 @@ from distlm.execute import resolve
 from distlm.model.build import Shape, build_model, model_config
 from distlm.spec import TrainSpec
 from distlm.storage import Storage
+from distlm.train.memory import STATE_BYTES, model_states
 
 MODEL = {"config": {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
                     "intermediate_size": 64, "tie_word_embeddings": True}}
@@ -46,25 +47,41 @@ def test_training_is_planned_from_the_corpus(storage: Storage) -> None:
     assert rows["parameters"] == f"{sum(p.numel() for p in model.parameters()):,}"
 
 
-def test_the_arithmetic_is_what_torch_counts_in_the_matrix_products(storage: Storage) -> None:
-    from torch.utils.flop_counter import FlopCounterMode
-
-    spec: Any = resolve({"name": "x", "kind": "train", "corpus": "c", "model": MODEL, "duration": {"steps": 1}}).spec
-    config = model_config(spec.model, Shape(300, 16, 0))
-    model = build_model(spec.model, config, 0)
-    tokens = torch.zeros(1, 16, dtype=torch.long)
-    with FlopCounterMode(display=False) as counter:
-        model(input_ids=tokens).logits.sum().backward()
-    parameters = sum(p.numel() for p in model.parameters())
-    assert plan.flops_per_token(parameters, 2, 32, 16) * 16 == pytest.approx(counter.get_total_flops(), rel=0.1)
-
-
 def test_zero_divides_model_states_over_the_workers() -> None:
-    assert plan.memory_per_rank(1000, "bf16", 0, 4) == {"weights": 2000, "gradients": 2000, "optimizer": 12000}
-    assert plan.memory_per_rank(1000, "bf16", 1, 4) == {"weights": 2000, "gradients": 2000, "optimizer": 3000}
-    assert plan.memory_per_rank(1000, "fp32", 2, 4) == {"weights": 4000, "gradients": 1000, "optimizer": 2000}
-    assert plan.memory_per_rank(1000, "bf16", 2, 4, plan.STATE_BYTES["lion"])["optimizer"] == 2000
-    assert plan.memory_per_rank(1000, "bf16", 3, 4) == {"weights": 500, "gradients": 500, "optimizer": 3000}
+    assert model_states(1000, "bf16", 0, 4) == {"weights": 2000, "gradients": 2000, "optimizer": 12000}
+    assert model_states(1000, "bf16", 1, 4) == {"weights": 2000, "gradients": 2000, "optimizer": 3000}
+    assert model_states(1000, "fp32", 2, 4) == {"weights": 4000, "gradients": 1000, "optimizer": 2000}
+    assert model_states(1000, "bf16", 2, 4, STATE_BYTES["lion"])["optimizer"] == 2000
+    assert model_states(1000, "bf16", 3, 4) == {"weights": 500, "gradients": 500, "optimizer": 3000}
+
+
+GPU = {"kind": "train", "corpus": "c", "model": {"preset": "llama-8b"}, "duration": {"steps": 1000},
+       "batch": {"global_sequences": 64, "micro_sequences": 8}}
+
+
+def test_speed_hours_and_price_follow_from_the_table_and_a_stated_mfu(storage: Storage) -> None:
+    rows = needs(storage, **{**GPU, "model": MODEL}, scale={"workers": 8, "gpus_per_worker": 1, "gpu": "H100", "price_per_worker_hour": 3})
+    flops = float(rows["arithmetic"].split(", ")[1].split()[0])
+    speed = float(rows["speed"].split()[0].replace(",", ""))
+    assert speed == pytest.approx(0.4 * 8 * 989e12 / flops, rel=0.01) and "if the MFU is 40% of 8 x 9.89e+14" in rows["speed"]
+    hours = float(rows["time"].split()[0])
+    assert hours == pytest.approx(64 * 16 * 1000 / speed / 3600, rel=0.01) and float(rows["price"].split(",")[0]) == round(24 * hours, 2)
+    assert "tokens/s, if the MFU is 20%" in needs(storage, **{**GPU, "model": MODEL})["speed"]
+    assert "not known" in needs(storage, **{**GPU, "model": MODEL}, scale={"gpus_per_worker": 1})["speed"] or torch.cuda.is_available()
+
+
+def test_what_does_not_fit_is_told_with_the_cheapest_change_that_does(storage: Storage) -> None:
+    scale = {"workers": 8, "gpus_per_worker": 1, "gpu": "H100"}
+    with pytest.raises(SpecError, match=r"scale\.gpu: .* take 104 GiB of a worker, .* 79 GiB to give; it fits with sharding.zero: 1, at"):
+        needs(storage, **GPU, scale=scale)                 # 16 bytes of 7 billion parameters: no estimate
+    rows = needs(storage, **GPU, scale=scale, sharding={"zero": 1})
+    assert "warning" not in rows
+    rows = needs(storage, **GPU, scale={**scale, "memory_gib": 40}, sharding={"zero": 1})
+    assert "does not fit: " in rows["warning"] and "GiB; it would with sharding.zero: 2" in rows["warning"]
+    with pytest.raises(SpecError, match=r"scale\.gpu: 'H99' is not in the table"):
+        needs(storage, **GPU, scale={**scale, "gpu": "H99"})
+    with pytest.raises(SpecError, match="no effect where gpus_per_worker is 0"):
+        needs(storage, **GPU, scale={"gpu": "H100"})
 
 
 def test_a_context_that_is_not_the_corpus_s_is_refused(storage: Storage) -> None:

@@ -1,6 +1,7 @@
 """The same records on a terminal, in a log, and across the wire."""
 
 import io
+import re
 from pathlib import Path
 
 import pytest
@@ -91,3 +92,18 @@ def test_updates_without_a_total_are_shown(capsys):
 def test_figures_are_short():
     shown = figures({"loss": 4.256789, "tokens_per_s": 12345.6, "step": 1200, "lr": 3e-05})
     assert shown == "loss 4.257  tokens/s 12,346  step 1,200  lr 3e-05"
+
+
+def test_a_line_of_training_fits_120_columns_on_a_terminal_and_in_a_log(capsys):
+    record = {"loss": 10.256789, "val_loss": 10.306789, "lr": 0.00012345, "grad_norm": 123.456, "tokens_per_s": 1234567.8, "mfu": 0.4123,
+              "memory_bytes": 141_234_567_890, "eta_s": 300_000.4}
+    PlainProgress().update("steps", 99_999, 100_000, **record)
+    [line] = capsys.readouterr().out.splitlines()
+    assert line == ("  steps 99,999/100,000 loss 10.26  val 10.31  lr 0.000123  norm 123  tokens/s 1,234,568  mfu 41%  141 GB  "
+                    "eta 83:20:00")
+    assert len(line) <= 120
+    text = io.StringIO()
+    with RichProgress(Console(file=text, width=120, force_terminal=True, highlight=False, color_system=None)) as shown:
+        shown.update("steps", 99_999, 100_000, **record)
+    last = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text.getvalue()).strip().splitlines()[-1].rstrip()
+    assert last.endswith("mfu 41%  141 GB") and "eta" not in last and len(last) <= 120

@@ -200,10 +200,8 @@ def skeleton(config: "PreTrainedConfig") -> "PreTrainedModel":
 
 def recompute(model: "PreTrainedModel", every: int) -> None:
     """Let every n-th layer be computed again in the backward pass. Raises SpecError where layers of the family cannot be, or are fewer."""
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    if not model.supports_gradient_checkpointing or not layers:
+    layers = recomputable(model)
+    if not layers:
         raise SpecError(f"the {model.config.model_type} family of transformers cannot compute its layers again",
                         where="activation_checkpointing", remedy="set it to 0")
     if every > len(layers):
@@ -212,6 +210,14 @@ def recompute(model: "PreTrainedModel", every: int) -> None:
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for i, layer in enumerate(layers):
         layer.gradient_checkpointing = i % every == 0
+
+
+def recomputable(model: "PreTrainedModel") -> list[Any]:
+    """The layers that can be computed again, in their order; none where the family cannot."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    return layers if model.supports_gradient_checkpointing else []
 
 
 def num_parameters(config: "PreTrainedConfig") -> int:

@@ -18,7 +18,8 @@ from distlm.storage import write_atomic
 FILE = "report.html"
 WIDTH, HEIGHT, MARGIN = 640, 200, 6
 MAX_POINTS = 400
-CURVES = {"Loss": ("loss", "val_loss"), "Tokens per second": ("tokens_per_s",), "Learning rate": ("lr",), "Gradient norm": ("grad_norm",)}
+CURVES = {"Loss": ("loss", "val_loss"), "Tokens per second": ("tokens_per_s",), "Learning rate": ("lr",), "Gradient norm": ("grad_norm",),
+          "Model FLOPs utilization": ("mfu",)}
 """Title -> the values of metrics.jsonl that it shows, in nats per token the loss."""
 
 
@@ -59,7 +60,8 @@ def facts(records: list[dict[str, Any]]) -> list[tuple[str, str]]:
         last.update({key: value for key, value in record.items() if value is not None})
     speeds = sorted(record["tokens_per_s"] for record in records if "tokens_per_s" in record)
     shown = [("steps", last.get("step"), ",.0f"), ("tokens", last.get("tokens"), ",.0f"), ("loss", last.get("loss"), ".4f"),
-             ("validation loss", last.get("val_loss"), ".4f"), ("tokens/s", speeds[len(speeds) // 2] if speeds else None, ",.0f")]
+             ("validation loss", last.get("val_loss"), ".4f"), ("tokens/s", speeds[len(speeds) // 2] if speeds else None, ",.0f"),
+             ("MFU", last.get("mfu"), ".1%")]
     return [(name, format(value, form)) for name, value, form in shown if value is not None]
 
 

@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from distlm.spec.base import Job, Part, Rule, Seed, exactly_one, without_effect
 from distlm.spec.explain import shown
+from distlm.spec.gpus import GPUS, find_gpu
 from distlm.spec.presets import PRESETS
 
 CorpusName = Annotated[str, Field(min_length=1)]
@@ -346,6 +347,22 @@ class Scale(Part):
     """Logical CPUs that a worker reserves."""
     threads_per_worker: Annotated[int | None, Field(ge=1)] = None
     """Threads of a worker's matrix products. Default: the node's cores over the workers on it."""
+    gpu: Annotated[str | None, Field(min_length=1)] = None
+    """The kind of GPU, such as H100 or L4, whose peak and memory `distlm plan` knows. Default: this machine's, where it has one."""
+    memory_gib: Annotated[float | None, Field(gt=0)] = None
+    """Memory of a worker: its GPU's, or its share of a node's. A job whose model states exceed it is refused. Default: that of `gpu`."""
+    price_per_worker_hour: Annotated[float | None, Field(ge=0)] = None
+    """What a worker costs an hour, in any currency: `distlm plan` says what the job will."""
+
+    @model_validator(mode="after")
+    def _known(self) -> "Scale":
+        if self.gpu is not None:
+            if not self.gpus_per_worker:
+                without_effect(self, "where gpus_per_worker is 0", "gpu")
+            if find_gpu(self.gpu) is None:
+                raise Rule("gpu", f"{self.gpu!r} is not in the table of GPUs; there are {', '.join(GPUS)}; or leave it out and set "
+                                  "memory_gib")
+        return self
 
 
 class Evaluate(Part):

@@ -21,9 +21,10 @@ from distlm.model.export import export_lacks
 from distlm.progress import Progress
 from distlm.runs import RunFolder
 from distlm.runs.report import write_report
-from distlm.spec.train import TrainSpec
+from distlm.spec.train import Checkpoints, Duration, Evaluate, Schedule, TrainSpec
 from distlm.storage import Storage, read_json
 from distlm.train import checkpoint
+from distlm.train import profile as profiles
 from distlm.train.failures import diagnose
 from distlm.train.recipe import Recipe, make_recipe, read_corpora, without_val
 from distlm.train.worker import Task, work
@@ -39,11 +40,9 @@ def train(spec: TrainSpec, folder: RunFolder, storage: Storage, progress: Progre
     """Train to the end, from the last committed checkpoint where the folder holds one. `on_metrics` gets every record of
     metrics.jsonl as it is written, on another thread. Raises SpecError, InputError, ClusterError, CheckpointError, TrainError."""
     recipe = make_recipe(spec, storage)
-    workers = f"{spec.scale.workers} worker{'s' * (spec.scale.workers > 1)}"
-    require(train_bundles(spec), f"{workers} and the data stream", progress, where="scale",
-            remedy="lower scale.workers or scale.cpus_per_worker, or take a larger cluster")
+    require_workers(spec, progress)
     progress.note(f"{recipe.parameters:,} parameters, {recipe.num_steps:,} steps of {recipe.tokens_per_step:,} tokens, "
-                  f"{workers} under ZeRO-{spec.sharding.zero}, {spec.precision}")
+                  f"{recipe.world} worker{'s' * (recipe.world > 1)} under ZeRO-{spec.sharding.zero}, {spec.precision}")
     if not recipe.val:
         progress.note(f"nothing is evaluated: {without_val(read_corpora(spec, storage))[0]}")
     failures: dict[str, int] = {}
@@ -66,6 +65,32 @@ def train(spec: TrainSpec, folder: RunFolder, storage: Storage, progress: Progre
     return outcome(recipe, folder)
 
 
+def profile(spec: TrainSpec, folder: RunFolder, storage: Storage, progress: Progress) -> dict[str, Any]:
+    """A job in place of `train`: a few steps of a spec under PyTorch's profiler, whose trace goes to `profile/` of the folder, and a table
+    of where they went. Raises what `train` raises."""
+    duration = Duration(steps=profiles.WARM_UP + profiles.STEPS)
+    recipe = make_recipe(spec.model_copy(update={"duration": duration, "schedule": Schedule(), "evaluate": Evaluate(),
+                                                 "checkpoint": Checkpoints()}), storage)
+    require_workers(spec, progress)
+    progress.note(f"{profiles.STEPS} steps of {recipe.tokens_per_step:,} tokens under the profiler, after {profiles.WARM_UP}")
+    error = _launch(recipe, folder, 0, None, 0, profile=True)
+    if error is not None:
+        raise error
+    place = folder.path / "profile"
+    found = read_json(place / "profile.json")
+    progress.table(f"where a step goes, rank 0 of {recipe.world}", [*profiles.rows(found)], ("", "ms", "share", "calls"))
+    progress.note(f"{place / 'trace.json'} opens in ui.perfetto.dev or chrome://tracing")
+    return {"": str(folder.path), "trace": str(place / "trace.json"), "step_ms": found["step_ms"], **found["regions_ms"],
+            "tokens_per_s": recipe.tokens_per_step * 1e3 / found["step_ms"]}
+
+
+def require_workers(spec: TrainSpec, progress: Progress) -> None:
+    """Raises ClusterError where the cluster cannot hold the job, and does not grow to it."""
+    workers = f"{spec.scale.workers} worker{'s' * (spec.scale.workers > 1)}"
+    require(train_bundles(spec), f"{workers} and the data stream", progress, where="scale",
+            remedy="lower scale.workers or scale.cpus_per_worker, or take a larger cluster")
+
+
 def _resume_point(recipe: Recipe, folder: RunFolder, progress: Progress) -> checkpoint.Checkpoint | None:
     """The checkpoint to go on from, verified; what was refused is told. Metrics beyond it are trimmed."""
     start, refused = checkpoint.latest(folder.path)
@@ -85,7 +110,8 @@ def _resume_point(recipe: Recipe, folder: RunFolder, progress: Progress) -> chec
     return start
 
 
-def _launch(recipe: Recipe, folder: RunFolder, first_step: int, resume_from: Path | None, attempt: int) -> DistlmError | None:
+def _launch(recipe: Recipe, folder: RunFolder, first_step: int, resume_from: Path | None, attempt: int, *,
+            profile: bool = False) -> DistlmError | None:
     """Run one worker group to its end. Returns what stopped it, if it is not done. Raises KeyboardInterrupt after Ctrl-C."""
     import ray
     from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
@@ -101,7 +127,7 @@ def _launch(recipe: Recipe, folder: RunFolder, first_step: int, resume_from: Pat
     data_context.enable_progress_bars = False
     data_context.execution_no_progress_timeout_s = -1      # a step may be slower than Ray's idea of progress
     trainer = TorchTrainer(
-        work, train_loop_config={"task": Task(recipe, folder.path, first_step, resume_from)},
+        work, train_loop_config={"task": Task(recipe, folder.path, first_step, resume_from, profile)},
         torch_config=TorchConfig(backend="nccl" if scale.gpus_per_worker else "gloo"),
         scaling_config=ScalingConfig(num_workers=scale.workers, use_gpu=bool(scale.gpus_per_worker), resources_per_worker=resources),
         datasets={"train": plan_dataset(recipe.plan(), first_step)} if first_step < recipe.num_steps else {},
@@ -115,7 +141,8 @@ def _launch(recipe: Recipe, folder: RunFolder, first_step: int, resume_from: Pat
             trainer.fit()
     except TrainingFailedError as error:
         return diagnose(error, folder.path)
-    if not exported(recipe, folder):                       # Ray returns normally from an abort
+    done = (folder.path / "profile" / "profile.json").exists() if profile else exported(recipe, folder)
+    if not done:                                           # Ray returns normally from an abort
         raise KeyboardInterrupt
     return None
 
@@ -138,12 +165,23 @@ def _following(folder: RunFolder, recipe: Recipe, progress: Progress, first_step
     """Show and pass on each record of metrics.jsonl as rank 0 writes it: the file is the truth, wherever the ranks run."""
     stop, latest_val = threading.Event(), {"val_loss": math.nan}
 
+    to_prometheus = gauges(folder.name)
+    began: dict[str, float] = {}                           # the first step: what comes before it is no training
+
+    def eta(record: dict[str, Any]) -> dict[str, float]:
+        """Seconds to the end, evaluations and checkpoints included, by the pace since the first step."""
+        done, since = record["step"] - began.setdefault("step", record["step"]), record["time"] - began.setdefault("time", record["time"])
+        return {"eta_s": since / done * (recipe.num_steps - record["step"])} if done else {}
+
     def handle(record: dict[str, Any]) -> None:
         if "val_loss" in record:
             latest_val["val_loss"] = record["val_loss"]
         if "loss" in record:
             shown = {} if math.isnan(latest_val["val_loss"]) else latest_val
-            progress.update("steps", record["step"], recipe.num_steps, loss=record["loss"], **shown, tokens_per_s=record["tokens_per_s"])
+            keys = ("lr", "grad_norm", "tokens_per_s", "mfu", "memory_bytes")
+            progress.update("steps", record["step"], recipe.num_steps, loss=record["loss"], **shown,
+                            **{key: record[key] for key in keys if key in record}, **eta(record))
+        to_prometheus(record)
         if on_metrics:
             on_metrics(record)
 
@@ -166,6 +204,26 @@ def _following(folder: RunFolder, recipe: Recipe, progress: Progress, first_step
     finally:
         stop.set()
         thread.join(timeout=10)
+
+
+GAUGES = {"step": "Steps done", "loss": "Training loss, nats per token", "val_loss": "Validation loss, nats per token",
+          "lr": "Learning rate", "grad_norm": "Gradient norm before clipping", "tokens_per_s": "Tokens a second",
+          "mfu": "Model FLOPs utilization, 0 to 1", "memory_bytes": "Memory of rank 0"}
+"""What of a record of metrics.jsonl the cluster's Prometheus endpoint shows as ray_distlm_train_NAME, by run."""
+
+
+def gauges(run: str) -> OnMetrics:
+    """A function that shows a record of `run` at the metrics endpoint of the driver's node."""
+    from ray.util.metrics import Gauge
+
+    made = {key: Gauge(f"distlm_train_{key}", text, ("run",)) for key, text in GAUGES.items()}
+
+    def show(record: dict[str, Any]) -> None:
+        for key, gauge in made.items():
+            if key in record:
+                gauge.set(record[key], {"run": run})
+
+    return show
 
 
 def exported(recipe: Recipe, folder: RunFolder) -> bool:

@@ -28,17 +28,18 @@ from distlm.train.batch import Batch, make_batch
 from distlm.train.evaluate import Evaluator
 from distlm.train.metrics import MetricsWriter
 from distlm.train.optimizer import set_rate
+from distlm.train.profile import StepProfile, region
 from distlm.train.recipe import Recipe, manifest_of
 from distlm.train.schedule import learning_rate
 from distlm.train.zero import deepspeed_config, loss_scale, make_engine, update
 
 
 def fit(recipe: Recipe, folder: RunFolder, steps: Iterator[NDArray[np.int64]], *, rank: int, device: torch.device, first_step: int = 0,
-        resume_from: Path | None = None) -> None:
+        resume_from: Path | None = None, profile: StepProfile | None = None) -> None:
     """Train from `first_step` to the end, evaluate, checkpoint and export. All ranks call it, each with its own `steps`.
 
     `steps` yields what `ordered_steps` does, one array per optimizer step. `resume_from` is a verified checkpoint of `first_step`.
-    Raises TrainError with its cause.
+    With `profile` steps are looked at alone: nothing is evaluated, saved or exported. Raises TrainError with its cause.
     """
     spec = recipe.spec
     penalties = spec.regularization
@@ -60,11 +61,12 @@ def fit(recipe: Recipe, folder: RunFolder, steps: Iterator[NDArray[np.int64]], *
         checkpoint.load(engine, resume_from, recipe, rank, ema)
     evaluator = Evaluator(recipe, rank, device)
     writer = MetricsWriter(folder, recipe, first_step) if rank == 0 else None
-    val_loss = evaluator.loss(engine) if first_step == 0 else None
+    val_loss = evaluator.loss(engine) if first_step == 0 and not profile else None
     if first_step == 0 and writer:
         writer.start(val_loss)
     for step in range(first_step, recipe.num_steps):
-        batch = make_batch(next(steps), recipe.mask_documents, device)
+        with region("data"):
+            batch = make_batch(next(steps), recipe.mask_documents, device)
         started = time.perf_counter()
         rate = learning_rate(spec.schedule, spec.optimizer.lr, step, recipe.num_steps)
         loss, norm, num_targets = train_step(engine, batch, recipe, rate, step)
@@ -72,6 +74,9 @@ def fit(recipe: Recipe, folder: RunFolder, steps: Iterator[NDArray[np.int64]], *
         if ema:
             ema.update(engine, done)
         seconds = time.perf_counter() - started
+        if profile:
+            profile.step()
+            continue
         if done % recipe.evaluate_every == 0 or done == recipe.num_steps:
             with exported_weights(engine, ema):
                 val_loss = evaluator.loss(engine)
@@ -79,6 +84,8 @@ def fit(recipe: Recipe, folder: RunFolder, steps: Iterator[NDArray[np.int64]], *
             writer.step(done, loss, rate, norm, seconds, val_loss, num_targets, loss_scale(engine))
         if done % recipe.checkpoint_every == 0 or done == recipe.num_steps:
             checkpoint.save(engine, folder.path, done, recipe, rank, ema)
+    if profile:
+        return
     mean = {}
     if spec.checkpoint.average > 1:
         mean = {"averaged": take_mean(engine, folder.path, recipe, rank), "val_loss": evaluator.loss(engine)}
@@ -109,9 +116,11 @@ def train_step(engine: Any, batch: Batch, recipe: Recipe, rate: float, step: int
     scale = recipe.accumulation * recipe.world / num_targets
     total = torch.zeros((), dtype=torch.float64, device=batch.tokens.device)
     for i, micro in enumerate(batch.split(recipe.micro_sequences)):
-        loss = engine(*micro.inputs)
+        with region("forward"):
+            loss = engine(*micro.inputs)
         total += loss.detach().double()
-        engine.backward(loss * scale)
+        with region("backward"):
+            engine.backward(loss * scale)
         if i < recipe.accumulation - 1:
             engine.step()
     distributed.all_reduce(total)
@@ -122,10 +131,12 @@ def train_step(engine: Any, batch: Batch, recipe: Recipe, rate: float, step: int
                          remedy="lower optimizer.lr, or look at these samples", cause="nonfinite_loss")
     norm = gradient_norm(engine)
     try:
-        if update(engine, recipe.spec.loss_scale.window):
-            return mean, None, num_targets
+        with region("optimizer"):
+            skipped = update(engine, recipe.spec.loss_scale.window)
     except OverflowError as error:
         raise TrainError(f"{error}, at step {step + 1}", remedy="lower optimizer.lr", cause="nonfinite_loss") from None
+    if skipped:
+        return mean, None, num_targets
     norm = norm if norm is not None else float(engine.get_global_grad_norm())
     if not math.isfinite(norm):
         raise TrainError(f"the gradient's norm is {norm} at step {step + 1}", remedy="lower optimizer.lr", cause="nonfinite_loss")

@@ -19,6 +19,8 @@ from distlm.model.find import find_model
 from distlm.spec.base import Rule
 from distlm.spec.train import Evaluate, Mixture, TrainSpec, check_batch, check_groups, check_steps
 from distlm.storage import Storage, read_json
+from distlm.train.flops import config_flops
+from distlm.train.memory import check_states, make_load, memory_limit
 from distlm.train.zero import check_raw
 
 
@@ -61,6 +63,8 @@ class Recipe:
     """Attention keeps to a document."""
     marked: bool = False
     """Not every token gives loss, or documents are masked: the stream carries marks."""
+    flops_per_token: float = 0.0
+    """Forward and backward, by `train.flops`."""
 
     @property
     def world(self) -> int:
@@ -146,11 +150,13 @@ def make_recipe(spec: TrainSpec, storage: Storage) -> Recipe:
         check_family(config)
     recipe = Recipe(spec, str(manifest.path), mixture_hash(spec, manifests), shape, sum(sizes.values()), sequences, micro, steps,
                     spec.evaluate.every_steps or max(1, steps // 10), spec.checkpoint.every_steps or max(1, min(1000, steps // 4)),
-                    (), 0.0, make_mix(spec, manifests, steps * sequences), masked, masked or padded)
+                    (), 0.0, make_mix(spec, manifests, steps * sequences), masked, masked or padded, config_flops(config, sizes, context))
     if spec.checkpoint.average > (saved := math.ceil(steps / recipe.checkpoint_every)):
         raise SpecError(f"{spec.checkpoint.average} checkpoints are averaged, and {steps:,} steps save {saved}", where="checkpoint.average",
                         remedy=f"set it to {saved}, or lower checkpoint.every_steps")
     check_epochs(recipe, manifests)
+    if memory_limit(spec) is not None:
+        check_states(make_load(spec, config, shape, recipe.parameters, micro, recipe.accumulation, masked))
     parts = val_parts(recipe, manifests)
     if not parts and spec.evaluate != Evaluate():
         why, remedy = without_val(manifests)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from distlm.train.profile import StepProfile
 from distlm.train.recipe import Recipe
 
 
@@ -21,6 +22,8 @@ class Task:
     folder: Path
     first_step: int
     resume_from: Path | None
+    profile: bool = False
+    """Look at the steps alone, and leave a profile."""
 
 
 def work(config: dict[str, Task]) -> None:
@@ -43,8 +46,10 @@ def work(config: dict[str, Task]) -> None:
     if task.first_step < recipe.num_steps:                 # else only the export is left to be made
         batches = ray.train.get_dataset_shard("train").iter_batches(batch_size=plan.share, batch_format="numpy", prefetch_batches=2)
         steps = ordered_steps(batches, plan, rank, task.first_step)
-    fit(recipe, RunFolder(task.folder), steps, rank=rank, device=ray.train.torch.get_device(), first_step=task.first_step,
-        resume_from=task.resume_from)
+    device = ray.train.torch.get_device()
+    profile = StepProfile(task.folder / "profile", rank, device.type == "cuda") if task.profile else None
+    fit(recipe, RunFolder(task.folder), steps, rank=rank, device=device, first_step=task.first_step, resume_from=task.resume_from,
+        profile=profile)
 
 
 def worker_log(folder: Path, rank: int) -> Path:

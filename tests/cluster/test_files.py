@@ -15,6 +15,7 @@ from jsonschema import Draft202012Validator
 from ruamel.yaml import YAML
 
 from distlm import clusterfile
+from distlm.autoscale import DATA_CPUS
 from distlm.errors import SpecError
 from distlm.execute import resolve
 from distlm.head import LocalCluster
@@ -22,7 +23,6 @@ from distlm.plan import needs
 from distlm.spec import PipelineSpec, TrainSpec
 from distlm.spec.load import validate
 from distlm.storage import Storage
-from distlm.train.driver import DATA_CPUS
 
 ROOT = Path(__file__).parents[2]
 KUBERAY = Draft202012Validator(json.loads(Path(__file__).with_name("kuberay.json").read_text()))

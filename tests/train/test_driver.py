@@ -1,6 +1,7 @@
 """The train job on a real Ray: exact against ranks without Ray, and resumed by cause after real kills."""
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -11,19 +12,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from threading import Thread
 
+import httpx
 import numpy as np
 import psutil
 import pytest
 import ray
 
 from distlm.corpus.stream import START, Plan, local_steps, ordered_steps, plan_dataset
-from distlm.errors import ClusterError, TrainError
+from distlm.errors import ClusterError, SpecError, TrainError
+from distlm.execute import profile
 from distlm.runs import RunFolder
 from distlm.spec import TrainSpec
 from distlm.spec.load import dump, to_yaml
 from distlm.storage import Storage
 from distlm.train import checkpoint
-from distlm.train.driver import KEEP_MEMORY, train
+from distlm.train.driver import KEEP_MEMORY, gauges, train
 from tests.records import Records
 from tests.train.ranks import VOCABULARY, losses, make_corpus, metrics, run_ranks, spec
 
@@ -138,6 +141,8 @@ def test_a_run_goes_on_with_more_workers_and_says_so(cluster: str, corpus: Path,
     text = "its state is divided anew: workers 1 -> 2, zero 0 -> 2"
     assert text in shown.notes and text in [event["message"] for event in folder.events()]
     np.testing.assert_allclose(losses(folder.path), whole, rtol=1e-4)
+    last = [record for record in shown.records if record["distlm"] == "update"][-1]["figures"]
+    assert {"loss", "val_loss", "lr", "grad_norm", "tokens_per_s", "memory_bytes"} <= set(last) and last["eta_s"] == 0
 
 
 @pytest.mark.slow
@@ -197,6 +202,31 @@ def test_a_failure_that_comes_back_ends_the_run_with_its_cause(cluster: str, cor
         train(given, folder, Storage(tmp_path), Records())
     assert folder.state() == ("failed", "nonfinite_loss")
     assert not (folder.path / "export").exists()
+
+
+def test_what_a_step_measured_is_shown_at_the_cluster_s_metrics_endpoint(cluster: str) -> None:
+    gauges("one-run")({"step": 7, "loss": 2.5, "tokens_per_s": 1000.0, "time": 1.0})
+    url = f"http://127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}/metrics"
+    wait_for(lambda: "ray_distlm_train_loss" in httpx.get(url).text, "the endpoint's first report")
+    lines = [line for line in httpx.get(url).text.splitlines() if line.startswith("ray_distlm_train_") and 'run="one-run"' in line]
+    assert {line.split("{")[0].removeprefix("ray_distlm_train_"): float(line.split()[-1]) for line in lines} == {
+        "step": 7, "loss": 2.5, "tokens_per_s": 1000}
+
+
+def test_a_profile_tells_where_ten_steps_go_and_saves_nothing_else(cluster: str, corpus: Path, tmp_path: Path) -> None:
+    shown = Records()
+    given = dump(spec(corpus, scale={"workers": 2}, sharding={"zero": 2}, schedule={"warmup_steps": 20}))
+    made = profile({**given, "kind": "train"}, storage=tmp_path, progress=shown)
+    run = Path(made[""])
+    assert run.name.startswith("run-profile-") and RunFolder(run).state() == ("succeeded", "completed")
+    parts = [made[name] for name in ("data", "forward", "backward", "optimizer", "other")]
+    assert all(part > 0 for part in parts[:4]) and sum(parts) == pytest.approx(made["step_ms"], rel=0.05)
+    trace = json.loads((run / "profile" / "trace.json").read_text())["traceEvents"]
+    for name, times in (("distlm.forward", 30), ("distlm.backward", 30), ("distlm.optimizer", 10), ("distlm.data", 10)):
+        assert len([one for one in trace if one.get("name") == name and one.get("cat") == "user_annotation"]) == times, name
+    assert not (run / "checkpoints").exists() and not (run / "export").exists()
+    with pytest.raises(SpecError, match="only a training job has steps"):
+        profile({"kind": "prepare", "name": "x", "sources": [str(tmp_path)]}, storage=tmp_path)
 
 
 def test_a_job_that_the_cluster_can_never_hold_is_refused(cluster: str, corpus: Path, tmp_path: Path) -> None:

@@ -1,0 +1,306 @@
+"""What a worker holds at the peak of a step, by part, before anything is allocated.
+
+    load = make_load(spec, config, shape, num_parameters(config), micro_sequences=8, accumulation=4)
+    found = peak_memory(load)
+    print(found.total, found.parts(), advice(load, 80 * GIB))
+
+The formulas follow what the code does: DeepSpeed 0.19 under `zero.deepspeed_config`, the loss of `model/loss.py`, attention of
+`model/attention.py` on CPU and PyTorch's fused kernels on GPU. `benchmarks/memory.py` prints them beside what is measured.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from distlm.errors import SpecError
+from distlm.model.build import Shape, recomputable, skeleton
+from distlm.model.loss import BLOCK_ELEMENTS, CHUNK_ELEMENTS, PLAIN_HEADS
+from distlm.spec.base import Rule
+from distlm.spec.gpus import find_gpu
+from distlm.spec.train import TrainSpec, check_optimizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+STATE_BYTES = {"adamw": 8, "muon": 8, "lion": 4, "adafactor": 0, "sgd": 4}
+"""What an optimizer keeps of a parameter, in float32: one moment or two; of muon the most, since its matrices have one. Adafactor's rows
+and columns are too few to count."""
+REDUCE_BUCKET, MAX_LIVE = 500_000_000, 1_000_000_000
+"""Elements, DeepSpeed's defaults: zero_optimization.reduce_bucket_size, and stage3_max_live_parameters and stage3_max_reuse_distance."""
+GIB = 1 << 30
+CUDA_BYTES = GIB
+"""What CUDA and NCCL take of a GPU for themselves, about."""
+FRAGMENTATION = 0.05
+"""Of all the rest: what the allocator holds and cannot use. An assumption."""
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes that autograd keeps of one sequence."""
+
+    layers: tuple[int, ...]
+    """In each layer."""
+    inputs: int
+    """What goes into a layer, which is all that is kept of one that is computed again."""
+    outside: int
+    """Before, between and after layers, the loss not counted."""
+
+    def kept(self, every: int) -> int:
+        """With every n-th layer computed again, 0 for none (Chen et al. 2016)."""
+        again = [i for i in range(len(self.layers)) if every and i % every == 0]
+        return self.outside + sum(self.layers) + sum(self.inputs - self.layers[i] for i in again)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one worker at the peak of a step."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    ema: int
+    activations: int
+    loss: int
+    buffers: int
+    """DeepSpeed's buckets, gathered parameters, and float32 copies of gradients."""
+    fragmentation: int
+
+    @property
+    def states(self) -> int:
+        """What there is whatever the batch: no estimate but arithmetic."""
+        return self.weights + self.gradients + self.optimizer + self.ema
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts().values())
+
+    def parts(self) -> dict[str, int]:
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+
+@dataclass(frozen=True)
+class Load:
+    """All that decides the memory of a worker."""
+
+    spec: TrainSpec
+    parameters: int
+    activations: Activations
+    width: int
+    vocab_size: int
+    context: int
+    micro_sequences: int
+    accumulation: int
+    plain_head: bool
+    """The loss never has whole logits (`model/loss.py`)."""
+    recomputable: bool
+    """Layers of the family can be computed again."""
+
+    def varied(self, zero: int, recompute: int, micro_sequences: int) -> "Load":
+        """The same job under another sharding and another cut of the batch."""
+        spec = self.spec.model_copy(update={"sharding": self.spec.sharding.model_copy(update={"zero": zero}),
+                                            "activation_checkpointing": recompute})
+        return replace(self, spec=spec, micro_sequences=micro_sequences,
+                       accumulation=self.accumulation * self.micro_sequences // micro_sequences)
+
+
+def make_load(spec: TrainSpec, config: "PreTrainedConfig", shape: Shape, parameters: int, micro_sequences: int, accumulation: int,
+              masked: bool = False) -> Load:
+    text = config.get_text_config()
+    return Load(spec, parameters, measure_activations(config, shape, spec.precision, bool(spec.scale.gpus_per_worker), masked),
+                text.hidden_size, text.vocab_size, shape.context, micro_sequences, accumulation, config.model_type in PLAIN_HEADS,
+                bool(recomputable(skeleton(config))))
+
+
+def memory_limit(spec: TrainSpec) -> int | None:
+    """Bytes that the spec says a worker has, less what CUDA takes; None where it does not say."""
+    scale = spec.scale
+    gpu = find_gpu(scale.gpu) if scale.gpu else None
+    gib = scale.memory_gib if scale.memory_gib is not None else gpu.memory_gib if gpu else None
+    return None if gib is None else round(gib * GIB) - (CUDA_BYTES if scale.gpus_per_worker else 0)
+
+
+def offloads(spec: TrainSpec) -> bool:
+    """Whether DeepSpeed is told to keep states elsewhere, which is not counted here."""
+    raw = spec.sharding.deepspeed.get("zero_optimization", {})
+    return spec.sharding.offload is not None or any(key.startswith("offload") for key in raw)
+
+
+def advice(load: Load, limit: int) -> str:
+    """Of all ZeRO stages, with and without activation checkpointing, and cuts of the batch: the cheapest change with which the job fits, as
+    `sharding.zero: 3 and activation_checkpointing: 1, at 61.0 GiB`; empty where none does.
+
+    Costs: stages 1 and 2 send as many bytes as none, stage 3 half as many again (Rajbhandari et al. 2020, section 7); a layer that is
+    computed again takes a third of a step's arithmetic; halving a micro-batch is taken for 3 % of the time.
+    """
+    spec, share = load.spec, load.micro_sequences * load.accumulation
+    found: list[tuple[float, int, str]] = []
+    for zero in range(spec.sharding.zero, 4):
+        try:
+            check_optimizer(spec.optimizer, zero)
+        except Rule:
+            continue
+        for again in dict.fromkeys((spec.activation_checkpointing, *((1,) if load.recomputable else ()))):
+            for micro in (n for n in range(load.micro_sequences, 0, -1) if share % n == 0):
+                total = peak_memory(load.varied(zero, again, micro)).total
+                if total > limit:
+                    continue
+                changes = [text for text, changed in (
+                    (f"sharding.zero: {zero}", zero != spec.sharding.zero),
+                    (f"batch.micro_sequences: {micro}", micro != load.micro_sequences),
+                    (f"activation_checkpointing: {again}", again != spec.activation_checkpointing)) if changed]
+                cost = (0.01 * zero + 0.1 * (zero == 3) + 0.03 * math.log2(load.micro_sequences / micro)
+                        + 0.33 * (again != spec.activation_checkpointing))
+                found.append((cost, total, " and ".join(changes)))
+                break                                      # a smaller one costs more
+    if not found:
+        return ""
+    _, total, text = min(found)
+    return f"{text}, at {total / GIB:.3g} GiB"
+
+
+def check_states(load: Load) -> None:
+    """Raises SpecError where model states alone, which are arithmetic, exceed what the spec says that a worker has."""
+    limit, states = memory_limit(load.spec), peak_memory(load).states
+    if limit is not None and states > limit and not offloads(load.spec):
+        found = advice(load, limit)
+        key = "memory_gib" if load.spec.scale.memory_gib is not None else "gpu"
+        raise SpecError(f"weights, gradients and the optimizer's states take {states / GIB:.3g} GiB of a worker, and it has "
+                        f"{limit / GIB:.3g} GiB to give", where=f"scale.{key}",
+                        remedy=f"it fits with {found}" if found else "take more workers, or a smaller model")
+
+
+def peak_memory(load: Load) -> Memory:
+    """The most that a worker holds, which is either as a backward pass begins or as the optimizer steps.
+
+    Model states: Rajbhandari et al. 2020, section 3, with p bytes of a weight: in bf16 and fp16 p = 2 and the optimizer has the
+    float32 weights too.
+    Activations: measured on the meta device (`measure_activations`), where Korthikanti et al. 2022, equation 2, counts by hand.
+    """
+    spec, n, zero, world = load.spec, load.parameters, load.spec.sharding.zero, load.spec.scale.workers
+    p = 4 if spec.precision == "fp32" else 2
+    on_gpu = bool(spec.scale.gpus_per_worker)
+    part = -(-n // world)
+    states = model_states(n, spec.precision, zero, world, STATE_BYTES[spec.optimizer.name])
+    kept = load.micro_sequences * load.activations.kept(spec.activation_checkpointing)
+    again = load.micro_sequences * max(load.activations.layers) if spec.activation_checkpointing else 0
+    loss = loss_bytes(load, p)
+    raw = spec.sharding.deepspeed.get("zero_optimization", {})
+    bucket_size = int(raw.get("reduce_bucket_size", REDUCE_BUCKET))
+    bucket = min(bucket_size, n)
+    # the buckets of stages 1 to 3 are allocated whole; on a CPU what is not written to takes no memory
+    reserved = (bucket_size if on_gpu else bucket) * p
+    if zero == 0:
+        buffers, step = bucket * p if world > 1 else 0, 4 * n if p == 2 else 0
+    elif zero < 3:
+        buffers, step = reserved, part * (p + 4)
+    else:
+        live = min(n, int(raw.get("stage3_max_live_parameters", MAX_LIVE)))
+        buffers, step = reserved + live * p + 4 * part, 0
+    weights, optimizer = states["weights"], states["optimizer"]
+    gradients = states["gradients"]
+    ema = model_states(n, "fp32", zero, world, 4)["optimizer"] if spec.ema else 0
+    held = gradients if load.accumulation > 1 else 0       # the first backward pass begins without gradients
+    early = buffers if zero == 3 or (zero and on_gpu) else 0                   # what there is before gradients fill buckets
+    peaks = {
+        "loss": (held, kept, loss, early),
+        "last layer": (held, kept + again, 0, early),
+        "first layer": (gradients, again, 0, buffers),
+        "step": (gradients, 0, 0, step + (buffers if zero == 3 else 0))}
+    at = max(peaks.values(), key=sum)
+    whole = Memory(weights, at[0], optimizer, ema, at[1], at[2], at[3], 0)
+    return replace(whole, fragmentation=round(FRAGMENTATION * whole.total))
+
+
+def model_states(parameters: int, precision: str, zero: int, workers: int, states: int = 8) -> dict[str, int]:
+    """Bytes of model states on one worker (Rajbhandari et al. 2020, section 3): with adamw in bf16 2 + 2 + 12 a parameter, in fp32
+    4 + 4 + 8. `states`: bytes of the optimizer's own states of a parameter."""
+    weight, optimizer = (4, states) if precision == "fp32" else (2, 4 + states)
+
+    def share(bytes_each: int, from_stage: int) -> int:
+        return -(-parameters * bytes_each // (workers if zero >= from_stage else 1))
+
+    return {"weights": share(weight, 3), "gradients": share(weight, 2), "optimizer": share(optimizer, 1)}
+
+
+def loss_bytes(load: Load, p: int) -> int:
+    """The most that the loss takes beside the activations, at the end of the forward pass or as the backward one begins.
+
+    With a plain head, `_LinearCrossEntropy` has the gradient of the last matrix in float32, its product with the scale and the result; of
+    the hidden states their gradient, and the same; in the forward pass a block of logits and float32 chunks of it. Any other head has the
+    logits, their gradient, and its float32 product.
+    """
+    kind = "cuda" if load.spec.scale.gpus_per_worker else "cpu"
+    rows, matrix = load.micro_sequences * load.context, load.vocab_size * load.width
+    chunk = 4 * 4 * min(CHUNK_ELEMENTS[kind], rows * load.vocab_size)
+    if not load.plain_head:
+        return rows * load.vocab_size * (2 * p + max(4, p)) + chunk
+    block = p * min(max(BLOCK_ELEMENTS[kind], load.vocab_size), rows * load.vocab_size)
+    forward = 4 * matrix + p * matrix + rows * load.width * p + block + chunk
+    backward = (4 + 4 + p) * matrix + rows * load.width * (2 * p)
+    return max(forward, backward)
+
+
+def measure_activations(config: "PreTrainedConfig", shape: Shape, precision: str, on_gpu: bool, masked: bool = False) -> Activations:
+    """What autograd keeps of a sequence, counted in a forward pass on the meta device, where nothing is computed or allocated.
+
+    Attention is counted as it is done: on CPU `causal_attention` keeps queries, and keys and values repeated for each head; a GPU's fused
+    kernel keeps them as they are. Where the family's code needs values, and so cannot run there, it is Korthikanti et al. 2022, equation 2,
+    without the scores, which no fused kernel keeps: 34 bytes a token and unit of width, at two bytes a number.
+    """
+    import torch
+
+    text = config.get_text_config()
+    p = 4 if precision == "fp32" else 2
+    inputs = shape.context * text.hidden_size * p
+    model: Any = skeleton(config)
+    model = model.to(torch.float32 if precision == "fp32" else torch.bfloat16).train()
+    if model.config._attn_implementation == "sdpa":
+        _count_attention(model, on_gpu)
+    seen: dict[int, Any] = {storage._cdata: storage for parameter in model.parameters() for storage in (parameter.untyped_storage(),)}
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    counts, current = [0] * (len(layers) + 1), [len(layers)]
+    for i, layer in enumerate(layers):
+        layer.register_forward_pre_hook(lambda *_, i=i: current.__setitem__(0, i))
+        layer.register_forward_hook(lambda *_: current.__setitem__(0, len(layers)))
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in seen:
+            seen[storage._cdata] = storage                 # kept, so that its address is not another's
+            counts[current[0]] += storage.nbytes()
+        return tensor
+
+    mask = shape.context**2 * (1 + p) if masked else 0     # boolean, and as PyTorch adds it to the scores; one for all layers
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            tokens = torch.zeros(1, shape.context, dtype=torch.int64, device="meta")
+            mask_ = torch.ones_like(tokens)                # without one, transformers would look into the positions
+            model.base_model(input_ids=tokens, attention_mask=mask_, use_cache=False)
+        assert layers and all(counts[:-1])
+    except Exception:                                      # a mixture of experts asks which tokens go where
+        return Activations((shape.context * text.hidden_size * 17 * p,) * text.num_hidden_layers, inputs, inputs + mask)
+    return Activations(tuple(counts[:-1]), inputs, counts[-1] + mask)
+
+
+def _count_attention(model: Any, on_gpu: bool) -> None:
+    """Let a model on the meta device keep what the fused kernels keep, without a mask."""
+    import torch
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    class Kept(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+            ctx.save_for_backward(query, key, value)
+            return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
+
+    def attend(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, None]:
+        groups = query.shape[1] // key.shape[1]
+        if groups > 1 and not on_gpu:
+            key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        return Kept.apply(query, key, value), None
+
+    AttentionInterface.register("distlm_count", attend)
+    AttentionMaskInterface.register("distlm_count", lambda *_, **__: None)
+    model.set_attn_implementation("distlm_count")

@@ -1,0 +1,73 @@
+"""What a step computes, and of which peak."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from distlm.model.build import Shape, build_model, model_config, parameter_sizes
+from distlm.runs import RunFolder
+from distlm.spec.gpus import find_gpu
+from distlm.spec.train import ModelSpec
+from distlm.storage import Storage
+from distlm.train import flops, metrics
+from distlm.train.metrics import MetricsWriter
+from distlm.train.recipe import make_recipe
+from tests.train.ranks import make_corpus, spec
+
+LLAMA = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+         "intermediate_size": 64}
+GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4}
+
+
+@pytest.mark.parametrize("config", [{**LLAMA, "tie_word_embeddings": True}, {**LLAMA, "tie_word_embeddings": False}, GPT2])
+def test_the_arithmetic_is_what_torch_counts_in_the_matrix_products(config: dict[str, Any]) -> None:
+    given = ModelSpec(config=config)
+    found = model_config(given, Shape(300, 16, 0))
+    model = build_model(given, found, 0)
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=torch.zeros(1, 16, dtype=torch.long)).logits.sum().backward()
+    assert flops.config_flops(found, parameter_sizes(found), 16) * 16 == pytest.approx(counter.get_total_flops(), rel=0.06)
+
+
+def test_of_a_mixture_of_experts_those_that_a_token_goes_to_count() -> None:
+    family = {"model_type": "mixtral", **{key: value for key, value in LLAMA.items() if key != "model_type"}}
+    sizes = {}
+    for chosen in (1, 4):
+        config = model_config(ModelSpec(config={**family, "num_local_experts": 4, "num_experts_per_tok": chosen}), Shape(300, 16, 0))
+        sizes[chosen] = flops.multiplied(config, parameter_sizes(config))
+    assert sizes[4] - sizes[1] == 2 * 3 * (3 * 32 * 64)    # layers, experts left out, an expert's matrices
+
+
+@pytest.mark.parametrize("name, peak, memory", [
+    ("NVIDIA H100 80GB HBM3", 989e12, 80), ("NVIDIA H100 PCIe", 756e12, 80), ("NVIDIA H200", 989e12, 141),
+    ("NVIDIA A100-SXM4-40GB", 312e12, 40), ("NVIDIA A100-SXM4-80GB", 312e12, 80), ("NVIDIA A100 80GB PCIe", 312e12, 80),
+    ("NVIDIA L4", 121e12, 24), ("NVIDIA L40S", 362e12, 48), ("Tesla V100-SXM2-16GB", 125e12, 16),
+    ("NVIDIA GeForce RTX 4090", 165.2e12, 24), ("NVIDIA B200", 2250e12, 180)])
+def test_a_gpu_is_known_by_its_name(name: str, peak: float, memory: int) -> None:
+    gpu = find_gpu(name)
+    assert gpu and flops.peak_flops(name) == peak and gpu.memory_gib == memory
+
+
+def test_a_gpu_that_the_table_does_not_know_has_no_peak() -> None:
+    assert flops.peak_flops("NVIDIA L400") is None and flops.peak_flops("H100x") is None
+
+
+def test_half_of_the_peak_is_an_mfu_of_a_half() -> None:
+    assert flops.mfu(1e3, 6e9, 12e12) == 0.5
+    assert 1e8 < flops.measured_peak() < 1e16
+
+
+@pytest.mark.parametrize("peak", [None, 1e9])
+def test_a_record_has_mfu_where_the_peak_is_known_and_memory_always(peak: float | None, tmp_path: Path,
+                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "worker_peak", lambda precision: peak)
+    recipe = make_recipe(spec(make_corpus(tmp_path / "c"), scale={"workers": 2}), Storage(tmp_path))
+    writer = MetricsWriter(RunFolder(tmp_path / "run"), recipe, 0)
+    writer.step(1, 4.0, 0.01, 1.0, 0.5, None, recipe.tokens_per_step)
+    writer.close()
+    [record] = RunFolder(tmp_path / "run").read_metrics()
+    assert 1e7 < record["memory_bytes"] < 1e11
+    assert record.get("mfu") == (None if peak is None else pytest.approx(12 * 16 / 0.5 * recipe.flops_per_token / 2e9))

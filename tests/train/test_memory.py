@@ -1,0 +1,86 @@
+"""The parts of a worker's memory, against what autograd keeps and what DeepSpeed documents."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from distlm.model.attention import use_cpu_attention
+from distlm.model.build import Shape, build_model, model_config, num_parameters
+from distlm.spec import TrainSpec
+from distlm.train.memory import GIB, Activations, Load, advice, make_load, measure_activations, peak_memory
+
+LLAMA = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+         "intermediate_size": 64, "tie_word_embeddings": True}
+GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 3, "n_head": 4}
+SHAPE = Shape(300, 64, 0)
+
+
+def spec(**keys: Any) -> TrainSpec:
+    return TrainSpec.model_validate({"name": "x", "corpus": "c", "model": {"config": LLAMA}, "duration": {"steps": 1}, **keys})
+
+
+@pytest.mark.parametrize("config", [LLAMA, GPT2])
+def test_activations_are_what_autograd_keeps_in_a_real_pass_on_the_cpu(config: dict[str, Any]) -> None:
+    given = spec(model={"config": config}, precision="fp32")
+    found = model_config(given.model, SHAPE)
+    model = build_model(given.model, found, 0).train()
+    use_cpu_attention(model)
+    seen = {p.untyped_storage().data_ptr(): 0 for p in model.parameters()}
+    keep = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        keep.append(tensor)                                # so that no address is given twice
+        seen.setdefault(tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model.base_model(input_ids=torch.zeros(1, 64, dtype=torch.int64), use_cache=False)
+    counted = measure_activations(found, SHAPE, "fp32", on_gpu=False)
+    assert counted.kept(0) == pytest.approx(sum(seen.values()), rel=0.02)
+    assert len(counted.layers) == 3 and counted.inputs == 64 * 32 * 4
+
+
+def test_a_layer_that_is_computed_again_keeps_its_input_alone() -> None:
+    one = Activations((100, 100, 100), 10, 5)
+    assert (one.kept(0), one.kept(1), one.kept(2)) == (305, 35, 125)
+
+
+def test_a_family_that_needs_values_is_counted_by_hand() -> None:
+    config = model_config(spec(model={"config": {**LLAMA, "model_type": "mixtral", "num_local_experts": 4}}).model, SHAPE)
+    assert measure_activations(config, SHAPE, "bf16", on_gpu=True).layers[0] >= 34 * 64 * 32
+
+
+def load(gpus: int = 1, parameters: int = 10**9, **keys: Any) -> Load:
+    given = spec(scale={"workers": 8, "gpus_per_worker": gpus}, **keys)
+    return Load(given, parameters, Activations((GIB,) * 4, GIB // 32, GIB // 16), 2048, 32000, 4096, 8, 2, True, True)
+
+
+def test_every_part_follows_from_the_stage() -> None:
+    parts = {zero: peak_memory(load(sharding={"zero": zero})) for zero in range(4)}
+    assert [parts[zero].weights for zero in range(4)] == [2 * 10**9] * 3 + [2 * 10**9 // 8]
+    assert [parts[zero].optimizer for zero in range(4)] == [12 * 10**9] + [12 * 10**9 // 8] * 3
+    assert parts[0].total > parts[1].total > parts[2].total
+    assert parts[3].buffers >= 2 * 5 * 10**8 + 2 * 10**9, "its bucket, and the parameters that are gathered"
+    small = peak_memory(load(sharding={"zero": 2, "deepspeed": {"zero_optimization": {"reduce_bucket_size": 10**6}}}))
+    assert parts[2].buffers - small.buffers == 2 * (5 * 10**8 - 10**6)
+    assert peak_memory(load(ema={})).ema == 4 * 10**9
+    again = peak_memory(load(parameters=10**7, activation_checkpointing=1))
+    assert again.activations == 8 * (4 * GIB // 32 + GIB // 16 + GIB), "all inputs, and one layer whole"
+
+
+def test_advice_is_the_cheapest_change_that_fits() -> None:
+    one = load()
+    total = peak_memory(one).total
+    assert advice(one, total - 1).startswith("sharding.zero: 1, at ")
+    assert advice(load(sharding={"zero": 3}), peak_memory(load(sharding={"zero": 3})).total - 1).startswith("batch.micro_sequences: 4, at ")
+    assert "activation_checkpointing: 1" in advice(load(parameters=10**8), 4 * GIB)
+    assert advice(one, GIB) == ""
+    assert advice(load(optimizer={"name": "adafactor"}), 12 * GIB).startswith("batch.micro_sequences"), "adafactor has no ZeRO"
+
+
+def test_a_load_is_made_of_a_spec_and_half_a_batch_takes_half_the_activations() -> None:
+    given = spec()
+    config = model_config(given.model, SHAPE)
+    both = [peak_memory(make_load(given, config, SHAPE, num_parameters(config), micro, 2)).activations for micro in (64, 32)]
+    assert both[0] == 2 * both[1] > 0
