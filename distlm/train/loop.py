@@ -7,6 +7,7 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,16 @@ from distlm.model.documents import check_documents_apart
 from distlm.model.export import export_model
 from distlm.model.loss import CausalLoss
 from distlm.runs import RunFolder
-from distlm.train import checkpoint
+from distlm.train import checkpoint, preempt
 from distlm.train.average import Ema, take_mean
 from distlm.train.batch import Batch, make_batch
 from distlm.train.evaluate import Evaluator
+from distlm.train.guard import Random, SpikeGuard, finite, nonfinite_gradient, nonfinite_loss, without_update
 from distlm.train.metrics import MetricsWriter
 from distlm.train.optimizer import set_rate
 from distlm.train.recipe import Recipe, manifest_of
 from distlm.train.schedule import learning_rate
+from distlm.train.watchdog import Watchdog
 from distlm.train.zero import deepspeed_config, make_engine
 
 
@@ -58,38 +61,50 @@ def fit(recipe: Recipe, folder: RunFolder, steps: Iterator[NDArray[np.int64]], *
     ema = Ema(spec.ema.decay, engine) if spec.ema else None
     if resume_from is not None:
         checkpoint.load(engine, resume_from, recipe, rank, ema)
+    guard = SpikeGuard(spec.guard.spike, checkpoint.recent_losses(resume_from) if resume_from else [])
     evaluator = Evaluator(recipe, rank, device)
     writer = MetricsWriter(folder, recipe, first_step) if rank == 0 else None
     val_loss = evaluator.loss(engine) if first_step == 0 else None
     if first_step == 0 and writer:
         writer.start(val_loss)
-    for step in range(first_step, recipe.num_steps):
-        batch = make_batch(next(steps), recipe.mask_documents, device)
-        started = time.perf_counter()
-        rate = learning_rate(spec.schedule, spec.optimizer.lr, step, recipe.num_steps)
-        loss, norm, num_targets = train_step(engine, batch, recipe, rate, step)
-        done, val_loss = step + 1, None
-        if ema:
-            ema.update(engine, done)
-        seconds = time.perf_counter() - started
-        if done % recipe.evaluate_every == 0 or done == recipe.num_steps:
-            with exported_weights(engine, ema):
-                val_loss = evaluator.loss(engine)
+    with Watchdog(folder.path, rank, spec.guard.step_timeout_s) as dog:
+        for step in range(first_step, recipe.num_steps):
+            dog.beat(step, "data")
+            batch = make_batch(next(steps), recipe.mask_documents, device)
+            dog.beat(step, "step")
+            started = time.perf_counter()
+            rate = learning_rate(spec.schedule, spec.optimizer.lr, step, recipe.num_steps)
+            leaving = preempt.told() or (rank == 0 and (folder.path / preempt.FLAG).exists())
+            result = train_step(engine, batch, recipe, rate, step, guard, leaving)
+            done, val_loss = step + 1, None
+            if ema and not result.skipped:
+                ema.update(engine, done)
+            seconds = time.perf_counter() - started
+            dog.rest()
+            due = done % recipe.checkpoint_every == 0 or done == recipe.num_steps
+            if done % recipe.evaluate_every == 0 or done == recipe.num_steps or (due and spec.checkpoint.keep_best):
+                with exported_weights(engine, ema):
+                    val_loss = evaluator.loss(engine)
+            if writer:
+                writer.step(done, result.loss, rate, result.norm, seconds, val_loss, result.num_targets, result.limit, result.skipped)
+            if due or result.leaving:
+                checkpoint.save(engine, folder.path, done, recipe, rank, ema, list(guard.losses), val_loss, due=due)
+            if result.leaving and done < recipe.num_steps:
+                if writer:
+                    writer.close()
+                raise TrainError(f"a worker or the driver was sent SIGTERM, and the state after step {done} is saved", cause="preempted",
+                                 remedy="go on with --resume")
+        mean = {}
+        if spec.checkpoint.average > 1:
+            mean = {"averaged": take_mean(engine, folder.path, recipe, rank), "val_loss": evaluator.loss(engine)}
+        with exported_weights(engine, ema):
+            weights = gather_weights(engine, rank)
+        if rank == 0:
+            export_model(engine.module.model, weights, manifest_of(recipe).tokenizer, folder.path / "export",
+                         {**export_lineage(recipe, folder), **mean})
         if writer:
-            writer.step(done, loss, rate, norm, seconds, val_loss, num_targets)
-        if done % recipe.checkpoint_every == 0 or done == recipe.num_steps:
-            checkpoint.save(engine, folder.path, done, recipe, rank, ema)
-    mean = {}
-    if spec.checkpoint.average > 1:
-        mean = {"averaged": take_mean(engine, folder.path, recipe, rank), "val_loss": evaluator.loss(engine)}
-    with exported_weights(engine, ema):
-        weights = gather_weights(engine, rank)
-    if rank == 0:
-        export_model(engine.module.model, weights, manifest_of(recipe).tokenizer, folder.path / "export",
-                     {**export_lineage(recipe, folder), **mean})
-    if writer:
-        writer.close()
-    distributed.barrier()
+            writer.close()
+        distributed.barrier()
 
 
 def exported_weights(engine: Any, ema: Ema | None) -> contextlib.AbstractContextManager[None]:
@@ -97,35 +112,58 @@ def exported_weights(engine: Any, ema: Ema | None) -> contextlib.AbstractContext
     return ema.in_place(engine) if ema else contextlib.nullcontext()
 
 
-def train_step(engine: Any, batch: Batch, recipe: Recipe, rate: float, step: int) -> tuple[float, float, int]:
-    """One optimizer step on this rank's share: (mean loss in nats per token over the global batch, global gradient norm, tokens that
-    gave loss).
+@dataclass(frozen=True)
+class StepResult:
+    """What a step came to, the same on all ranks."""
+
+    loss: float
+    """Mean in nats per token over the global batch."""
+    norm: float
+    """Of the global gradient."""
+    num_targets: int
+    """Tokens that gave loss."""
+    limit: float | None
+    """What the loss should have been at most, where it is a spike."""
+    skipped: bool
+    """Weights and the optimizer's states are those from before."""
+    leaving: bool
+    """A rank has been asked to end: all save and end after this step."""
+
+
+def train_step(engine: Any, batch: Batch, recipe: Recipe, rate: float, step: int, guard: SpikeGuard,
+               leaving: bool = False) -> StepResult:
+    """One optimizer step on this rank's share. `leaving`: this rank has been asked to end.
 
     The loss of a step is the sum over its tokens that give loss divided by their global count; DeepSpeed averages over ranks
-    and micro-batches, so the sum of a micro-batch is multiplied by both first. All ranks take part.
+    and micro-batches, so the sum of a micro-batch is multiplied by both first. All ranks take part. Raises TrainError, on all ranks and
+    before the update, where loss or gradient is not finite, or where the spec says to stop at a spike.
     """
     set_rate(engine.optimizer, rate)
     num_targets = count_targets(batch, recipe, step)
     scale = recipe.accumulation * recipe.world / num_targets
-    total = torch.zeros((), dtype=torch.float64, device=batch.tokens.device)
+    random, totals = Random.now(), torch.tensor([0, leaving], dtype=torch.float64, device=batch.tokens.device)
     for i, micro in enumerate(batch.split(recipe.micro_sequences)):
         loss = engine(*micro.inputs)
-        total += loss.detach().double()
+        totals[0] += loss.detach().double()
         engine.backward(loss * scale)
         if i < recipe.accumulation - 1:
             engine.step()
-    distributed.all_reduce(total)
-    mean = total.item() / num_targets
+    distributed.all_reduce(totals)                         # the one exchange of a step beside the gradients
+    total, leavers = totals.tolist()
+    mean = total / num_targets
     if not math.isfinite(mean):
-        first = step * recipe.global_sequences
-        raise TrainError(f"the loss is {mean} at step {step + 1}, samples {first} to {first + recipe.global_sequences - 1}",
-                         remedy="lower optimizer.lr, or look at these samples", cause="nonfinite_loss")
+        raise nonfinite_loss(engine, batch, recipe, step, random, mean)
+    limit = guard.limit(mean)
+    skipped = limit is not None and guard.skips(mean, limit, step, recipe)
     norm = gradient_norm(engine)
-    engine.step()
+    if norm is not None and not finite(norm):
+        raise nonfinite_gradient(engine, batch, recipe, step, random, norm)
+    with without_update(engine) if skipped else contextlib.nullcontext():
+        engine.step()                                      # DeepSpeed itself makes no update of a norm that is not finite
     norm = norm if norm is not None else float(engine.get_global_grad_norm())
-    if not math.isfinite(norm):
-        raise TrainError(f"the gradient's norm is {norm} at step {step + 1}", remedy="lower optimizer.lr", cause="nonfinite_loss")
-    return mean, norm, num_targets
+    if not finite(norm):
+        raise nonfinite_gradient(engine, batch, recipe, step, random, norm)
+    return StepResult(mean, norm, num_targets, limit, skipped, leavers > 0)
 
 
 def count_targets(batch: Batch, recipe: Recipe, step: int) -> int:

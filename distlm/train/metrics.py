@@ -23,14 +23,18 @@ class MetricsWriter:
             self._board.add_scalar("loss/val", val_loss, 0)
 
     def step(self, done: int, loss: float, rate: float, norm: float, seconds: float, val_loss: float | None,
-             num_targets: int) -> None:
+             num_targets: int, limit: float | None = None, skipped: bool = False) -> None:
         """Record a step: mean loss in nats, learning rate, gradient norm before clipping, seconds of the step alone, tokens that gave loss
-        where not all do."""
+        where not all do; of a loss spike the limit that it is above, and whether its update was left out."""
         tokens = self._recipe.tokens_per_step
         record = {"step": done, "loss": loss, "lr": rate, "grad_norm": norm, "tokens": done * tokens, "tokens_per_s": tokens / seconds,
                   "time": time.time(), **({} if val_loss is None else {"val_loss": val_loss}),
-                  **({"loss_tokens": num_targets} if self._recipe.marked else {})}
+                  **({"loss_tokens": num_targets} if self._recipe.marked else {}),
+                  **({} if limit is None else {"spike_above": limit, "skipped": skipped})}
         self._folder.metrics(record)
+        if limit is not None:
+            self._folder.event("note", "loss_spike", f"the loss is {loss:.4g} at step {done}, above {limit:.4g}: "
+                                                     f"{'no update was made' if skipped else 'only noted'}", step=done)
         for name, value in (("loss/train", loss), ("loss/val", val_loss), ("optimizer/lr", rate), ("optimizer/grad_norm", norm),
                             ("speed/tokens_per_s", tokens / seconds)):
             if value is not None:
