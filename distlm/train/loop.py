@@ -69,13 +69,12 @@ def fit(recipe: Recipe, folder: RunFolder, steps: Iterator[NDArray[np.int64]], *
         writer.start(val_loss)
     with Watchdog(folder.path, rank, spec.guard.step_timeout_s) as dog:
         for step in range(first_step, recipe.num_steps):
-            dog.beat(step, "data")
+            dog.beat(step)
             batch = make_batch(next(steps), recipe.mask_documents, device)
-            dog.beat(step, "step")
             started = time.perf_counter()
             rate = learning_rate(spec.schedule, spec.optimizer.lr, step, recipe.num_steps)
             leaving = preempt.told() or (rank == 0 and (folder.path / preempt.FLAG).exists())
-            result = train_step(engine, batch, recipe, rate, step, guard, leaving)
+            result = train_step(engine, batch, recipe, rate, step, guard, dog, leaving)
             done, val_loss = step + 1, None
             if ema and not result.skipped:
                 ema.update(engine, done)
@@ -130,8 +129,8 @@ class StepResult:
     """A rank has been asked to end: all save and end after this step."""
 
 
-def train_step(engine: Any, batch: Batch, recipe: Recipe, rate: float, step: int, guard: SpikeGuard,
-               leaving: bool = False) -> StepResult:
+def train_step(engine: Any, batch: Batch, recipe: Recipe, rate: float, step: int, guard: SpikeGuard, dog: Watchdog,
+               leaving: bool) -> StepResult:
     """One optimizer step on this rank's share. `leaving`: this rank has been asked to end.
 
     The loss of a step is the sum over its tokens that give loss divided by their global count; DeepSpeed averages over ranks
@@ -143,6 +142,7 @@ def train_step(engine: Any, batch: Batch, recipe: Recipe, rate: float, step: int
     scale = recipe.accumulation * recipe.world / num_targets
     random, totals = Random.now(), torch.tensor([0, leaving], dtype=torch.float64, device=batch.tokens.device)
     for i, micro in enumerate(batch.split(recipe.micro_sequences)):
+        dog.beat(step, i + 1)
         loss = engine(*micro.inputs)
         totals[0] += loss.detach().double()
         engine.backward(loss * scale)

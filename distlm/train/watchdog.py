@@ -1,7 +1,7 @@
 """A rank that has stopped, or hangs, cannot say so: the others find it, and all end with the same error.
 
     with Watchdog(folder.path, rank, timeout_s) as dog:
-        dog.beat(step, "data")                             # at every point that a rank comes to
+        dog.beat(step)                                     # at every point that a rank comes to
 
 A rank that waits longer than the timeout writes all its threads' stacks to its log, and to a file how far it is. Whoever writes none is
 stopped; if all do, the one that hangs is behind the others. Nothing is written while a run goes well.
@@ -27,8 +27,6 @@ from distlm.errors import StorageError, TrainError
 from distlm.storage import read_json, write_json
 
 FOLDER = "hang"
-PHASES = ("data", "step")
-"""The points of a step, in order: waiting for its samples, computing it."""
 
 
 class Watchdog:
@@ -42,7 +40,7 @@ class Watchdog:
         self._processes: list[Any] = [None] * distributed.get_world_size()
         distributed.all_gather_object(self._processes, me)
         self._at, self._beaten = (0, 0), 0.0
-        """(step, phase) and when; 0.0 while nothing is watched."""
+        """(step, micro-batches begun) and when; 0.0 while nothing is watched."""
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
 
@@ -56,9 +54,9 @@ class Watchdog:
         if isinstance(error, RuntimeError) and (found := verdict(self._folder.parent)):
             raise found from error                         # a collective failed because a rank was given up
 
-    def beat(self, step: int, phase: str) -> None:
-        """This rank has come to a point of a step."""
-        self._at, self._beaten = (step, PHASES.index(phase)), time.monotonic()
+    def beat(self, step: int, micro: int = 0) -> None:
+        """This rank begins the `micro`-th micro-batch of a step, counted from 1; 0 stands for the wait for its samples."""
+        self._at, self._beaten = (step, micro), time.monotonic()
 
     def rest(self) -> None:
         """What comes now has no limit of its own: evaluation, a checkpoint, the export."""
@@ -72,7 +70,8 @@ class Watchdog:
 
     def _bark(self, at: tuple[int, int]) -> bool:
         """Say how far this rank is, hear the others, and end. False where this rank has gone on meanwhile."""
-        print(f"no progress for {self._timeout_s:g} s in step {at[0] + 1} ({PHASES[at[1]]}); all threads:", file=sys.stderr, flush=True)
+        part = f"micro-batch {at[1]}" if at[1] else "its samples"
+        print(f"no progress for {self._timeout_s:g} s in step {at[0] + 1} ({part}); all threads:", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(sys.stderr, all_threads=True)
         with contextlib.suppress(StorageError):
             write_json(self._folder / f"rank-{self._rank}.json", at)
@@ -119,8 +118,8 @@ def verdict(run: Path) -> TrainError | None:
     who = " and ".join(f"rank {rank} (process {process['pid']} on {process['host']})"
                        for rank, process in zip(found["ranks"], found["processes"], strict=True))
     what = f"{who} {'does not answer' if found['silent'] else 'is behind the others'}" if who else "no rank is behind the others"
-    return TrainError(f"step {found['step'] + 1} took longer than {found['timeout_s']:g} s: {what}", where="guard.step_timeout_s",
-                      cause="hang", remedy=f"the stacks of the others are in {run / 'logs'}; a slow step needs a longer limit")
+    return TrainError(f"step {found['step'] + 1} stood still for {found['timeout_s']:g} s: {what}", where="guard.step_timeout_s",
+                      cause="hang", remedy=f"the stacks of the others are in {run / 'logs'}; a slow micro-batch needs a longer limit")
 
 
 def _kill(process: dict[str, Any]) -> None:

@@ -105,11 +105,11 @@ def test_a_spike_is_skipped_or_ends_the_run_and_a_resumed_run_decides_the_same(c
 def test_a_rank_that_is_stopped_is_named_and_ended_and_the_others_leave_their_stacks(corpus: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     output = run_ranks({run: spec(corpus, scale=TWO, guard={"step_timeout_s": 15})}, stop_before_step=7)
-    what = r"TrainError: guard\.step_timeout_s: step 8 took longer than 15 s: rank 1 \(process (\d+) on .*\) (.*)"
+    what = r"TrainError: guard\.step_timeout_s: step 8 stood still for 15 s: rank 1 \(process (\d+) on .*\) (.*)"
     [[pid, text]] = set(re.findall(what, output))
-    assert text == f"does not answer; the stacks of the others are in {run / 'logs'}; a slow step needs a longer limit"
+    assert text == f"does not answer; the stacks of the others are in {run / 'logs'}; a slow micro-batch needs a longer limit"
     assert not psutil.pid_exists(int(pid))
-    _, stacks = output.split("no progress for 15 s in step 8 (step); all threads:\n")
+    _, stacks = output.split("no progress for 15 s in step 8 (micro-batch 3); all threads:\n")
     assert re.search(r"loop\.py.* in train_step", stacks), "what it waits in is among them"
     assert (found := verdict(run)) and found.cause == "hang" and text in str(found)
     assert len(losses(run)) == 7 and not (run / "export").exists()
@@ -117,13 +117,13 @@ def test_a_rank_that_is_stopped_is_named_and_ended_and_the_others_leave_their_st
 
 def test_what_hangs_while_its_threads_live_is_behind_the_others(tmp_path: Path) -> None:
     """As a rank that waits for its samples for ever: it says how far it is, and the others are further."""
-    for rank, place in enumerate(([7, 1], [7, 0], [7, 1])):
+    for rank, place in enumerate(([7, 3], [7, 0], [7, 3])):
         write_json(tmp_path / "hang" / f"rank-{rank}.json", place)
     dog = object.__new__(Watchdog)
-    dog._folder, dog._rank, dog._timeout_s, dog._at = tmp_path / "hang", 0, 5.0, (7, 1)
+    dog._folder, dog._rank, dog._timeout_s, dog._at = tmp_path / "hang", 0, 5.0, (7, 3)
     dog._processes = [{"host": "here", "pid": 100 + rank} for rank in range(3)]
     dog._judge()
-    assert "step 8 took longer than 5 s: rank 1 (process 101 on here) is behind the others" in str(verdict(tmp_path))
+    assert "step 8 stood still for 5 s: rank 1 (process 101 on here) is behind the others" in str(verdict(tmp_path))
     dog._processes.append({"host": "there", "pid": 103})
     dog._judge()
     assert "rank 1 (" in str(verdict(tmp_path)), "the first verdict holds"
