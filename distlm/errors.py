@@ -9,7 +9,7 @@ An error says in one line what is wrong, where, the rule, and the remedy:
 from typing import Any
 
 CAUSES = ("completed", "user", "preempted", "worker_died", "node_lost", "head_lost", "oom", "hang", "nonfinite_loss",
-          "bad_input", "bad_spec", "storage", "timeout", "internal")
+          "loss_spike", "bad_input", "bad_spec", "storage", "timeout", "internal")
 """The closed list of reasons for which a run ends."""
 
 

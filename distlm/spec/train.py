@@ -382,6 +382,10 @@ class Checkpoints(Part):
     """Default: a quarter of the run, 1,000 steps at most. The last step always saves."""
     keep: Annotated[int, Field(ge=2)] = 2
     """The newest ones that are kept."""
+    milestone_steps: Annotated[int | None, Field(ge=1)] = None
+    """Those of every so many steps are kept for ever; a multiple of every_steps. Default: none are."""
+    keep_best: Annotated[int, Field(ge=0)] = 0
+    """So many with the lowest val_loss are kept beside the newest; every checkpoint is then evaluated before it is saved."""
     average: Annotated[int, Field(ge=1)] = 1
     """The newest ones whose mean is exported, in fp32; distlm.json in the export has its own val_loss then, and metrics.jsonl the last
     step's. 1 exports the last step."""
@@ -400,6 +404,30 @@ class Ema(Part):
     """What it keeps of itself at a step; at step t (1 + t) / (10 + t) at most, so that the first weights are soon forgotten."""
 
 
+class Spike(Part):
+    """A loss that is far above those of the steps before it: above their median by `factor` robust standard deviations, 1.4826 times
+    their median absolute deviation (Hampel 1974). Every loss is taken in, so that a level that stays becomes the usual one."""
+
+    window: Annotated[int, Field(ge=8)] = 100
+    """Steps before it that a loss is compared with; nothing is decided until there are so many."""
+    factor: Annotated[float, Field(gt=0)] = 10.0
+    """How many standard deviations above the median a loss may be."""
+    action: Literal["stop", "skip", "warn"] = "stop"
+    """stop ends the run before the update; skip makes no update at that step, as PaLM's training left out batches (Chowdhery et al.
+    2022, section 5.1); warn notes it. All are recorded in the events, skip and warn in metrics.jsonl too."""
+
+
+class Guard(Part):
+    """What is watched while a run goes on. A loss or gradient that is not finite always ends it before the update."""
+
+    spike: Spike | None = None
+    """Loss spikes. Left out, they are not looked for."""
+    step_timeout_s: Annotated[float, Field(ge=0)] = 600
+    """Seconds that a step may stand still: each of its micro-batches may take so long, and the wait for its samples. Longer, and the ranks
+    write their stacks to their logs and end with the cause hang, naming the rank that hangs. 0 turns it off. Evaluation, checkpoints and
+    the export are not timed."""
+
+
 class Retry(Part):
     """How often a run is resumed from its last checkpoint, by cause."""
 
@@ -407,6 +435,8 @@ class Retry(Part):
     """A worker process ended."""
     node_lost: Annotated[int, Field(ge=0)] = 2
     """A node left the cluster."""
+    preempted: Annotated[int, Field(ge=0)] = 10
+    """A worker was sent SIGTERM: all have saved at the end of their step. A driver that is sent it ends with them and is not retried."""
 
 
 class TrainSpec(Job):
@@ -449,6 +479,8 @@ class TrainSpec(Job):
     """Saving."""
     ema: Ema | None = None
     """An average of the weights over steps, which is then what is evaluated and exported. Left out, there is none."""
+    guard: Guard = Guard()
+    """Watching over the run."""
     retry: Retry = Retry()
     """Going on after a failure."""
     seed: Seed = 0
@@ -482,6 +514,9 @@ class TrainSpec(Job):
                                         "or take bf16")
         if self.ema and self.checkpoint.average > 1:
             raise Rule("checkpoint.average", f"{self.checkpoint.average} stands beside ema, which is exported; leave one of them out")
+        if self.optimizer.name == "muon" and self.sharding.zero and self.guard.spike and self.guard.spike.action == "skip":
+            raise Rule("guard.spike.action", "skip: DeepSpeed's muon changes its momentum before the update can be left out under ZeRO; "
+                                             "set stop or warn, or zero: 0")
         if self.duration.steps is not None:
             check_steps(self, self.duration.steps)
         batch, workers = self.batch, self.scale.workers

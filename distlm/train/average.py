@@ -52,7 +52,7 @@ class Ema:
 def take_mean(engine: Any, run: Path, recipe: Recipe, rank: int) -> list[str]:
     """Give the model the mean of the run's last `checkpoint.average` checkpoints, whose names are returned. All ranks take part; training
     cannot go on after it. Raises CheckpointError where one is damaged."""
-    paths = checkpoint.committed(run)[-recipe.spec.checkpoint.average:]
+    paths = checkpoint.due(run)[-recipe.spec.checkpoint.average:]
     if rank == 0:
         for path in paths:
             try:

@@ -7,6 +7,7 @@ file is neither written nor read.
 """
 
 import hashlib
+import math
 import os
 import re
 import shutil
@@ -53,6 +54,26 @@ def _steps(run: Path) -> list[Path]:
     """The folders that are named as checkpoints are, oldest first; a copy under another name is its maker's own."""
     found = {int(match[1]): path for path in (run / "checkpoints").glob("step-*") if (match := NAME.fullmatch(path.name))}
     return [found[step] for step in sorted(found)]
+
+
+def due(run: Path) -> list[Path]:
+    """Those that were made by the schedule, and not because a run had to end."""
+    return [path for path in committed(run) if _manifest(path).get("due", True)]
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    """Unverified; empty where it cannot be read."""
+    try:
+        found = read_json(path / "manifest.json")
+    except StorageError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _step(path: Path) -> int:
+    match = NAME.fullmatch(path.name)
+    assert match
+    return int(match[1])
 
 
 def latest(run: Path) -> tuple[Checkpoint | None, list[CheckpointError]]:
@@ -145,8 +166,10 @@ def _facts(recipe: Recipe) -> dict[str, Any]:
             "global_sequences": recipe.global_sequences, "seed": recipe.spec.seed, "corpus_hash": recipe.corpus_hash}
 
 
-def save(engine: Any, run: Path, step: int, recipe: Recipe, rank: int, ema: "Ema | None" = None) -> Path:
-    """Write and commit the state after `step` steps, then prune. All ranks take part. Raises StorageError."""
+def save(engine: Any, run: Path, step: int, recipe: Recipe, rank: int, ema: "Ema | None" = None,
+         recent_losses: list[float] | None = None, val_loss: float | None = None, due: bool = True) -> Path:
+    """Write and commit the state after `step` steps, then prune. `recent_losses` are those that the next ones are judged by, `val_loss` is
+    what the state comes to; one that is not `due` is made only to go on from. All ranks take part. Raises StorageError."""
     import torch
     from torch import distributed
 
@@ -178,11 +201,14 @@ def save(engine: Any, run: Path, step: int, recipe: Recipe, rank: int, ema: "Ema
         manifest = {"format": 1, "step": step, "samples": step * recipe.global_sequences, "tokens": step * recipe.tokens_per_step,
                     **_facts(recipe), **({"anneal": recipe.mix.anneal} if recipe.mix and recipe.mix.final_weights else {}),
                     **({} if loss_scale(engine) is None else {"loss_scale": loss_scale(engine)}),
+                    **({"recent_losses": recent_losses} if recent_losses else {}), **({} if val_loss is None else {"val_loss": val_loss}),
+                    **({} if due else {"due": False}),
                     **({"parameters": parameter_names(engine)} if not engine.zero_optimization_stage() else {}),
                     "files": sorted((entry for part in entries for entry in part), key=lambda entry: entry["file"])}
         write_json(path / "manifest.json", manifest)
         write_atomic(path / MARKER, hashlib.sha256((path / "manifest.json").read_bytes()).hexdigest() + "\n")
-        prune(run, recipe.spec.checkpoint.keep)
+        kept = recipe.spec.checkpoint
+        prune(run, kept.keep, kept.milestone_steps, kept.keep_best)
     distributed.barrier()
     return path
 
@@ -218,13 +244,29 @@ def load(engine: Any, checkpoint: Path, recipe: Recipe, rank: int, ema: "Ema | N
         torch.cuda.set_rng_state(states["cuda"])
 
 
-def prune(run: Path, keep: int) -> None:
-    """Delete all but the newest `keep` committed checkpoints, and what was never committed. The marker goes first."""
-    kept = set(committed(run)[-keep:])
+def recent_losses(checkpoint: Path) -> list[float]:
+    """The losses of the steps before a verified checkpoint that it holds, to the bit."""
+    return [float(loss) for loss in read_json(checkpoint / "manifest.json").get("recent_losses", [])]
+
+
+def prune(run: Path, keep: int, milestone_steps: int | None = None, keep_best: int = 0) -> None:
+    """Delete what was never committed, and all committed checkpoints but the newest `keep`, those of every `milestone_steps`, and the
+    `keep_best` with the lowest val_loss. One that was not due counts as none of these, and is kept while it is the newest. The marker goes
+    first."""
+    newest, found = committed(run)[-1:], due(run)
+    kept = {*newest, *found[-keep:], *(path for path in found if milestone_steps and _step(path) % milestone_steps == 0)}
+    if keep_best:
+        kept.update(sorted(found, key=_val_loss)[:keep_best])
     for path in _steps(run):
         if path not in kept:
             (path / MARKER).unlink(missing_ok=True)
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _val_loss(path: Path) -> float:
+    """Infinity where a checkpoint says none."""
+    value = _manifest(path).get("val_loss")
+    return value if isinstance(value, float) else math.inf
 
 
 def _entry(file: Path, root: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ failure the driver takes the last committed checkpoint, starts the plan at its s
 import contextlib
 import math
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -20,10 +21,11 @@ from distlm.head import HUGE_PAGES
 from distlm.model.export import export_lacks
 from distlm.progress import Progress
 from distlm.runs import RunFolder
+from distlm.runs.folder import SUBMISSION
 from distlm.runs.report import write_report
 from distlm.spec.train import Checkpoints, Duration, Evaluate, Schedule, TrainSpec
 from distlm.storage import Storage, read_json
-from distlm.train import checkpoint
+from distlm.train import checkpoint, preempt
 from distlm.train import profile as profiles
 from distlm.train.failures import diagnose
 from distlm.train.recipe import Recipe, make_recipe, read_corpora, without_val
@@ -56,8 +58,9 @@ def train(spec: TrainSpec, folder: RunFolder, storage: Storage, progress: Progre
         if error is None:
             break
         failures[error.cause] = failures.get(error.cause, 0) + 1
-        allowed = {"worker_died": spec.retry.worker_died, "node_lost": spec.retry.node_lost}.get(error.cause, 0)
-        if failures[error.cause] > allowed:
+        allowed = {"worker_died": spec.retry.worker_died, "node_lost": spec.retry.node_lost,
+                   "preempted": spec.retry.preempted}.get(error.cause, 0)
+        if failures[error.cause] > allowed or (folder.path / preempt.FLAG).exists():
             raise error
         progress.note(f"{error.cause}: {error.message}; resuming from the last checkpoint, try {failures[error.cause]} of {allowed}")
         folder.event("note", error.cause, f"resuming: {error}", attempt=failures[error.cause])
@@ -115,7 +118,10 @@ def _launch(recipe: Recipe, folder: RunFolder, first_step: int, resume_from: Pat
     """Run one worker group to its end. Returns what stopped it, if it is not done. Raises KeyboardInterrupt after Ctrl-C."""
     import ray
     from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
+
+    from distlm.train.backend import RankConfig
+    from distlm.train.watchdog import FOLDER, verdict
 
     scale, folder_ray = recipe.spec.scale, folder.path / "ray"
     resources = {"CPU": scale.cpus_per_worker, **({"GPU": scale.gpus_per_worker} if scale.gpus_per_worker else {})}
@@ -128,19 +134,20 @@ def _launch(recipe: Recipe, folder: RunFolder, first_step: int, resume_from: Pat
     data_context.execution_no_progress_timeout_s = -1      # a step may be slower than Ray's idea of progress
     trainer = TorchTrainer(
         work, train_loop_config={"task": Task(recipe, folder.path, first_step, resume_from, profile)},
-        torch_config=TorchConfig(backend="nccl" if scale.gpus_per_worker else "gloo"),
+        torch_config=RankConfig(backend="nccl" if scale.gpus_per_worker else "gloo"),
         scaling_config=ScalingConfig(num_workers=scale.workers, use_gpu=bool(scale.gpus_per_worker), resources_per_worker=resources),
         datasets={"train": plan_dataset(recipe.plan(), first_step)} if first_step < recipe.num_steps else {},
         dataset_config=DataConfig(execution_options=ray.data.ExecutionOptions(preserve_order=True), enable_shard_locality=False),
         run_config=RunConfig(name=f"{folder.name}-{os.getpid()}-{attempt}", storage_path=str(folder_ray),
                              failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),  # type: ignore[call-arg]
                              worker_runtime_env={"env_vars": environment}))
+    shutil.rmtree(folder.path / FOLDER, ignore_errors=True)
     folder.event("running", message=f"from step {first_step}")
     try:
-        with _sigint_kept():
+        with _sigint_kept(), _sigterm_passed_on(folder):
             trainer.fit()
     except TrainingFailedError as error:
-        return diagnose(error, folder.path)
+        return verdict(folder.path) or diagnose(error, folder.path)
     done = (folder.path / "profile" / "profile.json").exists() if profile else exported(recipe, folder)
     if not done:                                           # Ray returns normally from an abort
         raise KeyboardInterrupt
@@ -158,6 +165,28 @@ def _sigint_kept() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
+def _sigterm_passed_on(folder: RunFolder) -> Iterator[None]:
+    """SIGTERM, with which a scheduler takes a machine back, lets the ranks save and end after their step; a second one ends the run as
+    before. Of a job that was submitted it is Ray's way to stop it at a user's request."""
+    flag = folder.path / preempt.FLAG
+    flag.unlink(missing_ok=True)
+    if threading.current_thread() is not threading.main_thread() or SUBMISSION in os.environ:
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+
+    def pass_on(*_: Any) -> None:
+        flag.touch()
+        signal.signal(signal.SIGTERM, before)
+
+    signal.signal(signal.SIGTERM, pass_on)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

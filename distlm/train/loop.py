@@ -22,15 +22,17 @@ from distlm.model.documents import check_documents_apart
 from distlm.model.export import export_model
 from distlm.model.loss import CausalLoss
 from distlm.runs import RunFolder
-from distlm.train import checkpoint
+from distlm.train import checkpoint, preempt
 from distlm.train.average import Ema, take_mean
 from distlm.train.batch import Batch, make_batch
 from distlm.train.evaluate import Evaluator
-from distlm.train.metrics import MetricsWriter
+from distlm.train.guard import Random, SpikeGuard, finite, nonfinite_gradient, nonfinite_loss, without_update
+from distlm.train.metrics import MetricsWriter, StepResult
 from distlm.train.optimizer import set_rate
 from distlm.train.profile import StepProfile, region
 from distlm.train.recipe import Recipe, manifest_of
 from distlm.train.schedule import learning_rate
+from distlm.train.watchdog import Watchdog
 from distlm.train.zero import deepspeed_config, loss_scale, make_engine, update
 
 
@@ -59,44 +61,55 @@ def fit(recipe: Recipe, folder: RunFolder, steps: Iterator[NDArray[np.int64]], *
     ema = Ema(spec.ema.decay, engine) if spec.ema else None
     if resume_from is not None:
         checkpoint.load(engine, resume_from, recipe, rank, ema)
+    guard = SpikeGuard(spec.guard.spike, checkpoint.recent_losses(resume_from) if resume_from else [])
     evaluator = Evaluator(recipe, rank, device)
     writer = MetricsWriter(folder, recipe, first_step) if rank == 0 else None
     val_loss = evaluator.loss(engine) if first_step == 0 and not profile else None
     if first_step == 0 and writer:
         writer.start(val_loss)
-    for step in range(first_step, recipe.num_steps):
-        with region("data"):
-            batch = make_batch(next(steps), recipe.mask_documents, device)
-        started = time.perf_counter()
-        rate = learning_rate(spec.schedule, spec.optimizer.lr, step, recipe.num_steps)
-        loss, norm, num_targets = train_step(engine, batch, recipe, rate, step)
-        done, val_loss = step + 1, None
-        if ema:
-            ema.update(engine, done)
-        seconds = time.perf_counter() - started
+    with Watchdog(folder.path, rank, spec.guard.step_timeout_s) as dog:
+        for step in range(first_step, recipe.num_steps):
+            dog.beat(step)
+            with region("data"):
+                batch = make_batch(next(steps), recipe.mask_documents, device)
+            started = time.perf_counter()
+            rate = learning_rate(spec.schedule, spec.optimizer.lr, step, recipe.num_steps)
+            leaving = preempt.told() or (rank == 0 and (folder.path / preempt.FLAG).exists())
+            result = train_step(engine, batch, recipe, rate, step, guard, dog, leaving)
+            done, val_loss = step + 1, None
+            if ema and not result.skipped:
+                ema.update(engine, done)
+            seconds = time.perf_counter() - started
+            dog.rest()
+            if profile:
+                profile.step()
+                continue
+            due = done % recipe.checkpoint_every == 0 or done == recipe.num_steps
+            if done % recipe.evaluate_every == 0 or done == recipe.num_steps or (due and spec.checkpoint.keep_best):
+                with exported_weights(engine, ema):
+                    val_loss = evaluator.loss(engine)
+            if writer:
+                writer.step(done, result, rate, seconds, val_loss, loss_scale(engine))
+            if due or result.leaving:
+                checkpoint.save(engine, folder.path, done, recipe, rank, ema, list(guard.losses), val_loss, due=due)
+            if result.leaving and done < recipe.num_steps:
+                if writer:
+                    writer.close()
+                raise TrainError(f"a worker or the driver was sent SIGTERM, and the state after step {done} is saved", cause="preempted",
+                                 remedy="go on with --resume")
         if profile:
-            profile.step()
-            continue
-        if done % recipe.evaluate_every == 0 or done == recipe.num_steps:
-            with exported_weights(engine, ema):
-                val_loss = evaluator.loss(engine)
+            return
+        mean = {}
+        if spec.checkpoint.average > 1:
+            mean = {"averaged": take_mean(engine, folder.path, recipe, rank), "val_loss": evaluator.loss(engine)}
+        with exported_weights(engine, ema):
+            weights = gather_weights(engine, rank)
+        if rank == 0:
+            export_model(engine.module.model, weights, manifest_of(recipe).tokenizer, folder.path / "export",
+                         {**export_lineage(recipe, folder), **mean})
         if writer:
-            writer.step(done, loss, rate, norm, seconds, val_loss, num_targets, loss_scale(engine))
-        if done % recipe.checkpoint_every == 0 or done == recipe.num_steps:
-            checkpoint.save(engine, folder.path, done, recipe, rank, ema)
-    if profile:
-        return
-    mean = {}
-    if spec.checkpoint.average > 1:
-        mean = {"averaged": take_mean(engine, folder.path, recipe, rank), "val_loss": evaluator.loss(engine)}
-    with exported_weights(engine, ema):
-        weights = gather_weights(engine, rank)
-    if rank == 0:
-        export_model(engine.module.model, weights, manifest_of(recipe).tokenizer, folder.path / "export",
-                     {**export_lineage(recipe, folder), **mean})
-    if writer:
-        writer.close()
-    distributed.barrier()
+            writer.close()
+        distributed.barrier()
 
 
 def exported_weights(engine: Any, ema: Ema | None) -> contextlib.AbstractContextManager[None]:
@@ -104,43 +117,48 @@ def exported_weights(engine: Any, ema: Ema | None) -> contextlib.AbstractContext
     return ema.in_place(engine) if ema else contextlib.nullcontext()
 
 
-def train_step(engine: Any, batch: Batch, recipe: Recipe, rate: float, step: int) -> tuple[float, float | None, int]:
-    """One optimizer step on this rank's share: (mean loss in nats per token over the global batch, global gradient norm, or None where fp16
-    skipped the step, tokens that gave loss).
+def train_step(engine: Any, batch: Batch, recipe: Recipe, rate: float, step: int, guard: SpikeGuard, dog: Watchdog,
+               leaving: bool) -> StepResult:
+    """One optimizer step on this rank's share. `leaving`: this rank has been asked to end.
 
     The loss of a step is the sum over its tokens that give loss divided by their global count; DeepSpeed averages over ranks
-    and micro-batches, so the sum of a micro-batch is multiplied by both first. All ranks take part.
+    and micro-batches, so the sum of a micro-batch is multiplied by both first. All ranks take part. Raises TrainError, on all ranks and
+    before the update, where loss or gradient is not finite, or where the spec says to stop at a spike.
     """
     set_rate(engine.optimizer, rate)
     num_targets = count_targets(batch, recipe, step)
     scale = recipe.accumulation * recipe.world / num_targets
-    total = torch.zeros((), dtype=torch.float64, device=batch.tokens.device)
+    random, totals = Random.now(), torch.tensor([0, leaving], dtype=torch.float64, device=batch.tokens.device)
     for i, micro in enumerate(batch.split(recipe.micro_sequences)):
+        dog.beat(step, i + 1)
         with region("forward"):
             loss = engine(*micro.inputs)
-        total += loss.detach().double()
+        totals[0] += loss.detach().double()
         with region("backward"):
             engine.backward(loss * scale)
         if i < recipe.accumulation - 1:
             engine.step()
-    distributed.all_reduce(total)
-    mean = total.item() / num_targets
+    distributed.all_reduce(totals)                         # the one exchange of a step beside the gradients
+    total, leavers = totals.tolist()
+    mean = total / num_targets
     if not math.isfinite(mean):
-        first = step * recipe.global_sequences
-        raise TrainError(f"the loss is {mean} at step {step + 1}, samples {first} to {first + recipe.global_sequences - 1}",
-                         remedy="lower optimizer.lr, or look at these samples", cause="nonfinite_loss")
+        raise nonfinite_loss(engine, batch, recipe, step, random, mean)
+    limit = guard.limit(mean)
+    skipped = limit is not None and guard.skips(mean, limit, step, recipe)
     norm = gradient_norm(engine)
+    if norm is not None and not finite(norm):
+        raise nonfinite_gradient(engine, batch, recipe, step, random, norm)
     try:
-        with region("optimizer"):
-            skipped = update(engine, recipe.spec.loss_scale.window)
+        with region("optimizer"), without_update(engine) if skipped else contextlib.nullcontext():
+            overflowed = update(engine, recipe.spec.loss_scale.window)   # DeepSpeed itself makes no update of a norm that is not finite
     except OverflowError as error:
         raise TrainError(f"{error}, at step {step + 1}", remedy="lower optimizer.lr", cause="nonfinite_loss") from None
-    if skipped:
-        return mean, None, num_targets
+    if overflowed:
+        return StepResult(mean, None, num_targets, limit, True, leavers > 0)
     norm = norm if norm is not None else float(engine.get_global_grad_norm())
-    if not math.isfinite(norm):
-        raise TrainError(f"the gradient's norm is {norm} at step {step + 1}", remedy="lower optimizer.lr", cause="nonfinite_loss")
-    return mean, norm, num_targets
+    if not finite(norm):
+        raise nonfinite_gradient(engine, batch, recipe, step, random, norm)
+    return StepResult(mean, norm, num_targets, limit, skipped, leavers > 0)
 
 
 def count_targets(batch: Batch, recipe: Recipe, step: int) -> int:

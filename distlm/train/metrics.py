@@ -1,6 +1,7 @@
 """What rank 0 writes while it trains: metrics.jsonl and TensorBoard."""
 
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import psutil
@@ -8,6 +9,24 @@ import psutil
 from distlm.runs import RunFolder
 from distlm.train.flops import mfu, peak_flops
 from distlm.train.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step came to, the same on all ranks."""
+
+    loss: float
+    """Mean in nats per token over the global batch."""
+    norm: float | None
+    """Of the global gradient, before clipping; None where fp16 overflowed."""
+    num_targets: int
+    """Tokens that gave loss."""
+    limit: float | None = None
+    """What the loss should have been at most, where it is a spike."""
+    skipped: bool = False
+    """Weights and the optimizer's states are those from before."""
+    leaving: bool = False
+    """A rank has been asked to end: all save and end after this step."""
 
 
 class MetricsWriter:
@@ -27,22 +46,27 @@ class MetricsWriter:
             self._folder.metrics({"step": 0, "val_loss": val_loss, "time": time.time()})
             self._board.add_scalar("loss/val", val_loss, 0)
 
-    def step(self, done: int, loss: float, rate: float, norm: float | None, seconds: float, val_loss: float | None,
-             num_targets: int, loss_scale: float | None = None) -> None:
-        """Record a step: mean loss in nats, learning rate, gradient norm before clipping, None where fp16 skipped the step, seconds of the
-        step alone, tokens that gave loss where not all do, and fp16's loss scale after the step; with them its memory, and its MFU where
-        the processor's peak is known."""
+    def step(self, done: int, result: StepResult, rate: float, seconds: float, val_loss: float | None,
+             loss_scale: float | None = None) -> None:
+        """Record a step: its loss, the gradient's norm before clipping, tokens that gave loss where not all do; of a spike the limit that
+        it is above, and whether there was no update. With them learning rate, seconds of the step alone, fp16's loss scale after it, its
+        memory, and its MFU where the processor's peak is known."""
         tokens = self._recipe.tokens_per_step
-        record = {"step": done, "loss": loss, "lr": rate, **({"skipped": True} if norm is None else {"grad_norm": norm}),
+        record = {"step": done, "loss": result.loss, "lr": rate, **({} if result.norm is None else {"grad_norm": result.norm}),
+                  **({"skipped": True} if result.skipped else {}), **({} if result.limit is None else {"spike_above": result.limit}),
                   **({} if loss_scale is None else {"loss_scale": loss_scale}), "tokens": done * tokens, "tokens_per_s": tokens / seconds,
                   "memory_bytes": self._memory(), **({} if self._peak is None else {
                       "mfu": mfu(tokens / seconds, self._recipe.flops_per_token, self._peak * self._recipe.world)}),
                   "time": time.time(), **({} if val_loss is None else {"val_loss": val_loss}),
-                  **({"loss_tokens": num_targets} if self._recipe.marked else {})}
+                  **({"loss_tokens": result.num_targets} if self._recipe.marked else {})}
         self._folder.metrics(record)
-        for name, value in (("loss/train", loss), ("loss/val", val_loss), ("optimizer/lr", rate), ("optimizer/grad_norm", norm),
-                            ("optimizer/loss_scale", loss_scale), ("speed/tokens_per_s", tokens / seconds),
-                            ("speed/mfu", record.get("mfu")), ("memory/bytes", record["memory_bytes"])):
+        if result.limit is not None:
+            self._folder.event("note", "loss_spike", f"the loss is {result.loss:.4g} at step {done}, above {result.limit:.4g}: "
+                                                     f"{'no update was made' if result.skipped else 'only noted'}", step=done)
+        for name, value in (("loss/train", result.loss), ("loss/val", val_loss), ("optimizer/lr", rate),
+                            ("optimizer/grad_norm", result.norm), ("optimizer/loss_scale", loss_scale),
+                            ("speed/tokens_per_s", tokens / seconds), ("speed/mfu", record.get("mfu")),
+                            ("memory/bytes", record["memory_bytes"])):
             if value is not None:
                 self._board.add_scalar(name, value, done)
 

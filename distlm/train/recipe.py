@@ -154,13 +154,19 @@ def make_recipe(spec: TrainSpec, storage: Storage) -> Recipe:
     if spec.checkpoint.average > (saved := math.ceil(steps / recipe.checkpoint_every)):
         raise SpecError(f"{spec.checkpoint.average} checkpoints are averaged, and {steps:,} steps save {saved}", where="checkpoint.average",
                         remedy=f"set it to {saved}, or lower checkpoint.every_steps")
+    milestone = spec.checkpoint.milestone_steps
+    if milestone and milestone % recipe.checkpoint_every:
+        near = -(-milestone // recipe.checkpoint_every) * recipe.checkpoint_every
+        raise SpecError(f"{milestone} is no multiple of the {recipe.checkpoint_every:,} steps between checkpoints",
+                        where="checkpoint.milestone_steps", remedy=f"try {near}, or set checkpoint.every_steps")
     check_epochs(recipe, manifests)
     if memory_limit(spec) is not None:
         check_states(make_load(spec, config, shape, recipe.parameters, micro, recipe.accumulation, masked))
     parts = val_parts(recipe, manifests)
-    if not parts and spec.evaluate != Evaluate():
+    if not parts and (spec.evaluate != Evaluate() or spec.checkpoint.keep_best):
         why, remedy = without_val(manifests)
-        raise InputError(f"there is nothing to evaluate on: {why}", where="evaluate", remedy=f"leave it out, or {remedy}")
+        where = "checkpoint.keep_best" if spec.evaluate == Evaluate() else "evaluate"
+        raise InputError(f"there is nothing to evaluate on: {why}", where=where, remedy=f"leave it out, or {remedy}")
     of = {str(one.path): one for one in manifests}
     per_token = sum(part.share * _bytes_per_token(recipe, part, of[part.corpus]) for part in parts) if parts else 0.0
     return replace(recipe, val=parts, val_bytes_per_token=per_token)

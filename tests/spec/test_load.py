@@ -154,6 +154,9 @@ RULES = {
     TRAIN + "optimizer: {name: lion, eps: 1e-6}\n": ":6: optimizer.eps: 1e-06 has no effect with lion, whose keys are betas; leave it out",
     TRAIN + "optimizer: {name: adafactor}\nsharding: {zero: 1}\n":
         ":7: sharding.zero: 1 flattens matrices, of which adafactor keeps rows and columns; set zero: 0, or take adamw",
+    TRAIN + "optimizer: {name: muon, clip: 0}\nsharding: {zero: 2}\nguard:\n  spike:\n    action: skip\n":
+        ":10: guard.spike.action: skip: DeepSpeed's muon changes its momentum before the update can be left out under ZeRO; set stop or "
+        "warn, or zero: 0",
     TRAIN + "optimizer: {name: muon, clip: 2}\nsharding: {zero: 2}\n":
         ":6: optimizer.clip: 2 would clip muon's orthogonal updates under ZeRO-2, not the gradient; set clip: 0, which muon does not "
         "need, or zero: 0",

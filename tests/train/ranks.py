@@ -1,13 +1,16 @@
 """Training without Ray: a corpus made in place, ranks as plain processes over gloo, results in files."""
 
 import json
+import math
 import os
 import resource
 import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -93,11 +96,15 @@ def spec(corpus: Path, **sections: object) -> TrainSpec:
     return TrainSpec.model_validate({**base, **sections})
 
 
-def run_ranks(runs: dict[Path, TrainSpec], *, kill_before_step: int | None = None, full_before_step: int | None = None) -> str:
+def run_ranks(runs: dict[Path, TrainSpec], *, kill_before_step: int | None = None, full_before_step: int | None = None,
+              preempt_before_step: int | None = None, stop_before_step: int | None = None, poison: dict[str, object] | None = None) -> str:
     """Train each run, one after the other in one group of `scale.workers` processes, from its last committed checkpoint.
 
     `kill_before_step`: the last rank is sent SIGKILL when it asks for that step. `full_before_step`: from
-    that step on no file may grow beyond 10 kB, as on a full disk, and the ranks must fail. Returns what the ranks printed."""
+    that step on no file may grow beyond 10 kB, as on a full disk, and the ranks must fail. `preempt_before_step`: the last rank is sent
+    SIGTERM when it asks for that step, and the ranks must fail. `stop_before_step`: the same with SIGSTOP, and it must end by SIGKILL,
+    which nobody here sends. `poison`: what `add_poison` takes; every run
+    goes on to the next one after the error that it then ends with. Returns what the ranks printed."""
     for run, spec in runs.items():
         run.mkdir(parents=True, exist_ok=True)
         (run / "spec.yaml").write_text(to_yaml(dump(spec)))
@@ -111,14 +118,22 @@ def run_ranks(runs: dict[Path, TrainSpec], *, kill_before_step: int | None = Non
     ranks = [subprocess.Popen([sys.executable, "-m", "tests.train.ranks", *map(str, runs)], cwd=Path(__file__).parents[2],
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                               env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank), "DISTLM_TEST_KILL": kill.get(rank, ""),
+                                   "DISTLM_TEST_PREEMPT": str(preempt_before_step) if rank == world - 1 else "",
+                                   "DISTLM_TEST_STOP": str(stop_before_step) if rank == world - 1 else "",
+                                   "DISTLM_TEST_POISON": json.dumps(poison or {}),
                                    "DISTLM_TEST_FULL": "" if full_before_step is None else str(full_before_step)})
              for rank in range(world)]
-    outputs = [rank.communicate(timeout=240)[0].decode() for rank in ranks]
+    try:
+        outputs = [rank.communicate(timeout=240)[0].decode() for rank in ranks]
+    finally:
+        for one in ranks:
+            one.kill()
     codes = [rank.returncode for rank in ranks]
-    if kill:
+    if kill or stop_before_step is not None:
         assert codes[-1] == -signal.SIGKILL, outputs[-1][-3000:]
     else:
-        assert any(codes) == (full_before_step is not None), "\n".join(output[-3000:] for output in outputs)
+        fails = full_before_step is not None or preempt_before_step is not None
+        assert any(codes) == fails, "\n".join(output[-3000:] for output in outputs)
     return "\n".join(outputs)
 
 
@@ -143,6 +158,65 @@ def windows_seen(run: Path) -> dict[int, list[int]]:
     return {step: sorted(n for (s, _), numbers in seen.items() if s == step for n in numbers) for step in sorted({s for s, _ in seen})}
 
 
+def add_poison(model: Any, window: int, module: str, gradient: bool = False, factor: float = math.nan) -> None:
+    """Let the output of a module, or the gradient with respect to it, be multiplied by `factor` whenever the model reads a window."""
+    here = []
+
+    def read(_: Any, args: Any, kwargs: Any) -> None:
+        rows = kwargs["input_ids"]
+        here[:] = [bool((rows[:, 0] * VOCABULARY + rows[:, 1] == window).any())]
+
+    def spoil(_: Any, __: Any, output: Any) -> Any:
+        if not here[0]:
+            return output
+        if not gradient:
+            return output * factor
+        if output.requires_grad:
+            output.register_hook(lambda value: value * factor)
+        return output
+
+    model.register_forward_pre_hook(read, with_kwargs=True)
+    model.get_submodule(module).register_forward_hook(spoil)
+
+
+def watch_poisoned(poison: dict[str, Any]) -> Callable[[Exception], None]:
+    """Poison the models that are built from here on. Returns what is called with the error that a run ended with: it prints that, and
+    whether the masters are the ones from before the step."""
+    from distlm.train import loop
+    from distlm.train.average import masters
+
+    build, make, train = loop.build_model, loop.make_engine, loop.train_step
+    state, rank = dict[str, Any](), os.environ["RANK"]
+
+    def built(*args: Any) -> Any:
+        model = build(*args)
+        add_poison(model, **poison)
+        return model
+
+    def made(*args: Any) -> Any:
+        state["engine"] = make(*args)
+        return state["engine"]
+
+    def step(engine: Any, *args: Any) -> Any:
+        state["before"] = [part.detach().clone() for part in masters(engine)]
+        result = train(engine, *args)
+        if result.limit is not None:
+            print(f"rank {rank} spike at step {args[3] + 1}: {weights()}")
+        return result
+
+    def weights() -> str:
+        same = all(torch.equal(*pair) for pair in zip(state["before"], masters(state["engine"]), strict=True))
+        return f"weights {'kept' if same else 'changed'}"
+
+    def report(error: Exception) -> None:
+        print(f"rank {rank} ended: {error} [{getattr(error, 'cause', '')}], {weights()}")
+
+    import torch
+
+    loop.build_model, loop.make_engine, loop.train_step = built, made, step
+    return report
+
+
 def main() -> None:
     """One rank."""
     import torch
@@ -150,15 +224,19 @@ def main() -> None:
     from torch import distributed
 
     from distlm.corpus.stream import local_steps, ordered_steps
+    from distlm.errors import DistlmError
     from distlm.runs import RunFolder
     from distlm.spec import load_spec
     from distlm.storage import Storage
-    from distlm.train import checkpoint, loop
+    from distlm.train import checkpoint, loop, preempt
     from distlm.train.recipe import make_recipe
 
     rank, kill, full = int(os.environ["RANK"]), os.environ["DISTLM_TEST_KILL"], os.environ["DISTLM_TEST_FULL"]
     torch.set_num_threads(1)
+    preempt.install()
     distributed.init_process_group("gloo")
+    poison = json.loads(os.environ["DISTLM_TEST_POISON"])
+    report = watch_poisoned(poison) if poison else None
     for run in map(Path, sys.argv[1:]):
         recipe = make_recipe(load_spec(run / "spec.yaml").spec, Storage(run.parent))
         if recipe.spec.precision == "fp16":                # a rank on CPU stands for one on a GPU
@@ -175,6 +253,10 @@ def main() -> None:
             for i, tokens in enumerate(ordered_steps(local_steps(plan, rank, first), plan, rank, first)):
                 if kill and first + i == int(kill):
                     os.kill(os.getpid(), signal.SIGKILL)
+                if os.environ["DISTLM_TEST_STOP"] == str(first + i):
+                    os.kill(os.getpid(), signal.SIGSTOP)
+                if os.environ["DISTLM_TEST_PREEMPT"] == str(first + i):
+                    os.kill(os.getpid(), signal.SIGTERM)
                 if full and first + i == int(full):
                     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
                 with open(run / f"windows-{rank}.txt", "a") as file:
@@ -182,9 +264,17 @@ def main() -> None:
                     file.write(f"{first + i}: {' '.join(str(row[0] * VOCABULARY + row[1]) for row in rows)}\n")
                 yield tokens
 
-        loop.fit(recipe, RunFolder(run), steps(), rank=rank, device=torch.device("cpu"), first_step=first,
-                 resume_from=start.path if start else None)
+        try:
+            loop.fit(recipe, RunFolder(run), steps(), rank=rank, device=torch.device("cpu"), first_step=first,
+                     resume_from=start.path if start else None)
+        except DistlmError as error:
+            if report is None:
+                raise
+            report(error)
     distributed.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)                                            # an engine that a traceback holds would be taken down beside its threads
 
 
 if __name__ == "__main__":

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from distlm.errors import CheckpointError
-from distlm.storage import Storage
+from distlm.storage import Storage, read_json, write_json
 from distlm.train import checkpoint
 from distlm.train.recipe import make_recipe
-from tests.train.ranks import losses, make_corpus, run_ranks, spec
+from tests.train.ranks import losses, make_corpus, metrics, run_ranks, spec
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +61,30 @@ def test_a_copy_under_another_name_is_left_alone(run: Path) -> None:
     assert found and found.step == 20 and not refused
     checkpoint.prune(run, keep=2)
     assert (copy / "COMMITTED").exists() and len(checkpoint.committed(run)) == 2
+
+
+def test_milestones_and_the_best_are_kept_beside_the_newest(tmp_path: Path) -> None:
+    losses = {5: 3.0, 10: 1.5, 15: 1.0, 20: 2.0, 25: None, 30: 1.5, 35: 2.5, 40: 2.4}
+    for step, loss in losses.items():
+        path = checkpoint.checkpoint_path(tmp_path, step)
+        path.mkdir(parents=True)
+        write_json(path / "manifest.json", {"step": step, **({} if loss is None else {"val_loss": loss})})
+        (path / "COMMITTED").touch()
+        checkpoint.prune(tmp_path, keep=2, milestone_steps=20, keep_best=2)
+    assert [int(path.name[5:]) for path in checkpoint.committed(tmp_path)] == [10, 15, 20, 35, 40]
+    (tmp_path / "checkpoints" / "step-000015" / "manifest.json").write_text("{")
+    checkpoint.prune(tmp_path, keep=2, keep_best=1)
+    assert [int(path.name[5:]) for path in checkpoint.committed(tmp_path)] == [10, 35, 40]
+
+
+def test_every_checkpoint_is_evaluated_where_the_best_are_kept(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run_ranks({run: spec(make_corpus(tmp_path / "c"), checkpoint={"every_steps": 4, "keep_best": 2, "milestone_steps": 8})})
+    values = {record["step"]: record["val_loss"] for record in metrics(run) if "val_loss" in record}
+    assert sorted(values) == [0, 4, 8, 10, 12, 16, 20]
+    best = sorted((4, 8, 12, 16, 20), key=values.__getitem__)[:2]
+    kept = {int(path.name[5:]): read_json(path / "manifest.json")["val_loss"] for path in checkpoint.committed(run)}
+    assert kept == {step: values[step] for step in sorted({8, 16, 20, *best})}
 
 
 def test_a_folder_without_the_marker_is_no_checkpoint(run: Path) -> None:

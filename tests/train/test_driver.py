@@ -118,13 +118,47 @@ def test_a_job_that_is_killed_whole_and_then_a_worker_cost_nothing_but_time(clus
     assert (folder.path / "export" / "model.safetensors").read_bytes() == (undisturbed / "export" / "model.safetensors").read_bytes()
     failures = [event["cause"] for event in folder.events() if event["state"] == "note" and event["cause"]]
     assert failures == ["worker_died"] and folder.state() == ("succeeded", "completed")
-    began = [int(event["message"].removeprefix("from step ")) for event in folder.events() if event["state"] == "running"]
+    began = start_of(folder)
     assert began[0] == 0 and 20 <= began[1] <= before and began[2] >= 40 and [step % 20 for step in began] == [0, 0, 0]
     assert [note for note in progress.notes if "resuming at step" in note] == [f"resuming at step {step} of 120" for step in began[1:]]
     assert seen[-1]["step"] == 120
     assert outputs["steps"] == 120 and outputs["loss_last"] == losses(undisturbed)[-1] and outputs["checkpoint"] == "step-000120"
     assert outputs["perplexity"] == pytest.approx(np.exp(outputs["val_loss"]))
     wait_for(lambda: not workers(), "the end of the workers", 30)
+
+
+def test_sigterm_to_a_worker_and_then_to_the_driver_costs_nothing_but_time(cluster: str, corpus: Path, undisturbed: Path, tmp_path: Path
+                                                                           ) -> None:
+    folder, sent = make_run(tmp_path, given := spec(corpus, **LONG)), []
+
+    def preempt() -> None:
+        wait_for(lambda: workers() and steps_done(folder.path) >= 5, "step 5")
+        workers()[-1].send_signal(signal.SIGTERM)
+        sent.append("worker")
+        wait_for(lambda: len([event for event in folder.events() if event["state"] == "running"]) == 2, "the second launch")
+        wait_for(lambda: steps_done(folder.path) >= (began := start_of(folder)[-1]) + 5 and began, "five steps more")
+        os.kill(os.getpid(), signal.SIGTERM)
+        sent.append("driver")
+
+    thread = Thread(target=preempt)
+    thread.start()
+    with pytest.raises(TrainError, match=r"was sent SIGTERM, and the state after step \d+ is saved; go on with --resume"), folder.running():
+        train(given, folder, Storage(tmp_path), Records())
+    thread.join()
+    assert sent == ["worker", "driver"], "the faults fired"
+    assert folder.state() == ("failed", "preempted")
+    assert [event["cause"] for event in folder.events() if event["state"] == "note"] == ["preempted"]
+    wait_for(lambda: not workers(), "the end of the workers", 30)
+    with folder.running():
+        train(given, folder, Storage(tmp_path), Records())
+    assert len(began := start_of(folder)) == 3 and any(step % 20 for step in began), "not only from checkpoints that were due"
+    assert losses(folder.path) == losses(undisturbed)
+    assert (folder.path / "export" / "model.safetensors").read_bytes() == (undisturbed / "export" / "model.safetensors").read_bytes()
+
+
+def start_of(folder: RunFolder) -> list[int]:
+    """The first step of every launch."""
+    return [int(event["message"].removeprefix("from step ")) for event in folder.events() if event["state"] == "running"]
 
 
 @pytest.mark.slow

@@ -53,6 +53,14 @@ def test_the_short_form_is_the_long_one_and_weights_are_relative(storage: Storag
     assert short.mix and short.mix.weights == pytest.approx((0.7, 0.3)) and short.corpora == tuple(str(storage.corpus(n)) for n in "ab")
 
 
+def test_checkpoints_that_would_never_be_kept_as_asked_are_refused(storage: Storage, tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=r"^checkpoint.milestone_steps: 12 is no multiple of the 5 steps between checkpoints; try 15"):
+        recipe(storage, "a", checkpoint={"every_steps": 5, "milestone_steps": 12})
+    make_corpus(storage.corpus("unseen"), val=0)
+    with pytest.raises(InputError, match=r"^checkpoint.keep_best: there is nothing to evaluate on: .*; leave it out, or prepare"):
+        recipe(storage, "unseen", checkpoint={"keep_best": 1}, evaluate={})
+
+
 def test_one_corpus_is_no_mixture_and_its_identity_is_its_manifest(storage: Storage) -> None:
     alone = recipe(storage, "a")
     assert alone.mix is None and alone.plan().mix is None and alone.corpora == (alone.corpus,)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from distlm.spec import TrainSpec
+from distlm.train import checkpoint
 from tests.train.ranks import losses, make_corpus, metrics, run_ranks, spec
 
 RATES = {"lion": 0.001, "sgd": 0.1, "adafactor": 0.05}
@@ -64,3 +65,18 @@ def test_every_stage_and_precision_gives_the_same_steps_and_goes_on(optimizer: s
         np.testing.assert_allclose(*of, rtol=1e-5 if tight else 5e-3, err_msg=run.name)
         np.testing.assert_allclose([record.get("loss", 0) for record in metrics(run)],
                                    [record.get("loss", 0) for record in metrics(tmp_path / "fp32-0")], rtol=1e-5 if tight else 5e-3)
+
+
+def test_sigterm_to_a_rank_saves_after_its_step_and_costs_nothing(tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path / "c")
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    given = spec(corpus, scale={"workers": 2}, sharding={"zero": 2}, duration={"steps": 12}, checkpoint={"every_steps": 4, "average": 2})
+    run_ranks({whole: given})
+    output = run_ranks({run: given}, preempt_before_step=9)
+    assert output.count("TrainError: a worker or the driver was sent SIGTERM, and the state after step 10 is saved") >= 2, "on both ranks"
+    assert [path.name for path in checkpoint.committed(run)] == ["step-000004", "step-000008", "step-000010"]
+    assert len(losses(run)) == 10 and not (run / "export").exists()
+    run_ranks({run: given})
+    assert [path.name for path in checkpoint.committed(run)] == ["step-000008", "step-000012"], "what was due is kept"
+    assert records(run) == records(whole)
+    assert (run / "export" / "model.safetensors").read_bytes() == (whole / "export" / "model.safetensors").read_bytes()

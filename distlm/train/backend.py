@@ -1,0 +1,22 @@
+"""Ray Train's backend for PyTorch, with what only the main thread of a worker may do. Imports Ray."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from ray.train.torch import TorchConfig
+
+from distlm.train import preempt
+
+
+@dataclass
+class RankConfig(TorchConfig):
+    """The process group, and a handler for SIGTERM: the training function itself runs on another thread."""
+
+    @property
+    def backend_cls(self) -> Any:
+        class RankBackend(super().backend_cls):  # type: ignore[misc]
+            def on_start(self, worker_group: Any, backend_config: Any) -> None:
+                super().on_start(worker_group, backend_config)
+                worker_group.execute(preempt.install)
+
+        return RankBackend

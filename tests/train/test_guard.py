@@ -1,0 +1,129 @@
+"""What is not finite, or far from usual, is found before it does harm, the same on every rank."""
+
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from distlm.corpus.stream import local_steps, ordered_steps
+from distlm.runs import RunFolder
+from distlm.spec import TrainSpec
+from distlm.spec.train import Spike
+from distlm.storage import Storage, write_json
+from distlm.train.guard import SpikeGuard
+from distlm.train.recipe import make_recipe
+from distlm.train.watchdog import Watchdog, verdict
+from tests.train.ranks import VOCABULARY, losses, make_corpus, metrics, run_ranks, spec
+
+TWO = {"workers": 2}
+STEP, RANK, ROW = 3, 1, 4
+"""Where the poisoned window is read first: the last of three micro-batches, samples 46 and 47."""
+SOME = ("fp32-0", "bf16-2", "fp32-3")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_corpus(tmp_path_factory.mktemp("corpus") / "c")
+
+
+def windows_of(given: TrainSpec, rank: int) -> list[list[int]]:
+    """The numbers of the windows that a rank reads, by step."""
+    plan = make_recipe(given, Storage(Path())).plan()
+    return [[int(row[0]) * VOCABULARY + int(row[1]) for row in rows] for rows in ordered_steps(local_steps(plan, rank, 0), plan, rank, 0)]
+
+
+@pytest.mark.parametrize("layouts", [SOME, pytest.param(("fp32-1", "fp32-2", "bf16-0", "bf16-1", "bf16-3"), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("gradient", [False, True])
+def test_what_is_not_finite_ends_the_run_before_the_update_and_is_found(corpus: Path, tmp_path: Path, gradient: bool,
+                                                                         layouts: tuple[str, ...]) -> None:
+    dropout = {"model": {"config": {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+                                    "num_attention_heads": 4}}, "regularization": {"dropout": 0.1}}
+    runs = {tmp_path / name: spec(corpus, scale=TWO, precision=name[:4], sharding={"zero": int(name[5:])}, **dropout) for name in layouts}
+    window = windows_of(next(iter(runs.values())), RANK)[STEP][ROW]
+    output = run_ranks(runs, poison={"window": window, "module": "model.layers.1.mlp.down_proj", "gradient": gradient})
+    ends = re.findall(r"rank (\d) ended: (.*) \[(.*)\], weights (\w+)", output)
+    assert [(rank, cause, weights) for rank, _, cause, weights in ends] == [
+        (rank, "nonfinite_loss", "kept") for rank in "01" for _ in runs], output[-4000:]
+    what = (r"the gradient's norm is (nan|inf) at step 4 on rank 1, first in the gradient of model\.layers\.1\.mlp\.down_proj\.weight, "
+            if gradient else r"the loss is nan at step 4 on rank 1, first in the output of model\.layers\.1\.mlp\.down_proj, ")
+    for _, error, *_ in ends:
+        assert re.match(what + "samples 46 to 47", error), error
+    assert [error for rank, error, *_ in ends if rank == "0"] == [error for rank, error, *_ in ends if rank == "1"]
+    assert not list(tmp_path.glob("*/checkpoints")) and not list(tmp_path.glob("*/export"))
+
+
+def test_a_spike_is_what_is_far_above_the_median_of_a_full_window() -> None:
+    guard = SpikeGuard(Spike(window=8, factor=3), [])
+    usual = [2.0, 2.1, 1.9, 2.0, 2.2, 1.8, 2.0, 2.1]
+    assert [guard.limit(loss) for loss in [9.0, *usual]] == [None] * 9, "the window was not full"
+    assert guard.limit(2.4) is None
+    assert guard.limit(2.6) == pytest.approx(2.05 + 3 * 1.4826 * 0.1)
+    assert [guard.limit(5.0) is None for _ in range(6)] == [False] * 3 + [True] * 3, "a level that stays becomes the usual one"
+    assert len(guard.losses) == 8
+    assert SpikeGuard(None, []).limit(1e9) is None
+
+
+def test_a_spike_is_skipped_or_ends_the_run_and_a_resumed_run_decides_the_same(corpus: Path, tmp_path: Path) -> None:
+    def case(action: str, zero: int, precision: str = "fp32") -> TrainSpec:
+        return spec(corpus, scale=TWO, precision=precision, sharding={"zero": zero}, checkpoint={"every_steps": 5, "keep": 4},
+                    guard={"spike": {"window": 8, "factor": 8, "action": action}})
+
+    skipping = {tmp_path / "skip-0": case("skip", 0), tmp_path / "skip-2": case("skip", 2), tmp_path / "skip-b3": case("skip", 3, "bf16")}
+    runs = {**skipping, tmp_path / "warn": case("warn", 0), tmp_path / "stop": case("stop", 0)}
+    window = windows_of(runs[tmp_path / "stop"], RANK)[STEP][ROW]
+    poison = {"window": window, "module": "model.norm", "factor": 1000.0}
+    read = zip(*(windows_of(runs[tmp_path / "stop"], rank) for rank in (0, 1)), strict=True)
+    steps = [i + 1 for i, (one, other) in enumerate(read) if i >= 8 and window in one + other]       # nothing is judged before the ninth
+    assert len(steps) == 3, "once in each epoch of four steps"
+    output = run_ranks(runs, poison=poison)
+    spikes = re.findall(r"rank (\d) spike at step (\d+): weights (\w+)", output)
+    assert spikes == [(rank, str(step), kept) for rank in "01" for kept in ("kept", "kept", "kept", "changed") for step in steps]
+    ends = re.findall(r"rank \d ended: (.*) \[(.*)\], weights (\w+)", output)
+    assert len(ends) == 2 and ends[0] == ends[1] and ends[0][1:] == ("loss_spike", "kept")
+    first = 12 * (steps[0] - 1)
+    assert re.match(rf"guard\.spike: the loss is [\d.e+]+ at step {steps[0]}, samples {first} to {first + 11}, and at most [\d.]+ was",
+                    ends[0][0])
+    assert not (tmp_path / "stop" / "export").exists()
+    np.testing.assert_allclose(losses(tmp_path / "skip-0"), losses(tmp_path / "skip-2"), rtol=1e-5)
+    for run in skipping:
+        marked = {record["step"]: record.get("skipped", False) for record in metrics(run) if "spike_above" in record}
+        assert marked == dict.fromkeys(steps, True)
+        notes = [event for event in RunFolder(run).events() if event["cause"] == "loss_spike"]
+        assert [note["step"] for note in notes] == steps and "no update was made" in notes[0]["message"]
+    before = {run: (losses(run), (run / "export" / "model.safetensors").read_bytes()) for run in skipping}
+    assert steps[0] <= 15, "it is judged by losses from before the checkpoint"
+    for run in skipping:
+        for step in (15, 20):
+            shutil.rmtree(run / "checkpoints" / f"step-{step:06d}")
+    run_ranks(skipping, poison=poison)
+    assert before == {run: (losses(run), (run / "export" / "model.safetensors").read_bytes()) for run in skipping}
+
+
+def test_a_rank_that_is_stopped_is_named_and_ended_and_the_others_leave_their_stacks(corpus: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    output = run_ranks({run: spec(corpus, scale=TWO, guard={"step_timeout_s": 15})}, stop_before_step=7)
+    what = r"TrainError: guard\.step_timeout_s: step 8 stood still for 15 s: rank 1 \(process (\d+) on .*\) (.*)"
+    [[pid, text]] = set(re.findall(what, output))
+    assert text == f"does not answer; the stacks of the others are in {run / 'logs'}; a slow micro-batch needs a longer limit"
+    assert not psutil.pid_exists(int(pid))
+    _, stacks = output.split("no progress for 15 s in step 8 (micro-batch 3); all threads:\n")
+    assert re.search(r"loop\.py.* in train_step", stacks), "what it waits in is among them"
+    assert (found := verdict(run)) and found.cause == "hang" and text in str(found)
+    assert len(losses(run)) == 7 and not (run / "export").exists()
+
+
+def test_what_hangs_while_its_threads_live_is_behind_the_others(tmp_path: Path) -> None:
+    """As a rank that waits for its samples for ever: it says how far it is, and the others are further."""
+    for rank, place in enumerate(([7, 3], [7, 0], [7, 3])):
+        write_json(tmp_path / "hang" / f"rank-{rank}.json", place)
+    dog = object.__new__(Watchdog)
+    dog._folder, dog._rank, dog._timeout_s, dog._at = tmp_path / "hang", 0, 5.0, (7, 3)
+    dog._processes = [{"host": "here", "pid": 100 + rank} for rank in range(3)]
+    dog._judge()
+    assert "step 8 stood still for 5 s: rank 1 (process 101 on here) is behind the others" in str(verdict(tmp_path))
+    dog._processes.append({"host": "there", "pid": 103})
+    dog._judge()
+    assert "rank 1 (" in str(verdict(tmp_path)), "the first verdict holds"
