@@ -54,7 +54,7 @@ def require(bundles: Bundles, what: str, progress: Progress, *, where: str, reme
 
 def total(bundles: Bundles) -> dict[str, float]:
     """CPUs and GPUs together."""
-    return {name: sum(bundle.get(name, 0) for bundle in bundles) for name in ("CPU", "GPU")}
+    return {name: round(sum(bundle.get(name, 0) for bundle in bundles), 4) for name in ("CPU", "GPU")}
 
 
 def times(bundles: Bundles, most: int) -> int:
@@ -100,7 +100,7 @@ def fits(bundles: Bundles) -> bool:
             return False
         for name, amount in bundle.items():
             if amount:
-                room[name] -= amount
+                room[name] = round(room[name] - amount, 4)   # Ray counts in ten-thousandths
     return True
 
 

@@ -92,7 +92,7 @@ def of_mixture(recipe: Any) -> Rows:
 
 
 ASSUMED_MFU = {"gpu": 0.4, "cpu": 0.2}
-"""What a run is taken to reach of the peak: a dense model of a billion parameters on GPUs, a small one on a CPU (docs/experiments.md)."""
+"""What a run is taken to reach of the peak: a dense model of a billion parameters on GPUs, a small one on a CPU. Assumptions."""
 
 
 def of_model(spec: TrainSpec, shape: Any, tokens: int | None, cut: tuple[int, int] = (1, 1), masked: bool = False) -> Rows:

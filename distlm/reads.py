@@ -101,7 +101,7 @@ def missing(kind: str, result: Mapping[str, Any]) -> str:
     if kind == "prepare":
         return _corpus_lacks(Path(result[""]))
     if kind == "train":
-        return export_lacks(Path(result["export"]))
+        return export_lacks(Path(result["export"])) if "export" in result else ""          # a profile makes none
     return export_lacks(Path(result["best"]) / "export") if kind == "tune" else ""
 
 

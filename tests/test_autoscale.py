@@ -61,6 +61,7 @@ def test_what_fits_together_must_fit_node_by_node(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(ray, "nodes", lambda: nodes)
     assert autoscale.fits([{"CPU": 3, "GPU": 1}, {"CPU": 3}, {"CPU": 1}, {"CPU": 1}])
     assert autoscale.fits([{"CPU": 1}] * 5 + [{"CPU": 3}])
+    assert autoscale.fits([{"CPU": 0.2}] * 20 + [{"CPU": 4}]) and autoscale.total([{"CPU": 0.05}] * 20)["CPU"] == 1
     assert not autoscale.fits([{"CPU": 6}, {"CPU": 1}])
     assert not autoscale.fits([{"CPU": 1, "GPU": 1}] * 2)
 

@@ -248,8 +248,9 @@ def test_an_input_that_is_named_without_a_reference_counts_by_its_content(tmp_pa
     (texts / "a.txt").write_text("a line. " * 30)
     (texts / "broken.txt").symlink_to(tmp_path / "gone")
     model.mkdir(parents=True)
-    vocabulary = {f"{i}": i for i in range(3)} | {"<|endoftext|>": 3}
-    (model / "tokenizer.json").write_text(json.dumps({"version": "1.0", "truncation": None, "padding": None, "added_tokens": [],
+    vocabulary, end = {f"{i}": i for i in range(3)}, {"id": 3, "content": "<|endoftext|>", "single_word": False, "lstrip": False,
+                                                      "rstrip": False, "normalized": False, "special": True}
+    (model / "tokenizer.json").write_text(json.dumps({"version": "1.0", "truncation": None, "padding": None, "added_tokens": [end],
                                                       "normalizer": None, "pre_tokenizer": None, "post_processor": None, "decoder": None,
                                                       "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "0"}}))
     (model / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')

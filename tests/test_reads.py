@@ -28,7 +28,8 @@ TEXT = {"prepare": {"sources.text_key", "sources.id_key", "sources.keep", "sourc
                     "conversations.ignore_keys", "conversations.prompt_key", "conversations.completion_key",
                     "filter.language.keep", "filter.license.keep", "decontaminate.text_keys",
                     "tokenizer.special_tokens", "tokenizer.chat_template"},
-        "train": {"model.preset", "model.config", "optimizer.groups.match", "sharding.deepspeed"}, "tune": set(), "serve": {"host"},
+        "train": {"model.preset", "model.config", "optimizer.groups.match", "sharding.deepspeed", "sharding.offload.path",
+                  "scale.gpu"}, "tune": set(), "serve": {"host"},
         "pipeline": {"prompt"}}
 """The keys whose text stands for itself."""
 

@@ -102,6 +102,7 @@ def test_a_spike_is_skipped_or_ends_the_run_and_a_resumed_run_decides_the_same(c
     assert before == {run: (losses(run), (run / "export" / "model.safetensors").read_bytes()) for run in skipping}
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_stopped_is_named_and_ended_and_the_others_leave_their_stacks(corpus: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     output = run_ranks({run: spec(corpus, scale=TWO, guard={"step_timeout_s": 15})}, stop_before_step=7)

@@ -23,7 +23,8 @@ def case(corpus: Path, optimizer: str, precision: str, zero: int, **sections: An
 
 
 def records(run: Path) -> list[dict[str, float]]:
-    return [{key: value for key, value in record.items() if not key.startswith(("time", "tokens_per_s"))} for record in metrics(run)]
+    measured = ("time", "tokens_per_s", "memory_bytes", "mfu")
+    return [{key: value for key, value in record.items() if not key.startswith(measured)} for record in metrics(run)]
 
 
 def check_going_on(runs: dict[Path, TrainSpec]) -> None:
