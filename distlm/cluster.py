@@ -183,33 +183,47 @@ def connect(log_file: Path | None = None, *, storage: Storage | None = None, clu
                 stack.enter_context(environment({name: os.environ.get(name, value) for name, value in heads.LOST_AFTER.items()}))
             if cluster:
                 stack.enter_context(authenticated(cluster.token_file))
-            try:
-                connection = _join(cluster) if cluster else _embed(stack)
-            except SystemExit:                             # SIGTERM, met by the handler that Ray has just installed
-                ray.shutdown()
-                raise KeyboardInterrupt from None
-            finally:
-                _keep_handler(before)
-            stack.callback(_shutdown)                      # before the folder and the token go that it needs
+            with _signals_held():
+                try:
+                    connection = _join(cluster) if cluster else _embed(stack)
+                except SystemExit:                         # SIGTERM, met by the handler that Ray has just installed
+                    ray.shutdown()
+                    raise KeyboardInterrupt from None
+                finally:
+                    _keep_handler(before)
+                stack.callback(_shutdown)                  # before the folder and the token go that it needs
             yield connection
 
 
 def import_ray() -> Any:
-    """Import Ray whole: an interrupt in the middle is raised at its end, where Ray's compiled modules would swallow it."""
-    if threading.current_thread() is not threading.main_thread() or "ray" in sys.modules:
+    """Import Ray whole."""
+    with _signals_held():
         import ray
+    return ray
 
-        return ray
+
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """An interrupt in the block is raised at its end, the second one at once. Ray's compiled modules would swallow it while they are
+    imported; so would Python in the hooks around a fork, by which Ray starts processes, with logging's lock taken for ever."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     waiting: list[int] = []
-    before = {number: signal.signal(number, lambda n, _: waiting.append(n)) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def hold(number: int, _: Any) -> None:
+        waiting.append(number)
+        if len(waiting) > 1:
+            raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, hold) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        import ray
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
     for received in waiting:
         signal.raise_signal(received)
-    return ray
 
 
 def _shutdown() -> None:

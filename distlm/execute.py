@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from distlm import summary
-from distlm.errors import DistlmError, ServeError, SpecError
+from distlm.errors import DistlmError, InputError, ServeError, SpecError
 from distlm.model.find import find_model
 from distlm.progress import Logged, Progress
 from distlm.runs import RunFolder, lineage
@@ -58,7 +58,7 @@ def profile(source: str | Path | Mapping[str, Any], *, overrides: Sequence[str] 
     loaded = replace(loaded, spec=loaded.spec.model_copy(update={"name": name}))
     with progress or Progress.for_stdout() as shown:
         return run_loaded(loaded, Storage.given(storage, loaded.spec.storage), shown, hold=False, clusters=Storage.given(storage),
-                          do=job("profile"))
+                          do=job("profile"), extra={"profile": True})
 
 
 def run_loaded(loaded: Loaded, storage: Storage, progress: Progress, *, resume: bool = False, hold: bool = True,
@@ -71,6 +71,8 @@ def run_loaded(loaded: Loaded, storage: Storage, progress: Progress, *, resume: 
     spec = loaded.spec
     folder = RunFolder(storage.folder(spec.kind, spec.name))
     state, _ = folder.state() if folder.exists() else ("", "")
+    if resume and state and spec.kind == "train" and folder.lineage().get("profile"):
+        raise InputError("it is a profile, which is no run to go on with", where=str(folder.path), remedy="profile the spec again")
     resume = resume or spec.kind == "pipeline"             # a pipeline decides step by step what is still to be done
     changes = check_resume(folder, spec) if resume and state and state != "queued" else []
     if state == "succeeded" and resume and not changes and spec.kind in ("prepare", "train", "tune"):
@@ -79,6 +81,11 @@ def run_loaded(loaded: Loaded, storage: Storage, progress: Progress, *, resume: 
         if not lacks:
             progress.note(f"{spec.kind} {spec.name} has already succeeded: nothing to do")
             return outputs
+        from distlm.train.checkpoint import committed
+
+        if not committed(folder.path):
+            raise InputError(f"{lacks}, and it has no checkpoint to write it from", where=str(folder.path),
+                             remedy="take another name to train again")
         progress.note(f"{spec.kind} {spec.name} has succeeded before, but {lacks}: it goes on from its last checkpoint")
     with located(loaded):
         made_of = lineage(dump(spec), **inputs(spec, storage)) | dict(extra or {})
@@ -131,11 +138,9 @@ def job(kind: str) -> Callable[..., dict[str, Any]]:
 @contextlib.contextmanager
 def connected(folder: RunFolder, storage: Storage, progress: Progress) -> Iterator[bool]:
     """A Ray connection for the block; yields whether the cluster was started here and ends with the block."""
-    import ray
-
     from distlm import cluster
 
-    if ray.is_initialized():
+    if cluster.import_ray().is_initialized():
         folder.event("note", message=f"in cluster {cluster.joined()}", cluster=cluster.joined())
         yield False
         return

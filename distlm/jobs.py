@@ -28,7 +28,7 @@ from distlm.errors import PREFIX, ClusterError, InputError, ServeError
 from distlm.head import Head, client, recorded, same_address, speaks_for
 from distlm.process import living
 from distlm.runs.folder import ENDED, SUBMISSION, RunFolder
-from distlm.serve.client import forget, healthy
+from distlm.serve.client import forget, gone, healthy
 from distlm.spec import PipelineSpec, TuneSpec
 from distlm.spec.load import Spec, dump, load_spec, located, nearest, to_yaml
 from distlm.storage import FOLDERS, Storage, read_json
@@ -356,7 +356,7 @@ def _take_down(job: Job, storage: Storage, force: bool) -> str:
     if answers and not force:
         raise ClusterError(f"{job.name} answers, and the cluster that it is in is not one that can be joined from here", where=address,
                            remedy=f"name it in RAY_ADDRESS, or `distlm stop {job.name} --force` forgets the endpoint and leaves it running")
-    if answers:                                            # its replicas may need their files again
+    if not gone(read_json(path)):                          # its replicas may need their files again
         path.unlink()
     else:
         forget(job.folder)

@@ -382,10 +382,11 @@ def identity(kind: str, folder: RunFolder) -> str:
         from distlm.corpus.manifest import manifest_hash
 
         return manifest_hash(folder.path)
-    record = folder.lineage()
+    record, result = folder.lineage(), folder.read_result()
     if kind == "train":
         record = next(iter(record.get("earlier", ())), record)
-    return hashlib.sha256(json.dumps([record.get("created"), folder.read_result()], sort_keys=True).encode()).hexdigest()
+        result = {key: value for key, value in result.items() if key != "tokens_per_s"}
+    return hashlib.sha256(json.dumps([record.get("created"), result], sort_keys=True).encode()).hexdigest()
 
 
 def place(loaded: Loaded, key: str) -> str:

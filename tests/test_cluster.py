@@ -182,6 +182,32 @@ def test_a_port_that_is_taken_is_the_users_mistake_and_leaves_nothing(storage, t
     assert not (storage.root / "clusters" / "second").exists()
 
 
+def test_an_interrupt_while_ray_starts_is_raised_when_it_stands_and_ends_it(storage, tmp_path, monkeypatch):
+    """Where Ray forks, Python would swallow it and leave logging's lock taken."""
+    done = []
+
+    def embed(stack):
+        signal.raise_signal(signal.SIGINT)
+        done.append("started")
+        return cluster.Connection("", "", True)
+
+    monkeypatch.setattr(cluster, "find", lambda storage: None)
+    monkeypatch.setattr(cluster, "_embed", embed)
+    monkeypatch.setattr(cluster, "_shutdown", lambda: done.append("ended"))
+    monkeypatch.setattr(cluster.import_ray(), "is_initialized", lambda: False)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        with cluster.connect(tmp_path / "log", storage=storage):
+            done.append("joined")
+    assert done == ["started", "ended"] and signal.getsignal(signal.SIGINT) == before
+    with pytest.raises(KeyboardInterrupt):
+        with cluster._signals_held():
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            done.append("held")
+    assert "held" not in done, "the second one is not held"
+
+
 def test_an_interrupted_up_leaves_nothing(storage, tmp_path):
     (tmp_path / "brief.yaml").write_text("name: brief\n")
     process = subprocess.Popen([sys.executable, "-m", "distlm", "cluster", "up", str(tmp_path / "brief.yaml")], stdout=subprocess.PIPE,

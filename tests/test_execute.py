@@ -71,6 +71,11 @@ def test_a_run_whose_export_is_gone_is_not_complete(storage: Storage, monkeypatc
     folder.event("succeeded", "completed")
     monkeypatch.setattr(execute, "inputs", lambda *_: {})
     monkeypatch.setattr(execute, "job", lambda kind: lambda *_: {"did": kind})
+    with pytest.raises(InputError, match="no checkpoint to write it from; take another name"):
+        execute.run_loaded(loaded, storage, shown, resume=True, hold=False)
+    step = folder.path / "checkpoints" / "step-000003"
+    step.mkdir(parents=True)
+    (step / "COMMITTED").touch()
     assert execute.run_loaded(loaded, storage, shown, resume=True, hold=False) == {"did": "train"}
     assert "config.json is missing: it goes on from its last checkpoint" in shown.notes[0]
 
@@ -175,3 +180,10 @@ def test_a_run_that_cannot_go_on_as_changed_is_refused_and_stays_as_it_is(storag
             execute.run({**train, **change}, storage=storage, progress=Records(), resume=True)
         assert folder.state() == ("succeeded", "completed")
         assert {path: path.read_bytes() for path in folder.path.iterdir() if path.is_file()} == before
+
+
+def test_a_profile_is_no_run_to_go_on_with(storage: Storage) -> None:
+    given = {"kind": "train", "name": "looked-at", **TRAIN}
+    RunFolder.create(storage.run("looked-at"), "kind: train", {"profile": True}).event("failed", "internal")
+    with pytest.raises(InputError, match="it is a profile"):
+        execute.run(given, storage=storage, progress=Records(), resume=True)

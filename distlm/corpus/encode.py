@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,9 @@ from distlm.corpus.split import HASH_BYTES, SplitRule, document_hash, split_docu
 from distlm.corpus.tokenizer import END, given_template
 from distlm.spec.prepare import Conversations
 from distlm.storage import replacing
+
+if TYPE_CHECKING:
+    from distlm.corpus.template import Template
 
 ENCODE_BYTES = 1 << 20
 
@@ -167,8 +170,15 @@ def _loaded(path: Path, modified: int, inode: int,
     return tokenizer, fast_encoder(tokenizer), respelled(tokenizer, end, str(path))
 
 
+@lru_cache(maxsize=1)
+def _template(folder: Path, modified: int, inode: int, loss: str) -> "Template":
+    """As `_loaded`, for conversations."""
+    return given_template(folder, loss)
+
+
 def _turns_encoder(task: EncodeTask, conversations: Conversations) -> EncodeEach:
-    template = given_template(task.tokenizer, conversations)
+    status = (task.tokenizer / "tokenizer.json").stat()
+    template = _template(task.tokenizer, status.st_mtime_ns, status.st_ino, conversations.loss)
 
     def whole(turns: Turns) -> Tokens | Refused:
         try:

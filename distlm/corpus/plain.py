@@ -31,13 +31,16 @@ def plain(tokenizer: tokenizers.Tokenizer, end: str) -> tokenizers.Tokenizer:
 def respelled(tokenizer: tokenizers.Tokenizer, end: str, where: str) -> dict[int, list[int]]:
     """By id, each special token that the model may make of text, and the tokens of its characters. The unknown token is none of them: it is
     what text becomes. Raises InputError where the characters have no tokens of their own."""
-    model, rules = tokenizer.model, json.loads(tokenizer.to_str())["model"]
+    whole = json.loads(tokenizer.to_str())
+    model, rules = tokenizer.model, whole["model"]
+    of_bytes = '"ByteLevel"' in json.dumps(whole["pre_tokenizer"])
+    merged = {"".join(merge) if isinstance(merge, list) else merge.replace(" ", "", 1) for merge in rules.get("merges", ())}
     unknown = rules.get("unk_id") if rules["type"] == "Unigram" else model.token_to_id(rules.get("unk_token") or "")
     special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special and i != unknown}
     found = {}
     for i in sorted(special):
         name = tokenizer.id_to_token(i) or ""
-        if model.token_to_id(name) != i or not _is_made(tokenizer, rules, name, i):
+        if model.token_to_id(name) != i or not _is_made(tokenizer, rules, merged, of_bytes, name, i):
             continue
         parts = [[token.id for token in model.tokenize(character)] for character in name]
         ids = [one for part in parts for one in part]
@@ -51,12 +54,11 @@ def respelled(tokenizer: tokenizers.Tokenizer, end: str, where: str) -> dict[int
     return found
 
 
-def _is_made(tokenizer: tokenizers.Tokenizer, rules: dict[str, Any], name: str, i: int) -> bool:
-    """Whether the model makes this token of some text."""
-    if '"ByteLevel"' in json.dumps(json.loads(tokenizer.to_str())["pre_tokenizer"]) and not set(name) <= set(byte_characters()):
+def _is_made(tokenizer: tokenizers.Tokenizer, rules: dict[str, Any], merged: set[str], of_bytes: bool, name: str, i: int) -> bool:
+    """Whether the model makes this token of some text. `merged`: what merges make; `of_bytes`: whether it sees bytes as characters."""
+    if of_bytes and not set(name) <= set(byte_characters()):
         return False                                       # its characters are not what bytes are written by
     if rules["type"] == "BPE":
-        merged = ("".join(merge) if isinstance(merge, list) else merge.replace(" ", "", 1) for merge in rules["merges"])
         return len(name) == 1 or bool(rules.get("ignore_merges")) or name in merged
     if rules["type"] == "Unigram":                         # where it is not the best way to write itself, it is not within a text
         return [token.id for token in tokenizer.model.tokenize(name)] == [i]

@@ -97,11 +97,13 @@ class Reader:
         try:
             for record in formats[self.file.format]():
                 taken, number = taken + record.bytes, record.number + 1
-                self.num_records = number
+                self.num_records = record.number + max(1, record.documents)    # a broken parquet file is told once for all rows left
                 yield record
         except ERRORS as error:
+            self.num_records = number + 1
             yield Record(number, self.stream_bytes - taken, reason="corrupt", detail=f"breaks off: {error}")
         except OSError as error:
+            self.num_records = number + 1
             yield Record(number, self.stream_bytes - taken, reason="unreadable", detail=error.strerror or str(error))
         with contextlib.suppress(OSError):                 # what a broken stream left unread belongs to the file's hash
             self._hash(self.file.begin + self.raw_bytes)

@@ -69,7 +69,7 @@ def check_given(rules: Tokenizer) -> None:
 def check_template(rules: Tokenizer, conversations: Conversations) -> None:
     """Raises InputError where the chat template cannot write a question and its answer."""
     if rules.source:
-        given_template(Path(rules.source).expanduser(), conversations, f"tokenizer.from: {rules.source}")
+        given_template(Path(rules.source).expanduser(), conversations.loss, f"tokenizer.from: {rules.source}")
         return
     from distlm.corpus.template import Template
 
@@ -77,11 +77,11 @@ def check_template(rules: Tokenizer, conversations: Conversations) -> None:
              END, conversations.loss, "tokenizer.chat_template")
 
 
-def given_template(folder: Path, conversations: Conversations, where: str = "tokenizer") -> "Template":
+def given_template(folder: Path, loss: str, where: str = "tokenizer") -> "Template":
     """The chat template of the tokenizer in a folder. Raises InputError."""
     from distlm.corpus.template import read_template  # imports transformers, which texts need not
 
-    return read_template(folder, _given(folder)[1], conversations.loss, where)
+    return read_template(folder, _given(folder)[1], loss, where)
 
 
 def token_bytes(folder: Path) -> npt.NDArray[np.int64] | None:

@@ -47,17 +47,17 @@ def _verify_others(manifest: Manifest) -> None:
     listed = manifest.checksums
     if not listed and "hash" not in manifest.data:
         return
+    if body_hash(manifest.data) != manifest.data.get("hash"):
+        raise CorpusError("the manifest's hash is not that of what it says: it has been changed", where=str(manifest.path / FILE),
+                          remedy="prepare the corpus again")
+    if manifest.inputs:
+        _verify_inputs(manifest)
     found = {str(file.relative_to(manifest.path)): file for file in other_files(manifest.path)}
     for name in sorted(listed.keys() | found.keys()):
         wrong = "the file is missing" if name not in found else "the file is listed nowhere: it came later" if name not in listed else \
             "the file has been changed" if file_xxh3(found[name]) != listed[name] else ""
         if wrong:
             raise CorpusError(wrong, where=str(manifest.path / name), remedy="prepare the corpus again")
-    if body_hash(manifest.data) != manifest.data.get("hash"):
-        raise CorpusError("the manifest's hash is not that of what it says: it has been changed", where=str(manifest.path / FILE),
-                          remedy="prepare the corpus again")
-    if manifest.inputs:
-        _verify_inputs(manifest)
 
 
 def _verify_inputs(manifest: Manifest) -> None:

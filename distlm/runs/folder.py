@@ -100,6 +100,10 @@ class RunFolder:
             return "failed", "head_lost"
         return last["state"], last.get("cause", "")
 
+    def launches(self) -> int:
+        """How often the job has begun to run, restarts after a failure included."""
+        return sum(event["state"] == "running" for event in self.events())
+
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """Record starting, and how the block ends: succeeded, stopped by the user, or failed with a cause."""

@@ -58,6 +58,17 @@ def healthy(endpoint: Mapping[str, Any]) -> bool:
         return False
 
 
+def gone(endpoint: Mapping[str, Any]) -> bool:
+    """Whether nobody listens where an endpoint did, which one that is only slow to answer does."""
+    try:
+        httpx.get(endpoint["url"], timeout=10, trust_env=False)
+    except httpx.ConnectError:
+        return True
+    except (httpx.HTTPError, KeyError):
+        pass
+    return False
+
+
 def _pieces(answer: httpx.Response, base: str) -> Iterator[str]:
     for line in answer.iter_lines():
         data = line.removeprefix("data: ")

@@ -26,6 +26,7 @@ GPUS = {
     "A100 80GB": Gpu(312e12, 19.5e12, 80),
     "A100": Gpu(312e12, 19.5e12, 40),
     "A10G": Gpu(70e12, 35e12, 24),
+    "V100-SXM2-32GB": Gpu(125e12, 15.7e12, 32),
     "V100": Gpu(125e12, 15.7e12, 16),
     "RTX 4090": Gpu(165.2e12, 82.6e12, 24),
     "RTX 3090": Gpu(71e12, 35.6e12, 24),
@@ -36,8 +37,10 @@ and of the RTX 4090 and 3090 the whitepapers of Ada and GA102 (tensor TFLOPS wit
 
 
 def find_gpu(name: str) -> Gpu | None:
-    """The row of GPUS for a device's name; None for one that the table does not know."""
+    """The row of GPUS for a device's name; None for one that the table does not know, as a part of a GPU or a laptop's."""
     words = name.replace("-", " ").split()
+    if "MIG" in words or "Laptop" in words:
+        return None
     for key, gpu in GPUS.items():
         parts = key.replace("-", " ").split()
         if any(words[i:i + len(parts)] == parts for i in range(len(words))):

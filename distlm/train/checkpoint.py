@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 from distlm.errors import CheckpointError, SpecError, StorageError
+from distlm.spec.train import TrainSpec
 from distlm.storage import read_json, write_atomic, write_json, writing
 from distlm.train.failures import peer_lost
 from distlm.train.recipe import Recipe
@@ -160,9 +161,15 @@ def _keeps_layout(checkpoint: Checkpoint, recipe: Recipe) -> bool:
             or (recipe.spec.optimizer.name == "muon" and bool(checkpoint.manifest["zero"] or recipe.spec.sharding.zero)))
 
 
+def _partition(spec: TrainSpec) -> dict[str, Any]:
+    """What decides where the state lies, but for the folder on a disk, which is another one on another machine."""
+    return {key: {name: one for name, one in value.items() if name != "nvme_path"} if isinstance(value, dict) else value
+            for key, value in zero_options(spec).items()}
+
+
 def _facts(recipe: Recipe) -> dict[str, Any]:
     return {"workers": recipe.world, "zero": recipe.spec.sharding.zero,
-            "partition": zero_options(recipe.spec), "precision": recipe.spec.precision,
+            "partition": _partition(recipe.spec), "precision": recipe.spec.precision,
             "global_sequences": recipe.global_sequences, "seed": recipe.spec.seed, "corpus_hash": recipe.corpus_hash}
 
 
@@ -201,7 +208,8 @@ def save(engine: Any, run: Path, step: int, recipe: Recipe, rank: int, ema: "Ema
         manifest = {"format": 1, "step": step, "samples": step * recipe.global_sequences, "tokens": step * recipe.tokens_per_step,
                     **_facts(recipe), **({"anneal": recipe.mix.anneal} if recipe.mix and recipe.mix.final_weights else {}),
                     **({} if loss_scale(engine) is None else {"loss_scale": loss_scale(engine)}),
-                    **({"recent_losses": recent_losses} if recent_losses else {}), **({} if val_loss is None else {"val_loss": val_loss}),
+                    **({"recent_losses": recent_losses} if recent_losses else {}),
+                    **({"val_loss": val_loss} if val_loss is not None and math.isfinite(val_loss) else {}),
                     **({} if due else {"due": False}),
                     **({"parameters": parameter_names(engine)} if not engine.zero_optimization_stage() else {}),
                     "files": sorted((entry for part in entries for entry in part), key=lambda entry: entry["file"])}
@@ -264,9 +272,9 @@ def prune(run: Path, keep: int, milestone_steps: int | None = None, keep_best: i
 
 
 def _val_loss(path: Path) -> float:
-    """Infinity where a checkpoint says none."""
+    """Infinity where a checkpoint says none, or none that is finite."""
     value = _manifest(path).get("val_loss")
-    return value if isinstance(value, float) else math.inf
+    return value if isinstance(value, float) and math.isfinite(value) else math.inf
 
 
 def _entry(file: Path, root: Path) -> dict[str, Any]:

@@ -134,7 +134,7 @@ def _launch(recipe: Recipe, folder: RunFolder, first_step: int, resume_from: Pat
     data_context.execution_no_progress_timeout_s = -1      # a step may be slower than Ray's idea of progress
     trainer = TorchTrainer(
         work, train_loop_config={"task": Task(recipe, folder.path, first_step, resume_from, profile)},
-        torch_config=RankConfig(backend="nccl" if scale.gpus_per_worker else "gloo"),
+        torch_config=RankConfig(backend="nccl" if scale.gpus_per_worker else "gloo", timeout_s=collective_timeout(recipe.spec)),
         scaling_config=ScalingConfig(num_workers=scale.workers, use_gpu=bool(scale.gpus_per_worker), resources_per_worker=resources),
         datasets={"train": plan_dataset(recipe.plan(), first_step)} if first_step < recipe.num_steps else {},
         dataset_config=DataConfig(execution_options=ray.data.ExecutionOptions(preserve_order=True), enable_shard_locality=False),
@@ -144,7 +144,7 @@ def _launch(recipe: Recipe, folder: RunFolder, first_step: int, resume_from: Pat
     shutil.rmtree(folder.path / FOLDER, ignore_errors=True)
     folder.event("running", message=f"from step {first_step}")
     try:
-        with _sigint_kept(), _sigterm_passed_on(folder):
+        with _sigint_kept(), contextlib.nullcontext() if profile else _sigterm_passed_on(folder):
             trainer.fit()
     except TrainingFailedError as error:
         return verdict(folder.path) or diagnose(error, folder.path)
@@ -152,6 +152,12 @@ def _launch(recipe: Recipe, folder: RunFolder, first_step: int, resume_from: Pat
     if not done:                                           # Ray returns normally from an abort
         raise KeyboardInterrupt
     return None
+
+
+def collective_timeout(spec: TrainSpec) -> int:
+    """Seconds that an exchange between ranks may take, saves and exports on rank 0 included: longer than the watchdog waits, which names
+    who hangs."""
+    return max(1800, round(2 * spec.guard.step_timeout_s)) if spec.guard.step_timeout_s else 7 * 24 * 3600
 
 
 @contextlib.contextmanager
@@ -170,17 +176,20 @@ def _sigint_kept() -> Iterator[None]:
 @contextlib.contextmanager
 def _sigterm_passed_on(folder: RunFolder) -> Iterator[None]:
     """SIGTERM, with which a scheduler takes a machine back, lets the ranks save and end after their step; a second one ends the run as
-    before. Of a job that was submitted it is Ray's way to stop it at a user's request."""
+    before, and so does one that comes before any step. Of a job that was submitted it is Ray's way to stop it at a user's request."""
     flag = folder.path / preempt.FLAG
     flag.unlink(missing_ok=True)
+    before_steps = folder.metrics_size()
     if threading.current_thread() is not threading.main_thread() or SUBMISSION in os.environ:
         yield
         return
     before = signal.getsignal(signal.SIGTERM)
 
     def pass_on(*_: Any) -> None:
-        flag.touch()
         signal.signal(signal.SIGTERM, before)
+        if folder.metrics_size() == before_steps:          # nobody looks for the flag yet, and there is nothing to save
+            os.kill(os.getpid(), signal.SIGTERM)
+        flag.touch()
 
     signal.signal(signal.SIGTERM, pass_on)
     try:
@@ -278,5 +287,5 @@ def outcome(recipe: Recipe, folder: RunFolder) -> dict[str, Any]:
             "perplexity": None if val_loss is None else math.exp(min(val_loss, 700)),
             "bits_per_byte": None if val_loss is None else val_loss / math.log(2) / recipe.val_bytes_per_token,
             "tokens_per_s": speeds[len(speeds) // 2],
-            **({"skipped_steps": sum("skipped" in r for r in steps)} if recipe.spec.precision == "fp16" else {}),
+            **({"skipped_steps": skipped} if (skipped := sum("skipped" in r for r in steps)) or recipe.spec.precision == "fp16" else {}),
             "checkpoint": checkpoint.checkpoint_path(folder.path, recipe.num_steps).name}

@@ -26,7 +26,8 @@ TO_SIGMA = 1.4826
 
 class SpikeGuard:
     """The losses of the last steps, and whether the next one is far above them: by the rule of Hampel (1974), loss > median + factor *
-    1.4826 * median absolute deviation. Every loss is taken in, so that a level that stays becomes the usual one."""
+    1.4826 * median absolute deviation. A thousandth of the median is the least deviation. Every loss is taken in, so that a level that
+    stays becomes the usual one."""
 
     def __init__(self, spec: Spike | None, losses: list[float]) -> None:
         self.spec = spec
@@ -40,7 +41,8 @@ class SpikeGuard:
         if self.spec is None or len(known) < self.spec.window:
             return None
         middle = median(known)
-        limit = middle + self.spec.factor * TO_SIGMA * median(abs(one - middle) for one in known)
+        spread = max(median(abs(one - middle) for one in known), 1e-3 * abs(middle))          # none where losses are equal
+        limit = middle + self.spec.factor * TO_SIGMA * spread
         return limit if loss > limit else None
 
     def skips(self, loss: float, limit: float, step: int, recipe: Recipe) -> bool:

@@ -61,6 +61,7 @@ def fit(recipe: Recipe, folder: RunFolder, steps: Iterator[NDArray[np.int64]], *
     ema = Ema(spec.ema.decay, engine) if spec.ema else None
     if resume_from is not None:
         checkpoint.load(engine, resume_from, recipe, rank, ema)
+    launches = folder.launches()
     guard = SpikeGuard(spec.guard.spike, checkpoint.recent_losses(resume_from) if resume_from else [])
     evaluator = Evaluator(recipe, rank, device)
     writer = MetricsWriter(folder, recipe, first_step) if rank == 0 else None
@@ -72,9 +73,12 @@ def fit(recipe: Recipe, folder: RunFolder, steps: Iterator[NDArray[np.int64]], *
             dog.beat(step)
             with region("data"):
                 batch = make_batch(next(steps), recipe.mask_documents, device)
+            dog.beat(step, 1)
             started = time.perf_counter()
             rate = learning_rate(spec.schedule, spec.optimizer.lr, step, recipe.num_steps)
             leaving = preempt.told() or (rank == 0 and (folder.path / preempt.FLAG).exists())
+            if leaving and preempt.abandoned(folder, launches):
+                raise TrainError("the driver of this run has gone", cause="head_lost")
             result = train_step(engine, batch, recipe, rate, step, guard, dog, leaving)
             done, val_loss = step + 1, None
             if ema and not result.skipped:
@@ -142,11 +146,13 @@ def train_step(engine: Any, batch: Batch, recipe: Recipe, rate: float, step: int
     total, leavers = totals.tolist()
     mean = total / num_targets
     if not math.isfinite(mean):
+        dog.rest()
         raise nonfinite_loss(engine, batch, recipe, step, random, mean)
     limit = guard.limit(mean)
     skipped = limit is not None and guard.skips(mean, limit, step, recipe)
     norm = gradient_norm(engine)
     if norm is not None and not finite(norm):
+        dog.rest()
         raise nonfinite_gradient(engine, batch, recipe, step, random, norm)
     try:
         with region("optimizer"), without_update(engine) if skipped else contextlib.nullcontext():
@@ -157,6 +163,7 @@ def train_step(engine: Any, batch: Batch, recipe: Recipe, rate: float, step: int
         return StepResult(mean, None, num_targets, limit, True, leavers > 0)
     norm = norm if norm is not None else float(engine.get_global_grad_norm())
     if not finite(norm):
+        dog.rest()
         raise nonfinite_gradient(engine, batch, recipe, step, random, norm)
     return StepResult(mean, norm, num_targets, limit, skipped, leavers > 0)
 

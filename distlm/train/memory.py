@@ -197,6 +197,9 @@ def peak_memory(load: Load) -> Memory:
         live = min(n, int(raw.get("stage3_max_live_parameters", MAX_LIVE)))
         buffers, step = reserved + live * p + 4 * part, 0
     weights, optimizer = states["weights"], states["optimizer"]
+    group = int(raw.get("zero_hpz_partition_size", spec.sharding.zeropp.hierarchical_partition))
+    if zero == 3 and group > 1:                            # ZeRO++ keeps the weights once more, over the ranks of a node
+        weights += -(-n * p // group)
     gradients = states["gradients"]
     ema = model_states(n, "fp32", zero, world, 4)["optimizer"] if spec.ema else 0
     held = gradients if load.accumulation > 1 else 0       # the first backward pass begins without gradients

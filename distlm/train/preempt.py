@@ -7,6 +7,8 @@
 import signal
 import threading
 
+from distlm.runs import RunFolder
+
 _told = threading.Event()
 FLAG = "preempt"
 """The file in a run's folder by which the driver passes on its own SIGTERM; rank 0 looks for it."""
@@ -20,3 +22,9 @@ def install() -> None:
 
 def told() -> bool:
     return _told.is_set()
+
+
+def abandoned(folder: RunFolder, launches: int) -> bool:
+    """Whether the driver of this rank has gone, or another one has started ranks since these, the `launches`-th: Ray's SIGTERM is then the
+    end, and not a request to save beside those that go on."""
+    return folder.state() == ("failed", "head_lost") or folder.launches() != launches

@@ -65,10 +65,10 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._end.wait(min(1.0, self._timeout_s / 4)):
             at, beaten = self._at, self._beaten
-            if beaten and time.monotonic() - beaten > self._timeout_s and self._bark(at):
+            if beaten and time.monotonic() - beaten > self._timeout_s and self._bark(at, beaten):
                 return
 
-    def _bark(self, at: tuple[int, int]) -> bool:
+    def _bark(self, at: tuple[int, int], beaten: float) -> bool:
         """Say how far this rank is, hear the others, and end. False where this rank has gone on meanwhile."""
         part = f"micro-batch {at[1]}" if at[1] else "its samples"
         print(f"no progress for {self._timeout_s:g} s in step {at[0] + 1} ({part}); all threads:", file=sys.stderr, flush=True)
@@ -78,14 +78,16 @@ class Watchdog:
         deadline = time.monotonic() + min(30.0, self._timeout_s)
         ranks = range(len(self._processes))
         while time.monotonic() < deadline and not all((self._folder / f"rank-{rank}.json").exists() for rank in ranks):
-            self._end.wait(0.2)
-        if self._at != at:
+            if self._end.wait(0.2):
+                break
+        if self._end.is_set() or (self._at, self._beaten) != (at, beaten):
             (self._folder / f"rank-{self._rank}.json").unlink(missing_ok=True)
             return False
-        self._judge()
-        for process in read_json(self._folder / "verdict.json")["processes"]:
-            if process["host"] == socket.gethostname():    # a stopped process ends at nothing else
-                _kill(process)
+        with contextlib.suppress(StorageError, OSError):   # on a full disk all end all the same, without a name
+            self._judge()
+            for process in read_json(self._folder / "verdict.json")["processes"]:
+                if process["host"] == socket.gethostname():                    # a stopped process ends at nothing else
+                    _kill(process)
         for group in list(distributed_c10d._world.pg_map):
             with contextlib.suppress(Exception):           # what this rank waits for fails now, and its error becomes the verdict
                 group.abort()
@@ -105,8 +107,12 @@ class Watchdog:
         mine = self._folder / f"verdict-{self._rank}.json"
         write_json(mine, {"ranks": hanging, "silent": bool(silent), "step": last[0], "timeout_s": self._timeout_s,
                           "processes": [self._processes[rank] for rank in hanging]})
-        with contextlib.suppress(FileExistsError):
+        try:
             os.link(mine, self._folder / "verdict.json")
+        except FileExistsError:
+            pass
+        except OSError:                                    # no hard links here: the last one holds, which says nearly the same
+            mine.replace(self._folder / "verdict.json")
 
 
 def verdict(run: Path) -> TrainError | None:

@@ -1,5 +1,6 @@
 """Only what was committed whole, and is still whole, is a checkpoint."""
 
+import math
 import shutil
 from pathlib import Path
 
@@ -64,7 +65,7 @@ def test_a_copy_under_another_name_is_left_alone(run: Path) -> None:
 
 
 def test_milestones_and_the_best_are_kept_beside_the_newest(tmp_path: Path) -> None:
-    losses = {5: 3.0, 10: 1.5, 15: 1.0, 20: 2.0, 25: None, 30: 1.5, 35: 2.5, 40: 2.4}
+    losses = {5: math.nan, 10: 1.5, 15: 1.0, 20: 2.0, 25: None, 30: 1.5, 35: 2.5, 40: 2.4}
     for step, loss in losses.items():
         path = checkpoint.checkpoint_path(tmp_path, step)
         path.mkdir(parents=True)

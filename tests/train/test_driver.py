@@ -119,8 +119,8 @@ def test_a_job_that_is_killed_whole_and_then_a_worker_cost_nothing_but_time(clus
     failures = [event["cause"] for event in folder.events() if event["state"] == "note" and event["cause"]]
     assert failures == ["worker_died"] and folder.state() == ("succeeded", "completed")
     began = start_of(folder)
-    assert began[0] == 0 and 20 <= began[1] <= before, "a checkpoint, or where Ray's SIGTERM to workers without a driver had them save"
-    assert began[2] >= 40 and began[2] % 20 == 0
+    assert began[0] == 0 and 20 <= began[1] <= before and began[2] >= 40
+    assert [step % 20 for step in began] == [0, 0, 0], "Ray's SIGTERM to workers whose driver is gone is no request to save"
     assert [note for note in progress.notes if "resuming at step" in note] == [f"resuming at step {step} of 120" for step in began[1:]]
     assert seen[-1]["step"] == 120
     assert outputs["steps"] == 120 and outputs["loss_last"] == losses(undisturbed)[-1] and outputs["checkpoint"] == "step-000120"

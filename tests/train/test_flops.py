@@ -44,7 +44,7 @@ def test_of_a_mixture_of_experts_those_that_a_token_goes_to_count() -> None:
 @pytest.mark.parametrize("name, peak, memory", [
     ("NVIDIA H100 80GB HBM3", 989e12, 80), ("NVIDIA H100 PCIe", 756e12, 80), ("NVIDIA H200", 989e12, 141),
     ("NVIDIA A100-SXM4-40GB", 312e12, 40), ("NVIDIA A100-SXM4-80GB", 312e12, 80), ("NVIDIA A100 80GB PCIe", 312e12, 80),
-    ("NVIDIA L4", 121e12, 24), ("NVIDIA L40S", 362e12, 48), ("Tesla V100-SXM2-16GB", 125e12, 16),
+    ("NVIDIA L4", 121e12, 24), ("NVIDIA L40S", 362e12, 48), ("Tesla V100-SXM2-16GB", 125e12, 16), ("Tesla V100-SXM2-32GB", 125e12, 32),
     ("NVIDIA GeForce RTX 4090", 165.2e12, 24), ("NVIDIA B200", 2250e12, 180)])
 def test_a_gpu_is_known_by_its_name(name: str, peak: float, memory: int) -> None:
     gpu = find_gpu(name)
@@ -52,7 +52,8 @@ def test_a_gpu_is_known_by_its_name(name: str, peak: float, memory: int) -> None
 
 
 def test_a_gpu_that_the_table_does_not_know_has_no_peak() -> None:
-    assert flops.peak_flops("NVIDIA L400") is None and flops.peak_flops("H100x") is None
+    for name in ("NVIDIA L400", "H100x", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA GeForce RTX 4090 Laptop GPU"):
+        assert flops.peak_flops(name) is None
 
 
 def test_half_of_the_peak_is_an_mfu_of_a_half() -> None:

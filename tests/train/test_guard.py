@@ -1,7 +1,11 @@
 """What is not finite, or far from usual, is found before it does harm, the same on every rank."""
 
+import json
+import os
 import re
 import shutil
+import socket
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +18,7 @@ from distlm.spec import TrainSpec
 from distlm.spec.train import Spike
 from distlm.storage import Storage, write_json
 from distlm.train.guard import SpikeGuard
+from distlm.train.preempt import abandoned
 from distlm.train.recipe import make_recipe
 from distlm.train.watchdog import Watchdog, verdict
 from tests.train.ranks import VOCABULARY, losses, make_corpus, metrics, run_ranks, spec
@@ -64,6 +69,8 @@ def test_a_spike_is_what_is_far_above_the_median_of_a_full_window() -> None:
     assert [guard.limit(5.0) is None for _ in range(6)] == [False] * 3 + [True] * 3, "a level that stays becomes the usual one"
     assert len(guard.losses) == 8
     assert SpikeGuard(None, []).limit(1e9) is None
+    equal = SpikeGuard(Spike(window=8, factor=3), [2.0] * 8)
+    assert equal.limit(2.001) is None and equal.limit(2.1) is not None
 
 
 def test_a_spike_is_skipped_or_ends_the_run_and_a_resumed_run_decides_the_same(corpus: Path, tmp_path: Path) -> None:
@@ -128,3 +135,25 @@ def test_what_hangs_while_its_threads_live_is_behind_the_others(tmp_path: Path) 
     dog._processes.append({"host": "there", "pid": 103})
     dog._judge()
     assert "rank 1 (" in str(verdict(tmp_path)), "the first verdict holds"
+
+
+def test_a_rank_that_rests_or_ends_while_it_hears_the_others_harms_none(tmp_path: Path) -> None:
+    for ended in (False, True):
+        dog = object.__new__(Watchdog)
+        dog._folder, dog._rank, dog._timeout_s, dog._at, dog._beaten = tmp_path / "hang", 0, 0.3, (7, 3), 5.0
+        dog._processes, dog._end = [{"host": socket.gethostname(), "pid": os.getpid(), "started": 0.0}] * 2, threading.Event()
+        later = threading.Timer(0.1, dog._end.set if ended else dog.rest)
+        later.start()
+        assert not dog._bark((7, 3), 5.0)
+        assert verdict(tmp_path) is None and not list((tmp_path / "hang").iterdir())
+
+
+def test_ranks_whose_driver_is_gone_or_replaced_do_not_save(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.event("running")
+    assert folder.launches() == 1 and not abandoned(folder, 1)
+    folder.event("running")
+    assert abandoned(folder, 1) and not abandoned(folder, 2)
+    owner = json.loads((tmp_path / "events.jsonl").read_text().splitlines()[-1])["owner"]
+    (tmp_path / "events.jsonl").write_text(json.dumps({**folder.events()[0], "owner": {**owner, "pid": 2**22 + 1}}) + "\n")
+    assert folder.state() == ("failed", "head_lost") and abandoned(folder, 1)

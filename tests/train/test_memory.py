@@ -61,6 +61,8 @@ def test_every_part_follows_from_the_stage() -> None:
     assert [parts[zero].weights for zero in range(4)] == [2 * 10**9] * 3 + [2 * 10**9 // 8]
     assert [parts[zero].optimizer for zero in range(4)] == [12 * 10**9] + [12 * 10**9 // 8] * 3
     assert parts[0].total > parts[1].total > parts[2].total
+    twice = peak_memory(load(sharding={"zero": 3, "zeropp": {"hierarchical_partition": 4}}))
+    assert twice.weights == 2 * 10**9 // 8 + 2 * 10**9 // 4, "once over all ranks, and once over those of a node"
     assert parts[3].buffers >= 2 * 5 * 10**8 + 2 * 10**9, "its bucket, and the parameters that are gathered"
     small = peak_memory(load(sharding={"zero": 2, "deepspeed": {"zero_optimization": {"reduce_bucket_size": 10**6}}}))
     assert parts[2].buffers - small.buffers == 2 * (5 * 10**8 - 10**6)
