@@ -2,10 +2,11 @@
 
     python benchmarks/train.py                 # 12.2 M parameters, 256 tokens of context, 32 sequences a step, bf16, 2 threads
     python benchmarks/train.py --quick         # one round of a few steps: does it work
-    python benchmarks/train.py --preset llama-1b --sequences 8 --rounds 3
+    python benchmarks/train.py --preset llama-1b --vocab 32000 --context 2048 --sequences 32 --micro 8      # on a GPU
 
 Each side runs in a process of its own, in turn, several rounds. A side's figure is the median time from the end of one step
 to the end of the next, so that waiting for data counts; the first steps, and those that evaluate or save, are left out.
+MFU is of a GPU's peak by its data sheet, or of what products of matrices reach on this CPU.
 They differ in what they keep: distlm and Trainer hold fp32 weights and compute in bf16, the bare loop holds bf16 alone. `kept` is the
 bare loop with the settings of the C library that distlm gives to its workers on CPU.
 """
@@ -25,7 +26,8 @@ from pathlib import Path
 from typing import Any
 
 WARM_UP = 3
-SIDES = {"distlm": "distlm run", "bare": "bare loop, pure bf16", "kept": "bare loop, memory kept", "trainer": "transformers Trainer, bf16"}
+SIDES = {"distlm": "distlm run", "compiled": "distlm run, compile: true",
+         "bare": "bare loop, pure bf16", "kept": "bare loop, memory kept", "trainer": "transformers Trainer, bf16"}
 
 
 def main() -> None:
@@ -36,14 +38,17 @@ def main() -> None:
     parser.add_argument("--preset", default="llama-10m")
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--sequences", type=int, default=32, help="sequences of a step")
+    parser.add_argument("--micro", type=int, help="sequences of one forward pass; default: all of a step")
+    parser.add_argument("--vocab", type=int, default=4096)
     parser.add_argument("--threads", type=int, default=2, help="threads of matrix products on CPU")
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=[side for side in SIDES if side != "kept" or device() == "cpu"])
     parser.add_argument("--json", action="store_true", help="print figures, not a table")
     parser.add_argument("--side", choices=[*SIDES, "corpus"], help=argparse.SUPPRESS)
     parser.add_argument("--storage", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.quick:
         options.steps, options.rounds = 8, 1
+    options.micro = options.micro or options.sequences
     if options.side:
         print(json.dumps({"seconds": SIDE[options.side](options)}))
         return
@@ -60,17 +65,17 @@ def main() -> None:
         return
     print(f"{options.preset}, {options.sequences} sequences of {options.context} tokens a step, {options.threads} threads, "
           f"{options.rounds} rounds of {options.steps} steps; median over rounds")
-    print(f"{'':28} {'tokens/s':>10} {'lowest':>10} {'highest':>10} {'ratio':>7}")
-    first = statistics.median(found[options.sides[0]])
+    print(f"{'':28} {'tokens/s':>10} {'lowest':>10} {'highest':>10} {'MFU':>7} {'ratio':>7}")
+    first, full = statistics.median(found[options.sides[0]]), tokens_at_peak(options)
     for side, speeds in found.items():
         middle = statistics.median(speeds)
-        print(f"{SIDES[side]:28} {middle:10,.0f} {min(speeds):10,.0f} {max(speeds):10,.0f} {first / middle:7.2f}")
+        print(f"{SIDES[side]:28} {middle:10,.0f} {min(speeds):10,.0f} {max(speeds):10,.0f} {middle / full:7.1%} {first / middle:7.2f}")
     print(f"ratio: {SIDES[options.sides[0]]} over this one")
 
 
 def measure(side: str, storage: str, options: argparse.Namespace) -> list[float]:
     """Seconds of every step of one side, in a process of its own."""
-    settings = [f"--{name}={getattr(options, name)}" for name in ("steps", "preset", "context", "sequences", "threads")]
+    settings = [f"--{name}={getattr(options, name)}" for name in ("steps", "preset", "context", "sequences", "micro", "vocab", "threads")]
     from distlm.train.driver import KEEP_MEMORY
 
     kept = {"GLIBC_TUNABLES": KEEP_MEMORY} if side == "kept" else {}
@@ -87,14 +92,14 @@ def prepare_corpus(options: argparse.Namespace) -> list[float]:
     import distlm
 
     draw = random.Random(0)
-    words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(2, 9))) for _ in range(20_000)]
+    words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(2, 9))) for _ in range(5 * options.vocab)]
     weights = [1 / rank for rank in range(1, len(words) + 1)]
     folder = options.storage / "text"
     folder.mkdir()
     for number in range(200):
         (folder / f"{number}.txt").write_text(" ".join(draw.choices(words, weights, k=4000)))
     distlm.run({"kind": "prepare", "name": "bench", "sources": [str(folder)], "context": options.context,
-                "tokenizer": {"vocab_size": 4096}}, storage=options.storage, progress=quiet())
+                "tokenizer": {"vocab_size": options.vocab}}, storage=options.storage, progress=quiet())
     return []
 
 
@@ -104,7 +109,8 @@ def run_distlm(options: argparse.Namespace) -> list[float]:
 
     name = f"bench-{time.time_ns()}"
     spec = {"kind": "train", "name": name, "corpus": "bench", "model": {"preset": options.preset},
-            "batch": {"global_sequences": options.sequences, "micro_sequences": options.sequences}, "duration": {"steps": options.steps},
+            "batch": {"global_sequences": options.sequences, "micro_sequences": options.micro}, "duration": {"steps": options.steps},
+            "compile": options.side == "compiled",
             "scale": {"threads_per_worker": options.threads, "gpus_per_worker": int(device() == "cuda")},
             "evaluate": {"every_steps": options.steps}, "checkpoint": {"every_steps": options.steps}, "precision": "bf16"}
     distlm.run(spec, storage=options.storage, progress=quiet())
@@ -121,9 +127,9 @@ def run_bare(options: argparse.Namespace) -> list[float]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     ends = []
     for _ in range(options.steps):
-        x = torch.randint(0, vocab, (options.sequences, options.context)).to(device())
-        loss = model(input_ids=x, labels=x).loss
-        loss.backward()
+        for x in torch.randint(0, vocab, (options.sequences, options.context)).to(device()).split(options.micro):
+            loss = model(input_ids=x, labels=x).loss * len(x) / options.sequences
+            loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -154,7 +160,8 @@ def run_trainer(options: argparse.Namespace) -> list[float]:
                 torch.cuda.synchronize()
             ends.append(time.time())
 
-    arguments = TrainingArguments(output_dir=str(options.storage / "trainer"), per_device_train_batch_size=options.sequences, bf16=True,
+    arguments = TrainingArguments(output_dir=str(options.storage / "trainer"), per_device_train_batch_size=options.micro, bf16=True,
+                                  gradient_accumulation_steps=options.sequences // options.micro,
                                   max_steps=options.steps, use_cpu=device() == "cpu", report_to=[], save_strategy="no",
                                   logging_strategy="no", optim="adamw_torch_fused", learning_rate=1e-3, disable_tqdm=True)
     Trainer(model=model, args=arguments, train_dataset=Samples(), callbacks=[Clock()]).train()
@@ -175,6 +182,20 @@ def make_model(options: argparse.Namespace) -> tuple[Any, int]:
     return build_model(spec, model_config(spec, Shape(manifest.vocab_size, options.context, manifest.eos_id)), 0), manifest.vocab_size
 
 
+def tokens_at_peak(options: argparse.Namespace) -> float:
+    """Tokens a second at an MFU of 1."""
+    import torch
+
+    from distlm.model.build import Shape, model_config, parameter_sizes
+    from distlm.spec.train import ModelSpec
+    from distlm.train.flops import config_flops, measured_peak, peak_flops
+
+    torch.set_num_threads(options.threads)
+    config = model_config(ModelSpec(preset=options.preset), Shape(options.vocab, options.context, 0))
+    peak = peak_flops(torch.cuda.get_device_name()) if device() == "cuda" else measured_peak("bf16")
+    return (peak or float("nan")) / config_flops(config, parameter_sizes(config), options.context)
+
+
 def intervals(ends: list[float]) -> list[float]:
     return [after - before for before, after in itertools.pairwise(ends)]
 
@@ -192,7 +213,7 @@ def quiet() -> Any:
 
 
 SIDE: dict[str, Callable[[argparse.Namespace], list[float]]] = {
-    "corpus": prepare_corpus, "distlm": run_distlm, "bare": run_bare, "kept": run_bare, "trainer": run_trainer}
+    "corpus": prepare_corpus, "distlm": run_distlm, "compiled": run_distlm, "bare": run_bare, "kept": run_bare, "trainer": run_trainer}
 
 if __name__ == "__main__":
     main()

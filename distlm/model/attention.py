@@ -42,32 +42,57 @@ def use_cpu_attention(model: "PreTrainedModel") -> None:
 
 def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
     """softmax(scale · QKᵀ + causal mask) V. All [batch, heads, tokens, width] of one float type, on the CPU; so is the result."""
-    return _CausalAttention.apply(query, key, value, scale)
+    return _attend(query, key, value, scale).transpose(1, 2)
 
 
-class _CausalAttention(torch.autograd.Function):
-    """The backward pass computes probabilities again, in float32 as the kernel does, block by block: memory grows with the tokens,
-    not with their square. Equations: FlashAttention, arXiv:2205.14135, appendix B.2."""
+@torch.library.custom_op("distlm::causal_attention", mutates_args=())
+def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+    """[batch, tokens, heads, width]. An operator of PyTorch's, so that a compiled layer takes it as it is."""
+    out = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
+    return out.transpose(1, 2).contiguous()
 
-    @staticmethod
-    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
-        ctx.save_for_backward(query, key, value)
-        ctx.scale = scale
-        return torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
 
-    @staticmethod
-    def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:
-        query, key, value = ctx.saved_tensors
-        batch, heads, length, width = query.shape
-        sequences = max(1, BLOCK_ELEMENTS // (heads * length * length))
-        # laid out as transformers transposes them back: [batch, tokens, heads, width]
-        gradients = [query.new_empty(batch, length, heads, width).transpose(1, 2) for _ in range(3)]
-        for start in range(0, batch, sequences):
-            part = slice(start, start + sequences)
-            flat = [one[part].reshape(-1, length, width) for one in (query, key, value, outputs[0])]
-            for one, gradient in zip(gradients, _flat_backward(ctx.scale, *flat), strict=True):
-                one[part] = gradient.view(-1, heads, length, width)
-        return gradients[0], gradients[1], gradients[2], None
+@torch.library.custom_op("distlm::causal_attention_backward", mutates_args=())
+def _attend_backward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, outer: torch.Tensor,
+                     scale: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of query, key and value, [batch, tokens, heads, width]; `outer`: the output's gradient, in the same layout.
+
+    Probabilities are computed again, in float32 as the kernel does, block by block: memory grows with the tokens, not with their square.
+    Equations: FlashAttention, arXiv:2205.14135, appendix B.2."""
+    batch, heads, length, width = query.shape
+    sequences = max(1, BLOCK_ELEMENTS // (heads * length * length))
+    gradients = [query.new_empty(batch, length, heads, width) for _ in range(3)]
+    for start in range(0, batch, sequences):
+        part = slice(start, start + sequences)
+        flat = [one[part].reshape(-1, length, width) for one in (query, key, value, outer.transpose(1, 2))]
+        for one, gradient in zip(gradients, _flat_backward(scale, *flat), strict=True):
+            one[part] = gradient.view(-1, heads, length, width).transpose(1, 2)
+    return gradients[0], gradients[1], gradients[2]
+
+
+@_attend.register_fake
+def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+    return torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format)
+
+
+@_attend_backward.register_fake
+def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, outer: torch.Tensor,
+      scale: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    dq, dk, dv = (torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format) for _ in range(3))
+    return dq, dk, dv
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    ctx.save_for_backward(*inputs[:3])
+    ctx.scale = inputs[3]
+
+
+def _backward(ctx: Any, outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    dq, dk, dv = _attend_backward(*ctx.saved_tensors, outer, ctx.scale)
+    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2), None
+
+
+_attend.register_autograd(_backward, setup_context=_keep)
 
 
 def _flat_backward(scale: float, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,

@@ -212,12 +212,27 @@ def recompute(model: "PreTrainedModel", every: int) -> None:
         layer.gradient_checkpointing = i % every == 0
 
 
+def compile_layers(model: "PreTrainedModel") -> None:
+    """Let each layer be compiled when it first runs; layers of one shape share what is made. Raises SpecError where the family's are not
+    known."""
+    layers = decoder_layers(model)
+    if not layers:
+        raise SpecError(f"the layers of the {model.config.model_type} family cannot be told from the rest of it", where="compile",
+                        remedy="leave it out")
+    for layer in layers:
+        layer.compile()
+
+
 def recomputable(model: "PreTrainedModel") -> list[Any]:
     """The layers that can be computed again, in their order; none where the family cannot."""
+    return decoder_layers(model) if model.supports_gradient_checkpointing else []
+
+
+def decoder_layers(model: "PreTrainedModel") -> list[Any]:
+    """The blocks of attention and feed-forward layers, in their order; none where the family does not mark them."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    return layers if model.supports_gradient_checkpointing else []
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def num_parameters(config: "PreTrainedConfig") -> int:

@@ -469,6 +469,9 @@ class TrainSpec(Job):
     activation_checkpointing: Annotated[int, Field(ge=0)] = 0
     """Every n-th layer keeps its input alone and is computed again in the backward pass (Chen et al. 2016): 1 for every layer, which takes
     the least memory and about a third more time. 0 keeps all activations."""
+    compile: bool = False
+    """Whether layers are compiled by torch.compile (Ansel et al. 2024) as the run begins, which takes up to a minute: faster steps, whose
+    losses differ in their last bits from those without. On CPU every node needs a C++ compiler. Not with ZeRO stage 3."""
     sharding: Sharding = Sharding()
     """ZeRO."""
     scale: Scale = Scale()
@@ -503,6 +506,9 @@ class TrainSpec(Job):
         check_optimizer(self.optimizer, self.sharding.zero)
         check_offload(self)
         check_zeropp(self)
+        if self.compile and self.sharding.zero == 3:
+            raise Rule("compile", "true cannot be with ZeRO stage 3, which gathers weights in the midst of a layer; leave it out, or set "
+                                  "sharding.zero: 2")
         if self.model.mup and self.optimizer.name not in ("adamw", "lion"):
             raise Rule("model.mup", f"its rules are for adamw and lion, not for {self.optimizer.name}; leave it out, or take adamw")
         if self.precision != "fp16":

@@ -17,7 +17,7 @@ from torch import distributed
 
 from distlm.errors import TrainError
 from distlm.model.attention import use_cpu_attention
-from distlm.model.build import buffers, build_model, model_config, recompute, restore_buffers
+from distlm.model.build import buffers, build_model, compile_layers, model_config, recompute, restore_buffers
 from distlm.model.documents import check_documents_apart
 from distlm.model.export import export_model
 from distlm.model.loss import CausalLoss
@@ -33,7 +33,7 @@ from distlm.train.profile import StepProfile, region
 from distlm.train.recipe import Recipe, manifest_of
 from distlm.train.schedule import learning_rate
 from distlm.train.watchdog import Watchdog
-from distlm.train.zero import deepspeed_config, loss_scale, make_engine, update
+from distlm.train.zero import check_node, deepspeed_config, loss_scale, make_engine, update
 
 
 def fit(recipe: Recipe, folder: RunFolder, steps: Iterator[NDArray[np.int64]], *, rank: int, device: torch.device, first_step: int = 0,
@@ -44,6 +44,7 @@ def fit(recipe: Recipe, folder: RunFolder, steps: Iterator[NDArray[np.int64]], *
     With `profile` steps are looked at alone: nothing is evaluated, saved or exported. Raises TrainError with its cause.
     """
     spec = recipe.spec
+    check_node(spec)
     penalties = spec.regularization
     model = build_model(spec.model, model_config(spec.model, recipe.shape, penalties.dropout), spec.seed)
     if device.type == "cpu":
@@ -52,6 +53,8 @@ def fit(recipe: Recipe, folder: RunFolder, steps: Iterator[NDArray[np.int64]], *
         check_documents_apart(model)
     if spec.activation_checkpointing:
         recompute(model, spec.activation_checkpointing)
+    if spec.compile:
+        compile_layers(model)
     kept = buffers(model)
     engine = make_engine(spec, CausalLoss(model, penalties.label_smoothing, penalties.z_loss),
                          deepspeed_config(spec, recipe.micro_sequences, recipe.accumulation))

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from distlm.errors import SpecError
-from distlm.model.build import Shape, recomputable, skeleton
+from distlm.model.build import Shape, decoder_layers, recomputable, skeleton
 from distlm.model.loss import BLOCK_ELEMENTS, CHUNK_ELEMENTS, PLAIN_HEADS
 from distlm.spec.base import Rule
 from distlm.spec.gpus import find_gpu
@@ -260,9 +260,7 @@ def measure_activations(config: "PreTrainedConfig", shape: Shape, precision: str
     if model.config._attn_implementation == "sdpa":
         _count_attention(model, on_gpu)
     seen: dict[int, Any] = {storage._cdata: storage for parameter in model.parameters() for storage in (parameter.untyped_storage(),)}
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers = decoder_layers(model)
     counts, current = [0] * (len(layers) + 1), [len(layers)]
     for i, layer in enumerate(layers):
         layer.register_forward_pre_hook(lambda *_, i=i: current.__setitem__(0, i))

@@ -77,7 +77,8 @@ def _add_muon(settings: dict[str, Any], parameter: torch.nn.Parameter, orthogona
 def _muon(spec: TrainSpec, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     """DeepSpeed's Muon (Jordan et al. 2024), which its ZeRO stages know, with AdamW for what is no hidden matrix. Its kernels would be
     compiled when they are first used, which takes a compiler and minutes; products of matrices gain nothing by it."""
-    torch.compiler.set_stance("force_eager")
+    if not spec.compile:
+        torch.compiler.set_stance("force_eager")
     from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 
     options = spec.optimizer

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from distlm.errors import SpecError
+from distlm.errors import SpecError, TrainError
 from distlm.spec.load import nearest
 from distlm.spec.train import ZEROPP_KEYS, TrainSpec
 
@@ -68,6 +68,22 @@ def _merge(base: dict[str, Any], raw: dict[str, Any]) -> dict[str, Any]:
     for key, value in raw.items():
         merged[key] = _merge(base[key], value) if isinstance(value, dict) and isinstance(base.get(key), dict) else value
     return merged
+
+
+def check_node(spec: TrainSpec) -> None:
+    """Raises TrainError where this worker's node lacks what the spec needs to be compiled there."""
+    import os
+    import shutil
+
+    if spec.compile and not spec.scale.gpus_per_worker and not shutil.which(os.environ.get("CXX", "g++")):
+        raise TrainError("there is no C++ compiler on a worker's node", where="compile", cause="bad_input",
+                         remedy="install g++ there (Debian and Ubuntu: apt install g++), or leave compile out")
+    if spec.sharding.offload and "nvme" in (spec.sharding.offload.optimizer, spec.sharding.offload.parameters):
+        from deepspeed.ops.op_builder import AsyncIOBuilder
+
+        if not AsyncIOBuilder().is_compatible(verbose=False):
+            raise TrainError("a worker's node lacks libaio, with which DeepSpeed reads and writes disks", where="sharding.offload",
+                             cause="bad_input", remedy="install it there (Debian and Ubuntu: apt install libaio-dev), or take cpu")
 
 
 def make_engine(spec: TrainSpec, model: "CausalLoss", config: dict[str, Any]) -> Any:

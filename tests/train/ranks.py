@@ -1,4 +1,4 @@
-"""Training without Ray: a corpus made in place, ranks as plain processes over gloo, results in files."""
+"""Training without Ray: a corpus made in place, ranks as plain processes over gloo, or on this machine's GPU, results in files."""
 
 import json
 import math
@@ -96,9 +96,10 @@ def spec(corpus: Path, **sections: object) -> TrainSpec:
     return TrainSpec.model_validate({**base, **sections})
 
 
-def run_ranks(runs: dict[Path, TrainSpec], *, kill_before_step: int | None = None, full_before_step: int | None = None,
-              preempt_before_step: int | None = None, stop_before_step: int | None = None, poison: dict[str, object] | None = None) -> str:
-    """Train each run, one after the other in one group of `scale.workers` processes, from its last committed checkpoint.
+def run_ranks(runs: dict[Path, TrainSpec], *, device: str = "cpu", kill_before_step: int | None = None,
+              full_before_step: int | None = None, preempt_before_step: int | None = None, stop_before_step: int | None = None,
+              poison: dict[str, object] | None = None) -> str:
+    """Train each run, one after the other in one group of `scale.workers` processes on `device`, from its last committed checkpoint.
 
     `kill_before_step`: the last rank is sent SIGKILL when it asks for that step. `full_before_step`: from
     that step on no file may grow beyond 10 kB, as on a full disk, and the ranks must fail. `preempt_before_step`: the last rank is sent
@@ -113,7 +114,7 @@ def run_ranks(runs: dict[Path, TrainSpec], *, kill_before_step: int | None = Non
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     environment = {**os.environ, "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
-                   "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
+                   "DS_ACCELERATOR": device, "HF_HUB_OFFLINE": "1"}
     kill = {world - 1: str(kill_before_step)} if kill_before_step is not None else {}
     ranks = [subprocess.Popen([sys.executable, "-m", "tests.train.ranks", *map(str, runs)], cwd=Path(__file__).parents[2],
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -234,12 +235,13 @@ def main() -> None:
     rank, kill, full = int(os.environ["RANK"]), os.environ["DISTLM_TEST_KILL"], os.environ["DISTLM_TEST_FULL"]
     torch.set_num_threads(1)
     preempt.install()
-    distributed.init_process_group("gloo")
+    device = torch.device(os.environ["DS_ACCELERATOR"])
+    distributed.init_process_group("gloo" if device.type == "cpu" else "nccl")
     poison = json.loads(os.environ["DISTLM_TEST_POISON"])
     report = watch_poisoned(poison) if poison else None
     for run in map(Path, sys.argv[1:]):
         recipe = make_recipe(load_spec(run / "spec.yaml").spec, Storage(run.parent))
-        if recipe.spec.precision == "fp16":                # a rank on CPU stands for one on a GPU
+        if recipe.spec.precision == "fp16" and device.type == "cpu":                # a rank on CPU stands for one on a GPU
             get_accelerator().is_fp16_supported = lambda: True  # type: ignore[method-assign]
         start, _ = checkpoint.latest(run)
         first = start.step if start else 0
@@ -265,7 +267,7 @@ def main() -> None:
                 yield tokens
 
         try:
-            loop.fit(recipe, RunFolder(run), steps(), rank=rank, device=torch.device("cpu"), first_step=first,
+            loop.fit(recipe, RunFolder(run), steps(), rank=rank, device=device, first_step=first,
                      resume_from=start.path if start else None)
         except DistlmError as error:
             if report is None:

@@ -1,0 +1,87 @@
+"""On one GPU: each step is the CPU's within rounding, and a run that goes on is bit-equal to one that was not stopped."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from deepspeed.ops.op_builder import AsyncIOBuilder
+
+from tests.train.ranks import losses, make_corpus, make_packed_corpus, metrics, run_ranks, spec
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+GPU = {"gpus_per_worker": 1}
+MODEL = {"config": {"model_type": "llama", "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
+                    "num_key_value_heads": 2, "tie_word_embeddings": True}}
+SHARDED = {"zero": 3, "deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}}}
+STAGES = [{"zero": 0}, {"zero": 1}, {"zero": 2}, SHARDED]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_corpus(tmp_path_factory.mktemp("corpus") / "c")
+
+
+@pytest.fixture(scope="module")
+def on_cpu(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("cpu")
+    run_ranks({root / "fp32": spec(corpus, model=MODEL), root / "bf16": spec(corpus, model=MODEL, precision="bf16")})
+    return root
+
+
+def test_every_stage_in_fp32_gives_the_losses_of_a_cpu(corpus: Path, on_cpu: Path, tmp_path: Path) -> None:
+    runs = {tmp_path / f"zero{one['zero']}": spec(corpus, model=MODEL, scale=GPU, sharding=one) for one in STAGES}
+    run_ranks(runs, device="cuda")
+    for run in runs:
+        np.testing.assert_allclose(losses(run), losses(on_cpu / "fp32"), rtol=1e-4, err_msg=run.name)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_every_stage_in_half_precision_learns_the_same(corpus: Path, on_cpu: Path, tmp_path: Path, precision: str) -> None:
+    runs = {tmp_path / f"zero{one['zero']}": spec(corpus, model=MODEL, scale=GPU, sharding=one, precision=precision)
+            for one in STAGES if one["zero"] or precision == "bf16"}
+    run_ranks(runs, device="cuda")
+    for run in runs:
+        kept = [record["loss"] for record in metrics(run) if "loss" in record]
+        assert len(kept) == 20 and all(map(math.isfinite, kept))
+        if precision == "bf16":
+            np.testing.assert_allclose(kept, losses(on_cpu / "bf16"), rtol=1e-2, err_msg=run.name)
+        else:
+            assert kept[-1] < kept[0] - 0.3, run.name
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "lion", "adafactor", "sgd", "offload", "nvme", "dropout", "compiled"])
+def test_a_run_that_goes_on_is_bit_equal(corpus: Path, tmp_path: Path, name: str) -> None:
+    if name == "nvme" and not AsyncIOBuilder().is_compatible(verbose=False):
+        pytest.skip("libaio is not installed")
+    sections: dict[str, object] = {
+        "muon": {"optimizer": {"name": "muon", "lr": 0.01, "clip": 0}}, "lion": {"optimizer": {"name": "lion", "lr": 0.001}},
+        "adafactor": {"optimizer": {"name": "adafactor", "lr": 0.01}, "sharding": {"zero": 0}},
+        "sgd": {"optimizer": {"name": "sgd", "lr": 0.1}},
+        "offload": {"sharding": {"zero": 3, "offload": {"optimizer": "cpu", "parameters": "cpu"}}},
+        "nvme": {"sharding": {"zero": 3, "offload": {"optimizer": "nvme", "path": str(tmp_path / "nvme")}}},
+        "dropout": {"regularization": {"dropout": 0.1}}, "compiled": {"compile": True}}.get(name, {})
+    given = spec(corpus, **{"model": MODEL, "scale": GPU, "precision": "bf16", "sharding": {"zero": 2}, **sections})
+    run_ranks({tmp_path / "whole": given}, device="cuda")
+    run_ranks({tmp_path / "stopped": given}, device="cuda", kill_before_step=13)
+    run_ranks({tmp_path / "stopped": given}, device="cuda")
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+    ours, theirs = ((tmp_path / run / "export" / "model.safetensors").read_bytes() for run in ("stopped", "whole"))
+    assert ours == theirs
+
+
+def test_compiled_layers_give_the_same_losses(corpus: Path, on_cpu: Path, tmp_path: Path) -> None:
+    bf16 = spec(corpus, model=MODEL, scale=GPU, compile=True, precision="bf16", activation_checkpointing=1)
+    run_ranks({tmp_path / "fp32": spec(corpus, model=MODEL, scale=GPU, compile=True), tmp_path / "bf16": bf16}, device="cuda")
+    np.testing.assert_allclose(losses(tmp_path / "fp32"), losses(on_cpu / "fp32"), rtol=1e-4)
+    np.testing.assert_allclose(losses(tmp_path / "bf16"), losses(on_cpu / "bf16"), rtol=1e-2)
+
+
+def test_documents_are_kept_apart_as_on_a_cpu(tmp_path: Path) -> None:
+    corpus = make_packed_corpus(tmp_path / "packed")
+    run_ranks({tmp_path / "cpu": spec(corpus, model=MODEL, duration={"steps": 6})})
+    run_ranks({tmp_path / "gpu": spec(corpus, model=MODEL, duration={"steps": 6}, scale=GPU),
+               tmp_path / "compiled": spec(corpus, model=MODEL, duration={"steps": 6}, scale=GPU, compile=True)}, device="cuda")
+    for name in ("gpu", "compiled"):
+        np.testing.assert_allclose(losses(tmp_path / name), losses(tmp_path / "cpu"), rtol=1e-4, err_msg=name)
