@@ -65,7 +65,8 @@ def of_train(spec: TrainSpec, storage: Storage) -> Rows:
     size_ = f"{recipe.shape.vocab_size:,} tokens of vocabulary, context {recipe.shape.context:,}"
     return [("corpus", f"a mixture of {len(recipe.corpora)}, {size_}" if recipe.mix else f"{recipe.corpus}, {size_}"),
             *of_mixture(recipe),
-            ("steps", f"{recipe.num_steps:,} of {recipe.global_sequences:,} sequences, {recipe.micro_sequences} in a micro-batch"),
+            ("steps", f"{recipe.num_steps:,} of {recipe.global_sequences:,} sequences, {recipe.micro_sequences} in a micro-batch"
+             f"{', or as many as fit' if spec.batch.micro_sequences == 'auto' else ''}"),
             *([("warm-up", f"{recipe.spec.schedule.warmup_steps:,} steps")] if spec.schedule.warmup_tokens else []),
             ("tokens", f"{recipe.num_steps * recipe.tokens_per_step:,}"),
             *([("documents", "kept apart: attention stays inside each")] if recipe.mask_documents else []),

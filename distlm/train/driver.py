@@ -12,7 +12,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from distlm.autoscale import require, train_bundles
 from distlm.corpus.stream import plan_dataset
@@ -27,6 +27,8 @@ from distlm.spec.train import Checkpoints, Duration, Evaluate, Schedule, TrainSp
 from distlm.storage import Storage, read_json
 from distlm.train import checkpoint, preempt
 from distlm.train import profile as profiles
+from distlm.train.dryrun import FOLDER as DRY_RUN
+from distlm.train.dryrun import choose_micro
 from distlm.train.failures import diagnose
 from distlm.train.recipe import Recipe, make_recipe, read_corpora, without_val
 from distlm.train.worker import Task, work
@@ -47,6 +49,7 @@ def train(spec: TrainSpec, folder: RunFolder, storage: Storage, progress: Progre
                   f"{recipe.world} worker{'s' * (recipe.world > 1)} under ZeRO-{spec.sharding.zero}, {spec.precision}")
     if not recipe.val:
         progress.note(f"nothing is evaluated: {without_val(read_corpora(spec, storage))[0]}")
+    recipe = _cut(recipe, folder, progress)
     failures: dict[str, int] = {}
     while True:
         start = _resume_point(recipe, folder, progress)
@@ -75,8 +78,9 @@ def profile(spec: TrainSpec, folder: RunFolder, storage: Storage, progress: Prog
     recipe = make_recipe(spec.model_copy(update={"duration": duration, "schedule": Schedule(), "evaluate": Evaluate(),
                                                  "checkpoint": Checkpoints()}), storage)
     require_workers(spec, progress)
+    recipe = _cut(recipe, folder, progress)
     progress.note(f"{profiles.STEPS} steps of {recipe.tokens_per_step:,} tokens under the profiler, after {profiles.WARM_UP}")
-    error = _launch(recipe, folder, 0, None, 0, profile=True)
+    error = _launch(recipe, folder, 0, None, 0, "profile")
     if error is not None:
         raise error
     place = folder.path / "profile"
@@ -85,6 +89,13 @@ def profile(spec: TrainSpec, folder: RunFolder, storage: Storage, progress: Prog
     progress.note(f"{place / 'trace.json'} opens in ui.perfetto.dev or chrome://tracing")
     return {"": str(folder.path), "trace": str(place / "trace.json"), "step_ms": found["step_ms"], **found["regions_ms"],
             "tokens_per_s": recipe.tokens_per_step * 1e3 / found["step_ms"]}
+
+
+def _cut(recipe: Recipe, folder: RunFolder, progress: Progress) -> Recipe:
+    """The recipe with its micro-batches as they are run."""
+    if recipe.spec.batch.micro_sequences != "auto":
+        return recipe
+    return choose_micro(recipe, folder, progress, lambda trial: _launch(trial, folder, 0, None, 0, "dry_run"))
 
 
 def require_workers(spec: TrainSpec, progress: Progress) -> None:
@@ -113,9 +124,10 @@ def _resume_point(recipe: Recipe, folder: RunFolder, progress: Progress) -> chec
     return start
 
 
-def _launch(recipe: Recipe, folder: RunFolder, first_step: int, resume_from: Path | None, attempt: int, *,
-            profile: bool = False) -> DistlmError | None:
-    """Run one worker group to its end. Returns what stopped it, if it is not done. Raises KeyboardInterrupt after Ctrl-C."""
+def _launch(recipe: Recipe, folder: RunFolder, first_step: int, resume_from: Path | None, attempt: int,
+            look: Literal["", "profile", "dry_run"] = "") -> DistlmError | None:
+    """Run one worker group to its end, or look at steps alone. Returns what stopped it, if it is not done. Raises KeyboardInterrupt after
+    Ctrl-C."""
     import ray
     from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchTrainer
@@ -133,22 +145,23 @@ def _launch(recipe: Recipe, folder: RunFolder, first_step: int, resume_from: Pat
     data_context.enable_progress_bars = False
     data_context.execution_no_progress_timeout_s = -1      # a step may be slower than Ray's idea of progress
     trainer = TorchTrainer(
-        work, train_loop_config={"task": Task(recipe, folder.path, first_step, resume_from, profile)},
+        work, train_loop_config={"task": Task(recipe, folder.path, first_step, resume_from, look)},
         torch_config=RankConfig(backend="nccl" if scale.gpus_per_worker else "gloo", timeout_s=collective_timeout(recipe.spec)),
         scaling_config=ScalingConfig(num_workers=scale.workers, use_gpu=bool(scale.gpus_per_worker), resources_per_worker=resources),
         datasets={"train": plan_dataset(recipe.plan(), first_step)} if first_step < recipe.num_steps else {},
         dataset_config=DataConfig(execution_options=ray.data.ExecutionOptions(preserve_order=True), enable_shard_locality=False),
-        run_config=RunConfig(name=f"{folder.name}-{os.getpid()}-{attempt}", storage_path=str(folder_ray),
+        run_config=RunConfig(name=f"{folder.name}-{os.getpid()}-{look}{recipe.micro_sequences}-{attempt}", storage_path=str(folder_ray),
                              failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),  # type: ignore[call-arg]
                              worker_runtime_env={"env_vars": environment}))
     shutil.rmtree(folder.path / FOLDER, ignore_errors=True)
     folder.event("running", message=f"from step {first_step}")
     try:
-        with _sigint_kept(), contextlib.nullcontext() if profile else _sigterm_passed_on(folder):
+        with _sigint_kept(), contextlib.nullcontext() if look else _sigterm_passed_on(folder):
             trainer.fit()
     except TrainingFailedError as error:
         return verdict(folder.path) or diagnose(error, folder.path)
-    done = (folder.path / "profile" / "profile.json").exists() if profile else exported(recipe, folder)
+    done = {"": lambda: exported(recipe, folder), "profile": (folder.path / "profile" / "profile.json").exists,
+            "dry_run": lambda: len([*(folder.path / DRY_RUN).iterdir()]) == scale.workers}[look]()
     if not done:                                           # Ray returns normally from an abort
         raise KeyboardInterrupt
     return None

@@ -25,6 +25,7 @@ from distlm.runs import RunFolder
 from distlm.train import checkpoint, preempt
 from distlm.train.average import Ema, take_mean
 from distlm.train.batch import Batch, make_batch
+from distlm.train.dryrun import DryRun
 from distlm.train.evaluate import Evaluator
 from distlm.train.guard import Random, SpikeGuard, finite, nonfinite_gradient, nonfinite_loss, without_update
 from distlm.train.metrics import MetricsWriter, StepResult
@@ -37,11 +38,11 @@ from distlm.train.zero import check_node, deepspeed_config, loss_scale, make_eng
 
 
 def fit(recipe: Recipe, folder: RunFolder, steps: Iterator[NDArray[np.int64]], *, rank: int, device: torch.device, first_step: int = 0,
-        resume_from: Path | None = None, profile: StepProfile | None = None) -> None:
+        resume_from: Path | None = None, look: StepProfile | DryRun | None = None) -> None:
     """Train from `first_step` to the end, evaluate, checkpoint and export. All ranks call it, each with its own `steps`.
 
     `steps` yields what `ordered_steps` does, one array per optimizer step. `resume_from` is a verified checkpoint of `first_step`.
-    With `profile` steps are looked at alone: nothing is evaluated, saved or exported. Raises TrainError with its cause.
+    With `look` steps are looked at alone: nothing is evaluated, saved or exported. Raises TrainError with its cause.
     """
     spec = recipe.spec
     check_node(spec)
@@ -67,8 +68,8 @@ def fit(recipe: Recipe, folder: RunFolder, steps: Iterator[NDArray[np.int64]], *
     launches = folder.launches()
     guard = SpikeGuard(spec.guard.spike, checkpoint.recent_losses(resume_from) if resume_from else [])
     evaluator = Evaluator(recipe, rank, device)
-    writer = MetricsWriter(folder, recipe, first_step) if rank == 0 else None
-    val_loss = evaluator.loss(engine) if first_step == 0 and not profile else None
+    writer = MetricsWriter(folder, recipe, first_step) if rank == 0 and not look else None
+    val_loss = evaluator.loss(engine) if first_step == 0 and not look else None
     if first_step == 0 and writer:
         writer.start(val_loss)
     with Watchdog(folder.path, rank, spec.guard.step_timeout_s) as dog:
@@ -88,8 +89,8 @@ def fit(recipe: Recipe, folder: RunFolder, steps: Iterator[NDArray[np.int64]], *
                 ema.update(engine, done)
             seconds = time.perf_counter() - started
             dog.rest()
-            if profile:
-                profile.step()
+            if look:
+                look.step()
                 continue
             due = done % recipe.checkpoint_every == 0 or done == recipe.num_steps
             if done % recipe.evaluate_every == 0 or done == recipe.num_steps or (due and spec.checkpoint.keep_best):
@@ -104,7 +105,7 @@ def fit(recipe: Recipe, folder: RunFolder, steps: Iterator[NDArray[np.int64]], *
                     writer.close()
                 raise TrainError(f"a worker or the driver was sent SIGTERM, and the state after step {done} is saved", cause="preempted",
                                  remedy="go on with --resume")
-        if profile:
+        if look:
             return
         mean = {}
         if spec.checkpoint.average > 1:

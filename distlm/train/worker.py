@@ -6,10 +6,12 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from distlm.train.dryrun import FOLDER, DryRun
 from distlm.train.profile import StepProfile
 from distlm.train.recipe import Recipe
 
@@ -22,8 +24,8 @@ class Task:
     folder: Path
     first_step: int
     resume_from: Path | None
-    profile: bool = False
-    """Look at the steps alone, and leave a profile."""
+    look: Literal["", "profile", "dry_run"] = ""
+    """Look at the steps alone, and leave a profile or the memory that they take."""
 
 
 def work(config: dict[str, Task]) -> None:
@@ -47,9 +49,10 @@ def work(config: dict[str, Task]) -> None:
         batches = ray.train.get_dataset_shard("train").iter_batches(batch_size=plan.share, batch_format="numpy", prefetch_batches=2)
         steps = ordered_steps(batches, plan, rank, task.first_step)
     device = ray.train.torch.get_device()
-    profile = StepProfile(task.folder / "profile", rank, device.type == "cuda") if task.profile else None
+    look = (StepProfile(task.folder / "profile", rank, device.type == "cuda") if task.look == "profile" else
+            DryRun(task.folder / FOLDER, rank) if task.look else None)
     fit(recipe, RunFolder(task.folder), steps, rank=rank, device=device, first_step=task.first_step, resume_from=task.resume_from,
-        profile=profile)
+        look=look)
 
 
 def worker_log(folder: Path, rank: int) -> Path:

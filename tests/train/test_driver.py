@@ -269,6 +269,26 @@ def test_a_profile_tells_where_ten_steps_go_and_saves_nothing_else(cluster: str,
         profile({"kind": "prepare", "name": "x", "sources": [str(tmp_path)]}, storage=tmp_path)
 
 
+@pytest.mark.slow
+def test_micro_batches_are_as_large_as_the_memory_of_a_worker_allows(cluster: str, tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path / "c", context=256)
+    wide = {"config": {"model_type": "llama", "hidden_size": 256, "intermediate_size": 2048, "num_hidden_layers": 4,
+                       "num_attention_heads": 4}}
+
+    def given(name: str, micro: object, **scale: object) -> TrainSpec:
+        return spec(corpus, name=name, model=wide, batch={"global_sequences": 16, "micro_sequences": micro}, duration={"steps": 3},
+                    scale=scale, evaluate={"every_steps": 3}, checkpoint={"every_steps": 3})
+
+    folder = make_run(tmp_path, given("auto", "auto", memory_gib=1.3))
+    train(given("auto", "auto", memory_gib=1.3), folder, Storage(tmp_path), Records())
+    chosen = json.loads((folder.path / "micro-sequences.json").read_text())
+    assert 1 <= chosen["micro_sequences"] < 16 and 0.3e9 < chosen["bytes"] <= 1.3 * 2**30, chosen
+    assert any(event.get("message", "").startswith("16 sequences in a micro-batch: 1") for event in folder.events())
+    fixed = make_run(tmp_path, given("fixed", chosen["micro_sequences"]))
+    train(given("fixed", chosen["micro_sequences"]), fixed, Storage(tmp_path), Records())
+    assert losses(folder.path) == losses(fixed.path)
+
+
 def test_a_job_that_the_cluster_can_never_hold_is_refused(cluster: str, corpus: Path, tmp_path: Path) -> None:
     given = spec(corpus, scale={"workers": 12}, batch={"global_sequences": 12})
     with pytest.raises(ClusterError, match=r"12 workers and the data stream need 13 CPUs, and the cluster has 6"):

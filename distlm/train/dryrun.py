@@ -1,0 +1,93 @@
+"""`batch.micro_sequences: auto`: the largest micro-batch that the workers hold, found by steps of theirs of which nothing is kept.
+
+    recipe = choose_micro(recipe, folder, progress, lambda trial: ...)          # runs the steps, returns what stopped them
+"""
+
+import resource
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from distlm.errors import DistlmError, TrainError
+from distlm.model.build import model_config
+from distlm.progress import Progress
+from distlm.runs import RunFolder
+from distlm.storage import read_json, write_json
+from distlm.train.memory import GIB, make_load, memory_limit, peak_memory
+from distlm.train.recipe import Recipe
+
+STEPS = 2
+"""The second one has the optimizer's states from its beginning."""
+CPU_SEQUENCES = 16
+"""Larger micro-batches are no faster on a CPU."""
+SLACK = 1.5
+"""What is estimated at so many times the memory that there is, is not tried."""
+FOLDER, CHOSEN = "dry-run", "micro-sequences.json"
+
+
+class DryRun:
+    """Follows the steps of one rank; the last one writes the most memory that they took."""
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        self._file, self._done = folder / f"{rank:05d}.json", 0
+
+    def step(self) -> None:
+        """One more step is done."""
+        self._done += 1
+        if self._done == STEPS:
+            write_json(self._file, {"bytes": peak_bytes()})
+
+
+def peak_bytes() -> int:
+    """The most that this process has held: of its GPU's memory, or of the node's."""
+    import torch
+
+    return torch.cuda.max_memory_reserved() if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def choose_micro(recipe: Recipe, folder: RunFolder, progress: Progress, launch: Callable[[Recipe], DistlmError | None]) -> Recipe:
+    """The recipe with the largest micro-batch whose steps run, inside the memory that the spec says a worker has. A run that goes on keeps
+    its choice. Raises TrainError where not one sequence fits, and what `launch` returns if it is not for memory."""
+    chosen, place, share = folder.path / CHOSEN, folder.path / FOLDER, recipe.global_sequences // recipe.world
+    if chosen.exists() and share % (micro := read_json(chosen)["micro_sequences"]) == 0:
+        return replace(recipe, micro_sequences=micro)
+    limit = memory_limit(recipe.spec)
+    for micro in candidates(recipe, limit):
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir(parents=True)
+        error = launch(trial(recipe, micro))
+        if error is not None and error.cause != "oom":
+            raise error
+        peak = 0 if error else max(read_json(file)["bytes"] for file in place.iterdir())
+        fits = error is None and (limit is None or peak <= limit)
+        over = f", more than the {limit / GIB:.3g} there are" if peak and limit and not fits else ""
+        took = "out of memory" if error else f"{peak / GIB:.3g} GiB{over}"
+        text = f"{micro} sequence{'s' * (micro > 1)} in a micro-batch: {took}"
+        progress.note(text)
+        folder.event("note", message=text)
+        if fits:
+            shutil.rmtree(place)
+            write_json(chosen, {"micro_sequences": micro, "bytes": peak})
+            return replace(recipe, micro_sequences=micro)
+    raise TrainError("not one sequence of the batch fits the memory of a worker", where="batch.micro_sequences", cause="oom",
+                     remedy="set activation_checkpointing: 1, or raise sharding.zero")
+
+
+def candidates(recipe: Recipe, limit: int | None) -> Iterator[int]:
+    """Divisors of a worker's share, the largest first, without those that are hopeless by the estimate. One is always there."""
+    spec, share = recipe.spec, recipe.global_sequences // recipe.world
+    config = model_config(spec.model, recipe.shape, spec.regularization.dropout)
+    load = make_load(spec, config, recipe.shape, recipe.parameters, recipe.micro_sequences, recipe.accumulation, recipe.mask_documents)
+    for micro in range(share if spec.scale.gpus_per_worker else min(share, CPU_SEQUENCES), 0, -1):
+        if share % micro:
+            continue
+        estimate = peak_memory(load.varied(spec.sharding.zero, spec.activation_checkpointing, micro)).total
+        if micro == 1 or limit is None or estimate <= SLACK * limit:
+            yield micro
+
+
+def trial(recipe: Recipe, micro: int) -> Recipe:
+    """A few steps of one or two micro-batches, which take the memory of any number of them."""
+    share = recipe.global_sequences // recipe.world
+    return replace(recipe, micro_sequences=micro, global_sequences=recipe.world * min(share, 2 * micro), num_steps=STEPS)

@@ -1,0 +1,83 @@
+"""`micro_sequences: auto` takes the largest micro-batch that fits, and nothing that does not fit ends the job."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from distlm.errors import DistlmError, TrainError
+from distlm.runs import RunFolder
+from distlm.storage import Storage, read_json, write_json
+from distlm.train import dryrun
+from distlm.train.dryrun import choose_micro
+from distlm.train.recipe import Recipe, make_recipe
+from tests.records import Records
+from tests.train.ranks import make_corpus, spec
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    given = spec(make_corpus(tmp_path / "c"), batch={"global_sequences": 48, "micro_sequences": "auto"},
+                 scale={"workers": 2, "memory_gib": 4, "gpus_per_worker": 1})
+    return make_recipe(given, Storage(tmp_path))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    return RunFolder.create(tmp_path / "run", "", {})
+
+
+def launcher(folder: RunFolder, tried: list[int], fails: Callable[[int], str], gib: float = 1.0) -> Callable[[Recipe], DistlmError | None]:
+    def launch(trial: Recipe) -> DistlmError | None:
+        tried.append(trial.micro_sequences)
+        assert trial.num_steps == 2 and trial.accumulation <= 2
+        if cause := fails(trial.micro_sequences):
+            return TrainError("no", cause=cause)
+        for rank in range(2):
+            write_json(folder.path / "dry-run" / f"{rank:05d}.json", {"bytes": round((1 + rank) * gib * 2**29)})
+        return None
+
+    return launch
+
+
+def test_the_first_that_runs_from_the_largest_down_is_taken_and_kept(recipe: Recipe, folder: RunFolder) -> None:
+    tried: list[int] = []
+    progress = Records()
+    chosen = choose_micro(recipe, folder, progress, launcher(folder, tried, lambda n: "oom" if n > 8 else ""))
+    assert (tried, chosen.micro_sequences, chosen.accumulation) == ([24, 12, 8], 8, 3)
+    assert replace(chosen, micro_sequences=recipe.micro_sequences) == recipe
+    assert [event["message"] for event in folder.events() if "micro-batch" in event.get("message", "")] == [
+        "24 sequences in a micro-batch: out of memory", "12 sequences in a micro-batch: out of memory",
+        "8 sequences in a micro-batch: 1 GiB"]
+    assert choose_micro(recipe, folder, progress, launcher(folder, tried, lambda n: "")).micro_sequences == 8 and len(tried) == 3
+    other = replace(recipe, global_sequences=44)
+    assert choose_micro(other, folder, progress, launcher(folder, tried, lambda n: "")).micro_sequences == 22, "8 does not divide 22"
+
+
+def test_one_that_runs_in_more_memory_than_a_worker_has_is_not_taken(recipe: Recipe, folder: RunFolder) -> None:
+    tried: list[int] = []
+    with pytest.raises(TrainError, match="not one sequence of the batch fits the memory of a worker; set activation_check") as error:
+        choose_micro(recipe, folder, Records(), launcher(folder, tried, lambda n: "", gib=5))
+    assert tried == [24, 12, 8, 6, 4, 3, 2, 1] and error.value.cause == "oom"
+
+
+def test_another_failure_is_told_as_it_is(recipe: Recipe, folder: RunFolder) -> None:
+    with pytest.raises(TrainError) as error:
+        choose_micro(recipe, folder, Records(), launcher(folder, [], lambda n: "worker_died"))
+    assert error.value.cause == "worker_died"
+
+
+def test_what_is_hopeless_by_the_estimate_is_not_tried(recipe: Recipe) -> None:
+    assert [*dryrun.candidates(recipe, None)] == [24, 12, 8, 6, 4, 3, 2, 1]
+    assert [*dryrun.candidates(recipe, 0)] == [1]
+    on_cpu = replace(recipe, spec=recipe.spec.model_copy(update={"scale": recipe.spec.scale.model_copy(update={"gpus_per_worker": 0})}))
+    assert [*dryrun.candidates(on_cpu, None)] == [12, 8, 6, 4, 3, 2, 1]
+
+
+def test_each_rank_leaves_its_peak_after_the_last_step(tmp_path: Path) -> None:
+    look = dryrun.DryRun(tmp_path, 3)
+    look.step()
+    assert not [*tmp_path.iterdir()]
+    look.step()
+    assert 50e6 < read_json(tmp_path / "00003.json")["bytes"] < 50e9
