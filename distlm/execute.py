@@ -26,8 +26,8 @@ JOBS = {"prepare": "distlm.corpus.prepare:prepare", "train": "distlm.train.drive
         "serve": "distlm.serve.deploy:serve", "pipeline": "distlm.pipeline:pipeline", "profile": "distlm.train.driver:profile"}
 """Kind, or what is done in its place -> the function that does the job: (spec, folder, storage, progress) -> outputs."""
 
-MAY_CHANGE = {"train": ("duration", "scale", "evaluate", "checkpoint", "retry", "batch.micro_sequences",
-                        "sharding", "activation_checkpointing"), "tune": ("concurrent",),
+MAY_CHANGE = {"train": ("duration", "scale", "evaluate", "checkpoint", "retry", "track", "batch.micro_sequences",
+                        "sharding", "compile", "activation_checkpointing"), "tune": ("concurrent",),
               "prepare": ("workers",), "serve": tuple(ServeSpec.model_fields), "pipeline": ("steps", "prompt")}
 """Kind -> keys that may differ when a job is taken up again: they leave what was done before as it is. An endpoint is replaced in place."""
 

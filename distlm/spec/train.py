@@ -438,6 +438,16 @@ class Guard(Part):
     the export are not timed."""
 
 
+class Track(Part):
+    """Where a run's metrics go beside its folder, from the job's driver. A service that does not answer never ends a run."""
+
+    mlflow: Annotated[str | None, Field(pattern="^https?://")] = None
+    """The address of an MLflow server. What its client takes from the environment holds: MLFLOW_TRACKING_TOKEN, or
+    MLFLOW_TRACKING_USERNAME and _PASSWORD, and MLFLOW_EXPERIMENT_NAME, which is distlm unless it is set."""
+    wandb: Annotated[str | None, Field(min_length=1)] = None
+    """A project of Weights & Biases; with the extra `distlm[wandb]`, and the key or WANDB_MODE=offline in the environment."""
+
+
 class Retry(Part):
     """How often a run is resumed from its last checkpoint, by cause."""
 
@@ -496,6 +506,8 @@ class TrainSpec(Job):
     """Watching over the run."""
     retry: Retry = Retry()
     """Going on after a failure."""
+    track: Track = Track()
+    """Following the run elsewhere."""
     seed: Seed = 0
     """Initial weights and the order of the samples."""
 

@@ -31,6 +31,7 @@ from distlm.train.dryrun import FOLDER as DRY_RUN
 from distlm.train.dryrun import choose_micro
 from distlm.train.failures import diagnose
 from distlm.train.recipe import Recipe, make_recipe, read_corpora, without_val
+from distlm.train.track import tracked
 from distlm.train.worker import Task, work
 
 OnMetrics = Callable[[dict[str, Any]], None]
@@ -50,6 +51,15 @@ def train(spec: TrainSpec, folder: RunFolder, storage: Storage, progress: Progre
     if not recipe.val:
         progress.note(f"nothing is evaluated: {without_val(read_corpora(spec, storage))[0]}")
     recipe = _cut(recipe, folder, progress)
+    with tracked(spec, folder, progress) as track:
+        _to_the_end(recipe, folder, progress, [track, *([on_metrics] if on_metrics else [])])
+    write_report(folder)
+    return outcome(recipe, folder)
+
+
+def _to_the_end(recipe: Recipe, folder: RunFolder, progress: Progress, on_metrics: list[OnMetrics]) -> None:
+    """Launch worker groups until one has come to the end, or no retry is left. Raises what stopped the last."""
+    retry = recipe.spec.retry
     failures: dict[str, int] = {}
     while True:
         start = _resume_point(recipe, folder, progress)
@@ -61,14 +71,11 @@ def train(spec: TrainSpec, folder: RunFolder, storage: Storage, progress: Progre
         if error is None:
             break
         failures[error.cause] = failures.get(error.cause, 0) + 1
-        allowed = {"worker_died": spec.retry.worker_died, "node_lost": spec.retry.node_lost,
-                   "preempted": spec.retry.preempted}.get(error.cause, 0)
+        allowed = {"worker_died": retry.worker_died, "node_lost": retry.node_lost, "preempted": retry.preempted}.get(error.cause, 0)
         if failures[error.cause] > allowed or (folder.path / preempt.FLAG).exists():
             raise error
         progress.note(f"{error.cause}: {error.message}; resuming from the last checkpoint, try {failures[error.cause]} of {allowed}")
         folder.event("note", error.cause, f"resuming: {error}", attempt=failures[error.cause])
-    write_report(folder)
-    return outcome(recipe, folder)
 
 
 def profile(spec: TrainSpec, folder: RunFolder, storage: Storage, progress: Progress) -> dict[str, Any]:
@@ -212,7 +219,7 @@ def _sigterm_passed_on(folder: RunFolder) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _following(folder: RunFolder, recipe: Recipe, progress: Progress, first_step: int, on_metrics: OnMetrics | None) -> Iterator[None]:
+def _following(folder: RunFolder, recipe: Recipe, progress: Progress, first_step: int, on_metrics: list[OnMetrics]) -> Iterator[None]:
     """Show and pass on each record of metrics.jsonl as rank 0 writes it: the file is the truth, wherever the ranks run."""
     stop, latest_val = threading.Event(), {"val_loss": math.nan}
 
@@ -233,8 +240,8 @@ def _following(folder: RunFolder, recipe: Recipe, progress: Progress, first_step
             progress.update("steps", record["step"], recipe.num_steps, loss=record["loss"], **shown,
                             **{key: record[key] for key in keys if key in record}, **eta(record))
         to_prometheus(record)
-        if on_metrics:
-            on_metrics(record)
+        for also in on_metrics:
+            also(record)
 
     def follow() -> None:
         position = folder.metrics_size()

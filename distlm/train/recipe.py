@@ -1,6 +1,7 @@
 """A training spec and its corpora, resolved to the numbers that the loop runs on."""
 
 import hashlib
+import importlib.util
 import json
 import math
 from dataclasses import dataclass, replace
@@ -125,6 +126,8 @@ def make_recipe(spec: TrainSpec, storage: Storage) -> Recipe:
     if spec.model.source is not None:                      # a run's name becomes the folder of its export
         source = str(find_model(spec.model.source, storage, "model.from"))
         spec = spec.model_copy(update={"model": spec.model.model_copy(update={"source": source})})
+    if spec.track.wandb and importlib.util.find_spec("wandb") is None:
+        raise SpecError("the package wandb is not installed", where="track.wandb", remedy="pip install 'distlm[wandb]'")
     if spec.sharding.deepspeed:
         check_raw(spec)
     shape = Shape(manifest.vocab_size, context, manifest.eos_id)
