@@ -77,15 +77,16 @@ def run_loaded(loaded: Loaded, storage: Storage, progress: Progress, *, resume: 
     changes = check_resume(folder, spec) if resume and state and state != "queued" else []
     if state == "succeeded" and resume and not changes and spec.kind in ("prepare", "train", "tune"):
         outputs = folder.read_result()
-        lacks = missing(spec.kind, outputs) if spec.kind == "train" else ""
+        lacks = missing(spec.kind, outputs)
         if not lacks:
             progress.note(f"{spec.kind} {spec.name} has already succeeded: nothing to do")
             return outputs
         from distlm.train.checkpoint import committed
 
-        if not committed(folder.path):
-            raise InputError(f"{lacks}, and it has no checkpoint to write it from", where=str(folder.path),
-                             remedy="take another name to train again")
+        if spec.kind != "train" or not committed(folder.path):
+            why = ", and it has no checkpoint to write it from" if spec.kind == "train" else ""
+            raise InputError(lacks + why, where=str(folder.path),
+                             remedy=f"take another name to {spec.kind} again, or move the folder away")
         progress.note(f"{spec.kind} {spec.name} has succeeded before, but {lacks}: it goes on from its last checkpoint")
     with located(loaded):
         made_of = lineage(dump(spec), **inputs(spec, storage)) | dict(extra or {})

@@ -61,6 +61,10 @@ def test_a_taken_name_is_refused_and_a_complete_job_is_not_done_again(storage: S
     shown = Records()
     assert execute.run(spec(texts, "twice"), storage=storage, progress=shown, resume=True) == made
     assert shown.notes == ["prepare twice has already succeeded: nothing to do"] and folder.events() == events
+    shard = next((folder.path / "train").iterdir())
+    shard.unlink()
+    with pytest.raises(InputError, match=rf"{shard.name} is missing; take another name to prepare again, or move the folder away"):
+        execute.run(spec(texts, "twice"), storage=storage, progress=Records(), resume=True)
 
 
 def test_a_run_whose_export_is_gone_is_not_complete(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:

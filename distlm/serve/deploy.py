@@ -140,9 +140,11 @@ def is_running(app: str) -> bool:
 
 
 def has_room(spec: ServeSpec) -> bool:
-    """Whether a replica can start while those that it replaces still run."""
-    free = ray.available_resources()
-    return free.get("CPU", 0) >= spec.cpus_per_replica and free.get("GPU", 0) >= spec.gpus_per_replica
+    """Whether a replica can start, on one node, while those that it replaces still run."""
+    from ray._private.state import available_resources_per_node  # Ray says it nowhere else
+
+    return any(free.get("CPU", 0) >= spec.cpus_per_replica and free.get("GPU", 0) >= spec.gpus_per_replica
+               for free in available_resources_per_node().values())
 
 
 def put_back(before: dict[str, Any], prefix: str, folder: RunFolder, progress: Progress) -> None:

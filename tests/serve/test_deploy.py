@@ -93,6 +93,14 @@ class FakeServe:
         self.running[record["app"]], self.last = Path(record["folder"]), record["version"]
 
 
+@pytest.mark.parametrize(("nodes", "room"), [([{"CPU": 1.0}, {"CPU": 1.0, "GPU": 1.0}], False), ([{"GPU": 1.0}, {"CPU": 2.0}], False),
+                                             ([{"CPU": 1.0}, {"CPU": 2.0, "GPU": 1.0}], True), ([{}], False)])
+def test_a_replica_has_room_where_one_node_holds_it_whole(nodes: list[dict[str, float]], room: bool,
+                                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray._private.state.available_resources_per_node", lambda: dict(enumerate(nodes)))
+    assert deploy.has_room(ServeSpec(name="x", model="m", cpus_per_replica=2, gpus_per_replica=1)) is room
+
+
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakeServe:
     return FakeServe(monkeypatch)
