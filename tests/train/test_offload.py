@@ -43,11 +43,10 @@ def test_what_is_offloaded_makes_the_same_steps_and_goes_on(tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_every_stage_precision_and_optimizer(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("optimizer", "precision"), [("adamw", "fp32"), ("adamw", "bf16"), ("sgd", "fp32"), ("muon", "bf16")])
+def test_every_stage(optimizer: str, precision: str, tmp_path: Path) -> None:
     stages = [(1, OPTIMIZER), (2, OPTIMIZER), (3, OPTIMIZER), (3, {"parameters": "cpu"}), (3, BOTH)]
-    check(tmp_path, {f"{optimizer}-{precision}-{zero}-{'-'.join(offload)}": (optimizer, precision, zero, offload)
-                     for optimizer, precision in (("adamw", "fp32"), ("adamw", "bf16"), ("sgd", "fp32"), ("muon", "bf16"))
-                     for zero, offload in stages})
+    check(tmp_path, {f"{zero}-{'-'.join(offload)}": (optimizer, precision, zero, offload) for zero, offload in stages})
 
 
 NVME = {"zero": 3, "offload": {"optimizer": "nvme", "parameters": "nvme", "path": "/scratch"}}
