@@ -1,12 +1,14 @@
 # Every target makes the virtual environment and installs by itself:
 #   make quickstart   text → corpus → model → endpoint on this machine; the endpoint stays up until `make down`
-#   make test         lint, types and the tests that are not marked slow;   make test-all: the slow ones too
+#   make test         lint, types and the tests that are not marked slow, by two processes (WORKERS);   make test-all: the slow ones too
 #   make bench        distlm beside its peers, one table each
 # Override with e.g. `make test PYTHON=python3.12 VENV=.venv312`.
 PYTHON ?= python3
 VENV ?= .venv
+WORKERS ?= 2
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --durations=15
 
 export PATH := $(abspath $(BIN)):$(PATH)
 export HF_HUB_OFFLINE = 1
@@ -37,10 +39,10 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" --durations=15
+	$(PYTEST) -m "not slow"
 
 test-all: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=15
+	$(PYTEST)
 
 bench: $(STAMP)
 	@for file in benchmarks/*.py benchmarks/corpus/*.py; do echo "$$file"; $(BIN)/python $$file || exit 1; done
