@@ -4,9 +4,10 @@ run makes its first step.
     python benchmarks/checkpoint.py            # 12.2 M parameters, 256 tokens of context, 32 sequences a step, bf16, 2 threads
     python benchmarks/checkpoint.py --quick    # one round, few steps: does it work
 
-Each side is a `distlm run` in a process of its own, in turn. A step's time is that from the end of the one before. A save costs what the
-three steps after it take longer than the middle of the steps without saves: the time that they stand still, which metrics.jsonl tells
-too, and what the thread that writes takes from them. The default interval is 1,000 steps, in runs of 4,000 or more.
+Each side is a `distlm run` in a process of its own, in turn. A step's time is that from the end of the one before. metrics.jsonl tells
+how long steps stand still for a save; what they lose is how much longer the three steps after it take, together, than other steps of the
+same run, which is noise where nothing is saved: the thread that writes takes its share of the processor too. The default interval is
+1,000 steps, in runs of 4,000 or more.
 """
 
 import argparse
@@ -48,21 +49,19 @@ def main() -> None:
             print(f"round {number + 1}: {side}", file=sys.stderr, flush=True)
         resumed = resume(root, run.name, options)
         size = sum(file.stat().st_size for file in max((run / "checkpoints").glob("step-*")).rglob("*") if file.is_file())
-    quiet = statistics.median(itertools.chain(*(intervals(records).values() for records in found["not saved"])))
     print(f"{options.preset}, {options.sequences} x 256 tokens a step, {options.threads} threads; a checkpoint of {size / 1e6:,.0f} MB "
           f"every {options.every} steps, {options.rounds} x {options.saves} of each; medians")
-    print(f"a step where nothing is saved: {quiet:.3f} s")
-    print(f"{'':18} {'stand still, s':>15} {'to its marker, s':>17} {'steps lose, s':>14} {f'of {options.every} steps':>12} "
-          f"{f'of {INTERVAL:,} steps':>15}")
-    for side in list(SIDES)[1:]:
-        saves = [(record, intervals(records)) for records in found[side] for record in records
-                 if record.get("checkpoint", 1) % options.every == 0]
-        after = [statistics.median(steps[record["checkpoint"] + i] for record, steps in saves) for i in range(1, AFTER + 1)]
-        still, whole = (statistics.median(record[key] for record, _ in saves) for key in ("checkpoint_stall_s", "checkpoint_s"))
-        lost = sum(after) - AFTER * quiet
-        shares = lost / (options.every * quiet), lost / (INTERVAL * quiet)
-        print(f"{side:18} {still:15.3f} {whole:17.3f} {lost:14.3f} {shares[0]:12.2%} {shares[1]:15.3%}")
-    print(f"from `distlm run --resume` to the end of its first step: {resumed:.1f} s, Ray's start included")
+    print(f"{'':18} {'step, s':>9} {'steps lose, s':>14} {'stand still, s':>15} {f'of {options.every} steps':>12} "
+          f"{f'of {INTERVAL:,} steps':>15} {'to its marker, s':>17}")
+    for side, runs in found.items():
+        saves = [record for records in runs for record in records if record.get("checkpoint", 1) % options.every == 0]
+        step = statistics.median(seconds for records in runs for seconds in quiet(records, options.every).values())
+        row = f"{side:18} {step:9.3f} {statistics.median(one for records in runs for one in lost(records, options.every)):14.3f}"
+        if saves:
+            still, whole = (statistics.median(record[key] for record in saves) for key in ("checkpoint_stall_s", "checkpoint_s"))
+            row += f" {still:15.3f} {still / (options.every * step):12.2%} {still / (INTERVAL * step):15.4%} {whole:17.3f}"
+        print(row)
+    print("from `distlm run --resume`, seconds: " + ", ".join(f"{what} {seconds:.1f}" for what, seconds in resumed.items()))
 
 
 def prepare(root: Path) -> None:
@@ -87,14 +86,17 @@ def train(root: Path, name: str, saving: dict[str, Any], options: argparse.Names
     return root / "runs" / name
 
 
-def resume(root: Path, name: str, options: argparse.Namespace) -> float:
-    """Seconds from the command that resumes a run to the end of its first step."""
-    steps = options.every * options.saves + AFTER + 1
+def resume(root: Path, name: str, options: argparse.Namespace) -> dict[str, float]:
+    """Seconds from the command that resumes a run to what comes until the end of its first step."""
+    steps, run = options.every * options.saves + AFTER + 1, root / "runs" / name
     began = time.time()
     command(root, ["run", str(root / f"{name}.json"), "--resume", "--set", f"duration.steps={steps + 1}",
                    "--set", f"evaluate.every_steps={steps + 1}"], options.threads)
-    records = map(json.loads, (root / "runs" / name / "metrics.jsonl").read_text().splitlines())
-    return next(record["time"] for record in records if "loss" in record and record["step"] == steps + 1) - began
+    records, events = ([json.loads(line) for line in (run / file).read_text().splitlines()] for file in ("metrics.jsonl", "events.jsonl"))
+    at = {event["state"]: event["time"] for event in events if event["state"] in ("starting", "running")}
+    at = {"to the job, Ray started": at["starting"], "to its workers": at["running"],
+          "to the end of its first step": next(record["time"] for record in records if "loss" in record and record["step"] == steps + 1)}
+    return {what: when - began for what, when in at.items()}
 
 
 def job(root: Path, spec: dict[str, Any], threads: int = 2) -> None:
@@ -115,6 +117,16 @@ def intervals(records: list[dict[str, Any]]) -> dict[int, float]:
     steps = [record for record in records if "loss" in record]
     return {after["step"]: after["time"] - before["time"] for before, after in itertools.pairwise(steps[WARM_UP - 1:-1])}
 
+
+def quiet(records: list[dict[str, Any]], every: int) -> dict[int, float]:
+    """The intervals of steps that come after no save."""
+    return {step: seconds for step, seconds in intervals(records).items() if step < every or step % every not in range(1, AFTER + 1)}
+
+
+def lost(records: list[dict[str, Any]], every: int) -> list[float]:
+    """At each step that saves, or would, how much longer the steps after it took."""
+    steps, usual = intervals(records), statistics.median(quiet(records, every).values())
+    return [sum(steps[at + i] - usual for i in range(1, AFTER + 1)) for at in range(every, max(steps) - AFTER + 1, every)]
 
 
 if __name__ == "__main__":

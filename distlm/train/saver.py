@@ -187,8 +187,7 @@ def on_host(state: Any) -> Any:
             storage = value.untyped_storage()
             if storage._cdata not in storages:
                 whole = torch.empty(0, dtype=torch.uint8, device=value.device).set_(storage)
-                pinned = value.is_cuda                     # the copy is then at the bus's full speed
-                storages[storage._cdata] = torch.empty(len(whole), dtype=torch.uint8, pin_memory=pinned).copy_(whole, non_blocking=pinned)
+                storages[storage._cdata] = whole.to("cpu", copy=True)
             new = torch.empty(0, dtype=value.dtype).set_(storages[storage._cdata].untyped_storage(), value.storage_offset(), value.shape,
                                                          value.stride())
             if isinstance(value, torch.nn.Parameter):
@@ -201,10 +200,7 @@ def on_host(state: Any) -> Any:
                 visit(one)
 
     visit(state)
-    copied = copy.deepcopy(state, copies)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return copied
+    return copy.deepcopy(state, copies)
 
 
 def _write(write: Write, state: Any, path: Path, root: Path) -> dict[str, Any]:
