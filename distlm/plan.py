@@ -72,7 +72,7 @@ def of_train(spec: TrainSpec, storage: Storage) -> Rows:
             *([("documents", "kept apart: attention stays inside each")] if recipe.mask_documents else []),
             ("evaluations", f"every {recipe.evaluate_every:,} steps over {recipe.val_windows:,} windows" if recipe.val else
              f"none: {without_val(read_corpora(spec, storage))[0]}"),
-            ("checkpoints", f"every {recipe.checkpoint_every:,} steps"),
+            ("checkpoints", f"every {recipe.checkpoint_every:,} steps" + ", written beside them" * spec.checkpoint.asynchronous),
             *of_model(recipe.spec, recipe.shape, recipe.num_steps * recipe.tokens_per_step,
                       (recipe.micro_sequences, recipe.accumulation), recipe.mask_documents), *of_scale(spec)]
 

@@ -59,9 +59,11 @@ def facts(records: list[dict[str, Any]]) -> list[tuple[str, str]]:
     for record in records:
         last.update({key: value for key, value in record.items() if value is not None})
     speeds = sorted(record["tokens_per_s"] for record in records if "tokens_per_s" in record)
+    saves, stalls = (sorted(record[key] for record in records if key in record) for key in ("checkpoint_s", "checkpoint_stall_s"))
     shown = [("steps", last.get("step"), ",.0f"), ("tokens", last.get("tokens"), ",.0f"), ("loss", last.get("loss"), ".4f"),
              ("validation loss", last.get("val_loss"), ".4f"), ("tokens/s", speeds[len(speeds) // 2] if speeds else None, ",.0f"),
-             ("MFU", last.get("mfu"), ".1%")]
+             ("MFU", last.get("mfu"), ".1%"), ("seconds of a checkpoint", saves[len(saves) // 2] if saves else None, ".3g"),
+             ("of which steps stood still", stalls[len(stalls) // 2] if stalls else None, ".3g")]
     return [(name, format(value, form)) for name, value, form in shown if value is not None]
 
 

@@ -390,6 +390,9 @@ class Checkpoints(Part):
 
     every_steps: Annotated[int | None, Field(ge=1)] = None
     """Default: a quarter of the run, 1,000 steps at most. The last step always saves."""
+    asynchronous: bool = True
+    """Steps stand still only for a copy of the state to the host's memory, and a thread of each worker writes it. false takes no memory
+    for a copy: steps wait until the checkpoint is committed, as after the last step and after SIGTERM. Files are the same."""
     keep: Annotated[int, Field(ge=2)] = 2
     """The newest ones that are kept."""
     milestone_steps: Annotated[int | None, Field(ge=1)] = None

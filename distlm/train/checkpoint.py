@@ -19,10 +19,9 @@ import xxhash
 
 from distlm.errors import CheckpointError, SpecError, StorageError
 from distlm.spec.train import TrainSpec
-from distlm.storage import read_json, write_atomic, write_json, writing
-from distlm.train.failures import peer_lost
+from distlm.storage import read_json
 from distlm.train.recipe import Recipe
-from distlm.train.zero import loss_scale, zero_options
+from distlm.train.zero import zero_options
 
 if TYPE_CHECKING:
     from distlm.train.average import Ema
@@ -111,7 +110,7 @@ def verified(path: Path) -> Checkpoint:
 
 def check_fits(checkpoint: Checkpoint, recipe: Recipe) -> None:
     """Raises CheckpointError where a run cannot go on exactly from this checkpoint."""
-    ours = _facts(recipe)
+    ours = facts(recipe)
     if checkpoint.step > recipe.num_steps:
         raise CheckpointError(f"has {checkpoint.step} steps done, and the spec asks for {recipe.num_steps}", where=str(checkpoint.path),
                               cause="bad_spec", remedy=f"set duration to {checkpoint.step} steps or more, or start a new run")
@@ -167,58 +166,11 @@ def _partition(spec: TrainSpec) -> dict[str, Any]:
             for key, value in zero_options(spec).items()}
 
 
-def _facts(recipe: Recipe) -> dict[str, Any]:
+def facts(recipe: Recipe) -> dict[str, Any]:
+    """What a manifest tells of the run."""
     return {"workers": recipe.world, "zero": recipe.spec.sharding.zero,
             "partition": _partition(recipe.spec), "precision": recipe.spec.precision,
             "global_sequences": recipe.global_sequences, "seed": recipe.spec.seed, "corpus_hash": recipe.corpus_hash}
-
-
-def save(engine: Any, run: Path, step: int, recipe: Recipe, rank: int, ema: "Ema | None" = None,
-         recent_losses: list[float] | None = None, val_loss: float | None = None, due: bool = True) -> Path:
-    """Write and commit the state after `step` steps, then prune. `recent_losses` are those that the next ones are judged by, `val_loss` is
-    what the state comes to; one that is not `due` is made only to go on from. All ranks take part. Raises StorageError."""
-    import torch
-    from torch import distributed
-
-    from distlm.train.reshard import parameter_names
-
-    path = checkpoint_path(run, step)
-    if rank == 0:
-        with writing(path):
-            shutil.rmtree(path, ignore_errors=True)
-            path.mkdir(parents=True)
-    distributed.barrier()
-    try:
-        engine.save_checkpoint(str(path), tag=TAG, client_state={}, save_latest=False)
-        cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else torch.empty(0, dtype=torch.uint8)
-        torch.save({"cpu": torch.get_rng_state(), "cuda": cuda}, path / f"rng-{rank:05d}.pt")
-        if ema:
-            torch.save(ema.values, path / f"ema-{rank:05d}.pt")
-    except (OSError, RuntimeError) as error:               # torch reports a full disk as a RuntimeError
-        if peer_lost(error):
-            raise                                          # another rank has gone: no fault of the disk
-        raise StorageError(f"the checkpoint cannot be written: {str(error).splitlines()[0]}", where=str(path),
-                           remedy="free space; the run goes on from the checkpoint before") from error
-    distributed.barrier()
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    mine = [_entry(file, path) for file in files[rank::recipe.world]]
-    entries: list[Any] = [None] * recipe.world
-    distributed.all_gather_object(entries, mine)
-    if rank == 0:
-        manifest = {"format": 1, "step": step, "samples": step * recipe.global_sequences, "tokens": step * recipe.tokens_per_step,
-                    **_facts(recipe), **({"anneal": recipe.mix.anneal} if recipe.mix and recipe.mix.final_weights else {}),
-                    **({} if loss_scale(engine) is None else {"loss_scale": loss_scale(engine)}),
-                    **({"recent_losses": recent_losses} if recent_losses else {}),
-                    **({"val_loss": val_loss} if val_loss is not None and math.isfinite(val_loss) else {}),
-                    **({} if due else {"due": False}),
-                    **({"parameters": parameter_names(engine)} if not engine.zero_optimization_stage() else {}),
-                    "files": sorted((entry for part in entries for entry in part), key=lambda entry: entry["file"])}
-        write_json(path / "manifest.json", manifest)
-        write_atomic(path / MARKER, hashlib.sha256((path / "manifest.json").read_bytes()).hexdigest() + "\n")
-        kept = recipe.spec.checkpoint
-        prune(run, kept.keep, kept.milestone_steps, kept.keep_best)
-    distributed.barrier()
-    return path
 
 
 def load(engine: Any, checkpoint: Path, recipe: Recipe, rank: int, ema: "Ema | None" = None) -> None:
@@ -229,7 +181,7 @@ def load(engine: Any, checkpoint: Path, recipe: Recipe, rank: int, ema: "Ema | N
 
     from distlm.train.reshard import load_resharded
 
-    manifest, ours = read_json(checkpoint / "manifest.json"), _facts(recipe)
+    manifest, ours = read_json(checkpoint / "manifest.json"), facts(recipe)
     same_ranks, zero = manifest["workers"] == recipe.world, recipe.spec.sharding.zero
     if manifest["zero"] != zero or (zero and not (same_ranks and manifest.get("partition", {}) == ours["partition"])):
         load_resharded(engine, checkpoint, manifest, ema)
@@ -277,7 +229,8 @@ def _val_loss(path: Path) -> float:
     return value if isinstance(value, float) and math.isfinite(value) else math.inf
 
 
-def _entry(file: Path, root: Path) -> dict[str, Any]:
+def entry(file: Path, root: Path) -> dict[str, Any]:
+    """What a manifest tells of a file, which is on the disk when this returns."""
     handle = os.open(file, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -32,6 +32,7 @@ from distlm.train.metrics import MetricsWriter, StepResult
 from distlm.train.optimizer import set_rate
 from distlm.train.profile import StepProfile, region
 from distlm.train.recipe import Recipe, manifest_of
+from distlm.train.saver import Saver
 from distlm.train.schedule import learning_rate
 from distlm.train.watchdog import Watchdog
 from distlm.train.zero import check_node, deepspeed_config, loss_scale, make_engine, update
@@ -72,7 +73,7 @@ def fit(recipe: Recipe, folder: RunFolder, steps: Iterator[NDArray[np.int64]], *
     val_loss = evaluator.loss(engine) if first_step == 0 and not look else None
     if first_step == 0 and writer:
         writer.start(val_loss)
-    with Watchdog(folder.path, rank, spec.guard.step_timeout_s) as dog:
+    with Watchdog(folder.path, rank, spec.guard.step_timeout_s) as dog, Saver(engine, recipe, folder.path, rank) as saver:
         for step in range(first_step, recipe.num_steps):
             dog.beat(step)
             with region("data"):
@@ -83,7 +84,11 @@ def fit(recipe: Recipe, folder: RunFolder, steps: Iterator[NDArray[np.int64]], *
             leaving = preempt.told() or (rank == 0 and (folder.path / preempt.FLAG).exists())
             if leaving and preempt.abandoned(folder, launches):
                 raise TrainError("the driver of this run has gone", cause="head_lost")
-            result = train_step(engine, batch, recipe, rate, step, guard, dog, leaving)
+            try:
+                result = train_step(engine, batch, recipe, rate, step, guard, dog, leaving, saver.written)
+            except TrainError:
+                dog.rest()                                 # what is being saved is still finished
+                raise
             done, val_loss = step + 1, None
             if ema and not result.skipped:
                 ema.update(engine, done)
@@ -92,14 +97,17 @@ def fit(recipe: Recipe, folder: RunFolder, steps: Iterator[NDArray[np.int64]], *
             if look:
                 look.step()
                 continue
+            if result.written:
+                saver.commit()
             due = done % recipe.checkpoint_every == 0 or done == recipe.num_steps
             if done % recipe.evaluate_every == 0 or done == recipe.num_steps or (due and spec.checkpoint.keep_best):
                 with exported_weights(engine, ema):
                     val_loss = evaluator.loss(engine)
             if writer:
-                writer.step(done, result, rate, seconds, val_loss, loss_scale(engine))
+                writer.step(done, result, rate, seconds, val_loss, loss_scale(engine), saver.done())
             if due or result.leaving:
-                checkpoint.save(engine, folder.path, done, recipe, rank, ema, list(guard.losses), val_loss, due=due)
+                beside = spec.checkpoint.asynchronous and not result.leaving and done < recipe.num_steps
+                saver.save(done, ema, list(guard.losses), val_loss, due=due, beside=beside)
             if result.leaving and done < recipe.num_steps:
                 if writer:
                     writer.close()
@@ -126,8 +134,8 @@ def exported_weights(engine: Any, ema: Ema | None) -> contextlib.AbstractContext
 
 
 def train_step(engine: Any, batch: Batch, recipe: Recipe, rate: float, step: int, guard: SpikeGuard, dog: Watchdog,
-               leaving: bool) -> StepResult:
-    """One optimizer step on this rank's share. `leaving`: this rank has been asked to end.
+               leaving: bool = False, written: bool = False) -> StepResult:
+    """One optimizer step on this rank's share. `leaving`: this rank has been asked to end; `written`: it has written a checkpoint's files.
 
     The loss of a step is the sum over its tokens that give loss divided by their global count; DeepSpeed averages over ranks
     and micro-batches, so the sum of a micro-batch is multiplied by both first. All ranks take part. Raises TrainError, on all ranks and
@@ -136,7 +144,7 @@ def train_step(engine: Any, batch: Batch, recipe: Recipe, rate: float, step: int
     set_rate(engine.optimizer, rate)
     num_targets = count_targets(batch, recipe, step)
     scale = recipe.accumulation * recipe.world / num_targets
-    random, totals = Random.now(), torch.tensor([0, leaving], dtype=torch.float64, device=batch.tokens.device)
+    random, totals = Random.now(), torch.tensor([0, leaving, written], dtype=torch.float64, device=batch.tokens.device)
     for i, micro in enumerate(batch.split(recipe.micro_sequences)):
         dog.beat(step, i + 1)
         with region("forward"):
@@ -147,7 +155,8 @@ def train_step(engine: Any, batch: Batch, recipe: Recipe, rate: float, step: int
         if i < recipe.accumulation - 1:
             engine.step()
     distributed.all_reduce(totals)                         # the one exchange of a step beside the gradients
-    total, leavers = totals.tolist()
+    total, leavers, writers = totals.tolist()
+    leave, saved = leavers > 0, writers == recipe.world
     mean = total / num_targets
     if not math.isfinite(mean):
         dog.rest()
@@ -164,12 +173,12 @@ def train_step(engine: Any, batch: Batch, recipe: Recipe, rate: float, step: int
     except OverflowError as error:
         raise TrainError(f"{error}, at step {step + 1}", remedy="lower optimizer.lr", cause="nonfinite_loss") from None
     if overflowed:
-        return StepResult(mean, None, num_targets, limit, True, leavers > 0)
+        return StepResult(mean, None, num_targets, limit, True, leave, saved)
     norm = norm if norm is not None else float(engine.get_global_grad_norm())
     if not finite(norm):
         dog.rest()
         raise nonfinite_gradient(engine, batch, recipe, step, random, norm)
-    return StepResult(mean, norm, num_targets, limit, skipped, leavers > 0)
+    return StepResult(mean, norm, num_targets, limit, skipped, leave, saved)
 
 
 def count_targets(batch: Batch, recipe: Recipe, step: int) -> int:

@@ -8,6 +8,7 @@ The formulas follow what the code does: DeepSpeed 0.19 under `zero.deepspeed_con
 `model/attention.py` on CPU and PyTorch's fused kernels on GPU. `benchmarks/memory.py` prints them beside what is measured.
 """
 
+import itertools
 import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -63,6 +64,8 @@ class Memory:
     loss: int
     buffers: int
     """DeepSpeed's buckets, gathered parameters, and float32 copies of gradients."""
+    snapshot: int
+    """Of workers on CPU, the copy of the state out of which a checkpoint is written beside the steps; a GPU's lies in the host's memory."""
     fragmentation: int
 
     @property
@@ -95,10 +98,11 @@ class Load:
     recomputable: bool
     """Layers of the family can be computed again."""
 
-    def varied(self, zero: int, recompute: int, micro_sequences: int) -> "Load":
-        """The same job under another sharding and another cut of the batch."""
+    def varied(self, zero: int, recompute: int, micro_sequences: int, asynchronous: bool) -> "Load":
+        """The same job under another sharding, another cut of the batch, and another way to save."""
         spec = self.spec.model_copy(update={"sharding": self.spec.sharding.model_copy(update={"zero": zero}),
-                                            "activation_checkpointing": recompute})
+                                            "activation_checkpointing": recompute,
+                                            "checkpoint": self.spec.checkpoint.model_copy(update={"asynchronous": asynchronous})})
         return replace(self, spec=spec, micro_sequences=micro_sequences,
                        accumulation=self.accumulation * self.micro_sequences // micro_sequences)
 
@@ -130,26 +134,30 @@ def advice(load: Load, limit: int) -> str:
     `sharding.zero: 3 and activation_checkpointing: 1, at 61.0 GiB`; empty where none does.
 
     Costs: stages 1 and 2 send as many bytes as none, stage 3 half as many again (Rajbhandari et al. 2020, section 7); a layer that is
-    computed again takes a third of a step's arithmetic; halving a micro-batch is taken for 3 % of the time.
+    computed again takes a third of a step's arithmetic; halving a micro-batch is taken for 3 % of the time, and steps that wait for
+    checkpoints for 2 %.
     """
     spec, share = load.spec, load.micro_sequences * load.accumulation
+    saving = dict.fromkeys((spec.checkpoint.asynchronous, spec.checkpoint.asynchronous and bool(spec.scale.gpus_per_worker)))
     found: list[tuple[float, int, str]] = []
     for zero in range(spec.sharding.zero, 4):
         try:
             check_optimizer(spec.optimizer, zero)
         except Rule:
             continue
-        for again in dict.fromkeys((spec.activation_checkpointing, *((1,) if load.recomputable else ()))):
+        recomputing = dict.fromkeys((spec.activation_checkpointing, *((1,) if load.recomputable else ())))
+        for again, beside in itertools.product(recomputing, saving):
             for micro in (n for n in range(load.micro_sequences, 0, -1) if share % n == 0):
-                total = peak_memory(load.varied(zero, again, micro)).total
+                total = peak_memory(load.varied(zero, again, micro, beside)).total
                 if total > limit:
                     continue
                 changes = [text for text, changed in (
                     (f"sharding.zero: {zero}", zero != spec.sharding.zero),
                     (f"batch.micro_sequences: {micro}", micro != load.micro_sequences),
-                    (f"activation_checkpointing: {again}", again != spec.activation_checkpointing)) if changed]
+                    (f"activation_checkpointing: {again}", again != spec.activation_checkpointing),
+                    ("checkpoint.asynchronous: false", beside != spec.checkpoint.asynchronous)) if changed]
                 cost = (0.01 * zero + 0.1 * (zero == 3) + 0.03 * math.log2(load.micro_sequences / micro)
-                        + 0.33 * (again != spec.activation_checkpointing))
+                        + 0.33 * (again != spec.activation_checkpointing) + 0.02 * (beside != spec.checkpoint.asynchronous))
                 found.append((cost, total, " and ".join(changes)))
                 break                                      # a smaller one costs more
     if not found:
@@ -210,7 +218,12 @@ def peak_memory(load: Load) -> Memory:
         "first layer": (gradients, again, 0, buffers),
         "step": (gradients, 0, 0, step + (buffers if zero == 3 else 0))}
     at = max(peaks.values(), key=sum)
-    whole = Memory(weights, at[0], optimizer, ema, at[1], at[2], at[3], 0)
+    snapshot = 0
+    if spec.checkpoint.asynchronous and not on_gpu:        # rank 0's, which saves whole weights below stage 3
+        apart = zero > 0 or p == 2                         # fp32 weights are not the model's own
+        own = (STATE_BYTES[spec.optimizer.name] + 4 * apart) * (part if zero else n)
+        snapshot = own + (p * n if zero < 3 else 0) + ema
+    whole = Memory(weights, at[0], optimizer, ema, at[1], at[2], at[3], snapshot, 0)
     return replace(whole, fragmentation=round(FRAGMENTATION * whole.total))
 
 

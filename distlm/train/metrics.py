@@ -9,6 +9,7 @@ import psutil
 from distlm.runs import RunFolder
 from distlm.train.flops import mfu, peak_flops
 from distlm.train.recipe import Recipe
+from distlm.train.saver import Save
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class StepResult:
     """Weights and the optimizer's states are those from before."""
     leaving: bool = False
     """A rank has been asked to end: all save and end after this step."""
+    written: bool = False
+    """All ranks have written the files of a checkpoint, which can be committed."""
 
 
 class MetricsWriter:
@@ -47,10 +50,11 @@ class MetricsWriter:
             self._board.add_scalar("loss/val", val_loss, 0)
 
     def step(self, done: int, result: StepResult, rate: float, seconds: float, val_loss: float | None,
-             loss_scale: float | None = None) -> None:
+             loss_scale: float | None = None, save: Save | None = None) -> None:
         """Record a step: its loss, the gradient's norm before clipping, tokens that gave loss where not all do; of a spike the limit that
         it is above, and whether there was no update. With them learning rate, seconds of the step alone, fp16's loss scale after it, its
-        memory, and its MFU where the processor's peak is known."""
+        memory, and its MFU where the processor's peak is known. `save` is a checkpoint that has been committed since the step before: its
+        step, its seconds from begin to marker, and those for which the steps stood still."""
         tokens = self._recipe.tokens_per_step
         record = {"step": done, "loss": result.loss, "lr": rate, **({} if result.norm is None else {"grad_norm": result.norm}),
                   **({"skipped": True} if result.skipped else {}), **({} if result.limit is None else {"spike_above": result.limit}),
@@ -58,7 +62,8 @@ class MetricsWriter:
                   "memory_bytes": self._memory(), **({} if self._peak is None else {
                       "mfu": mfu(tokens / seconds, self._recipe.flops_per_token, self._peak * self._recipe.world)}),
                   "time": time.time(), **({} if val_loss is None else {"val_loss": val_loss}),
-                  **({"loss_tokens": result.num_targets} if self._recipe.marked else {})}
+                  **({"loss_tokens": result.num_targets} if self._recipe.marked else {}),
+                  **({} if save is None else {"checkpoint": save.step, "checkpoint_s": save.seconds, "checkpoint_stall_s": save.stall_s})}
         self._folder.metrics(record)
         if result.limit is not None:
             self._folder.event("note", "loss_spike", f"the loss is {result.loss:.4g} at step {done}, above {result.limit:.4g}: "
@@ -66,7 +71,8 @@ class MetricsWriter:
         for name, value in (("loss/train", result.loss), ("loss/val", val_loss), ("optimizer/lr", rate),
                             ("optimizer/grad_norm", result.norm), ("optimizer/loss_scale", loss_scale),
                             ("speed/tokens_per_s", tokens / seconds), ("speed/mfu", record.get("mfu")),
-                            ("memory/bytes", record["memory_bytes"])):
+                            ("memory/bytes", record["memory_bytes"]), ("checkpoint/seconds", record.get("checkpoint_s")),
+                            ("checkpoint/stall_seconds", record.get("checkpoint_stall_s"))):
             if value is not None:
                 self._board.add_scalar(name, value, done)
 

@@ -15,7 +15,8 @@ def made(path: Path) -> RunFolder:
         folder.metrics({"step": 0, "val_loss": 8.5})
         for step in range(1, 1001):
             folder.metrics({"step": step, "loss": 8.0 - step / 250, "lr": 0.001, "grad_norm": 1.5, "tokens": step * 512,
-                            "tokens_per_s": 5000.0 + step, **({"val_loss": 4.25} if step == 1000 else {})})
+                            "tokens_per_s": 5000.0 + step, **({"val_loss": 4.25} if step == 1000 else {}),
+                            **({"checkpoint_s": step / 100, "checkpoint_stall_s": 0.25} if step % 250 == 1 else {})})
         folder.event("note", "worker_died", HOSTILE)
     return folder
 
@@ -23,7 +24,8 @@ def made(path: Path) -> RunFolder:
 def test_the_page_has_the_last_values_the_curves_the_events_and_what_it_was_made_of(tmp_path: Path) -> None:
     page = write_report(made(tmp_path / "run")).read_text()
     for text in ("<b>1,000</b><span>steps", "<b>512,000</b><span>tokens", "<b>4.0000</b><span>loss", "<b>4.2500</b><span>validation loss",
-                 "<b>5,501</b><span>tokens/s", "val loss 4.25", "step 0 to 1000", "worker_died", "&#34;seed&#34;: 7"):
+                 "<b>5,501</b><span>tokens/s", "<b>5.01</b><span>seconds of a checkpoint",
+                 "<b>0.25</b><span>of which steps stood still", "val loss 4.25", "step 0 to 1000", "worker_died", "&#34;seed&#34;: 7"):
         assert text in page, text
     assert HOSTILE not in page and page.count("&lt;script&gt;") == 3
     assert not re.search(r"(src|href)=|<script|@import|url\(", page)

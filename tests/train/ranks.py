@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -98,14 +99,15 @@ def spec(corpus: Path, **sections: object) -> TrainSpec:
 
 def run_ranks(runs: dict[Path, TrainSpec], *, device: str = "cpu", kill_before_step: int | None = None,
               full_before_step: int | None = None, preempt_before_step: int | None = None, stop_before_step: int | None = None,
-              poison: dict[str, object] | None = None) -> str:
+              poison: dict[str, object] | None = None, hold: tuple[int, int] | None = None) -> str:
     """Train each run, one after the other in one group of `scale.workers` processes on `device`, from its last committed checkpoint.
 
     `kill_before_step`: the last rank is sent SIGKILL when it asks for that step. `full_before_step`: from
     that step on no file may grow beyond 10 kB, as on a full disk, and the ranks must fail. `preempt_before_step`: the last rank is sent
     SIGTERM when it asks for that step, and the ranks must fail. `stop_before_step`: the same with SIGSTOP, and it must end by SIGKILL,
     which nobody here sends. `poison`: what `add_poison` takes; every run
-    goes on to the next one after the error that it then ends with. Returns what the ranks printed."""
+    goes on to the next one after the error that it then ends with. `hold`: (step, until): what is written of that step's checkpoint beside
+    the steps is not, on any rank, before that rank asks for step `until`, or its run ends. Returns what the ranks printed."""
     for run, spec in runs.items():
         run.mkdir(parents=True, exist_ok=True)
         (run / "spec.yaml").write_text(to_yaml(dump(spec)))
@@ -121,7 +123,7 @@ def run_ranks(runs: dict[Path, TrainSpec], *, device: str = "cpu", kill_before_s
                               env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank), "DISTLM_TEST_KILL": kill.get(rank, ""),
                                    "DISTLM_TEST_PREEMPT": str(preempt_before_step) if rank == world - 1 else "",
                                    "DISTLM_TEST_STOP": str(stop_before_step) if rank == world - 1 else "",
-                                   "DISTLM_TEST_POISON": json.dumps(poison or {}),
+                                   "DISTLM_TEST_POISON": json.dumps(poison or {}), "DISTLM_TEST_HOLD": json.dumps(hold or (-1, -1)),
                                    "DISTLM_TEST_FULL": "" if full_before_step is None else str(full_before_step)})
              for rank in range(world)]
     try:
@@ -218,6 +220,20 @@ def watch_poisoned(poison: dict[str, Any]) -> Callable[[Exception], None]:
     return report
 
 
+def hold_writes(step: int, released: threading.Event) -> None:
+    """Let the thread that writes a step's checkpoint wait."""
+    from distlm.train import saver
+
+    write = saver._write
+
+    def held(*args: Any) -> Any:
+        if args[-1].name == f"step-{step:06d}":
+            released.wait()
+        return write(*args)
+
+    saver._write = held
+
+
 def main() -> None:
     """One rank."""
     import torch
@@ -239,6 +255,8 @@ def main() -> None:
     distributed.init_process_group("gloo" if device.type == "cpu" else "nccl")
     poison = json.loads(os.environ["DISTLM_TEST_POISON"])
     report = watch_poisoned(poison) if poison else None
+    held, until = json.loads(os.environ["DISTLM_TEST_HOLD"])
+    hold_writes(held, released := threading.Event())
     for run in map(Path, sys.argv[1:]):
         recipe = make_recipe(load_spec(run / "spec.yaml").spec, Storage(run.parent))
         if recipe.spec.precision == "fp16" and device.type == "cpu":                # a rank on CPU stands for one on a GPU
@@ -250,6 +268,7 @@ def main() -> None:
         if rank == 0:
             RunFolder(run).trim_metrics(first if start else -1)
         plan = recipe.plan()
+        (released.clear if recipe.spec.checkpoint.asynchronous else released.set)()
 
         def steps(run=run, plan=plan, first=first):
             for i, tokens in enumerate(ordered_steps(local_steps(plan, rank, first), plan, rank, first)):
@@ -261,6 +280,8 @@ def main() -> None:
                     os.kill(os.getpid(), signal.SIGTERM)
                 if full and first + i == int(full):
                     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+                if first + i >= until:
+                    released.set()
                 with open(run / f"windows-{rank}.txt", "a") as file:
                     rows = tokens[:, 0] if plan.marked else tokens
                     file.write(f"{first + i}: {' '.join(str(row[0] * VOCABULARY + row[1]) for row in rows)}\n")
@@ -273,6 +294,8 @@ def main() -> None:
             if report is None:
                 raise
             report(error)
+        finally:
+            released.set()
     distributed.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()

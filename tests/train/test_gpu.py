@@ -8,6 +8,7 @@ import pytest
 import torch
 from deepspeed.ops.op_builder import AsyncIOBuilder
 
+from distlm.train.saver import on_host
 from tests.train.ranks import losses, make_corpus, make_packed_corpus, metrics, run_ranks, spec
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
@@ -69,6 +70,13 @@ def test_a_run_that_goes_on_is_bit_equal(corpus: Path, tmp_path: Path, name: str
     assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
     ours, theirs = ((tmp_path / run / "export" / "model.safetensors").read_bytes() for run in ("stopped", "whole"))
     assert ours == theirs
+
+
+def test_what_is_saved_beside_the_steps_is_a_copy_in_the_host_s_memory() -> None:
+    state = {"weights": torch.arange(8.0, device="cuda")}
+    copied = on_host(state)
+    state["weights"].zero_()
+    assert copied["weights"].device.type == "cpu" and copied["weights"].tolist() == list(range(8))
 
 
 def test_compiled_layers_give_the_same_losses(corpus: Path, on_cpu: Path, tmp_path: Path) -> None:

@@ -71,6 +71,20 @@ def test_every_part_follows_from_the_stage() -> None:
     assert again.activations == 8 * (4 * GIB // 32 + GIB // 16 + GIB), "all inputs, and one layer whole"
 
 
+def test_a_checkpoint_that_is_written_beside_the_steps_takes_a_copy_of_the_state_on_cpu() -> None:
+    saved = {(zero, precision): peak_memory(load(0, precision=precision, sharding={"zero": zero})).snapshot
+             for zero in (0, 2, 3) for precision in ("bf16", "fp32")}
+    n, part = 10**9, 10**9 // 8
+    assert saved == {(0, "bf16"): 14 * n, (0, "fp32"): 12 * n, (2, "bf16"): 2 * n + 12 * part, (2, "fp32"): 4 * n + 12 * part,
+                     (3, "bf16"): 12 * part, (3, "fp32"): 12 * part}, "as files of small runs are large"
+    assert peak_memory(load(0, ema={})).snapshot == (14 + 4) * n
+    assert peak_memory(load(1)).snapshot == 0, "a GPU's lies in the host's memory"
+    one, still = load(0), peak_memory(load(0, checkpoint={"asynchronous": False}))
+    assert still.snapshot == 0 and peak_memory(one).total > still.total
+    sharded = load(0, sharding={"zero": 3})
+    assert advice(sharded, peak_memory(sharded).total - 1).startswith("checkpoint.asynchronous: false, at ")
+
+
 def test_advice_is_the_cheapest_change_that_fits() -> None:
     one = load()
     total = peak_memory(one).total

@@ -202,7 +202,7 @@ def test_validation_windows_without_a_token_that_gives_loss_are_refused(storage:
 
 def saved(given: Recipe, step: int) -> checkpoint.Checkpoint:
     anneal = {"anneal": list(given.mix.anneal)} if given.mix and given.mix.final_weights else {}
-    return checkpoint.Checkpoint(Path("step"), step, {**checkpoint._facts(given), **anneal})
+    return checkpoint.Checkpoint(Path("step"), step, {**checkpoint.facts(given), **anneal})
 
 
 def test_another_mixture_is_refused_and_another_duration_unless_annealing_would_move(storage: Storage) -> None:

@@ -1,0 +1,233 @@
+"""Checkpoints are written beside the steps: each rank copies its state to the host's memory, a thread of its own writes and hashes the
+files, and once all ranks have theirs, rank 0 commits.
+
+    with Saver(engine, recipe, run, rank) as saver:
+        saver.save(step, beside=True)                      # the steps stand still for a copy
+        ...                                                # steps, whose exchange adds up `saver.written` over the ranks
+        saver.commit()                                     # where all have written; or else
+        saver.finish()                                     # wait until it is committed
+
+All ranks make the same calls. They speak to each other on the loop's thread alone: beside a step's exchanges, those of a save could come
+in another order on each rank. At most one save is on its way, and the next one waits for it.
+"""
+
+import contextlib
+import copy
+import hashlib
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import distributed
+
+from distlm.errors import StorageError, TrainError
+from distlm.storage import write_atomic, write_json, writing
+from distlm.train import checkpoint
+from distlm.train.average import Ema
+from distlm.train.failures import peer_lost
+from distlm.train.recipe import Recipe
+from distlm.train.reshard import parameter_names
+from distlm.train.zero import loss_scale
+
+Write = Callable[[Any, Path], None]
+SHARED_CAUSES = ("nonfinite_loss", "loss_spike")
+"""Of errors that all ranks end with at the same step."""
+
+
+@dataclass
+class Save:
+    """A checkpoint that is being made, and what it takes."""
+
+    step: int
+    path: Path
+    manifest: dict[str, Any]
+    beside: bool
+    """Steps go on while it is written."""
+    began: float
+    files: list[Future[dict[str, Any]]] = field(default_factory=list)
+    """This rank's, as the manifest has them."""
+    commit: Future[None] | None = None
+    """Where all ranks have written; done by rank 0, of no meaning elsewhere."""
+    stall_s: float = 0.0
+    """The steps have stood still for so long."""
+    seconds: float = 0.0
+    """From its begin to its marker."""
+
+
+class Saver:
+    """Makes a run's checkpoints. It is left with none on its way, but where a rank has gone or cannot write: that one is not committed."""
+
+    def __init__(self, engine: Any, recipe: Recipe, run: Path, rank: int) -> None:
+        self._engine, self._recipe, self._run, self._rank = engine, recipe, run, rank
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._now: Save | None = None
+        """All ranks have one or none."""
+        self._done: list[Save] = []
+        write = engine.checkpoint_engine.save
+        engine.checkpoint_engine.save = lambda state_dict, path: self._put(write, state_dict, Path(path))
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is None:
+            self.finish()
+        elif isinstance(error, TrainError) and error.cause in SHARED_CAUSES:
+            with contextlib.suppress(StorageError, RuntimeError):              # the first error is the one to tell
+                self.finish()
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def save(self, step: int, ema: Ema | None = None, recent_losses: list[float] | None = None, val_loss: float | None = None,
+             due: bool = True, beside: bool = False) -> None:
+        """Save the state after `step` steps, and prune. `recent_losses` are those that the next ones are judged by, `val_loss` is what the
+        state comes to; one that is not `due` is made only to go on from. It is committed when this returns, but `beside` the steps. Raises
+        StorageError."""
+        began = time.perf_counter()
+        self.finish()
+        path = checkpoint.checkpoint_path(self._run, step)
+        if self._rank == 0:
+            with writing(path):
+                shutil.rmtree(path, ignore_errors=True)
+                path.mkdir(parents=True)
+        distributed.barrier()
+        self._now = now = Save(step, path, _manifest(self._engine, self._recipe, step, recent_losses, val_loss, due), beside, began)
+        with _told(path):
+            self._engine.save_checkpoint(str(path), tag=checkpoint.TAG, client_state={}, save_latest=False)     # which calls _put
+        cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else torch.empty(0, dtype=torch.uint8)
+        self._put(torch.save, {"cpu": torch.get_rng_state(), "cuda": cuda}, path / f"rng-{self._rank:05d}.pt")
+        if ema:
+            self._put(torch.save, ema.values, path / f"ema-{self._rank:05d}.pt")
+        if not beside:
+            self.finish()
+        now.stall_s = time.perf_counter() - began
+
+    @property
+    def written(self) -> bool:
+        """Whether this rank has written its part of a save that is still to be committed. Raises StorageError for what could not be
+        written, as soon as that is known."""
+        if self._now is None:
+            return False
+        if self._now.commit:
+            if self._now.commit.done():
+                self._now.commit.result()
+            return False
+        return len([file.result() for file in self._now.files if file.done()]) == len(self._now.files)
+
+    def commit(self) -> None:
+        """Let rank 0 commit what all ranks have written, on its thread."""
+        now = self._now
+        assert now and not now.commit
+        began, mine = time.perf_counter(), [file.result() for file in now.files]
+        everyone: list[Any] = [None] * self._recipe.world
+        distributed.all_gather_object(everyone, mine)
+        entries = [entry for entries in everyone for entry in entries]
+        now.commit = self._thread.submit(self._seal, now, entries) if self._rank == 0 else Future()
+        now.stall_s += time.perf_counter() - began
+
+    def finish(self) -> None:
+        """Wait until nothing is on its way."""
+        if self._now is None:
+            return
+        if not self._now.commit:
+            self.commit()
+        if self._rank == 0:
+            assert self._now.commit
+            self._now.commit.result()
+        distributed.barrier()
+        self._now = None
+
+    def done(self) -> Save | None:
+        """The next one that rank 0 has committed, each once."""
+        return self._done.pop(0) if self._done else None
+
+    def _put(self, write: Write, state: Any, path: Path) -> None:
+        """Let the thread write a file; where steps go on, of a copy."""
+        assert self._now
+        if self._now.beside:
+            try:
+                state = on_host(state)
+            except RuntimeError as error:
+                raise TrainError(f"there is no memory for a copy of the state: {str(error).splitlines()[0]}", cause="oom",
+                                 remedy="set checkpoint.asynchronous: false") from error
+        file = self._thread.submit(_write, write, state, path, self._now.path)
+        self._now.files.append(file)
+        if not self._now.beside:
+            file.result()
+
+    def _seal(self, now: Save, entries: list[dict[str, Any]]) -> None:
+        """Manifest, then marker, then what is to go. Files that DeepSpeed has copied itself are not among `entries`."""
+        with _told(now.path):
+            known = {entry["file"] for entry in entries}
+            more = [checkpoint.entry(file, now.path) for file in now.path.rglob("*") if file.is_file()
+                    and str(file.relative_to(now.path)) not in known]
+            write_json(now.path / "manifest.json", {**now.manifest, "files": sorted([*entries, *more], key=lambda one: one["file"])})
+            text = (now.path / "manifest.json").read_bytes()
+            write_atomic(now.path / checkpoint.MARKER, hashlib.sha256(text).hexdigest() + "\n")
+            now.seconds = time.perf_counter() - now.began
+        kept = self._recipe.spec.checkpoint
+        checkpoint.prune(self._run, kept.keep, kept.milestone_steps, kept.keep_best)
+        self._done.append(now)
+
+
+def on_host(state: Any) -> Any:
+    """A copy of what a file of a checkpoint holds, tensors in the host's memory, so that it gives the same file whatever is done to the
+    state: what shares storage still does."""
+    copies: dict[int, Any] = {}
+    storages: dict[int, torch.Tensor] = {}
+
+    def visit(value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            storage = value.untyped_storage()
+            if storage._cdata not in storages:
+                whole = torch.empty(0, dtype=torch.uint8, device=value.device).set_(storage)
+                storages[storage._cdata] = whole.to("cpu", copy=True)
+            new = torch.empty(0, dtype=value.dtype).set_(storages[storage._cdata].untyped_storage(), value.storage_offset(), value.shape,
+                                                         value.stride())
+            if isinstance(value, torch.nn.Parameter):
+                new = torch.nn.Parameter(new, value.requires_grad)
+            copies[id(value)] = new.requires_grad_(value.requires_grad)
+            visit(value.__dict__)                          # what DeepSpeed notes on a tensor is in the file too
+            new.__dict__.update(copy.deepcopy(value.__dict__, copies))
+        elif isinstance(value, dict | list | tuple):
+            for one in value.values() if isinstance(value, dict) else value:
+                visit(one)
+
+    visit(state)
+    return copy.deepcopy(state, copies)
+
+
+def _write(write: Write, state: Any, path: Path, root: Path) -> dict[str, Any]:
+    with _told(root):
+        write(state, path)
+        return checkpoint.entry(path, root)
+
+
+@contextlib.contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """Turn what the block fails of into a StorageError."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:               # torch reports a full disk as a RuntimeError
+        if peer_lost(error):
+            raise                                          # another rank has gone: no fault of the disk
+        raise StorageError(f"the checkpoint cannot be written: {str(error).splitlines()[0]}", where=str(path),
+                           remedy="free space; the run goes on from the checkpoint before") from error
+
+
+def _manifest(engine: Any, recipe: Recipe, step: int, recent_losses: list[float] | None, val_loss: float | None,
+              due: bool) -> dict[str, Any]:
+    """All of it but the files."""
+    return {"format": 1, "step": step, "samples": step * recipe.global_sequences, "tokens": step * recipe.tokens_per_step,
+            **checkpoint.facts(recipe), **({"anneal": recipe.mix.anneal} if recipe.mix and recipe.mix.final_weights else {}),
+            **({} if loss_scale(engine) is None else {"loss_scale": loss_scale(engine)}),
+            **({"recent_losses": recent_losses} if recent_losses else {}),
+            **({"val_loss": val_loss} if val_loss is not None and math.isfinite(val_loss) else {}),
+            **({} if due else {"due": False}),
+            **({"parameters": parameter_names(engine)} if not engine.zero_optimization_stage() else {})}
