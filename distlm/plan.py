@@ -180,7 +180,8 @@ def local_gpu() -> tuple[str, int]:
 
 def of_scale(spec: TrainSpec) -> Rows:
     scale, need = spec.scale, total(train_bundles(spec))
-    rows = [("workers", f"{scale.workers}, ZeRO stage {spec.sharding.zero}, {spec.precision}"),
+    groups = f" in groups of {spec.sharding.tensor_parallel}" if spec.sharding.tensor_parallel > 1 else ""
+    rows = [("workers", f"{scale.workers}{groups}, ZeRO stage {spec.sharding.zero}, {spec.precision}"),
             ("CPUs", f"{need['CPU']:g}: {scale.cpus_per_worker:g} a worker, {DATA_CPUS} for data")]
     return rows + ([("GPUs", f"{need['GPU']:g}")] if need["GPU"] else [])
 
@@ -262,10 +263,10 @@ def cut_of(spec: TrainSpec, context: int) -> tuple[int, int]:
     """micro_sequences and accumulation of a spec whose corpus is not there yet."""
     sequences = spec.batch.global_sequences or max(1, (spec.batch.global_tokens or 0) // context)
     try:
-        micro = check_batch(sequences, spec.batch.micro_sequences, spec.scale.workers)
+        micro = check_batch(sequences, spec.batch.micro_sequences, spec.data_workers)
     except Rule:                                           # which is told when the corpus is there
         return 1, 1
-    return micro, sequences // spec.scale.workers // micro
+    return micro, sequences // spec.data_workers // micro
 
 
 def size(count: int) -> str:

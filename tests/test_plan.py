@@ -47,6 +47,15 @@ def test_training_is_planned_from_the_corpus(storage: Storage) -> None:
     assert rows["parameters"] == f"{sum(p.numel() for p in model.parameters()):,}"
 
 
+def test_a_group_that_holds_one_model_counts_once(storage: Storage) -> None:
+    given = {"kind": "train", "corpus": "c", "model": MODEL, "duration": {"steps": 5}, "precision": "fp32"}
+    rows = needs(storage, **given, batch={"global_sequences": 12}, scale={"workers": 4}, sharding={"tensor_parallel": 2, "zero": 1})
+    assert rows["workers"] == "4 in groups of 2, ZeRO stage 1, fp32"
+    assert rows["steps"].startswith("5 of 12 sequences, 6 in a micro-batch")
+    with pytest.raises(SpecError, match=r"sharding\.tensor_parallel: 4 does not divide the model's 2 key-value heads; try 1, 2"):
+        needs(storage, **given, scale={"workers": 4}, sharding={"tensor_parallel": 4})
+
+
 def test_zero_divides_model_states_over_the_workers() -> None:
     assert model_states(1000, "bf16", 0, 4) == {"weights": 2000, "gradients": 2000, "optimizer": 12000}
     assert model_states(1000, "bf16", 1, 4) == {"weights": 2000, "gradients": 2000, "optimizer": 3000}

@@ -48,15 +48,17 @@ class Plan:
     """Which corpus gives which sample, where there are several."""
     marked: bool = False
     """Whether training needs marks beside the tokens."""
+    group: int = 1
+    """So many neighbouring ranks read the same samples."""
 
     @property
     def share(self) -> int:
         """Sequences of a rank in a step."""
-        return self.global_sequences // self.world
+        return self.global_sequences * self.group // self.world
 
     def samples(self, step: int, rank: int) -> NDArray[np.int64]:
         """int64[share]: the global sample numbers that `rank` trains on in `step`."""
-        first = step * self.global_sequences + rank * self.share
+        first = step * self.global_sequences + rank // self.group * self.share
         return np.arange(first, first + self.share, dtype=np.int64)
 
     def chunk_steps(self, context: int) -> int:

@@ -270,7 +270,8 @@ DEEPSPEED_KEYS = {"train_batch_size": "batch.global_sequences", "train_micro_bat
          "gradient_accumulation_steps": "batch.micro_sequences", "gradient_clipping": "optimizer.clip", "optimizer": "optimizer",
          "scheduler": "schedule", "bf16": "precision", "fp16": "precision",
          "amp": "precision", "torch_autocast": "precision",
-         "activation_checkpointing": "activation_checkpointing", "zero_optimization.stage": "sharding.zero"}
+         "activation_checkpointing": "activation_checkpointing", "zero_optimization.stage": "sharding.zero",
+         "tensor_parallel": "sharding.tensor_parallel"}
 """DeepSpeed's keys that the spec sets elsewhere, and where."""
 
 
@@ -314,6 +315,10 @@ class Sharding(Part):
 
     zero: Literal[0, 1, 2, 3] = 0
     """ZeRO stage: 1 shards optimizer states, 2 gradients too, 3 parameters too (Rajbhandari et al. 2020)."""
+    tensor_parallel: Annotated[int, Field(ge=1)] = 1
+    """Neighbouring workers that hold one model together, a part of each layer's matrices on every one (Shoeybi et al. 2019), and read the
+    same samples; embeddings and the last layer are whole on each. A divisor of scale.workers, of the model's attention and key-value heads
+    and of its feed-forward width. ZeRO divides the states of each part over those workers that have it."""
     offload: Offload | None = None
     """What lies in the host's memory or on its disks. Left out, all is on the device that computes."""
     zeropp: ZeroPlusPlus = ZeroPlusPlus()
@@ -519,6 +524,11 @@ class TrainSpec(Job):
         """The corpora; one alone is a mixture of one."""
         return self.corpus.mix if isinstance(self.corpus, Mixture) else [Share(corpus=self.corpus, weight=1)]
 
+    @property
+    def data_workers(self) -> int:
+        """Workers that read samples of their own; of a group that holds one model together, one counts."""
+        return self.scale.workers // self.sharding.tensor_parallel
+
     @model_validator(mode="after")
     def _rules(self) -> "TrainSpec":
         for key, ours in DEEPSPEED_KEYS.items():
@@ -531,6 +541,7 @@ class TrainSpec(Job):
         check_optimizer(self.optimizer, self.sharding.zero)
         check_offload(self)
         check_zeropp(self)
+        check_tensor_parallel(self, self.sharding.zero)
         if self.compile and self.sharding.zero == 3:
             raise Rule("compile", "true cannot be with ZeRO stage 3, which gathers weights in the midst of a layer; leave it out, or set "
                                   "sharding.zero: 2")
@@ -550,9 +561,8 @@ class TrainSpec(Job):
                                              "set stop or warn, or zero: 0")
         if self.duration.steps is not None:
             check_steps(self, self.duration.steps)
-        batch, workers = self.batch, self.scale.workers
-        if batch.global_sequences is not None:
-            check_batch(batch.global_sequences, batch.micro_sequences, workers)
+        if self.batch.global_sequences is not None:
+            check_batch(self.batch.global_sequences, self.batch.micro_sequences, self.data_workers)
         return self
 
 
@@ -617,6 +627,27 @@ def check_zeropp(spec: TrainSpec) -> None:
         if theirs in spec.sharding.deepspeed.get("zero_optimization", {}):
             raise Rule(f"sharding.deepspeed.zero_optimization.{theirs}", f"contradicts sharding.zeropp.{ours}, which sets it; leave one of "
                                                                          "them out")
+
+
+def check_tensor_parallel(spec: TrainSpec, zero: int) -> None:
+    """Raises Rule where `sharding.tensor_parallel` does not fit the workers, or what else the spec asks for under a ZeRO stage."""
+    degree, workers = spec.sharding.tensor_parallel, spec.scale.workers
+    if degree == 1:
+        return
+    if workers % degree:
+        near = [n for n in range(1, workers + 1) if workers % n == 0]
+        raise Rule("sharding.tensor_parallel", f"{degree} does not divide {workers} workers; try {', '.join(map(str, near))}")
+    if spec.precision != "fp32" and not zero:
+        raise Rule("sharding.zero", f"0 cannot be with {spec.precision} and tensor_parallel: {degree}, where DeepSpeed's norm of the "
+                                    "gradient has the parts of a group's first worker alone; set zero: 1, or take fp32")
+    if spec.optimizer.name in ("muon", "adafactor"):
+        raise Rule("optimizer.name", f"{spec.optimizer.name} needs whole matrices, and tensor_parallel: {degree} cuts them; take adamw, "
+                                     "lion or sgd")
+    raw = spec.sharding.deepspeed.get("zero_optimization", {})
+    for where, given in (("compile", spec.compile), ("sharding.offload", spec.sharding.offload),
+                         ("sharding.deepspeed.zero_optimization", any(key.startswith("offload") for key in raw))):
+        if given:
+            raise Rule(where, f"is not proved to make the same steps with tensor_parallel: {degree}; leave one of them out")
 
 
 def check_steps(spec: TrainSpec, steps: int) -> None:

@@ -115,7 +115,7 @@ def check_fits(checkpoint: Checkpoint, recipe: Recipe) -> None:
         raise CheckpointError(f"has {checkpoint.step} steps done, and the spec asks for {recipe.num_steps}", where=str(checkpoint.path),
                               cause="bad_spec", remedy=f"set duration to {checkpoint.step} steps or more, or start a new run")
     for key, value in ours.items():
-        saved = checkpoint.manifest.get(key, {}) if key == "partition" else checkpoint.manifest[key]
+        saved = checkpoint.manifest.get(key, OLDER[key]) if key in OLDER else checkpoint.manifest[key]
         if saved != value and (key not in LAYOUT or _keeps_layout(checkpoint, recipe)):
             raise CheckpointError(f"was saved with {key} {saved}, and the spec says {value}", where=str(checkpoint.path), cause="bad_spec",
                                   remedy=f"resume with {key} {saved}, or start a new run")
@@ -148,15 +148,18 @@ def check_annealing(checkpoint: Checkpoint, recipe: Recipe) -> None:
                               remedy=f"set duration to {size} steps, or start a new run")
 
 
+OLDER: dict[str, Any] = {"partition": {}, "tensor_parallel": 1}
+"""What a manifest says that says nothing of it, as those of older versions."""
 LAYOUT = ("workers", "zero", "partition")
 """What may differ: the state is then divided anew."""
 
 
 def _keeps_layout(checkpoint: Checkpoint, recipe: Recipe) -> bool:
-    """Where the state cannot be divided anew: DeepSpeed's Muon keeps whole matrices of what a partition touches, and weights may lie on
-    disks."""
+    """Where the state cannot be divided anew: DeepSpeed's Muon keeps whole matrices of what a partition touches, weights may lie on disks,
+    and of tensor parallelism each part is a file of its own."""
     options = [*zero_options(recipe.spec).values(), *checkpoint.manifest.get("partition", {}).values()]
     return (any(isinstance(raw, dict) and raw.get("device") == "nvme" for raw in options)
+            or recipe.group > 1
             or (recipe.spec.optimizer.name == "muon" and bool(checkpoint.manifest["zero"] or recipe.spec.sharding.zero)))
 
 
@@ -168,7 +171,7 @@ def _partition(spec: TrainSpec) -> dict[str, Any]:
 
 def facts(recipe: Recipe) -> dict[str, Any]:
     """What a manifest tells of the run."""
-    return {"workers": recipe.world, "zero": recipe.spec.sharding.zero,
+    return {"workers": recipe.world, "zero": recipe.spec.sharding.zero, "tensor_parallel": recipe.group,
             "partition": _partition(recipe.spec), "precision": recipe.spec.precision,
             "global_sequences": recipe.global_sequences, "seed": recipe.spec.seed, "corpus_hash": recipe.corpus_hash}
 

@@ -46,8 +46,9 @@ def train(spec: TrainSpec, folder: RunFolder, storage: Storage, progress: Progre
     metrics.jsonl as it is written, on another thread. Raises SpecError, InputError, ClusterError, CheckpointError, TrainError."""
     recipe = make_recipe(spec, storage)
     require_workers(spec, progress)
+    groups = f" in groups of {recipe.group}" if recipe.group > 1 else ""
     progress.note(f"{recipe.parameters:,} parameters, {recipe.num_steps:,} steps of {recipe.tokens_per_step:,} tokens, "
-                  f"{recipe.world} worker{'s' * (recipe.world > 1)} under ZeRO-{spec.sharding.zero}, {spec.precision}")
+                  f"{recipe.world} worker{'s' * (recipe.world > 1)}{groups} under ZeRO-{spec.sharding.zero}, {spec.precision}")
     if not recipe.val:
         progress.note(f"nothing is evaluated: {without_val(read_corpora(spec, storage))[0]}")
     recipe = _cut(recipe, folder, progress)

@@ -18,14 +18,15 @@ class Evaluator:
         self._parts = recipe.val
         self._batches: list[tuple[int, Batch]] = []
         """Each with its part: no batch holds windows of two corpora."""
+        readers = recipe.spec.data_workers
         for i, part in enumerate(recipe.val):
             windows = Windows(part.corpus, "val")
-            shards, rows = (places[rank::recipe.world] for places in windows.first(part.windows))
+            shards, rows = (places[rank // recipe.group::readers] for places in windows.first(part.windows))
             mine = windows.read(shards, rows).astype(np.int64)
             if recipe.marked:
                 mine = np.stack([mine, windows.marks(shards, rows)], 1)
             size = recipe.micro_sequences
-            rounds = -(-part.windows // (size * recipe.world))
+            rounds = -(-part.windows // (size * readers))
             self._batches += [(i, make_batch(mine[j * size:(j + 1) * size], recipe.mask_documents, device)) for j in range(rounds)]
         self._idle = Batch(torch.zeros((1, recipe.shape.context + 1), dtype=torch.int64, device=device))
         self._device = device

@@ -105,7 +105,7 @@ def _error(what: str, of: str, blame: tuple[int, int, str] | None, recipe: Recip
                           "finite", remedy=remedy, cause="nonfinite_loss")
     micro, rank, name = blame
     size = recipe.micro_sequences
-    first += (rank * recipe.accumulation + micro) * size
+    first += (rank // recipe.group * recipe.accumulation + micro) * size
     return TrainError(f"{what} at step {step + 1} on rank {rank}, first in {of} {name}, samples {first} to {first + size - 1}",
                       remedy=remedy, cause="nonfinite_loss")
 

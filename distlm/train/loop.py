@@ -21,6 +21,7 @@ from distlm.model.build import buffers, build_model, compile_layers, model_confi
 from distlm.model.documents import check_documents_apart
 from distlm.model.export import export_model
 from distlm.model.loss import CausalLoss
+from distlm.model.tensor import dimension
 from distlm.runs import RunFolder
 from distlm.train import checkpoint, preempt
 from distlm.train.average import Ema, take_mean
@@ -35,7 +36,7 @@ from distlm.train.recipe import Recipe, manifest_of
 from distlm.train.saver import Saver
 from distlm.train.schedule import learning_rate
 from distlm.train.watchdog import Watchdog
-from distlm.train.zero import check_node, deepspeed_config, loss_scale, make_engine, update
+from distlm.train.zero import check_node, deepspeed_config, gather_parts, loss_scale, make_engine, tensor_group, update
 
 
 def fit(recipe: Recipe, folder: RunFolder, steps: Iterator[NDArray[np.int64]], *, rank: int, device: torch.device, first_step: int = 0,
@@ -62,7 +63,7 @@ def fit(recipe: Recipe, folder: RunFolder, steps: Iterator[NDArray[np.int64]], *
                          deepspeed_config(spec, recipe.micro_sequences, recipe.accumulation))
     restore_buffers(engine.module.model, kept)
     engine.train()                                         # a loaded model is not in that mode
-    torch.manual_seed((spec.seed << 24) + rank)            # dropout, on each rank its own; a checkpoint brings the state it had
+    torch.manual_seed((spec.seed << 24) + rank // recipe.group)      # dropout: each model's own; a checkpoint brings the state it had
     ema = Ema(spec.ema.decay, engine) if spec.ema else None
     if resume_from is not None:
         checkpoint.load(engine, resume_from, recipe, rank, ema)
@@ -143,7 +144,7 @@ def train_step(engine: Any, batch: Batch, recipe: Recipe, rate: float, step: int
     """
     set_rate(engine.optimizer, rate)
     num_targets = count_targets(batch, recipe, step)
-    scale = recipe.accumulation * recipe.world / num_targets
+    scale = recipe.accumulation * recipe.spec.data_workers / num_targets
     random, totals = Random.now(), torch.tensor([0, leaving, written], dtype=torch.float64, device=batch.tokens.device)
     for i, micro in enumerate(batch.split(recipe.micro_sequences)):
         dog.beat(step, i + 1)
@@ -157,7 +158,7 @@ def train_step(engine: Any, batch: Batch, recipe: Recipe, rate: float, step: int
     distributed.all_reduce(totals)                         # the one exchange of a step beside the gradients
     total, leavers, writers = totals.tolist()
     leave, saved = leavers > 0, writers == recipe.world
-    mean = total / num_targets
+    mean = total / recipe.group / num_targets              # all ranks of a group have the same loss
     if not math.isfinite(mean):
         dog.rest()
         raise nonfinite_loss(engine, batch, recipe, step, random, mean)
@@ -191,14 +192,23 @@ def count_targets(batch: Batch, recipe: Recipe, step: int) -> int:
         first = step * recipe.global_sequences
         raise TrainError(f"no token gives loss at step {step + 1}, samples {first} to {first + recipe.global_sequences - 1}",
                          remedy="raise batch.global_sequences, or leave out what is all padding or prompts", cause="bad_input")
-    return int(count)
+    return int(count) // recipe.group
 
 
 def gradient_norm(engine: Any) -> float | None:
     """The global norm where DeepSpeed does not keep it (no ZeRO, fp32), before the update; else None."""
     if hasattr(engine.optimizer, "_global_grad_norm") or engine.zero_optimization_stage():
         return None
-    return float(torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None]))
+    gradients: dict[bool, list[torch.Tensor]] = {True: [], False: []}
+    for name, parameter in engine.module.named_parameters():
+        if parameter.grad is not None:
+            gradients[engine.autotp_size() > 1 and dimension(name) is not None].append(parameter.grad)
+    norm = torch.nn.utils.get_total_norm(gradients[False])
+    if gradients[True]:                                    # parts of matrices, on each rank of the group its own
+        parts = torch.nn.utils.get_total_norm(gradients[True]).square()
+        distributed.all_reduce(parts, group=tensor_group())
+        norm = (norm.square() + parts).sqrt()
+    return float(norm)
 
 
 def gather_weights(engine: Any, rank: int) -> dict[str, torch.Tensor]:
@@ -208,8 +218,10 @@ def gather_weights(engine: Any, rank: int) -> dict[str, torch.Tensor]:
     weights = {}
     for name, parameter in engine.module.model.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter], enabled=engine.zero_optimization_stage() == 3):
+            dim = dimension(name) if engine.autotp_size() > 1 else None
+            whole = parameter.detach() if dim is None else gather_parts(parameter.detach(), dim)
             if rank == 0:
-                weights[name] = parameter.detach().cpu().clone()
+                weights[name] = whole.cpu().clone()
     if rank == 0:
         kept = set(engine.module.model.state_dict())
         weights |= {name: value.detach().cpu().clone() for name, value in engine.module.model.named_buffers() if name in kept}

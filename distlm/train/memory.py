@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 from distlm.errors import SpecError
 from distlm.model.build import Shape, decoder_layers, recomputable, skeleton
 from distlm.model.loss import BLOCK_ELEMENTS, CHUNK_ELEMENTS, PLAIN_HEADS
+from distlm.model.tensor import divide
 from distlm.spec.base import Rule
 from distlm.spec.gpus import find_gpu
-from distlm.spec.train import TrainSpec, check_optimizer
+from distlm.spec.train import TrainSpec, check_optimizer, check_tensor_parallel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -87,6 +88,7 @@ class Load:
 
     spec: TrainSpec
     parameters: int
+    """That a worker computes with: of a model that is divided over a group, its part."""
     activations: Activations
     width: int
     vocab_size: int
@@ -109,8 +111,11 @@ class Load:
 
 def make_load(spec: TrainSpec, config: "PreTrainedConfig", shape: Shape, parameters: int, micro_sequences: int, accumulation: int,
               masked: bool = False) -> Load:
-    text = config.get_text_config()
-    return Load(spec, parameters, measure_activations(config, shape, spec.precision, bool(spec.scale.gpus_per_worker), masked),
+    """`parameters`: of the whole model."""
+    text, tensor = config.get_text_config(), spec.sharding.tensor_parallel
+    if tensor > 1:
+        parameters = sum(part.numel() for part in divide(skeleton(config), tensor).parameters())
+    return Load(spec, parameters, measure_activations(config, shape, spec.precision, bool(spec.scale.gpus_per_worker), masked, tensor),
                 text.hidden_size, text.vocab_size, shape.context, micro_sequences, accumulation, config.model_type in PLAIN_HEADS,
                 bool(recomputable(skeleton(config))))
 
@@ -143,6 +148,7 @@ def advice(load: Load, limit: int) -> str:
     for zero in range(spec.sharding.zero, 4):
         try:
             check_optimizer(spec.optimizer, zero)
+            check_tensor_parallel(spec, zero)
         except Rule:
             continue
         recomputing = dict.fromkeys((spec.activation_checkpointing, *((1,) if load.recomputable else ())))
@@ -184,7 +190,7 @@ def peak_memory(load: Load) -> Memory:
     float32 weights too.
     Activations: measured on the meta device (`measure_activations`), where Korthikanti et al. 2022, equation 2, counts by hand.
     """
-    spec, n, zero, world = load.spec, load.parameters, load.spec.sharding.zero, load.spec.scale.workers
+    spec, n, zero, world = load.spec, load.parameters, load.spec.sharding.zero, load.spec.data_workers
     p = 4 if spec.precision == "fp32" else 2
     on_gpu = bool(spec.scale.gpus_per_worker)
     part = -(-n // world)
@@ -256,7 +262,8 @@ def loss_bytes(load: Load, p: int) -> int:
     return max(forward, backward)
 
 
-def measure_activations(config: "PreTrainedConfig", shape: Shape, precision: str, on_gpu: bool, masked: bool = False) -> Activations:
+def measure_activations(config: "PreTrainedConfig", shape: Shape, precision: str, on_gpu: bool, masked: bool = False,
+                        tensor: int = 1) -> Activations:
     """What autograd keeps of a sequence, counted in a forward pass on the meta device, where nothing is computed or allocated.
 
     Attention is counted as it is done: on CPU `causal_attention` keeps queries, and keys and values repeated for each head; a GPU's fused
@@ -268,7 +275,7 @@ def measure_activations(config: "PreTrainedConfig", shape: Shape, precision: str
     text = config.get_text_config()
     p = 4 if precision == "fp32" else 2
     inputs = shape.context * text.hidden_size * p
-    model: Any = skeleton(config)
+    model: Any = divide(skeleton(config), tensor)
     model = model.to(torch.float32 if precision == "fp32" else torch.bfloat16).train()
     if model.config._attn_implementation == "sdpa":
         _count_attention(model, on_gpu)

@@ -17,6 +17,7 @@ from distlm.corpus.tokenizer import token_bytes
 from distlm.errors import InputError, SpecError
 from distlm.model.build import Shape, model_config, parameter_sizes, recompute, skeleton
 from distlm.model.find import find_model
+from distlm.model.tensor import check_tensor
 from distlm.spec.base import Rule
 from distlm.spec.train import Evaluate, Mixture, TrainSpec, check_batch, check_groups, check_steps
 from distlm.storage import Storage, read_json
@@ -69,12 +70,18 @@ class Recipe:
 
     @property
     def world(self) -> int:
+        """All ranks."""
         return self.spec.scale.workers
+
+    @property
+    def group(self) -> int:
+        """Neighbouring ranks that hold one model together and read the same samples."""
+        return self.spec.sharding.tensor_parallel
 
     @property
     def accumulation(self) -> int:
         """Micro-batches of a rank in a step."""
-        return self.global_sequences // self.world // self.micro_sequences
+        return self.global_sequences // self.spec.data_workers // self.micro_sequences
 
     @property
     def tokens_per_step(self) -> int:
@@ -96,7 +103,7 @@ class Recipe:
         return sum(part.windows for part in self.val)
 
     def plan(self) -> Plan:
-        return Plan(self.corpus, self.global_sequences, self.world, self.num_steps, self.spec.seed, self.mix, self.marked)
+        return Plan(self.corpus, self.global_sequences, self.world, self.num_steps, self.spec.seed, self.mix, self.marked, self.group)
 
 
 def make_recipe(spec: TrainSpec, storage: Storage) -> Recipe:
@@ -133,10 +140,12 @@ def make_recipe(spec: TrainSpec, storage: Storage) -> Recipe:
     shape = Shape(manifest.vocab_size, context, manifest.eos_id)
     config = model_config(spec.model, shape, spec.regularization.dropout)
     sizes = parameter_sizes(config)
+    if spec.sharding.tensor_parallel > 1:
+        check_tensor(config, spec.sharding.tensor_parallel)
     if spec.activation_checkpointing:
         recompute(skeleton(config), spec.activation_checkpointing)
     try:
-        micro = check_batch(sequences, spec.batch.micro_sequences, spec.scale.workers)
+        micro = check_batch(sequences, spec.batch.micro_sequences, spec.data_workers)
         steps = _num_steps(spec, sequences, sum(one.splits["train"].windows for one in manifests), context)
         spec = spec.model_copy(update={"schedule": spec.schedule.in_steps(sequences * context)})
         check_steps(spec, steps)

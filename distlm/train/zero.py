@@ -3,10 +3,13 @@
 from typing import TYPE_CHECKING, Any
 
 from distlm.errors import SpecError, TrainError
+from distlm.model.tensor import layer_specs
 from distlm.spec.load import nearest
 from distlm.spec.train import ZEROPP_KEYS, TrainSpec
 
 if TYPE_CHECKING:
+    import torch
+
     from distlm.model.loss import CausalLoss
 
 def deepspeed_config(spec: TrainSpec, micro_sequences: int, accumulation: int) -> dict[str, Any]:
@@ -17,6 +20,9 @@ def deepspeed_config(spec: TrainSpec, micro_sequences: int, accumulation: int) -
                        "loss_scale_window": 2**31 - 1},   # `update` looks after that
               "zero_optimization": {"stage": spec.sharding.zero}, "steps_per_print": 2**31 - 1,
               "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}       # ours are tested, and need no compiler
+    if spec.sharding.tensor_parallel > 1:
+        config["tensor_parallel"] = {"autotp_size": spec.sharding.tensor_parallel,
+                                     "partition_config": {"use_default_specs": False, "layer_specs": layer_specs()}}
     if spec.optimizer.name == "muon" and spec.sharding.zero == 3:
         config["zero_optimization"]["reduce_scatter"] = False                     # DeepSpeed's Muon asks for it
     return _merge(_merge(config, {"zero_optimization": zero_options(spec)}), spec.sharding.deepspeed)
@@ -105,6 +111,24 @@ def make_engine(spec: TrainSpec, model: "CausalLoss", config: dict[str, Any]) ->
     if hasattr(engine.optimizer, "optimizer") and not engine.zero_optimization_stage():
         engine.optimizer.optimizer.state.clear()           # bf16 without ZeRO: that empty step would count in bias corrections
     return engine
+
+
+def tensor_group() -> Any:
+    """The ranks that hold one model together with this one."""
+    from deepspeed.utils import groups
+
+    return groups.get_tensor_model_parallel_group()
+
+
+def gather_parts(part: "torch.Tensor", dim: int) -> "torch.Tensor":
+    """A parameter that is cut in `dim`, whole. All ranks take part."""
+    import torch
+    from torch import distributed
+
+    group = tensor_group()
+    parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(distributed.get_world_size(group))]
+    distributed.all_gather(parts, part.contiguous(), group=group)
+    return torch.cat(parts, dim)
 
 
 def loss_scale(engine: Any) -> float | None:

@@ -295,9 +295,22 @@ def test_a_job_that_the_cluster_can_never_hold_is_refused(cluster: str, corpus: 
         train(given, make_run(tmp_path, given), Storage(tmp_path), Records())
 
 
-@pytest.mark.parametrize(("world", "marked"), [(1, False), (2, True), (3, False)])
-def test_ray_data_deals_the_planned_blocks_to_the_ranks(cluster: str, corpus: Path, world: int, marked: bool) -> None:
-    plan = Plan(str(corpus), 12, world, 70, 0, marked=marked)
+@pytest.mark.slow
+def test_a_model_that_is_divided_over_workers_trains_as_by_plain_processes(cluster: str, corpus: Path, tmp_path: Path) -> None:
+    given = spec(corpus, duration={"steps": 6}, scale={"workers": 4}, sharding={"tensor_parallel": 2, "zero": 2})
+    run_ranks({tmp_path / "plain": given})
+    folder, shown = make_run(tmp_path, given), Records()
+    with folder.running():
+        train(given, folder, Storage(tmp_path), shown)
+    assert losses(folder.path) == losses(tmp_path / "plain")
+    ours, theirs = ((run / "export" / "model.safetensors").read_bytes() for run in (folder.path, tmp_path / "plain"))
+    assert ours == theirs
+    assert any("4 workers in groups of 2 under ZeRO-2" in note for note in shown.notes)
+
+
+@pytest.mark.parametrize(("world", "group", "marked"), [(1, 1, False), (2, 1, True), (3, 1, False), (4, 2, False)])
+def test_ray_data_deals_the_planned_blocks_to_the_ranks(cluster: str, corpus: Path, world: int, group: int, marked: bool) -> None:
+    plan = Plan(str(corpus), 12, world, 70, 0, marked=marked, group=group)
     dataset = plan_dataset(plan, 7)
     dataset.context.enable_progress_bars = False
     dataset.context.execution_options.preserve_order = True
@@ -311,12 +324,15 @@ def test_ray_data_deals_the_planned_blocks_to_the_ranks(cluster: str, corpus: Pa
         thread.start()
     for thread in threads:
         thread.join(120)
+    for rank in range(world):
+        np.testing.assert_array_equal(got[rank], got[rank // group * group])
+    got = {rank // group: got[rank] for rank in range(0, world, group)}
     one = Plan(str(corpus), 12, 1, 70, 0, marked=marked)
     if marked:
         marks = [tokens[:, 1] for rank in got for tokens in got[rank]]
         got = {rank: [tokens[:, 0] for tokens in steps] for rank, steps in got.items()}
         assert (np.concatenate(marks) == [START, *[0] * 16]).all(), "every window of this corpus begins with a document"
     for step, expected in enumerate(local_steps(one, 0, 7)):
-        np.testing.assert_array_equal(np.concatenate([got[rank][step] for rank in range(world)]), expected["tokens"])
+        np.testing.assert_array_equal(np.concatenate([got[rank][step] for rank in range(world // group)]), expected["tokens"])
     numbers = np.concatenate([tokens[:, 0] * VOCABULARY + tokens[:, 1] for rank in got for tokens in got[rank]])
     assert len(numbers) == 63 * 12 and set(np.bincount(numbers)) <= {15, 16, 17}, "each of 48 windows once an epoch"
