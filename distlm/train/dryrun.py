@@ -82,7 +82,7 @@ def candidates(recipe: Recipe, limit: int | None) -> Iterator[int]:
     for micro in range(share if spec.scale.gpus_per_worker else min(share, CPU_SEQUENCES), 0, -1):
         if share % micro:
             continue
-        estimate = peak_memory(load.varied(spec.sharding.zero, spec.activation_checkpointing, micro)).total
+        estimate = peak_memory(load.varied(spec.sharding.zero, spec.activation_checkpointing, micro, spec.checkpoint.asynchronous)).total
         if micro == 1 or limit is None or estimate <= SLACK * limit:
             yield micro
 
