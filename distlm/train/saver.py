@@ -183,7 +183,7 @@ def on_host(state: Any) -> Any:
     storages: dict[int, torch.Tensor] = {}
 
     def visit(value: Any) -> None:
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, torch.Tensor) and id(value) not in copies:
             storage = value.untyped_storage()
             if storage._cdata not in storages:
                 whole = torch.empty(0, dtype=torch.uint8, device=value.device).set_(storage)
