@@ -180,7 +180,8 @@ def local_gpu() -> tuple[str, int]:
 
 def of_scale(spec: TrainSpec) -> Rows:
     scale, need = spec.scale, total(train_bundles(spec))
-    groups = f" in groups of {spec.sharding.tensor_parallel}" if spec.sharding.tensor_parallel > 1 else ""
+    group = scale.workers // spec.data_workers
+    groups = f" in groups of {group}" if group > 1 else ""
     rows = [("workers", f"{scale.workers}{groups}, ZeRO stage {spec.sharding.zero}, {spec.precision}"),
             ("CPUs", f"{need['CPU']:g}: {scale.cpus_per_worker:g} a worker, {DATA_CPUS} for data")]
     return rows + ([("GPUs", f"{need['GPU']:g}")] if need["GPU"] else [])

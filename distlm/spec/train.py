@@ -271,7 +271,7 @@ DEEPSPEED_KEYS = {"train_batch_size": "batch.global_sequences", "train_micro_bat
          "scheduler": "schedule", "bf16": "precision", "fp16": "precision",
          "amp": "precision", "torch_autocast": "precision",
          "activation_checkpointing": "activation_checkpointing", "zero_optimization.stage": "sharding.zero",
-         "tensor_parallel": "sharding.tensor_parallel"}
+         "tensor_parallel": "sharding.tensor_parallel", "sequence_parallel_size": "sharding.sequence_parallel"}
 """DeepSpeed's keys that the spec sets elsewhere, and where."""
 
 
@@ -319,6 +319,10 @@ class Sharding(Part):
     """Neighbouring workers that hold one model together, a part of each layer's matrices on every one (Shoeybi et al. 2019), and read the
     same samples; embeddings and the last layer are whole on each. A divisor of scale.workers, of the model's attention and key-value heads
     and of its feed-forward width. ZeRO divides the states of each part over those workers that have it."""
+    sequence_parallel: Annotated[int, Field(ge=1)] = 1
+    """Neighbouring workers that divide each sequence among them (Jacobs et al. 2023): each computes with its part of the tokens, and in
+    attention with its part of the heads over all of them. Activations take so much less memory, weights as much as without. A divisor of
+    scale.workers, of the context and of the model's attention and key-value heads."""
     offload: Offload | None = None
     """What lies in the host's memory or on its disks. Left out, all is on the device that computes."""
     zeropp: ZeroPlusPlus = ZeroPlusPlus()
@@ -526,8 +530,8 @@ class TrainSpec(Job):
 
     @property
     def data_workers(self) -> int:
-        """Workers that read samples of their own; of a group that holds one model together, one counts."""
-        return self.scale.workers // self.sharding.tensor_parallel
+        """Workers that read samples of their own; of a group that shares a model or its sequences one counts."""
+        return self.scale.workers // self.sharding.tensor_parallel // self.sharding.sequence_parallel
 
     @model_validator(mode="after")
     def _rules(self) -> "TrainSpec":
@@ -542,6 +546,7 @@ class TrainSpec(Job):
         check_offload(self)
         check_zeropp(self)
         check_tensor_parallel(self, self.sharding.zero)
+        check_sequence_parallel(self)
         if self.compile and self.sharding.zero == 3:
             raise Rule("compile", "true cannot be with ZeRO stage 3, which gathers weights in the midst of a layer; leave it out, or set "
                                   "sharding.zero: 2")
@@ -648,6 +653,19 @@ def check_tensor_parallel(spec: TrainSpec, zero: int) -> None:
                          ("sharding.deepspeed.zero_optimization", any(key.startswith("offload") for key in raw))):
         if given:
             raise Rule(where, f"is not proved to make the same steps with tensor_parallel: {degree}; leave one of them out")
+
+
+def check_sequence_parallel(spec: TrainSpec) -> None:
+    """Raises Rule where `sharding.sequence_parallel` does not fit the workers, or what else the spec asks for."""
+    degree, workers = spec.sharding.sequence_parallel, spec.scale.workers
+    if degree == 1:
+        return
+    if workers % degree:
+        near = [n for n in range(1, workers + 1) if workers % n == 0]
+        raise Rule("sharding.sequence_parallel", f"{degree} does not divide {workers} workers; try {', '.join(map(str, near))}")
+    for where, given in (("compile", spec.compile), ("sharding.tensor_parallel", spec.sharding.tensor_parallel > 1)):
+        if given:
+            raise Rule(where, f"is not proved to make the same steps with sequence_parallel: {degree}; leave one of them out")
 
 
 def check_steps(spec: TrainSpec, steps: int) -> None:

@@ -21,7 +21,8 @@ class Batch:
     targets: torch.Tensor | None = None
     """int64[sequences, context], IGNORED where there is no loss; None where every token gives one."""
     positions: torch.Tensor | None = None
-    """int64[sequences, context], each token's place in its document; None where attention does not keep to documents."""
+    """int64[sequences, context], each token's place in its document, or in a window that is divided over ranks; None where attention does
+    not keep to documents, or the window is whole."""
 
     @property
     def sequences(self) -> int:
@@ -35,6 +36,16 @@ class Batch:
     def num_targets(self) -> int:
         """Predictions that give loss."""
         return self.tokens[:, 1:].numel() if self.targets is None else int((self.targets != IGNORED).sum())
+
+    def part(self, index: int, parts: int) -> "Batch":
+        """The same sequences, but of their tokens the `index`-th of equal parts, which know where they stand."""
+        if parts == 1:
+            return self
+        size = (self.tokens.shape[1] - 1) // parts
+        mine = slice(index * size, (index + 1) * size)
+        places = torch.arange(mine.start, mine.stop, device=self.tokens.device).expand(self.sequences, -1)
+        targets = self.tokens[:, 1:] if self.targets is None else self.targets
+        return Batch(self.tokens[:, mine.start:mine.stop + 1], targets[:, mine], places)
 
     def split(self, sequences: int) -> Iterator["Batch"]:
         """Micro-batches of so many sequences."""

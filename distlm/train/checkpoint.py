@@ -159,7 +159,7 @@ def _keeps_layout(checkpoint: Checkpoint, recipe: Recipe) -> bool:
     and of tensor parallelism each part is a file of its own."""
     options = [*zero_options(recipe.spec).values(), *checkpoint.manifest.get("partition", {}).values()]
     return (any(isinstance(raw, dict) and raw.get("device") == "nvme" for raw in options)
-            or recipe.group > 1
+            or recipe.spec.sharding.tensor_parallel > 1
             or (recipe.spec.optimizer.name == "muon" and bool(checkpoint.manifest["zero"] or recipe.spec.sharding.zero)))
 
 
@@ -171,7 +171,7 @@ def _partition(spec: TrainSpec) -> dict[str, Any]:
 
 def facts(recipe: Recipe) -> dict[str, Any]:
     """What a manifest tells of the run."""
-    return {"workers": recipe.world, "zero": recipe.spec.sharding.zero, "tensor_parallel": recipe.group,
+    return {"workers": recipe.world, "zero": recipe.spec.sharding.zero, "tensor_parallel": recipe.spec.sharding.tensor_parallel,
             "partition": _partition(recipe.spec), "precision": recipe.spec.precision,
             "global_sequences": recipe.global_sequences, "seed": recipe.spec.seed, "corpus_hash": recipe.corpus_hash}
 

@@ -27,8 +27,9 @@ class Evaluator:
                 mine = np.stack([mine, windows.marks(shards, rows)], 1)
             size = recipe.micro_sequences
             rounds = -(-part.windows // (size * readers))
-            self._batches += [(i, make_batch(mine[j * size:(j + 1) * size], recipe.mask_documents, device)) for j in range(rounds)]
-        self._idle = Batch(torch.zeros((1, recipe.shape.context + 1), dtype=torch.int64, device=device))
+            self._batches += [(i, make_batch(mine[j * size:(j + 1) * size], recipe.mask_documents, device).part(*recipe.part(rank)))
+                              for j in range(rounds)]
+        self._idle = Batch(torch.zeros((1, recipe.shape.context + 1), dtype=torch.int64, device=device)).part(*recipe.part(rank))
         self._device = device
 
     @torch.no_grad()

@@ -21,6 +21,7 @@ from distlm.model.build import buffers, build_model, compile_layers, model_confi
 from distlm.model.documents import check_documents_apart
 from distlm.model.export import export_model
 from distlm.model.loss import CausalLoss
+from distlm.model.sequence import exchange_in_attention
 from distlm.model.tensor import dimension
 from distlm.runs import RunFolder
 from distlm.train import checkpoint, preempt
@@ -52,6 +53,8 @@ def fit(recipe: Recipe, folder: RunFolder, steps: Iterator[NDArray[np.int64]], *
     model = build_model(spec.model, model_config(spec.model, recipe.shape, penalties.dropout), spec.seed)
     if device.type == "cpu":
         use_cpu_attention(model)
+    if spec.sharding.sequence_parallel > 1:
+        exchange_in_attention(model, distributed.new_subgroups(spec.sharding.sequence_parallel)[0])
     if recipe.mask_documents:
         check_documents_apart(model)
     if spec.activation_checkpointing:
@@ -63,7 +66,7 @@ def fit(recipe: Recipe, folder: RunFolder, steps: Iterator[NDArray[np.int64]], *
                          deepspeed_config(spec, recipe.micro_sequences, recipe.accumulation))
     restore_buffers(engine.module.model, kept)
     engine.train()                                         # a loaded model is not in that mode
-    torch.manual_seed((spec.seed << 24) + rank // recipe.group)      # dropout: each model's own; a checkpoint brings the state it had
+    torch.manual_seed((spec.seed << 24) + rank // spec.sharding.tensor_parallel)       # dropout; a checkpoint brings the state it had
     ema = Ema(spec.ema.decay, engine) if spec.ema else None
     if resume_from is not None:
         checkpoint.load(engine, resume_from, recipe, rank, ema)
@@ -78,7 +81,7 @@ def fit(recipe: Recipe, folder: RunFolder, steps: Iterator[NDArray[np.int64]], *
         for step in range(first_step, recipe.num_steps):
             dog.beat(step)
             with region("data"):
-                batch = make_batch(next(steps), recipe.mask_documents, device)
+                batch = make_batch(next(steps), recipe.mask_documents, device).part(*recipe.part(rank))
             dog.beat(step, 1)
             started = time.perf_counter()
             rate = learning_rate(spec.schedule, spec.optimizer.lr, step, recipe.num_steps)
@@ -144,7 +147,8 @@ def train_step(engine: Any, batch: Batch, recipe: Recipe, rate: float, step: int
     """
     set_rate(engine.optimizer, rate)
     num_targets = count_targets(batch, recipe, step)
-    scale = recipe.accumulation * recipe.spec.data_workers / num_targets
+    copies = recipe.spec.sharding.tensor_parallel          # ranks that have the same loss
+    scale = recipe.accumulation * (recipe.world // copies) / num_targets
     random, totals = Random.now(), torch.tensor([0, leaving, written], dtype=torch.float64, device=batch.tokens.device)
     for i, micro in enumerate(batch.split(recipe.micro_sequences)):
         dog.beat(step, i + 1)
@@ -158,7 +162,7 @@ def train_step(engine: Any, batch: Batch, recipe: Recipe, rate: float, step: int
     distributed.all_reduce(totals)                         # the one exchange of a step beside the gradients
     total, leavers, writers = totals.tolist()
     leave, saved = leavers > 0, writers == recipe.world
-    mean = total / recipe.group / num_targets              # all ranks of a group have the same loss
+    mean = total / copies / num_targets
     if not math.isfinite(mean):
         dog.rest()
         raise nonfinite_loss(engine, batch, recipe, step, random, mean)
@@ -192,7 +196,7 @@ def count_targets(batch: Batch, recipe: Recipe, step: int) -> int:
         first = step * recipe.global_sequences
         raise TrainError(f"no token gives loss at step {step + 1}, samples {first} to {first + recipe.global_sequences - 1}",
                          remedy="raise batch.global_sequences, or leave out what is all padding or prompts", cause="bad_input")
-    return int(count) // recipe.group
+    return int(count) // recipe.spec.sharding.tensor_parallel
 
 
 def gradient_norm(engine: Any) -> float | None:

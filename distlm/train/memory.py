@@ -93,6 +93,7 @@ class Load:
     width: int
     vocab_size: int
     context: int
+    """Of a sequence that is divided, a worker's part."""
     micro_sequences: int
     accumulation: int
     plain_head: bool
@@ -113,6 +114,7 @@ def make_load(spec: TrainSpec, config: "PreTrainedConfig", shape: Shape, paramet
               masked: bool = False) -> Load:
     """`parameters`: of the whole model."""
     text, tensor = config.get_text_config(), spec.sharding.tensor_parallel
+    shape = replace(shape, context=shape.context // spec.sharding.sequence_parallel)
     if tensor > 1:
         parameters = sum(part.numel() for part in divide(skeleton(config), tensor).parameters())
     return Load(spec, parameters, measure_activations(config, shape, spec.precision, bool(spec.scale.gpus_per_worker), masked, tensor),
@@ -190,7 +192,8 @@ def peak_memory(load: Load) -> Memory:
     float32 weights too.
     Activations: measured on the meta device (`measure_activations`), where Korthikanti et al. 2022, equation 2, counts by hand.
     """
-    spec, n, zero, world = load.spec, load.parameters, load.spec.sharding.zero, load.spec.data_workers
+    spec, n, zero = load.spec, load.parameters, load.spec.sharding.zero
+    world = spec.scale.workers // spec.sharding.tensor_parallel                # that have the same parameters
     p = 4 if spec.precision == "fp32" else 2
     on_gpu = bool(spec.scale.gpus_per_worker)
     part = -(-n // world)

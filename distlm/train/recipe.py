@@ -17,6 +17,7 @@ from distlm.corpus.tokenizer import token_bytes
 from distlm.errors import InputError, SpecError
 from distlm.model.build import Shape, model_config, parameter_sizes, recompute, skeleton
 from distlm.model.find import find_model
+from distlm.model.sequence import check_sequence
 from distlm.model.tensor import check_tensor
 from distlm.spec.base import Rule
 from distlm.spec.train import Evaluate, Mixture, TrainSpec, check_batch, check_groups, check_steps
@@ -75,8 +76,13 @@ class Recipe:
 
     @property
     def group(self) -> int:
-        """Neighbouring ranks that hold one model together and read the same samples."""
-        return self.spec.sharding.tensor_parallel
+        """Neighbouring ranks that read the same samples: those that hold one model together, or divide its sequences."""
+        return self.spec.sharding.tensor_parallel * self.spec.sharding.sequence_parallel
+
+    def part(self, rank: int) -> tuple[int, int]:
+        """(which, of how many) of the parts of each sequence is a rank's."""
+        parts = self.spec.sharding.sequence_parallel
+        return rank % parts, parts
 
     @property
     def accumulation(self) -> int:
@@ -160,6 +166,11 @@ def make_recipe(spec: TrainSpec, storage: Storage) -> Recipe:
         from distlm.model.documents import check_family
 
         check_family(config)
+    if spec.sharding.sequence_parallel > 1:
+        if masked:
+            raise SpecError("attention does not keep to documents where sequences are divided", where="sharding.sequence_parallel",
+                            remedy="set batch.mask_documents to false, or leave it out")
+        check_sequence(config, context, spec.sharding.sequence_parallel)
     recipe = Recipe(spec, str(manifest.path), mixture_hash(spec, manifests), shape, sum(sizes.values()), sequences, micro, steps,
                     spec.evaluate.every_steps or max(1, steps // 10), spec.checkpoint.every_steps or max(1, min(1000, steps // 4)),
                     (), 0.0, make_mix(spec, manifests, steps * sequences), masked, masked or padded, config_flops(config, sizes, context))

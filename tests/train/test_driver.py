@@ -296,8 +296,9 @@ def test_a_job_that_the_cluster_can_never_hold_is_refused(cluster: str, corpus: 
 
 
 @pytest.mark.slow
-def test_a_model_that_is_divided_over_workers_trains_as_by_plain_processes(cluster: str, corpus: Path, tmp_path: Path) -> None:
-    given = spec(corpus, duration={"steps": 6}, scale={"workers": 4}, sharding={"tensor_parallel": 2, "zero": 2})
+@pytest.mark.parametrize("key", ["tensor_parallel", "sequence_parallel"])
+def test_what_is_divided_over_workers_trains_as_by_plain_processes(cluster: str, corpus: Path, tmp_path: Path, key: str) -> None:
+    given = spec(corpus, duration={"steps": 6}, scale={"workers": 4}, sharding={key: 2, "zero": 2})
     run_ranks({tmp_path / "plain": given})
     folder, shown = make_run(tmp_path, given), Records()
     with folder.running():

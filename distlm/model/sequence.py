@@ -1,0 +1,77 @@
+"""Sequence parallelism: every sequence is divided over the ranks of a group (Jacobs et al. 2023, "DeepSpeed Ulysses", arXiv:2309.14509).
+
+A rank computes with its part of the tokens. Attention alone looks at others: there the ranks exchange all tokens of all heads for all
+tokens of some heads, and back. Weights are whole on every rank, so that for DeepSpeed each is a rank of data parallelism like any other.
+
+    check_sequence(config, context=4096, degree=2)
+    exchange_in_attention(model, group)                    # positions must then say where in the sequence a rank's tokens stand
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import distributed
+
+from distlm.errors import SpecError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "olmo", "olmo2", "starcoder2", "gpt_neox", "gpt2", "phi3")
+"""Those that take positions and look at other tokens in attention alone; a test has the gradients of each."""
+NAME = "distlm_sequence"
+
+
+def check_sequence(config: "PreTrainedConfig", context: int, degree: int) -> None:
+    """Raises SpecError for a model whose sequences of `context` tokens cannot be divided over `degree` ranks."""
+    where = "sharding.sequence_parallel"
+    if config.model_type not in FAMILIES:
+        raise SpecError(f"it is not known whether the {config.model_type} family looks at other tokens in attention alone", where=where,
+                        remedy=f"leave it out, or take {', '.join(FAMILIES[:-1])} or {FAMILIES[-1]}")
+    heads = config.num_attention_heads
+    for what, count in (("tokens of context", context), ("attention heads", heads),
+                        ("key-value heads", getattr(config, "num_key_value_heads", None) or heads)):
+        if count % degree:
+            near = [str(n) for n in range(1, min(count, 64) + 1) if count % n == 0]
+            raise SpecError(f"{degree} does not divide the {count} {what}", where=where, remedy=f"try {', '.join(near)}")
+    window = getattr(config, "sliding_window", None)
+    if window is not None and window < context:
+        raise SpecError(f"a sliding window of {window} tokens is not kept where sequences are divided", where=where,
+                        remedy="leave it out, or set sliding_window: null in model.config")
+    if (config._attn_implementation_internal or "sdpa") != "sdpa":
+        raise SpecError(f"{config._attn_implementation_internal} attention is not known to leave masks out", where=where,
+                        remedy="take sdpa in model.config.attn_implementation")
+
+
+def exchange_in_attention(model: "PreTrainedModel", group: "distributed.ProcessGroup") -> None:
+    """Let the model, which attends causally to whole windows, do so over the tokens of all ranks of `group`."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    inner = ALL_ATTENTION_FUNCTIONS[model.config._attn_implementation]
+
+    def attend(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, *args: Any,
+               **rest: Any) -> tuple[torch.Tensor, None]:
+        query, key, value = (_Exchange.apply(one, 1, 2, group) for one in (query, key, value))
+        out, _ = inner(module, query, key, value, None, *args, **rest)
+        return _Exchange.apply(out, 1, 2, group), None     # [batch, tokens, heads, width]: the other way round
+
+    AttentionInterface.register(NAME, attend)
+    AttentionMaskInterface.register(NAME, lambda *_, **__: None)
+    model.set_attn_implementation(NAME)
+
+
+class _Exchange(torch.autograd.Function):
+    """Rank i of n gives its i-th part in dimension `scatter` of everything, and gets everything in `gather`."""
+
+    @staticmethod
+    def forward(ctx: Any, whole: torch.Tensor, scatter: int, gather: int, group: "distributed.ProcessGroup") -> torch.Tensor:
+        ctx.scatter, ctx.gather, ctx.group = scatter, gather, group
+        sent = torch.stack(whole.chunk(distributed.get_world_size(group), scatter))
+        received = torch.empty_like(sent)
+        distributed.all_to_all_single(received, sent, group=group)
+        return torch.cat(received.unbind(), gather)
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return _Exchange.apply(outputs[0], ctx.gather, ctx.scatter, ctx.group), None, None, None
