@@ -11,9 +11,9 @@ from distlm.errors import InputError, SpecError
 from distlm.model.find import find_model
 from distlm.spec import PipelineSpec, PrepareSpec, ServeSpec, TrainSpec, TuneSpec
 from distlm.spec.base import Rule
+from distlm.spec.batch import check_batch
 from distlm.spec.load import Loaded, Spec, located, validate
 from distlm.spec.prepare import BYTES_VOCABULARY, Tokenizer
-from distlm.spec.train import check_batch
 from distlm.storage import Storage
 
 Rows = list[tuple[str, str]]

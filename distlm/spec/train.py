@@ -1,78 +1,16 @@
 """`kind: train`: from a corpus to a run with checkpoints and an export."""
 
-import math
-import re
-from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from distlm.spec.base import Job, Part, Rule, Seed, exactly_one, without_effect
-from distlm.spec.explain import shown
+from distlm.spec.batch import Batch, check_batch
 from distlm.spec.gpus import GPUS, find_gpu
+from distlm.spec.mixture import CorpusName, Mixture, Share, Shares, mixture
+from distlm.spec.optimizer import Optimizer, Regularization, Schedule, check_optimizer
 from distlm.spec.presets import PRESETS
-
-CorpusName = Annotated[str, Field(min_length=1)]
-
-
-class Share(Part):
-    """One corpus of a mixture."""
-
-    corpus: CorpusName
-    """A prepared corpus, by name or path; all of a mixture have the same context and tokenizer."""
-    weight: Annotated[float, Field(ge=0)]
-    """Its share of the samples, relative to the sum of all weights: 0.7 and 0.3 are the same as 7 and 3."""
-    epochs: Annotated[float | None, Field(gt=0)] = None
-    """At most so many passes over its training split: a longer duration is refused. Default: as many as it takes."""
-    final_weight: Annotated[float | None, Field(ge=0)] = None
-    """Its weight at the end; given for every corpus of the mixture or for none. Default: the weights stay as they are."""
-
-    @model_validator(mode="after")
-    def _used(self) -> "Share":
-        if not self.weight and not self.final_weight:
-            raise Rule("weight", "0 would take no sample of this corpus; leave it out, or give it a final_weight")
-        return self
-
-
-Shares = Annotated[list[Share], Field(min_length=1)]
-
-
-class Mixture(Part):
-    """Several corpora of which every batch takes its samples in proportion. A plain list stands for `{mix: ...}`."""
-
-    mix: Shares
-    """The corpora, each with its weight."""
-    anneal_fraction: Annotated[float, Field(gt=0, le=1)] = 0.2
-    """With final_weight: the share of all samples, at the end, over which the weights change linearly from weight to final_weight."""
-
-    @model_validator(mode="after")
-    def _rules(self) -> "Mixture":
-        names = [share.corpus for share in self.mix]
-        for i, share in enumerate(self.mix):
-            if share.corpus in names[:i]:
-                raise Rule("mix", f"{share.corpus} is there twice; give it once, with the sum of the weights")
-        finals = [share.final_weight for share in self.mix if share.final_weight is not None]
-        if finals and len(finals) < len(self.mix):
-            missing = next(share.corpus for share in self.mix if share.final_weight is None)
-            raise Rule("mix", f"{missing} has no final_weight and others have; give one to each corpus, or to none")
-        if finals and not sum(finals):
-            raise Rule("mix", "every final_weight is 0; one at least must be above it")
-        if not sum(share.weight for share in self.mix):
-            raise Rule("mix", "every weight is 0; one at least must be above it")
-        if not finals:
-            without_effect(self, "where no corpus has a final_weight", "anneal_fraction")
-        return self
-
-
-def _mixture(value: Any) -> Any:
-    """A mapping or a list is a mixture, and its mistakes stand where they are, not under each form that a corpus can have."""
-    if isinstance(value, dict | list):
-        return Mixture.model_validate({"mix": value} if isinstance(value, list) else value, by_alias=True, by_name=False)
-    if value == "":
-        raise Rule("", "'': must not be empty")
-    if not isinstance(value, str | Mixture):
-        raise Rule("", f"{shown(value)}: must be text, or a list of sections with corpus and weight; a number is put in quotes")
-    return value
+from distlm.spec.sharding import Sharding, check_offload, check_sequence_parallel, check_tensor_parallel, check_zeropp
 
 
 class Mup(Part):
@@ -109,147 +47,6 @@ class ModelSpec(Part):
         return self
 
 
-def _micro(value: Any) -> Any:
-    if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        raise Rule("", f"{shown(value)}: must be a whole number of 1 or more, or auto")
-    return value
-
-
-Micro = Annotated[int | Literal["auto"], BeforeValidator(_micro, json_schema_input_type=Annotated[int, Field(ge=1)] | Literal["auto"])]
-
-
-class Batch(Part):
-    """One optimizer step. Its loss is the sum over all tokens that give loss divided by their count, however it is cut into
-    micro-batches."""
-
-    global_tokens: Annotated[int | None, Field(ge=1)] = None
-    """Tokens of a step over all workers: a multiple of the context."""
-    global_sequences: Annotated[int | None, Field(ge=1)] = None
-    """The same as a number of sequences."""
-    micro_sequences: Micro | None = None
-    """Sequences of one forward pass on one worker. auto tries before the run which is the largest that fits a worker's memory, by steps of
-    which nothing is kept. Default: the largest divisor of a worker's share up to 16."""
-    mask_documents: bool | None = None
-    """Whether attention stays inside a document, whose positions begin at 0 and whose first token gives no loss. Default: true where a
-    corpus is packed by best-fit, else false."""
-
-    @model_validator(mode="after")
-    def _one(self) -> "Batch":
-        exactly_one(self, "global_tokens", "global_sequences")
-        return self
-
-
-OPTIMIZER_KEYS = {"adamw": ("betas", "eps"), "muon": ("momentum", "betas", "eps"), "lion": ("betas",), "adafactor": ("beta2_decay",),
-                  "sgd": ("momentum",)}
-"""Keys that only some optimizers read."""
-OPTIMIZER_DEFAULTS: dict[str, dict[str, Any]] = {"lion": {"betas": (0.9, 0.99)}, "sgd": {"momentum": 0.9}}
-"""Where an optimizer's default is not the field's."""
-
-
-class ParameterGroup(Part):
-    """Parameters that are treated in their own way."""
-
-    match: Annotated[str, Field(min_length=1)]
-    """A regular expression that is searched for in the parameters' names, as transformers names them: model.embed_tokens.weight. A
-    parameter belongs to the first group that matches it."""
-    lr_factor: Annotated[float, Field(ge=0)] = 1.0
-    """The learning rate over that of the schedule."""
-    weight_decay: Annotated[float | None, Field(ge=0)] = None
-    """Decay, of vectors too. Default: optimizer.weight_decay for parameters with two dimensions or more."""
-
-    @model_validator(mode="after")
-    def _compiles(self) -> "ParameterGroup":
-        try:
-            re.compile(self.match)
-        except re.error as error:
-            raise Rule("match", f"{self.match!r} is no regular expression: {error}") from None
-        return self
-
-
-class Optimizer(Part):
-    """How gradients become updates. Weight decay is decoupled (Loshchilov and Hutter 2019), and for matrices alone."""
-
-    name: Literal["adamw", "muon", "lion", "adafactor", "sgd"] = "adamw"
-    """adamw; muon for the matrices of hidden layers and adamw for the rest (Jordan et al. 2024), scaled so that adamw's rate and decay
-    suit it (Liu et al. 2025); lion (Chen et al. 2023); adafactor (Shazeer and Stern 2018); sgd, whose decay is added to the gradient."""
-    lr: Annotated[float, Field(gt=0)] = 1e-3
-    """Peak learning rate; of adafactor, relative to a parameter's root mean square."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    """Decay of parameters with two dimensions or more."""
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
-    """adamw, muon's adamw, lion: decay rates of the two moments; of lion, of the update and of the momentum, 0.9 and 0.99 by default."""
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    """adamw, muon's adamw: added to the denominator."""
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
-    """muon, sgd: decay rate of the momentum; 0.9 by default with sgd."""
-    beta2_decay: Annotated[float, Field(gt=-1, lt=0)] = -0.8
-    """adafactor: at step t the second moment forgets t to the power of this."""
-    clip: Annotated[float, Field(ge=0)] = 1.0
-    """Largest global gradient norm; 0 turns clipping off. Under ZeRO 1 to 3 the norm that DeepSpeed knows of muon, and that metrics.jsonl
-    shows, is the update's: there it must be 0."""
-    groups: list[ParameterGroup] = []
-    """Parameters with another decay or learning rate than the rest."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _defaults(cls, data: Any) -> Any:
-        return {**OPTIMIZER_DEFAULTS.get(str(data.get("name")), {}), **data} if isinstance(data, dict) else data
-
-    @model_validator(mode="after")
-    def _effect(self) -> "Optimizer":
-        for key in dict.fromkeys(key for keys in OPTIMIZER_KEYS.values() for key in keys):
-            if key not in OPTIMIZER_KEYS[self.name]:
-                without_effect(self, f"with {self.name}, whose keys are {', '.join(OPTIMIZER_KEYS[self.name])}", key)
-        return self
-
-
-class Schedule(Part):
-    """The learning rate as a function of the step: warm-up, then the named shape."""
-
-    name: Literal["cosine", "linear", "constant", "inverse_sqrt", "wsd"] = "cosine"
-    """cosine and linear fall to min_ratio; inverse_sqrt falls with the root of the step; wsd (warm-up, stable, decay) is constant until
-    its last part falls linearly."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    """Steps over which the rate rises linearly."""
-    warmup_tokens: Annotated[int | None, Field(ge=1)] = None
-    """The same in tokens, rounded up to whole steps."""
-    decay_fraction: Annotated[float, Field(gt=0, le=1)] = 0.2
-    """wsd: the share of all steps that decays."""
-    min_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """cosine, linear, wsd: the final rate over the peak rate."""
-
-    @model_validator(mode="after")
-    def _effect(self) -> "Schedule":
-        if self.warmup_tokens is not None and self.warmup_steps:
-            raise Rule("warmup_tokens", f"{self.warmup_tokens} stands beside warmup_steps {self.warmup_steps}; leave one of them out")
-        if self.name != "wsd":
-            without_effect(self, f"with {self.name}: only wsd decays at the end", "decay_fraction")
-        if self.name == "constant":
-            without_effect(self, "with constant, which does not fall", "min_ratio")
-        if self.name == "inverse_sqrt":
-            without_effect(self, "with inverse_sqrt, which has no floor", "min_ratio")
-        return self
-
-    def in_steps(self, tokens_per_step: int) -> "Schedule":
-        """The same schedule with its warm-up counted in steps."""
-        if self.warmup_tokens is None:
-            return self
-        return self.model_copy(update={"warmup_tokens": None, "warmup_steps": math.ceil(self.warmup_tokens / tokens_per_step)})
-
-
-class Regularization(Part):
-    """What keeps a model from fitting its samples too closely. The training loss that is shown is the plain cross-entropy all the same, and
-    evaluation uses none of it."""
-
-    dropout: Annotated[float | None, Field(ge=0, lt=1)] = None
-    """Share of activations that are set to 0 wherever the model's family can: llama in attention alone, gpt2 after embeddings and layers
-    too. Default: 0, or what model.config or the checkpoint of model.from says."""
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the target's probability that is spread over the whole vocabulary (Szegedy et al. 2016, section 7)."""
-    z_loss: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of log² Z, the squared logarithm of the softmax's denominator; 1e-4 in PaLM (Chowdhery et al. 2022, section 5)."""
-
-
 class Duration(Part):
     """How long: exactly one of steps, tokens, epochs."""
 
@@ -263,85 +60,6 @@ class Duration(Part):
     @model_validator(mode="after")
     def _one(self) -> "Duration":
         exactly_one(self, "steps", "tokens", "epochs")
-        return self
-
-
-DEEPSPEED_KEYS = {"train_batch_size": "batch.global_sequences", "train_micro_batch_size_per_gpu": "batch.micro_sequences",
-         "gradient_accumulation_steps": "batch.micro_sequences", "gradient_clipping": "optimizer.clip", "optimizer": "optimizer",
-         "scheduler": "schedule", "bf16": "precision", "fp16": "precision",
-         "amp": "precision", "torch_autocast": "precision",
-         "activation_checkpointing": "activation_checkpointing", "zero_optimization.stage": "sharding.zero",
-         "tensor_parallel": "sharding.tensor_parallel", "sequence_parallel_size": "sharding.sequence_parallel"}
-"""DeepSpeed's keys that the spec sets elsewhere, and where."""
-
-
-class Offload(Part):
-    """What lies outside of the GPUs' memory (Ren et al. 2021; Rajbhandari et al. 2021): the same steps, slower. A run on CPUs makes them
-    too and saves no memory."""
-
-    optimizer: Literal["cpu", "nvme"] | None = None
-    """Where the optimizer's states and the fp32 weights lie, which are updated on the CPU: cpu from ZeRO stage 1 on, nvme with stage 3."""
-    parameters: Literal["cpu", "nvme"] | None = None
-    """Where the weights lie until a layer needs them; with ZeRO stage 3."""
-    path: Annotated[str | None, Field(min_length=1)] = None
-    """A folder on a fast disk of every node, for nvme."""
-
-    @model_validator(mode="after")
-    def _rules(self) -> "Offload":
-        nvme = [key for key in ("optimizer", "parameters") if getattr(self, key) == "nvme"]
-        if not self.optimizer and not self.parameters:
-            raise Rule("", "neither optimizer nor parameters is given; give one of them, or leave offload out")
-        if nvme and not self.path:
-            raise Rule("path", f"{nvme[0]}: nvme needs a folder on a fast disk; give path, or set {nvme[0]}: cpu")
-        if self.path and not nvme:
-            raise Rule("path", f"{self.path} has no effect where nothing lies on nvme; leave it out")
-        return self
-
-
-class ZeroPlusPlus(Part):
-    """ZeRO++ (Wang et al. 2023): less traffic between nodes under ZeRO stage 3."""
-
-    hierarchical_partition: Annotated[int, Field(ge=1)] = 1
-    """Weights are kept a second time over groups of so many workers, those of a node, from which the backward pass gathers them. A divisor
-    of scale.workers; 1 for none."""
-    quantized_weights: bool = False
-    """Weights are gathered in 8 bits, on GPUs; steps are no longer exactly those of other stages."""
-    quantized_gradients: bool = False
-    """Gradients are reduced in 4 bits, on GPUs; steps are no longer exactly those of other stages."""
-
-
-class Sharding(Part):
-    """How DeepSpeed divides the model over the workers."""
-
-    zero: Literal[0, 1, 2, 3] = 0
-    """ZeRO stage: 1 shards optimizer states, 2 gradients too, 3 parameters too (Rajbhandari et al. 2020)."""
-    tensor_parallel: Annotated[int, Field(ge=1)] = 1
-    """Neighbouring workers that hold one model together, a part of each layer's matrices on every one (Shoeybi et al. 2019), and read the
-    same samples; embeddings and the last layer are whole on each. A divisor of scale.workers, of the model's attention and key-value heads
-    and of its feed-forward width. ZeRO divides the states of each part over those workers that have it."""
-    sequence_parallel: Annotated[int, Field(ge=1)] = 1
-    """Neighbouring workers that divide each sequence among them (Jacobs et al. 2023): each computes with its part of the tokens, and in
-    attention with its part of the heads over all of them. Activations take so much less memory, weights as much as without. A divisor of
-    scale.workers, of the context and of the model's attention and key-value heads."""
-    offload: Offload | None = None
-    """What lies in the host's memory or on its disks. Left out, all is on the device that computes."""
-    zeropp: ZeroPlusPlus = ZeroPlusPlus()
-    """Less traffic between nodes, with ZeRO stage 3."""
-    deepspeed: dict[str, Any] = {}
-    """Raw DeepSpeed keys for experts. A key that the spec sets elsewhere is refused."""
-
-    @model_validator(mode="after")
-    def _rules(self) -> "Sharding":
-        if self.zero < 3:
-            without_effect(self, f"with zero: {self.zero}: only stage 3 shards weights", "zeropp")
-        if self.offload is None:
-            return self
-        if self.offload.parameters and self.zero < 3:
-            raise Rule("offload.parameters", f"{self.offload.parameters} needs weights that are sharded; set zero: 3, or leave it out")
-        least = 3 if self.offload.optimizer == "nvme" else 1
-        if self.offload.optimizer and self.zero < least:
-            raise Rule("offload.optimizer", f"{self.offload.optimizer} needs ZeRO stage {least} at least, and zero is {self.zero}; set "
-                                            f"zero: {least}, or leave it out")
         return self
 
 
@@ -476,7 +194,7 @@ class TrainSpec(Job):
 
     kind: Literal["train"] = "train"
     """The kind of the job."""
-    corpus: Annotated[str | Mixture, BeforeValidator(_mixture, json_schema_input_type=CorpusName | Shares | Mixture)]
+    corpus: Annotated[str | Mixture, BeforeValidator(mixture, json_schema_input_type=CorpusName | Shares | Mixture)]
     """A prepared corpus, by name or path.
     Or a mixture: a list of sections with corpus and weight, which is short for a section with mix."""
     model: ModelSpec
@@ -535,13 +253,6 @@ class TrainSpec(Job):
 
     @model_validator(mode="after")
     def _rules(self) -> "TrainSpec":
-        for key, ours in DEEPSPEED_KEYS.items():
-            section, _, name = key.partition(".")
-            raw = self.sharding.deepspeed.get(section, {})
-            if name and not isinstance(raw, dict):
-                raise Rule(f"sharding.deepspeed.{section}", f"{raw!r} is no mapping")
-            if name in raw if name else section in self.sharding.deepspeed:
-                raise Rule(f"sharding.deepspeed.{key}", f"contradicts {ours}, which sets it; leave it out and set {ours}")
         check_optimizer(self.optimizer, self.sharding.zero)
         check_offload(self)
         check_zeropp(self)
@@ -571,103 +282,6 @@ class TrainSpec(Job):
         return self
 
 
-def group_of(name: str, groups: Sequence[ParameterGroup]) -> ParameterGroup | None:
-    """The first group that matches a parameter's name."""
-    return next((group for group in groups if re.search(group.match, name)), None)
-
-
-def check_groups(groups: Sequence[ParameterGroup], names: list[str]) -> None:
-    """Raises Rule for a group that holds no parameter of a model's `names`."""
-    used = [group_of(name, groups) for name in names]
-    for i, group in enumerate(groups):
-        if not any(one is group for one in used):
-            earlier = any(re.search(group.match, name) for name in names)
-            raise Rule(f"optimizer.groups.{i}.match",
-                       f"{group.match!r} matches only what an earlier group holds; leave it out, or put it first" if earlier else
-                       f"{group.match!r} matches no parameter; their names are like {', '.join(names[:1] + names[len(names) // 2:][:1])}")
-
-
-def check_optimizer(optimizer: Optimizer, zero: int) -> None:
-    """Raises Rule where DeepSpeed's sharding would make other steps of an optimizer."""
-    if optimizer.name == "adafactor" and zero:
-        raise Rule("sharding.zero", f"{zero} flattens matrices, of which adafactor keeps rows and columns; set zero: 0, or take adamw")
-    if optimizer.name == "muon" and zero and optimizer.clip:
-        raise Rule("optimizer.clip", f"{optimizer.clip:g} would clip muon's orthogonal updates under ZeRO-{zero}, not the gradient; set "
-                                     "clip: 0, which muon does not need, or zero: 0")
-
-
-def check_offload(spec: TrainSpec) -> None:
-    """Raises Rule where raw keys contradict `sharding.offload`, and where what is offloaded cannot be averaged."""
-    offload, averaged = spec.sharding.offload, spec.ema or spec.checkpoint.average > 1
-    for ours, key in (("optimizer", "offload_optimizer"), ("parameters", "offload_param")):
-        device = getattr(offload, ours, None)
-        raw = spec.sharding.deepspeed.get("zero_optimization", {}).get(key, {})
-        twice = [name for name in ("device", "nvme_path") if isinstance(raw, dict) and name in raw]
-        if device and twice:
-            raise Rule(f"sharding.deepspeed.zero_optimization.{key}.{twice[0]}",
-                       f"contradicts sharding.offload.{ours}, which sets it; leave one of them out")
-        if averaged and "nvme" in (device, raw.get("device") if isinstance(raw, dict) else None):
-            where = f"sharding.offload.{ours}" if device else f"sharding.deepspeed.zero_optimization.{key}"
-            raise Rule(where, "weights on disks cannot be averaged; leave out ema and checkpoint.average, or set it to cpu" if device else
-                       "weights on disks cannot be averaged; leave out ema and checkpoint.average, or set device: cpu")
-
-
-ZEROPP_KEYS = {"hierarchical_partition": "zero_hpz_partition_size", "quantized_weights": "zero_quantized_weights",
-               "quantized_gradients": "zero_quantized_gradients"}
-"""Keys of `sharding.zeropp` and DeepSpeed's."""
-
-
-def check_zeropp(spec: TrainSpec) -> None:
-    """Raises Rule where ZeRO++ does not fit the workers, or raw keys contradict it."""
-    zeropp, workers = spec.sharding.zeropp, spec.scale.workers
-    size = zeropp.hierarchical_partition
-    if workers % size:
-        near = [n for n in range(1, workers + 1) if workers % n == 0]
-        raise Rule("sharding.zeropp.hierarchical_partition", f"{size} does not divide {workers} workers; try {', '.join(map(str, near))}")
-    for ours, theirs in ZEROPP_KEYS.items():
-        if getattr(zeropp, ours) == type(zeropp).model_fields[ours].default:
-            continue
-        if ours != "hierarchical_partition" and not spec.scale.gpus_per_worker:
-            raise Rule(f"sharding.zeropp.{ours}", "DeepSpeed has its kernels for GPUs alone, and scale.gpus_per_worker is 0; leave it out")
-        if theirs in spec.sharding.deepspeed.get("zero_optimization", {}):
-            raise Rule(f"sharding.deepspeed.zero_optimization.{theirs}", f"contradicts sharding.zeropp.{ours}, which sets it; leave one of "
-                                                                         "them out")
-
-
-def check_tensor_parallel(spec: TrainSpec, zero: int) -> None:
-    """Raises Rule where `sharding.tensor_parallel` does not fit the workers, or what else the spec asks for under a ZeRO stage."""
-    degree, workers = spec.sharding.tensor_parallel, spec.scale.workers
-    if degree == 1:
-        return
-    if workers % degree:
-        near = [n for n in range(1, workers + 1) if workers % n == 0]
-        raise Rule("sharding.tensor_parallel", f"{degree} does not divide {workers} workers; try {', '.join(map(str, near))}")
-    if spec.precision != "fp32" and not zero:
-        raise Rule("sharding.zero", f"0 cannot be with {spec.precision} and tensor_parallel: {degree}, where DeepSpeed's norm of the "
-                                    "gradient has the parts of a group's first worker alone; set zero: 1, or take fp32")
-    if spec.optimizer.name in ("muon", "adafactor"):
-        raise Rule("optimizer.name", f"{spec.optimizer.name} needs whole matrices, and tensor_parallel: {degree} cuts them; take adamw, "
-                                     "lion or sgd")
-    raw = spec.sharding.deepspeed.get("zero_optimization", {})
-    for where, given in (("compile", spec.compile), ("sharding.offload", spec.sharding.offload),
-                         ("sharding.deepspeed.zero_optimization", any(key.startswith("offload") for key in raw))):
-        if given:
-            raise Rule(where, f"is not proved to make the same steps with tensor_parallel: {degree}; leave one of them out")
-
-
-def check_sequence_parallel(spec: TrainSpec) -> None:
-    """Raises Rule where `sharding.sequence_parallel` does not fit the workers, or what else the spec asks for."""
-    degree, workers = spec.sharding.sequence_parallel, spec.scale.workers
-    if degree == 1:
-        return
-    if workers % degree:
-        near = [n for n in range(1, workers + 1) if workers % n == 0]
-        raise Rule("sharding.sequence_parallel", f"{degree} does not divide {workers} workers; try {', '.join(map(str, near))}")
-    for where, given in (("compile", spec.compile), ("sharding.tensor_parallel", spec.sharding.tensor_parallel > 1)):
-        if given:
-            raise Rule(where, f"is not proved to make the same steps with sequence_parallel: {degree}; leave one of them out")
-
-
 def check_steps(spec: TrainSpec, steps: int) -> None:
     """Raises Rule where what is counted in steps does not fit a run of `steps`."""
     warmup = spec.schedule.warmup_steps
@@ -677,22 +291,3 @@ def check_steps(spec: TrainSpec, steps: int) -> None:
     if warmup + decay > steps:
         raise Rule("schedule.warmup_steps", f"{warmup} steps of warm-up overlap the last {decay} of {steps}, which decay; shorten the "
                                             "warm-up or lower decay_fraction")
-
-
-def check_batch(global_sequences: int, micro_sequences: int | Literal["auto"] | None, workers: int) -> int:
-    """Return the sequences of a micro-batch, for which auto may take another number later. Raises Rule where the global batch cannot be cut
-    as the spec asks."""
-    if global_sequences % workers:
-        low = global_sequences // workers * workers
-        near = [n for n in (low, low + workers) if n]
-        raise Rule("batch.global_sequences" if workers <= global_sequences else "scale.workers",
-                   f"{global_sequences} sequences cannot be divided over {workers} workers; try {' or '.join(map(str, near))} sequences")
-    share = global_sequences // workers
-    if micro_sequences is None or micro_sequences == "auto":
-        return max(n for n in range(1, 17) if share % n == 0)
-    if share % micro_sequences:
-        small = [n for n in range(1, math.isqrt(share) + 1) if share % n == 0] if share < 1 << 40 else [1]
-        divisors = sorted({*small, *(share // n for n in small)}, key=lambda n: abs(math.log(n / micro_sequences)))[:6]
-        raise Rule("batch.micro_sequences", f"{micro_sequences} does not divide {global_sequences} sequences over {workers} workers "
-                                            f"({share} each); try {', '.join(map(str, sorted(divisors)))}")
-    return micro_sequences

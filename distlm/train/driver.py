@@ -23,7 +23,8 @@ from distlm.progress import Progress
 from distlm.runs import RunFolder
 from distlm.runs.folder import SUBMISSION
 from distlm.runs.report import write_report
-from distlm.spec.train import Checkpoints, Duration, Evaluate, Schedule, TrainSpec
+from distlm.spec.optimizer import Schedule
+from distlm.spec.train import Checkpoints, Duration, Evaluate, TrainSpec
 from distlm.storage import Storage, read_json
 from distlm.train import checkpoint, preempt
 from distlm.train import profile as profiles

@@ -19,7 +19,9 @@ from distlm.model.loss import BLOCK_ELEMENTS, CHUNK_ELEMENTS, PLAIN_HEADS
 from distlm.model.tensor import divide
 from distlm.spec.base import Rule
 from distlm.spec.gpus import find_gpu
-from distlm.spec.train import TrainSpec, check_optimizer, check_tensor_parallel
+from distlm.spec.optimizer import check_optimizer
+from distlm.spec.sharding import check_tensor_parallel
+from distlm.spec.train import TrainSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

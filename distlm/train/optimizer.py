@@ -11,7 +11,8 @@ import torch
 
 from distlm.model.loss import CausalLoss
 from distlm.model.mup import rate_factor
-from distlm.spec.train import ParameterGroup, TrainSpec, group_of
+from distlm.spec.optimizer import ParameterGroup, group_of
+from distlm.spec.train import TrainSpec
 
 
 def make_optimizer(spec: TrainSpec, model: CausalLoss) -> torch.optim.Optimizer:

@@ -20,7 +20,10 @@ from distlm.model.find import find_model
 from distlm.model.sequence import check_sequence
 from distlm.model.tensor import check_tensor
 from distlm.spec.base import Rule
-from distlm.spec.train import Evaluate, Mixture, TrainSpec, check_batch, check_groups, check_steps
+from distlm.spec.batch import check_batch
+from distlm.spec.mixture import Mixture
+from distlm.spec.optimizer import check_groups
+from distlm.spec.train import Evaluate, TrainSpec, check_steps
 from distlm.storage import Storage, read_json
 from distlm.train.flops import config_flops
 from distlm.train.memory import check_states, make_load, memory_limit

@@ -2,7 +2,7 @@
 
 import math
 
-from distlm.spec.train import Schedule
+from distlm.spec.optimizer import Schedule
 
 
 def learning_rate(schedule: Schedule, peak: float, step: int, num_steps: int) -> float:

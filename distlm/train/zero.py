@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 from distlm.errors import SpecError, TrainError
 from distlm.model.tensor import layer_specs
 from distlm.spec.load import nearest
-from distlm.spec.train import ZEROPP_KEYS, TrainSpec
+from distlm.spec.sharding import ZEROPP_KEYS
+from distlm.spec.train import TrainSpec
 
 if TYPE_CHECKING:
     import torch

@@ -6,8 +6,8 @@ import pytest
 
 from distlm.errors import SpecError
 from distlm.spec import KINDS, load_spec
+from distlm.spec.batch import check_batch
 from distlm.spec.load import dump, to_yaml, validate
-from distlm.spec.train import check_batch
 
 TRAIN = "kind: train\nname: a\ncorpus: c\nmodel: {preset: llama-tiny}\nduration: {steps: 3}\n"
 PREPARE = "kind: prepare\nname: a\n"

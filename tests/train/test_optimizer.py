@@ -6,7 +6,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from distlm.model.loss import CausalLoss
 from distlm.spec import TrainSpec
-from distlm.spec.train import OPTIMIZER_KEYS
+from distlm.spec.optimizer import OPTIMIZER_KEYS
 from distlm.train.optimizer import Lion, make_optimizer, muon_matrices, set_rate
 from tests.model.test_loss import TINY
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from distlm.spec.train import Schedule
+from distlm.spec.optimizer import Schedule
 from distlm.train.schedule import learning_rate
 
 
