@@ -141,9 +141,9 @@ def train(shape: str, options: argparse.Namespace, ranks: int, device: Any) -> f
     one = SHAPES[shape]
     spec, config, _ = make(shape, options.zero[0], ranks, options)
     accumulation = one.get("accumulation", 1)
-    cut: Any = SimpleNamespace(accumulation=accumulation, world=ranks, micro_sequences=one["micro"], marked=False, spec=spec,
-                               tokens_per_step=ranks * accumulation * one["micro"] * one["context"],
-                               global_sequences=ranks * accumulation * one["micro"])    # what `train_step` reads of a recipe
+    cut: Any = SimpleNamespace(micro_batches=lambda step: accumulation, world=ranks, micro_sequences=one["micro"], marked=False, spec=spec,
+                               tokens_of=lambda step: ranks * accumulation * one["micro"] * one["context"])
+    # what `train_step` reads of a recipe
     model = build_model(spec.model, config, 0)
     if device.type == "cpu":
         use_cpu_attention(model)

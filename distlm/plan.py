@@ -67,14 +67,22 @@ def of_train(spec: TrainSpec, storage: Storage) -> Rows:
             *of_mixture(recipe),
             ("steps", f"{recipe.num_steps:,} of {recipe.global_sequences:,} sequences, {recipe.micro_sequences} in a micro-batch"
              f"{', or as many as fit' if spec.batch.micro_sequences == 'auto' else ''}"),
+            *([("batch warm-up", warmup_of(recipe))] if recipe.warmup else []),
             *([("warm-up", f"{recipe.spec.schedule.warmup_steps:,} steps")] if spec.schedule.warmup_tokens else []),
-            ("tokens", f"{recipe.num_steps * recipe.tokens_per_step:,}"),
+            ("tokens", f"{recipe.tokens(recipe.num_steps):,}"),
             *([("documents", "kept apart: attention stays inside each")] if recipe.mask_documents else []),
             ("evaluations", f"every {recipe.evaluate_every:,} steps over {recipe.val_windows:,} windows" if recipe.val else
              f"none: {without_val(read_corpora(spec, storage))[0]}"),
             ("checkpoints", f"every {recipe.checkpoint_every:,} steps" + ", written beside them" * spec.checkpoint.asynchronous),
-            *of_model(recipe.spec, recipe.shape, recipe.num_steps * recipe.tokens_per_step,
+            *of_model(recipe.spec, recipe.shape, recipe.tokens(recipe.num_steps),
                       (recipe.micro_sequences, recipe.accumulation), recipe.mask_documents), *of_scale(spec)]
+
+
+def warmup_of(recipe: Any) -> str:
+    """The sizes that steps have before the batch is whole."""
+    steps = sum(count for _, count in recipe.warmup)
+    sizes = [size for size, _ in recipe.warmup]
+    return f"{sizes[0]:,} to {sizes[-1]:,} sequences over the first {steps:,} steps, {recipe.tokens(steps):,} tokens"
 
 
 def of_mixture(recipe: Any) -> Rows:
@@ -264,7 +272,7 @@ def cut_of(spec: TrainSpec, context: int) -> tuple[int, int]:
     """micro_sequences and accumulation of a spec whose corpus is not there yet."""
     sequences = spec.batch.global_sequences or max(1, (spec.batch.global_tokens or 0) // context)
     try:
-        micro = check_batch(sequences, spec.batch.micro_sequences, spec.data_workers)
+        micro = check_batch(sequences, spec.batch, spec.data_workers)
     except Rule:                                           # which is told when the corpus is there
         return 1, 1
     return micro, sequences // spec.data_workers // micro

@@ -9,6 +9,7 @@ The driver builds a Ray dataset of plan blocks, one per (chunk of steps, rank), 
 A plan that is `marked` has marks beside the tokens: where documents begin, and what gives no loss.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -35,8 +36,43 @@ START, NO_LOSS = 1, 2
 
 
 @dataclass(frozen=True)
+class BatchSizes:
+    """How many samples make a step: those of the warm-up's stages, then always the same."""
+
+    full: int
+    """Sequences of a step after the warm-up."""
+    stages: tuple[tuple[int, int], ...] = ()
+    """(sequences of a step, steps of that size), one after the other."""
+
+    def of(self, step: int) -> int:
+        """Sequences of a step."""
+        for size, steps in self.stages:
+            if step < steps:
+                return size
+            step -= steps
+        return self.full
+
+    def before(self, step: int) -> int:
+        """Sequences of all steps before it: the number of its first sample."""
+        samples = 0
+        for size, steps in self.stages:
+            samples, step = samples + size * min(step, steps), max(0, step - steps)
+        return samples + step * self.full
+
+    def steps(self, samples: float) -> int:
+        """The fewest steps that take so many samples."""
+        done = 0
+        for size, steps in self.stages:
+            if samples <= size * steps:
+                return done + math.ceil(samples / size)
+            samples, done = samples - size * steps, done + steps
+        return done + math.ceil(samples / self.full)
+
+
+@dataclass(frozen=True)
 class Plan:
-    """Which samples make which step: step s is samples [s * global_sequences, (s + 1) * global_sequences)."""
+    """Which samples make which step: they are taken one after the other, and step s has as many as `sizes` says, which are
+    `global_sequences` after the warm-up."""
 
     corpus: str
     """The corpus folder; of a mixture, that of its first corpus."""
@@ -50,20 +86,32 @@ class Plan:
     """Whether training needs marks beside the tokens."""
     group: int = 1
     """So many neighbouring ranks read the same samples."""
+    warmup: tuple[tuple[int, int], ...] = ()
+    """(sequences of a step, steps of that size) of the steps that are smaller, at the beginning."""
 
     @property
-    def share(self) -> int:
+    def sizes(self) -> BatchSizes:
+        return BatchSizes(self.global_sequences, self.warmup)
+
+    @property
+    def piece(self) -> int:
+        """Sequences of a rank that are read at once: its share of a step, or what divides its share of every step."""
+        return math.gcd(self.global_sequences, *(size for size, _ in self.warmup)) * self.group // self.world
+
+    def share(self, step: int) -> int:
         """Sequences of a rank in a step."""
-        return self.global_sequences * self.group // self.world
+        return self.sizes.of(step) * self.group // self.world
 
     def samples(self, step: int, rank: int) -> NDArray[np.int64]:
         """int64[share]: the global sample numbers that `rank` trains on in `step`."""
-        first = step * self.global_sequences + rank // self.group * self.share
-        return np.arange(first, first + self.share, dtype=np.int64)
+        share = self.share(step)
+        first = self.sizes.before(step) + rank // self.group * share
+        return np.arange(first, first + share, dtype=np.int64)
 
     def chunk_steps(self, context: int) -> int:
         """Steps of a block: a few megabytes of tokens."""
-        return max(1, min(MAX_CHUNK_STEPS, BLOCK_BYTES // (self.share * (context + 1) * 4)))
+        share = self.global_sequences * self.group // self.world
+        return max(1, min(MAX_CHUNK_STEPS, BLOCK_BYTES // (share * (context + 1) * 4)))
 
 
 class Windows:
@@ -156,7 +204,8 @@ def read_block(plan: Plan, steps: range, rank: int) -> dict[str, NDArray[Any]]:
     """The rows of a block: tokens [len(steps) * share, context + 1], their marks where the plan has them, their step and their slot."""
     samples = np.concatenate([plan.samples(step, rank) for step in steps])
     return {"tokens": read_samples(plan, samples), **({"marks": read_marks(plan, samples)} if plan.marked else {}),
-            "step": np.repeat(np.asarray(steps, dtype=np.int64), plan.share), "slot": np.full(len(samples), rank, dtype=np.int32)}
+            "step": np.repeat(np.asarray(steps, dtype=np.int64), [plan.share(step) for step in steps]),
+            "slot": np.full(len(samples), rank, dtype=np.int32)}
 
 
 def read_samples(plan: Plan, samples: NDArray[np.int64]) -> NDArray[Any]:
@@ -205,15 +254,18 @@ def local_steps(plan: Plan, rank: int, first_step: int) -> Iterator[dict[str, ND
 
 
 def ordered_steps(batches: Iterable[dict[str, NDArray[Any]]], plan: Plan, rank: int, first_step: int) -> Iterator[NDArray[np.int64]]:
-    """int64[share, context + 1] for each step; of a marked plan int64[share, 2, context + 1], tokens and marks. Raises CorpusError where
-    a row is not the planned one."""
-    expected = first_step
+    """int64[share, context + 1] for each step; of a marked plan int64[share, 2, context + 1], tokens and marks. `batches` have `piece`
+    rows, or those of a step. Raises CorpusError where a row is not the planned one."""
+    expected, pieces = first_step, list[NDArray[Any]]()
     for batch in batches:
-        if len(batch["tokens"]) != plan.share or (batch["step"] != expected).any() or (batch["slot"] != rank).any():
-            raise CorpusError(f"the stream is out of order: rank {rank} expected step {expected} and got "
-                              f"{len(batch['tokens'])} rows of steps {np.unique(batch['step'])}, slots {np.unique(batch['slot'])}",
-                              cause="internal")
-        yield np.stack([batch["tokens"], batch["marks"]], 1).astype(np.int64) if plan.marked else batch["tokens"].astype(np.int64)
-        expected += 1
+        rows, wanted = len(batch["tokens"]), plan.share(expected) - sum(map(len, pieces))
+        if not 0 < rows <= wanted or (rows < wanted and rows % plan.piece) or (batch["step"] != expected).any() or (
+                batch["slot"] != rank).any():
+            raise CorpusError(f"the stream is out of order: rank {rank} expected {wanted} rows of step {expected} and got "
+                              f"{rows} of steps {np.unique(batch['step'])}, slots {np.unique(batch['slot'])}", cause="internal")
+        pieces.append(np.stack([batch["tokens"], batch["marks"]], 1) if plan.marked else batch["tokens"])
+        if rows == wanted:
+            yield np.concatenate(pieces).astype(np.int64)
+            expected, pieces = expected + 1, []
     if expected != plan.num_steps:
         raise CorpusError(f"the stream ended before step {expected} of {plan.num_steps}", cause="internal")

@@ -1,8 +1,7 @@
 """The optimizer, the learning rate over time, and what regularizes."""
 
-import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -100,11 +99,11 @@ class Schedule(Part):
             without_effect(self, "with inverse_sqrt, which has no floor", "min_ratio")
         return self
 
-    def in_steps(self, tokens_per_step: int) -> "Schedule":
-        """The same schedule with its warm-up counted in steps."""
+    def in_steps(self, steps: Callable[[int], int]) -> "Schedule":
+        """The same schedule with its warm-up counted in steps; `steps` are those that so many tokens take."""
         if self.warmup_tokens is None:
             return self
-        return self.model_copy(update={"warmup_tokens": None, "warmup_steps": math.ceil(self.warmup_tokens / tokens_per_step)})
+        return self.model_copy(update={"warmup_tokens": None, "warmup_steps": steps(self.warmup_tokens)})
 
 
 class Regularization(Part):

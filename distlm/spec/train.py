@@ -278,7 +278,7 @@ class TrainSpec(Job):
         if self.duration.steps is not None:
             check_steps(self, self.duration.steps)
         if self.batch.global_sequences is not None:
-            check_batch(self.batch.global_sequences, self.batch.micro_sequences, self.data_workers)
+            check_batch(self.batch.global_sequences, self.batch, self.data_workers)
         return self
 
 

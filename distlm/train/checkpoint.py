@@ -140,15 +140,15 @@ def check_annealing(checkpoint: Checkpoint, recipe: Recipe) -> None:
     if recipe.mix is None or not recipe.mix.final_weights:
         return
     saved, ours = checkpoint.manifest["anneal"], list(recipe.mix.anneal)
-    done = checkpoint.step * recipe.global_sequences + len(recipe.corpora)      # samples are taken early by less than one a corpus
+    done = recipe.sizes.before(checkpoint.step) + len(recipe.corpora)           # samples are taken early by less than one a corpus
     if saved != ours and done > min(saved[0], ours[0]):
-        before, size = [[n // recipe.global_sequences for n in part] for part in (saved, ours)], saved[1] // recipe.global_sequences
+        before, size = [[recipe.sizes.steps(n) for n in part] for part in (saved, ours)], recipe.sizes.steps(saved[1])
         raise CheckpointError(f"has annealed the weights of its corpora from step {before[0][0]} to {before[0][1]}, and the spec says from "
                               f"{before[1][0]} to {before[1][1]}", where=str(checkpoint.path), cause="bad_spec",
                               remedy=f"set duration to {size} steps, or start a new run")
 
 
-OLDER: dict[str, Any] = {"partition": {}, "tensor_parallel": 1}
+OLDER: dict[str, Any] = {"partition": {}, "tensor_parallel": 1, "batch_warmup": []}
 """What a manifest says that says nothing of it, as those of older versions."""
 LAYOUT = ("workers", "zero", "partition")
 """What may differ: the state is then divided anew."""
@@ -173,7 +173,8 @@ def facts(recipe: Recipe) -> dict[str, Any]:
     """What a manifest tells of the run."""
     return {"workers": recipe.world, "zero": recipe.spec.sharding.zero, "tensor_parallel": recipe.spec.sharding.tensor_parallel,
             "partition": _partition(recipe.spec), "precision": recipe.spec.precision,
-            "global_sequences": recipe.global_sequences, "seed": recipe.spec.seed, "corpus_hash": recipe.corpus_hash}
+            "global_sequences": recipe.global_sequences, "batch_warmup": [list(stage) for stage in recipe.warmup], "seed": recipe.spec.seed,
+            "corpus_hash": recipe.corpus_hash}
 
 
 def load(engine: Any, checkpoint: Path, recipe: Recipe, rank: int, ema: "Ema | None" = None) -> None:

@@ -48,7 +48,7 @@ def train(spec: TrainSpec, folder: RunFolder, storage: Storage, progress: Progre
     recipe = make_recipe(spec, storage)
     require_workers(spec, progress)
     groups = f" in groups of {recipe.group}" if recipe.group > 1 else ""
-    progress.note(f"{recipe.parameters:,} parameters, {recipe.num_steps:,} steps of {recipe.tokens_per_step:,} tokens, "
+    progress.note(f"{recipe.parameters:,} parameters, {recipe.num_steps:,} steps of {recipe.tokens_of(recipe.num_steps):,} tokens, "
                   f"{recipe.world} worker{'s' * (recipe.world > 1)}{groups} under ZeRO-{spec.sharding.zero}, {spec.precision}")
     if not recipe.val:
         progress.note(f"nothing is evaluated: {without_val(read_corpora(spec, storage))[0]}")
@@ -85,10 +85,11 @@ def profile(spec: TrainSpec, folder: RunFolder, storage: Storage, progress: Prog
     of where they went. Raises what `train` raises."""
     duration = Duration(steps=profiles.WARM_UP + profiles.STEPS)
     recipe = make_recipe(spec.model_copy(update={"duration": duration, "schedule": Schedule(), "evaluate": Evaluate(),
-                                                 "checkpoint": Checkpoints()}), storage)
+                                                 "batch": spec.batch.model_copy(update={"warmup": None}), "checkpoint": Checkpoints()}),
+                         storage)
     require_workers(spec, progress)
     recipe = _cut(recipe, folder, progress)
-    progress.note(f"{profiles.STEPS} steps of {recipe.tokens_per_step:,} tokens under the profiler, after {profiles.WARM_UP}")
+    progress.note(f"{profiles.STEPS} steps of {recipe.tokens_of(0):,} tokens under the profiler, after {profiles.WARM_UP}")
     error = _launch(recipe, folder, 0, None, 0, "profile")
     if error is not None:
         raise error
@@ -97,7 +98,7 @@ def profile(spec: TrainSpec, folder: RunFolder, storage: Storage, progress: Prog
     progress.table(f"where a step goes, rank 0 of {recipe.world}", [*profiles.rows(found)], ("", "ms", "share", "calls"))
     progress.note(f"{place / 'trace.json'} opens in ui.perfetto.dev or chrome://tracing")
     return {"": str(folder.path), "trace": str(place / "trace.json"), "step_ms": found["step_ms"], **found["regions_ms"],
-            "tokens_per_s": recipe.tokens_per_step * 1e3 / found["step_ms"]}
+            "tokens_per_s": recipe.tokens_of(0) * 1e3 / found["step_ms"]}
 
 
 def _cut(recipe: Recipe, folder: RunFolder, progress: Progress) -> Recipe:
@@ -304,7 +305,7 @@ def outcome(recipe: Recipe, folder: RunFolder) -> dict[str, Any]:
     speeds = sorted(r["tokens_per_s"] for r in steps)
     val_loss = values[-1]["val_loss"] if values else None
     return {"": str(folder.path), "export": str(folder.path / "export"), "parameters": recipe.parameters, "steps": recipe.num_steps,
-            "tokens": recipe.num_steps * recipe.tokens_per_step, "loss_first": steps[0]["loss"], "loss_last": steps[-1]["loss"],
+            "tokens": recipe.tokens(recipe.num_steps), "loss_first": steps[0]["loss"], "loss_last": steps[-1]["loss"],
             "val_loss_first": values[0]["val_loss"] if values else None, "val_loss": val_loss,
             "perplexity": None if val_loss is None else math.exp(min(val_loss, 700)),
             "bits_per_byte": None if val_loss is None else val_loss / math.log(2) / recipe.val_bytes_per_token,

@@ -49,8 +49,8 @@ def peak_bytes() -> int:
 def choose_micro(recipe: Recipe, folder: RunFolder, progress: Progress, launch: Callable[[Recipe], DistlmError | None]) -> Recipe:
     """The recipe with the largest micro-batch whose steps run, inside the memory that the spec says a worker has. A run that goes on keeps
     its choice. Raises TrainError where not one sequence fits, and what `launch` returns if it is not for memory."""
-    chosen, place, share = folder.path / CHOSEN, folder.path / FOLDER, recipe.global_sequences // recipe.spec.data_workers
-    if chosen.exists() and share % (micro := read_json(chosen)["micro_sequences"]) == 0:
+    chosen, place = folder.path / CHOSEN, folder.path / FOLDER
+    if chosen.exists() and recipe.plan().piece % (micro := read_json(chosen)["micro_sequences"]) == 0:
         return replace(recipe, micro_sequences=micro)
     limit = memory_limit(recipe.spec)
     for micro in candidates(recipe, limit):
@@ -76,7 +76,7 @@ def choose_micro(recipe: Recipe, folder: RunFolder, progress: Progress, launch: 
 
 def candidates(recipe: Recipe, limit: int | None) -> Iterator[int]:
     """Divisors of a worker's share, the largest first, without those that are hopeless by the estimate. One is always there."""
-    spec, share = recipe.spec, recipe.global_sequences // recipe.spec.data_workers
+    spec, share = recipe.spec, recipe.plan().piece
     config = model_config(spec.model, recipe.shape, spec.regularization.dropout)
     load = make_load(spec, config, recipe.shape, recipe.parameters, recipe.micro_sequences, recipe.accumulation, recipe.mask_documents)
     for micro in range(share if spec.scale.gpus_per_worker else min(share, CPU_SEQUENCES), 0, -1):
@@ -90,4 +90,5 @@ def candidates(recipe: Recipe, limit: int | None) -> Iterator[int]:
 def trial(recipe: Recipe, micro: int) -> Recipe:
     """A few steps of one or two micro-batches, which take the memory of any number of them."""
     share = recipe.global_sequences // recipe.spec.data_workers
-    return replace(recipe, micro_sequences=micro, global_sequences=recipe.spec.data_workers * min(share, 2 * micro), num_steps=STEPS)
+    return replace(recipe, micro_sequences=micro, global_sequences=recipe.spec.data_workers * min(share, 2 * micro), num_steps=STEPS,
+                   warmup=())

@@ -49,8 +49,8 @@ class SpikeGuard:
         """Whether a spike's update is left out. Raises TrainError where the spec says to stop at one."""
         assert self.spec
         if self.spec.action == "stop":
-            first = step * recipe.global_sequences
-            raise TrainError(f"the loss is {loss:.4g} at step {step + 1}, samples {first} to {first + recipe.global_sequences - 1}, and at "
+            first, last = recipe.samples(step)
+            raise TrainError(f"the loss is {loss:.4g} at step {step + 1}, samples {first} to {last}, and at "
                              f"most {limit:.4g} was to be expected after the {self.spec.window} steps before",
                              where="guard.spike", cause="loss_spike",
                              remedy="look at these samples, lower optimizer.lr, or set action: skip")
@@ -99,13 +99,13 @@ def nonfinite_gradient(engine: Any, batch: Batch, recipe: Recipe, step: int, ran
 
 
 def _error(what: str, of: str, blame: tuple[int, int, str] | None, recipe: Recipe, step: int) -> TrainError:
-    first, remedy = step * recipe.global_sequences, "lower optimizer.lr, or look at these samples"
+    (first, last), remedy = recipe.samples(step), "lower optimizer.lr, or look at these samples"
     if blame is None:                                      # a sum over micro-batches or ranks, or a fault of the machine
-        return TrainError(f"{what} at step {step + 1}, samples {first} to {first + recipe.global_sequences - 1}; once more, every part is "
+        return TrainError(f"{what} at step {step + 1}, samples {first} to {last}; once more, every part is "
                           "finite", remedy=remedy, cause="nonfinite_loss")
     micro, rank, name = blame
     size = recipe.micro_sequences
-    first += (rank // recipe.group * recipe.accumulation + micro) * size
+    first += (rank // recipe.group * recipe.micro_batches(step) + micro) * size
     return TrainError(f"{what} at step {step + 1} on rank {rank}, first in {of} {name}, samples {first} to {first + size - 1}",
                       remedy=remedy, cause="nonfinite_loss")
 

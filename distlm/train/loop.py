@@ -37,7 +37,7 @@ from distlm.train.recipe import Recipe, manifest_of
 from distlm.train.saver import Saver
 from distlm.train.schedule import learning_rate
 from distlm.train.watchdog import Watchdog
-from distlm.train.zero import check_node, deepspeed_config, gather_parts, loss_scale, make_engine, tensor_group, update
+from distlm.train.zero import check_node, deepspeed_config, gather_parts, loss_scale, make_engine, set_accumulation, tensor_group, update
 
 
 def fit(recipe: Recipe, folder: RunFolder, steps: Iterator[NDArray[np.int64]], *, rank: int, device: torch.device, first_step: int = 0,
@@ -145,10 +145,12 @@ def train_step(engine: Any, batch: Batch, recipe: Recipe, rate: float, step: int
     and micro-batches, so the sum of a micro-batch is multiplied by both first. All ranks take part. Raises TrainError, on all ranks and
     before the update, where loss or gradient is not finite, or where the spec says to stop at a spike.
     """
+    accumulation = recipe.micro_batches(step)
+    set_accumulation(engine, accumulation)
     set_rate(engine.optimizer, rate)
     num_targets = count_targets(batch, recipe, step)
     copies = recipe.spec.sharding.tensor_parallel          # ranks that have the same loss
-    scale = recipe.accumulation * (recipe.world // copies) / num_targets
+    scale = accumulation * (recipe.world // copies) / num_targets
     random, totals = Random.now(), torch.tensor([0, leaving, written], dtype=torch.float64, device=batch.tokens.device)
     for i, micro in enumerate(batch.split(recipe.micro_sequences)):
         dog.beat(step, i + 1)
@@ -157,7 +159,7 @@ def train_step(engine: Any, batch: Batch, recipe: Recipe, rate: float, step: int
         totals[0] += loss.detach().double()
         with region("backward"):
             engine.backward(loss * scale)
-        if i < recipe.accumulation - 1:
+        if i < accumulation - 1:
             engine.step()
     distributed.all_reduce(totals)                         # the one exchange of a step beside the gradients
     total, leavers, writers = totals.tolist()
@@ -189,12 +191,12 @@ def train_step(engine: Any, batch: Batch, recipe: Recipe, rate: float, step: int
 def count_targets(batch: Batch, recipe: Recipe, step: int) -> int:
     """The tokens of the global batch that give loss, known before any is computed. Where there are marks, all ranks take part."""
     if not recipe.marked:
-        return recipe.tokens_per_step
+        return recipe.tokens_of(step)
     count = torch.tensor(batch.num_targets(), device=batch.tokens.device)
     distributed.all_reduce(count)
     if not count:
-        first = step * recipe.global_sequences
-        raise TrainError(f"no token gives loss at step {step + 1}, samples {first} to {first + recipe.global_sequences - 1}",
+        first, last = recipe.samples(step)
+        raise TrainError(f"no token gives loss at step {step + 1}, samples {first} to {last}",
                          remedy="raise batch.global_sequences, or leave out what is all padding or prompts", cause="bad_input")
     return int(count) // recipe.spec.sharding.tensor_parallel
 

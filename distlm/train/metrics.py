@@ -55,11 +55,11 @@ class MetricsWriter:
         it is above, and whether there was no update. With them learning rate, seconds of the step alone, fp16's loss scale after it, its
         memory, and its MFU where the processor's peak is known. `save` is a checkpoint that has been committed since the step before: its
         step, its seconds from begin to marker, and those for which the steps stood still."""
-        tokens = self._recipe.tokens_per_step
+        tokens = self._recipe.tokens_of(done - 1)
         record = {"step": done, "loss": result.loss, "lr": rate, **({} if result.norm is None else {"grad_norm": result.norm}),
                   **({"skipped": True} if result.skipped else {}), **({} if result.limit is None else {"spike_above": result.limit}),
-                  **({} if loss_scale is None else {"loss_scale": loss_scale}), "tokens": done * tokens, "tokens_per_s": tokens / seconds,
-                  "memory_bytes": self._memory(), **({} if self._peak is None else {
+                  **({} if loss_scale is None else {"loss_scale": loss_scale}), "tokens": self._recipe.tokens(done),
+                  "tokens_per_s": tokens / seconds, "memory_bytes": self._memory(), **({} if self._peak is None else {
                       "mfu": mfu(tokens / seconds, self._recipe.flops_per_token, self._peak * self._recipe.world)}),
                   "time": time.time(), **({} if val_loss is None else {"val_loss": val_loss}),
                   **({"loss_tokens": result.num_targets} if self._recipe.marked else {}),

@@ -12,7 +12,7 @@ import numpy as np
 
 from distlm.corpus.manifest import Manifest, manifest_hash, read_manifest
 from distlm.corpus.mix import Mix
-from distlm.corpus.stream import Plan, Windows, silent
+from distlm.corpus.stream import BatchSizes, Plan, Windows, silent
 from distlm.corpus.tokenizer import token_bytes
 from distlm.errors import InputError, SpecError
 from distlm.model.build import Shape, model_config, parameter_sizes, recompute, skeleton
@@ -55,6 +55,7 @@ class Recipe:
     parameters: int
     """Of the model, tied ones counted once."""
     global_sequences: int
+    """Of a step after the batch's warm-up."""
     micro_sequences: int
     num_steps: int
     evaluate_every: int
@@ -71,6 +72,8 @@ class Recipe:
     """Not every token gives loss, or documents are masked: the stream carries marks."""
     flops_per_token: float = 0.0
     """Forward and backward, by `train.flops`."""
+    warmup: tuple[tuple[int, int], ...] = ()
+    """(sequences of a step, steps of that size) of the batch's warm-up."""
 
     @property
     def world(self) -> int:
@@ -88,18 +91,35 @@ class Recipe:
         return rank % parts, parts
 
     @property
-    def accumulation(self) -> int:
-        """Micro-batches of a rank in a step."""
-        return self.global_sequences // self.spec.data_workers // self.micro_sequences
+    def sizes(self) -> BatchSizes:
+        """Sequences of each step."""
+        return BatchSizes(self.global_sequences, self.warmup)
 
     @property
-    def tokens_per_step(self) -> int:
-        return self.global_sequences * self.shape.context
+    def accumulation(self) -> int:
+        """Micro-batches of a rank in a step after the batch's warm-up."""
+        return self.global_sequences // self.spec.data_workers // self.micro_sequences
+
+    def micro_batches(self, step: int) -> int:
+        """Micro-batches of a rank in a step."""
+        return self.sizes.of(step) // self.spec.data_workers // self.micro_sequences
+
+    def samples(self, step: int) -> tuple[int, int]:
+        """The first and the last sample of a step."""
+        return self.sizes.before(step), self.sizes.before(step + 1) - 1
+
+    def tokens(self, steps: int) -> int:
+        """Tokens of the first so many steps."""
+        return self.sizes.before(steps) * self.shape.context
+
+    def tokens_of(self, step: int) -> int:
+        """Tokens of a step."""
+        return self.sizes.of(step) * self.shape.context
 
     @property
     def num_samples(self) -> int:
         """Sequences of the whole run."""
-        return self.num_steps * self.global_sequences
+        return self.sizes.before(self.num_steps)
 
     @property
     def corpora(self) -> tuple[str, ...]:
@@ -112,7 +132,8 @@ class Recipe:
         return sum(part.windows for part in self.val)
 
     def plan(self) -> Plan:
-        return Plan(self.corpus, self.global_sequences, self.world, self.num_steps, self.spec.seed, self.mix, self.marked, self.group)
+        return Plan(self.corpus, self.global_sequences, self.world, self.num_steps, self.spec.seed, self.mix, self.marked, self.group,
+                    self.warmup)
 
 
 def make_recipe(spec: TrainSpec, storage: Storage) -> Recipe:
@@ -154,9 +175,11 @@ def make_recipe(spec: TrainSpec, storage: Storage) -> Recipe:
     if spec.activation_checkpointing:
         recompute(skeleton(config), spec.activation_checkpointing)
     try:
-        micro = check_batch(sequences, spec.batch.micro_sequences, spec.data_workers)
-        steps = _num_steps(spec, sequences, sum(one.splits["train"].windows for one in manifests), context)
-        spec = spec.model_copy(update={"schedule": spec.schedule.in_steps(sequences * context)})
+        micro = check_batch(sequences, spec.batch, spec.data_workers)
+        warmup = spec.batch.warmup.stages(sequences, context) if spec.batch.warmup else ()
+        batches = BatchSizes(sequences, warmup)
+        steps = _num_steps(spec, batches, sum(one.splits["train"].windows for one in manifests), context)
+        spec = spec.model_copy(update={"schedule": spec.schedule.in_steps(lambda tokens: batches.steps(tokens / context))})
         check_steps(spec, steps)
         check_groups(spec.optimizer.groups, list(sizes))
     except Rule as rule:
@@ -176,7 +199,8 @@ def make_recipe(spec: TrainSpec, storage: Storage) -> Recipe:
         check_sequence(config, context, spec.sharding.sequence_parallel)
     recipe = Recipe(spec, str(manifest.path), mixture_hash(spec, manifests), shape, sum(sizes.values()), sequences, micro, steps,
                     spec.evaluate.every_steps or max(1, steps // 10), spec.checkpoint.every_steps or max(1, min(1000, steps // 4)),
-                    (), 0.0, make_mix(spec, manifests, steps * sequences), masked, masked or padded, config_flops(config, sizes, context))
+                    (), 0.0, make_mix(spec, manifests, batches.before(steps)), masked, masked or padded,
+                    config_flops(config, sizes, context), warmup)
     if spec.checkpoint.average > (saved := math.ceil(steps / recipe.checkpoint_every)):
         raise SpecError(f"{spec.checkpoint.average} checkpoints are averaged, and {steps:,} steps save {saved}", where="checkpoint.average",
                         remedy=f"set it to {saved}, or lower checkpoint.every_steps")
@@ -269,9 +293,10 @@ def check_epochs(recipe: Recipe, manifests: list[Manifest]) -> None:
 
 def _count(recipe: Recipe, manifests: list[Manifest], steps: int, corpus: int) -> int:
     """The samples that a run of another length takes of a corpus."""
-    mix = make_mix(recipe.spec, manifests, steps * recipe.global_sequences)
+    samples = recipe.sizes.before(steps)
+    mix = make_mix(recipe.spec, manifests, samples)
     assert mix
-    return int(mix.counts(steps * recipe.global_sequences)[corpus])
+    return int(mix.counts(samples)[corpus])
 
 
 def val_parts(recipe: Recipe, manifests: list[Manifest]) -> tuple[ValPart, ...]:
@@ -334,13 +359,13 @@ def check_tokenizer(model: Path, manifest: Manifest) -> None:
                          remedy=f"prepare the corpus with tokenizer: {{from: {model}}}")
 
 
-def _num_steps(spec: TrainSpec, sequences: int, windows: int, context: int) -> int:
+def _num_steps(spec: TrainSpec, sizes: BatchSizes, windows: int, context: int) -> int:
     duration = spec.duration
     if duration.steps is not None:
         return duration.steps
     if duration.tokens is not None:
-        return math.ceil(duration.tokens / (sequences * context))
-    return math.ceil((duration.epochs or 0) * windows / sequences)
+        return sizes.steps(duration.tokens / context)
+    return sizes.steps((duration.epochs or 0) * windows)
 
 
 def manifest_of(recipe: Recipe) -> Manifest:

@@ -224,7 +224,7 @@ def _told(path: Path) -> Iterator[None]:
 def _manifest(engine: Any, recipe: Recipe, step: int, recent_losses: list[float] | None, val_loss: float | None,
               due: bool) -> dict[str, Any]:
     """All of it but the files."""
-    return {"format": 1, "step": step, "samples": step * recipe.global_sequences, "tokens": step * recipe.tokens_per_step,
+    return {"format": 1, "step": step, "samples": recipe.sizes.before(step), "tokens": recipe.tokens(step),
             **checkpoint.facts(recipe), **({"anneal": recipe.mix.anneal} if recipe.mix and recipe.mix.final_weights else {}),
             **({} if loss_scale(engine) is None else {"loss_scale": loss_scale(engine)}),
             **({"recent_losses": recent_losses} if recent_losses else {}),

@@ -46,7 +46,7 @@ def work(config: dict[str, Task]) -> None:
     torch.set_num_threads(recipe.spec.scale.threads_per_worker or max(1, cores // context.get_local_world_size()))
     steps: Iterator[NDArray[np.int64]] = iter(())
     if task.first_step < recipe.num_steps:                 # else only the export is left to be made
-        batches = ray.train.get_dataset_shard("train").iter_batches(batch_size=plan.share, batch_format="numpy", prefetch_batches=2)
+        batches = ray.train.get_dataset_shard("train").iter_batches(batch_size=plan.piece, batch_format="numpy", prefetch_batches=2)
         steps = ordered_steps(batches, plan, rank, task.first_step)
     device = ray.train.torch.get_device()
     look = (StepProfile(task.folder / "profile", rank, device.type == "cuda") if task.look == "profile" else

@@ -137,6 +137,16 @@ def loss_scale(engine: Any) -> float | None:
     return float(engine.optimizer.loss_scale) if engine.fp16_enabled() else None
 
 
+def set_accumulation(engine: Any, micro_batches: int) -> None:
+    """Let the step that begins have so many micro-batches: DeepSpeed counts those of all steps, and ZeRO keeps a number of its own."""
+    if micro_batches == engine.gradient_accumulation_steps():
+        return
+    engine.set_train_batch_size(micro_batches * engine.train_micro_batch_size_per_gpu() * engine.dp_world_size)
+    engine.micro_steps = 0
+    if hasattr(engine.optimizer, "gradient_accumulation_steps"):
+        engine.optimizer.gradient_accumulation_steps = micro_batches
+
+
 def update(engine: Any, window: int) -> bool:
     """The engine's step at the end of a batch, after which fp16's loss scale doubles where there was no overflow in `window` steps:
     DeepSpeed would double it before it divides the gradients by it. Returns whether fp16 skipped the step, since gradients overflowed.

@@ -6,7 +6,7 @@ import pytest
 
 from distlm.errors import SpecError
 from distlm.spec import KINDS, load_spec
-from distlm.spec.batch import check_batch
+from distlm.spec.batch import Batch, check_batch
 from distlm.spec.load import dump, to_yaml, validate
 
 TRAIN = "kind: train\nname: a\ncorpus: c\nmodel: {preset: llama-tiny}\nduration: {steps: 3}\n"
@@ -325,4 +325,4 @@ def test_references_wait_but_mistakes_beside_them_do_not():
 @pytest.mark.parametrize(("sequences", "micro", "workers", "expected"), [(32, None, 1, 16), (32, None, 4, 8), (24, None, 1, 12),
                                                                        (32, 8, 2, 8), (17, None, 1, 1)])
 def test_a_micro_batch_divides_a_workers_share(sequences, micro, workers, expected):
-    assert check_batch(sequences, micro, workers) == expected
+    assert check_batch(sequences, Batch(global_sequences=sequences, micro_sequences=micro), workers) == expected

@@ -151,6 +151,38 @@ def losses(run: Path) -> list[float]:
     return [record["loss"] for record in records]
 
 
+def losses_by_hand(given: TrainSpec, corpus: Path) -> list[float]:
+    """The losses of plain PyTorch over the same windows: mean cross-entropy, clipped to 1, AdamW, the schedule's rate."""
+    import torch
+    from torch.nn import functional
+
+    from distlm.corpus.stream import Windows
+    from distlm.model.build import build_model, model_config
+    from distlm.storage import Storage
+    from distlm.train.recipe import make_recipe
+    from distlm.train.schedule import learning_rate
+
+    recipe = make_recipe(given, Storage(corpus.parent))
+    model = build_model(given.model, model_config(given.model, recipe.shape), given.seed)
+    flat = [p for p in model.parameters() if p.dim() < 2]
+    optimizer = torch.optim.AdamW([{"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": 0.1},
+                                   {"params": flat, "weight_decay": 0.0}], betas=(0.9, 0.95))
+    windows, plan, found = Windows(corpus), recipe.plan(), []
+    for step in range(recipe.num_steps):
+        samples = np.concatenate([plan.samples(step, rank) for rank in range(plan.world)])
+        tokens = torch.from_numpy(windows.read(*windows.order(0).locate(samples)).astype(np.int64))
+        logits = model(input_ids=tokens[:, :-1]).logits
+        loss = functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(given.schedule, 0.01, step, recipe.num_steps)
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(loss.item())
+    return found
+
+
 def windows_seen(run: Path) -> dict[int, list[int]]:
     """The numbers of the windows that the ranks took, by step; of a step that was run again, the last time."""
     seen: dict[tuple[int, str], list[int]] = {}

@@ -318,7 +318,7 @@ def test_ray_data_deals_the_planned_blocks_to_the_ranks(cluster: str, corpus: Pa
     got: dict[int, list[np.ndarray]] = {}
 
     def consume(rank: int, shard: "ray.data.DataIterator") -> None:
-        got[rank] = list(ordered_steps(shard.iter_batches(batch_size=plan.share, batch_format="numpy"), plan, rank, 7))
+        got[rank] = list(ordered_steps(shard.iter_batches(batch_size=plan.piece, batch_format="numpy"), plan, rank, 7))
 
     threads = [Thread(target=consume, args=pair) for pair in enumerate(dataset.streaming_split(world, equal=True))]
     for thread in threads:

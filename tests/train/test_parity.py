@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from distlm.corpus.stream import Windows
-from tests.train.ranks import losses, make_corpus, metrics, run_ranks, spec, windows_seen
+from tests.train.ranks import losses, losses_by_hand, make_corpus, metrics, run_ranks, spec, windows_seen
 
 SHARDED = {"zero": 3, "deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}}}
 """So that small parameters are sharded too, which DeepSpeed else keeps whole."""
@@ -62,32 +62,7 @@ def test_accumulation_does_not_change_a_step(one_worker: Path) -> None:
 
 
 def test_the_losses_are_those_of_a_loop_written_by_hand(corpus: Path, one_worker: Path) -> None:
-    """Plain PyTorch over the same windows: mean cross-entropy, clipped to 1, AdamW, the schedule's rate."""
-    from torch.nn import functional
-
-    from distlm.model.build import build_model, model_config
-    from distlm.storage import Storage
-    from distlm.train.recipe import make_recipe
-    from distlm.train.schedule import learning_rate
-
-    given = spec(corpus)
-    recipe = make_recipe(given, Storage(corpus.parent))
-    model = build_model(given.model, model_config(given.model, recipe.shape), given.seed)
-    flat = [p for p in model.parameters() if p.dim() < 2]
-    optimizer = torch.optim.AdamW([{"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": 0.1},
-                                   {"params": flat, "weight_decay": 0.0}], betas=(0.9, 0.95))
-    windows, plan, expected = Windows(corpus), recipe.plan(), []
-    for step in range(recipe.num_steps):
-        tokens = torch.from_numpy(windows.read(*windows.order(0).locate(plan.samples(step, 0))).astype(np.int64))
-        logits = model(input_ids=tokens[:, :-1]).logits
-        loss = functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(given.schedule, 0.01, step, recipe.num_steps)
-        optimizer.step()
-        optimizer.zero_grad()
-        expected.append(loss.item())
+    expected = losses_by_hand(spec(corpus), corpus)
     np.testing.assert_allclose(losses(one_worker / "fp32"), expected, rtol=1e-5)
     assert expected[-1] < expected[0] - 0.5
 

@@ -49,6 +49,9 @@ def test_nine_steps(schedule: dict[str, object], rates: list[float]) -> None:
 
 
 def test_a_warm_up_in_tokens_is_rounded_up_to_whole_steps() -> None:
-    assert Schedule(warmup_tokens=1001).in_steps(100) == Schedule(warmup_steps=11)
-    assert Schedule(warmup_tokens=1000, name="wsd").in_steps(100) == Schedule(warmup_steps=10, name="wsd")
-    assert Schedule(warmup_steps=3).in_steps(100) == Schedule(warmup_steps=3)
+    def steps(tokens: int) -> int:
+        return -(-tokens // 100)
+
+    assert Schedule(warmup_tokens=1001).in_steps(steps) == Schedule(warmup_steps=11)
+    assert Schedule(warmup_tokens=1000, name="wsd").in_steps(steps) == Schedule(warmup_steps=10, name="wsd")
+    assert Schedule(warmup_steps=3).in_steps(steps) == Schedule(warmup_steps=3)

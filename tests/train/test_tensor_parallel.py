@@ -283,5 +283,5 @@ def parameters(family: str) -> dict[str, int]:
 
 def test_a_group_reads_the_same_samples_and_all_groups_the_batch(corpus: Path) -> None:
     plan = make_recipe(spec(corpus, scale=FOUR, sharding=divided(1)), Storage(corpus.parent)).plan()
-    assert plan.share == 6
+    assert plan.share(0) == 6
     assert [plan.samples(1, rank).tolist() for rank in range(4)] == [[*range(12, 18)]] * 2 + [[*range(18, 24)]] * 2
