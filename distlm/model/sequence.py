@@ -43,22 +43,43 @@ def check_sequence(config: "PreTrainedConfig", context: int, degree: int) -> Non
                         remedy="take sdpa in model.config.attn_implementation")
 
 
-def exchange_in_attention(model: "PreTrainedModel", group: "distributed.ProcessGroup") -> None:
-    """Let the model, which attends causally to whole windows, do so over the tokens of all ranks of `group`."""
+def exchange_in_attention(model: "PreTrainedModel", group: "distributed.ProcessGroup", mask_documents: bool = False) -> None:
+    """Let the model attend causally over the tokens of all ranks of `group`: to whole windows, or inside documents, whose first tokens have
+    position 0."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     inner = ALL_ATTENTION_FUNCTIONS[model.config._attn_implementation]
+    mask: list[torch.Tensor | None] = [None]               # of the forward pass that goes on
+
+    def gather_mask(_: torch.nn.Module, __: Any, inputs: dict[str, Any]) -> None:
+        mask[0] = document_mask(_gather(inputs["position_ids"], group))
 
     def attend(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, *args: Any,
                **rest: Any) -> tuple[torch.Tensor, None]:
         query, key, value = (_Exchange.apply(one, 1, 2, group) for one in (query, key, value))
-        out, _ = inner(module, query, key, value, None, *args, **rest)
+        out, _ = inner(module, query, key, value, mask[0], *args, **rest)
         return _Exchange.apply(out, 1, 2, group), None     # [batch, tokens, heads, width]: the other way round
 
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, lambda *_, **__: None)
     model.set_attn_implementation(NAME)
+    if mask_documents:
+        model.register_forward_pre_hook(gather_mask, with_kwargs=True)
+
+
+def document_mask(positions: torch.Tensor) -> torch.Tensor:
+    """bool[batch, 1, tokens, tokens]: what each token looks at, itself and what stands before it in its document. positions: int64[batch,
+    tokens], 0 where a document begins."""
+    documents = (positions == 0).cumsum(1)
+    return (documents[:, None, :, None] == documents[:, None, None, :]).tril()
+
+
+def _gather(part: torch.Tensor, group: "distributed.ProcessGroup") -> torch.Tensor:
+    """The parts of all ranks, side by side in dimension 1."""
+    parts = [torch.empty_like(part) for _ in range(distributed.get_world_size(group))]
+    distributed.all_gather(parts, part.contiguous(), group=group)
+    return torch.cat(parts, 1)
 
 
 class _Exchange(torch.autograd.Function):

@@ -43,9 +43,10 @@ class Batch:
             return self
         size = (self.tokens.shape[1] - 1) // parts
         mine = slice(index * size, (index + 1) * size)
-        places = torch.arange(mine.start, mine.stop, device=self.tokens.device).expand(self.sequences, -1)
+        whole = torch.arange(size * parts, device=self.tokens.device).expand(self.sequences, -1)
         targets = self.tokens[:, 1:] if self.targets is None else self.targets
-        return Batch(self.tokens[:, mine.start:mine.stop + 1], targets[:, mine], places)
+        places = whole if self.positions is None else self.positions
+        return Batch(self.tokens[:, mine.start:mine.stop + 1], targets[:, mine], places[:, mine])
 
     def split(self, sequences: int) -> Iterator["Batch"]:
         """Micro-batches of so many sequences."""

@@ -53,10 +53,10 @@ def fit(recipe: Recipe, folder: RunFolder, steps: Iterator[NDArray[np.int64]], *
     model = build_model(spec.model, model_config(spec.model, recipe.shape, penalties.dropout), spec.seed)
     if device.type == "cpu":
         use_cpu_attention(model)
-    if spec.sharding.sequence_parallel > 1:
-        exchange_in_attention(model, distributed.new_subgroups(spec.sharding.sequence_parallel)[0])
     if recipe.mask_documents:
         check_documents_apart(model)
+    if spec.sharding.sequence_parallel > 1:
+        exchange_in_attention(model, distributed.new_subgroups(spec.sharding.sequence_parallel)[0], recipe.mask_documents)
     if spec.activation_checkpointing:
         recompute(model, spec.activation_checkpointing)
     if spec.compile:

@@ -193,9 +193,6 @@ def make_recipe(spec: TrainSpec, storage: Storage) -> Recipe:
 
         check_family(config)
     if spec.sharding.sequence_parallel > 1:
-        if masked:
-            raise SpecError("attention does not keep to documents where sequences are divided", where="sharding.sequence_parallel",
-                            remedy="set batch.mask_documents to false, or leave it out")
         check_sequence(config, context, spec.sharding.sequence_parallel)
     recipe = Recipe(spec, str(manifest.path), mixture_hash(spec, manifests), shape, sum(sizes.values()), sequences, micro, steps,
                     spec.evaluate.every_steps or max(1, steps // 10), spec.checkpoint.every_steps or max(1, min(1000, steps // 4)),
