@@ -33,6 +33,7 @@ app.add_typer(cluster_app, name="cluster")
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 2 the user's mistake, 3 the job failed, 4 no cluster or storage, 130 interrupted."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # a thread that outlives its cluster must not start another one
     debug = "--debug" in words or os.environ.get("DISTLM_DEBUG") == "1"
     sys.exit(_run([word for word in words if word != "--debug"], debug))
 

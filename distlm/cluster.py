@@ -177,20 +177,13 @@ def connect(log_file: Path | None = None, *, storage: Storage | None = None, clu
         if cluster and cluster.address.startswith(("http://", "https://")):
             raise ClusterError("RAY_ADDRESS names a dashboard", where=cluster.address, remedy="send the job with `distlm submit`, or name "
                                "the head as host:port")
-        before = signal.getsignal(signal.SIGTERM)
-        with contextlib.ExitStack() as stack:
+        with _interruptible(), contextlib.ExitStack() as stack:
             if not cluster or any(heads.same_address(cluster.address, head.address) for head in heads.recorded(storage or Storage.find())):
                 stack.enter_context(environment({name: os.environ.get(name, value) for name, value in heads.LOST_AFTER.items()}))
             if cluster:
                 stack.enter_context(authenticated(cluster.token_file))
-            with _signals_held():
-                try:
-                    connection = _join(cluster) if cluster else _embed(stack)
-                except SystemExit:                         # SIGTERM, met by the handler that Ray has just installed
-                    ray.shutdown()
-                    raise KeyboardInterrupt from None
-                finally:
-                    _keep_handler(before)
+            with _signals_held(), _sigterm_kept():
+                connection = _join(cluster) if cluster else _embed(stack)
                 stack.callback(_shutdown)                  # before the folder and the token go that it needs
             yield connection
 
@@ -236,10 +229,33 @@ def _shutdown() -> None:
         ray.shutdown()
 
 
-def _keep_handler(before: Any) -> None:
-    """Ray takes SIGTERM for itself; a handler that was there before comes back."""
-    if callable(before) and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, before)
+@contextlib.contextmanager
+def _sigterm_kept() -> Iterator[None]:
+    """ray.init takes SIGTERM for itself before it starts processes: what `_signals_held` keeps off would come by that door, and stay."""
+    from ray._private import utils
+
+    take, utils.set_sigterm_handler = utils.set_sigterm_handler, lambda handler: None
+    try:
+        yield
+    finally:
+        utils.set_sigterm_handler = take
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """SIGTERM interrupts the block, as Ctrl-C does, where nobody handles it: the job's end is recorded."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _join(cluster: Cluster) -> Connection:

@@ -194,15 +194,17 @@ def test_an_interrupted_run_is_recorded_as_stopped_by_the_user(number, distlm, t
     (tmp_path / "words.yaml").write_text(SPEC.format(folder=tmp_path))
     folder = RunFolder(tmp_path / "store" / "corpora" / "words")
     process = subprocess.Popen([sys.executable, "-m", "distlm", "run", "words.yaml", "--set", "clean={min_chars: 2}"],
-                               env=distlm.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                               env={**distlm.environment, "PYTHONFAULTHANDLER": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               text=True)
     deadline = time.monotonic() + 60
     while not (folder.exists() and folder.events()) and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(number)
     try:
         _, said = process.communicate(timeout=60)
-    finally:
-        process.kill()
+    except subprocess.TimeoutExpired:                      # where it hangs is in what it says
+        process.send_signal(signal.SIGABRT)
+        _, said = process.communicate()
     assert process.returncode in INTERRUPTED, said
     assert folder.state() == ("stopped", "user") and "Traceback" not in said
     assert "go on with `distlm run words.yaml --set 'clean={min_chars: 2}' --resume`" in said

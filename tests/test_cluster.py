@@ -182,12 +182,16 @@ def test_a_port_that_is_taken_is_the_users_mistake_and_leaves_nothing(storage, t
     assert not (storage.root / "clusters" / "second").exists()
 
 
-def test_an_interrupt_while_ray_starts_is_raised_when_it_stands_and_ends_it(storage, tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_while_ray_starts_is_raised_when_it_stands_and_ends_it(number, storage, tmp_path, monkeypatch):
     """Where Ray forks, Python would swallow it and leave logging's lock taken."""
+    from ray._private import utils
+
     done = []
 
     def embed(stack):
-        signal.raise_signal(signal.SIGINT)
+        utils.set_sigterm_handler(lambda *_: sys.exit(15))           # as ray.init does
+        signal.raise_signal(number)
         done.append("started")
         return cluster.Connection("", "", True)
 
@@ -195,17 +199,29 @@ def test_an_interrupt_while_ray_starts_is_raised_when_it_stands_and_ends_it(stor
     monkeypatch.setattr(cluster, "_embed", embed)
     monkeypatch.setattr(cluster, "_shutdown", lambda: done.append("ended"))
     monkeypatch.setattr(cluster.import_ray(), "is_initialized", lambda: False)
-    before = signal.getsignal(signal.SIGINT)
+    before = signal.getsignal(number)
     with pytest.raises(KeyboardInterrupt):
         with cluster.connect(tmp_path / "log", storage=storage):
             done.append("joined")
-    assert done == ["started", "ended"] and signal.getsignal(signal.SIGINT) == before
+    assert done == ["started", "ended"] and signal.getsignal(number) == before
     with pytest.raises(KeyboardInterrupt):
         with cluster._signals_held():
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGINT)
             done.append("held")
     assert "held" not in done, "the second one is not held"
+
+
+def test_sigterm_interrupts_a_job_of_a_program_that_does_not_handle_it(storage, tmp_path, monkeypatch):
+    monkeypatch.setattr(cluster, "find", lambda storage: None)
+    monkeypatch.setattr(cluster, "_embed", lambda stack: cluster.Connection("", "", True))
+    monkeypatch.setattr(cluster, "_shutdown", lambda: None)
+    monkeypatch.setattr(cluster.import_ray(), "is_initialized", lambda: False)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    with pytest.raises(KeyboardInterrupt):
+        with cluster.connect(tmp_path / "log", storage=storage):
+            signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_an_interrupted_up_leaves_nothing(storage, tmp_path):
