@@ -261,8 +261,8 @@ def ordered_steps(batches: Iterable[dict[str, NDArray[Any]]], plan: Plan, rank: 
         rows, wanted = len(batch["tokens"]), plan.share(expected) - sum(map(len, pieces))
         if not 0 < rows <= wanted or (rows < wanted and rows % plan.piece) or (batch["step"] != expected).any() or (
                 batch["slot"] != rank).any():
-            raise CorpusError(f"the stream is out of order: rank {rank} expected {wanted} rows of step {expected} and got "
-                              f"{rows} of steps {np.unique(batch['step'])}, slots {np.unique(batch['slot'])}", cause="internal")
+            raise CorpusError(f"the stream is out of order: rank {rank} expected step {expected}, {wanted} rows, and got {rows} rows of "
+                              f"steps {np.unique(batch['step'])}, slots {np.unique(batch['slot'])}", cause="internal")
         pieces.append(np.stack([batch["tokens"], batch["marks"]], 1) if plan.marked else batch["tokens"])
         if rows == wanted:
             yield np.concatenate(pieces).astype(np.int64)
