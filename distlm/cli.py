@@ -34,7 +34,13 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 2 the user's mistake, 3 the job failed, 4 no cluster or storage, 130 interrupted."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words or os.environ.get("DISTLM_DEBUG") == "1"
-    sys.exit(_run([word for word in words if word != "--debug"], debug))
+    code = _run([word for word in words if word != "--debug"], debug)
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except OSError:                                    # nobody reads it: Python would make 120 of the exit code
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    sys.exit(code)
 
 
 def _run(words: list[str], debug: bool) -> int:
@@ -48,9 +54,10 @@ def _run(words: list[str], debug: bool) -> int:
     except KeyboardInterrupt:
         _error("interrupted")
         return 130
-    except BrokenPipeError:                                # the reader of a pipe, `head` for one, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except (BrokenPipeError, SystemExit) as error:         # typer makes the second of the first
+        if isinstance(error, SystemExit) and not isinstance(error.__context__, BrokenPipeError):
+            raise
+        return 0                                           # the reader of the pipe, `head` for one, has seen enough
     except DistlmError as error:
         if debug:
             raise
@@ -69,8 +76,13 @@ def _run(words: list[str], debug: bool) -> int:
 
 
 def _error(text: str) -> None:
-    for line in text.splitlines():
-        print(f"{PREFIX}{line}", file=sys.stderr)
+    _say("\n".join(f"{PREFIX}{line}" for line in text.splitlines()))
+
+
+def _say(text: str) -> None:
+    """Tell on standard error, where somebody still reads it."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr)
 
 
 def _names(incomplete: str) -> list[str]:
@@ -162,7 +174,7 @@ def run(spec: SpecFile, set_: Sets = None, resume: Resume = False) -> None:
 
             if load_spec(spec, set_ or []).spec.kind != "serve":
                 words = shlex.join(["distlm", "run", str(spec), *(word for text in set_ or [] for word in ("--set", text)), "--resume"])
-                print(f"stopped; go on with `{words}`", file=sys.stderr)
+                _say(f"stopped; go on with `{words}`")
         raise
 
 
@@ -531,7 +543,7 @@ def _follow(submission: "Submission") -> None:
     try:
         _show(logs.follow(submission))
     except KeyboardInterrupt:
-        print(f"\n{name} goes on: `distlm logs -f {name}` follows it, `distlm stop {name}` ends it", file=sys.stderr)
+        _say(f"\n{name} goes on: `distlm logs -f {name}` follows it, `distlm stop {name}` ends it")
         raise typer.Exit(130) from None
     job = jobs.reconcile(jobs.read(RunFolder(submission.folder)))
     if job.state != "succeeded" and not (job.kind == "serve" and job.state == "running"):     # an endpoint stays

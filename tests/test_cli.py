@@ -15,6 +15,7 @@ import typer
 
 from distlm import cli
 from distlm.errors import InputError
+from distlm.progress import Logged, Progress
 from distlm.runs import RunFolder
 from tests.codes import INTERRUPTED
 
@@ -177,6 +178,36 @@ def test_runs_and_status_tell_state_cause_and_progress(distlm, tmp_path):
     one = json.loads(distlm("status", "runs/good", "--json").stdout)
     assert one["metrics"] == {"step": 2, "loss": 4.25, "val_loss": 4.5} and one["ended"] >= one["started"]
     assert "did you mean worse?" in distlm("status", "wors").stderr
+
+
+def closed_after(lines: int, words: list[str], environment: dict[str, str]) -> tuple[int, str]:
+    """The exit code of `distlm` and its standard error, where the reader of its output leaves after so many lines."""
+    with subprocess.Popen([sys.executable, "-m", "distlm", *words], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          text=True, bufsize=1) as process:
+        for _ in range(lines):
+            assert process.stdout.readline()
+        process.stdout.close()
+        said = process.stderr.read()
+    return process.returncode, said
+
+
+@pytest.mark.parametrize("words", [["runs"], ["runs", "--json"], ["logs", "run-0"]])
+def test_a_verb_whose_reader_has_seen_enough_ends_quietly(words, distlm, tmp_path):
+    for i in range(400):                                   # more than a pipe holds
+        made(tmp_path / "store", "runs", f"run-{i}", ("starting", ""), ("succeeded", "completed"))
+    with Logged(Progress(), tmp_path / "store" / "runs" / "run-0" / "logs" / "driver.log") as log:
+        for i in range(400):
+            log.note(f"{i} " * 100)
+    assert closed_after(1, words, distlm.environment) == (0, "")
+
+
+@pytest.mark.slow
+def test_a_job_whose_reader_has_gone_is_done_all_the_same(distlm, tmp_path):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("words " * 1000)
+    (tmp_path / "words.yaml").write_text(SPEC.format(folder=tmp_path))
+    assert closed_after(1, ["run", "words.yaml"], distlm.environment) == (0, "")
+    assert RunFolder(tmp_path / "store" / "corpora" / "words").state() == ("succeeded", "completed")
 
 
 def test_a_job_that_died_without_a_word_has_failed(distlm, tmp_path):

@@ -1,6 +1,8 @@
 """The same records on a terminal, in a log, and across the wire."""
 
+import contextlib
 import io
+import os
 import re
 from pathlib import Path
 
@@ -54,6 +56,22 @@ def test_what_is_shown_is_kept_in_a_file_too_and_a_full_disk_costs_the_log_alone
     full = Kept()
     tell(Logged(full, Path("/dev/full")))
     assert full.records == kept.records
+
+
+@pytest.mark.parametrize("kind", ["plain", "json", "bars"])
+def test_a_job_whose_reader_has_gone_goes_on_and_keeps_its_log(kind, tmp_path, monkeypatch):
+    read, write = os.pipe()
+    os.close(read)
+    with contextlib.suppress(BrokenPipeError), open(write, "w") as out:
+        monkeypatch.setattr(progress.sys, "stdout", out)
+        console = progress.Shown(file=out, force_terminal=True)
+        shown = {"plain": PlainProgress, "json": JsonProgress, "bars": lambda: RichProgress(console)}[kind]()
+        with shown:
+            tell(Logged(shown, tmp_path / "driver.log"))
+        with pytest.raises(BrokenPipeError):
+            shown.note("a verb that shows what others do ends")
+    texts = [record.get("text", "") for record in map(parse, (tmp_path / "driver.log").read_text().splitlines()) if record]
+    assert "3 documents [not UTF-8] rejected" in texts and len([text for text in texts if "nothing is shown any more" in text]) == 1
 
 
 def test_brackets_are_shown_as_they_are(capsys):
