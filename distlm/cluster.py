@@ -59,12 +59,15 @@ def find(storage: Storage | None = None) -> Cluster | None:
             if address == head.dashboard_url or heads.same_address(address, head.address):
                 return of(head)
         return Cluster("$RAY_ADDRESS", address, address if "://" in address and not address.startswith("ray://") else "")
-    if len(alive) > 1:
-        named = os.environ.get("DISTLM_CLUSTER", "local")
-        chosen = [head for head in alive if head.name == named]
+    named = os.environ.get("DISTLM_CLUSTER")
+    if named or len(alive) > 1:
+        chosen = [head for head in alive if head.name == (named or "local")]
         if not chosen:
-            raise InputError(f"several clusters are up: {', '.join(head.name for head in alive)}", where="cluster",
-                             remedy="choose one with DISTLM_CLUSTER=name")
+            up = ", ".join(head.name for head in alive)
+            if not named:
+                raise InputError(f"several clusters are up: {up}", where="cluster", remedy="choose one with DISTLM_CLUSTER=name")
+            raise InputError(f"no cluster {named!r} is up", where="DISTLM_CLUSTER", remedy=f"name one that is, {up}, or unset it" if up
+                             else "unset it, or bring that one up with `distlm cluster up FILE`")
         alive = chosen
     return of(alive[0]) if alive else None
 

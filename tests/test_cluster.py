@@ -277,6 +277,17 @@ def test_several_clusters_ask_for_a_choice(up, storage, monkeypatch):
     assert cluster.find().name == "b"
 
 
+@pytest.mark.parametrize(("alive", "said"), [(["local"], "no cluster 'gpu' is up; name one that is, local, or"),
+                                             (["a", "b"], "name one that is, a, b, or"), ([], "cluster up FILE")])
+def test_a_cluster_that_is_named_and_not_up_is_a_mistake_and_no_other_stands_in_for_it(alive, said, tmp_path, monkeypatch):
+    heads = [head.Head(name, "0" * 32, "", "", "127.0.0.1:7", "http://127.0.0.1:9", "", 1, socket.gethostname(), os.getpid(),
+                       psutil.Process().create_time()) for name in alive]
+    monkeypatch.setattr(head, "recorded", lambda _: heads)
+    monkeypatch.setenv("DISTLM_CLUSTER", "gpu")
+    with pytest.raises(InputError, match=f"DISTLM_CLUSTER: .*{said}"):
+        cluster.find(Storage(tmp_path))
+
+
 def test_an_embedded_cluster_keeps_rays_words_off_the_terminal_and_leaves_neither_folder_nor_process(tmp_path):
     done = subprocess.run([sys.executable, "-c", WARNED, str(tmp_path / "driver.log")], capture_output=True, text=True, timeout=120,
                           env={**os.environ, "DISTLM_STORAGE": str(tmp_path)})
