@@ -246,6 +246,9 @@ def _keep_handler(before: Any) -> None:
 
 
 def _join(cluster: Cluster) -> Connection:
+    if cluster.address.startswith("ray://"):               # what a job does with Ray wants a driver inside
+        raise ClusterError("RAY_ADDRESS names a Ray Client server, through which no job can run", where=cluster.address,
+                           remedy="send the job with `distlm submit` and RAY_ADDRESS=http://HOST:8265, or name the head as host:port")
     import ray
 
     try:

@@ -277,6 +277,14 @@ def test_several_clusters_ask_for_a_choice(up, storage, monkeypatch):
     assert cluster.find().name == "b"
 
 
+def test_an_address_of_ray_client_is_refused_before_anything_is_sent_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "ray://10.0.0.1:10001")
+    monkeypatch.setattr(cluster.import_ray(), "init", lambda **_: pytest.fail("it was tried"))
+    with pytest.raises(ClusterError, match=r"ray://10.0.0.1:10001: .*Ray Client.*distlm submit.*host:port"):
+        with cluster.connect(tmp_path / "log", storage=Storage(tmp_path)):
+            pytest.fail("it was joined")
+
+
 @pytest.mark.parametrize(("alive", "said"), [(["local"], "no cluster 'gpu' is up; name one that is, local, or"),
                                              (["a", "b"], "name one that is, a, b, or"), ([], "cluster up FILE")])
 def test_a_cluster_that_is_named_and_not_up_is_a_mistake_and_no_other_stands_in_for_it(alive, said, tmp_path, monkeypatch):
