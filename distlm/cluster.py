@@ -153,9 +153,13 @@ def refusal(dashboard_url: str, code: int, what: str = "") -> ClusterError:
 
 
 def _unreachable(cluster: Cluster, error: Exception) -> ClusterError:
-    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return ClusterError(f"cannot be reached: {reason}", where=f"cluster {cluster.address}",
+    return ClusterError(f"cannot be reached: {_reason(error)}", where=f"cluster {cluster.address}",
                         remedy="unset RAY_ADDRESS, or bring one up with `distlm cluster up`")
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what an error of Ray's says."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def of(head: heads.Head) -> Cluster:
@@ -259,24 +263,34 @@ def _join(cluster: Cluster) -> Connection:
 
 
 def _embed(stack: contextlib.ExitStack) -> Connection:
-    """A cluster inside this process's life: token, dashboard on loopback, more logical CPUs than cores."""
+    """A cluster inside this process's life: token, dashboard on loopback, more logical CPUs than cores. Raises ClusterError where Ray does
+    not start, StorageError where its folder cannot be written."""
     import ray
 
-    folder = Path(tempfile.mkdtemp(prefix="distlm-", dir="/tmp" if os.path.isdir("/tmp") else None))
-    stack.callback(_clear, folder)
-    token_file = folder / "token"
-    token_file.touch(mode=0o600)
-    token_file.write_text(secrets.token_hex(32))
+    base = "/tmp" if os.path.isdir("/tmp") else tempfile.gettempdir()
+    with writing(base, "free space there, or use a cluster that is up"):
+        folder = Path(tempfile.mkdtemp(prefix="distlm-", dir=base))
+        stack.callback(_clear, folder)
+        token_file = folder / "token"
+        token_file.touch(mode=0o600)
+        token_file.write_text(secrets.token_hex(32))
     stack.enter_context(authenticated(str(token_file)))
     port, *metrics = heads.free_ports(3)
     stack.enter_context(environment({
         **heads.RAY_SETTINGS, "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", heads.HUGE_PAGES), "RAY_ADDRESS": None,
         "AUTOSCALER_METRIC_PORT": str(metrics[0]), "DASHBOARD_METRIC_PORT": str(metrics[1]), "RAY_TMPDIR": str(folder)}))
-    context: Any = ray.init(address="local", num_cpus=heads.default_cpus(), object_store_memory=heads.default_object_store_bytes(),
-                       include_dashboard=True, dashboard_host="127.0.0.1", dashboard_port=port, _node_ip_address="127.0.0.1",
-                       _temp_dir=str(folder / "ray"), log_to_driver=False, logging_level=logging.WARNING)
-    # Ray's own clean-up of a stopped Train run asks for the cluster without an address: beside another Ray it would find two.
-    (folder / "ray" / "ray_current_cluster").write_text(context.address_info["gcs_address"])
+    try:
+        context: Any = ray.init(address="local", num_cpus=heads.default_cpus(), object_store_memory=heads.default_object_store_bytes(),
+                           include_dashboard=True, dashboard_host="127.0.0.1", dashboard_port=port, _node_ip_address="127.0.0.1",
+                           _temp_dir=str(folder / "ray"), log_to_driver=False, logging_level=logging.WARNING)
+        # Ray's own clean-up of a stopped Train run asks for the cluster without an address: beside another Ray it would find two.
+        (folder / "ray" / "ray_current_cluster").write_text(context.address_info["gcs_address"])
+    except Exception as error:                             # of many kinds: its processes, ports, memory, the disk
+        ray.shutdown()                                     # what it has started so far
+        log = getattr(sys.stderr, "name", "")              # under `quiet` the log
+        raise ClusterError(f"Ray does not start: {_reason(error)}", where=log if isinstance(log, str) else "",
+                           remedy="the log may say why; where time or memory was short, try again, or bring a cluster up first with "
+                           "`distlm cluster up`") from error
     return Connection(context.address_info["gcs_address"], f"http://127.0.0.1:{port}", True, str(token_file))
 
 

@@ -1,6 +1,7 @@
 """A real head, beside another Ray on the same machine: what `up` starts, `down` ends, and nothing else."""
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -20,7 +21,7 @@ from typer.testing import CliRunner
 
 from distlm import cluster, head
 from distlm.cli import app
-from distlm.errors import ClusterError, InputError
+from distlm.errors import ClusterError, InputError, StorageError
 from distlm.runs import RunFolder
 from distlm.storage import Storage, write_json
 from tests.codes import INTERRUPTED
@@ -303,6 +304,32 @@ def test_an_embedded_cluster_keeps_rays_words_off_the_terminal_and_leaves_neithe
     assert done.stderr == "" and "10 workers" in (tmp_path / "driver.log").read_text()
     assert "repeated" in (tmp_path / "driver.log").read_text(), "Ray has held something back"
     assert folder.startswith("/tmp/distlm-") and not Path(folder).exists() and left_in(folder) == []
+
+
+def test_an_embedded_cluster_that_does_not_start_says_where_the_log_is_and_leaves_nothing(tmp_path, monkeypatch):
+    ray, folders = cluster.import_ray(), []
+
+    def init(**settings):
+        folders.append(Path(settings["_temp_dir"]).parent)
+        assert (folders[-1] / "token").stat().st_mode & 0o077 == 0
+        raise RuntimeError("\nThe current node timed out during startup.\nMore.")
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", lambda: folders.append("shut down"))
+    for log in (tmp_path / "driver.log", None):
+        with pytest.raises(ClusterError, match=r"Ray does not start: The current node timed out during startup\.; the log") as met:
+            with cluster.connect(log, storage=Storage(tmp_path)):
+                pytest.fail("it was joined")
+        assert log is None or met.value.where == str(log)
+    assert folders[1] == folders[3] == "shut down" and not folders[0].exists() and "RAY_AUTH_TOKEN_PATH" not in os.environ
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(tempfile, "mkdtemp", full)
+    with pytest.raises(StorageError, match=r"/tmp: cannot write: No space left on device; free space there"):
+        with cluster.connect(storage=Storage(tmp_path)):
+            pytest.fail("it was joined")
 
 
 def left_in(folder: str) -> list[str]:
