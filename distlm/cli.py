@@ -160,21 +160,22 @@ def run(spec: SpecFile, set_: Sets = None, resume: Resume = False) -> None:
     Example: distlm run train.yaml --set optimizer.lr=0.001
     """
     from distlm.cluster import import_ray
-    from distlm.execute import resolve
+    from distlm.execute import answering, resolve
     from distlm.execute import run as run_job
+    from distlm.storage import Storage
 
-    resolve(spec, set_ or [])                              # mistakes before the second that Ray takes
+    loaded = resolve(spec, set_ or [])                     # mistakes before the second that Ray takes
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         import_ray()
         run_job(spec, overrides=set_ or [], resume=resume)
     except KeyboardInterrupt:
+        if loaded.spec.kind != "serve":
+            words = shlex.join(["distlm", "run", str(spec), *(word for text in set_ or [] for word in ("--set", text)), "--resume"])
+            _say(f"stopped; go on with `{words}`")
         with contextlib.suppress(DistlmError):
-            from distlm.spec import load_spec
-
-            if load_spec(spec, set_ or []).spec.kind != "serve":
-                words = shlex.join(["distlm", "run", str(spec), *(word for text in set_ or [] for word in ("--set", text)), "--resume"])
-                _say(f"stopped; go on with `{words}`")
+            for name, url in answering(loaded.spec, Storage.find(loaded.spec.storage)).items():
+                _say(f"{name} goes on at {url}: `distlm stop {name}` ends it")
         raise
 
 

@@ -220,6 +220,15 @@ def endpoints(spec: Spec, outputs: dict[str, Any]) -> dict[str, str]:
     return outputs.get("endpoints", {}) if spec.kind == "pipeline" else {}
 
 
+def answering(spec: Spec, storage: Storage) -> dict[str, str]:
+    """The names and addresses of those endpoints of a job that answer, whether or not it has ended: in a cluster that stays they outlive
+    it."""
+    steps = spec.steps.values() if isinstance(spec, PipelineSpec) else [{"kind": spec.kind, "name": spec.name}]
+    paths = [storage.endpoint(step["name"]) / "endpoint.json" for step in steps if step["kind"] == "serve"]
+    found = {path.parent.name: read_json(path) for path in paths if path.exists()}
+    return {name: record["url"] for name, record in found.items() if healthy(record)}
+
+
 def hold_endpoints(urls: Mapping[str, str], storage: Storage, progress: Progress, every_s: float = 10) -> None:
     """Keep the process, and with it the cluster that it started, until Ctrl-C. Raises ServeError when an endpoint falls silent."""
     if not urls:

@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 import typer
 
-from distlm import cli
+from distlm import cli, execute
 from distlm.errors import InputError
 from distlm.progress import Logged, Progress
 from distlm.runs import RunFolder
+from distlm.storage import write_json
 from tests.codes import INTERRUPTED
 
 VERBS = ["init", "plan", "run", "profile", "submit", "status", "logs", "stop", "runs", "query", "dashboard", "cluster up", "cluster down",
@@ -237,6 +238,37 @@ def test_an_interrupted_run_is_recorded_as_stopped_by_the_user(number, distlm, t
     assert process.returncode in INTERRUPTED, said
     assert folder.state() == ("stopped", "user") and "Traceback" not in said
     assert "go on with `distlm run words.yaml --set 'clean={min_chars: 2}' --resume`" in said
+
+
+PIPELINE = """kind: pipeline
+name: way
+steps:
+  train: {kind: train, corpus: words, model: {preset: llama-tiny}, duration: {steps: 1}}
+  first: {kind: serve, model: "${train}", port: 0}
+  second: {kind: serve, model: "${train}", port: 0, name: ask}
+"""
+
+
+@pytest.mark.parametrize("kind", ["pipeline", "serve"])
+def test_an_interrupt_says_which_endpoints_go_on_and_how_to_stop_them(kind, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("DISTLM_STORAGE", str(tmp_path))
+    (tmp_path / "way.yaml").write_text(PIPELINE if kind == "pipeline" else "kind: serve\nname: ask\nmodel: tiny\n")
+    for name in ("way-first", "ask", "foreign"):
+        write_json(tmp_path / "endpoints" / name / "endpoint.json", {"url": f"http://127.0.0.1:1/{name}/v1"})
+    monkeypatch.setattr(execute, "healthy", lambda record: "way-first" not in record["url"])      # it went with its cluster
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(execute, "run", interrupted)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            cli.run(tmp_path / "way.yaml")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    go_on = [f"stopped; go on with `distlm run {tmp_path / 'way.yaml'} --resume`"] if kind == "pipeline" else []
+    assert capsys.readouterr().err.splitlines() == [*go_on, "ask goes on at http://127.0.0.1:1/ask/v1: `distlm stop ask` ends it"]
 
 
 def test_logs_shows_the_progress_of_a_job_that_was_not_submitted(distlm, tmp_path):
