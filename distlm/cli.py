@@ -211,10 +211,10 @@ def submit(spec: SpecFile, set_: Sets = None, resume: Resume = False,
 
     Example: distlm submit train.yaml --follow
     """
-    from distlm import jobs
+    from distlm import cluster, jobs
 
     submission = jobs.submit(spec, overrides=set_ or [], resume=resume, working_dir=working_dir)
-    print(f"submitted {submission.id}\ndashboard {submission.dashboard_url}")
+    print(f"submitted {submission.id}\ndashboard {cluster.shown(submission.dashboard_url, submission.token_file)}")
     if sys.stdout.isatty() if follow is None else follow:
         _follow(submission)
     else:
@@ -422,7 +422,7 @@ def cluster_up(file: ClusterFile = None, yes: Yes = False) -> None:
 
     Example: distlm cluster up
     """
-    from distlm import clusterfile, head
+    from distlm import cluster, clusterfile, head
 
     config = clusterfile.read(file) if file else head.LocalCluster()
     if isinstance(config, clusterfile.RayUpFile):
@@ -434,7 +434,7 @@ def cluster_up(file: ClusterFile = None, yes: Yes = False) -> None:
     signal.signal(signal.SIGTERM, _interrupt)
     up, fresh = head.up(config, _storage())
     print(f"cluster {up.name} {'is up' if fresh else 'was up already'}: {up.cpus} logical CPUs at {up.address}\n"
-          f"dashboard {up.dashboard_url} (token in {up.token_file})\n"
+          f"dashboard {cluster.shown(up.dashboard_url, up.token_file)}\n"
           f"for Ray's own tools: export RAY_ADDRESS={up.dashboard_url} RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={up.token_file}\n"
           f"`distlm cluster down{'' if up.name == 'local' else ' --name ' + up.name}` ends it")
 

@@ -113,6 +113,11 @@ def dashboard(cluster: Cluster) -> Cluster:
             raise _unreachable(cluster, error) from error
 
 
+def shown(dashboard_url: str, token_file: str | None) -> str:
+    """A dashboard's address, with the place of the token that it asks for where that is known."""
+    return f"{dashboard_url} (token in {token_file})" if dashboard_url and token_file else dashboard_url or "off"
+
+
 @dataclass(frozen=True)
 class Status:
     """A cluster as it stands: nodes alive, (used, total) per resource, jobs that are not done, Serve applications by state."""

@@ -147,7 +147,7 @@ def connected(folder: RunFolder, storage: Storage, progress: Progress) -> Iterat
         return
     with cluster.connect(folder.path / "logs" / "driver.log", storage=storage) as connection:
         place = "a cluster for this job alone" if connection.embedded else f"cluster {connection.address}"
-        progress.note(f"{place}, dashboard {connection.dashboard_url or 'off'}")
+        progress.note(f"{place}, dashboard {cluster.shown(connection.dashboard_url, connection.token_file)}")
         folder.event("note", message=f"in {place}", cluster=connection.address)
         yield connection.embedded
 

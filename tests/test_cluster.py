@@ -102,7 +102,7 @@ def distlm(*words):
 def test_up_is_idempotent_and_prints_the_dashboard(up):
     again = distlm("cluster", "up")
     assert again.returncode == 0, again.stderr
-    assert "was up already" in again.stdout and f"dashboard {up.dashboard_url}" in again.stdout
+    assert "was up already" in again.stdout and f"dashboard {up.dashboard_url} (token in {up.token_file})\n" in again.stdout
 
 
 def test_status_shows_address_resources_and_jobs(up):
