@@ -155,7 +155,8 @@ class RichProgress(Progress):
             unit = record["unit"]
             if self._bars is None:
                 self._bars = Bars(TextColumn("  {task.description:<9}"), BarColumn(10), MofNCompleteColumn(), TimeRemainingColumn(),
-                                  TextColumn("[dim]{task.fields[figures]}"), console=self._console)
+                                  TextColumn("[dim]{task.fields[figures]}"), console=self._console,
+                                  redirect_stderr=False)   # in a job it goes to the log, which may be closed before the bars are
                 self._bars.start()
             if unit not in self._tasks:
                 self._tasks[unit] = self._bars.add_task(unit, total=record["total"], figures="")

@@ -4,12 +4,14 @@ import contextlib
 import io
 import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from distlm import progress
+from distlm.cluster import quiet
 from distlm.progress import JsonProgress, Logged, PlainProgress, Progress, RichProgress, draw, figures, parse
 
 
@@ -87,6 +89,18 @@ def test_a_terminal_gets_a_bar_a_unit():
     tell(RichProgress(Console(file=text, width=110, force_terminal=True, highlight=False)))
     out = text.getvalue()
     assert "steps" in out and "300/300" in out and "[not UTF-8]" in out and "[0.9, 0.95]" in out
+
+
+def test_bars_leave_standard_error_to_the_log_and_to_what_is_told_after_an_interrupt(tmp_path, capsys):
+    text = io.StringIO()
+    with contextlib.suppress(KeyboardInterrupt), RichProgress(Console(file=text, force_terminal=True)) as shown:
+        with quiet(tmp_path / "log"):
+            shown.update("steps", 1, 300)
+            print("a warning of Ray's", file=sys.stderr)
+            raise KeyboardInterrupt
+    print("stopped", file=sys.stderr)
+    assert capsys.readouterr().err == "stopped\n"
+    assert (tmp_path / "log").read_text() == "a warning of Ray's\n" and "warning" not in text.getvalue()
 
 
 @pytest.mark.parametrize("line", ["", "hello", '{"a": 1}', '{"distlm": "update", "done', "2026 INFO x"])
