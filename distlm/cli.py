@@ -166,6 +166,8 @@ def run(spec: SpecFile, set_: Sets = None, resume: Resume = False) -> None:
 
     loaded = resolve(spec, set_ or [])                     # mistakes before the second that Ray takes
     signal.signal(signal.SIGTERM, _interrupt)
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # nohup ignores it
+        signal.signal(signal.SIGHUP, _hang_up)
     try:
         import_ray()
         run_job(spec, overrides=set_ or [], resume=resume)
@@ -520,6 +522,12 @@ def _confirm(question: str) -> None:
 def _interrupt(*_: Any) -> None:
     """SIGTERM, with which Ray and schedulers end a job, stops it as Ctrl-C does."""
     raise KeyboardInterrupt
+
+
+def _hang_up(*_: Any) -> None:
+    """A terminal that is closed stops a job as Ctrl-C does, also where a part of it handles that in its own way; where that is ignored, as
+    in the background of a script, as SIGTERM does."""
+    signal.raise_signal(signal.SIGTERM if signal.getsignal(signal.SIGINT) == signal.SIG_IGN else signal.SIGINT)
 
 
 def _show(lines: Iterator[str]) -> None:

@@ -285,9 +285,11 @@ def _embed(stack: contextlib.ExitStack) -> Connection:
         **heads.RAY_SETTINGS, "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", heads.HUGE_PAGES), "RAY_ADDRESS": None,
         "AUTOSCALER_METRIC_PORT": str(metrics[0]), "DASHBOARD_METRIC_PORT": str(metrics[1]), "RAY_TMPDIR": str(folder)}))
     try:
-        context: Any = ray.init(address="local", num_cpus=heads.default_cpus(), object_store_memory=heads.default_object_store_bytes(),
-                           include_dashboard=True, dashboard_host="127.0.0.1", dashboard_port=port, _node_ip_address="127.0.0.1",
-                           _temp_dir=str(folder / "ray"), log_to_driver=False, logging_level=logging.WARNING)
+        with _hang_up_kept():
+            context: Any = ray.init(
+                address="local", num_cpus=heads.default_cpus(), object_store_memory=heads.default_object_store_bytes(),
+                include_dashboard=True, dashboard_host="127.0.0.1", dashboard_port=port, _node_ip_address="127.0.0.1",
+                _temp_dir=str(folder / "ray"), log_to_driver=False, logging_level=logging.WARNING)
         # Ray's own clean-up of a stopped Train run asks for the cluster without an address: beside another Ray it would find two.
         (folder / "ray" / "ray_current_cluster").write_text(context.address_info["gcs_address"])
     except Exception as error:                             # of many kinds: its processes, ports, memory, the disk
@@ -297,6 +299,17 @@ def _embed(stack: contextlib.ExitStack) -> Connection:
                            remedy="the log may say why; where time or memory was short, try again, or bring a cluster up first with "
                            "`distlm cluster up`") from error
     return Connection(context.address_info["gcs_address"], f"http://127.0.0.1:{port}", True, str(token_file))
+
+
+@contextlib.contextmanager
+def _hang_up_kept() -> Iterator[None]:
+    """What starts in the block does not hear when the terminal is closed, which tells every process of a job: Ray's are needed until the
+    job has ended, as with Ctrl-C. This thread hears it after the block."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _clear(folder: Path) -> None:

@@ -1,5 +1,6 @@
 """The command line as a user meets it: in processes of its own, by exit code, stdout and stderr."""
 
+import contextlib
 import io
 import json
 import os
@@ -121,6 +122,22 @@ def test_a_traceback_is_shown_under_debug_alone(distlm):
     assert "Traceback" in distlm("run", "no.yaml", DISTLM_DEBUG="1").stderr
 
 
+@pytest.mark.parametrize(("number", "handler", "ends"), [(signal.SIGHUP, signal.SIG_IGN, False), (signal.SIGINT, signal.SIG_IGN, True)])
+def test_a_hang_up_stops_a_job_unless_it_is_ignored(number, handler, ends, tmp_path, monkeypatch):
+    """nohup ignores it; a script's background ignores Ctrl-C, and does not go on without its terminal for that."""
+    (tmp_path / "words.yaml").write_text(SPEC.format(folder=tmp_path))
+    monkeypatch.setattr(execute, "run", lambda *_, **__: signal.raise_signal(signal.SIGHUP))
+    before = {one: signal.getsignal(one) for one in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)}
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        signal.signal(number, handler)
+        with pytest.raises(KeyboardInterrupt) if ends else contextlib.nullcontext():
+            cli.run(tmp_path / "words.yaml")
+    finally:
+        for one, was in before.items():
+            signal.signal(one, was)
+
+
 class Interrupted(io.StringIO):
     """A terminal at which Ctrl-C is pressed."""
 
@@ -219,18 +236,21 @@ def test_a_job_that_died_without_a_word_has_failed(distlm, tmp_path):
     assert (job["state"], job["cause"]) == ("failed", "head_lost") and job["ended"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupted_run_is_recorded_as_stopped_by_the_user(number, distlm, tmp_path):
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("words " * 1000)
     (tmp_path / "words.yaml").write_text(SPEC.format(folder=tmp_path))
     folder = RunFolder(tmp_path / "store" / "corpora" / "words")
     process = subprocess.Popen([sys.executable, "-m", "distlm", "run", "words.yaml", "--set", "clean={min_chars: 2}"],
-                               env=distlm.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                               env=distlm.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     deadline = time.monotonic() + 60
     while not (folder.exists() and folder.events()) and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.send_signal(number)
+    if number == signal.SIGHUP:                            # a terminal that is closed tells all, while Ray starts too
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
     try:
         _, said = process.communicate(timeout=60)
     finally:
@@ -261,12 +281,13 @@ def test_an_interrupt_says_which_endpoints_go_on_and_how_to_stop_them(kind, tmp_
         raise KeyboardInterrupt
 
     monkeypatch.setattr(execute, "run", interrupted)
-    before = signal.getsignal(signal.SIGTERM)
+    before = {one: signal.getsignal(one) for one in (signal.SIGHUP, signal.SIGTERM)}
     try:
         with pytest.raises(KeyboardInterrupt):
             cli.run(tmp_path / "way.yaml")
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for one, was in before.items():
+            signal.signal(one, was)
     go_on = [f"stopped; go on with `distlm run {tmp_path / 'way.yaml'} --resume`"] if kind == "pipeline" else []
     assert capsys.readouterr().err.splitlines() == [*go_on, "ask goes on at http://127.0.0.1:1/ask/v1: `distlm stop ask` ends it"]
 
