@@ -35,7 +35,13 @@ def main(arguments: list[str] | None = None) -> None:
     words = list(sys.argv[1:] if arguments is None else arguments)
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # a thread that outlives its cluster must not start another one
     debug = "--debug" in words or os.environ.get("DISTLM_DEBUG") == "1"
-    sys.exit(_run([word for word in words if word != "--debug"], debug))
+    code = _run([word for word in words if word != "--debug"], debug)
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except OSError:                                    # nobody reads it: Python would make 120 of the exit code
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    sys.exit(code)
 
 
 def _run(words: list[str], debug: bool) -> int:
@@ -49,9 +55,10 @@ def _run(words: list[str], debug: bool) -> int:
     except KeyboardInterrupt:
         _error("interrupted")
         return 130
-    except BrokenPipeError:                                # the reader of a pipe, `head` for one, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except (BrokenPipeError, SystemExit) as error:         # typer makes the second of the first
+        if isinstance(error, SystemExit) and not isinstance(error.__context__, BrokenPipeError):
+            raise
+        return 0                                           # the reader of the pipe, `head` for one, has seen enough
     except DistlmError as error:
         if debug:
             raise
@@ -70,8 +77,13 @@ def _run(words: list[str], debug: bool) -> int:
 
 
 def _error(text: str) -> None:
-    for line in text.splitlines():
-        print(f"{PREFIX}{line}", file=sys.stderr)
+    _say("\n".join(f"{PREFIX}{line}" for line in text.splitlines()))
+
+
+def _say(text: str) -> None:
+    """Tell on standard error, where somebody still reads it."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr)
 
 
 def _names(incomplete: str) -> list[str]:
@@ -149,21 +161,24 @@ def run(spec: SpecFile, set_: Sets = None, resume: Resume = False) -> None:
     Example: distlm run train.yaml --set optimizer.lr=0.001
     """
     from distlm.cluster import import_ray
-    from distlm.execute import resolve
+    from distlm.execute import answering, resolve
     from distlm.execute import run as run_job
+    from distlm.storage import Storage
 
-    resolve(spec, set_ or [])                              # mistakes before the second that Ray takes
+    loaded = resolve(spec, set_ or [])                     # mistakes before the second that Ray takes
     signal.signal(signal.SIGTERM, _interrupt)
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # nohup ignores it
+        signal.signal(signal.SIGHUP, _hang_up)
     try:
         import_ray()
         run_job(spec, overrides=set_ or [], resume=resume)
     except KeyboardInterrupt:
+        if loaded.spec.kind != "serve":
+            words = shlex.join(["distlm", "run", str(spec), *(word for text in set_ or [] for word in ("--set", text)), "--resume"])
+            _say(f"stopped; go on with `{words}`")
         with contextlib.suppress(DistlmError):
-            from distlm.spec import load_spec
-
-            if load_spec(spec, set_ or []).spec.kind != "serve":
-                words = shlex.join(["distlm", "run", str(spec), *(word for text in set_ or [] for word in ("--set", text)), "--resume"])
-                print(f"stopped; go on with `{words}`", file=sys.stderr)
+            for name, url in answering(loaded.spec, Storage.find(loaded.spec.storage)).items():
+                _say(f"{name} goes on at {url}: `distlm stop {name}` ends it")
         raise
 
 
@@ -199,10 +214,10 @@ def submit(spec: SpecFile, set_: Sets = None, resume: Resume = False,
 
     Example: distlm submit train.yaml --follow
     """
-    from distlm import jobs
+    from distlm import cluster, jobs
 
     submission = jobs.submit(spec, overrides=set_ or [], resume=resume, working_dir=working_dir)
-    print(f"submitted {submission.id}\ndashboard {submission.dashboard_url}")
+    print(f"submitted {submission.id}\ndashboard {cluster.shown(submission.dashboard_url, submission.token_file)}")
     if sys.stdout.isatty() if follow is None else follow:
         _follow(submission)
     else:
@@ -410,7 +425,7 @@ def cluster_up(file: ClusterFile = None, yes: Yes = False) -> None:
 
     Example: distlm cluster up
     """
-    from distlm import clusterfile, head
+    from distlm import cluster, clusterfile, head
 
     config = clusterfile.read(file) if file else head.LocalCluster()
     if isinstance(config, clusterfile.RayUpFile):
@@ -422,7 +437,7 @@ def cluster_up(file: ClusterFile = None, yes: Yes = False) -> None:
     signal.signal(signal.SIGTERM, _interrupt)
     up, fresh = head.up(config, _storage())
     print(f"cluster {up.name} {'is up' if fresh else 'was up already'}: {up.cpus} logical CPUs at {up.address}\n"
-          f"dashboard {up.dashboard_url} (token in {up.token_file})\n"
+          f"dashboard {cluster.shown(up.dashboard_url, up.token_file)}\n"
           f"for Ray's own tools: export RAY_ADDRESS={up.dashboard_url} RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={up.token_file}\n"
           f"`distlm cluster down{'' if up.name == 'local' else ' --name ' + up.name}` ends it")
 
@@ -510,6 +525,12 @@ def _interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
 
 
+def _hang_up(*_: Any) -> None:
+    """A terminal that is closed stops a job as Ctrl-C does, also where a part of it handles that in its own way; where that is ignored, as
+    in the background of a script, as SIGTERM does."""
+    signal.raise_signal(signal.SIGTERM if signal.getsignal(signal.SIGINT) == signal.SIG_IGN else signal.SIGINT)
+
+
 def _show(lines: Iterator[str]) -> None:
     """Records as bars and tables, everything else as it is."""
     from distlm.progress import PlainProgress, RichProgress, parse
@@ -532,7 +553,7 @@ def _follow(submission: "Submission") -> None:
     try:
         _show(logs.follow(submission))
     except KeyboardInterrupt:
-        print(f"\n{name} goes on: `distlm logs -f {name}` follows it, `distlm stop {name}` ends it", file=sys.stderr)
+        _say(f"\n{name} goes on: `distlm logs -f {name}` follows it, `distlm stop {name}` ends it")
         raise typer.Exit(130) from None
     job = jobs.reconcile(jobs.read(RunFolder(submission.folder)))
     if job.state != "succeeded" and not (job.kind == "serve" and job.state == "running"):     # an endpoint stays

@@ -59,12 +59,15 @@ def find(storage: Storage | None = None) -> Cluster | None:
             if address == head.dashboard_url or heads.same_address(address, head.address):
                 return of(head)
         return Cluster("$RAY_ADDRESS", address, address if "://" in address and not address.startswith("ray://") else "")
-    if len(alive) > 1:
-        named = os.environ.get("DISTLM_CLUSTER", "local")
-        chosen = [head for head in alive if head.name == named]
+    named = os.environ.get("DISTLM_CLUSTER")
+    if named or len(alive) > 1:
+        chosen = [head for head in alive if head.name == (named or "local")]
         if not chosen:
-            raise InputError(f"several clusters are up: {', '.join(head.name for head in alive)}", where="cluster",
-                             remedy="choose one with DISTLM_CLUSTER=name")
+            up = ", ".join(head.name for head in alive)
+            if not named:
+                raise InputError(f"several clusters are up: {up}", where="cluster", remedy="choose one with DISTLM_CLUSTER=name")
+            raise InputError(f"no cluster {named!r} is up", where="DISTLM_CLUSTER", remedy=f"name one that is, {up}, or unset it" if up
+                             else "unset it, or bring that one up with `distlm cluster up FILE`")
         alive = chosen
     return of(alive[0]) if alive else None
 
@@ -110,6 +113,11 @@ def dashboard(cluster: Cluster) -> Cluster:
             raise _unreachable(cluster, error) from error
 
 
+def shown(dashboard_url: str, token_file: str | None) -> str:
+    """A dashboard's address, with the place of the token that it asks for where that is known."""
+    return f"{dashboard_url} (token in {token_file})" if dashboard_url and token_file else dashboard_url or "off"
+
+
 @dataclass(frozen=True)
 class Status:
     """A cluster as it stands: nodes alive, (used, total) per resource, jobs that are not done, Serve applications by state."""
@@ -150,9 +158,13 @@ def refusal(dashboard_url: str, code: int, what: str = "") -> ClusterError:
 
 
 def _unreachable(cluster: Cluster, error: Exception) -> ClusterError:
-    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return ClusterError(f"cannot be reached: {reason}", where=f"cluster {cluster.address}",
+    return ClusterError(f"cannot be reached: {_reason(error)}", where=f"cluster {cluster.address}",
                         remedy="unset RAY_ADDRESS, or bring one up with `distlm cluster up`")
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what an error of Ray's says."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def of(head: heads.Head) -> Cluster:
@@ -259,6 +271,9 @@ def _interruptible() -> Iterator[None]:
 
 
 def _join(cluster: Cluster) -> Connection:
+    if cluster.address.startswith("ray://"):               # what a job does with Ray wants a driver inside
+        raise ClusterError("RAY_ADDRESS names a Ray Client server, through which no job can run", where=cluster.address,
+                           remedy="send the job with `distlm submit` and RAY_ADDRESS=http://HOST:8265, or name the head as host:port")
     import ray
 
     try:
@@ -269,25 +284,48 @@ def _join(cluster: Cluster) -> Connection:
 
 
 def _embed(stack: contextlib.ExitStack) -> Connection:
-    """A cluster inside this process's life: token, dashboard on loopback, more logical CPUs than cores."""
+    """A cluster inside this process's life: token, dashboard on loopback, more logical CPUs than cores. Raises ClusterError where Ray does
+    not start, StorageError where its folder cannot be written."""
     import ray
 
-    folder = Path(tempfile.mkdtemp(prefix="distlm-", dir="/tmp" if os.path.isdir("/tmp") else None))
-    stack.callback(_clear, folder)
-    token_file = folder / "token"
-    token_file.touch(mode=0o600)
-    token_file.write_text(secrets.token_hex(32))
+    base = "/tmp" if os.path.isdir("/tmp") else tempfile.gettempdir()
+    with writing(base, "free space there, or use a cluster that is up"):
+        folder = Path(tempfile.mkdtemp(prefix="distlm-", dir=base))
+        stack.callback(_clear, folder)
+        token_file = folder / "token"
+        token_file.touch(mode=0o600)
+        token_file.write_text(secrets.token_hex(32))
     stack.enter_context(authenticated(str(token_file)))
     port, *metrics = heads.free_ports(3)
     stack.enter_context(environment({
         **heads.RAY_SETTINGS, "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", heads.HUGE_PAGES), "RAY_ADDRESS": None,
         "AUTOSCALER_METRIC_PORT": str(metrics[0]), "DASHBOARD_METRIC_PORT": str(metrics[1]), "RAY_TMPDIR": str(folder)}))
-    context: Any = ray.init(address="local", num_cpus=heads.default_cpus(), object_store_memory=heads.default_object_store_bytes(),
-                       include_dashboard=True, dashboard_host="127.0.0.1", dashboard_port=port, _node_ip_address="127.0.0.1",
-                       _temp_dir=str(folder / "ray"), log_to_driver=False, logging_level=logging.WARNING)
-    # Ray's own clean-up of a stopped Train run asks for the cluster without an address: beside another Ray it would find two.
-    (folder / "ray" / "ray_current_cluster").write_text(context.address_info["gcs_address"])
+    try:
+        with _hang_up_kept():
+            context: Any = ray.init(
+                address="local", num_cpus=heads.default_cpus(), object_store_memory=heads.default_object_store_bytes(),
+                include_dashboard=True, dashboard_host="127.0.0.1", dashboard_port=port, _node_ip_address="127.0.0.1",
+                _temp_dir=str(folder / "ray"), log_to_driver=False, logging_level=logging.WARNING)
+        # Ray's own clean-up of a stopped Train run asks for the cluster without an address: beside another Ray it would find two.
+        (folder / "ray" / "ray_current_cluster").write_text(context.address_info["gcs_address"])
+    except Exception as error:                             # of many kinds: its processes, ports, memory, the disk
+        ray.shutdown()                                     # what it has started so far
+        log = getattr(sys.stderr, "name", "")              # under `quiet` the log
+        raise ClusterError(f"Ray does not start: {_reason(error)}", where=log if isinstance(log, str) else "",
+                           remedy="the log may say why; where time or memory was short, try again, or bring a cluster up first with "
+                           "`distlm cluster up`") from error
     return Connection(context.address_info["gcs_address"], f"http://127.0.0.1:{port}", True, str(token_file))
+
+
+@contextlib.contextmanager
+def _hang_up_kept() -> Iterator[None]:
+    """What starts in the block does not hear when the terminal is closed, which tells every process of a job: Ray's are needed until the
+    job has ended, as with Ctrl-C. This thread hears it after the block."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _clear(folder: Path) -> None:

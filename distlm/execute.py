@@ -147,7 +147,7 @@ def connected(folder: RunFolder, storage: Storage, progress: Progress) -> Iterat
         return
     with cluster.connect(folder.path / "logs" / "driver.log", storage=storage) as connection:
         place = "a cluster for this job alone" if connection.embedded else f"cluster {connection.address}"
-        progress.note(f"{place}, dashboard {connection.dashboard_url or 'off'}")
+        progress.note(f"{place}, dashboard {cluster.shown(connection.dashboard_url, connection.token_file)}")
         folder.event("note", message=f"in {place}", cluster=connection.address)
         yield connection.embedded
 
@@ -218,6 +218,15 @@ def endpoints(spec: Spec, outputs: dict[str, Any]) -> dict[str, str]:
     if spec.kind == "serve":
         return {spec.name: outputs["url"]}
     return outputs.get("endpoints", {}) if spec.kind == "pipeline" else {}
+
+
+def answering(spec: Spec, storage: Storage) -> dict[str, str]:
+    """The names and addresses of those endpoints of a job that answer, whether or not it has ended: in a cluster that stays they outlive
+    it."""
+    steps = spec.steps.values() if isinstance(spec, PipelineSpec) else [{"kind": spec.kind, "name": spec.name}]
+    paths = [storage.endpoint(step["name"]) / "endpoint.json" for step in steps if step["kind"] == "serve"]
+    found = {path.parent.name: read_json(path) for path in paths if path.exists()}
+    return {name: record["url"] for name, record in found.items() if healthy(record)}
 
 
 def hold_endpoints(urls: Mapping[str, str], storage: Storage, progress: Progress, every_s: float = 10) -> None:

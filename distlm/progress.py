@@ -10,6 +10,7 @@
 """
 
 import contextlib
+import errno
 import json
 import os
 import sys
@@ -83,7 +84,9 @@ class JsonProgress(Progress):
 
 
 class Logged(Progress):
-    """Passes on to another, which stays its maker's to close, and keeps the records in a file, from which `distlm logs` shows them."""
+    """Keeps the records in a file, from which `distlm logs` shows them, and passes them on to another, which stays its maker's to close.
+    Where that one cannot show them any more, since the reader of a pipe or the terminal has gone, it is passed over: no display is worth
+    the job."""
 
     def __init__(self, shown: Progress, path: Path) -> None:
         with writing(path):
@@ -96,16 +99,30 @@ class Logged(Progress):
             self._file.close()
 
     def show(self, record: dict[str, Any]) -> None:
-        self._shown.show(record)
+        self._keep(record)
+        try:
+            self._shown.show(record)
+        except OSError as error:
+            self._shown = Progress()                       # shows nothing
+            self._keep({"distlm": "note", "text": f"nothing is shown any more, and the job goes on: {error}"})
+
+    def _keep(self, record: dict[str, Any]) -> None:
         with contextlib.suppress(OSError, ValueError):     # a full disk, a thread that is late: no log is worth the job
             self._records.show(record)
+
+
+class Shown(Console):
+    """Rich's console, which would end the process where the reader of a pipe has gone. Raises BrokenPipeError, as print does."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
 
 class PlainProgress(Progress):
     """Lines without control codes, for logs: an update every ten seconds, and the last one."""
 
     def __init__(self) -> None:
-        self._console = Console(width=WIDTH, highlight=False)
+        self._console = Shown(width=WIDTH, highlight=False)
         self._next = 0.0
 
     def show(self, record: dict[str, Any]) -> None:
@@ -123,13 +140,14 @@ class RichProgress(Progress):
     """A live bar per unit of the present stage."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self._console = console or Console(highlight=False)
+        self._console = console or Shown(highlight=False)
         self._bars: Bars | None = None
         self._tasks: dict[str, TaskID] = {}
 
     def close(self) -> None:
         if self._bars:
-            self._bars.stop()
+            with contextlib.suppress(OSError):             # the terminal has gone
+                self._bars.stop()
         self._bars, self._tasks = None, {}
 
     def show(self, record: dict[str, Any]) -> None:
@@ -137,7 +155,8 @@ class RichProgress(Progress):
             unit = record["unit"]
             if self._bars is None:
                 self._bars = Bars(TextColumn("  {task.description:<9}"), BarColumn(10), MofNCompleteColumn(), TimeRemainingColumn(),
-                                  TextColumn("[dim]{task.fields[figures]}"), console=self._console)
+                                  TextColumn("[dim]{task.fields[figures]}"), console=self._console,
+                                  redirect_stderr=False)   # in a job it goes to the log, which may be closed before the bars are
                 self._bars.start()
             if unit not in self._tasks:
                 self._tasks[unit] = self._bars.add_task(unit, total=record["total"], figures="")

@@ -1,5 +1,6 @@
 """The command line as a user meets it: in processes of its own, by exit code, stdout and stderr."""
 
+import contextlib
 import io
 import json
 import os
@@ -13,9 +14,11 @@ from pathlib import Path
 import pytest
 import typer
 
-from distlm import cli
+from distlm import cli, execute
 from distlm.errors import InputError
+from distlm.progress import Logged, Progress
 from distlm.runs import RunFolder
+from distlm.storage import write_json
 from tests.codes import INTERRUPTED
 
 VERBS = ["init", "plan", "run", "profile", "submit", "status", "logs", "stop", "runs", "query", "dashboard", "cluster up", "cluster down",
@@ -119,6 +122,22 @@ def test_a_traceback_is_shown_under_debug_alone(distlm):
     assert "Traceback" in distlm("run", "no.yaml", DISTLM_DEBUG="1").stderr
 
 
+@pytest.mark.parametrize(("number", "handler", "ends"), [(signal.SIGHUP, signal.SIG_IGN, False), (signal.SIGINT, signal.SIG_IGN, True)])
+def test_a_hang_up_stops_a_job_unless_it_is_ignored(number, handler, ends, tmp_path, monkeypatch):
+    """nohup ignores it; a script's background ignores Ctrl-C, and does not go on without its terminal for that."""
+    (tmp_path / "words.yaml").write_text(SPEC.format(folder=tmp_path))
+    monkeypatch.setattr(execute, "run", lambda *_, **__: signal.raise_signal(signal.SIGHUP))
+    before = {one: signal.getsignal(one) for one in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)}
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        signal.signal(number, handler)
+        with pytest.raises(KeyboardInterrupt) if ends else contextlib.nullcontext():
+            cli.run(tmp_path / "words.yaml")
+    finally:
+        for one, was in before.items():
+            signal.signal(one, was)
+
+
 class Interrupted(io.StringIO):
     """A terminal at which Ctrl-C is pressed."""
 
@@ -179,6 +198,36 @@ def test_runs_and_status_tell_state_cause_and_progress(distlm, tmp_path):
     assert "did you mean worse?" in distlm("status", "wors").stderr
 
 
+def closed_after(lines: int, words: list[str], environment: dict[str, str]) -> tuple[int, str]:
+    """The exit code of `distlm` and its standard error, where the reader of its output leaves after so many lines."""
+    with subprocess.Popen([sys.executable, "-m", "distlm", *words], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          text=True, bufsize=1) as process:
+        for _ in range(lines):
+            assert process.stdout.readline()
+        process.stdout.close()
+        said = process.stderr.read()
+    return process.returncode, said
+
+
+@pytest.mark.parametrize("words", [["runs"], ["runs", "--json"], ["logs", "run-0"]])
+def test_a_verb_whose_reader_has_seen_enough_ends_quietly(words, distlm, tmp_path):
+    for i in range(400):                                   # more than a pipe holds
+        made(tmp_path / "store", "runs", f"run-{i}", ("starting", ""), ("succeeded", "completed"))
+    with Logged(Progress(), tmp_path / "store" / "runs" / "run-0" / "logs" / "driver.log") as log:
+        for i in range(400):
+            log.note(f"{i} " * 100)
+    assert closed_after(1, words, distlm.environment) == (0, "")
+
+
+@pytest.mark.slow
+def test_a_job_whose_reader_has_gone_is_done_all_the_same(distlm, tmp_path):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("words " * 1000)
+    (tmp_path / "words.yaml").write_text(SPEC.format(folder=tmp_path))
+    assert closed_after(1, ["run", "words.yaml"], distlm.environment) == (0, "")
+    assert RunFolder(tmp_path / "store" / "corpora" / "words").state() == ("succeeded", "completed")
+
+
 def test_a_job_that_died_without_a_word_has_failed(distlm, tmp_path):
     code = ("import os, sys; from pathlib import Path; from distlm.runs import RunFolder; "
             "RunFolder(Path(sys.argv[1])).event('starting'); os._exit(1)")
@@ -187,7 +236,7 @@ def test_a_job_that_died_without_a_word_has_failed(distlm, tmp_path):
     assert (job["state"], job["cause"]) == ("failed", "head_lost") and job["ended"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupted_run_is_recorded_as_stopped_by_the_user(number, distlm, tmp_path):
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("words " * 1000)
@@ -195,11 +244,14 @@ def test_an_interrupted_run_is_recorded_as_stopped_by_the_user(number, distlm, t
     folder = RunFolder(tmp_path / "store" / "corpora" / "words")
     process = subprocess.Popen([sys.executable, "-m", "distlm", "run", "words.yaml", "--set", "clean={min_chars: 2}"],
                                env={**distlm.environment, "PYTHONFAULTHANDLER": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               text=True)
+                               text=True, start_new_session=True)
     deadline = time.monotonic() + 60
     while not (folder.exists() and folder.events()) and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.send_signal(number)
+    if number == signal.SIGHUP:                            # a terminal that is closed tells all, while Ray starts too
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
     try:
         _, said = process.communicate(timeout=60)
     except subprocess.TimeoutExpired:                      # where it hangs is in what it says
@@ -208,6 +260,38 @@ def test_an_interrupted_run_is_recorded_as_stopped_by_the_user(number, distlm, t
     assert process.returncode in INTERRUPTED, said
     assert folder.state() == ("stopped", "user") and "Traceback" not in said
     assert "go on with `distlm run words.yaml --set 'clean={min_chars: 2}' --resume`" in said
+
+
+PIPELINE = """kind: pipeline
+name: way
+steps:
+  train: {kind: train, corpus: words, model: {preset: llama-tiny}, duration: {steps: 1}}
+  first: {kind: serve, model: "${train}", port: 0}
+  second: {kind: serve, model: "${train}", port: 0, name: ask}
+"""
+
+
+@pytest.mark.parametrize("kind", ["pipeline", "serve"])
+def test_an_interrupt_says_which_endpoints_go_on_and_how_to_stop_them(kind, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("DISTLM_STORAGE", str(tmp_path))
+    (tmp_path / "way.yaml").write_text(PIPELINE if kind == "pipeline" else "kind: serve\nname: ask\nmodel: tiny\n")
+    for name in ("way-first", "ask", "foreign"):
+        write_json(tmp_path / "endpoints" / name / "endpoint.json", {"url": f"http://127.0.0.1:1/{name}/v1"})
+    monkeypatch.setattr(execute, "healthy", lambda record: "way-first" not in record["url"])      # it went with its cluster
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(execute, "run", interrupted)
+    before = {one: signal.getsignal(one) for one in (signal.SIGHUP, signal.SIGTERM)}
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            cli.run(tmp_path / "way.yaml")
+    finally:
+        for one, was in before.items():
+            signal.signal(one, was)
+    go_on = [f"stopped; go on with `distlm run {tmp_path / 'way.yaml'} --resume`"] if kind == "pipeline" else []
+    assert capsys.readouterr().err.splitlines() == [*go_on, "ask goes on at http://127.0.0.1:1/ask/v1: `distlm stop ask` ends it"]
 
 
 def test_logs_shows_the_progress_of_a_job_that_was_not_submitted(distlm, tmp_path):

@@ -1,6 +1,7 @@
 """A real head, beside another Ray on the same machine: what `up` starts, `down` ends, and nothing else."""
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -20,7 +21,7 @@ from typer.testing import CliRunner
 
 from distlm import cluster, head
 from distlm.cli import app
-from distlm.errors import ClusterError, InputError
+from distlm.errors import ClusterError, InputError, StorageError
 from distlm.runs import RunFolder
 from distlm.storage import Storage, write_json
 from tests.codes import INTERRUPTED
@@ -101,7 +102,7 @@ def distlm(*words):
 def test_up_is_idempotent_and_prints_the_dashboard(up):
     again = distlm("cluster", "up")
     assert again.returncode == 0, again.stderr
-    assert "was up already" in again.stdout and f"dashboard {up.dashboard_url}" in again.stdout
+    assert "was up already" in again.stdout and f"dashboard {up.dashboard_url} (token in {up.token_file})\n" in again.stdout
 
 
 def test_status_shows_address_resources_and_jobs(up):
@@ -293,6 +294,25 @@ def test_several_clusters_ask_for_a_choice(up, storage, monkeypatch):
     assert cluster.find().name == "b"
 
 
+def test_an_address_of_ray_client_is_refused_before_anything_is_sent_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "ray://10.0.0.1:10001")
+    monkeypatch.setattr(cluster.import_ray(), "init", lambda **_: pytest.fail("it was tried"))
+    with pytest.raises(ClusterError, match=r"ray://10.0.0.1:10001: .*Ray Client.*distlm submit.*host:port"):
+        with cluster.connect(tmp_path / "log", storage=Storage(tmp_path)):
+            pytest.fail("it was joined")
+
+
+@pytest.mark.parametrize(("alive", "said"), [(["local"], "no cluster 'gpu' is up; name one that is, local, or"),
+                                             (["a", "b"], "name one that is, a, b, or"), ([], "cluster up FILE")])
+def test_a_cluster_that_is_named_and_not_up_is_a_mistake_and_no_other_stands_in_for_it(alive, said, tmp_path, monkeypatch):
+    heads = [head.Head(name, "0" * 32, "", "", "127.0.0.1:7", "http://127.0.0.1:9", "", 1, socket.gethostname(), os.getpid(),
+                       psutil.Process().create_time()) for name in alive]
+    monkeypatch.setattr(head, "recorded", lambda _: heads)
+    monkeypatch.setenv("DISTLM_CLUSTER", "gpu")
+    with pytest.raises(InputError, match=f"DISTLM_CLUSTER: .*{said}"):
+        cluster.find(Storage(tmp_path))
+
+
 def test_an_embedded_cluster_keeps_rays_words_off_the_terminal_and_leaves_neither_folder_nor_process(tmp_path):
     done = subprocess.run([sys.executable, "-c", WARNED, str(tmp_path / "driver.log")], capture_output=True, text=True, timeout=120,
                           env={**os.environ, "DISTLM_STORAGE": str(tmp_path)})
@@ -300,6 +320,32 @@ def test_an_embedded_cluster_keeps_rays_words_off_the_terminal_and_leaves_neithe
     assert done.stderr == "" and "10 workers" in (tmp_path / "driver.log").read_text()
     assert "repeated" in (tmp_path / "driver.log").read_text(), "Ray has held something back"
     assert folder.startswith("/tmp/distlm-") and not Path(folder).exists() and left_in(folder) == []
+
+
+def test_an_embedded_cluster_that_does_not_start_says_where_the_log_is_and_leaves_nothing(tmp_path, monkeypatch):
+    ray, folders = cluster.import_ray(), []
+
+    def init(**settings):
+        folders.append(Path(settings["_temp_dir"]).parent)
+        assert (folders[-1] / "token").stat().st_mode & 0o077 == 0
+        raise RuntimeError("\nThe current node timed out during startup.\nMore.")
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", lambda: folders.append("shut down"))
+    for log in (tmp_path / "driver.log", None):
+        with pytest.raises(ClusterError, match=r"Ray does not start: The current node timed out during startup\.; the log") as met:
+            with cluster.connect(log, storage=Storage(tmp_path)):
+                pytest.fail("it was joined")
+        assert log is None or met.value.where == str(log)
+    assert folders[1] == folders[3] == "shut down" and not folders[0].exists() and "RAY_AUTH_TOKEN_PATH" not in os.environ
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(tempfile, "mkdtemp", full)
+    with pytest.raises(StorageError, match=r"/tmp: cannot write: No space left on device; free space there"):
+        with cluster.connect(storage=Storage(tmp_path)):
+            pytest.fail("it was joined")
 
 
 def left_in(folder: str) -> list[str]:

@@ -1,5 +1,6 @@
 """From a spec to a finished folder: what is refused before any work, what is recorded, what may be taken up again."""
 
+import contextlib
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,6 +51,19 @@ def test_a_job_leaves_its_spec_with_origins_its_lineage_its_end_and_its_result(s
     assert dump(load_spec(folder.path / "spec.yaml").spec) == dump(execute.resolve(file, ["split.val_fraction=0.3"]).spec)
     assert folder.lineage()["kind"] == "prepare"
     assert [event["cluster"] for event in folder.events() if "cluster" in event] == [cluster.joined()] != [""]
+
+
+@pytest.mark.parametrize(("url", "token_file", "said"), [
+    ("http://127.0.0.1:9", "/tmp/x/token", "dashboard http://127.0.0.1:9 (token in /tmp/x/token)"),
+    ("http://127.0.0.1:9", None, "dashboard http://127.0.0.1:9"), ("", "/tmp/x/token", "dashboard off")])
+def test_a_dashboard_is_shown_with_the_place_of_the_token_that_it_asks_for(url: str, token_file: str | None, said: str, tmp_path: Path,
+                                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster.import_ray(), "is_initialized", lambda: False)
+    connection = cluster.Connection("127.0.0.1:7", url, True, token_file)
+    monkeypatch.setattr(cluster, "connect", lambda *_, **__: contextlib.nullcontext(connection))
+    kept = Records()
+    with execute.connected(RunFolder(tmp_path / "runs" / "a"), Storage(tmp_path), kept) as embedded:
+        assert embedded and kept.notes == [f"a cluster for this job alone, {said}"]
 
 
 def test_a_taken_name_is_refused_and_a_complete_job_is_not_done_again(storage: Storage, texts: Path) -> None:

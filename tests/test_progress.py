@@ -1,13 +1,17 @@
 """The same records on a terminal, in a log, and across the wire."""
 
+import contextlib
 import io
+import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from distlm import progress
+from distlm.cluster import quiet
 from distlm.progress import JsonProgress, Logged, PlainProgress, Progress, RichProgress, draw, figures, parse
 
 
@@ -56,6 +60,22 @@ def test_what_is_shown_is_kept_in_a_file_too_and_a_full_disk_costs_the_log_alone
     assert full.records == kept.records
 
 
+@pytest.mark.parametrize("kind", ["plain", "json", "bars"])
+def test_a_job_whose_reader_has_gone_goes_on_and_keeps_its_log(kind, tmp_path, monkeypatch):
+    read, write = os.pipe()
+    os.close(read)
+    with contextlib.suppress(BrokenPipeError), open(write, "w") as out:
+        monkeypatch.setattr(progress.sys, "stdout", out)
+        console = progress.Shown(file=out, force_terminal=True)
+        shown = {"plain": PlainProgress, "json": JsonProgress, "bars": lambda: RichProgress(console)}[kind]()
+        with shown:
+            tell(Logged(shown, tmp_path / "driver.log"))
+        with pytest.raises(BrokenPipeError):
+            shown.note("a verb that shows what others do ends")
+    texts = [record.get("text", "") for record in map(parse, (tmp_path / "driver.log").read_text().splitlines()) if record]
+    assert "3 documents [not UTF-8] rejected" in texts and len([text for text in texts if "nothing is shown any more" in text]) == 1
+
+
 def test_brackets_are_shown_as_they_are(capsys):
     tell(PlainProgress())
     out = capsys.readouterr().out
@@ -69,6 +89,18 @@ def test_a_terminal_gets_a_bar_a_unit():
     tell(RichProgress(Console(file=text, width=110, force_terminal=True, highlight=False)))
     out = text.getvalue()
     assert "steps" in out and "300/300" in out and "[not UTF-8]" in out and "[0.9, 0.95]" in out
+
+
+def test_bars_leave_standard_error_to_the_log_and_to_what_is_told_after_an_interrupt(tmp_path, capsys):
+    text = io.StringIO()
+    with contextlib.suppress(KeyboardInterrupt), RichProgress(Console(file=text, force_terminal=True)) as shown:
+        with quiet(tmp_path / "log"):
+            shown.update("steps", 1, 300)
+            print("a warning of Ray's", file=sys.stderr)
+            raise KeyboardInterrupt
+    print("stopped", file=sys.stderr)
+    assert capsys.readouterr().err == "stopped\n"
+    assert (tmp_path / "log").read_text() == "a warning of Ray's\n" and "warning" not in text.getvalue()
 
 
 @pytest.mark.parametrize("line", ["", "hello", '{"a": 1}', '{"distlm": "update", "done', "2026 INFO x"])

@@ -1,16 +1,21 @@
 """The whole way from raw text to a served model, in one spec."""
 
 import json
+import os
 import shlex
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
-from distlm import cluster, execute
+from distlm import cluster, execute, head
 from distlm.runs import RunFolder
-from distlm.storage import Storage
+from distlm.serve.client import healthy
+from distlm.storage import Storage, read_json
 from tests.records import Records
 
 TRAIN: dict[str, Any] = {"corpus": "${prepare}", "model": {"preset": "llama-tiny"}, "batch": {"global_sequences": 4},
@@ -48,3 +53,54 @@ def test_a_pipeline_prepares_tunes_trains_and_serves_and_a_rerun_does_nothing_ag
     assert any("completes:\n1 is followed by" in text for text in shown.notes)
     assert [text for text in again.notes if "skipped" in text] == [f"step {step} is complete and unchanged: skipped" for step in steps]
     assert {key: value for key, value in repeated.items()} == made
+
+
+CUT = ("prepare.tokenizer={train: bytes}", "prepare.context=32", "prepare.split={val_fraction: 0.2}", "tune.trials=1",
+       "tune.asha.grace_steps=1", "tune.train.model.preset=llama-tiny", "tune.train.duration.steps=2", "tune.train.evaluate.every_steps=1",
+       "train.model.preset=llama-tiny", "train.duration.steps=4", "train.schedule.warmup_steps=1", "train.batch.global_sequences=4",
+       "serve.max_tokens=8")
+"""Of the quickstart, what makes it small."""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_quickstart_is_submitted_to_a_cluster_that_stays_and_ends_with_it(tmp_path: Path) -> None:
+    """What `make quickstart` and `make down` call, from command to command."""
+    storage, texts = Storage(tmp_path / "store"), tmp_path / "texts"
+    texts.mkdir()
+    for i in range(20):
+        (texts / f"{i}.txt").write_text(f"{i} is followed by {i + 1}, and that by {i + 2}. " * 40)
+    shutil.copy(Path(__file__).parents[1] / "jobs" / "quickstart.yaml", tmp_path)
+    environment = {**os.environ, "DISTLM_STORAGE": str(storage.root), "OMP_NUM_THREADS": "1"}
+    for name in ("RAY_ADDRESS", "DISTLM_CLUSTER"):
+        environment.pop(name, None)
+
+    def distlm(*words: str) -> str:
+        done = subprocess.run([sys.executable, "-m", "distlm", *words], env=environment, cwd=tmp_path, capture_output=True, text=True,
+                              timeout=600)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    distlm("cluster", "up")
+    [up] = head.recorded(storage)
+    try:
+        sets = [f"--set=steps.{text}" for text in (f"prepare.sources=[{texts}]", *CUT)]
+        said = distlm("submit", "quickstart.yaml", "--follow", "--set=prompt=1 is followed by", *sets)
+        record = read_json(storage.endpoint("quickstart-serve") / "endpoint.json")
+        rows = [line.split() for line in said[said.rindex("\nresult"):].splitlines()]
+        assert ["prepare", "documents", "20"] in rows and ["serve", "url", record["url"]] in rows, said
+        assert any(row[:2] == ["train", "loss"] and "->" in row for row in rows), said
+        curl = next(line.strip() for line in said.splitlines() if line.strip().startswith("curl "))
+        answer = json.loads(subprocess.run(["bash", "-c", curl], capture_output=True, text=True, check=True, timeout=120).stdout)
+        assert isinstance(answer["choices"][0]["text"], str) and 0 < answer["usage"]["completion_tokens"] <= 8
+        assert distlm("query", "quickstart-serve", "1 is").endswith("\n")
+        states = {job["name"]: job["state"] for job in json.loads(distlm("runs", "--json"))}
+        assert states.pop("quickstart-serve") == "running" and set(states.values()) == {"succeeded"}, states
+        assert set(states) == {"quickstart", *(f"quickstart-{step}" for step in ("prepare", "tune", "train"))}
+        down = distlm("cluster", "down", "--yes")
+        assert "quickstart-serve ended with it" in down and head.processes(up) == [] and not healthy(record)
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(record["url"], trust_env=False)
+        assert RunFolder(storage.endpoint("quickstart-serve")).state() == ("stopped", "user") and head.recorded(storage) == []
+    finally:
+        head.down(up)

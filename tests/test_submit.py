@@ -120,7 +120,8 @@ def test_submit_runs_a_spec_and_follows_it_to_its_end(up, storage, tmp_path):
     (tmp_path / "words.yaml").write_text(SPEC.format(folder=tmp_path))
     sent = distlm("submit", "words.yaml", "--follow", "--set", "seed=3", cwd=tmp_path)
     assert sent.returncode == 0, sent.stdout + sent.stderr
-    assert f"dashboard {up.dashboard_url}" in sent.stdout and "prepare words" in sent.stdout and '{"distlm"' not in sent.stdout
+    assert f"dashboard {up.dashboard_url} (token in {up.token_file})\n" in sent.stdout and '{"distlm"' not in sent.stdout
+    assert "prepare words" in sent.stdout
     folder = RunFolder(storage.corpus("words"))
     states = [event["state"] for event in folder.events() if event["state"] not in ("note", "running")]
     assert states == ["queued", "starting", "succeeded"]

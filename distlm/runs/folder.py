@@ -110,13 +110,11 @@ class RunFolder:
         self.event("starting")
         try:
             yield
-        except KeyboardInterrupt:
-            self.event("stopped", "user", "interrupted")
-            raise
         except BaseException as error:
-            cause = error.cause if isinstance(error, DistlmError) else "internal"
-            with contextlib.suppress(DistlmError):         # a full disk must not hide the error that it caused
-                self.event("failed", cause, f"{type(error).__name__}: {error}"[:2000])
+            end = ("stopped", "user", "interrupted") if isinstance(error, KeyboardInterrupt) else (
+                "failed", error.cause if isinstance(error, DistlmError) else "internal", f"{type(error).__name__}: {error}"[:2000])
+            with contextlib.suppress(DistlmError):         # a full disk must not hide what has ended the job
+                self.event(*end)
             raise
         self.event("succeeded", "completed")
 

@@ -211,13 +211,14 @@ def test_a_full_disk_is_an_error_and_not_a_shorter_line(folder):
     assert [m["step"] for m in folder.read_metrics()] == [1, 3]
 
 
-def test_a_full_disk_does_not_hide_the_error_that_it_caused(folder, monkeypatch):
+@pytest.mark.parametrize("raised", [CheckpointError("no shard"), KeyboardInterrupt("no shard")])
+def test_a_full_disk_hides_neither_the_error_that_it_caused_nor_an_interrupt(raised, folder, monkeypatch):
     def full(*_):
         raise StorageError("cannot write: No space left on device")
-    with pytest.raises(CheckpointError, match="no shard"):
+    with pytest.raises(type(raised), match="no shard"):
         with folder.running():
             monkeypatch.setattr(RunFolder, "_append", full)
-            raise CheckpointError("no shard")
+            raise raised
 
 
 def test_a_result_is_read_back(folder):
