@@ -119,8 +119,8 @@ def submit(source: str | Path | Mapping[str, Any], *, overrides: Sequence[str] =
         upload.pack(here, archive, storage.root, extra)
         variables = {"DISTLM_STORAGE": str(storage.root), "DISTLM_PROGRESS": "json", "PYTHONUNBUFFERED": "1",
                      SUBMISSION: submission.id, "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_GRACE_S)}
-        folder.event("queued", message=f"submitted to {at.dashboard_url}", submission=submission.id, dashboard=at.dashboard_url,
-                     token_file=at.token_file)
+        folder.queue(f"submitted to {at.dashboard_url}", submission=submission.id, resume=resume or spec.kind == "pipeline",
+                     dashboard=at.dashboard_url, token_file=at.token_file)
         try:
             send(submission, shlex.join(words), archive, variables, {"kind": spec.kind, "name": spec.name, "folder": str(folder.path)})
         except BaseException as error:

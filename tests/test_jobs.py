@@ -388,3 +388,20 @@ def test_a_spec_that_names_files_travels_whole(kind: str, tmp_path: Path, monkey
         assert "run job.yaml" in sent["entrypoint"]
     else:
         assert "run .distlm/x.yaml" in sent["entrypoint"] and "llama-tiny" in sent["files"][".distlm/x.yaml"]
+
+
+def test_a_name_that_was_taken_while_its_files_were_packed_is_not_queued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage, pack = Storage(tmp_path / "store"), jobs.upload.pack
+    spec = {"kind": "prepare", "name": "x", "sources": ["stdlib"]}
+
+    def taken(*given: Any) -> int:
+        RunFolder.create(storage.corpus("x"), "kind: prepare\n", {}).event("starting")
+        return pack(*given)
+
+    monkeypatch.setattr(jobs.upload, "pack", taken)
+    monkeypatch.setattr(jobs, "send", lambda *_: pytest.fail("it is sent"))
+    with dashboard() as url:
+        monkeypatch.setattr(cluster, "require", lambda *_: cluster.Cluster("c", "127.0.0.1:1", url))
+        with pytest.raises(InputError, match="x is starting; `distlm status x` shows it"):
+            jobs.submit(spec, storage=storage, working_dir=tmp_path)
+    assert RunFolder(storage.corpus("x")).state() == ("starting", "")
