@@ -123,6 +123,11 @@ def submit(source: str | Path | Mapping[str, Any], *, overrides: Sequence[str] =
                      dashboard=at.dashboard_url, token_file=at.token_file)
         try:
             send(submission, shlex.join(words), archive, variables, {"kind": spec.kind, "name": spec.name, "folder": str(folder.path)})
+        except KeyboardInterrupt:
+            folder.event("stopped", "user", "interrupted while it was submitted")
+            with contextlib.suppress(ClusterError):        # which may have taken it already
+                _end_ray_job(submission)
+            raise
         except BaseException as error:
             folder.event("failed", "head_lost" if isinstance(error, ClusterError) else "internal", f"could not be submitted: {error}")
             raise
@@ -435,9 +440,13 @@ def _stop_submitted(job: Job, grace_s: float) -> str:
     return "never began" if job.state == "queued" else _stop_process(job, grace_s)
 
 
-def _stop_ray_job(submission: Submission, grace_s: float) -> None:
+def _end_ray_job(submission: Submission) -> None:
     with client(submission.dashboard_url, submission.token_file) as http:
         http.post(f"/api/jobs/{submission.id}/stop")
+
+
+def _stop_ray_job(submission: Submission, grace_s: float) -> None:
+    _end_ray_job(submission)
     deadline = time.monotonic() + grace_s + 10
     while time.monotonic() < deadline:
         info = ray_job(submission)
