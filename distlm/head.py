@@ -211,22 +211,34 @@ def processes(head: Head) -> list[psutil.Process]:
     """The living processes of a head: by its mark, its session, and what descends from either."""
     if not head.here():
         return []
+    session = _has_session(head)
     found: dict[int, psutil.Process] = {}
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, ProcessLookupError):
             if process.pid == os.getpid() or process.status() == psutil.STATUS_ZOMBIE:
                 continue
-            if _belongs(process, head):
+            if _belongs(process, head, session):
                 for one in (process, *process.children(recursive=True)):
                     if one.pid != os.getpid() and one.status() != psutil.STATUS_ZOMBIE:
                         found[one.pid] = one
     return list(found.values())
 
 
-def _belongs(process: psutil.Process, head: Head) -> bool:
+def _has_session(head: Head) -> bool:
+    """Whether a session of the head's number can be its own: not where another process has that number by now, which the system gives to
+    nobody as long as the session has members, nor where this machine has been started since."""
+    if head.started < psutil.boot_time() - 2:
+        return False
+    try:
+        return abs(psutil.Process(head.pid).create_time() - head.started) < 2
+    except psutil.NoSuchProcess:
+        return True
+
+
+def _belongs(process: psutil.Process, head: Head, session: bool) -> bool:
     if process.create_time() < head.started - 2:
         return False
-    if os.getsid(process.pid) == head.pid:
+    if session and os.getsid(process.pid) == head.pid:
         return True
     try:
         return process.environ().get(MARK) == head.id

@@ -12,6 +12,7 @@ import threading
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -241,6 +242,42 @@ def test_a_record_from_before_a_reboot_is_not_taken_for_a_cluster(up, tmp_path, 
         cluster.require()
     done = distlm("cluster", "down")                       # takes the record away, and no process: this one has that pid
     assert done.returncode == 0 and "0 processes" in done.stdout and head.recorded(Storage(tmp_path)) == []
+
+
+def record(process: "subprocess.Popen[bytes]", folder: Path, **more: Any) -> head.Head:
+    """The record of a head that is only a process."""
+    return head.Head(**{"name": "local", "id": "0" * 32, "folder": str(folder), "ray_folder": str(folder / "ray"), "address": "127.0.0.1:7",
+                        "dashboard_url": "http://127.0.0.1:9", "token_file": str(folder / "token"), "cpus": 1,
+                        "host": socket.gethostname(), "pid": process.pid, "started": psutil.Process(process.pid).create_time(), **more})
+
+
+def test_whoever_got_the_number_of_a_head_that_crashed_is_not_ended(tmp_path):
+    with subprocess.Popen(["sleep", "600"], start_new_session=True) as stranger:
+        try:
+            mine = record(stranger, tmp_path)
+            assert [one.pid for one in head.processes(mine)] == [stranger.pid]
+            crashed = replace(mine, started=mine.started - 3)
+            assert head.processes(crashed) == [] and head.down(crashed) == 0 and stranger.poll() is None
+        finally:
+            stranger.kill()
+
+
+def test_what_a_head_that_crashed_left_in_its_session_is_found_until_the_machine_starts_again(tmp_path, monkeypatch):
+    with subprocess.Popen(["sh", "-c", "sleep 600 & echo $!; read x"], start_new_session=True, stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE) as leader:
+        orphan = psutil.Process(int(leader.stdout.readline()))
+        try:
+            crashed = record(leader, tmp_path)
+            leader.kill()
+            leader.wait()
+            assert not crashed.alive() and head.processes(crashed) == [orphan]
+            with monkeypatch.context() as patch:
+                patch.setattr(psutil, "boot_time", lambda: crashed.started + 60)
+                assert head.processes(crashed) == []
+            assert head.down(crashed) == 1 and head.processes(crashed) == []
+        finally:
+            with contextlib.suppress(psutil.Error):
+                orphan.kill()
 
 
 def test_a_cluster_of_another_host_is_neither_ended_nor_replaced_from_here(tmp_path, monkeypatch):
