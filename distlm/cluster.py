@@ -24,6 +24,7 @@ import psutil
 
 from distlm import head as heads
 from distlm.errors import ClusterError, InputError
+from distlm.process import signals_held as _signals_held
 from distlm.storage import Storage, writing
 
 CLEAR_S = 10
@@ -200,30 +201,6 @@ def import_ray() -> Any:
     with _signals_held():
         import ray
     return ray
-
-
-@contextlib.contextmanager
-def _signals_held() -> Iterator[None]:
-    """An interrupt in the block is raised at its end, the second one at once. Ray's compiled modules would swallow it while they are
-    imported; so would Python in the hooks around a fork, by which Ray starts processes, with logging's lock taken for ever."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    waiting: list[int] = []
-
-    def hold(number: int, _: Any) -> None:
-        waiting.append(number)
-        if len(waiting) > 1:
-            raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, hold) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    for received in waiting:
-        signal.raise_signal(received)
 
 
 def _shutdown() -> None:

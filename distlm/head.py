@@ -27,7 +27,7 @@ import psutil
 from pydantic import Field
 
 from distlm.errors import ClusterError, InputError
-from distlm.process import living
+from distlm.process import living, signals_held
 from distlm.spec.base import Name, Part
 from distlm.storage import Storage, locked, read_json, write_json, writing
 
@@ -153,17 +153,20 @@ def _up(config: LocalCluster, storage: Storage) -> tuple[Head, bool]:
                *(f"--{name.replace('_', '-')}={ports[name]}" for name in PORTS)]
     if config.gpus is not None:
         command.append(f"--num-gpus={config.gpus}")
-    with writing(folder / "head.log"), open(folder / "head.log", "wb") as log:
-        process = subprocess.Popen(command, env=_environment(identity, token_file, ray_folder, ports), start_new_session=True, cwd=folder,
-                                   stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
-    head = Head(config.name, identity, str(folder), str(ray_folder), f"{config.host}:{ports['port']}",
-                f"http://{config.host}:{ports['dashboard_port']}", str(token_file), config.cpus or default_cpus(),
-                socket.gethostname(), process.pid, psutil.Process(process.pid).create_time())
+    head: Head | None = None
     try:
-        write_json(folder / "cluster.json", asdict(head))
+        with signals_held():                               # a head that is not on record would be nobody's to end
+            with writing(folder / "head.log"), open(folder / "head.log", "wb") as log:
+                process = subprocess.Popen(command, env=_environment(identity, token_file, ray_folder, ports), start_new_session=True,
+                                           cwd=folder, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
+            head = Head(config.name, identity, str(folder), str(ray_folder), f"{config.host}:{ports['port']}",
+                        f"http://{config.host}:{ports['dashboard_port']}", str(token_file), config.cpus or default_cpus(),
+                        socket.gethostname(), process.pid, psutil.Process(process.pid).create_time())
+            write_json(folder / "cluster.json", asdict(head))
         _wait_until_ready(head, process)
     except BaseException:
-        down(head)
+        if head:
+            down(head)
         raise
     return head, True
 

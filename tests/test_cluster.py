@@ -12,6 +12,7 @@ import threading
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -223,6 +224,27 @@ def test_an_interrupted_up_leaves_nothing(storage, tmp_path):
     process.send_signal(signal.SIGCONT)
     process.communicate(timeout=60)
     assert process.returncode in INTERRUPTED and head.processes(brief) == [] and not record.exists()
+
+
+def test_an_interrupt_before_a_head_is_on_record_leaves_nothing(tmp_path, monkeypatch):
+    started = []
+
+    def start(_: Any, **more: Any) -> "subprocess.Popen[bytes]":
+        process = subprocess.Popen(["sleep", "600"], start_new_session=True, env=more["env"])
+        started.append((process, psutil.Process(process.pid)))
+        signal.raise_signal(signal.SIGINT)
+        return process
+
+    monkeypatch.setattr(head, "subprocess", SimpleNamespace(Popen=start, DEVNULL=subprocess.DEVNULL, STDOUT=subprocess.STDOUT))
+    with pytest.raises(KeyboardInterrupt):
+        head.up(head.LocalCluster(), Storage(tmp_path))
+    [(process, seen)] = started
+    with process:
+        try:
+            assert not seen.is_running() or seen.status() == psutil.STATUS_ZOMBIE
+            assert head.recorded(Storage(tmp_path)) == []
+        finally:
+            process.kill()
 
 
 def test_a_head_that_cannot_start_says_why_and_leaves_nothing(storage, monkeypatch):
