@@ -36,6 +36,8 @@ LONGEST_RAY_FOLDER = 40
 """Bytes. Ray puts sockets some 64 bytes below its folder, and the path of a socket may have 107."""
 START_TIMEOUT_S = 90
 STOP_GRACE_S = 5
+KILL_GRACE_S = 30
+"""So long what was killed is waited for: one that waits for a disk does not end before that answers."""
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
 """For glibc: tokenizing loses a third of its speed within a minute as the heap breaks into pieces, and with huge pages it does not
 (docs/experiments.md)."""
@@ -175,7 +177,8 @@ def down(head: Head) -> int:
     """End the processes of this head, and remove its record and token. Returns how many there were.
 
     Logs in the cluster's own folder stay until the next `up`; a short folder of Ray's elsewhere goes.
-    Raises ClusterError for a head on another host: whether it lives cannot be seen from here.
+    Raises ClusterError for a head on another host, whose life cannot be seen from here, and where a process cannot be ended: the record
+    stays.
     """
     if not head.here():
         raise ClusterError(f"cluster {head.name} was started on {head.host}, not here", where=head.folder,
@@ -187,6 +190,11 @@ def down(head: Head) -> int:
         if head.alive():                                   # `ray start --block` takes its children along
             psutil.Process(head.pid).terminate()
     while found := processes(head):
+        if time.monotonic() > deadline + KILL_GRACE_S:
+            left = ", ".join(f"{process.pid} ({_shown(process)})" for process in found)
+            raise ClusterError(f"processes of cluster {head.name} do not end: {left}", where=head.folder,
+                               remedy="one in disk-sleep waits for a disk or a network file system, one of another user is theirs to end; then "
+                               "`distlm cluster down` again")
         for process in found:
             with contextlib.suppress(psutil.Error):
                 if time.monotonic() > deadline:
@@ -202,6 +210,12 @@ def down(head: Head) -> int:
         with contextlib.suppress(OSError):                 # the short one is empty then
             Path(head.ray_folder).parent.rmdir()
     return len(ended)
+
+
+def _shown(process: psutil.Process) -> str:
+    with contextlib.suppress(psutil.Error):
+        return f"{process.name()}, {process.username()}, {process.status()}"
+    return "ended just now"
 
 
 def forget(head: Head) -> None:

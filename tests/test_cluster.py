@@ -302,6 +302,33 @@ def test_what_a_head_that_crashed_left_in_its_session_is_found_until_the_machine
                 orphan.kill()
 
 
+class Stuck(psutil.Process):
+    """One that waits for a disk: it takes no signal."""
+
+    def send_signal(self, number: int) -> None:
+        pass
+
+    terminate = kill = lambda self: None
+
+    def status(self) -> str:
+        return psutil.STATUS_DISK_SLEEP
+
+
+def test_a_process_that_does_not_end_is_named_and_the_record_stays(tmp_path, monkeypatch):
+    with subprocess.Popen(["sleep", "600"], start_new_session=True) as process:
+        try:
+            write_json(tmp_path / "cluster.json", asdict(mine := record(process, tmp_path)))
+            monkeypatch.setattr(psutil, "process_iter", lambda: [Stuck(process.pid)])
+            monkeypatch.setattr(head, "living", lambda *_: None)
+            monkeypatch.setattr(head, "STOP_GRACE_S", 0.1)
+            monkeypatch.setattr(head, "KILL_GRACE_S", 0.2)
+            with pytest.raises(ClusterError, match=rf"{tmp_path}: .* do not end: {process.pid} \(sleep, .*, disk-sleep\); .*down` again"):
+                head.down(mine)
+            assert (tmp_path / "cluster.json").exists()
+        finally:
+            process.kill()
+
+
 def test_a_cluster_of_another_host_is_neither_ended_nor_replaced_from_here(tmp_path, monkeypatch):
     storage, folder = Storage(tmp_path), tmp_path / "clusters" / "local"
     session = folder / "ray" / "session_1"
