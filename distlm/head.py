@@ -193,8 +193,8 @@ def down(head: Head) -> int:
         if time.monotonic() > deadline + KILL_GRACE_S:
             left = ", ".join(f"{process.pid} ({_shown(process)})" for process in found)
             raise ClusterError(f"processes of cluster {head.name} do not end: {left}", where=head.folder,
-                               remedy="one in disk-sleep waits for a disk or a network file system, one of another user is theirs to end; then "
-                               "`distlm cluster down` again")
+                               remedy="one in disk-sleep waits for a disk or a network file system, one of another user is theirs to end; "
+                               "then `distlm cluster down` again")
         for process in found:
             with contextlib.suppress(psutil.Error):
                 if time.monotonic() > deadline:
