@@ -425,3 +425,21 @@ def test_an_interrupted_submit_is_stopped_by_the_user_and_does_not_run(tmp_path:
     assert (job.state, job.cause) == ("stopped", "user") and "interrupted" in job.message
     [submission] = [event["submission"] for event in RunFolder(job.folder).events() if event["state"] == "queued"]
     assert asked == [f"/api/jobs/{submission}/stop"], "the cluster may have taken it"
+
+
+def test_what_a_job_does_not_take_along_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = tmp_path / "here"
+    for i in range(6):
+        (here / f"{i}").mkdir(parents=True)
+        (here / f"{i}" / "events.jsonl").write_text("")
+    (here / "job.yaml").write_text("kind: prepare\nname: x\nsources: [stdlib]\n")
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("DISTLM_STORAGE", str(tmp_path / "store"))
+    monkeypatch.setattr(jobs, "send", lambda *_: None)
+    with dashboard() as url:
+        monkeypatch.setattr(cluster, "require", lambda *_: cluster.Cluster("c", "127.0.0.1:1", url))
+        done = CliRunner().invoke(app, ["submit", "job.yaml", "--no-follow"])
+    told = ", ".join(f"{i}/ (holds events.jsonl)" for i in range(4))
+    assert f"not taken along: {told} and 2 more" in done.output, done.output
+    folder = RunFolder(Storage(tmp_path / "store").corpus("x"))
+    assert folder.state() == ("queued", "") and "5/ (holds events.jsonl)" in folder.events()[-1]["message"]
