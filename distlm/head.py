@@ -134,11 +134,11 @@ def up(config: LocalCluster, storage: Storage) -> tuple[Head, bool]:
 
 def _up(config: LocalCluster, storage: Storage) -> tuple[Head, bool]:
     folder = storage.root / "clusters" / config.name
-    for head in recorded(storage):
-        if head.name == config.name:
-            if head.alive():
-                return head, False
-            down(head)                                     # what a head that crashed left behind; refused for one of another host
+    for found in recorded(storage):
+        if found.name == config.name:
+            if found.alive():
+                return found, False
+            down(found)                                    # what a head that crashed left behind; refused for one of another host
     ports = _ports(config)
     ray_folder = _ray_folder(folder)
     token_file = folder / "token"
