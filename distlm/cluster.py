@@ -27,6 +27,7 @@ from distlm.errors import ClusterError, InputError
 from distlm.process import signals_held as _signals_held
 from distlm.storage import Storage, writing
 
+NAME_TOKEN = "RAY_AUTH_TOKEN_PATH must name the cluster's token"
 CLEAR_S = 10
 """So long an embedded cluster's folder is tried to be removed."""
 
@@ -103,11 +104,12 @@ def dashboard(cluster: Cluster) -> Cluster:
     if cluster.dashboard_url:
         return cluster
     from ray.dashboard.utils import get_address_for_submission_client
+    from ray.exceptions import RayError
 
     with authenticated(cluster.token_file):
         try:
             return replace(cluster, dashboard_url=get_address_for_submission_client(cluster.address))
-        except (ConnectionError, OSError, RuntimeError, ValueError) as error:
+        except (ConnectionError, OSError, RuntimeError, ValueError, RayError) as error:
             raise _unreachable(cluster, error) from error
 
 
@@ -147,13 +149,17 @@ def status(cluster: Cluster) -> Status:
 def refusal(dashboard_url: str, code: int, what: str = "") -> ClusterError:
     """The error for an answer that is not 200."""
     return ClusterError(f"{what} answers {code}".strip(), where=dashboard_url,
-                        remedy="RAY_AUTH_TOKEN_PATH must name the cluster's token" if code in (401, 403) else "")
+                        remedy=NAME_TOKEN if code in (401, 403) else "")
 
 
 def _unreachable(cluster: Cluster, error: Exception) -> ClusterError:
+    where, has_token = f"cluster {cluster.address}", heads.token(cluster.token_file)
+    if "InvalidAuthToken" in str(error):
+        said = "does not take this token" if has_token else "asks for a token, and there is none"
+        return ClusterError(said, where=where, remedy=NAME_TOKEN)
     reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return ClusterError(f"cannot be reached: {reason}", where=f"cluster {cluster.address}",
-                        remedy="unset RAY_ADDRESS, or bring one up with `distlm cluster up`")
+    return ClusterError(f"cannot be reached: {reason}", where=where, remedy="unset RAY_ADDRESS, or bring one up with `distlm cluster up`"
+                        + ("" if has_token else f"; where it asks for a token, {NAME_TOKEN}"))
 
 
 def of(head: heads.Head) -> Cluster:
@@ -282,9 +288,12 @@ def _dashboard_url() -> str:
 
 @contextlib.contextmanager
 def authenticated(token_file: str | None) -> Iterator[None]:
-    """Inside the block this process, and what it starts, speaks to Ray with the token in `token_file`, or the user's own."""
+    """Inside the block this process, and what it starts, speaks to Ray with the token in `token_file`, or the user's own. Raises
+    ClusterError where there is none and one is wanted: Ray would abort the process."""
     own: dict[str, str | None] = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": token_file, "RAY_AUTH_TOKEN": None}
     mode = os.environ.get("RAY_AUTH_MODE") or ("token" if heads.token(None) else None)
+    if (token_file or mode == "token") and not heads.token(token_file):
+        raise ClusterError("there is no token", where=token_file or "RAY_AUTH_MODE=token", remedy=NAME_TOKEN)
     with environment(own if token_file else {"RAY_AUTH_MODE": mode}):
         _reload_token()
         yield

@@ -133,6 +133,36 @@ def test_a_wrong_token_is_told_in_one_line(up, tmp_path):
         assert up.dashboard_url in done.stderr and "RAY_AUTH_TOKEN_PATH must name the cluster's token" in done.stderr
 
 
+@pytest.mark.parametrize(("place", "mode", "said"), [
+    ("dashboard_url", {}, "answers 401"), ("address", {}, "asks for a token, and there is none"),
+    ("address", {"RAY_AUTH_MODE": "token"}, "there is no token")])
+def test_without_a_token_one_line_says_what_must_name_it(place, mode, said, up, tmp_path):
+    """Ray itself would abort the process, with the stack of its C++, or tell how to make a token that fits no cluster."""
+    (tmp_path / "a.yaml").write_text("kind: prepare\nname: a\nsources: [stdlib]\n")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+    environment |= {"HOME": str(tmp_path), "DISTLM_STORAGE": str(tmp_path / "store"), "RAY_ADDRESS": getattr(up, place), **mode}
+    for words in (["cluster", "status"], ["submit", "a.yaml"]):
+        done = subprocess.run([sys.executable, "-m", "distlm", *words], capture_output=True, text=True, timeout=120, cwd=tmp_path,
+                              env=environment)
+        *before, last = done.stderr.splitlines()
+        assert done.returncode == 4 and [line for line in before if "gcs_client.cc" not in line] == [], done.stderr
+        assert last.startswith("distlm: error: ") and said in last
+        assert last.endswith("; RAY_AUTH_TOKEN_PATH must name the cluster's token")
+    assert not (tmp_path / "store").exists()
+
+
+def test_of_a_cluster_that_cannot_be_joined_it_is_said_that_a_token_may_be_wanted(tmp_path, monkeypatch):
+    """Ray does not tell that it was refused."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    lost = cluster.Cluster("$RAY_ADDRESS", "10.0.0.1:6379")
+    assert str(cluster._unreachable(lost, ConnectionError("no"))).endswith("where it asks for a token, RAY_AUTH_TOKEN_PATH must name the "
+                                                                           "cluster's token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "0")
+    assert str(cluster._unreachable(lost, ConnectionError("no"))).endswith("`distlm cluster up`")
+
+
 def test_of_two_that_bring_it_up_at_once_one_starts_it(tmp_path, monkeypatch):
     inside, most = [], []
 
