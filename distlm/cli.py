@@ -218,6 +218,9 @@ def submit(spec: SpecFile, set_: Sets = None, resume: Resume = False,
 
     submission = jobs.submit(spec, overrides=set_ or [], resume=resume, working_dir=working_dir)
     print(f"submitted {submission.id}\ndashboard {cluster.shown(submission.dashboard_url, submission.token_file)}")
+    if submission.left_out:
+        more = len(submission.left_out) - 4
+        print(f"not taken along: {', '.join(submission.left_out[:4])}{f' and {more:,} more' if more > 0 else ''}")
     if sys.stdout.isatty() if follow is None else follow:
         _follow(submission)
     else:

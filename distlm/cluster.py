@@ -24,8 +24,10 @@ import psutil
 
 from distlm import head as heads
 from distlm.errors import ClusterError, InputError
+from distlm.process import signals_held
 from distlm.storage import Storage, writing
 
+NAME_TOKEN = "RAY_AUTH_TOKEN_PATH must name the cluster's token"
 CLEAR_S = 10
 """So long an embedded cluster's folder is tried to be removed."""
 
@@ -105,11 +107,12 @@ def dashboard(cluster: Cluster) -> Cluster:
     if cluster.dashboard_url:
         return cluster
     from ray.dashboard.utils import get_address_for_submission_client
+    from ray.exceptions import RayError
 
     with authenticated(cluster.token_file):
         try:
             return replace(cluster, dashboard_url=get_address_for_submission_client(cluster.address))
-        except (ConnectionError, OSError, RuntimeError, ValueError) as error:
+        except (ConnectionError, OSError, RuntimeError, ValueError, RayError) as error:
             raise _unreachable(cluster, error) from error
 
 
@@ -154,12 +157,17 @@ def status(cluster: Cluster) -> Status:
 def refusal(dashboard_url: str, code: int, what: str = "") -> ClusterError:
     """The error for an answer that is not 200."""
     return ClusterError(f"{what} answers {code}".strip(), where=dashboard_url,
-                        remedy="RAY_AUTH_TOKEN_PATH must name the cluster's token" if code in (401, 403) else "")
+                        remedy=NAME_TOKEN if code in (401, 403) else "")
 
 
 def _unreachable(cluster: Cluster, error: Exception) -> ClusterError:
-    return ClusterError(f"cannot be reached: {_reason(error)}", where=f"cluster {cluster.address}",
-                        remedy="unset RAY_ADDRESS, or bring one up with `distlm cluster up`")
+    where, has_token = f"cluster {cluster.address}", heads.token(cluster.token_file)
+    if "InvalidAuthToken" in str(error):
+        said = "does not take this token" if has_token else "asks for a token, and there is none"
+        return ClusterError(said, where=where, remedy=NAME_TOKEN)
+    remedy = "unset RAY_ADDRESS, or bring one up with `distlm cluster up`"
+    return ClusterError(f"cannot be reached: {_reason(error)}", where=where,
+                        remedy=remedy if has_token else f"{remedy}; where it asks for a token, {NAME_TOKEN}")
 
 
 def _reason(error: Exception) -> str:
@@ -194,7 +202,7 @@ def connect(log_file: Path | None = None, *, storage: Storage | None = None, clu
                 stack.enter_context(environment({name: os.environ.get(name, value) for name, value in heads.LOST_AFTER.items()}))
             if cluster:
                 stack.enter_context(authenticated(cluster.token_file))
-            with _signals_held(), _sigterm_kept():
+            with signals_held(), _sigterm_kept():
                 connection = _join(cluster) if cluster else _embed(stack)
                 stack.callback(_shutdown)                  # before the folder and the token go that it needs
             yield connection
@@ -202,33 +210,9 @@ def connect(log_file: Path | None = None, *, storage: Storage | None = None, clu
 
 def import_ray() -> Any:
     """Import Ray whole."""
-    with _signals_held():
+    with signals_held():
         import ray
     return ray
-
-
-@contextlib.contextmanager
-def _signals_held() -> Iterator[None]:
-    """An interrupt in the block is raised at its end, the second one at once. Ray's compiled modules would swallow it while they are
-    imported; so would Python in the hooks around a fork, by which Ray starts processes, with logging's lock taken for ever."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    waiting: list[int] = []
-
-    def hold(number: int, _: Any) -> None:
-        waiting.append(number)
-        if len(waiting) > 1:
-            raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, hold) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    for received in waiting:
-        signal.raise_signal(received)
 
 
 def _shutdown() -> None:
@@ -243,7 +227,7 @@ def _shutdown() -> None:
 
 @contextlib.contextmanager
 def _sigterm_kept() -> Iterator[None]:
-    """ray.init takes SIGTERM for itself before it starts processes: what `_signals_held` keeps off would come by that door, and stay."""
+    """ray.init takes SIGTERM for itself before it starts processes: what `signals_held` keeps off would come by that door, and stay."""
     from ray._private import utils
 
     take, utils.set_sigterm_handler = utils.set_sigterm_handler, lambda handler: None
@@ -359,9 +343,12 @@ def _dashboard_url() -> str:
 
 @contextlib.contextmanager
 def authenticated(token_file: str | None) -> Iterator[None]:
-    """Inside the block this process, and what it starts, speaks to Ray with the token in `token_file`, or the user's own."""
+    """Inside the block this process, and what it starts, speaks to Ray with the token in `token_file`, or the user's own. Raises
+    ClusterError where there is none and one is wanted: Ray would abort the process."""
     own: dict[str, str | None] = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": token_file, "RAY_AUTH_TOKEN": None}
     mode = os.environ.get("RAY_AUTH_MODE") or ("token" if heads.token(None) else None)
+    if (token_file or mode == "token") and not heads.token(token_file):
+        raise ClusterError("there is no token", where=token_file or "RAY_AUTH_MODE=token", remedy=NAME_TOKEN)
     with environment(own if token_file else {"RAY_AUTH_MODE": mode}):
         _reload_token()
         yield

@@ -27,7 +27,7 @@ import psutil
 from pydantic import Field
 
 from distlm.errors import ClusterError, InputError
-from distlm.process import living
+from distlm.process import living, signals_held
 from distlm.spec.base import Name, Part
 from distlm.storage import Storage, locked, read_json, write_json, writing
 
@@ -36,6 +36,8 @@ LONGEST_RAY_FOLDER = 40
 """Bytes. Ray puts sockets some 64 bytes below its folder, and the path of a socket may have 107."""
 START_TIMEOUT_S = 90
 STOP_GRACE_S = 5
+KILL_GRACE_S = 30
+"""So long what was killed is waited for: one that waits for a disk does not end before that answers."""
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
 """For glibc: tokenizing loses a third of its speed within a minute as the heap breaks into pieces, and with huge pages it does not
 (docs/experiments.md)."""
@@ -132,11 +134,11 @@ def up(config: LocalCluster, storage: Storage) -> tuple[Head, bool]:
 
 def _up(config: LocalCluster, storage: Storage) -> tuple[Head, bool]:
     folder = storage.root / "clusters" / config.name
-    for head in recorded(storage):
-        if head.name == config.name:
-            if head.alive():
-                return head, False
-            down(head)                                     # what a head that crashed left behind; refused for one of another host
+    for found in recorded(storage):
+        if found.name == config.name:
+            if found.alive():
+                return found, False
+            down(found)                                    # what a head that crashed left behind; refused for one of another host
     ports = _ports(config)
     ray_folder = _ray_folder(folder)
     token_file = folder / "token"
@@ -153,17 +155,20 @@ def _up(config: LocalCluster, storage: Storage) -> tuple[Head, bool]:
                *(f"--{name.replace('_', '-')}={ports[name]}" for name in PORTS)]
     if config.gpus is not None:
         command.append(f"--num-gpus={config.gpus}")
-    with writing(folder / "head.log"), open(folder / "head.log", "wb") as log:
-        process = subprocess.Popen(command, env=_environment(identity, token_file, ray_folder, ports), start_new_session=True, cwd=folder,
-                                   stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
-    head = Head(config.name, identity, str(folder), str(ray_folder), f"{config.host}:{ports['port']}",
-                f"http://{config.host}:{ports['dashboard_port']}", str(token_file), config.cpus or default_cpus(),
-                socket.gethostname(), process.pid, psutil.Process(process.pid).create_time())
+    head: Head | None = None
     try:
-        write_json(folder / "cluster.json", asdict(head))
+        with signals_held():                               # a head that is not on record would be nobody's to end
+            with writing(folder / "head.log"), open(folder / "head.log", "wb") as log:
+                process = subprocess.Popen(command, env=_environment(identity, token_file, ray_folder, ports), start_new_session=True,
+                                           cwd=folder, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
+            head = Head(config.name, identity, str(folder), str(ray_folder), f"{config.host}:{ports['port']}",
+                        f"http://{config.host}:{ports['dashboard_port']}", str(token_file), config.cpus or default_cpus(),
+                        socket.gethostname(), process.pid, psutil.Process(process.pid).create_time())
+            write_json(folder / "cluster.json", asdict(head))
         _wait_until_ready(head, process)
     except BaseException:
-        down(head)
+        if head:
+            down(head)
         raise
     return head, True
 
@@ -172,7 +177,8 @@ def down(head: Head) -> int:
     """End the processes of this head, and remove its record and token. Returns how many there were.
 
     Logs in the cluster's own folder stay until the next `up`; a short folder of Ray's elsewhere goes.
-    Raises ClusterError for a head on another host: whether it lives cannot be seen from here.
+    Raises ClusterError for a head on another host, whose life cannot be seen from here, and where a process cannot be ended: the record
+    stays.
     """
     if not head.here():
         raise ClusterError(f"cluster {head.name} was started on {head.host}, not here", where=head.folder,
@@ -184,6 +190,11 @@ def down(head: Head) -> int:
         if head.alive():                                   # `ray start --block` takes its children along
             psutil.Process(head.pid).terminate()
     while found := processes(head):
+        if time.monotonic() > deadline + KILL_GRACE_S:
+            left = ", ".join(f"{process.pid} ({_shown(process)})" for process in found)
+            raise ClusterError(f"processes of cluster {head.name} do not end: {left}", where=head.folder,
+                               remedy="one in disk-sleep waits for a disk or a network file system, one of another user is theirs to end; "
+                               "then `distlm cluster down` again")
         for process in found:
             with contextlib.suppress(psutil.Error):
                 if time.monotonic() > deadline:
@@ -201,6 +212,12 @@ def down(head: Head) -> int:
     return len(ended)
 
 
+def _shown(process: psutil.Process) -> str:
+    with contextlib.suppress(psutil.Error):
+        return f"{process.name()}, {process.username()}, {process.status()}"
+    return "ended just now"
+
+
 def forget(head: Head) -> None:
     """Remove a head's record and token, and touch no process."""
     for name in ("cluster.json", "token"):
@@ -211,22 +228,34 @@ def processes(head: Head) -> list[psutil.Process]:
     """The living processes of a head: by its mark, its session, and what descends from either."""
     if not head.here():
         return []
+    session = _has_session(head)
     found: dict[int, psutil.Process] = {}
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, ProcessLookupError):
             if process.pid == os.getpid() or process.status() == psutil.STATUS_ZOMBIE:
                 continue
-            if _belongs(process, head):
+            if _belongs(process, head, session):
                 for one in (process, *process.children(recursive=True)):
                     if one.pid != os.getpid() and one.status() != psutil.STATUS_ZOMBIE:
                         found[one.pid] = one
     return list(found.values())
 
 
-def _belongs(process: psutil.Process, head: Head) -> bool:
+def _has_session(head: Head) -> bool:
+    """Whether a session of the head's number can be its own: not where another process has that number by now, which the system gives to
+    nobody as long as the session has members, nor where this machine has been started since."""
+    if head.started < psutil.boot_time() - 2:
+        return False
+    try:
+        return abs(psutil.Process(head.pid).create_time() - head.started) < 2
+    except psutil.NoSuchProcess:
+        return True
+
+
+def _belongs(process: psutil.Process, head: Head, session: bool) -> bool:
     if process.create_time() < head.started - 2:
         return False
-    if os.getsid(process.pid) == head.pid:
+    if session and os.getsid(process.pid) == head.pid:
         return True
     try:
         return process.environ().get(MARK) == head.id

@@ -45,6 +45,8 @@ class Submission:
     dashboard_url: str
     token_file: str | None
     folder: Path
+    left_out: tuple[str, ...] = ()
+    """Folders that did not go along though they might be wanted, each with the reason."""
 
 
 @dataclass(frozen=True)
@@ -112,17 +114,24 @@ def submit(source: str | Path | Mapping[str, Any], *, overrides: Sequence[str] =
         words.append(f"--set=storage={storage.root}")      # a relative path would mean another folder over there
     if resume:
         words.append("--resume")
-    submission = Submission(f"{spec.kind}-{spec.name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}", at.dashboard_url,
-                            at.token_file, folder.path)
     with tempfile.TemporaryDirectory() as scratch:
         archive = Path(scratch) / "working_dir.zip"
-        upload.pack(here, archive, storage.root, extra)
+        left_out = upload.pack(here, archive, storage.root, extra)
+        submission = Submission(f"{spec.kind}-{spec.name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}", at.dashboard_url,
+                                at.token_file, folder.path, tuple(left_out))
         variables = {"DISTLM_STORAGE": str(storage.root), "DISTLM_PROGRESS": "json", "PYTHONUNBUFFERED": "1",
                      SUBMISSION: submission.id, "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_GRACE_S)}
-        folder.event("queued", message=f"submitted to {at.dashboard_url}", submission=submission.id, dashboard=at.dashboard_url,
-                     token_file=at.token_file)
+        folder.queue(f"submitted to {at.dashboard_url}", submission=submission.id, resume=resume or spec.kind == "pipeline",
+                     dashboard=at.dashboard_url, token_file=at.token_file)
         try:
+            if left_out:
+                folder.event("note", message=f"not taken along: {', '.join(left_out)}")
             send(submission, shlex.join(words), archive, variables, {"kind": spec.kind, "name": spec.name, "folder": str(folder.path)})
+        except KeyboardInterrupt:
+            folder.event("stopped", "user", "interrupted while it was submitted")
+            with contextlib.suppress(ClusterError):        # which may have taken it already
+                _end_ray_job(submission)
+            raise
         except BaseException as error:
             folder.event("failed", "head_lost" if isinstance(error, ClusterError) else "internal", f"could not be submitted: {error}")
             raise
@@ -435,9 +444,13 @@ def _stop_submitted(job: Job, grace_s: float) -> str:
     return "never began" if job.state == "queued" else _stop_process(job, grace_s)
 
 
-def _stop_ray_job(submission: Submission, grace_s: float) -> None:
+def _end_ray_job(submission: Submission) -> None:
     with client(submission.dashboard_url, submission.token_file) as http:
         http.post(f"/api/jobs/{submission.id}/stop")
+
+
+def _stop_ray_job(submission: Submission, grace_s: float) -> None:
+    _end_ray_job(submission)
     deadline = time.monotonic() + grace_s + 10
     while time.monotonic() < deadline:
         info = ray_job(submission)

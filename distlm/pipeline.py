@@ -192,7 +192,7 @@ def stand_in(steps: Mapping[str, Any], value: Any) -> Any:
     whole = REFERENCE.fullmatch(value) if isinstance(value, str) else None
     if whole:
         step, name = split(steps, whole[1])
-        dimension = (steps[step].get("space") or {}).get(name.removeprefix("best.")) if steps[step].get("kind") == "tune" else None
+        dimension = space_of(steps[step]).get(name.removeprefix("best."))
         values = next(iter(dimension.values()), None) if isinstance(dimension, dict) else None
         return values[0] if isinstance(values, list) and values else value
     return value
@@ -205,13 +205,21 @@ def output(steps: Mapping[str, Any], reference: str, where: str) -> tuple[str, s
         near = nearest(reference.split(".")[0], steps)
         raise SpecError(f"${{{reference}}}: there is no such step", where=where,
                         remedy=f"did you mean {near}?" if near else f"there are {', '.join(steps)}")
-    kind = steps[step].get("kind")
-    known = [*OUTPUTS.get(str(kind), ()), *(f"best.{key}" for key in (steps[step].get("space") or {}) if kind == "tune")]
+    kind = str(steps[step].get("kind"))
+    known = [*OUTPUTS.get(kind, ()), *(f"best.{key}" for key in space_of(steps[step]))]
+    if kind == "tune" and name.startswith("best.") and not space_of(steps[step]):
+        return step, name                                  # the sweep has no space: told there
     if name and kind in OUTPUTS and name not in known:
         near = nearest(name, known)
         raise SpecError(f"${{{reference}}}: a {kind} step has no output {name}", where=where,
                         remedy=f"did you mean {near}?" if near else f"there are {', '.join(known)}")
     return step, name
+
+
+def space_of(step: Mapping[str, Any]) -> dict[str, Any]:
+    """The space of a sweep; empty for another kind of step, and where what is written is none, which `check_step` refuses."""
+    space = step.get("space") if step.get("kind") == "tune" else None
+    return space if isinstance(space, dict) else {}
 
 
 def split(steps: Mapping[str, Any], reference: str) -> tuple[str, str]:

@@ -109,6 +109,17 @@ def write_atomic(path: Path, data: bytes | str) -> None:
             raise
 
 
+def flush_folder(path: Path) -> None:
+    """Flush to disk what a folder lists: a new file's bytes may be there and its name be gone after a power cut. Some file systems flush no
+    folders; they are left as they are."""
+    with contextlib.suppress(OSError):
+        handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
 @contextlib.contextmanager
 def replacing(path: Path | str) -> Iterator[str]:
     """A temporary path beside `path` to write to; the file takes its place, flushed to disk, when the block ends without an error.

@@ -15,12 +15,14 @@ LIMIT_BYTES = 100 << 20
 LEFT_OUT = (".git", ".hg", ".svn", "__pycache__", "node_modules", ".mypy_cache", ".ruff_cache", ".pytest_cache", ".tox")
 
 
-def pack(folder: Path, archive: Path, storage_root: Path, extra: Mapping[str, str] | None = None) -> int:
-    """Write the files of `folder`, and `extra` ones by name, to `archive`. Equal files give equal bytes. Returns the number of bytes read.
+def pack(folder: Path, archive: Path, storage_root: Path, extra: Mapping[str, str] | None = None) -> list[str]:
+    """Write the files of `folder`, and `extra` ones by name, to `archive`. Equal files give equal bytes. Returns the folders that stayed
+    behind though they might be wanted, each with the reason.
 
     Raises InputError above LIMIT_BYTES, naming the largest entries.
     """
-    found = {path: path.stat().st_size for path in files(folder, storage_root)}
+    left_out: list[str] = []
+    found = {path: path.stat().st_size for path in files(folder, storage_root, left_out)}
     total = sum(found.values())
     if total > LIMIT_BYTES:
         sizes: Counter[str] = Counter()
@@ -41,23 +43,33 @@ def pack(folder: Path, archive: Path, storage_root: Path, extra: Mapping[str, st
             put(path.relative_to(folder).as_posix(), path.read_bytes(), path.stat().st_mode)
         for name, text in (extra or {}).items():
             put(name, text.encode(), 0o100644)
-    return total
+    return left_out
 
 
-def files(folder: Path, storage_root: Path) -> Iterator[Path]:
-    """The files below `folder` that a job takes along; what git ignores is left out where there is git."""
+def files(folder: Path, storage_root: Path, left_out: list[str] | None = None) -> Iterator[Path]:
+    """The files below `folder` that a job takes along; what git ignores is left out where there is git. Into `left_out` go the folders that
+    stay behind though git would keep them, but for what nobody expects to go."""
     kept = _git_files(folder)
+    known = None if kept is None else kept | {parent for path in kept for parent in path.parents}
     for base, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not _left_out(Path(base) / name, storage_root))
+        reasons = {name: _left_out(Path(base) / name, storage_root) for name in sorted(folders)}
+        folders[:] = [name for name, why in reasons.items() if why is None]
+        if left_out is not None:
+            left_out += [f"{(Path(base) / name).relative_to(folder).as_posix()}/ ({why})" for name, why in reasons.items()
+                         if why and (known is None or Path(base) / name in known)]
         for name in sorted(names):
             path = Path(base) / name
             if path.is_file() and (kept is None or path in kept) and not _secret(path):
                 yield path
 
 
-def _left_out(folder: Path, storage_root: Path) -> bool:
-    return (folder.name in LEFT_OUT or folder.is_symlink() or folder == storage_root
-            or any((folder / name).exists() for name in ("pyvenv.cfg", "conda-meta", "events.jsonl", "cluster.json")))
+def _left_out(folder: Path, storage_root: Path) -> str | None:
+    """Why a folder stays behind, empty where nobody needs to be told; None for one that goes along."""
+    if folder.name in LEFT_OUT or folder == storage_root or any((folder / name).exists() for name in ("pyvenv.cfg", "conda-meta")):
+        return ""
+    if folder.is_symlink():
+        return "a link"
+    return next((f"holds {name}" for name in ("events.jsonl", "cluster.json") if (folder / name).exists()), None)
 
 
 def _secret(path: Path) -> bool:

@@ -13,6 +13,8 @@ import threading
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import httpx
 import psutil
@@ -132,6 +134,36 @@ def test_a_wrong_token_is_told_in_one_line(up, tmp_path):
         assert up.dashboard_url in done.stderr and "RAY_AUTH_TOKEN_PATH must name the cluster's token" in done.stderr
 
 
+@pytest.mark.parametrize(("place", "mode", "said"), [
+    ("dashboard_url", {}, "answers 401"), ("address", {}, "asks for a token, and there is none"),
+    ("address", {"RAY_AUTH_MODE": "token"}, "there is no token")])
+def test_without_a_token_one_line_says_what_must_name_it(place, mode, said, up, tmp_path):
+    """Ray itself would abort the process, with the stack of its C++, or tell how to make a token that fits no cluster."""
+    (tmp_path / "a.yaml").write_text("kind: prepare\nname: a\nsources: [stdlib]\n")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+    environment |= {"HOME": str(tmp_path), "DISTLM_STORAGE": str(tmp_path / "store"), "RAY_ADDRESS": getattr(up, place), **mode}
+    for words in (["cluster", "status"], ["submit", "a.yaml"]):
+        done = subprocess.run([sys.executable, "-m", "distlm", *words], capture_output=True, text=True, timeout=120, cwd=tmp_path,
+                              env=environment)
+        *before, last = done.stderr.splitlines()
+        assert done.returncode == 4 and [line for line in before if "gcs_client.cc" not in line] == [], done.stderr
+        assert last.startswith("distlm: error: ") and said in last
+        assert last.endswith("; RAY_AUTH_TOKEN_PATH must name the cluster's token")
+    assert not (tmp_path / "store").exists()
+
+
+def test_of_a_cluster_that_cannot_be_joined_it_is_said_that_a_token_may_be_wanted(tmp_path, monkeypatch):
+    """Ray does not tell that it was refused."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    lost = cluster.Cluster("$RAY_ADDRESS", "10.0.0.1:6379")
+    assert str(cluster._unreachable(lost, ConnectionError("no"))).endswith("where it asks for a token, RAY_AUTH_TOKEN_PATH must name the "
+                                                                           "cluster's token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "0")
+    assert str(cluster._unreachable(lost, ConnectionError("no"))).endswith("`distlm cluster up`")
+
+
 def test_of_two_that_bring_it_up_at_once_one_starts_it(tmp_path, monkeypatch):
     inside, most = [], []
 
@@ -206,7 +238,7 @@ def test_an_interrupt_while_ray_starts_is_raised_when_it_stands_and_ends_it(numb
             done.append("joined")
     assert done == ["started", "ended"] and signal.getsignal(number) == before
     with pytest.raises(KeyboardInterrupt):
-        with cluster._signals_held():
+        with signals_held():
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGINT)
             done.append("held")
@@ -241,6 +273,27 @@ def test_an_interrupted_up_leaves_nothing(storage, tmp_path):
     assert process.returncode in INTERRUPTED and head.processes(brief) == [] and not record.exists()
 
 
+def test_an_interrupt_before_a_head_is_on_record_leaves_nothing(tmp_path, monkeypatch):
+    started = []
+
+    def start(_: Any, **more: Any) -> "subprocess.Popen[bytes]":
+        process = subprocess.Popen(["sleep", "600"], start_new_session=True, env=more["env"])
+        started.append((process, psutil.Process(process.pid)))
+        signal.raise_signal(signal.SIGINT)
+        return process
+
+    monkeypatch.setattr(head, "subprocess", SimpleNamespace(Popen=start, DEVNULL=subprocess.DEVNULL, STDOUT=subprocess.STDOUT))
+    with pytest.raises(KeyboardInterrupt):
+        head.up(head.LocalCluster(), Storage(tmp_path))
+    [(process, seen)] = started
+    with process:
+        try:
+            assert not seen.is_running() or seen.status() == psutil.STATUS_ZOMBIE
+            assert head.recorded(Storage(tmp_path)) == []
+        finally:
+            process.kill()
+
+
 def test_a_head_that_cannot_start_says_why_and_leaves_nothing(storage, monkeypatch):
     monkeypatch.setattr(head, "START_TIMEOUT_S", 0.5)
     with pytest.raises(ClusterError, match="did not come up"):
@@ -258,6 +311,69 @@ def test_a_record_from_before_a_reboot_is_not_taken_for_a_cluster(up, tmp_path, 
         cluster.require()
     done = distlm("cluster", "down")                       # takes the record away, and no process: this one has that pid
     assert done.returncode == 0 and "0 processes" in done.stdout and head.recorded(Storage(tmp_path)) == []
+
+
+def record(process: "subprocess.Popen[bytes]", folder: Path, **more: Any) -> head.Head:
+    """The record of a head that is only a process."""
+    return head.Head(**{"name": "local", "id": "0" * 32, "folder": str(folder), "ray_folder": str(folder / "ray"), "address": "127.0.0.1:7",
+                        "dashboard_url": "http://127.0.0.1:9", "token_file": str(folder / "token"), "cpus": 1,
+                        "host": socket.gethostname(), "pid": process.pid, "started": psutil.Process(process.pid).create_time(), **more})
+
+
+def test_whoever_got_the_number_of_a_head_that_crashed_is_not_ended(tmp_path):
+    with subprocess.Popen(["sleep", "600"], start_new_session=True) as stranger:
+        try:
+            mine = record(stranger, tmp_path)
+            assert [one.pid for one in head.processes(mine)] == [stranger.pid]
+            crashed = replace(mine, started=mine.started - 3)
+            assert head.processes(crashed) == [] and head.down(crashed) == 0 and stranger.poll() is None
+        finally:
+            stranger.kill()
+
+
+def test_what_a_head_that_crashed_left_in_its_session_is_found_until_the_machine_starts_again(tmp_path, monkeypatch):
+    with subprocess.Popen(["sh", "-c", "sleep 600 & echo $!; read x"], start_new_session=True, stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE) as leader:
+        orphan = psutil.Process(int(leader.stdout.readline()))
+        try:
+            crashed = record(leader, tmp_path)
+            leader.kill()
+            leader.wait()
+            assert not crashed.alive() and head.processes(crashed) == [orphan]
+            with monkeypatch.context() as patch:
+                patch.setattr(psutil, "boot_time", lambda: crashed.started + 60)
+                assert head.processes(crashed) == []
+            assert head.down(crashed) == 1 and head.processes(crashed) == []
+        finally:
+            with contextlib.suppress(psutil.Error):
+                orphan.kill()
+
+
+class Stuck(psutil.Process):
+    """One that waits for a disk: it takes no signal."""
+
+    def send_signal(self, number: int) -> None:
+        pass
+
+    terminate = kill = lambda self: None
+
+    def status(self) -> str:
+        return psutil.STATUS_DISK_SLEEP
+
+
+def test_a_process_that_does_not_end_is_named_and_the_record_stays(tmp_path, monkeypatch):
+    with subprocess.Popen(["sleep", "600"], start_new_session=True) as process:
+        try:
+            write_json(tmp_path / "cluster.json", asdict(mine := record(process, tmp_path)))
+            monkeypatch.setattr(psutil, "process_iter", lambda: [Stuck(process.pid)])
+            monkeypatch.setattr(head, "living", lambda *_: None)
+            monkeypatch.setattr(head, "STOP_GRACE_S", 0.1)
+            monkeypatch.setattr(head, "KILL_GRACE_S", 0.2)
+            with pytest.raises(ClusterError, match=rf"{tmp_path}: .* do not end: {process.pid} \(sleep, .*, disk-sleep\); .*down` again"):
+                head.down(mine)
+            assert (tmp_path / "cluster.json").exists()
+        finally:
+            process.kill()
 
 
 def test_a_cluster_of_another_host_is_neither_ended_nor_replaced_from_here(tmp_path, monkeypatch):

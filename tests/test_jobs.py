@@ -119,14 +119,18 @@ def test_whoever_has_taken_a_dashboards_port_is_not_told_the_token(known: str, t
 
 
 @contextlib.contextmanager
-def dashboard(**jobs_: str) -> Iterator[str]:
-    """What answers as Ray's job API does: submission -> status; 404 for others."""
+def dashboard(asked: list[str] | None = None, **jobs_: str) -> Iterator[str]:
+    """What answers as Ray's job API does: submission -> status; 404 for others. What is asked of it by POST goes into `asked`."""
     class Dashboard(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             status = jobs_.get(self.path.split("/")[-1].replace("-", "_"))
             self.send_response(200 if status else 404)
             self.end_headers()
             self.wfile.write(json.dumps({"status": status, "message": "no luck"}).encode())
+
+        def do_POST(self) -> None:
+            (asked if asked is not None else []).append(self.path)
+            self.do_GET()
 
         def log_message(self, *_: object) -> None:
             pass
@@ -388,3 +392,54 @@ def test_a_spec_that_names_files_travels_whole(kind: str, tmp_path: Path, monkey
         assert "run job.yaml" in sent["entrypoint"]
     else:
         assert "run .distlm/x.yaml" in sent["entrypoint"] and "llama-tiny" in sent["files"][".distlm/x.yaml"]
+
+
+def test_a_name_that_was_taken_while_its_files_were_packed_is_not_queued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage, pack = Storage(tmp_path / "store"), jobs.upload.pack
+    spec = {"kind": "prepare", "name": "x", "sources": ["stdlib"]}
+
+    def taken(*given: Any) -> int:
+        RunFolder.create(storage.corpus("x"), "kind: prepare\n", {}).event("starting")
+        return pack(*given)
+
+    monkeypatch.setattr(jobs.upload, "pack", taken)
+    monkeypatch.setattr(jobs, "send", lambda *_: pytest.fail("it is sent"))
+    with dashboard() as url:
+        monkeypatch.setattr(cluster, "require", lambda *_: cluster.Cluster("c", "127.0.0.1:1", url))
+        with pytest.raises(InputError, match="x is starting; `distlm status x` shows it"):
+            jobs.submit(spec, storage=storage, working_dir=tmp_path)
+    assert RunFolder(storage.corpus("x")).state() == ("starting", "")
+
+
+def test_an_interrupted_submit_is_stopped_by_the_user_and_does_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    asked: list[str] = []
+    monkeypatch.setattr(jobs, "send", interrupted)
+    with dashboard(asked) as url:
+        monkeypatch.setattr(cluster, "require", lambda *_: cluster.Cluster("c", "127.0.0.1:1", url))
+        with pytest.raises(KeyboardInterrupt):
+            jobs.submit({"kind": "prepare", "name": "x", "sources": ["stdlib"]}, storage=tmp_path / "store", working_dir=tmp_path)
+    job = jobs.locate("x", tmp_path / "store")
+    assert (job.state, job.cause) == ("stopped", "user") and "interrupted" in job.message
+    [submission] = [event["submission"] for event in RunFolder(job.folder).events() if event["state"] == "queued"]
+    assert asked == [f"/api/jobs/{submission}/stop"], "the cluster may have taken it"
+
+
+def test_what_a_job_does_not_take_along_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = tmp_path / "here"
+    for i in range(6):
+        (here / f"{i}").mkdir(parents=True)
+        (here / f"{i}" / "events.jsonl").write_text("")
+    (here / "job.yaml").write_text("kind: prepare\nname: x\nsources: [stdlib]\n")
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("DISTLM_STORAGE", str(tmp_path / "store"))
+    monkeypatch.setattr(jobs, "send", lambda *_: None)
+    with dashboard() as url:
+        monkeypatch.setattr(cluster, "require", lambda *_: cluster.Cluster("c", "127.0.0.1:1", url))
+        done = CliRunner().invoke(app, ["submit", "job.yaml", "--no-follow"])
+    told = ", ".join(f"{i}/ (holds events.jsonl)" for i in range(4))
+    assert f"not taken along: {told} and 2 more" in done.output, done.output
+    folder = RunFolder(Storage(tmp_path / "store").corpus("x"))
+    assert folder.state() == ("queued", "") and "5/ (holds events.jsonl)" in folder.events()[-1]["message"]

@@ -120,6 +120,19 @@ def test_every_wrong_step_is_named_at_once_with_its_line(tmp_path: Path) -> None
     assert "p.yaml:5: steps.a" in first and "p.yaml:8: steps.b" in second and "did you mean serve?" in second
 
 
+@pytest.mark.parametrize(("step", "key", "value", "what"), [
+    *(("prepare", "kind", value, "unknown kind") for value in ([], ["x"], {}, {"a": 1}, 5)),
+    *(("tune", "kind", value, "unknown kind") for value in (["tune"], {"tune": 1})),
+    *(("tune", "space", value, "must be a section") for value in (5, True, 0.5, "x", ["optimizer.lr"], [[]])),
+    ("tune", "space", {}, "must have 1 entries at least"), ("tune", "space", {"optimizer.lr": 5}, "must be a section"),
+    ("tune", "space", None, "must be a section")])
+def test_what_is_no_kind_and_no_space_is_told_once_where_it_is_written(step: str, key: str, value: Any, what: str) -> None:
+    """And not where other steps refer to it."""
+    given = {"prepare": PREPARE, "tune": TUNE, "train": {**TRAIN, "optimizer": {"lr": "${tune.best.optimizer.lr}"}}}
+    [said] = refused(**{**given, step: {**given[step], key: value}}).splitlines()
+    assert said.startswith(f"spec: steps.{step}: {key}") and what in said
+
+
 def test_a_mistake_in_a_step_is_told_with_its_own_line(tmp_path: Path) -> None:
     (tmp_path / "train.yaml").write_text("kind: train\nname: t\ncorpus: c\nmodel:\n  preset: llama-tiny\nduration: {steps: 7}\nsed: 1\n")
     (tmp_path / "p.yaml").write_text("""kind: pipeline

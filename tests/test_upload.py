@@ -53,6 +53,26 @@ def test_what_git_ignores_stays_behind(folder, tmp_path):
     assert names(tmp_path / "a.zip") == [".gitignore", "src/code.py", "src/ü.py", "train.yaml"]
 
 
+@pytest.mark.parametrize("git", [True, False])
+def test_a_folder_that_might_be_wanted_does_not_stay_behind_in_silence(git, folder, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "a.txt").write_text("a")
+    (folder / "linked").symlink_to(tmp_path / "elsewhere")
+    for name in ("data/logs/events.jsonl", "ignored/events.jsonl", "old/cluster.json"):
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_text("{}")
+    (folder / "env2").symlink_to(folder / "env")
+    if git:
+        (folder / ".git" / "config").unlink()
+        (folder / ".git").rmdir()
+        subprocess.run(["git", "init", "-q", str(folder)], check=True)
+        (folder / ".gitignore").write_text("ignored\n")
+    said = upload.pack(folder, tmp_path / "a.zip", folder / "store")
+    assert said == [*([] if git else ["ignored/ (holds events.jsonl)"]), "linked/ (a link)", "old/ (holds cluster.json)",
+                    "data/logs/ (holds events.jsonl)", "runs/a/ (holds events.jsonl)"]
+    assert names(tmp_path / "a.zip") == [*([".gitignore"] if git else []), "src/code.py", "train.yaml"]
+
+
 def test_equal_files_give_an_equal_archive(folder, tmp_path):
     for name in ("a.zip", "b.zip"):
         upload.pack(folder, tmp_path / name, folder / "store")

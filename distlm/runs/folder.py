@@ -43,21 +43,9 @@ class RunFolder:
         """
         folder = RunFolder(path)
         with locked(path / ".claim") as claim:
-            events = folder.events()
-            state, _ = folder.state() if folder.exists() else ("", "")
-            ends_it = f"`distlm status {path.name}` shows it, `distlm stop {path.name}` ends it"
-            if state in ("starting", "running"):
-                raise InputError(f"{path.name} is {state}", where=str(path), remedy=ends_it)
-            if state and state != "queued" and not resume:
-                raise InputError(f"the name {path.name} is taken by a job that has {state}", where=str(path),
-                                 remedy="take another name, or go on with --resume")
-            waiting = _last(events).get("submission") if state == "queued" else None
-            if waiting and waiting != os.environ.get(SUBMISSION):
-                raise InputError(f"{path.name} is queued as {waiting}", where=str(path), remedy=ends_it)
-            if _claimed(claim, len(events), resume):
-                raise InputError(f"{path.name} is being started by another process", where=str(path), remedy=ends_it)
+            folder._check_free(claim, resume)
             with writing(path):
-                text = json.dumps({"owner": _me(), "time": time.time(), "events": len(events)}).encode()
+                text = json.dumps({"owner": _me(), "time": time.time(), "events": len(folder.events())}).encode()
                 os.ftruncate(claim, 0)
                 os.pwrite(claim, text, 0)
                 (path / "logs").mkdir(parents=True, exist_ok=True)
@@ -78,6 +66,28 @@ class RunFolder:
 
     def exists(self) -> bool:
         return (self.path / "spec.yaml").exists() or (self.path / "events.jsonl").exists()
+
+    def queue(self, message: str, *, submission: str, resume: bool = False, **more: Any) -> None:
+        """Take the name for a job that is to be submitted. Raises InputError for a name that is taken; a job that failed before it began
+        does not take it."""
+        with locked(self.path / ".claim") as claim:
+            self._check_free(claim, resume, begun=(self.path / "lineage.json").exists())
+            self.event("queued", message=message, submission=submission, **more)
+
+    def _check_free(self, claim: int, resume: bool, begun: bool = True) -> None:
+        """Raises InputError for a name that is taken. `claim` is locked: what is free stays so until it is let go."""
+        events, (state, _) = self.events(), self.state() if self.exists() else ("", "")
+        ends_it = f"`distlm status {self.name}` shows it, `distlm stop {self.name}` ends it"
+        if state in ("starting", "running"):
+            raise InputError(f"{self.name} is {state}", where=str(self.path), remedy=ends_it)
+        if state in ENDED and begun and not resume:
+            raise InputError(f"the name {self.name} is taken by a job that has {state}", where=str(self.path),
+                             remedy="take another name, or go on with --resume")
+        waiting = _last(events).get("submission") if state == "queued" else None
+        if waiting and waiting != os.environ.get(SUBMISSION):
+            raise InputError(f"{self.name} is queued as {waiting}", where=str(self.path), remedy=ends_it)
+        if _claimed(claim, events, resume):
+            raise InputError(f"{self.name} is being started by another process", where=str(self.path), remedy=ends_it)
 
     def event(self, state: str, cause: str = "", message: str = "", **more: Any) -> None:
         """Append to events.jsonl: time in seconds since the epoch, state, cause and what else matters."""
@@ -193,14 +203,18 @@ def _me() -> dict[str, Any]:
     return {"host": socket.gethostname(), "pid": os.getpid(), "started": psutil.Process().create_time()}
 
 
-def _claimed(claim: int, events: int, resume: bool) -> bool:
-    """Whether somebody has claimed the folder, lives, and has written no event since. One may resume what oneself has claimed."""
+def _claimed(claim: int, events: list[dict[str, Any]], resume: bool) -> bool:
+    """Whether somebody has claimed the folder, lives, and has not ended since: that a submission waits for it is no end. One may resume
+    what oneself has claimed."""
     try:
         found = json.loads(os.pread(claim, 4096, 0))
-        owner, mine = found["owner"], _me()
-        if found["events"] != events or (resume and owner["pid"] == mine["pid"] and owner["host"] == mine["host"]):
+        owner, mine, since = found["owner"], _me(), events[found["events"]:]
+        if any(event["state"] in ENDED for event in since):
             return False
-        return _alive(owner) and (owner["host"] == mine["host"] or time.time() - found["time"] < CLAIM_S)
+        if resume and owner["pid"] == mine["pid"] and owner["host"] == mine["host"]:
+            return False
+        began = any(event.get("owner") == owner and event["state"] != "queued" for event in since)
+        return _alive(owner) and (owner["host"] == mine["host"] or began or time.time() - found["time"] < CLAIM_S)
     except (ValueError, KeyError, TypeError):              # empty, or torn by a kill
         return False
 

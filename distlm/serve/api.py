@@ -22,7 +22,7 @@ from starlette.exceptions import HTTPException
 
 from distlm import __version__
 from distlm.serve.answers import Chat, Completion, error, usage
-from distlm.serve.engine import Engine, EngineFailed, EngineFull, Request, Token
+from distlm.serve.engine import Engine, EngineFailed, EngineFull, NoMemory, Request, Token
 from distlm.serve.fields import OFF, ChatRequest, CompletionRequest, Sampling
 from distlm.serve.guard import Guard, proof
 from distlm.serve.metrics import Metrics
@@ -121,8 +121,9 @@ def create_app(engine: Engine, card: Card, key: str, metrics: Metrics, *, defaul
         return JSONResponse(error(str(problem), kind="rate_limit_error", code="queue_full"), 429, {"Retry-After": "2"})
 
     @app.exception_handler(EngineFailed)
-    async def failed(_: HttpRequest, problem: EngineFailed) -> Response:
-        return JSONResponse(error(str(problem), kind="server_error", code="engine_failed"), 503)
+    @app.exception_handler(NoMemory)
+    async def failed(_: HttpRequest, problem: EngineFailed | NoMemory) -> Response:
+        return JSONResponse(failure(problem), 503)
 
     return app
 
@@ -216,9 +217,14 @@ async def stream(chunks: Any, num_choices: int, num_prompt: int, body: Sampling,
                     yield event([writer.choice(index, chunk.text, chunk.tokens, chunk.finish_reason, streaming=True)])
             if with_usage:
                 yield event([], usage(num_prompt, num_generated))
-        except EngineFailed as problem:
-            yield b"data: " + json.dumps(error(str(problem), kind="server_error", code="engine_failed")).encode() + b"\n\n"
+        except (EngineFailed, NoMemory) as problem:
+            yield b"data: " + json.dumps(failure(problem)).encode() + b"\n\n"
         yield b"data: [DONE]\n\n"
+
+
+def failure(problem: EngineFailed | NoMemory) -> dict[str, Any]:
+    """The body of an error of the engine's."""
+    return error(str(problem), kind="server_error", code="out_of_memory" if isinstance(problem, NoMemory) else "engine_failed")
 
 
 async def while_connected(http: HttpRequest, work: Awaitable[dict[str, Any]]) -> dict[str, Any]:

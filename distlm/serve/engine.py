@@ -19,6 +19,12 @@ class EngineFailed(ServeError):
     """The engine's thread has died: no request will be answered."""
 
 
+class NoMemory(ServeError):
+    """There is no memory for this request: others are answered."""
+
+    cause = "oom"
+
+
 @dataclass(frozen=True)
 class Request:
     """One sequence to continue."""
@@ -73,7 +79,8 @@ class Engine(Protocol):
     vocabulary: int
 
     def generate(self, requests: Sequence[Request]) -> AsyncIterator[tuple[int, Chunk]]:
-        """Chunks with the place of their request. Closing the iterator cancels what is left. Raises EngineFull, EngineFailed."""
+        """Chunks with the place of their request. Closing the iterator cancels what is left. Raises EngineFull, EngineFailed,
+        NoMemory."""
 
     def check(self) -> None:
         """Raises EngineFailed where no request can be answered any more."""

@@ -66,18 +66,19 @@ class SlotLayer(CacheLayerMixin):
     width = 0
 
     def reserve(self, rows: int, width: int, max_rows: int, context: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Grow to `rows` and `width` at least, shaped like `keys` and `values`. New places are zero: garbage could be NaN."""
+        """Grow to `rows` and `width` at least, shaped like `keys` and `values`. New places are zero: garbage could be NaN. Where memory
+        runs out no row is lost: keys may have grown, and values not yet."""
         if self.keys is None:
             self.keys = keys.new_zeros(0, keys.shape[1], 0, keys.shape[3])
             self.values = values.new_zeros(0, values.shape[1], 0, values.shape[3])
             self.is_initialized = True
-        old_rows, old_width = self.keys.shape[0], self.keys.shape[2]
-        if rows <= old_rows and width <= old_width:
-            return
-        new_rows = old_rows if rows <= old_rows else min(max_rows, max(rows, 2 * old_rows))
-        new_width = old_width if width <= old_width else min(context, max(width, 2 * old_width, 64))
         for name in ("keys", "values"):
             old = getattr(self, name)
+            old_rows, old_width = old.shape[0], old.shape[2]
+            if rows <= old_rows and width <= old_width:
+                continue
+            new_rows = old_rows if rows <= old_rows else min(max_rows, max(rows, 2 * old_rows))
+            new_width = old_width if width <= old_width else min(context, max(width, 2 * old_width, 64))
             new = old.new_zeros(new_rows, old.shape[1], new_width, old.shape[3])
             new[:old_rows, :, :old_width] = old
             setattr(self, name, new)

@@ -26,7 +26,7 @@ from transformers.cache_utils import DynamicLayer
 
 from distlm.errors import ServeError
 from distlm.model.build import load_model
-from distlm.serve.engine import Chunk, EngineFailed, EngineFull, Request, Token
+from distlm.serve.engine import Chunk, EngineFailed, EngineFull, NoMemory, Request, Token
 from distlm.serve.metrics import Metrics
 from distlm.serve.sample import choose, score
 from distlm.serve.slots import SlotCache
@@ -198,7 +198,13 @@ class TorchEngine:
                     break
                 running = self._waiting.popleft()
                 self._started.add(running.channel)
-            self._prefill(running)
+            try:
+                self._prefill(running)
+                continue
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+            self._refuse(running)                          # the error is gone, and what it held with it
         with self._wake:
             self._started &= {running.channel for running in self._waiting}
             self.metrics.waiting.set(len(self._waiting))
@@ -221,6 +227,20 @@ class TorchEngine:
         if running.last_token >= 0:
             self.cache.join(cache, len(prompt))
             self._active.append(running)
+        self._gauge()
+
+    def _refuse(self, running: Running) -> None:
+        """Fail the request of a sequence that there is no memory for, with all of its sequences; the others go on."""
+        length = len(running.request.prompt)
+        said = f"there is no memory for a prompt of {length:,} tokens beside the {len(self._active)} sequences that are decoded"
+        log.warning(said)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self._outbox.append((running.channel, NoMemory(said, remedy="shorten it, leave out echo with logprobs, or try again later")))
+        self.metrics.finished("abort")
+        if stream := running.channel.stream():
+            stream.cancelled = True
+        self._drop_cancelled()
         self._gauge()
 
     def _decode(self) -> None:
@@ -319,6 +339,12 @@ class TorchEngine:
                 if not error < (1e-3 if self.model.dtype == torch.float32 else 0.1):
                     raise ValueError(f"logits are off by {float(error):.2g} of their size")
         return SlotCache(len(first.layers), self.max_sequences, self.context)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation has failed, on a GPU or in the host's memory."""
+    words = "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED"
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in words)
 
 
 def context_of(config: Any) -> int:

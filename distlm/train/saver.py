@@ -28,7 +28,7 @@ import torch
 from torch import distributed
 
 from distlm.errors import StorageError, TrainError
-from distlm.storage import write_atomic, write_json, writing
+from distlm.storage import flush_folder, write_atomic, write_json, writing
 from distlm.train import checkpoint
 from distlm.train.average import Ema
 from distlm.train.failures import peer_lost
@@ -170,6 +170,8 @@ class Saver:
             write_json(now.path / "manifest.json", {**now.manifest, "files": sorted([*entries, *more], key=lambda one: one["file"])})
             text = (now.path / "manifest.json").read_bytes()
             write_atomic(now.path / checkpoint.MARKER, hashlib.sha256(text).hexdigest() + "\n")
+            for folder in (*(path for path in now.path.rglob("*") if path.is_dir()), now.path, now.path.parent):
+                flush_folder(folder)                       # before an earlier one goes
             now.seconds = time.perf_counter() - now.began
         kept = self._recipe.spec.checkpoint
         checkpoint.prune(self._run, kept.keep, kept.milestone_steps, kept.keep_best)

@@ -106,6 +106,47 @@ def test_a_queued_folder_is_for_its_own_submission(tmp_path, monkeypatch):
         assert folder.events()[-1]["submission"] == "train-a-1"
 
 
+RUNNING = """
+import sys
+from pathlib import Path
+from distlm.runs import RunFolder
+with RunFolder.create(Path(sys.argv[1]), "", {}).running():
+    print("running", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_name_is_queued_for_a_job_that_failed_before_it_began_and_for_no_other(tmp_path):
+    folder = RunFolder(tmp_path / "a")
+    folder.queue("submitted", submission="train-a-1")
+    with pytest.raises(InputError, match="a is queued as train-a-1"):
+        folder.queue("submitted", submission="train-a-2", resume=True)
+    folder.event("failed", "internal", "could not be submitted")
+    folder.queue("submitted", submission="train-a-3", dashboard="http://127.0.0.1:9")
+    assert folder.events()[-1]["submission"] == "train-a-3" and folder.events()[-1]["dashboard"] == "http://127.0.0.1:9"
+    begun = RunFolder.create(tmp_path / "b", "", {})
+    with pytest.raises(InputError, match="b is being started by another process"):
+        begun.queue("submitted", submission="train-b-1")
+    begun.event("failed", "internal")
+    with pytest.raises(InputError, match="the name b is taken by a job that has failed"):
+        begun.queue("submitted", submission="train-b-1")
+    begun.queue("submitted", submission="train-b-1", resume=True)
+
+
+def test_a_submission_that_is_queued_late_does_not_get_the_folder_of_a_job_that_runs(tmp_path, monkeypatch):
+    folder = RunFolder(tmp_path / "a")
+    with subprocess.Popen([sys.executable, "-c", RUNNING, folder.path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout.readline() == "running\n"
+        with pytest.raises(InputError, match="a is starting"):
+            folder.queue("submitted", submission="train-a-1", resume=True)
+        folder.event("queued", submission="train-a-1")     # from where the file system knows no locks
+        monkeypatch.setenv("DISTLM_SUBMISSION", "train-a-1")
+        with pytest.raises(InputError, match="a is being started by another process"):
+            RunFolder.create(folder.path, "", {}, resume=True)
+        first.kill()
+    RunFolder.create(folder.path, "", {}, resume=True)
+
+
 def test_there_is_no_job_where_there_is_no_folder(tmp_path):
     with pytest.raises(InputError, match="there is no such job"):
         RunFolder.open(tmp_path / "b")

@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import torch
 import uvicorn
 
 from distlm.errors import ServeError
@@ -342,6 +343,22 @@ def test_a_dead_engine_is_said_to_clients_and_to_health(llama: Path) -> None:
     finally:
         server.close()
     assert "no more memory" in first["error"]["message"] and (status, error["code"]) == (503, "engine_failed") and health.status_code == 503
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_that_there_is_no_memory_for_is_told_so_and_the_next_is_answered(stream: bool, server: Server) -> None:
+    forward = server.engine.model.forward
+
+    def full(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    server.engine.model.forward = full
+    try:
+        status, error = (503, server.events()[0]["error"]) if stream else server.refused()
+    finally:
+        server.engine.model.forward = forward
+    assert (status, error["code"], error["type"]) == (503, "out_of_memory", "server_error") and "no memory for a prompt" in error["message"]
+    assert server.complete(max_tokens=3)["usage"]["completion_tokens"] == 3
 
 
 def test_the_openai_client_works_sync_async_and_streaming(server: Server) -> None:

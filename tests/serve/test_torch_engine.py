@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from distlm.errors import InputError, ServeError
-from distlm.serve.engine import Chunk, EngineFailed, EngineFull, Request
+from distlm.serve.engine import Chunk, EngineFailed, EngineFull, NoMemory, Request
+from distlm.serve.slots import SlotCache
 from distlm.serve.torch_engine import TorchEngine
 from tests.serve.tiny_models import FAMILIES, make_model
 
@@ -174,6 +175,60 @@ def test_a_dead_engine_fails_pending_and_new_requests_and_its_health(engine: Tor
             engine.check()
 
     run(work())
+
+
+def on_gpu(*_: Any) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+
+def on_host(*_: Any) -> None:
+    torch.empty(1 << 50)
+
+
+@pytest.mark.parametrize("fail", [on_gpu, on_host])
+@pytest.mark.parametrize("place", ["forward", "keys", "values"])
+def test_a_request_that_there_is_no_memory_for_fails_alone(fail: Any, place: str, engine: TorchEngine, monkeypatch: pytest.MonkeyPatch
+                                                           ) -> None:
+    small, big = prompts(2), tuple(range(1, 101))
+    wanted = [ids(run(collect(engine, Request(prompt, 20)))[0]) for prompt in (*small, big)]
+    cache = engine.cache = SlotCache(len(engine.cache.slots), 4, engine.context)
+    forward, layer, left = engine.model.forward, cache.slots[-1], [1]
+
+    def short(tokens: int, wide: int) -> None:
+        if left[0] and tokens >= wide:
+            left[0] -= 1
+            fail()
+
+    def limited(*args: Any, **given: Any) -> Any:
+        short(given["input_ids"].shape[1], 100)
+        return forward(*args, **given)
+
+    class Narrow(torch.Tensor):
+        """Keys or values that there is once no memory to make wider."""
+
+        def new_zeros(self, *shape: int) -> Any:           # type: ignore[override]
+            short(shape[2], 100)
+            return self.as_subclass(torch.Tensor).new_zeros(*shape)
+
+    if place == "forward":
+        monkeypatch.setattr(engine.model, "forward", limited)
+
+    async def work() -> None:
+        beside = [engine.generate([Request(prompt, 20)]) for prompt in small]
+        heads = [(await anext(stream))[1] for stream in beside]
+        if place != "forward":
+            setattr(layer, place, getattr(layer, place).as_subclass(Narrow))
+        with pytest.raises(NoMemory, match=r"no memory for a prompt of 100 tokens beside the \d sequences .*; shorten it"):
+            async for _ in engine.generate([Request(big, 20), Request(small[0], 100), Request(small[1], 100)]):
+                pass
+        for stream, head, expected in zip(beside, heads, wanted, strict=False):
+            assert ids([head, *[chunk async for _, chunk in stream]]) == expected
+        await until(lambda: not engine._active and not engine._waiting)
+        engine.check()
+        assert left == [0] and ids((await collect(engine, Request(big, 20)))[0]) == wanted[2]
+
+    run(work())
+    assert engine.cache.lengths == []
 
 
 def test_a_completion_can_fill_the_context_to_its_last_token(engine: TorchEngine) -> None:

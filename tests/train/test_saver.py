@@ -1,6 +1,7 @@
 """A checkpoint that is written beside the steps is the one that would have been written while they stood still, or none."""
 
 import copy
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ import torch
 
 from distlm.spec import TrainSpec
 from distlm.train import checkpoint
-from distlm.train.saver import on_host
+from distlm.train.saver import Save, Saver, on_host
 from tests.train.ranks import losses, make_corpus, metrics, run_ranks, spec, windows_seen
 from tests.train.test_resume import records
 
@@ -97,6 +98,30 @@ def test_an_error_of_all_ranks_leaves_what_is_on_its_way_committed(whole: Path, 
     assert output.count("[nonfinite_loss]") == 2, "on both ranks"
     assert [path.name for path in checkpoint.committed(run)] == ["step-000005", "step-000010"]
     assert len(losses(run)) == 12 and 10 not in saves(run), "it was on its way when the step failed"
+
+
+def test_a_checkpoint_is_listed_on_the_disk_before_an_earlier_one_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, flush = tmp_path / "checkpoints" / "step-000005", os.fsync
+    (path / "state").mkdir(parents=True)
+    (path / "state" / "shard").write_text("x")
+    flushed: dict[Path, list[str]] = {}
+
+    def spy(handle: int) -> None:
+        name = Path(os.readlink(f"/proc/self/fd/{handle}"))
+        flushed[name] = os.listdir(name) if name.is_dir() else []
+        flush(handle)
+
+    def prune(*_: Any) -> None:
+        assert {"COMMITTED", "manifest.json", "state"} <= set(flushed[path])
+        assert flushed[path / "state"] == ["shard"] and flushed[path.parent] == ["step-000005"]
+        pruned.append(1)
+
+    pruned: list[int] = []
+    monkeypatch.setattr(os, "fsync", spy)
+    monkeypatch.setattr(checkpoint, "prune", prune)
+    saver: Any = SimpleNamespace(_recipe=SimpleNamespace(spec=spec(tmp_path / "c")), _run=tmp_path, _done=[])
+    Saver._seal(saver, Save(5, path, {"step": 5}, False, 0.0), [])
+    assert pruned and checkpoint.verified(path).step == 5
 
 
 def test_the_copy_gives_the_same_file_whatever_becomes_of_the_state(tmp_path: Path) -> None:
