@@ -8,7 +8,8 @@ Each side runs in a process of its own, in turn, several rounds. A side's figure
 to the end of the next, so that waiting for data counts; the first steps, and those that evaluate or save, are left out.
 MFU is of a GPU's peak by its data sheet, or of what products of matrices reach on this CPU.
 They differ in what they keep: distlm and Trainer hold fp32 weights and compute in bf16, the bare loop holds bf16 alone. `kept` is the
-bare loop with the settings of the C library that distlm gives to its workers on CPU.
+bare loop with the settings of the C library that distlm gives to its workers on CPU. `twin` is a loop of distlm's own parts, fp32
+weights, loss, attention and those settings, without Ray, DeepSpeed, stream and records: what is left between the two is their cost.
 """
 
 import argparse
@@ -27,7 +28,8 @@ from typing import Any
 
 WARM_UP = 3
 SIDES = {"distlm": "distlm run", "compiled": "distlm run, compile: true",
-         "bare": "bare loop, pure bf16", "kept": "bare loop, memory kept", "trainer": "transformers Trainer, bf16"}
+         "bare": "bare loop, pure bf16", "kept": "bare loop, memory kept", "twin": "bare loop, distlm's parts",
+         "trainer": "transformers Trainer, bf16"}
 
 
 def main() -> None:
@@ -78,7 +80,7 @@ def measure(side: str, storage: str, options: argparse.Namespace) -> list[float]
     settings = [f"--{name}={getattr(options, name)}" for name in ("steps", "preset", "context", "sequences", "micro", "vocab", "threads")]
     from distlm.train.driver import KEEP_MEMORY
 
-    kept = {"GLIBC_TUNABLES": KEEP_MEMORY} if side == "kept" else {}
+    kept = {"GLIBC_TUNABLES": KEEP_MEMORY} if side in ("kept", "twin") else {}
     environment = {**os.environ, **kept, "OMP_NUM_THREADS": str(options.threads), "DISTLM_STORAGE": storage, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, __file__, f"--side={side}", f"--storage={storage}", *settings], env=environment, text=True,
                           capture_output=True)
@@ -133,6 +135,39 @@ def run_bare(options: argparse.Namespace) -> list[float]:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
+        loss.item()
+        ends.append(time.time())
+    return intervals(ends)
+
+
+def run_twin(options: argparse.Namespace) -> list[float]:
+    """What `train/loop.py` computes in a step, by hand."""
+    import torch
+
+    from distlm.model.attention import use_cpu_attention
+    from distlm.model.build import buffers, restore_buffers
+    from distlm.model.loss import CausalLoss
+
+    model, vocab = make_model(options)
+    if device() == "cpu":
+        use_cpu_attention(model)
+    exact, loss_of = buffers(model), CausalLoss(model)
+    model = model.to(device())
+    masters = [p.detach().clone() for p in model.parameters()]
+    model = model.to(torch.bfloat16)
+    restore_buffers(model, exact)
+    optimizer = torch.optim.AdamW(masters, lr=1e-3, fused=True)
+    ends = []
+    for _ in range(options.steps):
+        for x in torch.randint(0, vocab, (options.sequences, options.context + 1)).to(device()).split(options.micro):
+            loss = loss_of(x) / (options.sequences * options.context)
+            loss.backward()
+        for master, p in zip(masters, model.parameters(), strict=True):
+            assert p.grad is not None
+            master.grad, p.grad = p.grad.float(), None
+        torch.nn.utils.clip_grad_norm_(masters, 1.0)
+        optimizer.step()
+        torch._foreach_copy_([p.data for p in model.parameters()], masters)
         loss.item()
         ends.append(time.time())
     return intervals(ends)
@@ -213,7 +248,8 @@ def quiet() -> Any:
 
 
 SIDE: dict[str, Callable[[argparse.Namespace], list[float]]] = {
-    "corpus": prepare_corpus, "distlm": run_distlm, "compiled": run_distlm, "bare": run_bare, "kept": run_bare, "trainer": run_trainer}
+    "corpus": prepare_corpus, "distlm": run_distlm, "compiled": run_distlm, "bare": run_bare, "kept": run_bare, "twin": run_twin,
+    "trainer": run_trainer}
 
 if __name__ == "__main__":
     main()

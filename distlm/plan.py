@@ -106,17 +106,20 @@ ASSUMED_MFU = {"gpu": 0.4, "cpu": 0.2}
 
 def of_model(spec: TrainSpec, shape: Any, tokens: int | None, cut: tuple[int, int] = (1, 1), masked: bool = False) -> Rows:
     """Parameters and activations are counted on the meta device: nothing is allocated. `cut`: micro_sequences and accumulation."""
+    from distlm.model.adapter import adapter_sizes
     from distlm.model.build import model_config, parameter_sizes
     from distlm.train.flops import config_flops
     from distlm.train.memory import make_load, offloads, peak_memory
 
     config = model_config(spec.model, shape, spec.regularization.dropout)
     sizes = parameter_sizes(config)
-    parameters, flops = sum(sizes.values()), config_flops(config, sizes, shape.context)
+    trained = sum(adapter_sizes(config, spec.adapter).values()) if spec.adapter else None
+    parameters, flops = sum(sizes.values()) + (trained or 0), config_flops(config, sizes, shape.context, trained)
     load = make_load(spec, config, shape, parameters, *cut, masked)
     memory = peak_memory(load)
     total = f"{flops * tokens:.2e} FLOPs, " if tokens else ""
-    return [("parameters", f"{parameters:,}"), ("arithmetic", f"{total}{flops:.2e} FLOPs a token"), *of_speed(spec, flops, tokens),
+    own = f", {trained:,} of them trained" if trained else ""
+    return [("parameters", f"{parameters:,}{own}"), ("arithmetic", f"{total}{flops:.2e} FLOPs a token"), *of_speed(spec, flops, tokens),
             ("memory a worker", summed(memory.parts()) + (", before what is offloaded" if offloads(spec) else "")),
             *((f"of it on {place}", summed(part)) for place, part in offloaded(spec, memory.parts()).items()),
             *of_limit(load, memory.total)]

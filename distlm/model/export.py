@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,21 +17,25 @@ HEAD_BYTES = 100 << 20
 """The most that the head of a safetensors file may have."""
 
 
-def export_model(model: "PreTrainedModel", weights: dict[str, "torch.Tensor"], tokenizer: Path, folder: Path,
-                 lineage: dict[str, Any]) -> None:
+def export_model(model: "PreTrainedModel", weights: dict[str, "torch.Tensor"] | None, tokenizer: Path, folder: Path,
+                 lineage: dict[str, Any], before: Callable[[Path], None] | None = None) -> None:
     """Write config.json, model.safetensors, generation_config.json, the tokenizer's files and distlm.json (the lineage) to
-    `folder`, which appears whole or not at all. One rank calls it."""
+    `folder`, which appears whole or not at all. One rank calls it. Without `weights` the model's own are written. `before` is called with
+    the folder that will be it, first of all."""
     from transformers import GenerationConfig
 
     partial = folder.with_name(f".{folder.name}.partial")
     with writing(folder):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
+        if before:
+            before(partial)
         model.save_pretrained(partial, state_dict=weights, safe_serialization=True)
         config = json.loads((partial / "config.json").read_text())
         config["use_cache"] = True                         # training turns the cache off; whoever generates wants it
         write_json(partial / "config.json", config)
-        GenerationConfig(eos_token_id=config.get("eos_token_id"), bos_token_id=config.get("bos_token_id"),
+        ends = model.generation_config.eos_token_id        # of a checkpoint that ends turns with another token, both
+        GenerationConfig(eos_token_id=config.get("eos_token_id") if ends is None else ends, bos_token_id=config.get("bos_token_id"),
                          do_sample=False).save_pretrained(partial)
         for file in tokenizer.iterdir():
             shutil.copy2(file, partial / file.name)

@@ -75,7 +75,8 @@ class LossHead(nn.Module):
         assert targets is not None, "one set of targets for each pass"
         wanted = torch.is_grad_enabled() and (hidden.requires_grad or self.weight.requires_grad)
         rows = hidden.flatten(0, 1)
-        return _LinearCrossEntropy.apply(rows if kept is None else rows[kept], self.weight, self.bias, targets, wanted, self.penalties)
+        return _LinearCrossEntropy.apply(rows if kept is None else rows[kept], self.weight, self.bias, targets, wanted,
+                                         wanted and self.weight.requires_grad, self.penalties)
 
 
 def summed_cross_entropy(logits: torch.Tensor, targets: torch.Tensor, penalties: tuple[float, float] = (0.0, 0.0)) -> torch.Tensor:
@@ -138,18 +139,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor,
-                wanted: bool, penalties: tuple[float, float]) -> torch.Tensor:
+                wanted: bool, trained: bool, penalties: tuple[float, float]) -> torch.Tensor:
+        """`wanted`: the gradients; `trained`: those of weight and bias too."""
         rows = max(1, BLOCK_ELEMENTS[_kind(hidden)] // len(weight))
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         by_hidden = torch.empty_like(hidden) if wanted else None
-        by_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted else None
-        by_bias = torch.zeros_like(bias, dtype=torch.float32) if wanted and bias is not None else None
+        by_weight = torch.zeros_like(weight, dtype=torch.float32) if trained else None
+        by_bias = torch.zeros_like(bias, dtype=torch.float32) if trained and bias is not None else None
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
             logits = functional.linear(hidden[part], weight, bias)
             total += _by_chunks(logits, targets[part], logits if wanted else None, penalties)
-            if by_hidden is not None and by_weight is not None:
+            if by_hidden is not None:
                 by_hidden[part] = logits @ weight          # the logits' gradient by now
+            if by_weight is not None:
                 by_weight += logits.T @ hidden[part]
             if by_bias is not None:
                 by_bias += logits.sum(0, dtype=torch.float32)
@@ -160,4 +163,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden, weight, bias = (None if one is None else _scaled(one, outputs[0], ctx.dtype) for one in ctx.saved_tensors)
-        return hidden, weight, bias, None, None, None
+        return hidden, weight, bias, None, None, None, None

@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from distlm.spec.adapter import Adapter
 from distlm.spec.base import Job, Part, Rule, Seed, exactly_one, without_effect
 from distlm.spec.batch import Batch, check_batch
 from distlm.spec.gpus import GPUS, find_gpu
@@ -199,6 +200,9 @@ class TrainSpec(Job):
     Or a mixture: a list of sections with corpus and weight, which is short for a section with mix."""
     model: ModelSpec
     """What is trained."""
+    adapter: Adapter | None = None
+    """A low-rank adapter for the checkpoint of model.from, in place of all its weights; with the extra `distlm[adapters]`. Left out, all
+    weights are trained."""
     objective: Literal["pretrain", "sft"] = "pretrain"
     """What the loss is: the next token's cross-entropy, over the tokens that give one. sft is the same, and asks for corpora of
     conversations."""
@@ -258,6 +262,7 @@ class TrainSpec(Job):
         check_zeropp(self)
         check_tensor_parallel(self, self.sharding.zero)
         check_sequence_parallel(self)
+        check_adapter(self)
         if self.compile and self.sharding.zero == 3:
             raise Rule("compile", "true cannot be with ZeRO stage 3, which gathers weights in the midst of a layer; leave it out, or set "
                                   "sharding.zero: 2")
@@ -280,6 +285,20 @@ class TrainSpec(Job):
         if self.batch.global_sequences is not None:
             check_batch(self.batch.global_sequences, self.batch, self.data_workers)
         return self
+
+
+def check_adapter(spec: TrainSpec) -> None:
+    """Raises Rule where an adapter cannot be what is trained."""
+    if spec.adapter is None:
+        return
+    if spec.model.source is None:
+        raise Rule("adapter", "needs a model that is trained already; set model.from, or leave it out")
+    for where, given in (("sharding.tensor_parallel", spec.sharding.tensor_parallel > 1), ("sharding.offload", spec.sharding.offload),
+                         ("compile", spec.compile)):
+        if given:
+            raise Rule(where, "is not proved to make the same steps with an adapter; leave one of them out")
+    if spec.optimizer.name == "muon":
+        raise Rule("optimizer.name", "muon would make an adapter's narrow matrices orthogonal, which lifts their rank; take adamw")
 
 
 def check_steps(spec: TrainSpec, steps: int) -> None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 from distlm.errors import CheckpointError, SpecError, StorageError
+from distlm.model.adapter import base_hash
 from distlm.spec.train import TrainSpec
 from distlm.storage import read_json
 from distlm.train.recipe import Recipe
@@ -148,7 +149,7 @@ def check_annealing(checkpoint: Checkpoint, recipe: Recipe) -> None:
                               remedy=f"set duration to {size} steps, or start a new run")
 
 
-OLDER: dict[str, Any] = {"partition": {}, "tensor_parallel": 1, "batch_warmup": []}
+OLDER: dict[str, Any] = {"partition": {}, "tensor_parallel": 1, "batch_warmup": [], "adapter": None, "base": None}
 """What a manifest says that says nothing of it, as those of older versions."""
 LAYOUT = ("workers", "zero", "partition")
 """What may differ: the state is then divided anew."""
@@ -174,7 +175,8 @@ def facts(recipe: Recipe) -> dict[str, Any]:
     return {"workers": recipe.world, "zero": recipe.spec.sharding.zero, "tensor_parallel": recipe.spec.sharding.tensor_parallel,
             "partition": _partition(recipe.spec), "precision": recipe.spec.precision,
             "global_sequences": recipe.global_sequences, "batch_warmup": [list(stage) for stage in recipe.warmup], "seed": recipe.spec.seed,
-            "corpus_hash": recipe.corpus_hash}
+            "corpus_hash": recipe.corpus_hash, "adapter": recipe.spec.adapter and recipe.spec.adapter.model_dump(),
+            "base": base_hash(recipe.spec.model.source) if recipe.spec.adapter and recipe.spec.model.source else None}
 
 
 def load(engine: Any, checkpoint: Path, recipe: Recipe, rank: int, ema: "Ema | None" = None) -> None:
@@ -192,7 +194,7 @@ def load(engine: Any, checkpoint: Path, recipe: Recipe, rank: int, ema: "Ema | N
         if "loss_scale" in manifest:
             engine.optimizer.loss_scaler.cur_scale = manifest["loss_scale"]
     else:
-        path, _ = engine.load_checkpoint(str(checkpoint), tag=TAG)
+        path, _ = engine.load_checkpoint(str(checkpoint), tag=TAG, load_module_strict=recipe.spec.adapter is None)
         if path is None:
             raise CheckpointError("DeepSpeed found nothing to load", where=str(checkpoint), cause="internal")
         if ema:

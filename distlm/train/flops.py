@@ -16,16 +16,18 @@ def peak_flops(name: str, precision: str = "bf16") -> float | None:
     return None if gpu is None else gpu.fp32_flops if precision == "fp32" else gpu.bf16_flops
 
 
-def flops_per_token(parameters: int, layers: int, width: int, context: int) -> float:
+def flops_per_token(parameters: float, layers: int, width: int, context: int) -> float:
     """Forward and backward: 6 N, and causal attention's 6 L T d (Chowdhery et al. 2022, appendix B, with half of the scores masked). N: the
     parameters that are multiplied by; what is computed again in the backward pass does not count."""
     return 6.0 * parameters + 6.0 * layers * context * width
 
 
-def config_flops(config: Any, sizes: dict[str, int], context: int) -> float:
-    """`flops_per_token` of a model by its configuration and its parameters' sizes."""
-    text = config.get_text_config()
-    return flops_per_token(multiplied(config, sizes), text.num_hidden_layers, text.hidden_size, context)
+def config_flops(config: Any, sizes: dict[str, int], context: int, adapter: int | None = None) -> float:
+    """`flops_per_token` of a model by its configuration and its parameters' sizes. Where an adapter of so many parameters is trained, the
+    others have no gradient, which is a third of their arithmetic."""
+    text, held = config.get_text_config(), multiplied(config, sizes)
+    parameters = held if adapter is None else held * 2 / 3 + adapter
+    return flops_per_token(parameters, text.num_hidden_layers, text.hidden_size, context)
 
 
 def multiplied(config: Any, sizes: dict[str, int]) -> int:

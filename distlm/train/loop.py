@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import distributed
 
 from distlm.errors import TrainError
+from distlm.model.adapter import add_adapter, base_hash, merge, save_adapter
 from distlm.model.attention import use_cpu_attention
 from distlm.model.build import buffers, build_model, compile_layers, model_config, recompute, restore_buffers
 from distlm.model.documents import check_documents_apart
@@ -51,6 +52,8 @@ def fit(recipe: Recipe, folder: RunFolder, steps: Iterator[NDArray[np.int64]], *
     check_node(spec)
     penalties = spec.regularization
     model = build_model(spec.model, model_config(spec.model, recipe.shape, penalties.dropout), spec.seed)
+    if spec.adapter:
+        add_adapter(model, spec.adapter, spec.seed)
     if device.type == "cpu":
         use_cpu_attention(model)
     if recipe.mask_documents:
@@ -123,10 +126,10 @@ def fit(recipe: Recipe, folder: RunFolder, steps: Iterator[NDArray[np.int64]], *
         if spec.checkpoint.average > 1:
             mean = {"averaged": take_mean(engine, folder.path, recipe, rank), "val_loss": evaluator.loss(engine)}
         with exported_weights(engine, ema):
-            weights = gather_weights(engine, rank)
+            weights = gather_weights(engine, rank, trained=spec.adapter is not None)
         if rank == 0:
-            export_model(engine.module.model, weights, manifest_of(recipe).tokenizer, folder.path / "export",
-                         {**export_lineage(recipe, folder), **mean})
+            lineage = {**export_lineage(recipe, folder), **mean}
+            export(recipe, engine.module.model, weights, folder.path / "export", lineage)
         if writer:
             writer.close()
         distributed.barrier()
@@ -217,21 +220,43 @@ def gradient_norm(engine: Any) -> float | None:
     return float(norm)
 
 
-def gather_weights(engine: Any, rank: int) -> dict[str, torch.Tensor]:
-    """The whole model's weights on rank 0, on the CPU, named as the model itself names them; empty elsewhere. All ranks take part."""
+def gather_weights(engine: Any, rank: int, trained: bool = False) -> dict[str, torch.Tensor]:
+    """The whole model's weights on rank 0, or those alone that are `trained`, on the CPU, named as the model itself names them; empty
+    elsewhere. All ranks take part."""
     import deepspeed
 
     weights = {}
     for name, parameter in engine.module.model.named_parameters():
+        if trained and not parameter.requires_grad:
+            continue
         with deepspeed.zero.GatheredParameters([parameter], enabled=engine.zero_optimization_stage() == 3):
             dim = dimension(name) if engine.autotp_size() > 1 else None
             whole = parameter.detach() if dim is None else gather_parts(parameter.detach(), dim)
             if rank == 0:
                 weights[name] = whole.cpu().clone()
-    if rank == 0:
+    if rank == 0 and not trained:
         kept = set(engine.module.model.state_dict())
         weights |= {name: value.detach().cpu().clone() for name, value in engine.module.model.named_buffers() if name in kept}
     return weights
+
+
+def export(recipe: Recipe, model: Any, weights: dict[str, torch.Tensor], folder: Path, lineage: dict[str, Any]) -> None:
+    """Write the model, or an adapter's `weights` merged into the base as it is in float32, and the adapter alone beside it."""
+    spec, tokenizer = recipe.spec, manifest_of(recipe).tokenizer
+    if spec.adapter is None:
+        export_model(model, weights, tokenizer, folder, lineage)
+        return
+    whole = build_model(spec.model, model_config(spec.model, recipe.shape, spec.regularization.dropout), spec.seed)
+    add_adapter(whole, spec.adapter, spec.seed)
+    weights = {name: value.float() for name, value in weights.items()}
+    whole.load_state_dict(weights, strict=False)
+    source = str(spec.model.source)
+
+    def adapter(place: Path) -> None:
+        save_adapter(whole, weights, source, place / "adapter")
+        merge(whole)
+
+    export_model(whole, None, tokenizer, folder, {**lineage, "base": source, "base_hash": base_hash(source)}, adapter)
 
 
 def export_lineage(recipe: Recipe, folder: RunFolder) -> dict[str, Any]:

@@ -14,9 +14,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from distlm.errors import SpecError
+from distlm.model.adapter import adapter_sizes, add_adapter
 from distlm.model.build import Shape, decoder_layers, recomputable, skeleton
 from distlm.model.loss import BLOCK_ELEMENTS, CHUNK_ELEMENTS, PLAIN_HEADS
 from distlm.model.tensor import divide
+from distlm.spec.adapter import Adapter
 from distlm.spec.base import Rule
 from distlm.spec.gpus import find_gpu
 from distlm.spec.optimizer import check_optimizer
@@ -102,6 +104,8 @@ class Load:
     """The loss never has whole logits (`model/loss.py`)."""
     recomputable: bool
     """Layers of the family can be computed again."""
+    frozen: int = 0
+    """Of the parameters, those that are not trained."""
 
     def varied(self, zero: int, recompute: int, micro_sequences: int, asynchronous: bool) -> "Load":
         """The same job under another sharding, another cut of the batch, and another way to save."""
@@ -114,14 +118,16 @@ class Load:
 
 def make_load(spec: TrainSpec, config: "PreTrainedConfig", shape: Shape, parameters: int, micro_sequences: int, accumulation: int,
               masked: bool = False) -> Load:
-    """`parameters`: of the whole model."""
+    """`parameters`: of the whole model, with its adapter."""
     text, tensor = config.get_text_config(), spec.sharding.tensor_parallel
     shape = replace(shape, context=shape.context // spec.sharding.sequence_parallel)
     if tensor > 1:
         parameters = sum(part.numel() for part in divide(skeleton(config), tensor).parameters())
-    return Load(spec, parameters, measure_activations(config, shape, spec.precision, bool(spec.scale.gpus_per_worker), masked, tensor),
+    frozen = parameters - sum(adapter_sizes(config, spec.adapter).values()) if spec.adapter else 0
+    return Load(spec, parameters, measure_activations(config, shape, spec.precision, bool(spec.scale.gpus_per_worker), masked, tensor,
+                                                      spec.adapter),
                 text.hidden_size, text.vocab_size, shape.context, micro_sequences, accumulation, config.model_type in PLAIN_HEADS,
-                bool(recomputable(skeleton(config))))
+                bool(recomputable(skeleton(config))), frozen)
 
 
 def memory_limit(spec: TrainSpec) -> int | None:
@@ -194,7 +200,7 @@ def peak_memory(load: Load) -> Memory:
     float32 weights too.
     Activations: measured on the meta device (`measure_activations`), where Korthikanti et al. 2022, equation 2, counts by hand.
     """
-    spec, n, zero = load.spec, load.parameters, load.spec.sharding.zero
+    spec, n, zero = load.spec, load.parameters - load.frozen, load.spec.sharding.zero
     world = spec.scale.workers // spec.sharding.tensor_parallel                # that have the same parameters
     p = 4 if spec.precision == "fp32" else 2
     on_gpu = bool(spec.scale.gpus_per_worker)
@@ -213,12 +219,12 @@ def peak_memory(load: Load) -> Memory:
     elif zero < 3:
         buffers, step = reserved, part * (p + 4)
     else:
-        live = min(n, int(raw.get("stage3_max_live_parameters", MAX_LIVE)))
+        live = min(load.parameters, int(raw.get("stage3_max_live_parameters", MAX_LIVE)))
         buffers, step = reserved + live * p + 4 * part, 0
-    weights, optimizer = states["weights"], states["optimizer"]
+    weights, optimizer = states["weights"] + -(-load.frozen * p // (world if zero == 3 else 1)), states["optimizer"]
     group = int(raw.get("zero_hpz_partition_size", spec.sharding.zeropp.hierarchical_partition))
     if zero == 3 and group > 1:                            # ZeRO++ keeps the weights once more, over the ranks of a node
-        weights += -(-n * p // group)
+        weights += -(-load.parameters * p // group)
     gradients = states["gradients"]
     ema = model_states(n, "fp32", zero, world, 4)["optimizer"] if spec.ema else 0
     held = gradients if load.accumulation > 1 else 0       # the first backward pass begins without gradients
@@ -262,13 +268,15 @@ def loss_bytes(load: Load, p: int) -> int:
     if not load.plain_head:
         return rows * load.vocab_size * (2 * p + max(4, p)) + chunk
     block = p * min(max(BLOCK_ELEMENTS[kind], load.vocab_size), rows * load.vocab_size)
+    if load.frozen:                                        # the last matrix has no gradient
+        return rows * load.width * 2 * p + block + chunk
     forward = 4 * matrix + p * matrix + rows * load.width * p + block + chunk
     backward = (4 + 4 + p) * matrix + rows * load.width * (2 * p)
     return max(forward, backward)
 
 
 def measure_activations(config: "PreTrainedConfig", shape: Shape, precision: str, on_gpu: bool, masked: bool = False,
-                        tensor: int = 1) -> Activations:
+                        tensor: int = 1, adapter: Adapter | None = None) -> Activations:
     """What autograd keeps of a sequence, counted in a forward pass on the meta device, where nothing is computed or allocated.
 
     Attention is counted as it is done: on CPU `causal_attention` keeps queries, and keys and values repeated for each head; a GPU's fused
@@ -281,6 +289,8 @@ def measure_activations(config: "PreTrainedConfig", shape: Shape, precision: str
     p = 4 if precision == "fp32" else 2
     inputs = shape.context * text.hidden_size * p
     model: Any = divide(skeleton(config), tensor)
+    if adapter:
+        add_adapter(model, adapter, 0)
     model = model.to(torch.float32 if precision == "fp32" else torch.bfloat16).train()
     if model.config._attn_implementation == "sdpa":
         _count_attention(model, on_gpu)

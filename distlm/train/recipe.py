@@ -15,6 +15,7 @@ from distlm.corpus.mix import Mix
 from distlm.corpus.stream import BatchSizes, Plan, Windows, silent
 from distlm.corpus.tokenizer import token_bytes
 from distlm.errors import InputError, SpecError
+from distlm.model.adapter import adapter_sizes, check_peft
 from distlm.model.build import Shape, model_config, parameter_sizes, recompute, skeleton
 from distlm.model.find import find_model
 from distlm.model.sequence import check_sequence
@@ -53,7 +54,7 @@ class Recipe:
     """The manifest's; of a mixture, a hash over its manifests' hashes, weights and schedule."""
     shape: Shape
     parameters: int
-    """Of the model, tied ones counted once."""
+    """Of the model and its adapter, tied ones counted once."""
     global_sequences: int
     """Of a step after the batch's warm-up."""
     micro_sequences: int
@@ -163,6 +164,8 @@ def make_recipe(spec: TrainSpec, storage: Storage) -> Recipe:
     if spec.model.source is not None:                      # a run's name becomes the folder of its export
         source = str(find_model(spec.model.source, storage, "model.from"))
         spec = spec.model_copy(update={"model": spec.model.model_copy(update={"source": source})})
+    if spec.adapter:
+        check_peft()
     if spec.track.wandb and importlib.util.find_spec("wandb") is None:
         raise SpecError("the package wandb is not installed", where="track.wandb", remedy="pip install 'distlm[wandb]'")
     if spec.sharding.deepspeed:
@@ -170,6 +173,7 @@ def make_recipe(spec: TrainSpec, storage: Storage) -> Recipe:
     shape = Shape(manifest.vocab_size, context, manifest.eos_id)
     config = model_config(spec.model, shape, spec.regularization.dropout)
     sizes = parameter_sizes(config)
+    trained = adapter_sizes(config, spec.adapter) if spec.adapter else sizes
     if spec.sharding.tensor_parallel > 1:
         check_tensor(config, spec.sharding.tensor_parallel)
     if spec.activation_checkpointing:
@@ -181,7 +185,7 @@ def make_recipe(spec: TrainSpec, storage: Storage) -> Recipe:
         steps = _num_steps(spec, batches, sum(one.splits["train"].windows for one in manifests), context)
         spec = spec.model_copy(update={"schedule": spec.schedule.in_steps(lambda tokens: batches.steps(tokens / context))})
         check_steps(spec, steps)
-        check_groups(spec.optimizer.groups, list(sizes))
+        check_groups(spec.optimizer.groups, list(trained))
     except Rule as rule:
         raise SpecError(str(rule), where=rule.key) from None
     if spec.model.source is not None:
@@ -194,10 +198,11 @@ def make_recipe(spec: TrainSpec, storage: Storage) -> Recipe:
         check_family(config)
     if spec.sharding.sequence_parallel > 1:
         check_sequence(config, context, spec.sharding.sequence_parallel)
-    recipe = Recipe(spec, str(manifest.path), mixture_hash(spec, manifests), shape, sum(sizes.values()), sequences, micro, steps,
-                    spec.evaluate.every_steps or max(1, steps // 10), spec.checkpoint.every_steps or max(1, min(1000, steps // 4)),
-                    (), 0.0, make_mix(spec, manifests, batches.before(steps)), masked, masked or padded,
-                    config_flops(config, sizes, context), warmup)
+    recipe = Recipe(spec, str(manifest.path), mixture_hash(spec, manifests), shape, sum({**sizes, **trained}.values()), sequences,
+                    micro, steps, spec.evaluate.every_steps or max(1, steps // 10),
+                    spec.checkpoint.every_steps or max(1, min(1000, steps // 4)), (), 0.0,
+                    make_mix(spec, manifests, batches.before(steps)), masked, masked or padded,
+                    config_flops(config, sizes, context, sum(trained.values()) if spec.adapter else None), warmup)
     if spec.checkpoint.average > (saved := math.ceil(steps / recipe.checkpoint_every)):
         raise SpecError(f"{spec.checkpoint.average} checkpoints are averaged, and {steps:,} steps save {saved}", where="checkpoint.average",
                         remedy=f"set it to {saved}, or lower checkpoint.every_steps")

@@ -99,7 +99,8 @@ class Saver:
         distributed.barrier()
         self._now = now = Save(step, path, _manifest(self._engine, self._recipe, step, recent_losses, val_loss, due), beside, began)
         with _told(path):
-            self._engine.save_checkpoint(str(path), tag=checkpoint.TAG, client_state={}, save_latest=False)     # which calls _put
+            self._engine.save_checkpoint(str(path), tag=checkpoint.TAG, client_state={}, save_latest=False,  # calls _put
+                                         exclude_frozen_parameters=self._recipe.spec.adapter is not None)
         cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else torch.empty(0, dtype=torch.uint8)
         self._put(torch.save, {"cpu": torch.get_rng_state(), "cuda": cuda}, path / f"rng-{self._rank:05d}.pt")
         if ema:

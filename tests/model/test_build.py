@@ -11,7 +11,7 @@ from distlm.model.build import DROPOUTS, Shape, buffers, build_model, model_conf
 from distlm.model.export import export_model
 from distlm.spec.presets import PRESETS
 from distlm.spec.train import ModelSpec
-from distlm.storage import Storage
+from distlm.storage import Storage, read_json, write_json
 from distlm.train.recipe import make_recipe
 from tests.train.ranks import make_corpus, spec
 
@@ -99,6 +99,20 @@ def test_a_run_goes_on_from_an_exported_model(tmp_path: Path) -> None:
     shutil.rmtree(storage.run("first"))
     with pytest.raises(InputError, match=r"model\.from: there is no run and no folder 'first'"):
         make_recipe(spec(corpus, model={"from": "first"}), storage)
+
+
+def test_the_tokens_that_end_a_turn_of_a_checkpoint_stay(tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path / "c")
+    given = spec(corpus)
+    shape = Shape(64, 16, 0)
+    model = build_model(given.model, model_config(given.model, shape), 5)
+    export_model(model, None, corpus / "tokenizer", tmp_path / "first", {})
+    config = tmp_path / "first" / "generation_config.json"
+    assert read_json(config)["eos_token_id"] == 0
+    write_json(config, {**read_json(config), "eos_token_id": [0, 9]})
+    source = ModelSpec(**{"from": str(tmp_path / "first")})
+    export_model(build_model(source, model_config(source, shape), 0), None, corpus / "tokenizer", tmp_path / "second", {})
+    assert read_json(tmp_path / "second" / "generation_config.json")["eos_token_id"] == [0, 9]
 
 
 def test_a_checkpoint_that_lacks_weights_is_an_error(tmp_path: Path) -> None:

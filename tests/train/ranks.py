@@ -157,6 +157,7 @@ def losses_by_hand(given: TrainSpec, corpus: Path) -> list[float]:
     from torch.nn import functional
 
     from distlm.corpus.stream import Windows
+    from distlm.model.adapter import add_adapter
     from distlm.model.build import build_model, model_config
     from distlm.storage import Storage
     from distlm.train.recipe import make_recipe
@@ -164,9 +165,11 @@ def losses_by_hand(given: TrainSpec, corpus: Path) -> list[float]:
 
     recipe = make_recipe(given, Storage(corpus.parent))
     model = build_model(given.model, model_config(given.model, recipe.shape), given.seed)
-    flat = [p for p in model.parameters() if p.dim() < 2]
-    optimizer = torch.optim.AdamW([{"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": 0.1},
-                                   {"params": flat, "weight_decay": 0.0}], betas=(0.9, 0.95))
+    if given.adapter:
+        add_adapter(model, given.adapter, given.seed)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW([{"params": [p for p in trained if p.dim() >= 2], "weight_decay": 0.1},
+                                   {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0}], betas=(0.9, 0.95))
     windows, plan, found = Windows(corpus), recipe.plan(), []
     for step in range(recipe.num_steps):
         samples = np.concatenate([plan.samples(step, rank) for rank in range(plan.world)])

@@ -115,20 +115,19 @@ def test_options_make_the_same_steps_and_go_on_bit_equal(tmp_path: Path) -> None
         check_equal(tmp_path / name, tmp_path / "one" / name, 5e-3 if "muon" in name else 5e-6, 2e-2 if "muon" in name else 1e-4)
 
 
-def test_attention_keeps_to_documents_that_lie_over_several_ranks(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
+def test_attention_keeps_to_documents_that_lie_over_several_ranks(tmp_path: Path, name: str) -> None:
     """Packed conversations: documents that begin on one rank and end on another, padding, answers alone give loss."""
     packed = make_packed_corpus(tmp_path / "p", conversations=True)
     short = {"duration": {"steps": 6}, "schedule": {}, "evaluate": {"every_steps": 3}, "checkpoint": {"every_steps": 3},
              "optimizer": CLIPPED, "objective": "sft"}
-    models = {"llama": spec(packed).model, "gpt2": {"config": {"model_type": "gpt2", **GROUPED_CONFIGS["gpt2"]}}}
-    run_ranks({tmp_path / f"{name}-1": spec(packed, model=model, **short) for name, model in models.items()})
-    run_ranks({tmp_path / f"{name}-2": spec(packed, model=model, scale=TWO, sharding=divided(0 if name == "gpt2" else 3),
-                                            activation_checkpointing=int(name == "llama"), **short) for name, model in models.items()})
-    apart = spec(packed, batch={"global_sequences": 12, "micro_sequences": 2, "mask_documents": False}, **short)
-    run_ranks({tmp_path / "over": apart})
-    assert not np.allclose(losses(tmp_path / "over"), losses(tmp_path / "llama-1"), rtol=1e-4), "documents matter in this corpus"
-    for name in models:
-        check_equal(tmp_path / f"{name}-2", tmp_path / f"{name}-1")
+    model = {"config": {"model_type": name, **GROUPED_CONFIGS[name]}}
+    over = spec(packed, model=model, batch={"global_sequences": 12, "micro_sequences": 2, "mask_documents": False}, **short)
+    run_ranks({tmp_path / "one": spec(packed, model=model, **short), tmp_path / "over": over})
+    run_ranks({tmp_path / "two": spec(packed, model=model, scale=TWO, sharding=divided(0 if name == "gpt2" else 3),
+                                      activation_checkpointing=int(name == "llama"), **short)})
+    assert not np.allclose(losses(tmp_path / "over"), losses(tmp_path / "one"), rtol=1e-4), "documents matter in this corpus"
+    check_equal(tmp_path / "two", tmp_path / "one")
 
 
 @pytest.mark.parametrize("families", [SOME, pytest.param(tuple(sorted({*FAMILIES} - {*SOME})), marks=pytest.mark.slow)])

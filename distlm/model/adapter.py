@@ -1,0 +1,95 @@
+"""Low-rank adapters (Hu et al. 2021; Liu et al. 2024) by peft: put into a model, taken out of it, merged.
+
+    add_adapter(model, spec.adapter, seed=0)               # in place; the base no longer wants gradients
+    save_adapter(model, weights, source, folder)           # what PeftModel.from_pretrained loads
+    merge(model)                                           # in place: the model is a plain one again
+"""
+
+import functools
+import hashlib
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import xxhash
+
+from distlm.errors import SpecError
+from distlm.model.build import last_line, skeleton
+from distlm.spec.adapter import Adapter
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+NAME = "default"
+"""peft's own name for an adapter of which there is one."""
+
+
+def check_peft() -> None:
+    """Raises SpecError where the package is not there."""
+    if importlib.util.find_spec("peft") is None:
+        raise SpecError("the package peft is not installed", where="adapter", remedy="pip install 'distlm[adapters]'")
+
+
+def add_adapter(model: "PreTrainedModel", adapter: Adapter, seed: int) -> None:
+    """Put an adapter that changes nothing yet into the model, which then has it alone to train. A is drawn from `seed`. Raises SpecError
+    where no module is the target."""
+    import torch
+    from peft import LoraConfig, inject_adapter_in_model
+
+    options: dict[str, Any] = {"lora_alpha": adapter.alpha, "target_modules": adapter.target_modules}
+    config = LoraConfig(r=adapter.rank, lora_dropout=adapter.dropout, use_dora=adapter.method == "dora", task_type="CAUSAL_LM", **options)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            inject_adapter_in_model(config, model)
+        except (ValueError, TypeError) as error:
+            names = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)})
+            raise SpecError(f"peft cannot put an adapter there: {last_line(error)}", where="adapter.target_modules",
+                            remedy=f"the model's linear layers are {', '.join(names)}" if names else "") from None
+
+
+def adapter_sizes(config: "PreTrainedConfig", adapter: Adapter) -> dict[str, int]:
+    """The elements of each parameter of an adapter for a model of this configuration, by name. Raises SpecError."""
+    model = skeleton(config)
+    add_adapter(model, adapter, 0)
+    return {name: parameter.numel() for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def merge(model: "PreTrainedModel") -> None:
+    """Add the adapter to the matrices that it changes, and take it out. In the model's precision: float32 loses nothing."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            module.merge()
+            model.set_submodule(name, module.get_base_layer())
+    vars(model).pop("peft_config", None)
+
+
+def save_adapter(model: "PreTrainedModel", weights: "dict[str, torch.Tensor]", source: str, folder: Path) -> None:
+    """Write an adapter's `weights`, by their names in the model that has it, as peft does: adapter_config.json and
+    adapter_model.safetensors."""
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True)
+    config: Any = model.peft_config[NAME]
+    config.base_model_name_or_path, config.inference_mode = source, True
+    config.save_pretrained(str(folder))
+    found = get_peft_model_state_dict(model, state_dict=weights, adapter_name=NAME)
+    save_file({f"base_model.model.{name}": value.contiguous() for name, value in found.items()}, folder / "adapter_model.safetensors",
+              metadata={"format": "pt"})
+
+
+@functools.lru_cache
+def base_hash(source: str) -> str:
+    """A hash over the files of weights of a checkpoint: an adapter belongs to them."""
+    digest = hashlib.sha256()
+    for file in sorted([*Path(source).glob("*.safetensors"), *Path(source).glob("*.bin")]):
+        whole = xxhash.xxh3_128()
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 24):
+                whole.update(block)
+        digest.update(f"{file.name} {whole.hexdigest()}\n".encode())
+    return digest.hexdigest()

@@ -1,0 +1,147 @@
+"""An adapter alone is trained: the same however it is sharded, bit-equal when it goes on, and exported as it is and merged."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from distlm.errors import CheckpointError, SpecError
+from distlm.model.build import build_model, model_config
+from distlm.model.export import export_model
+from distlm.spec import TrainSpec, load_spec
+from distlm.spec.load import dump
+from distlm.storage import Storage, read_json
+from distlm.train import checkpoint
+from distlm.train.memory import make_load, peak_memory
+from distlm.train.recipe import make_recipe
+from tests.train.ranks import losses, losses_by_hand, make_corpus, run_ranks, spec
+
+SHARDED = {"zero": 3, "deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}}}
+TWO = {"workers": 2}
+ADAPTER = "export/adapter/adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus and two bases."""
+    root = tmp_path_factory.mktemp("adapter")
+    corpus = make_corpus(root / "c")
+    for name, seed in (("base", 3), ("other", 4)):
+        given = spec(corpus)
+        config = model_config(given.model, make_recipe(given, Storage(root)).shape)
+        model = build_model(given.model, config, seed)
+        export_model(model, None, corpus / "tokenizer", root / name, {})
+    return root
+
+
+def tuned(root: Path, base: str = "base", adapter: dict[str, Any] | None = None, **sections: Any) -> TrainSpec:
+    return spec(root / "c", model={"from": str(root / base)}, adapter={"rank": 4, **(adapter or {})},
+                **{"duration": {"steps": 8}, "evaluate": {"every_steps": 4}, "checkpoint": {"every_steps": 4}, **sections})
+
+
+def exported(run: Path) -> list[bytes]:
+    return [(run / file).read_bytes() for file in ("export/model.safetensors", ADAPTER)]
+
+
+def test_every_stage_trains_the_same_adapter_and_leaves_the_base_alone(root: Path, tmp_path: Path) -> None:
+    runs = {tmp_path / f"zero{zero}": tuned(root, scale=TWO, sharding=SHARDED if zero == 3 else {"zero": zero}) for zero in range(4)}
+    run_ranks(runs)
+    expected = losses_by_hand(tuned(root), root / "c")
+    base, first = load_file(root / "base" / "model.safetensors"), load_file(tmp_path / "zero0" / ADAPTER)
+    for run in runs:
+        np.testing.assert_allclose(losses(run), expected, rtol=1e-5, err_msg=run.name)
+        found = load_file(run / ADAPTER)
+        assert found.keys() == first.keys() and all(torch.allclose(found[name], first[name], atol=1e-5) for name in first), run.name
+        merged = load_file(run / "export" / "model.safetensors")
+        assert merged.keys() == base.keys()
+        for name, weight in base.items():
+            a, b = (found.get(f"base_model.model.{name.removesuffix('.weight')}.lora_{part}.weight") for part in "AB")
+            if a is None or b is None:
+                assert torch.equal(merged[name], weight), name
+            else:
+                assert torch.allclose(merged[name], weight + 8 * b @ a, atol=1e-6) and not torch.equal(merged[name], weight), name
+
+
+@pytest.mark.parametrize("method", ["lora", pytest.param("dora", marks=pytest.mark.slow)])
+def test_the_exported_adapter_on_its_base_is_the_merged_model(root: Path, tmp_path: Path, method: str) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    run = tmp_path / method
+    run_ranks({run: tuned(root, adapter={"method": method, "alpha": 64})})
+    tokens = torch.arange(32).reshape(2, 16)
+    plain, merged = (AutoModelForCausalLM.from_pretrained(path) for path in (root / "base", run / "export"))
+    before, ours = plain(tokens).logits, merged(tokens).logits
+    applied = PeftModel.from_pretrained(plain, run / "export" / "adapter")(tokens).logits
+    assert torch.allclose(ours, applied, atol=1e-5) and not torch.allclose(ours, before, atol=1e-2)
+
+
+CASES: dict[str, Any] = {"fp32-3": {"sharding": SHARDED, "adapter": {"dropout": 0.1}, "activation_checkpointing": 1},
+                         "fp32-0": {}, "bf16-0": {"precision": "bf16", "ema": {"decay": 0.9}},
+                         "bf16-2": {"precision": "bf16", "sharding": {"zero": 2}},
+                         "bf16-3": {"precision": "bf16", "sharding": SHARDED, "adapter": {"method": "dora"}}}
+
+
+@pytest.mark.parametrize("names", [("fp32-3",), pytest.param(("fp32-0", "bf16-0", "bf16-2", "bf16-3"), marks=pytest.mark.slow)])
+def test_a_run_goes_on_bit_equal(root: Path, tmp_path: Path, names: tuple[str, ...]) -> None:
+    runs = {tmp_path / name: tuned(root, scale=TWO, **CASES[name]) for name in names}
+    run_ranks(runs)
+    before = {run: (losses(run), *exported(run)) for run in runs}
+    for run in runs:
+        shutil.rmtree(run / "checkpoints" / "step-000008")
+        shutil.rmtree(run / "export")
+    run_ranks(runs)
+    for run, (steps, *files) in before.items():
+        assert losses(run) == steps and exported(run) == files, run.name
+
+
+def test_an_adapter_belongs_to_its_base(root: Path, tmp_path: Path) -> None:
+    run_ranks({tmp_path / "run": tuned(root, adapter={"rank": 1}, duration={"steps": 1}, evaluate={}, checkpoint={}, schedule={})})
+    start, _ = checkpoint.latest(tmp_path / "run")
+    assert start and start.manifest["base"] == read_json(tmp_path / "run" / "export" / "distlm.json")["base_hash"]
+    sizes = sum(file.stat().st_size for file in (start.path / "state").iterdir())
+    assert sizes < (root / "base" / "model.safetensors").stat().st_size, "the base is no part of a checkpoint"
+    for key, other in (("base", tuned(root, "other", {"rank": 1})), ("adapter", tuned(root))):
+        with pytest.raises(CheckpointError, match=f"was saved with {key}"):
+            checkpoint.check_fits(start, make_recipe(other, Storage(root)))
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_under_another_layout(root: Path, tmp_path: Path) -> None:
+    run_ranks({tmp_path / "run": tuned(root, scale=TWO, sharding={"zero": 2})})
+    before = losses(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000008")
+    run_ranks({tmp_path / "run": tuned(root, sharding={"zero": 1})})
+    np.testing.assert_allclose(losses(tmp_path / "run"), before, rtol=1e-5)
+
+
+def test_plan_counts_what_is_trained(root: Path) -> None:
+    whole, part = (make_recipe(one, Storage(root)) for one in (spec(root / "c", model={"from": str(root / "base")}), tuned(root)))
+    added = part.parameters - whole.parameters
+    assert added == 2 * 4 * (32 + 32 + 32 + 16 + 32 + 16 + 32 + 32 + 3 * (32 + 64))
+    assert part.flops_per_token == pytest.approx(whole.flops_per_token - 2 * (whole.parameters - 32 * 0) + 6 * added, rel=0.05)
+    loads = [make_load(one.spec, model_config(one.spec.model, one.shape), one.shape, one.parameters, 2, 1) for one in (whole, part)]
+    assert loads[1].frozen == whole.parameters and loads[0].frozen == 0
+    memory = [peak_memory(load).parts() for load in loads]
+    assert memory[1]["optimizer"] == 8 * added and memory[0]["optimizer"] == 8 * whole.parameters
+
+
+@pytest.mark.parametrize(("sections", "message"), [
+    ({"model": {"preset": "llama-tiny"}}, "adapter: needs a model that is trained already; set model.from"),
+    ({"optimizer": {"name": "muon"}}, "optimizer.name: muon would make"),
+    ({"compile": True}, "compile: is not proved to make the same steps with an adapter"),
+    ({"adapter": {"target_modules": []}}, "adapter.target_modules: [] would train nothing"),
+    ({"adapter": {"rank": 0}}, "adapter.rank: 0: must be at least 1")])
+def test_what_cannot_be(sections: dict[str, Any], message: str, root: Path) -> None:
+    with pytest.raises(SpecError) as error:
+        load_spec({**dump(tuned(root)), **sections})
+    assert message in str(error.value)
+
+
+def test_modules_that_are_not_there_are_told_at_plan(root: Path) -> None:
+    with pytest.raises(SpecError, match=r"adapter.target_modules: .*; the model's linear layers are down_proj, gate_proj, k_proj"):
+        make_recipe(tuned(root, adapter={"target_modules": ["query"]}), Storage(root))
