@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 from distlm import cluster, head
 from distlm.cli import app
 from distlm.errors import ClusterError, InputError, StorageError
+from distlm.process import signals_held
 from distlm.runs import RunFolder
 from distlm.storage import Storage, write_json
 from tests.codes import INTERRUPTED
