@@ -216,8 +216,16 @@ def test_a_port_that_is_taken_is_the_users_mistake_and_leaves_nothing(storage, t
     assert not (storage.root / "clusters" / "second").exists()
 
 
+@pytest.fixture
+def unhandled():
+    """SIGTERM is handled by nobody, whatever a ray.init before has left."""
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_while_ray_starts_is_raised_when_it_stands_and_ends_it(number, storage, tmp_path, monkeypatch):
+def test_an_interrupt_while_ray_starts_is_raised_when_it_stands_and_ends_it(number, unhandled, storage, tmp_path, monkeypatch):
     """Where Ray forks, Python would swallow it and leave logging's lock taken."""
     from ray._private import utils
 
@@ -246,12 +254,11 @@ def test_an_interrupt_while_ray_starts_is_raised_when_it_stands_and_ends_it(numb
     assert "held" not in done, "the second one is not held"
 
 
-def test_sigterm_interrupts_a_job_of_a_program_that_does_not_handle_it(storage, tmp_path, monkeypatch):
+def test_sigterm_interrupts_a_job_of_a_program_that_does_not_handle_it(unhandled, storage, tmp_path, monkeypatch):
     monkeypatch.setattr(cluster, "find", lambda storage: None)
     monkeypatch.setattr(cluster, "_embed", lambda stack: cluster.Connection("", "", True))
     monkeypatch.setattr(cluster, "_shutdown", lambda: None)
     monkeypatch.setattr(cluster.import_ray(), "is_initialized", lambda: False)
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     with pytest.raises(KeyboardInterrupt):
         with cluster.connect(tmp_path / "log", storage=storage):
             signal.raise_signal(signal.SIGTERM)
