@@ -35,6 +35,8 @@ from distlm.storage import FOLDERS, Storage, read_json
 
 ENDED_IN_RAY = ("SUCCEEDED", "FAILED", "STOPPED")
 STOP_GRACE_S = 30
+SEND_S = 600
+"""So long files may be on their way from another host."""
 
 
 @dataclass(frozen=True)
@@ -256,6 +258,8 @@ def reconcile(job: Job) -> Job:
             return replace(job, message=f"the cluster that it was submitted to does not answer: `distlm stop {job.name}` frees the name")
         return job
     folder = RunFolder(job.folder)
+    if info is None and _being_sent(folder):
+        return job
     if not _driver_may_live(folder, job.submission, known=info is not None):
         if info is None:
             folder.event("failed", "head_lost", "the cluster that it was submitted to has gone")
@@ -286,6 +290,17 @@ def _driver_may_live(folder: RunFolder, submission: str, known: bool) -> bool:
     elsewhere = last.get("owner", {}).get("host") != socket.gethostname()
     began_as = next((event.get("submission") for event in reversed(folder.events()) if event["state"] == "starting"), None)
     return state in ENDED or not (known and elsewhere and began_as == submission)
+
+
+def _being_sent(folder: RunFolder) -> bool:
+    """Whether another process has queued the job and may still upload its files: Ray does not know of it yet."""
+    last: dict[str, Any] = next((event for event in reversed(folder.events()) if event["state"] != "note"), {})
+    owner = last.get("owner") or {}
+    if last.get("state") != "queued" or owner.get("pid") == os.getpid():
+        return False
+    if owner.get("host") != socket.gethostname():          # whose processes cannot be seen from here
+        return time.time() - last["time"] < SEND_S
+    return living(owner["pid"], owner["started"]) is not None
 
 
 def submission_of(job: Job) -> Submission:

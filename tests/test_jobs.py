@@ -165,6 +165,26 @@ def test_a_submitted_job_is_asked_for_where_it_was_sent(tmp_path: Path, monkeypa
         assert jobs.locate("x", tmp_path).state == "starting" and len(folder.events()) == 2
 
 
+@pytest.mark.parametrize(("owner", "age_s", "state"), [("alive", 0, "queued"), ("dead", 0, "failed"), ("elsewhere", 60, "queued"),
+                                                       ("elsewhere", 3600, "failed")])
+def test_a_job_whose_files_are_on_their_way_is_not_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: str, age_s: float,
+                                                            state: str) -> None:
+    monkeypatch.setattr(jobs, "ray_job", lambda _: None)   # it knows of none before they are there
+    with contextlib.ExitStack() as stack:
+        folder = queued(tmp_path, "http://head:8265")
+        other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+        stack.callback(lambda: other.communicate(b"\n"))
+        [event] = folder.events()
+        event["owner"].update({"pid": other.pid, "started": psutil.Process(other.pid).create_time()})
+        if owner == "dead":
+            stack.close()
+        if owner == "elsewhere":
+            event["owner"]["host"] = "elsewhere"
+        event["time"] -= age_s
+        (folder.path / "events.jsonl").write_text(json.dumps(event) + "\n")
+        assert jobs.locate("x", tmp_path).state == state
+
+
 def test_a_cluster_that_does_not_answer_ends_no_job_and_stop_frees_the_name(tmp_path: Path) -> None:
     with dashboard() as gone:
         pass
