@@ -168,4 +168,4 @@ def test_time_stays_linear_in_hostile_text(name: str) -> None:
     text = (HOSTILE[name] * (SIZE // len(HOSTILE[name]) + 1))[:SIZE]
     start = time.process_time()
     redact(text, tuple(KINDS))
-    assert time.process_time() - start < 1
+    assert time.process_time() - start < 20, "a second on a slow machine; hours where it is quadratic"

@@ -52,7 +52,6 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Storage]:
         yield root
 
 
-@pytest.mark.timeout(280)
 def test_asha_stops_the_weak_trial_a_failed_one_is_in_the_table_and_nothing_is_left_behind(storage: Storage) -> None:
     from distlm.tune import sweep
 
