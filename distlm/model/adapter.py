@@ -5,7 +5,6 @@
     merge(model)                                           # in place: the model is a plain one again
 """
 
-import functools
 import hashlib
 import importlib.util
 from pathlib import Path
@@ -25,15 +24,11 @@ NAME = "default"
 """peft's own name for an adapter of which there is one."""
 
 
-def check_peft() -> None:
-    """Raises SpecError where the package is not there."""
-    if importlib.util.find_spec("peft") is None:
-        raise SpecError("the package peft is not installed", where="adapter", remedy="pip install 'distlm[adapters]'")
-
-
 def add_adapter(model: "PreTrainedModel", adapter: Adapter, seed: int) -> None:
     """Put an adapter that changes nothing yet into the model, which then has it alone to train. A is drawn from `seed`. Raises SpecError
-    where no module is the target."""
+    where peft is not installed, or no module is the target."""
+    if importlib.util.find_spec("peft") is None:
+        raise SpecError("the package peft is not installed", where="adapter", remedy="pip install 'distlm[adapters]'")
     import torch
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -82,7 +77,6 @@ def save_adapter(model: "PreTrainedModel", weights: "dict[str, torch.Tensor]", s
               metadata={"format": "pt"})
 
 
-@functools.lru_cache
 def base_hash(source: str) -> str:
     """A hash over the files of weights of a checkpoint: an adapter belongs to them."""
     digest = hashlib.sha256()

@@ -116,13 +116,17 @@ def check_offload(spec: "TrainSpec") -> None:
                        "weights on disks cannot be averaged; leave out ema and checkpoint.average, or set device: cpu")
 
 
+def check_divides(key: str, size: int, workers: int) -> None:
+    """Raises Rule where workers cannot be put into groups of `size`."""
+    if workers % size:
+        near = [n for n in range(1, workers + 1) if workers % n == 0]
+        raise Rule(key, f"{size} does not divide {workers} workers; try {', '.join(map(str, near))}")
+
+
 def check_zeropp(spec: "TrainSpec") -> None:
     """Raises Rule where ZeRO++ does not fit the workers, or raw keys contradict it."""
     zeropp, workers = spec.sharding.zeropp, spec.scale.workers
-    size = zeropp.hierarchical_partition
-    if workers % size:
-        near = [n for n in range(1, workers + 1) if workers % n == 0]
-        raise Rule("sharding.zeropp.hierarchical_partition", f"{size} does not divide {workers} workers; try {', '.join(map(str, near))}")
+    check_divides("sharding.zeropp.hierarchical_partition", zeropp.hierarchical_partition, workers)
     for ours, theirs in ZEROPP_KEYS.items():
         if getattr(zeropp, ours) == type(zeropp).model_fields[ours].default:
             continue
@@ -138,9 +142,7 @@ def check_tensor_parallel(spec: "TrainSpec", zero: int) -> None:
     degree, workers = spec.sharding.tensor_parallel, spec.scale.workers
     if degree == 1:
         return
-    if workers % degree:
-        near = [n for n in range(1, workers + 1) if workers % n == 0]
-        raise Rule("sharding.tensor_parallel", f"{degree} does not divide {workers} workers; try {', '.join(map(str, near))}")
+    check_divides("sharding.tensor_parallel", degree, workers)
     if spec.precision != "fp32" and not zero:
         raise Rule("sharding.zero", f"0 cannot be with {spec.precision} and tensor_parallel: {degree}, where DeepSpeed's norm of the "
                                     "gradient has the parts of a group's first worker alone; set zero: 1, or take fp32")
@@ -159,9 +161,7 @@ def check_sequence_parallel(spec: "TrainSpec") -> None:
     degree, workers = spec.sharding.sequence_parallel, spec.scale.workers
     if degree == 1:
         return
-    if workers % degree:
-        near = [n for n in range(1, workers + 1) if workers % n == 0]
-        raise Rule("sharding.sequence_parallel", f"{degree} does not divide {workers} workers; try {', '.join(map(str, near))}")
+    check_divides("sharding.sequence_parallel", degree, workers)
     for where, given in (("compile", spec.compile), ("sharding.tensor_parallel", spec.sharding.tensor_parallel > 1)):
         if given:
             raise Rule(where, f"is not proved to make the same steps with sequence_parallel: {degree}; leave one of them out")

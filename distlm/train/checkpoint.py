@@ -111,7 +111,7 @@ def verified(path: Path) -> Checkpoint:
 
 def check_fits(checkpoint: Checkpoint, recipe: Recipe) -> None:
     """Raises CheckpointError where a run cannot go on exactly from this checkpoint."""
-    ours = facts(recipe)
+    ours = {**facts(recipe), **base_of(recipe)}
     if checkpoint.step > recipe.num_steps:
         raise CheckpointError(f"has {checkpoint.step} steps done, and the spec asks for {recipe.num_steps}", where=str(checkpoint.path),
                               cause="bad_spec", remedy=f"set duration to {checkpoint.step} steps or more, or start a new run")
@@ -175,8 +175,12 @@ def facts(recipe: Recipe) -> dict[str, Any]:
     return {"workers": recipe.world, "zero": recipe.spec.sharding.zero, "tensor_parallel": recipe.spec.sharding.tensor_parallel,
             "partition": _partition(recipe.spec), "precision": recipe.spec.precision,
             "global_sequences": recipe.global_sequences, "batch_warmup": [list(stage) for stage in recipe.warmup], "seed": recipe.spec.seed,
-            "corpus_hash": recipe.corpus_hash, "adapter": recipe.spec.adapter and recipe.spec.adapter.model_dump(),
-            "base": base_hash(recipe.spec.model.source) if recipe.spec.adapter and recipe.spec.model.source else None}
+            "corpus_hash": recipe.corpus_hash, "adapter": recipe.spec.adapter and recipe.spec.adapter.model_dump()}
+
+
+def base_of(recipe: Recipe) -> dict[str, str | None]:
+    """The same of an adapter's base, all of which is read for it."""
+    return {"base": base_hash(recipe.spec.model.source) if recipe.spec.adapter and recipe.spec.model.source else None}
 
 
 def load(engine: Any, checkpoint: Path, recipe: Recipe, rank: int, ema: "Ema | None" = None) -> None:
@@ -187,9 +191,9 @@ def load(engine: Any, checkpoint: Path, recipe: Recipe, rank: int, ema: "Ema | N
 
     from distlm.train.reshard import load_resharded
 
-    manifest, ours = read_json(checkpoint / "manifest.json"), facts(recipe)
+    manifest = read_json(checkpoint / "manifest.json")
     same_ranks, zero = manifest["workers"] == recipe.world, recipe.spec.sharding.zero
-    if manifest["zero"] != zero or (zero and not (same_ranks and manifest.get("partition", {}) == ours["partition"])):
+    if manifest["zero"] != zero or (zero and not (same_ranks and manifest.get("partition", {}) == _partition(recipe.spec))):
         load_resharded(engine, checkpoint, manifest, ema)
         if "loss_scale" in manifest:
             engine.optimizer.loss_scaler.cur_scale = manifest["loss_scale"]

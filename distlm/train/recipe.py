@@ -15,7 +15,7 @@ from distlm.corpus.mix import Mix
 from distlm.corpus.stream import BatchSizes, Plan, Windows, silent
 from distlm.corpus.tokenizer import token_bytes
 from distlm.errors import InputError, SpecError
-from distlm.model.adapter import adapter_sizes, check_peft
+from distlm.model.adapter import adapter_sizes
 from distlm.model.build import Shape, model_config, parameter_sizes, recompute, skeleton
 from distlm.model.find import find_model
 from distlm.model.sequence import check_sequence
@@ -164,8 +164,6 @@ def make_recipe(spec: TrainSpec, storage: Storage) -> Recipe:
     if spec.model.source is not None:                      # a run's name becomes the folder of its export
         source = str(find_model(spec.model.source, storage, "model.from"))
         spec = spec.model_copy(update={"model": spec.model.model_copy(update={"source": source})})
-    if spec.adapter:
-        check_peft()
     if spec.track.wandb and importlib.util.find_spec("wandb") is None:
         raise SpecError("the package wandb is not installed", where="track.wandb", remedy="pip install 'distlm[wandb]'")
     if spec.sharding.deepspeed:

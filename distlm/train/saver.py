@@ -70,6 +70,7 @@ class Saver:
         self._now: Save | None = None
         """All ranks have one or none."""
         self._done: list[Save] = []
+        self._base: dict[str, str | None] | None = None    # the first commit reads it, beside the steps
         write = engine.checkpoint_engine.save
         engine.checkpoint_engine.save = lambda state_dict, path: self._put(write, state_dict, Path(path))
 
@@ -168,7 +169,9 @@ class Saver:
             known = {entry["file"] for entry in entries}
             more = [checkpoint.entry(file, now.path) for file in now.path.rglob("*") if file.is_file()
                     and str(file.relative_to(now.path)) not in known]
-            write_json(now.path / "manifest.json", {**now.manifest, "files": sorted([*entries, *more], key=lambda one: one["file"])})
+            self._base = self._base or checkpoint.base_of(self._recipe)
+            files = sorted([*entries, *more], key=lambda one: one["file"])
+            write_json(now.path / "manifest.json", {**now.manifest, **self._base, "files": files})
             text = (now.path / "manifest.json").read_bytes()
             write_atomic(now.path / checkpoint.MARKER, hashlib.sha256(text).hexdigest() + "\n")
             for folder in (*(path for path in now.path.rglob("*") if path.is_dir()), now.path, now.path.parent):
