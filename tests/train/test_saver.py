@@ -119,7 +119,7 @@ def test_a_checkpoint_is_listed_on_the_disk_before_an_earlier_one_goes(tmp_path:
     pruned: list[int] = []
     monkeypatch.setattr(os, "fsync", spy)
     monkeypatch.setattr(checkpoint, "prune", prune)
-    saver: Any = SimpleNamespace(_recipe=SimpleNamespace(spec=spec(tmp_path / "c")), _run=tmp_path, _done=[])
+    saver: Any = SimpleNamespace(_recipe=SimpleNamespace(spec=spec(tmp_path / "c")), _run=tmp_path, _done=[], _base=None)
     Saver._seal(saver, Save(5, path, {"step": 5}, False, 0.0), [])
     assert pruned and checkpoint.verified(path).step == 5
 
