@@ -2,13 +2,15 @@
 
 import json
 import math
+import multiprocessing
 import os
 import resource
 import signal
 import socket
-import subprocess
 import sys
+import tempfile
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -115,24 +117,29 @@ def run_ranks(runs: dict[Path, TrainSpec], *, device: str = "cpu", kill_before_s
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    environment = {**os.environ, "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
-                   "DS_ACCELERATOR": device, "HF_HUB_OFFLINE": "1"}
-    kill = {world - 1: str(kill_before_step)} if kill_before_step is not None else {}
-    ranks = [subprocess.Popen([sys.executable, "-m", "tests.train.ranks", *map(str, runs)], cwd=Path(__file__).parents[2],
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                              env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank), "DISTLM_TEST_KILL": kill.get(rank, ""),
-                                   "DISTLM_TEST_PREEMPT": str(preempt_before_step) if rank == world - 1 else "",
-                                   "DISTLM_TEST_STOP": str(stop_before_step) if rank == world - 1 else "",
-                                   "DISTLM_TEST_POISON": json.dumps(poison or {}), "DISTLM_TEST_HOLD": json.dumps(hold or (-1, -1)),
-                                   "DISTLM_TEST_FULL": "" if full_before_step is None else str(full_before_step)})
-             for rank in range(world)]
-    try:
-        outputs = [rank.communicate(timeout=240)[0].decode() for rank in ranks]
-    finally:
-        for one in ranks:
-            one.kill()
-    codes = [rank.returncode for rank in ranks]
-    if kill or stop_before_step is not None:
+    context: Any = multiprocessing.get_context("forkserver" if device == "cpu" else "spawn")
+    context.set_forkserver_preload(["tests.train.preload"])
+    alone = {"kill": kill_before_step, "preempt": preempt_before_step, "stop": stop_before_step}
+    ranks = []
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            for rank in range(world):
+                environment = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank),
+                               "LOCAL_RANK": str(rank), "DS_ACCELERATOR": device}
+                ranks.append(context.Process(
+                    target=rank_process, args=(list(runs), environment, Path(folder, str(rank))),
+                    kwargs={**(alone if rank == world - 1 else {}), "full": full_before_step, "poison": poison, "hold": hold}))
+                ranks[-1].start()
+            deadline = time.monotonic() + 240
+            for one in ranks:
+                one.join(max(0, deadline - time.monotonic()))
+            outputs = [Path(folder, str(rank)).read_text() for rank in range(world)]
+            assert None not in [one.exitcode for one in ranks], "\n".join(["ranks that do not end:", *(one[-3000:] for one in outputs)])
+        finally:
+            for one in ranks:
+                one.kill()
+    codes = [one.exitcode for one in ranks]
+    if kill_before_step is not None or stop_before_step is not None:
         assert codes[-1] == -signal.SIGKILL, outputs[-1][-3000:]
     else:
         fails = full_before_step is not None or preempt_before_step is not None
@@ -269,8 +276,14 @@ def hold_writes(step: int, released: threading.Event) -> None:
     saver._write = held
 
 
-def main() -> None:
-    """One rank."""
+def rank_process(runs: list[Path], environment: dict[str, str], output: Path, *, kill: int | None = None, preempt: int | None = None,
+                 stop: int | None = None, full: int | None = None, poison: dict[str, Any] | None = None,
+                 hold: tuple[int, int] | None = None) -> None:
+    """One rank. What it prints goes to `output`."""
+    os.environ |= environment
+    log = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for number in (1, 2):
+        os.dup2(log, number)
     import torch
     from deepspeed.accelerator import get_accelerator
     from torch import distributed
@@ -280,19 +293,19 @@ def main() -> None:
     from distlm.runs import RunFolder
     from distlm.spec import load_spec
     from distlm.storage import Storage
-    from distlm.train import checkpoint, loop, preempt
+    from distlm.train import checkpoint, loop
+    from distlm.train import preempt as preemption
     from distlm.train.recipe import make_recipe
 
-    rank, kill, full = int(os.environ["RANK"]), os.environ["DISTLM_TEST_KILL"], os.environ["DISTLM_TEST_FULL"]
+    rank = int(environment["RANK"])
     torch.set_num_threads(1)
-    preempt.install()
-    device = torch.device(os.environ["DS_ACCELERATOR"])
+    preemption.install()
+    device = torch.device(environment["DS_ACCELERATOR"])
     distributed.init_process_group("gloo" if device.type == "cpu" else "nccl")
-    poison = json.loads(os.environ["DISTLM_TEST_POISON"])
     report = watch_poisoned(poison) if poison else None
-    held, until = json.loads(os.environ["DISTLM_TEST_HOLD"])
+    held, until = hold or (-1, -1)
     hold_writes(held, released := threading.Event())
-    for run in map(Path, sys.argv[1:]):
+    for run in runs:
         recipe = make_recipe(load_spec(run / "spec.yaml").spec, Storage(run.parent))
         if recipe.spec.precision == "fp16" and device.type == "cpu":                # a rank on CPU stands for one on a GPU
             get_accelerator().is_fp16_supported = lambda: True  # type: ignore[method-assign]
@@ -307,13 +320,13 @@ def main() -> None:
 
         def steps(run=run, plan=plan, first=first):
             for i, tokens in enumerate(ordered_steps(local_steps(plan, rank, first), plan, rank, first)):
-                if kill and first + i == int(kill):
+                if first + i == kill:
                     os.kill(os.getpid(), signal.SIGKILL)
-                if os.environ["DISTLM_TEST_STOP"] == str(first + i):
+                if first + i == stop:
                     os.kill(os.getpid(), signal.SIGSTOP)
-                if os.environ["DISTLM_TEST_PREEMPT"] == str(first + i):
+                if first + i == preempt:
                     os.kill(os.getpid(), signal.SIGTERM)
-                if full and first + i == int(full):
+                if first + i == full:
                     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
                 if first + i >= until:
                     released.set()
@@ -336,6 +349,3 @@ def main() -> None:
     sys.stderr.flush()
     os._exit(0)                                            # an engine that a traceback holds would be taken down beside its threads
 
-
-if __name__ == "__main__":
-    main()

@@ -80,6 +80,7 @@ def make_run(root: Path, given: TrainSpec) -> RunFolder:
     return RunFolder.create(Storage(root).run(given.name), to_yaml(dump(given)), {})
 
 
+@pytest.mark.slow
 def test_a_job_that_is_killed_whole_and_then_a_worker_cost_nothing_but_time(cluster: str, corpus: Path, undisturbed: Path, tmp_path: Path
                                                                             ) -> None:
     given, storage = spec(corpus, **LONG), Storage(tmp_path)
@@ -181,7 +182,6 @@ def test_a_run_goes_on_with_more_workers_and_says_so(cluster: str, corpus: Path,
     assert {"loss", "val_loss", "lr", "grad_norm", "tokens_per_s", "memory_bytes"} <= set(last) and last["eta_s"] == 0
 
 
-@pytest.mark.slow
 def test_the_only_worker_that_is_killed_costs_nothing_but_time_and_leaves_its_log(cluster: str, corpus: Path, tmp_path: Path) -> None:
     given = spec(corpus, **{**LONG, "scale": {"workers": 1}, "sharding": {"zero": 0}})
     run_ranks({tmp_path / "undisturbed": given})

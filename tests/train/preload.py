@@ -1,0 +1,11 @@
+"""What a rank imports, in the server that ranks on CPU are forked from: importing takes longer than most of their runs."""
+
+import os
+
+os.environ["DS_ACCELERATOR"] = "cpu"
+
+import deepspeed  # noqa: F401, E402
+from transformers import AutoModelForCausalLM  # noqa: F401, E402
+from transformers.models.llama import modeling_llama  # noqa: F401, E402
+
+import distlm.train.loop  # noqa: F401, E402
