@@ -236,7 +236,7 @@ def test_a_job_that_died_without_a_word_has_failed(distlm, tmp_path):
     assert (job["state"], job["cause"]) == ("failed", "head_lost") and job["ended"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, *(pytest.param(one, marks=pytest.mark.slow) for one in (signal.SIGINT, signal.SIGHUP))])
 def test_an_interrupted_run_is_recorded_as_stopped_by_the_user(number, distlm, tmp_path):
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("words " * 1000)

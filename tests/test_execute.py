@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from distlm import cluster, execute
+from distlm import cluster, execute, summary
 from distlm.errors import InputError, ServeError, SpecError
 from distlm.runs import RunFolder
 from distlm.serve.client import healthy
@@ -18,6 +18,7 @@ from distlm.spec.load import dump, parse, to_yaml
 from distlm.storage import Storage, write_json
 from tests.endpoints import fake_endpoint
 from tests.records import Records
+from tests.train import ranks
 
 
 @pytest.fixture(scope="module")
@@ -184,20 +185,25 @@ def test_an_endpoint_is_held_until_it_falls_silent_and_then_recorded_as_stopped(
     assert ended and ended[0].cause == "worker_died" and folder.state() == ("stopped", "user")
 
 
-def test_a_run_that_cannot_go_on_as_changed_is_refused_and_stays_as_it_is(storage: Storage, texts: Path) -> None:
-    execute.run(spec(texts, "few"), storage=storage, progress=Records())
-    train = {"kind": "train", "name": "done", "corpus": "few", "model": {"preset": "llama-tiny"}, "duration": {"steps": 4},
-             "batch": {"global_sequences": 2}, "precision": "fp32"}
-    shown = Records()
-    execute.run(train, storage=storage, progress=shown)
-    assert any("serve it" in note for note in shown.notes) and shown.records[-2]["distlm"] == "table"
-    folder = RunFolder(storage.run("done"))
+def test_a_run_that_cannot_go_on_as_changed_is_refused_and_stays_as_it_is(storage: Storage) -> None:
+    given = ranks.spec(ranks.make_corpus(storage.corpus("few")), name="done", duration={"steps": 5}, schedule={"name": "constant"})
+    folder = RunFolder.create(storage.run("done"), to_yaml(dump(given)), {})
+    ranks.run_ranks({folder.path: given})
+    folder.event("succeeded", "completed")
     before = {path: path.read_bytes() for path in folder.path.iterdir() if path.is_file()}
-    for change, message in ({"precision": "bf16"}, "precision: 'fp32' -> 'bf16'"), ({"duration": {"steps": 2}}, "4 steps done"):
+    for change, message in ({"precision": "bf16"}, "precision: 'fp32' -> 'bf16'"), ({"duration": {"steps": 2}}, "5 steps done"):
         with pytest.raises(SpecError, match=message):
-            execute.run({**train, **change}, storage=storage, progress=Records(), resume=True)
+            execute.run({**dump(given), **change}, storage=storage, progress=Records(), resume=True)
         assert folder.state() == ("succeeded", "completed")
         assert {path: path.read_bytes() for path in folder.path.iterdir() if path.is_file()} == before
+
+
+def test_a_run_that_has_ended_well_is_shown_as_a_table_with_what_comes_next(storage: Storage) -> None:
+    shown = Records()
+    summary.show_job("train", RunFolder(storage.run("done")), {"parameters": 1000, "steps": 5, "tokens": 960, "loss_first": 4.0,
+                                                               "loss_last": 3.0, "val_loss_first": 4.1, "val_loss": 3.5, "perplexity": 33.1,
+                                                               "bits_per_byte": 1.5, "tokens_per_s": 9000.0}, shown)
+    assert shown.records[-2]["distlm"] == "table" and "serve it with" in shown.notes[-1]
 
 
 def test_a_profile_is_no_run_to_go_on_with(storage: Storage) -> None:

@@ -4,8 +4,8 @@ import os
 
 os.environ["DS_ACCELERATOR"] = "cpu"
 
-import deepspeed  # noqa: F401, E402
-from transformers import AutoModelForCausalLM  # noqa: F401, E402
-from transformers.models.llama import modeling_llama  # noqa: F401, E402
+import deepspeed  # noqa: F401
+from transformers import AutoModelForCausalLM  # noqa: F401
+from transformers.models.llama import modeling_llama  # noqa: F401
 
-import distlm.train.loop  # noqa: F401, E402
+import distlm.train.loop  # noqa: F401

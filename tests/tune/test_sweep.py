@@ -52,6 +52,7 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Storage]:
         yield root
 
 
+@pytest.mark.slow                                          # tests/test_quickstart.py has a sweep with ASHA among the default ones
 def test_asha_stops_the_weak_trial_a_failed_one_is_in_the_table_and_nothing_is_left_behind(storage: Storage) -> None:
     from distlm.tune import sweep
 
@@ -92,6 +93,7 @@ def leftovers() -> list[str]:
     return actors + groups
 
 
+@pytest.mark.slow
 def test_a_sweep_that_is_taken_up_again_leaves_what_has_ended_as_it_is(storage: Storage) -> None:
     """Needs the sweep of the first test."""
     folder = RunFolder(storage.sweep("s"))
