@@ -166,7 +166,7 @@ def start_of(folder: RunFolder) -> list[int]:
 
 @pytest.mark.slow
 def test_a_run_goes_on_with_more_workers_and_says_so(cluster: str, corpus: Path, tmp_path: Path) -> None:
-    alone = {**LONG, "scale": {"workers": 1}, "sharding": {"zero": 0}}
+    alone = {**LONG, "scale": {"workers": 1, "threads_per_worker": 1}, "sharding": {"zero": 0}}
     folder, shown = make_run(tmp_path, given := spec(corpus, **alone)), Records()
     with folder.running():
         train(given, folder, Storage(tmp_path), Records())
@@ -183,7 +183,7 @@ def test_a_run_goes_on_with_more_workers_and_says_so(cluster: str, corpus: Path,
 
 
 def test_the_only_worker_that_is_killed_costs_nothing_but_time_and_leaves_its_log(cluster: str, corpus: Path, tmp_path: Path) -> None:
-    given = spec(corpus, **{**LONG, "scale": {"workers": 1}, "sharding": {"zero": 0}})
+    given = spec(corpus, **{**LONG, "scale": {"workers": 1, "threads_per_worker": 1}, "sharding": {"zero": 0}})
     run_ranks({tmp_path / "undisturbed": given})
     folder, killed = make_run(tmp_path, given), []
 
