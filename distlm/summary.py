@@ -14,8 +14,9 @@ SAMPLING = {"temperature": 0.7, "top_p": 0.9, "seed": 1}
 """A small model repeats itself where it always takes the likeliest token."""
 
 
-def show(prompt: str | None, steps: dict[str, Step], progress: Progress) -> None:
-    """Print the table, let every endpoint complete `prompt`, print a curl line. Raises ServeError where an endpoint does not answer."""
+def show(prompt: str | None, steps: dict[str, Step], progress: Progress, chat: bool = False) -> None:
+    """Print the table, let every endpoint complete `prompt`, or answer it in a chat, and print a curl line. Raises ServeError where an
+    endpoint does not answer."""
     rows: list[tuple[str, ...]] = []
     for step, (kind, folder, outputs) in steps.items():
         rows += [(step, *row) for row in ROWS[kind](outputs)]
@@ -24,8 +25,9 @@ def show(prompt: str | None, steps: dict[str, Step], progress: Progress) -> None
     for kind, _, outputs in steps.values():
         if kind == "serve":
             text = prompt if prompt is not None else "Once"
-            progress.note(f"{outputs['model']} completes:\n{text}{complete(outputs, text)}")
-            progress.note(curl(outputs, text))
+            said = complete(outputs, text, chat)
+            progress.note(f"{outputs['model']} answers:\n{text}\n{said}" if chat else f"{outputs['model']} completes:\n{text}{said}")
+            progress.note(curl(outputs, text, chat))
 
 
 def show_job(kind: str, folder: RunFolder, outputs: dict[str, Any], progress: Progress) -> None:
@@ -64,33 +66,39 @@ def of_endpoint(made: dict[str, Any]) -> list[tuple[str, str]]:
     return [("url", made["url"]), ("key file", made["api_key_file"])]
 
 
-def complete(made: dict[str, Any], prompt: str) -> str:
-    """What the endpoint adds to `prompt`. Raises ServeError."""
+def complete(made: dict[str, Any], prompt: str, chat: bool = False) -> str:
+    """What the endpoint adds to `prompt`, or answers it. Raises ServeError."""
     import httpx
 
     try:
         with open(made["api_key_file"]) as file:
             key = file.read().strip()
-        answer = httpx.post(f"{base(made)}/completions", headers={"Authorization": f"Bearer {key}"}, timeout=120, trust_env=False,
-                            json={"model": made["model"], "prompt": prompt, **SAMPLING})
+        answer = httpx.post(url(made, chat), headers={"Authorization": f"Bearer {key}"}, timeout=120, trust_env=False,
+                            json=body(made, prompt, chat))
         if answer.status_code != 200:
             raise ValueError(f"{answer.status_code} {answer.text[:300]}")
-        return answer.json()["choices"][0]["text"]
+        choice = answer.json()["choices"][0]
+        return choice["message"]["content"] if chat else choice["text"]
     except (httpx.HTTPError, OSError, ValueError, KeyError) as error:
         raise ServeError(f"the endpoint did not complete a prompt: {error}", where=made["url"],
                          remedy="logs/ in its folder say more") from None
 
 
-def curl(made: dict[str, Any], prompt: str) -> str:
+def curl(made: dict[str, Any], prompt: str, chat: bool = False) -> str:
     """A line for a shell that asks the endpoint for the same."""
-    body = json.dumps({"model": made["model"], "prompt": prompt, **SAMPLING})
-    return (f'curl {base(made)}/completions -H "Authorization: Bearer $(cat {shlex.quote(made["api_key_file"])})" '
-            f"-H 'Content-Type: application/json' -d {shlex.quote(body)}")
+    return (f'curl {url(made, chat)} -H "Authorization: Bearer $(cat {shlex.quote(made["api_key_file"])})" '
+            f"-H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body(made, prompt, chat)))}")
 
 
-def base(made: dict[str, Any]) -> str:
-    """The address under which the OpenAI paths lie."""
-    return made["url"].rstrip("/").removesuffix("/v1") + "/v1"
+def url(made: dict[str, Any], chat: bool) -> str:
+    """The OpenAI path that takes a prompt."""
+    return made["url"].rstrip("/").removesuffix("/v1") + f"/v1/{'chat/' if chat else ''}completions"
+
+
+def body(made: dict[str, Any], prompt: str, chat: bool) -> dict[str, Any]:
+    """What the path takes."""
+    asked: dict[str, Any] = {"messages": [{"role": "user", "content": prompt}]} if chat else {"prompt": prompt}
+    return {"model": made["model"], **asked, **SAMPLING}
 
 
 ROWS = {"prepare": of_corpus, "train": of_run, "tune": of_sweep, "serve": of_endpoint}

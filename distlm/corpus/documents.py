@@ -103,9 +103,10 @@ def check(spec: PrepareSpec) -> tuple[list[TextFile], Evaluations | None]:
     check_given(spec.tokenizer)
     if spec.conversations:
         check_template(spec.tokenizer, spec.conversations)
-        if other := next((file for file in files if file.format not in ("jsonl", "parquet")), None):
+        if other := next((file for file in files if file.format not in ("jsonl", "parquet", "docstrings")), None):
             raise InputError(f"{other.name} is {other.format}, and conversations are read from jsonl and parquet",
-                             where=f"sources.{other.source}.path: {spec.sources[other.source].path}", remedy="name the files by a glob")
+                             where=f"sources.{other.source}.path: {spec.sources[other.source].path}",
+                             remedy="name the files by a glob; of Python sources format: docstrings makes conversations")
     for i, source in enumerate(spec.sources):
         with own_keys(i, source):
             clean("é", spec.cleaning(source))              # not ASCII: that would need no library

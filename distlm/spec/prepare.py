@@ -147,9 +147,10 @@ class Source(Part):
     path: Annotated[str, Field(min_length=1)]
     """A file, a folder or a glob; the same in an object store, `s3://bucket/path` or `gs://bucket/path`; or the word `stdlib` for the
     sources of the running interpreter's standard library."""
-    format: Literal["auto", "text", "jsonl", "parquet", "html", "warc"] = "auto"
+    format: Literal["auto", "text", "jsonl", "parquet", "html", "warc", "docstrings"] = "auto"
     """How a file becomes documents: one per file (text, and the main text of html), per line (jsonl), per row (parquet) or per
-    response (warc). auto: by the ending; html and warc need `pip install distlm[web]`."""
+    response (warc). auto: by the ending; html and warc need `pip install distlm[web]`. docstrings: of Python sources, a conversation
+    per function that has a docstring, whose code is what the user says and whose docstring is the answer."""
     text_key: str = "text"
     """The field or column that holds the text, in jsonl and parquet. Dots go into nested objects: `body.text`."""
     id_key: str | None = None
@@ -411,17 +412,25 @@ class PrepareSpec(Job):
 
     @model_validator(mode="after")
     def _turns(self) -> "PrepareSpec":
+        docstrings = [i for i, source in enumerate(self.sources) if source.format == "docstrings"]
         if self.conversations is None:
+            if docstrings:
+                raise Rule(f"sources.{docstrings[0]}.format", "docstrings makes conversations; give conversations: {} beside sources")
             return self
+        if len(docstrings) == len(self.sources):
+            for key in ("messages_key", "role_key", "content_key", "roles", "ignore_keys", "prompt_key", "completion_key"):
+                if getattr(self.conversations, key) != Conversations.model_fields[key].default:
+                    raise Rule(f"conversations.{key}", f"{getattr(self.conversations, key)} has no effect, as all sources are docstrings; "
+                                                       "leave it out")
         for key, given in (("dedup.paragraphs", self.dedup.paragraphs), ("clean.boilerplate", self.clean.boilerplate)):
             if given is not None:
                 raise Rule(key, "conversations are taken as a whole, and parts of a turn are not dropped; leave it out")
         if self.pack.method == "contiguous":
             raise Rule("pack.method", "contiguous windows would cut conversations; leave it out, or give best_fit")
         for i, source in enumerate(self.sources):
-            if source.format not in ("auto", "jsonl", "parquet"):
-                raise Rule(f"sources.{i}.format", f"{source.format} holds no conversations; give jsonl or parquet")
-            for key in ("text_key", "code"):
+            if source.format not in ("auto", "jsonl", "parquet", "docstrings"):
+                raise Rule(f"sources.{i}.format", f"{source.format} holds no conversations; give jsonl, parquet or docstrings")
+            for key in ("text_key", "code", *(("id_key", "keep") if source.format == "docstrings" else ())):
                 if getattr(source, key) != Source.model_fields[key].default:
                     raise Rule(f"sources.{i}.{key}", f"{getattr(source, key)} has no effect beside conversations; leave it out")
         return self
