@@ -349,6 +349,20 @@ class Conversations(Part):
         return (self.prompt_key, self.completion_key) if self.prompt_key and self.completion_key else (self.messages_key,)
 
 
+class Labels(Part):
+    """Documents have labels, for classification. Each is a window of its own, filled up with the end token, and no two equal texts have
+    two labels: of duplicates the first is kept."""
+
+    label_key: str = "label"
+    """The field or column with the label, a text, a whole number or a truth value. Dots go into nested objects. A document without one is
+    rejected with the reason `no_label`."""
+    multiple: bool = False
+    """Whether it is a list, of any number of labels."""
+    too_long: Literal["reject", "cut"] = "reject"
+    """What becomes of a document that is longer than a window. reject: it is rejected with the reason `longer_than_window`. cut: its
+    beginning is kept, and how many were cut is counted."""
+
+
 class PrepareSpec(Job):
     """From raw text to a corpus."""
 
@@ -358,6 +372,8 @@ class PrepareSpec(Job):
     """The texts, in any order: equal texts give an equal corpus."""
     conversations: Conversations | None = None
     """How the records of all sources are conversations; default: they are texts."""
+    labels: Labels | None = None
+    """How the records of all sources have labels; default: they have none."""
     clean: Clean = Clean()
     """Cleaning and length limits."""
     filter: Filter = Filter()
@@ -435,10 +451,25 @@ class PrepareSpec(Job):
                     raise Rule(f"sources.{i}.{key}", f"{getattr(source, key)} has no effect beside conversations; leave it out")
         return self
 
+    @model_validator(mode="after")
+    def _labelled(self) -> "PrepareSpec":
+        if self.labels is None:
+            return self
+        if self.conversations:
+            raise Rule("labels", "conversations have no labels; leave one of them out")
+        if self.pack.method:
+            raise Rule("pack.method", "a document with a label is a window of its own; leave it out")
+        if not self.dedup.exact:
+            raise Rule("dedup.exact", "equal texts might have two labels, in both splits; leave it out")
+        for i, source in enumerate(self.sources):
+            if source.format not in ("auto", "jsonl", "parquet"):
+                raise Rule(f"sources.{i}.format", f"{source.format} holds no labels; give jsonl or parquet")
+        return self
+
     @property
-    def best_fit(self) -> bool:
-        """Whether documents are packed by best-fit."""
-        return self.pack.method == "best_fit" or self.conversations is not None
+    def padded(self) -> bool:
+        """Whether windows are filled up, and hold pieces of documents that are marked: packed by best-fit, or with labels."""
+        return self.pack.method == "best_fit" or self.conversations is not None or self.labels is not None
 
     def cleaning(self, source: Source) -> Clean:
         """What the source's documents pass."""
