@@ -52,6 +52,8 @@ class BestFitTask:
     eos_id: int
     conversations: bool = False
     """Whether the tokens have beside them which give loss."""
+    pairs: bool = False
+    """Whether two documents in a row, which fit a window together, have one of their own."""
     labels: tuple[str, ...] = ()
     """The labels of all documents by their numbers: each document, which fits a window, has one of its own."""
 
@@ -110,7 +112,7 @@ def write_best_fit(task: BestFitTask) -> Packed:
                 labels += [sorted(numbers[name] for name in names[i]) for i in np.flatnonzero(here)]
     data, windows, repeated = best_fit_bytes(np.concatenate(tokens), np.concatenate(starts), task.group.first_document, task.context,
                                              task.dtype, task.eos_id, np.concatenate(loss) if task.conversations else None,
-                                             labels if task.labels else None)
+                                             labels if task.labels else None, task.pairs)
     with replacing(task.folder / task.file) as partial, open(partial, "wb") as file:
         file.write(data)
     shard = Shard(task.file, windows, len(data), xxhash.xxh3_64(data).hexdigest())
@@ -119,13 +121,15 @@ def write_best_fit(task: BestFitTask) -> Packed:
 
 def best_fit_bytes(tokens: npt.NDArray[Any], starts: Ints, first_document: int, context: int, dtype: str,
                    padding: int, loss: npt.NDArray[np.bool_] | None = None,
-                   labels: list[list[int]] | None = None) -> tuple[bytes, int, int]:
+                   labels: list[list[int]] | None = None, pairs: bool = False) -> tuple[bytes, int, int]:
     """(an Arrow IPC file, its windows, its repeated tokens) of `tokens: dtype[n]`, whose documents begin at the places `starts`.
-    loss: bool[n], where not all tokens give it. labels: of each document, which then has a window of its own."""
+    loss: bool[n], where not all tokens give it. labels: of each document, which then has a window of its own; with `pairs` every two
+    documents have."""
     document, offset, length = pieces(np.diff(np.append(starts, len(tokens))), context)
-    window = best_fit(length, context + 1) if labels is None else np.arange(len(length))
+    packed = labels is None and not pairs
+    window = best_fit(length, context + 1) if packed else np.arange(len(length)) // (1 + pairs)
     windows = int(window.max(initial=-1)) + 1
-    window = permutation(windows, 0, 0, first_document)[window] if labels is None else window
+    window = permutation(windows, 0, 0, first_document)[window] if packed else window
     order = np.argsort(window, kind="stable")              # inside a window, pieces stay in the order of the corpus
     window, document, offset, length = window[order], document[order], offset[order], length[order]
     counts = np.bincount(window, minlength=windows)

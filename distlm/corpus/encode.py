@@ -16,7 +16,7 @@ import tokenizers
 
 from distlm.corpus.accounts import SAMPLE_CHARS, Samples, Step, add
 from distlm.corpus.bpe import fast_encoder
-from distlm.corpus.conversations import LONGER, Refused, Turns, divided, is_empty_answer, joined, parted
+from distlm.corpus.conversations import LONGER, Refused, Turns, checked_preference, divided, is_empty_answer, joined, parted, sides
 from distlm.corpus.labels import labels_of
 from distlm.corpus.plain import plain, respelled, without_special
 from distlm.corpus.split import HASH_BYTES, SplitRule, document_hash, split_documents
@@ -218,9 +218,9 @@ def _turns_encoder(task: EncodeTask, conversations: Conversations) -> EncodeEach
     status = (task.tokenizer / "tokenizer.json").stat()
     template = _template(task.tokenizer, status.st_mtime_ns, status.st_ino, conversations.loss)
 
-    def whole(turns: Turns) -> Tokens | Refused:
+    def whole(turns: Turns, first: int = 0) -> Tokens | Refused:
         try:
-            tokens, loss = template.encode(turns)
+            tokens, loss = template.encode(turns, first)
         except Refused as refused:
             return refused
         if len(tokens) > task.max_tokens:
@@ -230,9 +230,25 @@ def _turns_encoder(task: EncodeTask, conversations: Conversations) -> EncodeEach
     def is_longer(result: Tokens | Refused) -> bool:
         return isinstance(result, Refused) and result.reason == LONGER
 
+    def pair(said: Turns, text: str, sizes: str) -> list[Part]:
+        """The better answer behind its prompt and the worse one: both, or neither."""
+        try:
+            prompt, *answers = sides(checked_preference(said))    # cleaning may have taken what an answer said
+        except Refused as refused:
+            return [Part(text, sizes, refused)]
+        parts = [Part(*joined([*prompt, *answer]), whole([*prompt, *answer], len(prompt))) for answer in answers]
+        if refusal := next((part.result for part in parts if isinstance(part.result, Refused)), None):
+            return [Part(text, sizes, refusal)]
+        if (length := sum(len(part.result[0]) for part in parts if not isinstance(part.result, Refused))) > task.max_tokens:
+            return [Part(text, sizes, Refused(LONGER, f"{length:,} tokens of both, and a window holds {task.max_tokens:,}"))]
+        return parts
+
     def encode(texts: list[str], turns: list[str]) -> Iterator[list[Part]]:
         for text, sizes in zip(texts, turns, strict=True):
             said = parted(text, sizes)
+            if conversations.pairs:
+                yield pair(said, text, sizes)
+                continue
             parts, results = [said], [whole(said)]
             if conversations.too_long == "split" and is_longer(results[0]):
                 parts = divided(said, lambda some: not is_longer(whole(some)))

@@ -110,7 +110,7 @@ def summary(path: Path | str) -> list[tuple[str, str]]:
         shown = ", ".join(f"{name} {counts[name]:,}" for name in manifest.labels[:MAX_LABELS])
         rows.append(("labels", f"{len(counts):,}: {shown}{', ...' if len(counts) > MAX_LABELS else ''} in train"))
     if manifest.best_fit:
-        method = "a document a window" if manifest.labels else "best-fit"
+        method = "a document a window" if manifest.labels else "a pair of answers a window" if manifest.pairs else "best-fit"
         rows.append(("packing", f"{method}, {data['pack']['padding_share']:.2%} of the windows are padding"))
     rows += [(f"source {name}", source_row(source)) for name, source in zip(manifest.source_names, manifest.sources, strict=True)]
     return rows

@@ -120,6 +120,11 @@ class Manifest:
         return "conversations" in self.data
 
     @property
+    def pairs(self) -> bool:
+        """Whether every window holds two conversations: a prompt with the better and with the worse of two answers."""
+        return "pairs" in self.data.get("conversations", {})
+
+    @property
     def labels(self) -> tuple[str, ...]:
         """The labels that documents have, by their numbers; none where the corpus is not for classification."""
         return tuple(self.data.get("labels", {}).get("names", ()))

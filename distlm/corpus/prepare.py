@@ -435,6 +435,9 @@ class _Prepare:
         if rules.loss == "assistant" and (empty := sum(one.empty_answers for one in each)):
             found["empty_answers"] = empty
             self.progress.note(f"{empty:,} empty answer{'s give' if empty > 1 else ' gives'} no loss")
+        if rules.pairs:
+            found["pairs"] = tokenize.added["documents"]
+            self.progress.note(f"{found['pairs']:,} pairs of answers")
         if rules.too_long == "split":
             split = sum(one.split_conversations for one in each)
             parts = split + tokenize.added["documents"]
@@ -468,9 +471,10 @@ class _Prepare:
                 splits[name] = {**counts, **({"rejected": dict(sorted(lost.items()))} if lost else {}), "tokens": tokens,
                                 "dropped_tokens": 0, "windows": 0, "padding_tokens": 0, "repeated_tokens": 0, "shards": []}
                 size, labels = self.spec.shard_windows, tuple(self.figures.get("labels", {}).get("names", ()))
-                cut = document_groups(parts, size) if labels else groups(parts, size * self.spec.context)
+                pairs = self.spec.conversations is not None and self.spec.conversations.pairs
+                cut = document_groups(parts, size * (1 + pairs)) if labels or pairs else groups(parts, size * self.spec.context)
                 best_fits += [BestFitTask(self.scratch, f"{name}/{shard:05d}.arrow", parts, group, self.spec.context, vocabulary.dtype,
-                                          vocabulary.eos_id, self.spec.conversations is not None, labels)
+                                          vocabulary.eos_id, self.spec.conversations is not None, pairs, labels)
                               for shard, group in enumerate(cut)]
                 continue
             windows, dropped = num_windows(tokens, self.spec.context)
@@ -507,7 +511,7 @@ class _Prepare:
             split["shards"].append(vars(one.shard))
         places = sum(split["windows"] for split in splits.values()) * (self.spec.context + 1)
         padding, repeated = (sum(split[unit] for split in splits.values()) for unit in ("padding_tokens", "repeated_tokens"))
-        self.figures["pack"] = {"method": "document" if self.spec.labels else "best_fit", "padding_tokens": padding,
+        self.figures["pack"] = {"method": self.spec.packing, "padding_tokens": padding,
                                 "padding_share": round(padding / places, 6), "repeated_tokens": repeated}
         self.progress.note(f"{padding:,} tokens of padding, {padding / places:.2%} of the windows")
         self._check_windows(splits)

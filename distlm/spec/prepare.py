@@ -328,6 +328,11 @@ class Conversations(Part):
     """The field with what a user asks, where records have a question and an answer and no list of messages."""
     completion_key: str | None = None
     """The field with the answer to it."""
+    chosen_key: str | None = None
+    """The field with the better of two answers, where records are preferences (`objective: dpo`): a text beside a `prompt_key` that leads
+    to a text or to messages, or messages, which may begin with the prompt."""
+    rejected_key: str | None = None
+    """The field with the worse one."""
     loss: Literal["assistant", "all"] = "assistant"
     """assistant: the answers give loss, each with the token that ends it, but for empty ones. all: every token does."""
     too_long: Literal["reject", "split"] = "reject"
@@ -336,6 +341,12 @@ class Conversations(Part):
 
     @model_validator(mode="after")
     def _pair(self) -> "Conversations":
+        if (self.chosen_key is None) != (self.rejected_key is None):
+            raise Rule("chosen_key" if self.chosen_key is None else "rejected_key", "chosen_key and rejected_key are the two answers of a "
+                                                                                    "preference; give both")
+        if self.pairs:
+            without_effect(self, "beside chosen_key", "completion_key", "messages_key", "loss", "too_long")
+            return self
         if (self.prompt_key is None) != (self.completion_key is None):
             raise Rule("prompt_key" if self.prompt_key is None else "completion_key", "prompt_key and completion_key are a question and "
                                                                                       "its answer; give both")
@@ -344,8 +355,15 @@ class Conversations(Part):
         return self
 
     @property
+    def pairs(self) -> bool:
+        """Whether records are preferences: a prompt and two answers."""
+        return self.chosen_key is not None
+
+    @property
     def keys(self) -> tuple[str, ...]:
         """The fields that a record must have."""
+        if self.chosen_key and self.rejected_key:
+            return (*([self.prompt_key] if self.prompt_key else []), self.chosen_key, self.rejected_key)
         return (self.prompt_key, self.completion_key) if self.prompt_key and self.completion_key else (self.messages_key,)
 
 
@@ -428,13 +446,15 @@ class PrepareSpec(Job):
 
     @model_validator(mode="after")
     def _turns(self) -> "PrepareSpec":
+        if self.conversations and self.conversations.pairs and not self.dedup.exact:
+            raise Rule("dedup.exact", "equal preferences would be trained and validated on; leave it out")
         docstrings = [i for i, source in enumerate(self.sources) if source.format == "docstrings"]
         if self.conversations is None:
             if docstrings:
                 raise Rule(f"sources.{docstrings[0]}.format", "docstrings makes conversations; give conversations: {} beside sources")
             return self
         if len(docstrings) == len(self.sources):
-            for key in ("messages_key", "role_key", "content_key", "roles", "ignore_keys", "prompt_key", "completion_key"):
+            for key in ("messages_key", "role_key", "content_key", "roles", "ignore_keys", "prompt_key", "completion_key", "chosen_key"):
                 if getattr(self.conversations, key) != Conversations.model_fields[key].default:
                     raise Rule(f"conversations.{key}", f"{getattr(self.conversations, key)} has no effect, as all sources are docstrings; "
                                                        "leave it out")
@@ -470,6 +490,11 @@ class PrepareSpec(Job):
     def padded(self) -> bool:
         """Whether windows are filled up, and hold pieces of documents that are marked: packed by best-fit, or with labels."""
         return self.pack.method == "best_fit" or self.conversations is not None or self.labels is not None
+
+    @property
+    def packing(self) -> str:
+        """What a padded window holds: what fits, a document with its label, or a pair of answers."""
+        return "document" if self.labels else "pair" if self.conversations and self.conversations.pairs else "best_fit"
 
     def cleaning(self, source: Source) -> Clean:
         """What the source's documents pass."""

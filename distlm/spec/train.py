@@ -7,6 +7,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from distlm.spec.adapter import Adapter
 from distlm.spec.base import Job, Part, Rule, Seed, exactly_one, without_effect
 from distlm.spec.batch import Batch, check_batch
+from distlm.spec.dpo import Dpo, check_dpo
 from distlm.spec.gpus import GPUS, find_gpu
 from distlm.spec.mixture import CorpusName, Mixture, Share, Shares, mixture
 from distlm.spec.optimizer import Optimizer, Regularization, Schedule, check_optimizer
@@ -203,9 +204,11 @@ class TrainSpec(Job):
     adapter: Adapter | None = None
     """A low-rank adapter for the checkpoint of model.from, in place of all its weights; with the extra `distlm[adapters]`. Left out, all
     weights are trained."""
-    objective: Literal["pretrain", "sft"] = "pretrain"
+    objective: Literal["pretrain", "sft", "dpo"] = "pretrain"
     """What the loss is: the next token's cross-entropy, over the tokens that give one. sft is the same, and asks for corpora of
-    conversations."""
+    conversations. dpo makes the chosen of two answers more likely than the rejected one, and asks for corpora of preferences."""
+    dpo: Dpo = Dpo()
+    """With objective: dpo, what its loss is made of."""
     batch: Batch = Batch(global_sequences=32)
     """The global batch, the same at every number of workers."""
     optimizer: Optimizer = Optimizer()
@@ -263,6 +266,7 @@ class TrainSpec(Job):
         check_tensor_parallel(self, self.sharding.zero)
         check_sequence_parallel(self)
         check_adapter(self)
+        check_dpo(self)
         if self.compile and self.sharding.zero == 3:
             raise Rule("compile", "true cannot be with ZeRO stage 3, which gathers weights in the midst of a layer; leave it out, or set "
                                   "sharding.zero: 2")

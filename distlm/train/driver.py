@@ -304,11 +304,12 @@ def outcome(recipe: Recipe, folder: RunFolder) -> dict[str, Any]:
         raise TrainError("the run has no metrics", where=str(folder.path / "metrics.jsonl"), cause="storage")
     speeds = sorted(r["tokens_per_s"] for r in steps)
     val_loss = values[-1]["val_loss"] if values else None
+    of_text = None if recipe.spec.objective == "dpo" else val_loss                 # nats per token
     return {"": str(folder.path), "export": str(folder.path / "export"), "parameters": recipe.parameters, "steps": recipe.num_steps,
             "tokens": recipe.tokens(recipe.num_steps), "loss_first": steps[0]["loss"], "loss_last": steps[-1]["loss"],
             "val_loss_first": values[0]["val_loss"] if values else None, "val_loss": val_loss,
-            "perplexity": None if val_loss is None else math.exp(min(val_loss, 700)),
-            "bits_per_byte": None if val_loss is None else val_loss / math.log(2) / recipe.val_bytes_per_token,
+            "perplexity": None if of_text is None else math.exp(min(of_text, 700)),
+            "bits_per_byte": None if of_text is None else of_text / math.log(2) / recipe.val_bytes_per_token,
             "tokens_per_s": speeds[len(speeds) // 2],
             **({"skipped_steps": skipped} if (skipped := sum("skipped" in r for r in steps)) or recipe.spec.precision == "fp16" else {}),
             "checkpoint": checkpoint.checkpoint_path(folder.path, recipe.num_steps).name}

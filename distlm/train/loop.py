@@ -69,6 +69,8 @@ def fit(recipe: Recipe, folder: RunFolder, steps: Iterator[NDArray[np.int64]], *
     engine.train()                                         # a loaded model is not in that mode
     torch.manual_seed((spec.seed << 24) + rank // spec.sharding.tensor_parallel)       # dropout; a checkpoint brings the state it had
     ema = Ema(spec.ema.decay, engine) if spec.ema else None
+    if not look:
+        objective.begin(engine, recipe, folder, rank, device)
     if resume_from is not None:
         checkpoint.load(engine, resume_from, recipe, rank, ema)
     launches = folder.launches()
@@ -152,18 +154,23 @@ def train_step(engine: Any, batch: Batch, recipe: Recipe, rate: float, step: int
     num_targets = count_targets(batch, recipe, step)
     copies = recipe.spec.sharding.tensor_parallel          # ranks that have the same loss
     scale = accumulation * (recipe.world // copies) / num_targets
-    random, totals = Random.now(), torch.tensor([0, leaving, written], dtype=torch.float64, device=batch.tokens.device)
+    means = objective_of(recipe.spec).MEANS
+    random = Random.now()
+    totals = torch.tensor([0, leaving, written, *(0 for _ in means)], dtype=torch.float64, device=batch.tokens.device)
     for i, micro in enumerate(batch.split(recipe.micro_sequences)):
         dog.beat(step, i + 1)
         with region("forward"):
             loss = engine(*micro.inputs)
         totals[0] += loss.detach().double()
+        if means:
+            totals[3:] += engine.module.sums.double()
         with region("backward"):
             engine.backward(loss * scale)
         if i < accumulation - 1:
             engine.step()
     distributed.all_reduce(totals)                         # the one exchange of a step beside the gradients
-    total, leavers, writers = totals.tolist()
+    total, leavers, writers, *sums = totals.tolist()
+    beside = {name: value / copies / num_targets for name, value in zip(means, sums, strict=True)}
     leave, saved = leavers > 0, writers == recipe.world
     mean = total / copies / num_targets
     if not math.isfinite(mean):
@@ -181,12 +188,12 @@ def train_step(engine: Any, batch: Batch, recipe: Recipe, rate: float, step: int
     except OverflowError as error:
         raise TrainError(f"{error}, at step {step + 1}", remedy="lower optimizer.lr", cause="nonfinite_loss") from None
     if overflowed:
-        return StepResult(mean, None, num_targets, limit, True, leave, saved)
+        return StepResult(mean, None, num_targets, limit, True, leave, saved, beside)
     norm = norm if norm is not None else float(engine.get_global_grad_norm())
     if not finite(norm):
         dog.rest()
         raise nonfinite_gradient(engine, batch, recipe, step, random, norm)
-    return StepResult(mean, norm, num_targets, limit, skipped, leave, saved)
+    return StepResult(mean, norm, num_targets, limit, skipped, leave, saved, beside)
 
 
 def count_targets(batch: Batch, recipe: Recipe, step: int) -> int:

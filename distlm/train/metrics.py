@@ -1,7 +1,7 @@
 """What rank 0 writes while it trains: metrics.jsonl and TensorBoard."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import psutil
@@ -30,6 +30,8 @@ class StepResult:
     """A rank has been asked to end: all save and end after this step."""
     written: bool = False
     """All ranks have written the files of a checkpoint, which can be committed."""
+    beside: dict[str, float] = field(default_factory=dict)
+    """What the objective measures beside the loss, by name: means over the targets."""
 
 
 class MetricsWriter:
@@ -56,19 +58,21 @@ class MetricsWriter:
         memory, and its MFU where the processor's peak is known. `measured` is what an evaluation after it found, empty without one. `save`
         is a checkpoint that has been committed since the step before: its step, its seconds from begin to marker, and those for which the
         steps stood still."""
-        tokens = self._recipe.tokens_of(done - 1)
+        tokens, targets = self._recipe.tokens_of(done - 1), "pairs" if self._recipe.spec.objective == "dpo" else "loss_tokens"
         record = {"step": done, "loss": result.loss, "lr": rate, **({} if result.norm is None else {"grad_norm": result.norm}),
                   **({"skipped": True} if result.skipped else {}), **({} if result.limit is None else {"spike_above": result.limit}),
                   **({} if loss_scale is None else {"loss_scale": loss_scale}), "tokens": self._recipe.tokens(done),
                   "tokens_per_s": tokens / seconds, "memory_bytes": self._memory(), **({} if self._peak is None else {
                       "mfu": mfu(tokens / seconds, self._recipe.flops_per_token, self._peak * self._recipe.world)}),
-                  "time": time.time(), **measured,
-                  **({"loss_tokens": result.num_targets} if self._recipe.marked else {}),
+                  "time": time.time(), **measured, **result.beside,
+                  **({targets: result.num_targets} if self._recipe.marked else {}),
                   **({} if save is None else {"checkpoint": save.step, "checkpoint_s": save.seconds, "checkpoint_stall_s": save.stall_s})}
         self._folder.metrics(record)
         if result.limit is not None:
             self._folder.event("note", "loss_spike", f"the loss is {result.loss:.4g} at step {done}, above {result.limit:.4g}: "
                                                      f"{'no update was made' if result.skipped else 'only noted'}", step=done)
+        for name, value in result.beside.items():
+            self._board.add_scalar(f"train/{name}", value, done)
         for name, value in (("loss/train", result.loss), ("optimizer/lr", rate),
                             ("optimizer/grad_norm", result.norm), ("optimizer/loss_scale", loss_scale),
                             ("speed/tokens_per_s", tokens / seconds), ("speed/mfu", record.get("mfu")),
@@ -81,7 +85,7 @@ class MetricsWriter:
     def _show(self, measured: dict[str, Any], done: int) -> None:
         for name, value in measured.items():
             if isinstance(value, int | float):
-                self._board.add_scalar("loss/val" if name == "val_loss" else f"val/{name}", value, done)
+                self._board.add_scalar("loss/val" if name == "val_loss" else f"val/{name.removeprefix('val_')}", value, done)
 
     def _memory(self) -> int:
         """Of rank 0: the most that its GPU has held, or what the process holds now."""

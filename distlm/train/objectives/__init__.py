@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from distlm.corpus.manifest import Manifest
 from distlm.model.build import Shape
 from distlm.spec.train import TrainSpec
-from distlm.train.objectives import language
+from distlm.train.objectives import dpo, language
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,12 +19,17 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedModel
 
+    from distlm.runs import RunFolder
     from distlm.train.batch import Batch
     from distlm.train.recipe import Recipe
 
 
 class Objective(Protocol):
     """What a module of this folder has."""
+
+    MEANS: tuple[str, ...]
+    """What a step records beside its loss: the module leaves them in `sums` after each pass of training, float32[len(MEANS)], summed over
+    the batch like the loss."""
 
     def check(self, spec: TrainSpec, manifests: list[Manifest]) -> None:
         """Raises SpecError or InputError, before any work, where the corpora do not hold what is trained on."""
@@ -38,6 +43,9 @@ class Objective(Protocol):
 
         While it does not train it may leave `observed` behind each pass: float32[sequences, any], what `measure` needs of each sample."""
 
+    def begin(self, engine: Any, recipe: "Recipe", folder: "RunFolder", rank: int, device: "torch.device") -> None:
+        """What is to be done before the first step, and before a checkpoint is loaded, with the model as it is at first. All ranks."""
+
     def make_batch(self, rows: "NDArray[Any]", recipe: "Recipe", device: "torch.device") -> "Batch":
         """Rows of the stream, as `corpus.stream.ordered_steps` yields them, as tensors."""
 
@@ -48,7 +56,7 @@ class Objective(Protocol):
         """What evaluation records beside `val_loss`, from what the module observed: [samples of all ranks, any]. One rank calls it."""
 
 
-OBJECTIVES: MappingProxyType[str, Objective] = MappingProxyType({"pretrain": language, "sft": language})
+OBJECTIVES: MappingProxyType[str, Objective] = MappingProxyType({"pretrain": language, "sft": language, "dpo": dpo})
 
 
 def objective_of(spec: TrainSpec) -> Objective:

@@ -14,16 +14,23 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from distlm.model.loss import CausalLoss
+    from distlm.runs import RunFolder
     from distlm.train.batch import TokenBatch
     from distlm.train.recipe import Recipe
 
 
+MEANS: tuple[str, ...] = ()
+
+
 def check(spec: TrainSpec, manifests: list[Manifest]) -> None:
-    """Raises SpecError where sft has texts."""
+    """Raises SpecError where sft has texts, and for pairs of answers."""
     for one in manifests:
         if spec.objective == "sft" and not one.conversations:
             raise SpecError(f"sft needs conversations, and the corpus {one.name} has texts, of which every token gives loss",
                             where="objective", remedy="prepare it with conversations, or leave objective out")
+        if one.pairs:
+            raise SpecError(f"{spec.objective} would train on the rejected answers of the corpus {one.name} too", where="objective",
+                            remedy="set objective: dpo")
 
 
 def shape(manifest: Manifest) -> Shape:
@@ -35,6 +42,10 @@ def module(model: "PreTrainedModel", recipe: "Recipe") -> "CausalLoss":
 
     penalties = recipe.spec.regularization
     return CausalLoss(model, penalties.label_smoothing, penalties.z_loss)
+
+
+def begin(engine: Any, recipe: "Recipe", folder: "RunFolder", rank: int, device: "torch.device") -> None:
+    """There is nothing to be done."""
 
 
 def make_batch(rows: "NDArray[Any]", recipe: "Recipe", device: "torch.device") -> "TokenBatch":
