@@ -78,6 +78,36 @@ class TokenBatch:
         yield from (TokenBatch(*each) for each in zip(*parts, strict=True))
 
 
+@dataclass(frozen=True)
+class LabelledBatch:
+    """Documents, each with its end token and padding, and their labels."""
+
+    tokens: torch.Tensor
+    """int64[sequences, context]."""
+    labels: torch.Tensor
+    """int64[sequences, 1], each one's number; or [sequences, labels], 1 for each that it has."""
+
+    @property
+    def sequences(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def inputs(self) -> tuple[torch.Tensor, ...]:
+        return self.tokens, self.labels
+
+    def num_targets(self) -> int:
+        return self.sequences
+
+    def part(self, index: int, parts: int) -> "LabelledBatch":
+        assert parts == 1, "the spec refuses sequences that are divided"
+        return self
+
+    def split(self, sequences: int) -> Iterator["LabelledBatch"]:
+        """Micro-batches of so many sequences."""
+        for tokens, labels in zip(self.tokens.split(sequences), self.labels.split(sequences), strict=True):
+            yield LabelledBatch(tokens, labels)
+
+
 def make_batch(rows: NDArray[Any], mask_documents: bool, device: torch.device) -> TokenBatch:
     """rows: int64[n, context + 1], or with marks int64[n, 2, context + 1], as `corpus.stream.ordered_steps` yields them."""
     if rows.ndim == 2:

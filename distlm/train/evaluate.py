@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import distributed
 
-from distlm.corpus.stream import Windows
+from distlm.corpus.stream import Windows, joined
 from distlm.train.batch import Batch
 from distlm.train.objectives import objective_of
 from distlm.train.recipe import Recipe
@@ -25,9 +25,8 @@ class Evaluator:
         for i, part in enumerate(recipe.val):
             windows = Windows(part.corpus, "val")
             shards, rows = (places[rank // recipe.group::readers] for places in windows.first(part.windows))
-            mine = windows.read(shards, rows).astype(np.int64)
-            if recipe.marked:
-                mine = np.stack([mine, windows.marks(shards, rows)], 1)
+            mine = joined(windows.read(shards, rows), windows.marks(shards, rows) if recipe.marked else None,
+                          windows.labels(shards, rows) if recipe.shape.labels else None).astype(np.int64)
             size = recipe.micro_sequences
             rounds = -(-part.windows // (size * readers))
             self._batches += [(i, self._make(mine[j * size:(j + 1) * size], rank, device)) for j in range(rounds)]

@@ -61,7 +61,7 @@ def set_rate(optimizer: Any, rate: float) -> None:
 def muon_matrices(model: Any) -> set[torch.nn.Parameter]:
     """The parameters that Muon is made for: the matrices of hidden layers. Embeddings and the last layer are not among them."""
     outer = {module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)}
-    return {p for p in model.parameters() if p.dim() == 2} - outer - {model.get_output_embeddings().weight}
+    return {p for p in model.parameters() if p.dim() == 2} - outer - {(model.get_output_embeddings() or model.score).weight}
 
 
 def _add_muon(settings: dict[str, Any], parameter: torch.nn.Parameter, orthogonal: bool) -> None:

@@ -135,7 +135,7 @@ class Recipe:
 
     def plan(self) -> Plan:
         return Plan(self.corpus, self.global_sequences, self.world, self.num_steps, self.spec.seed, self.mix, self.marked, self.group,
-                    self.warmup)
+                    self.warmup, bool(self.shape.labels))
 
 
 def make_recipe(spec: TrainSpec, storage: Storage) -> Recipe:
@@ -188,7 +188,7 @@ def make_recipe(spec: TrainSpec, storage: Storage) -> Recipe:
         raise SpecError(str(rule), where=rule.key) from None
     if spec.model.source is not None:
         check_tokenizer(Path(spec.model.source), manifest)
-    padded = any(one.best_fit for one in manifests)
+    padded = not shape.labels and any(one.best_fit for one in manifests)
     masked = padded if spec.batch.mask_documents is None else spec.batch.mask_documents
     if masked:
         from distlm.model.documents import check_family

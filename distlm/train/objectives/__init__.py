@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from distlm.corpus.manifest import Manifest
 from distlm.model.build import Shape
 from distlm.spec.train import TrainSpec
-from distlm.train.objectives import dpo, language
+from distlm.train.objectives import classify, dpo, language
 
 if TYPE_CHECKING:
     import numpy as np
@@ -56,7 +56,8 @@ class Objective(Protocol):
         """What evaluation records beside `val_loss`, from what the module observed: [samples of all ranks, any]. One rank calls it."""
 
 
-OBJECTIVES: MappingProxyType[str, Objective] = MappingProxyType({"pretrain": language, "sft": language, "dpo": dpo})
+OBJECTIVES: MappingProxyType[str, Objective] = MappingProxyType({"pretrain": language, "sft": language, "dpo": dpo,
+                                                                 "classify": classify})
 
 
 def objective_of(spec: TrainSpec) -> Objective:
