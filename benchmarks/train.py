@@ -77,32 +77,44 @@ def main() -> None:
 
 def measure(side: str, storage: str, options: argparse.Namespace) -> list[float]:
     """Seconds of every step of one side, in a process of its own."""
-    settings = [f"--{name}={getattr(options, name)}" for name in ("steps", "preset", "context", "sequences", "micro", "vocab", "threads")]
+    settings = {name: getattr(options, name) for name in ("steps", "preset", "context", "sequences", "micro", "vocab", "threads")}
+    return run_side(__file__, side, storage, settings, keep_memory=side in ("kept", "twin"))["seconds"]
+
+
+def run_side(script: str, side: str, storage: str, settings: dict[str, Any], keep_memory: bool = False) -> dict[str, Any]:
+    """What a script prints as JSON of one side, in a process of its own. `keep_memory`: with distlm's settings of the C library."""
     from distlm.train.driver import KEEP_MEMORY
 
-    kept = {"GLIBC_TUNABLES": KEEP_MEMORY} if side in ("kept", "twin") else {}
-    environment = {**os.environ, **kept, "OMP_NUM_THREADS": str(options.threads), "DISTLM_STORAGE": storage, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, __file__, f"--side={side}", f"--storage={storage}", *settings], env=environment, text=True,
-                          capture_output=True)
+    kept = {"GLIBC_TUNABLES": KEEP_MEMORY} if keep_memory else {}
+    environment = {**os.environ, **kept, "OMP_NUM_THREADS": str(settings["threads"]), "DISTLM_STORAGE": storage, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, script, f"--side={side}", f"--storage={storage}",
+                           *(f"--{name}={value}" for name, value in settings.items())], env=environment, text=True, capture_output=True)
     if done.returncode:
         sys.exit(f"{side} failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
-    return json.loads(done.stdout.splitlines()[-1])["seconds"]
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def prepare_corpus(options: argparse.Namespace) -> list[float]:
     """A corpus of made-up words: enough windows for every step of a side."""
     import distlm
 
-    draw = random.Random(0)
-    words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(2, 9))) for _ in range(5 * options.vocab)]
-    weights = [1 / rank for rank in range(1, len(words) + 1)]
+    say = made_up(options.vocab)
     folder = options.storage / "text"
     folder.mkdir()
     for number in range(200):
-        (folder / f"{number}.txt").write_text(" ".join(draw.choices(words, weights, k=4000)))
+        (folder / f"{number}.txt").write_text(say(4000))
     distlm.run({"kind": "prepare", "name": "bench", "sources": [str(folder)], "context": options.context,
                 "tokenizer": {"vocab_size": options.vocab}}, storage=options.storage, progress=quiet())
     return []
+
+
+def made_up(vocab: int) -> Callable[[int], str]:
+    """A function that says so many made-up words, which are as rare as Zipf has them."""
+    draw = random.Random(0)
+    words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(2, 9))) for _ in range(5 * vocab)]
+    weights = [1 / rank for rank in range(1, len(words) + 1)]
+    return lambda count: " ".join(draw.choices(words, weights, k=count))
 
 
 def run_distlm(options: argparse.Namespace) -> list[float]:

@@ -310,14 +310,15 @@ def runs(as_json: Json = False) -> None:
 @app.command()
 def query(name: Name, prompt: Annotated[str, typer.Argument(help="The text to complete.")],
           max_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens at most. Default: the endpoint's.")] = None,
-          temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.0) -> None:
-    """Complete a text with an endpoint.
+          temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.0,
+          chat: Annotated[bool, typer.Option("--chat", help="The text is what a user says in a chat.")] = False) -> None:
+    """Complete a text with an endpoint, or chat with it.
 
     Example: distlm query my-model "def parse(" --max-tokens 32
     """
     from distlm import jobs
 
-    for piece in jobs.query(name, prompt, max_tokens, temperature=temperature):
+    for piece in jobs.query(name, prompt, max_tokens, temperature=temperature, chat=chat):
         print(piece, end="", flush=True)
     print()
 

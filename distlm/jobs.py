@@ -501,10 +501,10 @@ def _stop_process(job: Job, grace_s: float) -> str:
     return "stopped"
 
 
-def query(name: str, prompt: str, max_tokens: int | None = None, *, temperature: float = 0.0,
+def query(name: str, prompt: str, max_tokens: int | None = None, *, temperature: float = 0.0, chat: bool = False,
           storage: str | Path | Storage | None = None) -> Iterator[str]:
-    """What an endpoint makes of `prompt`, piece by piece. Raises InputError where there is none of that name, ServeError where it does not
-    prove itself: then it is sent neither the key nor the prompt."""
+    """What an endpoint makes of `prompt`, or answers it in a chat, piece by piece. Raises InputError where there is none of that name,
+    ServeError where it does not prove itself: then it is sent neither the key nor the prompt."""
     from distlm.serve.client import query as ask
 
     path = Storage.given(storage).endpoint(name) / "endpoint.json"
@@ -515,7 +515,7 @@ def query(name: str, prompt: str, max_tokens: int | None = None, *, temperature:
         raise ServeError("no endpoint answers there that knows the key", where=endpoint["url"],
                          remedy=f"`distlm status {name}` shows how it stands, `distlm run` or `submit` with its spec brings it up")
     return ask(endpoint["url"], Path(endpoint["api_key_file"]).read_text().strip(), prompt, max_tokens, model=endpoint.get("model"),
-               temperature=temperature)
+               temperature=temperature, chat=chat)
 
 
 def to_dict(job: Job) -> dict[str, Any]:

@@ -302,7 +302,7 @@ def pipeline(spec: PipelineSpec, folder: RunFolder, storage: Storage, progress: 
     kinds = {step: spec.steps[step]["kind"] for step in steps}
     from distlm import summary
 
-    summary.show(spec.prompt, {step: (kinds[step], folders[step], made[step]) for step in steps}, progress)
+    summary.show(spec.prompt, {step: (kinds[step], folders[step], made[step]) for step in steps}, progress, spec.chat)
     flat = {f"{step}.{name}" if name else step: value for step in steps for name, value in made[step].items()}
     return {"": str(folder.path), "endpoints": {folders[step].name: made[step]["url"] for step in steps if kinds[step] == "serve"}, **flat}
 

@@ -46,8 +46,9 @@ def of_prepare(spec: PrepareSpec) -> Rows:
     vocabulary = f"taken from {spec.tokenizer.source}" if spec.tokenizer.source else (
         "256 bytes" if spec.tokenizer.train == "bytes" else f"{spec.tokenizer.vocab_size:,} tokens, trained")
     loss = [("loss", f"conversations: {spec.conversations.loss}")] if spec.conversations else []
+    labels = [("labels", f"{spec.labels.label_key}{', any number' * spec.labels.multiple}")] if spec.labels else []
     return [("files", f"{len(files):,}"), ("bytes", size(sum(file.bytes for file in files))), ("vocabulary", vocabulary),
-            *loss, ("context", f"{spec.context:,} tokens"),
+            *loss, *labels, ("context", f"{spec.context:,} tokens"),
             ("CPUs", str(spec.workers) if spec.workers else "as many as the cluster has")]
 
 

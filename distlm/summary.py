@@ -10,12 +10,14 @@ from distlm.runs import RunFolder
 
 Step = tuple[str, RunFolder, dict[str, Any]]
 """(kind, folder, outputs)"""
+MAX_LABELS = 5
 SAMPLING = {"temperature": 0.7, "top_p": 0.9, "seed": 1}
 """A small model repeats itself where it always takes the likeliest token."""
 
 
-def show(prompt: str | None, steps: dict[str, Step], progress: Progress) -> None:
-    """Print the table, let every endpoint complete `prompt`, print a curl line. Raises ServeError where an endpoint does not answer."""
+def show(prompt: str | None, steps: dict[str, Step], progress: Progress, chat: bool = False) -> None:
+    """Print the table, let every endpoint complete `prompt`, or answer it in a chat, and print a curl line. Raises ServeError where an
+    endpoint does not answer."""
     rows: list[tuple[str, ...]] = []
     for step, (kind, folder, outputs) in steps.items():
         rows += [(step, *row) for row in ROWS[kind](outputs)]
@@ -24,8 +26,10 @@ def show(prompt: str | None, steps: dict[str, Step], progress: Progress) -> None
     for kind, _, outputs in steps.values():
         if kind == "serve":
             text = prompt if prompt is not None else "Once"
-            progress.note(f"{outputs['model']} completes:\n{text}{complete(outputs, text)}")
-            progress.note(curl(outputs, text))
+            found = ask(outputs, text, chat)
+            progress.note(f"{outputs['model']} takes it for:\n{found}" if outputs.get("classifier") else
+                          f"{outputs['model']} answers:\n{text}\n{found}" if chat else f"{outputs['model']} completes:\n{text}{found}")
+            progress.note(curl(outputs, text, chat))
 
 
 def show_job(kind: str, folder: RunFolder, outputs: dict[str, Any], progress: Progress) -> None:
@@ -43,7 +47,9 @@ def of_run(made: dict[str, Any]) -> list[tuple[str, str]]:
     return [("parameters", f"{made['parameters']:,}"), ("steps", f"{made['steps']:,}, {made['tokens']:,} tokens"),
             ("loss", f"{shown(made['loss_first'])} -> {shown(made['loss_last'])}"),
             ("validation loss", f"{shown(made['val_loss_first'])} -> {shown(made['val_loss'])}" if made["val_loss"] is not None else "–"),
-            ("perplexity", shown(made["perplexity"], ",.2f")), ("bits per byte", shown(made["bits_per_byte"])),
+            *([("accuracy", shown(made["accuracy"])), ("macro F1", shown(made["f1_macro"])), ("ROC AUC", shown(made["roc_auc"]))]
+              if "accuracy" in made else
+              [("perplexity", shown(made["perplexity"], ",.2f")), ("bits per byte", shown(made["bits_per_byte"]))]),
             ("tokens/s", shown(made["tokens_per_s"], ",.0f"))]
 
 
@@ -64,28 +70,42 @@ def of_endpoint(made: dict[str, Any]) -> list[tuple[str, str]]:
     return [("url", made["url"]), ("key file", made["api_key_file"])]
 
 
-def complete(made: dict[str, Any], prompt: str) -> str:
-    """What the endpoint adds to `prompt`. Raises ServeError."""
+def question(made: dict[str, Any], prompt: str, chat: bool = False) -> tuple[str, dict[str, Any]]:
+    """(path, body) of what an endpoint is asked about a text."""
+    if made.get("classifier"):
+        return "classify", {"model": made["model"], "input": prompt}
+    if chat:
+        return "chat/completions", {"model": made["model"], "messages": [{"role": "user", "content": prompt}], **SAMPLING}
+    return "completions", {"model": made["model"], "prompt": prompt, **SAMPLING}
+
+
+def ask(made: dict[str, Any], prompt: str, chat: bool = False) -> str:
+    """What the endpoint adds to `prompt`, what it answers in a chat, or which labels it has for it. Raises ServeError."""
     import httpx
 
     try:
         with open(made["api_key_file"]) as file:
             key = file.read().strip()
-        answer = httpx.post(f"{base(made)}/completions", headers={"Authorization": f"Bearer {key}"}, timeout=120, trust_env=False,
-                            json={"model": made["model"], "prompt": prompt, **SAMPLING})
+        path, body = question(made, prompt, chat)
+        answer = httpx.post(f"{base(made)}/{path}", headers={"Authorization": f"Bearer {key}"}, timeout=120, trust_env=False, json=body)
         if answer.status_code != 200:
             raise ValueError(f"{answer.status_code} {answer.text[:300]}")
-        return answer.json()["choices"][0]["text"]
+        if made.get("classifier"):
+            chances = answer.json()["data"][0]["probabilities"]
+            return ", ".join(f"{name} {chances[name]:.3f}" for name in sorted(chances, key=lambda name: -chances[name])[:MAX_LABELS])
+        choice = answer.json()["choices"][0]
+        return choice["message"]["content"] if chat else choice["text"]
     except (httpx.HTTPError, OSError, ValueError, KeyError) as error:
-        raise ServeError(f"the endpoint did not complete a prompt: {error}", where=made["url"],
+        what = "classify a text" if made.get("classifier") else "complete a prompt"
+        raise ServeError(f"the endpoint did not {what}: {error}", where=made["url"],
                          remedy="logs/ in its folder say more") from None
 
 
-def curl(made: dict[str, Any], prompt: str) -> str:
+def curl(made: dict[str, Any], prompt: str, chat: bool = False) -> str:
     """A line for a shell that asks the endpoint for the same."""
-    body = json.dumps({"model": made["model"], "prompt": prompt, **SAMPLING})
-    return (f'curl {base(made)}/completions -H "Authorization: Bearer $(cat {shlex.quote(made["api_key_file"])})" '
-            f"-H 'Content-Type: application/json' -d {shlex.quote(body)}")
+    path, body = question(made, prompt, chat)
+    return (f'curl {base(made)}/{path} -H "Authorization: Bearer $(cat {shlex.quote(made["api_key_file"])})" '
+            f"-H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}")
 
 
 def base(made: dict[str, Any]) -> str:

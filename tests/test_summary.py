@@ -15,3 +15,10 @@ def test_a_run_without_validation_is_shown_with_dashes(tmp_path: Path) -> None:
     [table] = shown.records
     rows = {row[1]: row[2] for row in table["rows"]}
     assert rows["loss"] == "5.000 -> 4.000" and rows["validation loss"] == rows["perplexity"] == rows["bits per byte"] == "–"
+
+
+def test_a_prompt_is_gone_on_with_or_answered_in_a_chat() -> None:
+    made = {"url": "http://127.0.0.1:8000/v1/", "model": "m", "api_key_file": "/k"}
+    said = summary.curl(made, "Why?", chat=True)
+    assert "/v1/chat/completions" in said and '"messages": [{"role": "user", "content": "Why?"}]' in said
+    assert "/v1/completions" in summary.curl(made, "Once") and '"prompt": "Once"' in summary.curl(made, "Once")

@@ -10,6 +10,7 @@ and the order of the corpus stays that of the groups. Inside a shard, windows ar
 longest documents, and the first windows of a split are what evaluation takes.
 """
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,10 @@ class BestFitTask:
     eos_id: int
     conversations: bool = False
     """Whether the tokens have beside them which give loss."""
+    pairs: bool = False
+    """Whether two documents in a row, which fit a window together, have one of their own."""
+    labels: tuple[str, ...] = ()
+    """The labels of all documents by their numbers: each document, which fits a window, has one of its own."""
 
 
 @dataclass(frozen=True)
@@ -80,20 +85,34 @@ def groups(parts: list[tuple[Path, int, int]], target_tokens: int) -> Iterator[G
         yield Group(first, begin, sum(length for _, _, length in parts))
 
 
+def document_groups(parts: list[tuple[Path, int, int]], documents: int) -> Iterator[Group]:
+    """Groups of so many documents; the last may be smaller."""
+    starts = np.concatenate([np.zeros(0, np.int64), *(np.load(f"{path}-starts.npy") + offset for path, offset, _ in parts)])
+    edges = np.append(starts, sum(length for _, _, length in parts))
+    for first in range(0, len(starts), documents):
+        yield Group(first, int(edges[first]), int(edges[min(first + documents, len(starts))]))
+
+
 def write_best_fit(task: BestFitTask) -> Packed:
     """Write one shard to a folder that exists. Raises StorageError."""
     begin, end = task.group.begin, task.group.end
     tokens, starts, loss = [np.zeros(0, task.dtype)], [np.zeros(0, np.int64)], [np.zeros(0, np.bool_)]
+    labels, numbers = list[list[int]](), {name: number for number, name in enumerate(task.labels)}
     for path, offset, length in task.parts:
         if offset < end and offset + length > begin:
             found = np.load(f"{path}-starts.npy", mmap_mode="r") + offset
-            starts.append(found[(found >= begin) & (found < end)] - begin)
+            here = (found >= begin) & (found < end)
+            starts.append(found[here] - begin)
             mine = slice(max(begin, offset) - offset, min(end, offset + length) - offset)
             tokens.append(np.load(f"{path}.npy", mmap_mode="r")[mine])
             if task.conversations:
                 loss.append(np.load(f"{path}-loss.npy", mmap_mode="r")[mine])
+            if task.labels:
+                names = json.loads(Path(f"{path}-labels.json").read_bytes())
+                labels += [sorted(numbers[name] for name in names[i]) for i in np.flatnonzero(here)]
     data, windows, repeated = best_fit_bytes(np.concatenate(tokens), np.concatenate(starts), task.group.first_document, task.context,
-                                             task.dtype, task.eos_id, np.concatenate(loss) if task.conversations else None)
+                                             task.dtype, task.eos_id, np.concatenate(loss) if task.conversations else None,
+                                             labels if task.labels else None, task.pairs)
     with replacing(task.folder / task.file) as partial, open(partial, "wb") as file:
         file.write(data)
     shard = Shard(task.file, windows, len(data), xxhash.xxh3_64(data).hexdigest())
@@ -101,13 +120,16 @@ def write_best_fit(task: BestFitTask) -> Packed:
 
 
 def best_fit_bytes(tokens: npt.NDArray[Any], starts: Ints, first_document: int, context: int, dtype: str,
-                   padding: int, loss: npt.NDArray[np.bool_] | None = None) -> tuple[bytes, int, int]:
+                   padding: int, loss: npt.NDArray[np.bool_] | None = None,
+                   labels: list[list[int]] | None = None, pairs: bool = False) -> tuple[bytes, int, int]:
     """(an Arrow IPC file, its windows, its repeated tokens) of `tokens: dtype[n]`, whose documents begin at the places `starts`.
-    loss: bool[n], where not all tokens give it."""
+    loss: bool[n], where not all tokens give it. labels: of each document, which then has a window of its own; with `pairs` every two
+    documents have."""
     document, offset, length = pieces(np.diff(np.append(starts, len(tokens))), context)
-    window = best_fit(length, context + 1)
+    packed = labels is None and not pairs
+    window = best_fit(length, context + 1) if packed else np.arange(len(length)) // (1 + pairs)
     windows = int(window.max(initial=-1)) + 1
-    window = permutation(windows, 0, 0, first_document)[window]
+    window = permutation(windows, 0, 0, first_document)[window] if packed else window
     order = np.argsort(window, kind="stable")              # inside a window, pieces stay in the order of the corpus
     window, document, offset, length = window[order], document[order], offset[order], length[order]
     counts = np.bincount(window, minlength=windows)
@@ -119,13 +141,15 @@ def best_fit_bytes(tokens: npt.NDArray[Any], starts: Ints, first_document: int, 
         rows[row, at:at + size] = tokens[source:source + size]
         if loss is not None:
             gives[row, at:at + size] = loss[source:source + size]
-    masks = {} if loss is None else {"loss": pa.FixedSizeListArray.from_arrays(pa.array(gives.reshape(-1)), context + 1)}
+    beside = {} if loss is None else {"loss": pa.FixedSizeListArray.from_arrays(pa.array(gives.reshape(-1)), context + 1)}
+    if labels is not None:
+        beside["labels"] = pa.array(labels, pa.list_(pa.int32()))
     offsets = pa.array(np.concatenate([[0], np.cumsum(counts)]).astype(np.int32))
     batch = pa.record_batch({
         "tokens": pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), context + 1),
         "starts": pa.ListArray.from_arrays(offsets, pa.array(place.astype(np.int32))),
         "documents": pa.ListArray.from_arrays(offsets, pa.array(document + first_document)),
-        "offsets": pa.ListArray.from_arrays(offsets, pa.array(offset)), "filled": pa.array(filled.astype(np.int32)), **masks})
+        "offsets": pa.ListArray.from_arrays(offsets, pa.array(offset)), "filled": pa.array(filled.astype(np.int32)), **beside})
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, batch.schema) as writer:
         writer.write_batch(batch)

@@ -17,6 +17,8 @@ LONGER = "longer_than_window"
 """The reason of a conversation, or a part of one, that no window holds."""
 BESIDE = ("tools", "functions")
 """Fields of a record that say what its answers may call: they would be lost."""
+CHOSEN, REJECTED = "+", "-"
+"""Before the role of a turn that belongs to one of two answers: a preference is the turns of its prompt, of the better and of the worse."""
 Turns = Sequence[tuple[str, str]]
 """(role, what it says) of each message, in order."""
 
@@ -31,15 +33,21 @@ class Refused(ValueError):
 
 def turns_of(values: Sequence[Any], rules: Conversations) -> Turns:
     """What the fields `rules.keys` of a record say. Raises Refused."""
+    if rules.pairs:
+        return _preference(values, rules)
     if rules.prompt_key:
         messages: Any = [{"role": role, "content": value} for role, value in zip((USER, ANSWERS), values, strict=True)]
         role_key, content_key = "role", "content"
     else:
         (messages,), role_key, content_key = values, rules.role_key, rules.content_key
+    return _messages(messages, rules.messages_key, rules, role_key, content_key)
+
+
+def _messages(messages: Any, name: str, rules: Conversations, role_key: str, content_key: str) -> list[tuple[str, str]]:
     if not isinstance(messages, list):
-        raise Refused("messages_no_list", f"{rules.messages_key!r} is a {type(messages).__name__}")
+        raise Refused("messages_no_list", f"{name!r} is a {type(messages).__name__}")
     if not messages:
-        raise Refused("empty_conversation", f"{rules.messages_key!r} has no message")
+        raise Refused("empty_conversation", f"{name!r} has no message")
     known = {role: role for role in ROLES} | rules.roles
     taken = {role_key, content_key, *rules.ignore_keys}
     return [_turn(f"message {i}", message, role_key, content_key, known, taken) for i, message in enumerate(messages)]
@@ -58,6 +66,41 @@ def _turn(what: str, message: Any, role_key: str, content_key: str, known: dict[
     if not isinstance(content, str):
         raise Refused("content_no_text", f"{what}: {content_key} is a {type(content).__name__}")
     return known[role], content
+
+
+def _preference(values: Sequence[Any], rules: Conversations) -> Turns:
+    """A prompt, the better and the worse answer to it. Each is a text or a list of messages; answers may begin with the prompt's, and
+    without one with what both have in common before their last message."""
+    given = [[(role, value)] if isinstance(value, str) else _messages(value, key, rules, rules.role_key, rules.content_key)
+             for key, value, role in zip(rules.keys, values, (USER, ANSWERS, ANSWERS)[-len(values):], strict=True)]
+    *prompts, chosen, rejected = given
+    shared = next((i for i, (a, b) in enumerate(zip(chosen[:-1], rejected[:-1], strict=False)) if a != b),
+                  min(len(chosen), len(rejected)) - 1)
+    prompt = prompts[0] if prompts else chosen[:shared]
+    first = [len(prompt) if answer[:len(prompt)] == prompt else 0 for answer in (chosen, rejected)]
+    return checked_preference([*prompt, *((CHOSEN + role, content) for role, content in chosen[first[0]:]),
+                               *((REJECTED + role, content) for role, content in rejected[first[1]:])])
+
+
+def checked_preference(turns: Turns) -> Turns:
+    """The turns of a preference. Raises Refused where its answers are equal, or one says nothing or is none."""
+    prompt, *answers = sides(turns)
+    if not prompt:
+        raise Refused("no_prompt", "the answers begin with no message that both have")
+    for name, answer in zip(("chosen", "rejected"), answers, strict=True):
+        if not answer or any(role != ANSWERS and role != USER for role, _ in answer) or answer[-1][0] != ANSWERS:
+            raise Refused("no_answer", f"what is {name} is no answer to the prompt")
+        if any(is_empty_answer(*turn) for turn in answer):
+            raise Refused("empty_answer", f"the {name} answer says nothing")
+    if answers[0] == answers[1]:
+        raise Refused("equal_answers", "the chosen answer is the rejected one")
+    return turns
+
+
+def sides(turns: Turns) -> tuple[Turns, Turns, Turns]:
+    """(prompt, better answer, worse answer) of a preference's turns."""
+    return ([turn for turn in turns if turn[0][0] not in (CHOSEN, REJECTED)],
+            *([(role[1:], content) for role, content in turns if role[0] == mark] for mark in (CHOSEN, REJECTED)))
 
 
 def joined(turns: Turns) -> tuple[str, str]:

@@ -16,16 +16,17 @@ import pyarrow as pa
 
 from distlm.corpus.accounts import SAMPLE_CHARS, Samples, Step, add
 from distlm.corpus.clean import clean, clean_turns
-from distlm.corpus.conversations import without_system
+from distlm.corpus.conversations import Refused, without_system
 from distlm.corpus.decontaminate import Evaluations, Found
 from distlm.corpus.files import TextFile, find_files
 from distlm.corpus.filters import Filters
+from distlm.corpus.labels import labels_of
 from distlm.corpus.read import Reader, Record
 from distlm.corpus.split import HASH_BYTES, document_hash, is_sampled, order_key, partition
 from distlm.corpus.tokenizer import check_given, check_template
 from distlm.errors import CorpusError, InputError
 from distlm.spec.load import nearest
-from distlm.spec.prepare import Clean, Conversations, Filter, PrepareSpec, Source
+from distlm.spec.prepare import Clean, Conversations, Filter, Labels, PrepareSpec, Source
 from distlm.storage import replacing
 
 SCHEMA = pa.schema([("key", pa.binary(HASH_BYTES)), ("hash", pa.binary(HASH_BYTES)), ("file", pa.int32()), ("origin", pa.int32()),
@@ -62,6 +63,7 @@ class ReadTask:
     partitions: int
     scratch: Path
     conversations: Conversations | None
+    labels: Labels | None = None
 
 
 @dataclass
@@ -103,9 +105,13 @@ def check(spec: PrepareSpec) -> tuple[list[TextFile], Evaluations | None]:
     check_given(spec.tokenizer)
     if spec.conversations:
         check_template(spec.tokenizer, spec.conversations)
-        if other := next((file for file in files if file.format not in ("jsonl", "parquet")), None):
-            raise InputError(f"{other.name} is {other.format}, and conversations are read from jsonl and parquet",
-                             where=f"sources.{other.source}.path: {spec.sources[other.source].path}", remedy="name the files by a glob")
+    what = "conversations" if spec.conversations else "labels" if spec.labels else ""
+    read = ("jsonl", "parquet", *(("docstrings",) if spec.conversations else ()))
+    if what and (other := next((file for file in files if file.format not in read), None)):
+        more = "; of Python sources format: docstrings makes conversations" if spec.conversations else ""
+        raise InputError(f"{other.name} is {other.format}, and {what} are read from jsonl and parquet",
+                         where=f"sources.{other.source}.path: {spec.sources[other.source].path}",
+                         remedy=f"name the files by a glob{more}")
     for i, source in enumerate(spec.sources):
         with own_keys(i, source):
             clean("é", spec.cleaning(source))              # not ASCII: that would need no library
@@ -186,8 +192,13 @@ class _Read:
         rules = self.task.rules[file.source]
         if file.source not in self.filters:
             self.filters[file.source] = Filters(rules.filter)
+        labels = self.task.labels
+        if labels:                                         # it stays with the document, for `encode`
+            file = replace(file, keep=tuple(dict.fromkeys((*file.keep, labels.label_key))))
         result, reader = self.result, Reader(file, rules.clean.max_document_bytes, self.task.conversations)
         for record in reader.records():
+            if labels and record.documents and not record.reason:
+                record = _labelled(record, labels)
             result.read.taken["documents"] += record.documents
             if record.reason:
                 self._reject(result.read, record.reason, record, file, number, record.documents, record.bytes, {"detail": record.detail})
@@ -260,6 +271,15 @@ class _Read:
                 sample: dict[str, Any]) -> None:
         step.reject(reason, documents, size)
         self.result.samples.add(reason, {"number": number, "record": record.number, "bytes": size, **sample})
+
+
+def _labelled(record: Record, labels: Labels) -> Record:
+    """The record, or a reject where it has no label that can be taken."""
+    try:
+        labels_of(record.meta.get(labels.label_key), labels)
+    except Refused as refused:
+        return record._replace(text="", reason=refused.reason, detail=refused.detail)
+    return record
 
 
 class _Store:

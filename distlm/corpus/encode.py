@@ -1,8 +1,10 @@
 """The third task: a partition's documents to tokens, each with its end token."""
 
+import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
@@ -14,12 +16,13 @@ import tokenizers
 
 from distlm.corpus.accounts import SAMPLE_CHARS, Samples, Step, add
 from distlm.corpus.bpe import fast_encoder
-from distlm.corpus.conversations import LONGER, Refused, Turns, divided, is_empty_answer, joined, parted
+from distlm.corpus.conversations import LONGER, Refused, Turns, checked_preference, divided, is_empty_answer, joined, parted, sides
+from distlm.corpus.labels import labels_of
 from distlm.corpus.plain import plain, respelled, without_special
 from distlm.corpus.split import HASH_BYTES, SplitRule, document_hash, split_documents
 from distlm.corpus.tokenizer import END, given_template
-from distlm.spec.prepare import Conversations
-from distlm.storage import replacing
+from distlm.spec.prepare import Conversations, Labels
+from distlm.storage import replacing, write_atomic
 
 if TYPE_CHECKING:
     from distlm.corpus.template import Template
@@ -42,7 +45,9 @@ class EncodeTask:
     without their text. Of conversations `<output>-train-loss.npy` too, bool, which tokens give loss."""
     conversations: Conversations | None
     max_tokens: int
-    """A longer conversation is rejected or split."""
+    """A longer conversation is rejected or split, a longer document with labels rejected or cut."""
+    labels: Labels | None = None
+    """With them there is `<output>-train-labels.json` and the same for the other splits, the names of each document's labels."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,10 @@ class Encoded:
     """Those that were longer than a window and could be cut."""
     empty_answers: int = 0
     """Answers that say nothing, of conversations that are kept."""
+    labels: Counter[str] = field(default_factory=Counter)
+    """Documents by the name of a label."""
+    cut_documents: int = 0
+    """Documents with labels that were longer than a window."""
 
 
 def encode_partition(task: EncodeTask) -> dict[str, Encoded]:
@@ -70,12 +79,15 @@ def encode_partition(task: EncodeTask) -> dict[str, Encoded]:
     arrays: dict[str, list[Tokens]] = {split: [] for split in task.rule.names}
     waiting: dict[str, list[tuple[int, str, int, str]]] = {split: [] for split in task.rule.names}
     waiting_bytes = dict.fromkeys(waiting, 0)
-    num_divided, num_empty = dict.fromkeys(waiting, 0), dict.fromkeys(waiting, 0)
+    num_divided, num_empty, num_cut = dict.fromkeys(waiting, 0), dict.fromkeys(waiting, 0), dict.fromkeys(waiting, 0)
     kept = list[tuple[int, int, int, int, bytes]]()        # row, part, bytes, tokens, hash
 
     def encode(split: str) -> None:
         found = encode_each([text for _, text, _, _ in waiting[split]], [turns for *_, turns in waiting[split]])
         for (row, text, size, turns), one in zip(waiting[split], found, strict=True):
+            if task.labels and not isinstance(one, list):
+                one, cut = fitting(one, task)
+                num_cut[split] += cut
             parts = one if isinstance(one, list) else [Part(text, turns, one)]
             several = len(parts) > 1
             bytes_each = [len(part.text.encode()) for part in parts] if several else [size]
@@ -103,9 +115,11 @@ def encode_partition(task: EncodeTask) -> dict[str, Encoded]:
         waiting_bytes[split] += size
         if waiting_bytes[split] >= ENCODE_BYTES:
             encode(split)
+    for split in waiting:
+        encode(split)
+    labels = _labels_of_kept(task, sorted(kept), order) if task.labels else {}
     result = {}
     for split, found in arrays.items():
-        encode(split)
         lengths = np.array([len(tokens) for tokens, _ in found], dtype=np.int64)
         tokens = np.concatenate([np.zeros(0, task.dtype), *(tokens for tokens, _ in found)])
         loss = np.concatenate([np.zeros(0, np.bool_), *(loss for _, loss in found)])
@@ -114,7 +128,10 @@ def encode_partition(task: EncodeTask) -> dict[str, Encoded]:
             with replacing(f"{task.output}-{split}{ending}.npy") as partial, open(partial, "wb") as file:
                 np.save(file, array)
         result[split] = Encoded(steps[split], len(tokens), sum(int(loss[1:].sum()) for _, loss in found), samples[split],
-                                num_divided[split], num_empty[split])
+                                num_divided[split], num_empty[split],
+                                Counter(name for names in labels.get(split, ()) for name in names), num_cut[split])
+        if task.labels:
+            write_atomic(Path(f"{task.output}-{split}-labels.json"), json.dumps(labels[split]))
     with pa.memory_map(str(task.documents)) as source:
         table = pa.ipc.open_file(source).read_all()
         table = table.drop_columns(["text", "turns"]).append_column("split", pa.array(order, pa.string()))
@@ -127,6 +144,27 @@ def encode_partition(task: EncodeTask) -> dict[str, Encoded]:
                 pa.ipc.new_file(file, table.schema) as writer:
             writer.write_table(table)
     return result
+
+
+def _labels_of_kept(task: EncodeTask, kept: list[tuple[int, int, int, int, bytes]], splits: list[str]) -> dict[str, list[list[str]]]:
+    """By split the labels of each document that became tokens, in order."""
+    assert task.labels
+    with pa.memory_map(str(task.documents)) as source:
+        metas = pa.ipc.open_file(source).read_all()["meta"].to_pylist()
+    found: dict[str, list[list[str]]] = {split: [] for split in task.rule.names}
+    for row, *_ in kept:
+        found[splits[row]].append(labels_of(json.loads(metas[row])[task.labels.label_key], task.labels))
+    return found
+
+
+def fitting(result: "Tokens | Refused", task: EncodeTask) -> "tuple[Tokens | Refused, bool]":
+    """The tokens of a document with labels as a window takes them, and whether they were cut, before the end token."""
+    if isinstance(result, Refused) or len(result[0]) <= task.max_tokens:
+        return result, False
+    tokens, loss = result
+    if task.labels and task.labels.too_long == "cut":
+        return (np.append(tokens[:task.max_tokens - 1], tokens[-1:]), loss), True
+    return Refused(LONGER, f"{len(tokens):,} tokens, and a window holds {task.max_tokens:,}"), False
 
 
 Tokens: TypeAlias = tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]
@@ -180,9 +218,9 @@ def _turns_encoder(task: EncodeTask, conversations: Conversations) -> EncodeEach
     status = (task.tokenizer / "tokenizer.json").stat()
     template = _template(task.tokenizer, status.st_mtime_ns, status.st_ino, conversations.loss)
 
-    def whole(turns: Turns) -> Tokens | Refused:
+    def whole(turns: Turns, first: int = 0) -> Tokens | Refused:
         try:
-            tokens, loss = template.encode(turns)
+            tokens, loss = template.encode(turns, first)
         except Refused as refused:
             return refused
         if len(tokens) > task.max_tokens:
@@ -192,9 +230,25 @@ def _turns_encoder(task: EncodeTask, conversations: Conversations) -> EncodeEach
     def is_longer(result: Tokens | Refused) -> bool:
         return isinstance(result, Refused) and result.reason == LONGER
 
+    def pair(said: Turns, text: str, sizes: str) -> list[Part]:
+        """The better answer behind its prompt and the worse one: both, or neither."""
+        try:
+            prompt, *answers = sides(checked_preference(said))    # cleaning may have taken what an answer said
+        except Refused as refused:
+            return [Part(text, sizes, refused)]
+        parts = [Part(*joined([*prompt, *answer]), whole([*prompt, *answer], len(prompt))) for answer in answers]
+        if refusal := next((part.result for part in parts if isinstance(part.result, Refused)), None):
+            return [Part(text, sizes, refusal)]
+        if (length := sum(len(part.result[0]) for part in parts if not isinstance(part.result, Refused))) > task.max_tokens:
+            return [Part(text, sizes, Refused(LONGER, f"{length:,} tokens of both, and a window holds {task.max_tokens:,}"))]
+        return parts
+
     def encode(texts: list[str], turns: list[str]) -> Iterator[list[Part]]:
         for text, sizes in zip(texts, turns, strict=True):
             said = parted(text, sizes)
+            if conversations.pairs:
+                yield pair(said, text, sizes)
+                continue
             parts, results = [said], [whole(said)]
             if conversations.too_long == "split" and is_longer(results[0]):
                 parts = divided(said, lambda some: not is_longer(whole(some)))

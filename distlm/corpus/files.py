@@ -34,7 +34,7 @@ class TextFile:
     name: str
     """How the manifest calls it: the last part of the source's path, and what is below. The same on every host."""
     format: str
-    """text, json, jsonl, parquet, html or warc."""
+    """text, json, jsonl, parquet, html, warc or docstrings."""
     text_key: str
     source: int
     """The source it belongs to, by its place in the spec."""

@@ -49,7 +49,8 @@ def parameters(spec: PrepareSpec, evaluations: Evaluations | None) -> dict[str, 
         contents["evaluations"] = evaluations.hash()
     return {key: data[key] for key in ("clean", "filter", "decontaminate", "dedup", "split", "context", "shard_windows", "seed")} | \
         {"tokenizer": tokenizer} | ({"contents": contents} if contents else {}) | \
-        ({"pack": {"method": "best_fit"}} if spec.best_fit else {}) | \
+        ({"pack": {"method": "best_fit"}} if spec.padded and not spec.labels else {}) | \
+        ({"labels": data["labels"]} if spec.labels else {}) | \
         ({"conversations": data["conversations"]} if spec.conversations else {})
 
 

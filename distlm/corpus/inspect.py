@@ -27,6 +27,7 @@ BATCH_ROWS = 1 << 16
 CHUNK_TOKENS = 1 << 14
 EXCERPT_CHARS = 60
 MAX_REASONS = 3
+MAX_LABELS = 20
 
 
 @dataclass(frozen=True)
@@ -104,8 +105,13 @@ def summary(path: Path | str) -> list[tuple[str, str]]:
     if manifest.conversations:
         told = data["conversations"]
         rows.append(("loss", f"{told['loss']}: {told['loss_share']:.2%} of the tokens give loss"))
+    if manifest.labels:
+        counts = data["labels"]["train"]
+        shown = ", ".join(f"{name} {counts[name]:,}" for name in manifest.labels[:MAX_LABELS])
+        rows.append(("labels", f"{len(counts):,}: {shown}{', ...' if len(counts) > MAX_LABELS else ''} in train"))
     if manifest.best_fit:
-        rows.append(("packing", f"best-fit, {data['pack']['padding_share']:.2%} of the windows are padding"))
+        method = "a document a window" if manifest.labels else "a pair of answers a window" if manifest.pairs else "best-fit"
+        rows.append(("packing", f"{method}, {data['pack']['padding_share']:.2%} of the windows are padding"))
     rows += [(f"source {name}", source_row(source)) for name, source in zip(manifest.source_names, manifest.sources, strict=True)]
     return rows
 

@@ -14,7 +14,8 @@ list<int32>, the positions in the window at which a document begins. A window be
 Where documents were packed by best-fit, `starts` are the positions at which a document or a piece of one begins; beside them stand
 `documents`, list<int64>, the number of each in its split, `offsets`, list<int64>, the place in the document at which the piece begins,
 and `filled`, int32, the tokens of the window that are no padding. Where the documents are conversations there is `loss` too,
-fixed_size_list<bool>[context + 1], which tokens give loss.
+fixed_size_list<bool>[context + 1], which tokens give loss. Where they have labels each has a window of its own, and beside these columns
+stands `labels`, list<int32>, the places of its labels in the names that the manifest lists.
 """
 
 import functools
@@ -82,7 +83,8 @@ class Split:
             return f"the split has {self.documents:,} documents of {self.tokens:,} tokens", "a larger split.val_fraction"
         lost = ", ".join(f"{count:,} {reason}" for reason, count in self.rejected.items())
         return (f"every document of the split was rejected when it became tokens ({lost})",
-                ("conversations.too_long: split, a larger context or " if LONGER in self.rejected else "") + "a larger split.val_fraction")
+                ("conversations.too_long: split, labels.too_long: cut, a larger context or " if LONGER in self.rejected else "")
+                + "a larger split.val_fraction")
 
 
 @dataclass(frozen=True)
@@ -109,13 +111,28 @@ class Manifest:
 
     @property
     def best_fit(self) -> bool:
-        """Whether documents were packed by best-fit."""
+        """Whether documents were packed by best-fit, or have labels and a window each, which the shards have in the same way."""
         return "pack" in self.data
 
     @property
     def conversations(self) -> bool:
         """Whether the documents are conversations, of which some tokens give loss."""
         return "conversations" in self.data
+
+    @property
+    def pairs(self) -> bool:
+        """Whether every window holds two conversations: a prompt with the better and with the worse of two answers."""
+        return "pairs" in self.data.get("conversations", {})
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The labels that documents have, by their numbers; none where the corpus is not for classification."""
+        return tuple(self.data.get("labels", {}).get("names", ()))
+
+    @property
+    def multiple_labels(self) -> bool:
+        """Whether a document may have any number of labels."""
+        return bool(self.data.get("labels", {}).get("multiple"))
 
     @functools.cached_property
     def inputs(self) -> dict[str, Any]:

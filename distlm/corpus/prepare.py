@@ -24,7 +24,7 @@ from distlm import __version__
 from distlm.corpus import boilerplate, fuzzy
 from distlm.corpus.accounts import MAX_SAMPLES, Account, Samples, Step, account, add
 from distlm.corpus.attempts import MADE, clear, take_back
-from distlm.corpus.bestfit import BestFitTask, Packed, groups, write_best_fit
+from distlm.corpus.bestfit import BestFitTask, Packed, document_groups, groups, write_best_fit
 from distlm.corpus.books import Books
 from distlm.corpus.clusters import MAX_CLUSTERS, Cluster, excerpts, largest
 from distlm.corpus.decontaminate import Evaluations, Found
@@ -35,6 +35,7 @@ from distlm.corpus.files import TextFile, grouped
 from distlm.corpus.fuzzy import Dropped
 from distlm.corpus.identity import attempt_hash, is_complete, parameters
 from distlm.corpus.inputs import Inputs
+from distlm.corpus.labels import check_labels
 from distlm.corpus.listing import count_sources
 from distlm.corpus.manifest import Shard, manifest_of, outputs, read_manifest, write_manifest
 from distlm.corpus.pack import PackTask, num_windows, write_shard
@@ -64,7 +65,7 @@ from distlm.errors import CorpusError, InputError
 from distlm.progress import Progress
 from distlm.runs import RunFolder
 from distlm.spec import PrepareSpec
-from distlm.spec.prepare import Boilerplate, Conversations, Filter, Fuzzy
+from distlm.spec.prepare import Boilerplate, Conversations, Filter, Fuzzy, Labels
 from distlm.storage import Storage, write_atomic, writing
 
 Item = TypeVar("Item")
@@ -186,7 +187,7 @@ class _Prepare:
         rules = tuple(Rules(self.spec.cleaning(source), source.weight, self.spec.filtering(source)) for source in self.spec.sources)
         target = min(READ_BYTES, max(1 << 20, size // 16))
         tasks = [ReadTask(i, first, self.inputs.ranges[first:last], rules, evaluations, self.spec.seed, len(self.partitions), self.scratch,
-                          self.spec.conversations)
+                          self.spec.conversations, self.spec.labels)
                  for i, (first, last) in enumerate(grouped(self.inputs.ranges, target, MAX_FILES_PER_TASK))]
         results: list[ReadResult | None] = [None] * len(tasks)
         found, done, documents = list[dict[str, Any]](), 0, 0
@@ -404,7 +405,7 @@ class _Prepare:
     def encode(self, vocabulary: Vocabulary) -> list[dict[str, Encoded]]:
         """Every partition's documents to tokens."""
         tasks = [EncodeTask(i, path, self.rule, vocabulary.folder, vocabulary.eos_id, vocabulary.dtype, self._tokens(i),
-                            self.spec.conversations, self.spec.context + 1) for i, path in enumerate(self.partitions)]
+                            self.spec.conversations, self.spec.context + 1, self.spec.labels) for i, path in enumerate(self.partitions)]
         results: list[dict[str, Encoded] | None] = [None] * len(tasks)
         tokenize, documents, tokens = Step("tokenize"), self.books.steps[-1].given["documents"], 0
         self.progress.update("documents", 0, documents)
@@ -416,10 +417,13 @@ class _Prepare:
             self.progress.update("documents", tokenize.taken["documents"], documents, tokens=tokens)
         self.books.add(tokenize)
         complete = [result for result in results if result is not None]
-        if self.spec.conversations:
+        if self.spec.conversations or self.spec.labels:
             self.books.sample([one.samples for result in complete for one in result.values()], self.partitions)
             self.books.write_samples()
             self.books.check_left(tokenize)
+        if self.spec.labels:
+            self.figures["labels"] = self._labels(self.spec.labels, complete)
+        if self.spec.conversations:
             self.figures["conversations"] = self._conversations(self.spec.conversations, complete, tokenize)
         return complete
 
@@ -431,12 +435,25 @@ class _Prepare:
         if rules.loss == "assistant" and (empty := sum(one.empty_answers for one in each)):
             found["empty_answers"] = empty
             self.progress.note(f"{empty:,} empty answer{'s give' if empty > 1 else ' gives'} no loss")
+        if rules.pairs:
+            found["pairs"] = tokenize.added["documents"]
+            self.progress.note(f"{found['pairs']:,} pairs of answers")
         if rules.too_long == "split":
             split = sum(one.split_conversations for one in each)
             parts = split + tokenize.added["documents"]
             found |= {"split_conversations": split, "split_parts": parts}
             self.progress.note(f"{split:,} conversation{'s' if split != 1 else ''} longer than a window became {parts:,} parts")
         return found
+
+    def _labels(self, rules: Labels, encoded: list[dict[str, Encoded]]) -> dict[str, Any]:
+        """The labels by their numbers, and how many documents of each split have each."""
+        counts = {name: sum((result[name].labels for result in encoded), Counter[str]()) for name in self.rule.names}
+        names = check_labels(counts, rules, self.spec.name)
+        cut = sum(one.cut_documents for result in encoded for one in result.values())
+        if cut:
+            self.progress.note(f"{cut:,} document{'s' if cut > 1 else ''} longer than a window {'were' if cut > 1 else 'was'} cut")
+        return {"multiple": rules.multiple, "names": names, **{split: {name: found[name] for name in names}
+                                                               for split, found in counts.items()}, "cut_documents": cut}
 
     def pack(self, vocabulary: Vocabulary, encoded: list[dict[str, Encoded]]) -> dict[str, dict[str, Any]]:
         """Tokens to shards: the manifest's `splits`."""
@@ -450,12 +467,15 @@ class _Prepare:
                 parts.append((Path(f"{self._tokens(i)}-{name}"), tokens, partition[name].tokens))
                 lost.update({reason: one["documents"] for reason, one in partition[name].step.rejected.items()})
                 tokens += partition[name].tokens
-            if self.spec.best_fit:
+            if self.spec.padded:
                 splits[name] = {**counts, **({"rejected": dict(sorted(lost.items()))} if lost else {}), "tokens": tokens,
                                 "dropped_tokens": 0, "windows": 0, "padding_tokens": 0, "repeated_tokens": 0, "shards": []}
+                size, labels = self.spec.shard_windows, tuple(self.figures.get("labels", {}).get("names", ()))
+                pairs = self.spec.conversations is not None and self.spec.conversations.pairs
+                cut = document_groups(parts, size * (1 + pairs)) if labels or pairs else groups(parts, size * self.spec.context)
                 best_fits += [BestFitTask(self.scratch, f"{name}/{shard:05d}.arrow", parts, group, self.spec.context, vocabulary.dtype,
-                                          vocabulary.eos_id, self.spec.conversations is not None)
-                              for shard, group in enumerate(groups(parts, self.spec.shard_windows * self.spec.context))]
+                                          vocabulary.eos_id, self.spec.conversations is not None, pairs, labels)
+                              for shard, group in enumerate(cut)]
                 continue
             windows, dropped = num_windows(tokens, self.spec.context)
             splits[name] = {**counts, "tokens": tokens, "dropped_tokens": dropped, "windows": windows, "shards": []}
@@ -476,7 +496,7 @@ class _Prepare:
         return splits
 
     def _best_fit(self, tasks: list[BestFitTask], splits: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        """Pack by best-fit, and say what padding it takes."""
+        """Fill windows up, by best-fit or with a document each, and say what padding it takes."""
         total, done = sum(split["tokens"] for split in splits.values()), 0
         packed: dict[int, Packed] = {}
         for i, result in self.each("pack", write_best_fit, tasks):
@@ -491,8 +511,8 @@ class _Prepare:
             split["shards"].append(vars(one.shard))
         places = sum(split["windows"] for split in splits.values()) * (self.spec.context + 1)
         padding, repeated = (sum(split[unit] for split in splits.values()) for unit in ("padding_tokens", "repeated_tokens"))
-        self.figures["pack"] = {"method": "best_fit", "padding_tokens": padding, "padding_share": round(padding / places, 6),
-                                "repeated_tokens": repeated}
+        self.figures["pack"] = {"method": self.spec.packing, "padding_tokens": padding,
+                                "padding_share": round(padding / places, 6), "repeated_tokens": repeated}
         self.progress.note(f"{padding:,} tokens of padding, {padding / places:.2%} of the windows")
         self._check_windows(splits)
         return splits

@@ -23,8 +23,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
 
-from distlm.corpus.conversations import BESIDE, Refused, Turns, joined, turns_of
+from distlm.corpus.conversations import ANSWERS, BESIDE, USER, Refused, Turns, joined, turns_of
 from distlm.corpus.decompress import ERRORS, decompress
+from distlm.corpus.docstrings import documented
 from distlm.corpus.files import TextFile
 from distlm.corpus.trees import language, tagged
 from distlm.corpus.web import CHUNK, HEAD_BYTES, Data, decoded_body, library, page_text
@@ -92,7 +93,7 @@ class Reader:
         """Every record, good or rejected. Does not raise for what a file may hold; InputError where no reader of html is installed,
         StorageError for a store that does not give what it has."""
         formats = {"text": self._text, "json": self._json, "jsonl": self._jsonl, "parquet": self._parquet,
-                   "html": self._html, "warc": self._warc}
+                   "html": self._html, "warc": self._warc, "docstrings": self._docstrings}
         taken = number = 0
         try:
             for record in formats[self.file.format]():
@@ -200,6 +201,23 @@ class Reader:
             part = size - taken if number == len(values) else len(record.text[position:end].encode()) + (number == 1)
             yield self._value(number - 1, part, value)
             taken, position = taken + part, end
+
+    def _docstrings(self) -> Iterator[Record]:
+        """A record per documented function, and one that is no document for the rest of the file."""
+        data, size = self._whole()
+        whole = _too_long(0, size, size) if data is None else _decoded(0, size, data)
+        try:
+            found = [] if whole.reason else list(documented(whole.text))
+        except ValueError as error:
+            whole = whole._replace(text="", reason="malformed", detail=str(error)[:200])
+        if whole.reason:
+            yield whole
+            return
+        for number, one in enumerate(found):
+            turns = ((USER, one.code), (ANSWERS, one.docstring))
+            record = self._checked(number, one.bytes, joined(turns)[0], one.name, {})
+            yield record if record.reason else record._replace(turns=turns)
+        yield Record(len(found), size - sum(one.bytes for one in found), documents=0)
 
     def _html(self) -> Iterator[Record]:
         data, size = self._whole()

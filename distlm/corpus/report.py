@@ -33,7 +33,7 @@ KNOWN = {"documents", "format", "name", "context", "dtype", "seed", "parameters"
 TITLES = {"fuzzy": "Near-duplicates", "fuzzy_stripped": "Near-duplicates without their boilerplate",
           "fuzzy_shortened": "Near-duplicates without repeated paragraphs", "redactions": "Redacted",
           "annotated": "Annotated: these documents were kept", "boilerplate": "Boilerplate lines", "paragraphs": "Repeated paragraphs",
-          "pack": "Packing", "conversations": "Loss of conversations"}
+          "pack": "Packing", "conversations": "Loss of conversations", "labels": "Labels"}
 ALIKE = {"dedup": "equal", "fuzzy": "nearly equal", "dedup_stripped": "equal without boilerplate",
          "fuzzy_stripped": "nearly equal without boilerplate", "dedup_shortened": "equal without repeated paragraphs",
          "fuzzy_shortened": "nearly equal without repeated paragraphs"}

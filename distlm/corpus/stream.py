@@ -6,7 +6,8 @@ The driver builds a Ray dataset of plan blocks, one per (chunk of steps, rank), 
     dataset = plan_dataset(plan, first_step=120)                       # driver
     for tokens in ordered_steps(batches, plan, rank, first_step=120):  # worker: int64[share, context + 1]
 
-A plan that is `marked` has marks beside the tokens: where documents begin, and what gives no loss.
+A plan that is `marked` has marks beside the tokens: where documents begin, and what gives no loss. One that is `labelled` has labels
+behind them.
 """
 
 import math
@@ -88,6 +89,8 @@ class Plan:
     """So many neighbouring ranks read the same samples."""
     warmup: tuple[tuple[int, int], ...] = ()
     """(sequences of a step, steps of that size) of the steps that are smaller, at the beginning."""
+    labelled: bool = False
+    """Whether training needs the labels of documents."""
 
     @property
     def sizes(self) -> BatchSizes:
@@ -145,6 +148,20 @@ class Windows:
             marks[here] = _marks(self._shard(int(shard)), rows[here], marks.shape[1])
         return marks
 
+    def labels(self, shards: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.int32]:
+        """int32[n, k]: the labels of the windows at (shard, row). The number of the one that each has, k = 1; where there may be any
+        number, k of them with 1 for each that it has, else 0."""
+        names, multiple = self.manifest.labels, self.manifest.multiple_labels
+        labels = np.zeros((len(rows), len(names) if multiple else 1), np.int32)
+        for shard in np.unique(shards):
+            here = np.flatnonzero(shards == shard)
+            found = self._shard(int(shard))["labels"].take(pa.array(rows[here]))
+            if multiple:
+                labels[np.repeat(here, np.diff(found.offsets.to_numpy())), found.flatten().to_numpy()] = 1
+            else:
+                labels[here, 0] = found.flatten().to_numpy()
+        return labels
+
     def first(self, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """(shard, row), both int64[n], of the first `count` windows in file order."""
         sizes = np.asarray([shard.windows for shard in self.shards], dtype=np.int64)
@@ -201,9 +218,11 @@ def _windows(corpus: str) -> Windows:
 
 
 def read_block(plan: Plan, steps: range, rank: int) -> dict[str, NDArray[Any]]:
-    """The rows of a block: tokens [len(steps) * share, context + 1], their marks where the plan has them, their step and their slot."""
+    """The rows of a block: tokens [len(steps) * share, context + 1], their marks or labels where the plan has them, their step and their
+    slot."""
     samples = np.concatenate([plan.samples(step, rank) for step in steps])
     return {"tokens": read_samples(plan, samples), **({"marks": read_marks(plan, samples)} if plan.marked else {}),
+            **({"labels": _read(plan, samples, Windows.labels)} if plan.labelled else {}),
             "step": np.repeat(np.asarray(steps, dtype=np.int64), [plan.share(step) for step in steps]),
             "slot": np.full(len(samples), rank, dtype=np.int32)}
 
@@ -211,24 +230,33 @@ def read_block(plan: Plan, steps: range, rank: int) -> dict[str, NDArray[Any]]:
 def read_samples(plan: Plan, samples: NDArray[np.int64]) -> NDArray[Any]:
     """uint16 or uint32 [n, context + 1]: the windows of the samples, int64[n]. A corpus of a mixture gives its own samples in the order
     in which it would give them alone."""
-    return _read(plan, samples, Windows.read, _windows(plan.corpus).manifest.dtype)
+    return _read(plan, samples, Windows.read)
 
 
 def read_marks(plan: Plan, samples: NDArray[np.int64]) -> NDArray[np.uint8]:
     """uint8[n, context + 1]: the marks of the same windows."""
-    return _read(plan, samples, Windows.marks, "uint8")
+    return _read(plan, samples, Windows.marks)
 
 
-def _read(plan: Plan, samples: NDArray[np.int64], read: Callable[..., NDArray[Any]], dtype: str) -> NDArray[Any]:
+def _read(plan: Plan, samples: NDArray[np.int64], read: Callable[..., NDArray[Any]]) -> NDArray[Any]:
     windows = _windows(plan.corpus)
     if plan.mix is None:
         return read(windows, *windows.order(plan.seed).locate(samples))
     members, own = plan.mix.assign(samples)
-    found = np.empty((len(samples), windows.manifest.context + 1), dtype=dtype)
+    none = np.zeros(0, np.int64)
+    empty = read(windows, none, none)
+    found = np.empty((len(samples), *empty.shape[1:]), empty.dtype)
     for member in np.unique(members):
         here, windows = members == member, _windows(plan.mix.corpora[member])
         found[here] = read(windows, *windows.order(plan.seed).locate(own[here]))
     return found
+
+
+def joined(tokens: NDArray[Any], marks: NDArray[Any] | None = None, labels: NDArray[Any] | None = None) -> NDArray[Any]:
+    """[n, context + 1]: tokens; with marks [n, 2, context + 1], and with labels [n, context + 1 + k]."""
+    if labels is not None:
+        return np.concatenate([tokens.astype(np.int64), labels], 1)
+    return tokens if marks is None else np.stack([tokens, marks], 1)
 
 
 def plan_dataset(plan: Plan, first_step: int) -> "ray.data.Dataset":
@@ -254,8 +282,9 @@ def local_steps(plan: Plan, rank: int, first_step: int) -> Iterator[dict[str, ND
 
 
 def ordered_steps(batches: Iterable[dict[str, NDArray[Any]]], plan: Plan, rank: int, first_step: int) -> Iterator[NDArray[np.int64]]:
-    """int64[share, context + 1] for each step; of a marked plan int64[share, 2, context + 1], tokens and marks. `batches` have `piece`
-    rows, or those of a step. Raises CorpusError where a row is not the planned one."""
+    """int64[share, context + 1] for each step; of a marked plan int64[share, 2, context + 1], tokens and marks, and of a labelled one
+    int64[share, context + 1 + k], tokens and labels. `batches` have `piece` rows, or those of a step. Raises CorpusError where a row is
+    not the planned one."""
     expected, pieces = first_step, list[NDArray[Any]]()
     for batch in batches:
         rows, wanted = len(batch["tokens"]), plan.share(expected) - sum(map(len, pieces))
@@ -263,7 +292,7 @@ def ordered_steps(batches: Iterable[dict[str, NDArray[Any]]], plan: Plan, rank: 
                 batch["slot"] != rank).any():
             raise CorpusError(f"the stream is out of order: rank {rank} expected step {expected}, {wanted} rows, and got {rows} rows of "
                               f"steps {np.unique(batch['step'])}, slots {np.unique(batch['slot'])}", cause="internal")
-        pieces.append(np.stack([batch["tokens"], batch["marks"]], 1) if plan.marked else batch["tokens"])
+        pieces.append(joined(batch["tokens"], batch.get("marks"), batch.get("labels")))
         if rows == wanted:
             yield np.concatenate(pieces).astype(np.int64)
             expected, pieces = expected + 1, []

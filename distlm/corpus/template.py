@@ -93,12 +93,12 @@ class Template:
         if not any(loss[1:]):
             raise Refused("no_loss", "no token of the answer gives loss")
 
-    def encode(self, turns: Turns) -> tuple[list[int], list[bool]]:
-        """(tokens with the end token, whether each gives loss). Raises Refused."""
+    def encode(self, turns: Turns, first: int = 0) -> tuple[list[int], list[bool]]:
+        """(tokens with the end token, whether each gives loss), which turns before the `first` do not. Raises Refused."""
         answers = [turn for turn in turns if turn[0] == ANSWERS]
         if answers and all(is_empty_answer(*turn) for turn in answers):
             raise Refused("empty_answer", f"{len(answers):,} answers say nothing" if answers[1:] else "the answer says nothing")
-        pieces = self.pieces(turns)
+        pieces = self.pieces(turns, first)
         said = iter(self._text.encode_batch_fast([piece.text for piece in pieces if piece.content], add_special_tokens=False))
         tokens, loss = list[int](), list[bool]()
         for piece in pieces:
@@ -112,7 +112,7 @@ class Template:
             raise Refused("no_loss", f"no token of {', '.join(role for role, _ in turns)} gives loss"[:200])
         return tokens, loss
 
-    def pieces(self, turns: Turns) -> list[Piece]:
+    def pieces(self, turns: Turns, first: int = 0) -> list[Piece]:
         """The conversation as the template writes it, in parts. Raises Refused."""
         plain = self._render(turns)[0]
         mark = next((mark for mark in MARKS if mark not in plain), None)
@@ -123,10 +123,10 @@ class Template:
             parts = text.split(mark)                       # template, number, content, template, number, content, ..., template
             if "".join(part for i, part in enumerate(parts) if i % 3 != 1) == plain and \
                     sorted(parts[1::3]) == sorted(map(str, range(len(turns)))):
-                return self._cut(turns, parts, spans)
+                return self._cut(turns, parts, spans, first)
         raise Refused("template_changes_text", "the template leaves out or changes what a turn says")
 
-    def _cut(self, turns: Turns, parts: list[str], spans: list[tuple[int, int]]) -> list[Piece]:
+    def _cut(self, turns: Turns, parts: list[str], spans: list[tuple[int, int]], first: int) -> list[Piece]:
         """Cut where loss begins and ends; `spans` are places in the marked text."""
         place, found, spans = 0, list[tuple[str, bool, int]](), list(spans)
         for i, part in enumerate(parts):
@@ -138,12 +138,14 @@ class Template:
                 spans.append((place, place + len(part) + 1 + len(self._end)))
             if i % 3 == 2 and is_empty_answer(*turns[int(parts[i - 1])]):
                 spans = [(begin, end) for begin, end in spans if not begin <= place < end]
+            if i % 3 == 2 and int(parts[i - 1]) < first:
+                spans = [(begin, end) for begin, end in spans if not begin <= place < end]
             place += len(part) + 1
         pieces = []
         for text, content, at in found:
             edges = sorted({0, len(text)} | {edge - at for span in spans for edge in span if 0 < edge - at < len(text)})
             for begin, end in itertools.pairwise(edges):
-                loss = self._loss == "all" or any(first <= at + begin < stop for first, stop in spans)
+                loss = self._loss == "all" or any(start <= at + begin < stop for start, stop in spans)
                 pieces.append(Piece(text[begin:end], content, loss))
         return pieces
 

@@ -27,6 +27,9 @@ NO_ACTIVATIONS = ("layerdrop", "classifier_dropout")
 """Those that leave out whole layers, or that no language model reads."""
 COMMON = ("vocab_size", "max_position_embeddings", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "attn_implementation")
 """Keys that every family takes."""
+HEAD = "score.weight"
+"""The last layer of transformers' classifiers of whole texts by causal families."""
+LM_HEADS = frozenset({"lm_head.weight", "lm_head.bias", "embed_out.weight"})
 CAUSAL_REMEDY = "take a causal family such as llama, qwen3 or gpt2"
 
 
@@ -37,12 +40,17 @@ class Shape:
     vocab_size: int
     context: int
     eos_id: int
+    labels: tuple[str, ...] = ()
+    """Of a classifier, by their numbers; none for a language model."""
+    multiple_labels: bool = False
+    """Whether a document may have any number of labels."""
 
 
 def model_config(spec: ModelSpec, shape: Shape, dropout: float | None = None) -> "PreTrainedConfig":
     """The configuration that the spec describes, with `dropout` wherever the family has one. Raises SpecError for one that transformers
     does not accept, and InputError for a checkpoint that is missing or does not fit the corpus."""
     config = _checkpoint_config(Path(spec.source), shape) if spec.source is not None else _new_config(spec, shape)
+    _give_labels(config, shape, spec)
     if spec.mup:
         check_mup(config)
     if dropout is not None:
@@ -54,6 +62,34 @@ def model_config(spec: ModelSpec, shape: Shape, dropout: float | None = None) ->
         for name in names:
             setattr(config, name, dropout)
     return config
+
+
+def _give_labels(config: Any, shape: Shape, spec: ModelSpec) -> None:
+    """Make it that of a classifier whose padding is the end token, or of a language model. Raises InputError for the checkpoint of a
+    classifier that tells other labels apart."""
+    if not shape.labels:
+        config.problem_type = None
+        return
+    if spec.source is not None and has_classifier(config) and [config.id2label[i] for i in range(config.num_labels)] != [*shape.labels]:
+        raise InputError(f"the checkpoint tells apart {', '.join(map(str, config.id2label.values()))}, and the corpus "
+                         f"{', '.join(shape.labels)}", where=f"model.from: {spec.source}",
+                         remedy="take the model that it was trained from, whose last layer is new")
+    config.id2label = dict(enumerate(shape.labels))
+    config.label2id = {name: number for number, name in config.id2label.items()}
+    config.problem_type = f"{'multi' if shape.multiple_labels else 'single'}_label_classification"
+    config.pad_token_id = config.get_text_config().pad_token_id = shape.eos_id
+
+
+def has_classifier(config: "PreTrainedConfig") -> bool:
+    """Whether a checkpoint's configuration is that of a classifier of whole texts."""
+    return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+
+
+def _auto_class(config: "PreTrainedConfig") -> Any:
+    """A classifier's configuration says what its loss is."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    return AutoModelForSequenceClassification if config.problem_type else AutoModelForCausalLM
 
 
 def _new_config(spec: ModelSpec, shape: Shape) -> "PreTrainedConfig":
@@ -126,13 +162,12 @@ def last_line(error: BaseException) -> str:
 def build_model(spec: ModelSpec, config: "PreTrainedConfig", seed: int) -> "PreTrainedModel":
     """The model in fp32 on the CPU, with weights drawn from `seed`, or those of the checkpoint."""
     import torch
-    from transformers import AutoModelForCausalLM
 
-    if spec.source is not None:
-        return load_model(spec.source, f"model.from: {spec.source}", torch.float32, config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
+        if spec.source is not None:
+            return load_model(spec.source, f"model.from: {spec.source}", torch.float32, config)
+        model = _auto_class(config).from_config(copy.deepcopy(config), dtype=torch.float32)
     if spec.mup:
         scale_weights(model, spec.mup.base_width)
     return cast("PreTrainedModel", model)
@@ -141,18 +176,27 @@ def build_model(spec: ModelSpec, config: "PreTrainedConfig", seed: int) -> "PreT
 def load_model(source: str | Path, where: str, dtype: "torch.dtype", config: "PreTrainedConfig | None" = None, *,
                exact: bool = True) -> "PreTrainedModel":
     """The model of a checkpoint. Raises InputError, which says `where`, for one that does not hold every weight of the model: the rest
-    would be drawn at random. Unless `exact` it may hold more."""
+    would be drawn at random. Unless `exact` it may hold more. Where `config` is a classifier's and the checkpoint a language model's, the
+    last layer is drawn at random in the place of the other."""
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    loader: Any = AutoModelForCausalLM
+    try:
+        of = AutoConfig.from_pretrained(source, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"transformers cannot read its config.json: {last_line(error)}", where=where) from None
+    if config is None:
+        config = of
+        config.problem_type = (config.problem_type or "single_label_classification") if has_classifier(config) else None
+    loader: Any = _auto_class(config)
+    head, replaced = ({HEAD}, LM_HEADS) if config.problem_type and not has_classifier(of) else (set(), frozenset())
     remedy = "copy the checkpoint again, or mend its config.json"
     try:
         model, report = loader.from_pretrained(source, config=config, dtype=dtype, local_files_only=True, output_loading_info=True)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise InputError(f"transformers cannot load the weights: {last_line(error)}", where=where, remedy=remedy) from None
-    for what, names in (("has no weights for", report["missing_keys"]), ("has other shapes for", report["mismatched_keys"]),
-                        ("has weights that the model has not:", report["unexpected_keys"] if exact else ())):
+    for what, names in (("has no weights for", set(report["missing_keys"]) - head), ("has other shapes for", report["mismatched_keys"]),
+                        ("has weights that the model has not:", set(report["unexpected_keys"]) - replaced if exact else ())):
         if names:
             first = sorted(map(str, names))[:3]
             raise InputError(f"the checkpoint {what} {', '.join(first)}{f' and {len(names) - 3} more' if len(names) > 3 else ''}",
@@ -184,17 +228,22 @@ def parameter_sizes(config: "PreTrainedConfig") -> dict[str, int]:
 def skeleton(config: "PreTrainedConfig") -> "PreTrainedModel":
     """A model of this configuration without its weights: nothing is allocated. Raises SpecError where there is no such model."""
     import torch
-    from transformers import AutoModelForCausalLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as CLASSIFIERS
 
     if config.model_type not in CAUSAL:                    # transformers would list all that are
         raise SpecError(f"{config.model_type} is no causal language model", where="model", remedy=CAUSAL_REMEDY)
+    what = "classifier" if config.problem_type else "causal language model"
     try:
+        if config.problem_type and config.model_type not in CLASSIFIERS:
+            raise ValueError(f"the family {config.model_type} has none")
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+            model: PreTrainedModel = _auto_class(config).from_config(copy.deepcopy(config))
             model.tie_weights()
+        if config.problem_type and HEAD not in dict(model.named_parameters()):
+            raise ValueError(f"that of the family {config.model_type} is not a layer behind the last token")
     except (ValueError, TypeError, KeyError, AttributeError, AssertionError, RuntimeError, ImportError) as error:
-        raise SpecError(f"no causal language model can be built from it: {last_line(error)}", where="model") from None
+        raise SpecError(f"no {what} can be built from it: {last_line(error)}", where="model") from None
     return model
 
 

@@ -34,11 +34,15 @@ def export_model(model: "PreTrainedModel", weights: dict[str, "torch.Tensor"] | 
         config = json.loads((partial / "config.json").read_text())
         config["use_cache"] = True                         # training turns the cache off; whoever generates wants it
         write_json(partial / "config.json", config)
-        ends = model.generation_config.eos_token_id        # of a checkpoint that ends turns with another token, both
-        GenerationConfig(eos_token_id=config.get("eos_token_id") if ends is None else ends, bos_token_id=config.get("bos_token_id"),
-                         do_sample=False).save_pretrained(partial)
+        if not model.config.problem_type:                  # a classifier generates nothing
+            ends = model.generation_config.eos_token_id    # of a checkpoint that ends turns with another token, both
+            GenerationConfig(eos_token_id=config.get("eos_token_id") if ends is None else ends, bos_token_id=config.get("bos_token_id"),
+                             do_sample=False).save_pretrained(partial)
         for file in tokenizer.iterdir():
             shutil.copy2(file, partial / file.name)
+        settings = partial / "tokenizer_config.json"
+        if model.config.problem_type and settings.is_file() and (given := read_json(settings)).get("eos_token"):
+            write_json(settings, {**given, "pad_token": given["eos_token"]})           # texts that are classified together are padded
         write_json(partial / "distlm.json", lineage)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)

@@ -1,4 +1,5 @@
-"""What a model is trained on: the next token's cross-entropy, summed, so that the caller divides by the global count once."""
+"""What a model is trained on: the cross-entropy of the next token, or of labels, summed, so that the caller divides by the global count
+once."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,8 @@ CHUNK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 26}
 BLOCK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 26}
 """Logits that are there at once in the model's own precision: enough rows for a fast matrix product."""
 
+TRIM_TOKENS = 16
+"""Padding that no sequence of a classifier's micro-batch needs is cut off, down to a multiple of this."""
 IGNORED = -100
 """A target that gives no loss, as transformers has it."""
 PLAIN_HEADS = frozenset({"gpt2", "gpt_neox", "llama", "mistral", "mixtral", "olmo", "olmo2", "phi", "phi3", "qwen2",
@@ -77,6 +80,34 @@ class LossHead(nn.Module):
         rows = hidden.flatten(0, 1)
         return _LinearCrossEntropy.apply(rows if kept is None else rows[kept], self.weight, self.bias, targets, wanted,
                                          wanted and self.weight.requires_grad, self.penalties)
+
+
+class ClassifierLoss(nn.Module):
+    """Wraps a sequence classifier; its forward pass is the loss."""
+
+    def __init__(self, model: "PreTrainedModel", multiple: bool, weights: torch.Tensor | None) -> None:
+        super().__init__()
+        self.model, self.multiple = model, multiple
+        self.weights = weights                             # no buffer, which the engine would round to bf16
+        self.observed: torch.Tensor | None = None
+
+    def forward(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The sum over all sequences of weight x -log p(label), or of the mean over labels of the binary cross-entropy, a float32 scalar in
+        nats. tokens: int64[batch, context], labels: as `LabelledBatch` has them."""
+        logits = self.model(input_ids=tokens[:, :self._used(tokens)], use_cache=False, return_dict=True).logits.float()
+        if not self.training:
+            self.observed = torch.cat([labels.float(), logits], 1)
+        weights = None if self.weights is None else self.weights.to(logits.device)
+        if self.multiple:
+            total = functional.binary_cross_entropy_with_logits(logits, labels.float(), pos_weight=weights, reduction="sum")
+            return total / labels.shape[1]
+        return functional.cross_entropy(logits, labels[:, 0], weight=weights, reduction="sum")
+
+    def _used(self, tokens: torch.Tensor) -> int:
+        """Tokens up to the last that is no padding, rounded up."""
+        filled = (tokens != self.model.config.pad_token_id).any(0)
+        used = int((torch.arange(1, len(filled) + 1, device=tokens.device) * filled).amax())
+        return min(len(filled), max(TRIM_TOKENS, -(-used // TRIM_TOKENS) * TRIM_TOKENS))
 
 
 def summed_cross_entropy(logits: torch.Tensor, targets: torch.Tensor, penalties: tuple[float, float] = (0.0, 0.0)) -> torch.Tensor:

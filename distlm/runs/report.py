@@ -19,8 +19,8 @@ FILE = "report.html"
 WIDTH, HEIGHT, MARGIN = 640, 200, 6
 MAX_POINTS = 400
 CURVES = {"Loss": ("loss", "val_loss"), "Tokens per second": ("tokens_per_s",), "Learning rate": ("lr",), "Gradient norm": ("grad_norm",),
-          "Model FLOPs utilization": ("mfu",)}
-"""Title -> the values of metrics.jsonl that it shows, in nats per token the loss."""
+          "Model FLOPs utilization": ("mfu",), "Accuracy and macro F1": ("accuracy", "f1_macro")}
+"""Title -> the values of metrics.jsonl that it shows, in nats per token or document the loss."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,16 @@ class Curve:
     last_step: int
 
 
+@dataclass(frozen=True)
+class Matrix:
+    """How many validation documents of each label (rows) were taken for each (columns)."""
+
+    title: str
+    labels: tuple[str, ...]
+    rows: tuple[tuple[str, tuple[tuple[int, int], ...]], ...]
+    """(label, (count, its share of the row in percent) of each column)"""
+
+
 def write_report(folder: RunFolder) -> Path:
     """Write the page into the folder of a run that has metrics. Raises StorageError."""
     records, events = folder.read_metrics(), folder.events()
@@ -44,7 +54,7 @@ def write_report(folder: RunFolder) -> Path:
     spec = folder.path / "spec.yaml"
     page = environment.get_template("report.html.j2").render(
         name=folder.name, facts=facts(records), width=WIDTH, height=HEIGHT,
-        curves=[one for title in CURVES if (one := curve(title, records))],
+        curves=[one for title in CURVES if (one := curve(title, records))], matrices=matrices(records),
         events=[(time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(event["time"])), event["state"], event.get("cause", ""),
                  event.get("message", "")) for event in events],
         spec=spec.read_text(encoding="utf-8", errors="replace") if spec.is_file() else "",
@@ -61,10 +71,28 @@ def facts(records: list[dict[str, Any]]) -> list[tuple[str, str]]:
     speeds = sorted(record["tokens_per_s"] for record in records if "tokens_per_s" in record)
     saves, stalls = (sorted(record[key] for record in records if key in record) for key in ("checkpoint_s", "checkpoint_stall_s"))
     shown = [("steps", last.get("step"), ",.0f"), ("tokens", last.get("tokens"), ",.0f"), ("loss", last.get("loss"), ".4f"),
-             ("validation loss", last.get("val_loss"), ".4f"), ("tokens/s", speeds[len(speeds) // 2] if speeds else None, ",.0f"),
+             ("validation loss", last.get("val_loss"), ".4f"), ("accuracy", last.get("accuracy"), ".2%"),
+             ("macro F1", last.get("f1_macro"), ".4f"), ("ROC AUC", last.get("roc_auc"), ".4f"),
+             ("tokens/s", speeds[len(speeds) // 2] if speeds else None, ",.0f"),
              ("MFU", last.get("mfu"), ".1%"), ("seconds of a checkpoint", saves[len(saves) // 2] if saves else None, ".3g"),
              ("of which steps stood still", stalls[len(stalls) // 2] if stalls else None, ".3g")]
     return [(name, format(value, form)) for name, value, form in shown if value is not None]
+
+
+def matrices(records: list[dict[str, Any]]) -> list[Matrix]:
+    """A classifier's confusion matrix at its last evaluation: one, or where documents have several labels one for each label."""
+    found: dict[str, Any] = next((record["confusion"] for record in reversed(records) if "confusion" in record), {})
+    if not found:
+        return []
+    labels, counts = tuple(found["labels"]), found["counts"]
+    if isinstance(counts[0][0], int):
+        return [_matrix("Confusion", labels, counts)]
+    return [_matrix(label, ("without", "with"), each) for label, each in zip(labels, counts, strict=True)]
+
+
+def _matrix(title: str, labels: tuple[str, ...], counts: list[list[int]]) -> Matrix:
+    return Matrix(title, labels, tuple((label, tuple((count, round(100 * count / max(1, sum(row)))) for count in row))
+                                       for label, row in zip(labels, counts, strict=True)))
 
 
 def curve(title: str, records: list[dict[str, Any]]) -> Curve | None:

@@ -2,7 +2,8 @@
 
     app = create_app(engine, Card("py", lineage={...}), key, default_max_tokens=128)
 
-/v1/models, /v1/completions, /v1/chat/completions, /metrics want the API key; /health answers without.
+/v1/models, /v1/completions, /v1/chat/completions, /metrics want the API key; /health answers without. Of a classifier /v1/classify takes
+the place of the completions.
 """
 
 import asyncio
@@ -22,12 +23,13 @@ from starlette.exceptions import HTTPException
 
 from distlm import __version__
 from distlm.serve.answers import Chat, Completion, error, usage
-from distlm.serve.engine import Engine, EngineFailed, EngineFull, NoMemory, Request, Token
-from distlm.serve.fields import OFF, ChatRequest, CompletionRequest, Sampling
+from distlm.serve.engine import Classifier, Engine, EngineFailed, EngineFull, NoMemory, Request, Token
+from distlm.serve.fields import OFF, ChatRequest, ClassifyRequest, CompletionRequest, Sampling
 from distlm.serve.guard import Guard, proof
 from distlm.serve.metrics import Metrics
 
-RULES = {"prompt": "must be a string, a list of strings, a list of token ids, or a list of lists of token ids, and not an empty list",
+RULES = {"input": "must be a string, or a list of strings that is not empty",
+         "prompt": "must be a string, a list of strings, a list of token ids, or a list of lists of token ids, and not an empty list",
          "stop": "must be a string or a list of at most 16 strings"}
 """What to say of fields that take several types."""
 MAX_CHOICES = 2048
@@ -52,7 +54,7 @@ class Refused(Exception):
         self.status, self.body = status, error(message, **more)
 
 
-def create_app(engine: Engine, card: Card, key: str, metrics: Metrics, *, default_max_tokens: int = 128) -> FastAPI:
+def create_app(engine: Engine | Classifier, card: Card, key: str, metrics: Metrics, *, default_max_tokens: int = 128) -> FastAPI:
     """The application. `key` is what clients must send."""
     app = FastAPI(title="distlm", version=__version__, docs_url=None, redoc_url=None)
     app.add_middleware(Guard, key=key)
@@ -80,12 +82,33 @@ def create_app(engine: Engine, card: Card, key: str, metrics: Metrics, *, defaul
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, http: HttpRequest) -> Response:
         known(body.model)
-        return await answer(body, [await tokens_of(engine, prompt) for prompt in body.prompts], Completion(card.id, engine.tokenizer), http)
+        language = language_model()
+        prompts = [await tokens_of(language, prompt) for prompt in body.prompts]
+        return await answer(body, prompts, Completion(card.id, engine.tokenizer), http)
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, http: HttpRequest) -> Response:
         known(body.model)
-        return await answer(body, [await chat_tokens(engine, body)], Chat(card.id, engine.tokenizer), http)
+        return await answer(body, [await chat_tokens(language_model(), body)], Chat(card.id, engine.tokenizer), http)
+
+    @app.post("/v1/classify")
+    async def classify(body: ClassifyRequest) -> Response:
+        known(body.model)
+        if not isinstance(engine, Classifier):
+            raise Refused(400, f"{card.id!r} is a language model and no classifier; use /v1/completions", param="model",
+                          code="no_classifier")
+        texts = [await classified_tokens(engine, text) for text in body.texts]
+        found = await asyncio.to_thread(engine.classify, texts)
+        return JSONResponse({"object": "list", "model": card.id, "data": [
+            {"index": i, "label": None if engine.multiple else max(chances, key=lambda name: chances[name]),
+             "labels": [name for name, chance in chances.items() if chance > 0.5] if engine.multiple else None,
+             "probabilities": chances} for i, chances in enumerate(found)], "usage": usage(sum(map(len, texts)), 0)})
+
+    def language_model() -> Engine:
+        if isinstance(engine, Classifier):
+            raise Refused(400, f"{card.id!r} is a classifier and completes no text; use /v1/classify", param="model",
+                          code="no_language_model")
+        return engine
 
     def known(name: str) -> None:
         if name != card.id:
@@ -96,8 +119,9 @@ def create_app(engine: Engine, card: Card, key: str, metrics: Metrics, *, defaul
         if len(prompts) * body.n > MAX_CHOICES:
             raise Refused(400, f"{len(prompts)} prompts times n: {body.n} are {len(prompts) * body.n} choices; {MAX_CHOICES} are the most "
                           "of one request", param="n")
-        requests = [request for prompt in prompts for request in requests_of(body, prompt, engine, default_max_tokens)]
-        chunks = engine.generate(requests)
+        language = language_model()
+        requests = [request for prompt in prompts for request in requests_of(body, prompt, language, default_max_tokens)]
+        chunks = language.generate(requests)
         num_prompt = sum(map(len, prompts))
         if body.stream:
             return StreamingResponse(stream(chunks, len(requests), num_prompt, body, writer), media_type="text/event-stream",
@@ -158,6 +182,18 @@ async def tokens_of(engine: Engine, prompt: str | list[int]) -> list[int]:
     if wrong is not None:
         raise Refused(400, f"prompt: {wrong} is no token id; there are 0 to {engine.vocabulary - 1}", param="prompt")
     return prompt
+
+
+async def classified_tokens(engine: Classifier, text: str) -> list[int]:
+    """Token ids of a text as documents were trained on, without special tokens. Raises Refused for one that is empty or too long."""
+    encodable(text, "input")
+    ids: list[int] = (await asyncio.to_thread(engine.tokenizer, text, add_special_tokens=False, split_special_tokens=True))["input_ids"]
+    if not ids:
+        raise Refused(400, "input: an empty text has no label", param="input")
+    if len(ids) > engine.context:
+        raise Refused(400, f"this model's maximum context length is {engine.context} tokens, and a text has {len(ids)}; shorten it",
+                      param="input", code="context_length_exceeded")
+    return ids
 
 
 async def chat_tokens(engine: Engine, body: ChatRequest) -> list[int]:

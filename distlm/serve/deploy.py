@@ -47,14 +47,16 @@ class Replica:
     """One copy of the model, with the API in front."""
 
     def __init__(self, model: Path, card: Card, key_file: Path, spec: ServeSpec) -> None:
+        from distlm.serve.classifier import TorchClassifier
         from distlm.serve.torch_engine import TorchEngine
 
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self.key, self.card, self.spec = read_key(key_file), card, spec
         self.metrics = Metrics(card.id, ray_serve.get_replica_context().replica_id.unique_id)
-        self.engine = TorchEngine(model, dtype=spec.dtype, device="cuda" if spec.gpus_per_replica else "cpu",
-                                  threads=spec.threads or max(1, cores // spec.replicas), max_sequences=spec.max_sequences,
-                                  max_queued=spec.max_queued, metrics=self.metrics)
+        make: Any = TorchClassifier if is_classifier(model) else TorchEngine
+        self.engine = make(model, dtype=spec.dtype, device="cuda" if spec.gpus_per_replica else "cpu",
+                           threads=spec.threads or max(1, cores // spec.replicas), max_sequences=spec.max_sequences,
+                           max_queued=spec.max_queued, metrics=self.metrics)
 
     def check_health(self) -> None:
         """Ray Serve replaces a replica for which this raises."""
@@ -108,7 +110,13 @@ def serve(spec: ServeSpec, folder: RunFolder, storage: Storage, progress: Progre
         if other != own:
             shutil.rmtree(other, ignore_errors=True)
     folder.event("running", message=f"serving at {base}/v1", url=f"{base}/v1")
-    return {"": f"{base}/v1", "url": f"{base}/v1", "api_key_file": str(key_file), "model": spec.name}
+    return {"": f"{base}/v1", "url": f"{base}/v1", "api_key_file": str(key_file), "model": spec.name,
+            **({"classifier": True} if is_classifier(own) else {})}
+
+
+def is_classifier(model: Path) -> bool:
+    """Whether a model's folder holds one that says which labels texts have."""
+    return any(name.endswith("ForSequenceClassification") for name in read_json(model / "config.json").get("architectures") or ())
 
 
 def take(model: Path, own: Path) -> None:

@@ -6,7 +6,7 @@
 
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from distlm.errors import ServeError
 
@@ -68,6 +68,24 @@ class Chunk:
     """Where logprobs were asked for: those of the prompt with `echo`, then those of `ids`."""
     finish_reason: str | None = None
     """stop (end token or stop string) or length, in the last chunk."""
+
+
+@runtime_checkable
+class Classifier(Protocol):
+    """A model that says which labels texts have."""
+
+    tokenizer: Any
+    context: int
+    """Tokens of a text, at most."""
+    multiple: bool
+    """Whether a text may have any number of labels."""
+
+    def classify(self, texts: Sequence[Sequence[int]]) -> list[dict[str, float]]:
+        """The probability of each label of each text, given as its tokens, one at least and `context` at most. Those of a text add up to 1,
+        unless it may have several labels. Blocks until it is done. Raises EngineFull and NoMemory."""
+
+    def check(self) -> None:
+        """Raises EngineFailed where no request can be answered any more."""
 
 
 class Engine(Protocol):

@@ -104,6 +104,19 @@ class CompletionRequest(Sampling):
         return super().conflict()
 
 
+class ClassifyRequest(StrictModel):
+    """POST /v1/classify"""
+
+    model: str
+    input: str | Annotated[list[str], Field(min_length=1, max_length=2048)]
+    user: str | None = None
+    """A label of the client's for itself."""
+
+    @property
+    def texts(self) -> list[str]:
+        return [self.input] if isinstance(self.input, str) else self.input
+
+
 class TextPart(StrictModel):
     type: Literal["text"]
     text: str

@@ -28,3 +28,5 @@ class PipelineSpec(Job):
     """Each step is a job spec, inline, or `{file: other.yaml, set: {...}}`; `needs: [step]` orders steps that share no reference."""
     prompt: str | None = None
     """What each endpoint of the pipeline completes at the end, to show that it does."""
+    chat: bool = False
+    """Whether the prompt is what a user says in a chat, and no text to be gone on with."""

@@ -147,9 +147,10 @@ class Source(Part):
     path: Annotated[str, Field(min_length=1)]
     """A file, a folder or a glob; the same in an object store, `s3://bucket/path` or `gs://bucket/path`; or the word `stdlib` for the
     sources of the running interpreter's standard library."""
-    format: Literal["auto", "text", "jsonl", "parquet", "html", "warc"] = "auto"
+    format: Literal["auto", "text", "jsonl", "parquet", "html", "warc", "docstrings"] = "auto"
     """How a file becomes documents: one per file (text, and the main text of html), per line (jsonl), per row (parquet) or per
-    response (warc). auto: by the ending; html and warc need `pip install distlm[web]`."""
+    response (warc). auto: by the ending; html and warc need `pip install distlm[web]`. docstrings: of Python sources, a conversation
+    per function that has a docstring, whose code is what the user says and whose docstring is the answer."""
     text_key: str = "text"
     """The field or column that holds the text, in jsonl and parquet. Dots go into nested objects: `body.text`."""
     id_key: str | None = None
@@ -327,6 +328,11 @@ class Conversations(Part):
     """The field with what a user asks, where records have a question and an answer and no list of messages."""
     completion_key: str | None = None
     """The field with the answer to it."""
+    chosen_key: str | None = None
+    """The field with the better of two answers, where records are preferences (`objective: dpo`): a text beside a `prompt_key` that leads
+    to a text or to messages, or messages, which may begin with the prompt."""
+    rejected_key: str | None = None
+    """The field with the worse one."""
     loss: Literal["assistant", "all"] = "assistant"
     """assistant: the answers give loss, each with the token that ends it, but for empty ones. all: every token does."""
     too_long: Literal["reject", "split"] = "reject"
@@ -335,6 +341,12 @@ class Conversations(Part):
 
     @model_validator(mode="after")
     def _pair(self) -> "Conversations":
+        if (self.chosen_key is None) != (self.rejected_key is None):
+            raise Rule("chosen_key" if self.chosen_key is None else "rejected_key", "chosen_key and rejected_key are the two answers of a "
+                                                                                    "preference; give both")
+        if self.pairs:
+            without_effect(self, "beside chosen_key", "completion_key", "messages_key", "loss", "too_long")
+            return self
         if (self.prompt_key is None) != (self.completion_key is None):
             raise Rule("prompt_key" if self.prompt_key is None else "completion_key", "prompt_key and completion_key are a question and "
                                                                                       "its answer; give both")
@@ -343,9 +355,30 @@ class Conversations(Part):
         return self
 
     @property
+    def pairs(self) -> bool:
+        """Whether records are preferences: a prompt and two answers."""
+        return self.chosen_key is not None
+
+    @property
     def keys(self) -> tuple[str, ...]:
         """The fields that a record must have."""
+        if self.chosen_key and self.rejected_key:
+            return (*([self.prompt_key] if self.prompt_key else []), self.chosen_key, self.rejected_key)
         return (self.prompt_key, self.completion_key) if self.prompt_key and self.completion_key else (self.messages_key,)
+
+
+class Labels(Part):
+    """Documents have labels, for classification. Each is a window of its own, filled up with the end token, and no two equal texts have
+    two labels: of duplicates the first is kept."""
+
+    label_key: str = "label"
+    """The field or column with the label, a text, a whole number or a truth value. Dots go into nested objects. A document without one is
+    rejected with the reason `no_label`."""
+    multiple: bool = False
+    """Whether it is a list, of any number of labels."""
+    too_long: Literal["reject", "cut"] = "reject"
+    """What becomes of a document that is longer than a window. reject: it is rejected with the reason `longer_than_window`. cut: its
+    beginning is kept, and how many were cut is counted."""
 
 
 class PrepareSpec(Job):
@@ -357,6 +390,8 @@ class PrepareSpec(Job):
     """The texts, in any order: equal texts give an equal corpus."""
     conversations: Conversations | None = None
     """How the records of all sources are conversations; default: they are texts."""
+    labels: Labels | None = None
+    """How the records of all sources have labels; default: they have none."""
     clean: Clean = Clean()
     """Cleaning and length limits."""
     filter: Filter = Filter()
@@ -411,25 +446,55 @@ class PrepareSpec(Job):
 
     @model_validator(mode="after")
     def _turns(self) -> "PrepareSpec":
+        if self.conversations and self.conversations.pairs and not self.dedup.exact:
+            raise Rule("dedup.exact", "equal preferences would be trained and validated on; leave it out")
+        docstrings = [i for i, source in enumerate(self.sources) if source.format == "docstrings"]
         if self.conversations is None:
+            if docstrings:
+                raise Rule(f"sources.{docstrings[0]}.format", "docstrings makes conversations; give conversations: {} beside sources")
             return self
+        if len(docstrings) == len(self.sources):
+            for key in ("messages_key", "role_key", "content_key", "roles", "ignore_keys", "prompt_key", "completion_key", "chosen_key"):
+                if getattr(self.conversations, key) != Conversations.model_fields[key].default:
+                    raise Rule(f"conversations.{key}", f"{getattr(self.conversations, key)} has no effect, as all sources are docstrings; "
+                                                       "leave it out")
         for key, given in (("dedup.paragraphs", self.dedup.paragraphs), ("clean.boilerplate", self.clean.boilerplate)):
             if given is not None:
                 raise Rule(key, "conversations are taken as a whole, and parts of a turn are not dropped; leave it out")
         if self.pack.method == "contiguous":
             raise Rule("pack.method", "contiguous windows would cut conversations; leave it out, or give best_fit")
         for i, source in enumerate(self.sources):
-            if source.format not in ("auto", "jsonl", "parquet"):
-                raise Rule(f"sources.{i}.format", f"{source.format} holds no conversations; give jsonl or parquet")
-            for key in ("text_key", "code"):
+            if source.format not in ("auto", "jsonl", "parquet", "docstrings"):
+                raise Rule(f"sources.{i}.format", f"{source.format} holds no conversations; give jsonl, parquet or docstrings")
+            for key in ("text_key", "code", *(("id_key", "keep") if source.format == "docstrings" else ())):
                 if getattr(source, key) != Source.model_fields[key].default:
                     raise Rule(f"sources.{i}.{key}", f"{getattr(source, key)} has no effect beside conversations; leave it out")
         return self
 
+    @model_validator(mode="after")
+    def _labelled(self) -> "PrepareSpec":
+        if self.labels is None:
+            return self
+        if self.conversations:
+            raise Rule("labels", "conversations have no labels; leave one of them out")
+        if self.pack.method:
+            raise Rule("pack.method", "a document with a label is a window of its own; leave it out")
+        if not self.dedup.exact:
+            raise Rule("dedup.exact", "equal texts might have two labels, in both splits; leave it out")
+        for i, source in enumerate(self.sources):
+            if source.format not in ("auto", "jsonl", "parquet"):
+                raise Rule(f"sources.{i}.format", f"{source.format} holds no labels; give jsonl or parquet")
+        return self
+
     @property
-    def best_fit(self) -> bool:
-        """Whether documents are packed by best-fit."""
-        return self.pack.method == "best_fit" or self.conversations is not None
+    def padded(self) -> bool:
+        """Whether windows are filled up, and hold pieces of documents that are marked: packed by best-fit, or with labels."""
+        return self.pack.method == "best_fit" or self.conversations is not None or self.labels is not None
+
+    @property
+    def packing(self) -> str:
+        """What a padded window holds: what fits, a document with its label, or a pair of answers."""
+        return "document" if self.labels else "pair" if self.conversations and self.conversations.pairs else "best_fit"
 
     def cleaning(self, source: Source) -> Clean:
         """What the source's documents pass."""

@@ -7,6 +7,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from distlm.spec.adapter import Adapter
 from distlm.spec.base import Job, Part, Rule, Seed, exactly_one, without_effect
 from distlm.spec.batch import Batch, check_batch
+from distlm.spec.dpo import Dpo, check_dpo
 from distlm.spec.gpus import GPUS, find_gpu
 from distlm.spec.mixture import CorpusName, Mixture, Share, Shares, mixture
 from distlm.spec.optimizer import Optimizer, Regularization, Schedule, check_optimizer
@@ -203,9 +204,14 @@ class TrainSpec(Job):
     adapter: Adapter | None = None
     """A low-rank adapter for the checkpoint of model.from, in place of all its weights; with the extra `distlm[adapters]`. Left out, all
     weights are trained."""
-    objective: Literal["pretrain", "sft"] = "pretrain"
+    objective: Literal["pretrain", "sft", "dpo", "classify"] = "pretrain"
     """What the loss is: the next token's cross-entropy, over the tokens that give one. sft is the same, and asks for corpora of
-    conversations."""
+    conversations. dpo makes the chosen of two answers more likely than the rejected one, and asks for corpora of preferences. classify
+    asks for corpora with labels: that of a document's labels, by its last token."""
+    dpo: Dpo = Dpo()
+    """With objective: dpo, what its loss is made of."""
+    class_weights: Literal["balanced"] | dict[str, Annotated[float, Field(gt=0)]] | None = None
+    """With classify: what the loss of each label is multiplied by, by its name, or balanced, by how rare it is. Default: all by 1."""
     batch: Batch = Batch(global_sequences=32)
     """The global batch, the same at every number of workers."""
     optimizer: Optimizer = Optimizer()
@@ -263,6 +269,8 @@ class TrainSpec(Job):
         check_tensor_parallel(self, self.sharding.zero)
         check_sequence_parallel(self)
         check_adapter(self)
+        check_dpo(self)
+        check_classify(self)
         if self.compile and self.sharding.zero == 3:
             raise Rule("compile", "true cannot be with ZeRO stage 3, which gathers weights in the midst of a layer; leave it out, or set "
                                   "sharding.zero: 2")
@@ -299,6 +307,22 @@ def check_adapter(spec: TrainSpec) -> None:
             raise Rule(where, "is not proved to make the same steps with an adapter; leave one of them out")
     if spec.optimizer.name == "muon":
         raise Rule("optimizer.name", "muon would make an adapter's narrow matrices orthogonal, which lifts their rank; take adamw")
+
+
+def check_classify(spec: TrainSpec) -> None:
+    """Raises Rule where a key is none of a classifier's, or is for one and none is trained."""
+    if spec.objective != "classify":
+        without_effect(spec, f"with objective: {spec.objective}", "class_weights")
+        return
+    for where, given in (("sharding.tensor_parallel", spec.sharding.tensor_parallel > 1), ("adapter", spec.adapter),
+                         ("sharding.sequence_parallel", spec.sharding.sequence_parallel > 1), ("model.mup", spec.model.mup)):
+        if given:
+            raise Rule(where, "is not proved with objective: classify; leave one of them out")
+    rules = spec.regularization
+    for where, idle in (("batch.mask_documents", spec.batch.mask_documents is None),
+                        ("regularization.label_smoothing", rules.label_smoothing == 0), ("regularization.z_loss", rules.z_loss == 0)):
+        if not idle:
+            raise Rule(where, "has no effect with objective: classify; leave it out")
 
 
 def check_steps(spec: TrainSpec, steps: int) -> None:

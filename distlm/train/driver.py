@@ -32,6 +32,7 @@ from distlm.train.dryrun import FOLDER as DRY_RUN
 from distlm.train.dryrun import choose_micro
 from distlm.train.failures import diagnose
 from distlm.train.recipe import Recipe, make_recipe, read_corpora, without_val
+from distlm.train.scores import SCORES
 from distlm.train.track import tracked
 from distlm.train.worker import Task, work
 
@@ -304,11 +305,13 @@ def outcome(recipe: Recipe, folder: RunFolder) -> dict[str, Any]:
         raise TrainError("the run has no metrics", where=str(folder.path / "metrics.jsonl"), cause="storage")
     speeds = sorted(r["tokens_per_s"] for r in steps)
     val_loss = values[-1]["val_loss"] if values else None
+    is_language = recipe.spec.objective in ("pretrain", "sft")
     return {"": str(folder.path), "export": str(folder.path / "export"), "parameters": recipe.parameters, "steps": recipe.num_steps,
             "tokens": recipe.tokens(recipe.num_steps), "loss_first": steps[0]["loss"], "loss_last": steps[-1]["loss"],
             "val_loss_first": values[0]["val_loss"] if values else None, "val_loss": val_loss,
-            "perplexity": None if val_loss is None else math.exp(min(val_loss, 700)),
-            "bits_per_byte": None if val_loss is None else val_loss / math.log(2) / recipe.val_bytes_per_token,
+            "perplexity": math.exp(min(val_loss, 700)) if val_loss is not None and is_language else None,
+            "bits_per_byte": val_loss / math.log(2) / recipe.val_bytes_per_token if val_loss is not None and is_language else None,
+            **({} if not recipe.shape.labels else {key: values[-1].get(key) if values else None for key in SCORES}),
             "tokens_per_s": speeds[len(speeds) // 2],
             **({"skipped_steps": skipped} if (skipped := sum("skipped" in r for r in steps)) or recipe.spec.precision == "fp16" else {}),
             "checkpoint": checkpoint.checkpoint_path(folder.path, recipe.num_steps).name}

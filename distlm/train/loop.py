@@ -21,17 +21,17 @@ from distlm.model.attention import use_cpu_attention
 from distlm.model.build import buffers, build_model, compile_layers, model_config, recompute, restore_buffers
 from distlm.model.documents import check_documents_apart
 from distlm.model.export import export_model
-from distlm.model.loss import CausalLoss
 from distlm.model.sequence import exchange_in_attention
 from distlm.model.tensor import dimension
 from distlm.runs import RunFolder
 from distlm.train import checkpoint, preempt
 from distlm.train.average import Ema, take_mean
-from distlm.train.batch import Batch, make_batch
+from distlm.train.batch import Batch
 from distlm.train.dryrun import DryRun
 from distlm.train.evaluate import Evaluator
 from distlm.train.guard import Random, SpikeGuard, finite, nonfinite_gradient, nonfinite_loss, without_update
 from distlm.train.metrics import MetricsWriter, StepResult
+from distlm.train.objectives import objective_of
 from distlm.train.optimizer import set_rate
 from distlm.train.profile import StepProfile, region
 from distlm.train.recipe import Recipe, manifest_of
@@ -48,10 +48,9 @@ def fit(recipe: Recipe, folder: RunFolder, steps: Iterator[NDArray[np.int64]], *
     `steps` yields what `ordered_steps` does, one array per optimizer step. `resume_from` is a verified checkpoint of `first_step`.
     With `look` steps are looked at alone: nothing is evaluated, saved or exported. Raises TrainError with its cause.
     """
-    spec = recipe.spec
+    spec, objective = recipe.spec, objective_of(recipe.spec)
     check_node(spec)
-    penalties = spec.regularization
-    model = build_model(spec.model, model_config(spec.model, recipe.shape, penalties.dropout), spec.seed)
+    model = build_model(spec.model, model_config(spec.model, recipe.shape, spec.regularization.dropout), spec.seed)
     if spec.adapter:
         add_adapter(model, spec.adapter, spec.seed)
     if device.type == "cpu":
@@ -65,26 +64,27 @@ def fit(recipe: Recipe, folder: RunFolder, steps: Iterator[NDArray[np.int64]], *
     if spec.compile:
         compile_layers(model)
     kept = buffers(model)
-    engine = make_engine(spec, CausalLoss(model, penalties.label_smoothing, penalties.z_loss),
-                         deepspeed_config(spec, recipe.micro_sequences, recipe.accumulation))
+    engine = make_engine(spec, objective.module(model, recipe), deepspeed_config(spec, recipe.micro_sequences, recipe.accumulation))
     restore_buffers(engine.module.model, kept)
     engine.train()                                         # a loaded model is not in that mode
     torch.manual_seed((spec.seed << 24) + rank // spec.sharding.tensor_parallel)       # dropout; a checkpoint brings the state it had
     ema = Ema(spec.ema.decay, engine) if spec.ema else None
+    if not look:
+        objective.begin(engine, recipe, folder, rank, device)
     if resume_from is not None:
         checkpoint.load(engine, resume_from, recipe, rank, ema)
     launches = folder.launches()
     guard = SpikeGuard(spec.guard.spike, checkpoint.recent_losses(resume_from) if resume_from else [])
     evaluator = Evaluator(recipe, rank, device)
     writer = MetricsWriter(folder, recipe, first_step) if rank == 0 and not look else None
-    val_loss = evaluator.loss(engine) if first_step == 0 and not look else None
+    measured = evaluator.measure(engine) if first_step == 0 and not look else {}
     if first_step == 0 and writer:
-        writer.start(val_loss)
+        writer.start(measured)
     with Watchdog(folder.path, rank, spec.guard.step_timeout_s) as dog, Saver(engine, recipe, folder.path, rank) as saver:
         for step in range(first_step, recipe.num_steps):
             dog.beat(step)
             with region("data"):
-                batch = make_batch(next(steps), recipe.mask_documents, device).part(*recipe.part(rank))
+                batch = objective.make_batch(next(steps), recipe, device).part(*recipe.part(rank))
             dog.beat(step, 1)
             started = time.perf_counter()
             rate = learning_rate(spec.schedule, spec.optimizer.lr, step, recipe.num_steps)
@@ -96,7 +96,7 @@ def fit(recipe: Recipe, folder: RunFolder, steps: Iterator[NDArray[np.int64]], *
             except TrainError:
                 dog.rest()                                 # what is being saved is still finished
                 raise
-            done, val_loss = step + 1, None
+            done, measured = step + 1, {}
             if ema and not result.skipped:
                 ema.update(engine, done)
             seconds = time.perf_counter() - started
@@ -109,12 +109,12 @@ def fit(recipe: Recipe, folder: RunFolder, steps: Iterator[NDArray[np.int64]], *
             due = done % recipe.checkpoint_every == 0 or done == recipe.num_steps
             if done % recipe.evaluate_every == 0 or done == recipe.num_steps or (due and spec.checkpoint.keep_best):
                 with exported_weights(engine, ema):
-                    val_loss = evaluator.loss(engine)
+                    measured = evaluator.measure(engine)
             if writer:
-                writer.step(done, result, rate, seconds, val_loss, loss_scale(engine), saver.done())
+                writer.step(done, result, rate, seconds, measured, loss_scale(engine), saver.done())
             if due or result.leaving:
                 beside = spec.checkpoint.asynchronous and not result.leaving and done < recipe.num_steps
-                saver.save(done, ema, list(guard.losses), val_loss, due=due, beside=beside)
+                saver.save(done, ema, list(guard.losses), measured.get("val_loss"), due=due, beside=beside)
             if result.leaving and done < recipe.num_steps:
                 if writer:
                     writer.close()
@@ -124,7 +124,7 @@ def fit(recipe: Recipe, folder: RunFolder, steps: Iterator[NDArray[np.int64]], *
             return
         mean = {}
         if spec.checkpoint.average > 1:
-            mean = {"averaged": take_mean(engine, folder.path, recipe, rank), "val_loss": evaluator.loss(engine)}
+            mean = {"averaged": take_mean(engine, folder.path, recipe, rank), "val_loss": evaluator.measure(engine).get("val_loss")}
         with exported_weights(engine, ema):
             weights = gather_weights(engine, rank, trained=spec.adapter is not None)
         if rank == 0:
@@ -154,18 +154,23 @@ def train_step(engine: Any, batch: Batch, recipe: Recipe, rate: float, step: int
     num_targets = count_targets(batch, recipe, step)
     copies = recipe.spec.sharding.tensor_parallel          # ranks that have the same loss
     scale = accumulation * (recipe.world // copies) / num_targets
-    random, totals = Random.now(), torch.tensor([0, leaving, written], dtype=torch.float64, device=batch.tokens.device)
+    means = objective_of(recipe.spec).MEANS
+    random = Random.now()
+    totals = torch.tensor([0, leaving, written, *(0 for _ in means)], dtype=torch.float64, device=batch.tokens.device)
     for i, micro in enumerate(batch.split(recipe.micro_sequences)):
         dog.beat(step, i + 1)
         with region("forward"):
             loss = engine(*micro.inputs)
         totals[0] += loss.detach().double()
+        if means:
+            totals[3:] += engine.module.sums.double()
         with region("backward"):
             engine.backward(loss * scale)
         if i < accumulation - 1:
             engine.step()
     distributed.all_reduce(totals)                         # the one exchange of a step beside the gradients
-    total, leavers, writers = totals.tolist()
+    total, leavers, writers, *sums = totals.tolist()
+    beside = {name: value / copies / num_targets for name, value in zip(means, sums, strict=True)}
     leave, saved = leavers > 0, writers == recipe.world
     mean = total / copies / num_targets
     if not math.isfinite(mean):
@@ -183,18 +188,20 @@ def train_step(engine: Any, batch: Batch, recipe: Recipe, rate: float, step: int
     except OverflowError as error:
         raise TrainError(f"{error}, at step {step + 1}", remedy="lower optimizer.lr", cause="nonfinite_loss") from None
     if overflowed:
-        return StepResult(mean, None, num_targets, limit, True, leave, saved)
+        return StepResult(mean, None, num_targets, limit, True, leave, saved, beside)
     norm = norm if norm is not None else float(engine.get_global_grad_norm())
     if not finite(norm):
         dog.rest()
         raise nonfinite_gradient(engine, batch, recipe, step, random, norm)
-    return StepResult(mean, norm, num_targets, limit, skipped, leave, saved)
+    return StepResult(mean, norm, num_targets, limit, skipped, leave, saved, beside)
 
 
 def count_targets(batch: Batch, recipe: Recipe, step: int) -> int:
-    """The tokens of the global batch that give loss, known before any is computed. Where there are marks, all ranks take part."""
-    if not recipe.marked:
-        return recipe.tokens_of(step)
+    """What the loss of the global batch is divided by, known before any is computed: for a language model the tokens that give loss.
+    Where the batches count, all ranks take part."""
+    known = objective_of(recipe.spec).num_targets(recipe, step)
+    if known is not None:
+        return known
     count = torch.tensor(batch.num_targets(), device=batch.tokens.device)
     distributed.all_reduce(count)
     if not count:

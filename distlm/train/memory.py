@@ -126,7 +126,8 @@ def make_load(spec: TrainSpec, config: "PreTrainedConfig", shape: Shape, paramet
     frozen = parameters - sum(adapter_sizes(config, spec.adapter).values()) if spec.adapter else 0
     return Load(spec, parameters, measure_activations(config, shape, spec.precision, bool(spec.scale.gpus_per_worker), masked, tensor,
                                                       spec.adapter),
-                text.hidden_size, text.vocab_size, shape.context, micro_sequences, accumulation, config.model_type in PLAIN_HEADS,
+                text.hidden_size, (config.num_labels or 0) if config.problem_type else text.vocab_size, shape.context, micro_sequences,
+                accumulation, config.model_type in PLAIN_HEADS and not config.problem_type,
                 bool(recomputable(skeleton(config))), frozen)
 
 

@@ -1,7 +1,7 @@
 """What rank 0 writes while it trains: metrics.jsonl and TensorBoard."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import psutil
@@ -30,6 +30,8 @@ class StepResult:
     """A rank has been asked to end: all save and end after this step."""
     written: bool = False
     """All ranks have written the files of a checkpoint, which can be committed."""
+    beside: dict[str, float] = field(default_factory=dict)
+    """What the objective measures beside the loss, by name: means over the targets."""
 
 
 class MetricsWriter:
@@ -43,38 +45,47 @@ class MetricsWriter:
         self._process = psutil.Process()
         self._board: Any = SummaryWriter(str(folder.path / "tensorboard"), purge_step=first_step + 1 if first_step else None)
 
-    def start(self, val_loss: float | None) -> None:
-        """Record step 0: the loss of the untrained model."""
-        if val_loss is not None:
-            self._folder.metrics({"step": 0, "val_loss": val_loss, "time": time.time()})
-            self._board.add_scalar("loss/val", val_loss, 0)
+    def start(self, measured: dict[str, Any]) -> None:
+        """Record step 0: the loss of the untrained model, and what else is `measured` of it; empty where nothing is evaluated."""
+        if measured:
+            self._folder.metrics({"step": 0, **measured, "time": time.time()})
+            self._show(measured, 0)
 
-    def step(self, done: int, result: StepResult, rate: float, seconds: float, val_loss: float | None,
+    def step(self, done: int, result: StepResult, rate: float, seconds: float, measured: dict[str, Any],
              loss_scale: float | None = None, save: Save | None = None) -> None:
         """Record a step: its loss, the gradient's norm before clipping, tokens that gave loss where not all do; of a spike the limit that
         it is above, and whether there was no update. With them learning rate, seconds of the step alone, fp16's loss scale after it, its
-        memory, and its MFU where the processor's peak is known. `save` is a checkpoint that has been committed since the step before: its
-        step, its seconds from begin to marker, and those for which the steps stood still."""
-        tokens = self._recipe.tokens_of(done - 1)
+        memory, and its MFU where the processor's peak is known. `measured` is what an evaluation after it found, empty without one. `save`
+        is a checkpoint that has been committed since the step before: its step, its seconds from begin to marker, and those for which the
+        steps stood still."""
+        tokens, targets = self._recipe.tokens_of(done - 1), "pairs" if self._recipe.spec.objective == "dpo" else "loss_tokens"
         record = {"step": done, "loss": result.loss, "lr": rate, **({} if result.norm is None else {"grad_norm": result.norm}),
                   **({"skipped": True} if result.skipped else {}), **({} if result.limit is None else {"spike_above": result.limit}),
                   **({} if loss_scale is None else {"loss_scale": loss_scale}), "tokens": self._recipe.tokens(done),
                   "tokens_per_s": tokens / seconds, "memory_bytes": self._memory(), **({} if self._peak is None else {
                       "mfu": mfu(tokens / seconds, self._recipe.flops_per_token, self._peak * self._recipe.world)}),
-                  "time": time.time(), **({} if val_loss is None else {"val_loss": val_loss}),
-                  **({"loss_tokens": result.num_targets} if self._recipe.marked else {}),
+                  "time": time.time(), **measured, **result.beside,
+                  **({targets: result.num_targets} if self._recipe.marked else {}),
                   **({} if save is None else {"checkpoint": save.step, "checkpoint_s": save.seconds, "checkpoint_stall_s": save.stall_s})}
         self._folder.metrics(record)
         if result.limit is not None:
             self._folder.event("note", "loss_spike", f"the loss is {result.loss:.4g} at step {done}, above {result.limit:.4g}: "
                                                      f"{'no update was made' if result.skipped else 'only noted'}", step=done)
-        for name, value in (("loss/train", result.loss), ("loss/val", val_loss), ("optimizer/lr", rate),
+        for name, value in result.beside.items():
+            self._board.add_scalar(f"train/{name}", value, done)
+        for name, value in (("loss/train", result.loss), ("optimizer/lr", rate),
                             ("optimizer/grad_norm", result.norm), ("optimizer/loss_scale", loss_scale),
                             ("speed/tokens_per_s", tokens / seconds), ("speed/mfu", record.get("mfu")),
                             ("memory/bytes", record["memory_bytes"]), ("checkpoint/seconds", record.get("checkpoint_s")),
                             ("checkpoint/stall_seconds", record.get("checkpoint_stall_s"))):
             if value is not None:
                 self._board.add_scalar(name, value, done)
+        self._show(measured, done)
+
+    def _show(self, measured: dict[str, Any], done: int) -> None:
+        for name, value in measured.items():
+            if isinstance(value, int | float):
+                self._board.add_scalar("loss/val" if name == "val_loss" else f"val/{name.removeprefix('val_')}", value, done)
 
     def _memory(self) -> int:
         """Of rank 0: the most that its GPU has held, or what the process holds now."""

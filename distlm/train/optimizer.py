@@ -1,25 +1,25 @@
 """The optimizer by name, over a model's parameters in groups. PyTorch's and DeepSpeed's own where they have one.
 
-    optimizer = make_optimizer(spec, model)                # before DeepSpeed wraps it
+    optimizer = make_optimizer(spec, module)               # before DeepSpeed wraps it
     set_rate(optimizer, 1e-3)
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 
-from distlm.model.loss import CausalLoss
 from distlm.model.mup import rate_factor
 from distlm.spec.optimizer import ParameterGroup, group_of
 from distlm.spec.train import TrainSpec
 
 
-def make_optimizer(spec: TrainSpec, model: CausalLoss) -> torch.optim.Optimizer:
-    """Parameters of less than two dimensions (norms, biases) do not decay. The loop sets the rate at every step; it is 0 until then,
-    because DeepSpeed steps once with empty gradients to allocate states, which would decay the weights."""
+def make_optimizer(spec: TrainSpec, module: torch.nn.Module) -> torch.optim.Optimizer:
+    """Over the parameters of what `module` holds as `model`: those of less than two dimensions (norms, biases) do not decay. The loop sets
+    the rate at every step; it is 0 until then, because DeepSpeed steps once with empty gradients to allocate states, which would decay the
+    weights."""
     options = spec.optimizer
-    groups = make_groups(spec, model)
+    groups = make_groups(spec, module)
     if options.name == "muon":
         return _muon(spec, groups)
     if options.name == "lion":
@@ -31,13 +31,13 @@ def make_optimizer(spec: TrainSpec, model: CausalLoss) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=0.0, betas=options.betas, eps=options.eps, fused=True)
 
 
-def make_groups(spec: TrainSpec, model: CausalLoss) -> list[dict[str, Any]]:
+def make_groups(spec: TrainSpec, module: torch.nn.Module) -> list[dict[str, Any]]:
     """Groups of parameters that are treated alike, none empty: matrices first."""
-    options = spec.optimizer
+    options, model = spec.optimizer, cast(Any, module.model)
     orthogonal = muon_matrices(model) if options.name == "muon" else set()
-    factors = rate_factor(model.model, spec.model.mup.base_width) if spec.model.mup else {}
+    factors = rate_factor(model, spec.model.mup.base_width) if spec.model.mup else {}
     groups: dict[Any, dict[str, Any]] = {}
-    for name, parameter in sorted(model.model.named_parameters(), key=lambda pair: pair[1].dim() < 2):
+    for name, parameter in sorted(model.named_parameters(), key=lambda pair: pair[1].dim() < 2):
         if not parameter.requires_grad:
             continue
         own = group_of(name, options.groups) or ParameterGroup(match=".")
@@ -58,10 +58,10 @@ def set_rate(optimizer: Any, rate: float) -> None:
         group["lr"] = rate * group["lr_factor"]
 
 
-def muon_matrices(model: CausalLoss) -> set[torch.nn.Parameter]:
+def muon_matrices(model: Any) -> set[torch.nn.Parameter]:
     """The parameters that Muon is made for: the matrices of hidden layers. Embeddings and the last layer are not among them."""
     outer = {module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)}
-    return {p for p in model.parameters() if p.dim() == 2} - outer - {model.model.get_output_embeddings().weight}
+    return {p for p in model.parameters() if p.dim() == 2} - outer - {(model.get_output_embeddings() or model.score).weight}
 
 
 def _add_muon(settings: dict[str, Any], parameter: torch.nn.Parameter, orthogonal: bool) -> None:

@@ -28,6 +28,7 @@ from distlm.spec.train import Evaluate, TrainSpec, check_steps
 from distlm.storage import Storage, read_json
 from distlm.train.flops import config_flops
 from distlm.train.memory import check_states, make_load, memory_limit
+from distlm.train.objectives import objective_of
 from distlm.train.zero import check_raw
 
 
@@ -134,7 +135,7 @@ class Recipe:
 
     def plan(self) -> Plan:
         return Plan(self.corpus, self.global_sequences, self.world, self.num_steps, self.spec.seed, self.mix, self.marked, self.group,
-                    self.warmup)
+                    self.warmup, bool(self.shape.labels))
 
 
 def make_recipe(spec: TrainSpec, storage: Storage) -> Recipe:
@@ -145,10 +146,9 @@ def make_recipe(spec: TrainSpec, storage: Storage) -> Recipe:
     if spec.model.context not in (None, context):
         raise SpecError(f"{spec.model.context} is not the context of the corpus {manifest.name}, {context}", where="model.context",
                         remedy=f"leave it out, or prepare the corpus with context: {spec.model.context}")
+    objective = objective_of(spec)
+    objective.check(spec, manifests)
     for one in manifests:
-        if spec.objective == "sft" and not one.conversations:
-            raise SpecError(f"sft needs conversations, and the corpus {one.name} has texts, of which every token gives loss",
-                            where="objective", remedy="prepare it with conversations, or leave objective out")
         train = one.splits["train"]
         if train.windows == 0:
             raise InputError(f"the training split has {train.tokens} tokens and no window of {context}", where=str(one.path),
@@ -168,7 +168,7 @@ def make_recipe(spec: TrainSpec, storage: Storage) -> Recipe:
         raise SpecError("the package wandb is not installed", where="track.wandb", remedy="pip install 'distlm[wandb]'")
     if spec.sharding.deepspeed:
         check_raw(spec)
-    shape = Shape(manifest.vocab_size, context, manifest.eos_id)
+    shape = objective.shape(manifest)
     config = model_config(spec.model, shape, spec.regularization.dropout)
     sizes = parameter_sizes(config)
     trained = adapter_sizes(config, spec.adapter) if spec.adapter else sizes
@@ -188,7 +188,7 @@ def make_recipe(spec: TrainSpec, storage: Storage) -> Recipe:
         raise SpecError(str(rule), where=rule.key) from None
     if spec.model.source is not None:
         check_tokenizer(Path(spec.model.source), manifest)
-    padded = any(one.best_fit for one in manifests)
+    padded = not shape.labels and any(one.best_fit for one in manifests)
     masked = padded if spec.batch.mask_documents is None else spec.batch.mask_documents
     if masked:
         from distlm.model.documents import check_family

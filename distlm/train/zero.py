@@ -11,7 +11,6 @@ from distlm.spec.train import TrainSpec
 if TYPE_CHECKING:
     import torch
 
-    from distlm.model.loss import CausalLoss
 
 def deepspeed_config(spec: TrainSpec, micro_sequences: int, accumulation: int) -> dict[str, Any]:
     """The configuration for `deepspeed.initialize`."""
@@ -93,8 +92,8 @@ def check_node(spec: TrainSpec) -> None:
                              cause="bad_input", remedy="install it there (Debian and Ubuntu: apt install libaio-dev), or take cpu")
 
 
-def make_engine(spec: TrainSpec, model: "CausalLoss", config: dict[str, Any]) -> Any:
-    """A DeepSpeed engine over `model`. All ranks take part; the process group exists already."""
+def make_engine(spec: TrainSpec, module: "torch.nn.Module", config: dict[str, Any]) -> Any:
+    """A DeepSpeed engine over an objective's `module`. All ranks take part; the process group exists already."""
     import logging
     import os
 
@@ -108,7 +107,7 @@ def make_engine(spec: TrainSpec, model: "CausalLoss", config: dict[str, Any]) ->
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False   # an inference op; building it costs 20 s and a compiler
     from distlm.train.optimizer import make_optimizer
 
-    engine, *_ = deepspeed.initialize(model=model, optimizer=make_optimizer(spec, model), config=config, dist_init_required=False)
+    engine, *_ = deepspeed.initialize(model=module, optimizer=make_optimizer(spec, module), config=config, dist_init_required=False)
     if hasattr(engine.optimizer, "optimizer") and not engine.zero_optimization_stage():
         engine.optimizer.optimizer.state.clear()           # bf16 without ZeRO: that empty step would count in bias corrections
     return engine

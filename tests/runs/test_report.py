@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from distlm.runs import RunFolder
-from distlm.runs.report import MAX_POINTS, curve, write_report
+from distlm.runs.report import MAX_POINTS, curve, matrices, write_report
 
 HOSTILE = "<script>alert(1)</script>"
 
@@ -29,6 +29,17 @@ def test_the_page_has_the_last_values_the_curves_the_events_and_what_it_was_made
         assert text in page, text
     assert HOSTILE not in page and page.count("&lt;script&gt;") == 3
     assert not re.search(r"(src|href)=|<script|@import|url\(", page)
+
+
+def test_a_classifiers_page_has_its_scores_and_its_confusion_matrix(tmp_path: Path) -> None:
+    folder = made(tmp_path / "run")
+    confusion = {"labels": ["ham", HOSTILE], "counts": [[30, 10], [0, 0]]}
+    folder.metrics({"step": 1000, "accuracy": 0.75, "f1_macro": 0.7, "confusion": confusion})
+    page = write_report(folder).read_text()
+    assert "<b>75.00%</b><span>accuracy" in page and HOSTILE not in page and "<th>ham</th>" in page
+    assert re.search(r"var\(--a\) 75%, var\(--card\)\)\">30</td><td[^>]*25%[^>]*>10</td>", page)
+    [one, two] = matrices([{"confusion": {"labels": ["a", "b"], "counts": [[[5, 1], [2, 3]], [[1, 0], [0, 1]]]}}])
+    assert (one.title, two.title) == ("a", "b") and one.rows[1] == ("with", ((2, 40), (3, 60))) and matrices([{"step": 1}]) == []
 
 
 def test_a_curve_is_thinned_and_keeps_its_ends(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import openai
 import pytest
 import ray
 
-from distlm import jobs
+from distlm import jobs, summary
 from distlm.errors import ClusterError, InputError, ServeError, StorageError
 from distlm.progress import Progress
 from distlm.runs import RunFolder
@@ -25,8 +25,9 @@ from distlm.serve.client import healthy, query
 from distlm.spec import ServeSpec
 from distlm.storage import Storage, read_json
 from tests.records import Records
+from tests.serve.test_classify import reference as classified
 from tests.serve.test_torch_engine import reference
-from tests.serve.tiny_models import LLAMA, make_model
+from tests.serve.tiny_models import LLAMA, make_classifier, make_model
 
 
 @pytest.fixture(scope="module")
@@ -371,3 +372,19 @@ def leaves_and_frees(base: str, key: str) -> None:
 def leave(base: str, key: str, body: dict[str, Any]) -> None:
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{base}/v1/completions", json=body, headers={"Authorization": f"Bearer {key}"}, timeout=0.3)
+
+
+def test_a_classifier_is_served_on_ray_serve(cluster: None, storage: Storage) -> None:
+    made = make_classifier(storage.run("sorted") / "export")
+    outputs = deploy.serve(*endpoint(storage, name="sorter", model="sorted"))
+    try:
+        assert outputs["classifier"] is True
+        wanted = classified(made, "the cat sat")
+        text = summary.ask(outputs, "the cat sat")
+        assert text.split(", ") == [f"{name} {chance:.3f}" for chance, name in sorted(
+            zip(wanted, ("ham", "spam", "eggs"), strict=True), reverse=True)]
+        assert "/v1/classify -H" in summary.curl(outputs, "the cat sat")
+        with pytest.raises(ServeError, match="'sorter' is a classifier and completes no text; use /v1/classify"):
+            list(query(outputs["url"], Path(outputs["api_key_file"]).read_text().strip(), "hi", 4))
+    finally:
+        deploy.undeploy("sorter", storage)

@@ -10,7 +10,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 torch.set_num_threads(1)
 TEXT = ["def main(argument):\n    return argument + 1\n", "the cat sat on the mat, and the dog — naïve — barked at 東京", "x = [1, 2, 3]"]
@@ -44,4 +44,16 @@ def make_model(folder: Path, config: dict, *, chat: bool = False, seed: int = 0)
     model.save_pretrained(folder)
     (folder / "distlm.json").write_text(json.dumps({"run": "tiny", "corpus": "stdlib", "corpus_hash": "ab12", "checkpoint": "step-000010",
                                                     "trial": None, "step": 10, "val_loss": 1.5}))
+    return folder
+
+
+def make_classifier(folder: Path, family: str = "llama", *, multiple: bool = False) -> Path:
+    """An export folder of a classifier of ham, spam and eggs."""
+    make_model(folder, FAMILIES[family])
+    settings = {**FAMILIES[family]}
+    config = AutoConfig.for_model(settings.pop("model_type"), **settings, vocab_size=300, eos_token_id=0, pad_token_id=0,
+                                  initializer_range=0.2, id2label={0: "ham", 1: "spam", 2: "eggs"},
+                                  problem_type=f"{'multi' if multiple else 'single'}_label_classification")
+    torch.manual_seed(1)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
     return folder

@@ -87,6 +87,34 @@ def make_packed_corpus(folder: Path, lengths: tuple[int, ...] = (3, 9, 1, 40, 16
     return folder
 
 
+def make_labelled_corpus(folder: Path, documents: tuple[int, int] = (60, 21), multiple: bool = False) -> Path:
+    """A corpus of random documents for training and validation, each of up to a window, whose label is the remainder of its last token by
+    three, or labels, its last two. Rare labels are 2. Each ends with token 0."""
+    make_corpus(folder, windows=(1,), val=1)
+    random, data = np.random.default_rng(1), json.loads((folder / "manifest.json").read_text())
+    del data["format"]
+    names, counts = ["zero", "one", "two"], {}
+    for split, number in zip(("train", "val"), documents, strict=True):
+        sizes = np.append(random.integers(3, CONTEXT + 2, number - 1), CONTEXT + 1)
+        starts = np.cumsum(sizes) - sizes
+        tokens = random.integers(1, VOCABULARY, sizes.sum(), dtype=np.uint16)
+        ends = np.append(starts[1:], len(tokens))
+        tokens[ends - 1] = 0
+        tokens[ends - 2] -= (tokens[ends - 2] % 3 == 2) & (random.random(number) < 0.6) & (tokens[ends - 2] > 2)
+        labels = [sorted({int(token) % 3 for token in tokens[end - (3 if multiple else 2):end - 1]}) for end in ends]
+        content, windows, repeated = best_fit_bytes(tokens, starts, 0, CONTEXT, "uint16", 0, labels=labels)
+        file = folder / split / "00000.arrow"
+        file.write_bytes(content)
+        shard = {"file": f"{split}/00000.arrow", "windows": windows, "bytes": len(content), "xxh3": file_xxh3(file)}
+        data["splits"][split] = {"documents": number, "bytes": 3 * len(tokens), "tokens": len(tokens), "dropped_tokens": 0,
+                                 "windows": windows, "padding_tokens": windows * (CONTEXT + 1) - len(tokens), "repeated_tokens": repeated,
+                                 "shards": [shard]}
+        counts[split] = {name: sum(i in one for one in labels) for i, name in enumerate(names)}
+    write_manifest(folder, {**data, "labels": {"multiple": multiple, "names": names, **counts, "cut_documents": 0},
+                            "pack": {"method": "document", "padding_tokens": 0, "padding_share": 0.1, "repeated_tokens": 0}})
+    return folder
+
+
 def spec(corpus: Path, **sections: object) -> TrainSpec:
     """A small training spec; `sections` replace whole keys."""
     base: dict[str, object] = {

@@ -70,7 +70,7 @@ def test_lion_is_algorithm_2_of_its_paper() -> None:
 def test_muon_steps_like_pytorchs_scaled_to_adamw_and_leaves_the_rest_to_adamw() -> None:
     ours, theirs = model(tie_word_embeddings=False), model(tie_word_embeddings=False)
     after = steps(ours, make_optimizer(spec(name="muon", weight_decay=0.5), ours))
-    matrices = muon_matrices(theirs)
+    matrices = muon_matrices(theirs.model)
     names = {name for name, p in theirs.model.named_parameters() if p in matrices}
     assert len(names) == 7 and all(".layers.0." in name for name in names), "not the embeddings, nor the last layer"
     muon = torch.optim.Muon([p for p in theirs.parameters() if p in matrices], weight_decay=0.5, adjust_lr_fn="match_rms_adamw")

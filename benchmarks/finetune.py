@@ -1,0 +1,209 @@
+"""Tokens per second of supervised fine-tuning: distlm beside transformers' Trainer (with peft, for LoRA) and, where it is installed, trl.
+
+    python benchmarks/finetune.py              # 12.2 M parameters, 256 tokens of context, 32 sequences a step, bf16, 2 threads
+    python benchmarks/finetune.py --quick      # one round of a few steps: does it work
+    python benchmarks/finetune.py --preset llama-1b --vocab 32000 --context 2048 --micro 8                  # on a GPU
+
+All sides train the same model on the same windows in the same order: conversations packed by best-fit, with the positions that keep them
+apart and loss on the answers alone. Each side runs in a process of its own, in turn, several rounds. A side's figure is the median over
+its steps of the step's tokens, without padding, over the time from the end of the step before to its own; the first steps, and those
+that evaluate or save, are left out. Of these tokens so many give loss as the table's head says.
+"""
+
+import argparse
+import itertools
+import json
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from train import WARM_UP, device, intervals, made_up, quiet, run_side
+
+SIDES = {"sft": "distlm run, objective: sft", "trainer": "transformers Trainer", "trl": "trl SFTTrainer",
+         "lora": "distlm run, adapter", "peft": "transformers Trainer, peft", "trl-lora": "trl SFTTrainer, peft"}
+WHOLE, ADAPTED = ("sft", "trainer", "trl"), ("lora", "peft", "trl-lora")
+SETTINGS = ("steps", "preset", "context", "sequences", "micro", "vocab", "threads", "rank")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--steps", type=int, default=24, help="steps of each side in each round")
+    parser.add_argument("--rounds", type=int, default=3, help="times that the sides run in turn")
+    parser.add_argument("--quick", action="store_true", help="one round of 8 steps")
+    parser.add_argument("--preset", default="llama-10m")
+    parser.add_argument("--context", type=int, default=256)
+    parser.add_argument("--sequences", type=int, default=32, help="sequences of a step")
+    parser.add_argument("--micro", type=int, help="sequences of one forward pass; default: all of a step")
+    parser.add_argument("--vocab", type=int, default=4096)
+    parser.add_argument("--rank", type=int, default=16, help="of the adapter")
+    parser.add_argument("--threads", type=int, default=2, help="threads of matrix products on CPU")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=[side for side in SIDES if is_there(side)])
+    parser.add_argument("--json", action="store_true", help="print figures, not a table")
+    parser.add_argument("--side", choices=[*SIDES, "corpus"], help=argparse.SUPPRESS)
+    parser.add_argument("--storage", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.quick:
+        options.steps, options.rounds = 8, 1
+    options.micro = options.micro or options.sequences
+    if options.side:
+        print(json.dumps(SIDE[options.side](options)))
+        return
+    settings = {name: getattr(options, name) for name in SETTINGS}
+    found: dict[str, list[float]] = {side: [] for side in options.sides}
+    with tempfile.TemporaryDirectory(prefix="distlm-bench-") as folder:
+        counts = run_side(__file__, "corpus", folder, settings)
+        for number, side in itertools.product(range(options.rounds), options.sides):
+            seconds = run_side(__file__, side, folder, settings)["seconds"]
+            paces = [tokens / each for tokens, each in zip(counts["tokens"][1:], seconds, strict=False)][WARM_UP:]
+            found[side].append(statistics.median(paces))
+            print(f"round {number + 1}: {SIDES[side]} {found[side][-1]:,.0f} tokens/s", file=sys.stderr, flush=True)
+    if options.json:
+        print(json.dumps(found))
+        return
+    share = sum(counts["loss"]) / sum(counts["tokens"])
+    padding = 1 - sum(counts["tokens"]) / len(counts["tokens"]) / options.sequences / (options.context + 1)
+    print(f"{options.preset}, {options.sequences} windows of {options.context} tokens a step, {padding:.1%} of them padding, "
+          f"{share:.0%} of the rest give loss, {options.threads} threads, {options.rounds} rounds of {options.steps} steps; medians")
+    print(f"{'':28} {'tokens/s':>10} {'lowest':>10} {'highest':>10} {'ratio':>7}")
+    for group in (WHOLE, ADAPTED):
+        first = next((side for side in group if side in found), "")
+        for side in (side for side in group if side in found):
+            middle = statistics.median(found[side])
+            print(f"{SIDES[side]:28} {middle:10,.0f} {min(found[side]):10,.0f} {max(found[side]):10,.0f} "
+                  f"{statistics.median(found[first]) / middle:7.2f}")
+    print("ratio: distlm over this one, of the same kind")
+
+
+def is_there(side: str) -> bool:
+    """Whether what the side needs is installed."""
+    from importlib.util import find_spec
+
+    return all(find_spec(name) for name in (["peft"] * (side in ADAPTED) + ["trl", "datasets"] * side.startswith("trl")))
+
+
+def prepare(options: argparse.Namespace) -> dict[str, list[int]]:
+    """Conversations of made-up words, enough of them for every step, and a base model; of each step the tokens, and those with loss."""
+    import distlm
+    from distlm.corpus.manifest import read_manifest
+    from distlm.corpus.stream import NO_LOSS
+    from distlm.model.build import Shape, build_model, model_config
+    from distlm.model.export import export_model
+    from distlm.spec.train import ModelSpec
+
+    say, draw = made_up(options.vocab), random.Random(1)
+    with (options.storage / "chats.jsonl").open("w") as file:
+        for _ in range(max(500, options.steps * options.sequences * options.context // 100)):
+            most = options.context // 6
+            file.write(json.dumps({"prompt": say(draw.randint(5, most)), "completion": say(draw.randint(5, most))}) + "\n")
+    distlm.run({"kind": "prepare", "name": "bench", "sources": [str(options.storage / "chats.jsonl")], "context": options.context,
+                "conversations": {"prompt_key": "prompt", "completion_key": "completion"},
+                "tokenizer": {"vocab_size": options.vocab}}, storage=options.storage, progress=quiet())
+    manifest, spec = read_manifest(options.storage / "corpora" / "bench"), ModelSpec(preset=options.preset)
+    model = build_model(spec, model_config(spec, Shape(manifest.vocab_size, options.context, manifest.eos_id)), 0)
+    export_model(model, None, manifest.tokenizer, options.storage / "base", {})
+    tokens, loss = [], []
+    for rows, marks in steps(options):
+        padding = (rows == manifest.eos_id) & (marks & NO_LOSS > 0)
+        tokens.append(int((~padding).sum()))
+        loss.append(int((marks[:, 1:] & NO_LOSS == 0).sum()))
+    return {"tokens": tokens, "loss": loss}
+
+
+def spec_of(options: argparse.Namespace, name: str = "bench", **more: Any) -> dict[str, Any]:
+    """The run of distlm's sides."""
+    return {"kind": "train", "name": name, "corpus": "bench", "model": {"from": str(options.storage / "base")}, "objective": "sft",
+            "batch": {"global_sequences": options.sequences, "micro_sequences": options.micro}, "duration": {"steps": options.steps},
+            "scale": {"threads_per_worker": options.threads, "gpus_per_worker": int(device() == "cuda")},
+            "evaluate": {"every_steps": options.steps}, "checkpoint": {"every_steps": options.steps}, "precision": "bf16", **more}
+
+
+def steps(options: argparse.Namespace) -> list[tuple[Any, Any]]:
+    """(windows, their marks) of every step, as distlm's sides train on them."""
+    from distlm.corpus.stream import read_marks, read_samples
+    from distlm.spec import TrainSpec
+    from distlm.storage import Storage
+    from distlm.train.recipe import make_recipe
+
+    plan = make_recipe(TrainSpec.model_validate(spec_of(options)), Storage(options.storage)).plan()
+    return [(read_samples(plan, own), read_marks(plan, own)) for step in range(options.steps) for own in [plan.samples(step, 0)]]
+
+
+def run_distlm(options: argparse.Namespace) -> dict[str, list[float]]:
+    """Step ends as rank 0 writes them to metrics.jsonl."""
+    import distlm
+
+    name = f"bench-{time.time_ns()}"
+    adapter = {"adapter": {"rank": options.rank}} if options.side == "lora" else {}
+    distlm.run(spec_of(options, name, **adapter), storage=options.storage, progress=quiet())
+    lines = (options.storage / "runs" / name / "metrics.jsonl").read_text().splitlines()
+    return {"seconds": intervals([record["time"] for record in map(json.loads, lines) if "loss" in record][:-1])}
+
+
+def run_trainer(options: argparse.Namespace) -> dict[str, list[float]]:
+    """transformers' Trainer, or trl's, with its bf16, nothing logged or saved."""
+    import torch
+    from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, default_data_collator
+
+    torch.set_num_threads(options.threads)
+    model: Any = AutoModelForCausalLM.from_pretrained(options.storage / "base", dtype=torch.float32)
+    if options.side in ADAPTED:
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(model, LoraConfig(r=options.rank, lora_alpha=2 * options.rank, target_modules="all-linear",
+                                                 task_type="CAUSAL_LM"))
+    ends: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            if device() == "cuda":
+                torch.cuda.synchronize()
+            ends.append(time.time())
+
+    kind: Any = Trainer
+    settings: Any = TrainingArguments
+    more: dict[str, Any] = {}
+    data: Any = samples(options)
+    if options.side.startswith("trl"):
+        from datasets import Dataset
+        from trl import SFTConfig, SFTTrainer
+
+        kind, settings = SFTTrainer, SFTConfig
+        data = Dataset.from_list([{key: value.tolist() for key, value in one.items()} for one in data])
+        more = {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None}
+    arguments = settings(output_dir=str(options.storage / "trainer"), per_device_train_batch_size=options.micro, bf16=True,
+                         gradient_accumulation_steps=options.sequences // options.micro, max_steps=options.steps,
+                         use_cpu=device() == "cpu", report_to=[], save_strategy="no", logging_strategy="no", optim="adamw_torch_fused",
+                         learning_rate=1e-3, disable_tqdm=True, train_sampling_strategy="sequential", **more)
+    kind(model=model, args=arguments, train_dataset=data, data_collator=default_data_collator, callbacks=[Clock()]).train()
+    return {"seconds": intervals(ends)}
+
+
+def samples(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The windows in order, one after the other: their tokens, where in its conversation each stands, and what gives loss. A window has
+    one prediction fewer than at distlm, whose last token is predicted too."""
+    import numpy as np
+    import torch
+
+    from distlm.train.batch import make_batch
+
+    found = []
+    for rows, marks in steps(options):
+        batch = make_batch(np.stack([rows, marks], 1).astype(np.int64), True, torch.device("cpu"))
+        assert batch.targets is not None and batch.positions is not None
+        labels = torch.cat([torch.full((len(rows), 1), -100), batch.targets[:, :-1]], 1)
+        found += [{"input_ids": x, "labels": y, "position_ids": p}
+                  for x, y, p in zip(batch.tokens[:, :-1], labels, batch.positions, strict=True)]
+    return found
+
+
+SIDE: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+    "corpus": prepare, "sft": run_distlm, "lora": run_distlm, "trainer": run_trainer, "peft": run_trainer, "trl": run_trainer,
+    "trl-lora": run_trainer}
+
+if __name__ == "__main__":
+    main()

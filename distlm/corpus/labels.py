@@ -1,0 +1,62 @@
+"""Documents with labels, for classification: what a record's label is called, and which labels a corpus has.
+
+A label is known by its name, the text of its JSON value; its number is its place among the names of the training split.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+from distlm.corpus.conversations import Refused
+from distlm.errors import CorpusError
+from distlm.spec.prepare import Labels
+
+MAX_SHOWN = 5
+
+
+def labels_of(value: Any, rules: Labels) -> list[str]:
+    """The names of a record's labels: one, or with `multiple` any number of them. Raises Refused."""
+    if value is None:
+        raise Refused("no_label", f"no {rules.label_key!r}")
+    if isinstance(value, list) != rules.multiple:
+        raise Refused("bad_label", f"{rules.label_key!r} is a {type(value).__name__}, and labels.multiple is {str(rules.multiple).lower()}")
+    names = [_name(one, rules.label_key) for one in (value if rules.multiple else [value])]
+    if len(set(names)) < len(names):
+        raise Refused("bad_label", f"{rules.label_key!r} has {Counter(names).most_common(1)[0][0]!r} twice")
+    return names
+
+
+def _name(value: Any, key: str) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int):
+        return str(value)
+    if isinstance(value, float) and value.is_integer():    # a column of integers that had none in some row
+        return str(int(value))
+    if not isinstance(value, str) or not value.strip():
+        blank = value is None or (isinstance(value, str) and not value.strip())
+        raise Refused("no_label" if blank else "bad_label", f"{key!r} has {value!r}, which is no label")
+    return value.strip()
+
+
+def ordered(names: Iterable[str]) -> list[str]:
+    """The labels by their numbers: whole numbers by value, any others by their text."""
+    found = list(names)
+    return sorted(found, key=int) if all(name.removeprefix("-").isdecimal() and name.isascii() for name in found) else sorted(found)
+
+
+def check_labels(counts: dict[str, Counter[str]], rules: Labels, where: str) -> list[str]:
+    """The labels of a corpus, in order, out of those of its documents by split. Raises CorpusError where there is nothing to tell apart,
+    and where a held-out document has a label that no training document has."""
+    names = ordered(counts["train"])
+    for split, found in counts.items():
+        if unseen := ordered(found.keys() - counts["train"].keys()):
+            shown = ", ".join(f"{name} ({found[name]:,})" for name in unseen[:MAX_SHOWN])
+            more = f" and {len(unseen) - MAX_SHOWN} more" if len(unseen) > MAX_SHOWN else ""
+            raise CorpusError(f"no training document has the label {shown}{more} of documents of the {split} split", where=where,
+                              remedy="leave out labels of so few documents, give more of them, or lower split.val_fraction")
+    if len(names) < (1 if rules.multiple else 2):
+        what = f"has the label {names[0]}" if names else "is left with a label"
+        raise CorpusError(f"{'every' if names else 'no'} training document {what}: there is nothing to tell apart", where=where,
+                          remedy="give texts of another label, or look at labels.label_key")
+    return names

@@ -1,0 +1,155 @@
+"""Direct preference optimization (Rafailov et al. 2023, arXiv:2305.18290): how likely two answers are, and the loss of their order.
+
+    loss = PreferenceLoss(model, beta=0.1)
+    loss.reference = Reference(keys, log_probs)            # of the model as it was at first
+    loss(tokens, targets, positions, rejected, keys)       # equation 7, summed over the pairs
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from distlm.model.loss import BLOCK_ELEMENTS, CHUNK_ELEMENTS, IGNORED, PLAIN_HEADS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Reference:
+    """log p of both answers of every pair, by the model as it was at first."""
+
+    keys: torch.Tensor
+    """int64[pairs], ascending."""
+    log_probs: torch.Tensor
+    """float32[pairs, 2]: of the chosen answer and of the rejected one."""
+
+    def of(self, keys: torch.Tensor) -> torch.Tensor:
+        """float32[n, 2]; not a number for a key that is not known."""
+        place = torch.searchsorted(self.keys, keys).clamp(max=len(self.keys) - 1)
+        return torch.where((self.keys[place] == keys)[:, None], self.log_probs[place], torch.nan)
+
+
+class PreferenceLoss(nn.Module):
+    """Wraps a causal language model; its forward pass is the loss of pairs. The model's head is replaced where that saves the logits."""
+
+    def __init__(self, model: "PreTrainedModel", beta: float, label_smoothing: float = 0.0) -> None:
+        super().__init__()
+        self.beta, self.label_smoothing = beta, label_smoothing
+        if model.config.model_type in PLAIN_HEADS and isinstance(model.get_output_embeddings(), nn.Linear):
+            model.set_output_embeddings(AnswerHead(model.get_output_embeddings()))
+        self.model = model
+        self.reference: Reference | None = None
+        """None: the model is its own reference, so that nothing is won and the gradient is that of the first step."""
+        self.sums = torch.zeros(2)
+        """Of the last pass: the margins of the rewards summed up, and how many are above 0."""
+        self.observed = torch.zeros(0, 4)
+        """Of the last pass without training, float32[pairs, 4]: log p of the chosen and of the rejected answer, and their rewards."""
+
+    def forward(self, tokens: torch.Tensor, targets: torch.Tensor, positions: torch.Tensor, rejected: torch.Tensor,
+                keys: torch.Tensor) -> torch.Tensor:
+        """The loss summed over the pairs, a float32 scalar in nats:
+
+            -(1 - s) log sigmoid(margin) - s log sigmoid(-margin), margin = beta (log p/p_ref of the chosen - that of the rejected)
+
+        tokens: int64[pairs, context + 1], both answers behind their prompts. targets: int64[pairs, context], IGNORED outside of the
+        answers. positions: int64[pairs, context], from 0 in each. rejected: bool[pairs, context], which are of the rejected answer's
+        conversation. keys: int64[pairs], by which the reference knows them."""
+        log_probs = self._log_probs(tokens, targets, positions, rejected)
+        reference = log_probs.detach() if self.reference is None else self.reference.of(keys)
+        rewards = self.beta * (log_probs - reference)
+        margin = rewards[:, 0] - rewards[:, 1]
+        with torch.no_grad():
+            self.sums = torch.stack([margin.sum(), (margin > 0).sum()])
+            if not self.training:
+                self.observed = torch.cat([log_probs, rewards], 1)
+        smoothing = self.label_smoothing
+        return -((1 - smoothing) * functional.logsigmoid(margin) + smoothing * functional.logsigmoid(-margin)).sum()
+
+    def _log_probs(self, tokens: torch.Tensor, targets: torch.Tensor, positions: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
+        """float32[pairs, 2]: log p of the chosen answer and of the rejected one, given the prompt."""
+        head, pairs = self.model.get_output_embeddings(), len(tokens)
+        kept = (targets.flatten() != IGNORED).nonzero().squeeze(1)
+        owners = 2 * (kept // targets.shape[1]) + rejected.flatten()[kept]
+        inputs = {"input_ids": tokens[:, :-1], "position_ids": positions, "use_cache": False, "return_dict": True}
+        wanted = targets.flatten()[kept]
+        if isinstance(head, AnswerHead):
+            head.targets, head.kept = wanted, kept
+            each = self.model(**inputs).logits
+        else:
+            logits = self.model(**inputs).logits.flatten(0, 1)[kept]
+            each = functional.log_softmax(logits.float(), 1).gather(1, wanted[:, None]).squeeze(1)
+        return each.new_zeros(2 * pairs).index_add(0, owners, each).view(pairs, 2)
+
+
+class AnswerHead(nn.Module):
+    """Stands in the place of a model's last linear layer, with its parameters under their names, and gives log p of the targets."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        self.targets: torch.Tensor | None = None
+        self.kept: torch.Tensor | None = None
+        """The rows of the hidden states that `targets` are for."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden: [batch, context, width]. Returns log p of each target, float32[targets]."""
+        targets, kept, self.targets, self.kept = self.targets, self.kept, None, None
+        assert targets is not None and kept is not None, "one set of targets for each pass"
+        return linear_log_probs(hidden.flatten(0, 1)[kept], self.weight, self.bias, targets)
+
+
+def linear_log_probs(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor) -> torch.Tensor:
+    """log softmax(hidden weightᵀ + bias)[target] of each row, float32[rows], by blocks of rows: whole logits are never there, neither for
+    the values nor for the gradients, for which they are made once more. hidden: [rows, width]; weight: [vocabulary, width]."""
+    log_probs: torch.Tensor = _LinearLogProbs.apply(hidden, weight, bias, targets)
+    return log_probs
+
+
+class _LinearLogProbs(torch.autograd.Function):
+    """A row's gradient is multiplied by what the loss makes of its answer, which is known when all rows have been seen: so logits are
+    computed twice."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor) -> torch.Tensor:
+        sums = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        found = torch.empty_like(sums)
+        for block in _parts(len(hidden), BLOCK_ELEMENTS, weight):
+            logits = functional.linear(hidden[block], weight, bias)
+            for part in _parts(len(logits), CHUNK_ELEMENTS, weight):
+                scores = logits[part].float()
+                here = slice(block.start + part.start, block.start + part.stop)
+                sums[here] = torch.logsumexp(scores, 1)
+                found[here] = scores.gather(1, targets[here, None]).squeeze(1)
+        ctx.save_for_backward(hidden, weight, bias, targets, sums)
+        return found - sums
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        hidden, weight, bias, targets, sums = ctx.saved_tensors
+        by_hidden = torch.empty_like(hidden)
+        by_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        by_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and ctx.needs_input_grad[2] else None
+        for block in _parts(len(hidden), BLOCK_ELEMENTS, weight):
+            logits = functional.linear(hidden[block], weight, bias)
+            for part in _parts(len(logits), CHUNK_ELEMENTS, weight):
+                here = slice(block.start + part.start, block.start + part.stop)
+                by_row = outputs[0][here, None]
+                p = torch.exp(logits[part].float() - sums[here, None]).mul_(-by_row)
+                logits[part] = p.scatter_add_(1, targets[here, None], by_row)
+            by_hidden[block] = logits @ weight             # the logits' gradient by now
+            if by_weight is not None:
+                by_weight += logits.T @ hidden[block]
+            if by_bias is not None:
+                by_bias += logits.sum(0, dtype=torch.float32)
+        return (by_hidden, None if by_weight is None else by_weight.to(weight.dtype),
+                None if bias is None or by_bias is None else by_bias.to(bias.dtype), None)
+
+
+def _parts(rows: int, elements: dict[str, int], weight: torch.Tensor) -> list[slice]:
+    """Slices of so many rows that their logits have about so many elements."""
+    size = max(1, elements["cpu" if weight.device.type == "cpu" else "cuda"] // len(weight))
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]

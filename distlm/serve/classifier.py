@@ -1,0 +1,88 @@
+"""The engine of a classifier: texts in, the probability of each of its labels out.
+
+    classifier = TorchClassifier(folder)
+    classifier.classify([[1, 2, 3]])                       # [{"spam": 0.9, "ham": 0.1}]
+"""
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from distlm.errors import ServeError
+from distlm.model.build import load_model
+from distlm.serve.engine import EngineFull, NoMemory
+from distlm.serve.metrics import Metrics
+from distlm.serve.torch_engine import DTYPES, context_of, out_of_memory
+
+
+class TorchClassifier:
+    """A model that says which labels texts have. One request computes at a time; more than `max_queued` are refused. Raises InputError
+    where the model cannot be loaded, ServeError for one that does not know its padding."""
+
+    def __init__(self, folder: str | Path, *, dtype: str = "auto", device: str | None = None, threads: int | None = None,
+                 max_sequences: int = 8, max_queued: int = 64, metrics: Metrics | None = None) -> None:
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        kind = DTYPES[dtype] if dtype != "auto" else torch.float32 if self.device.type == "cpu" else torch.bfloat16
+        model: Any = load_model(folder, f"model: {folder}", kind)
+        self.model: Any = model.to(self.device).eval()
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        config = self.model.config
+        self.context, self.vocabulary = context_of(config), int(self.model.get_input_embeddings().num_embeddings)
+        self.labels = [str(config.id2label[i]) for i in range(config.num_labels)]
+        self.multiple = config.problem_type == "multi_label_classification"
+        if config.get_text_config().pad_token_id is None:
+            raise ServeError("the classifier's config.json names no pad_token_id, with which texts are filled up", where=str(folder),
+                             cause="bad_input", remedy="add it: the token that texts never hold, such as the end token")
+        self.pad: int = config.get_text_config().pad_token_id
+        self.metrics, self.max_sequences, self.max_queued, self.threads = metrics or Metrics(), max_sequences, max_queued, threads
+        self._computing, self._counting, self._inside = threading.Lock(), threading.Lock(), 0
+
+    def check(self) -> None:
+        """There is no thread that could have died."""
+
+    def close(self) -> None:
+        """There is nothing to end."""
+
+    def classify(self, texts: Sequence[Sequence[int]]) -> list[dict[str, float]]:
+        """See `engine.Classifier`."""
+        with self._counting:
+            if self._inside > self.max_queued:
+                raise EngineFull(f"{self._inside} requests are here, which is the limit", remedy="try again later")
+            self._inside += 1
+            self.metrics.waiting.set(max(0, self._inside - 1))
+        try:
+            with self._computing, torch.inference_mode():
+                if self.threads:
+                    torch.set_num_threads(self.threads)    # OpenMP keeps this per thread
+                return self._probabilities(texts)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            raise NoMemory(f"there is no memory for {len(texts):,} texts", remedy="send fewer or shorter ones") from None
+        finally:
+            with self._counting:
+                self._inside -= 1
+                self.metrics.waiting.set(max(0, self._inside - 1))
+
+    def _probabilities(self, texts: Sequence[Sequence[int]]) -> list[dict[str, float]]:
+        """Texts of like length go through the model together, `max_sequences` at a time."""
+        found: list[dict[str, float]] = [{} for _ in texts]
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        for first in range(0, len(order), self.max_sequences):
+            rows = order[first:first + self.max_sequences]
+            longest = len(texts[rows[-1]])
+            tokens = torch.full((len(rows), longest), self.pad, device=self.device)
+            for row, i in enumerate(rows):
+                tokens[row, :len(texts[i])] = torch.tensor(list(texts[i]), device=self.device)
+            logits = self.model(input_ids=tokens, use_cache=False).logits.double()
+            chances = logits.sigmoid() if self.multiple else logits.softmax(1)
+            for i, chance in zip(rows, chances.tolist(), strict=True):
+                found[i] = dict(zip(self.labels, chance, strict=True))
+            self.metrics.prompt_tokens.inc(sum(len(texts[i]) for i in rows))
+            for _ in rows:
+                self.metrics.finished("stop")
+        return found

@@ -1,0 +1,64 @@
+"""What a run is trained for. An objective is a module of this folder that says what its corpora are, what the loss of a sample is, and what
+is measured of it. The stream, the loop, sharding and checkpoints are the same for all.
+
+    objective = objective_of(spec)
+    loss = objective.module(model, recipe)(*objective.make_batch(rows, recipe, device).inputs)
+"""
+
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Protocol
+
+from distlm.corpus.manifest import Manifest
+from distlm.model.build import Shape
+from distlm.spec.train import TrainSpec
+from distlm.train.objectives import classify, dpo, language
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from numpy.typing import NDArray
+    from transformers import PreTrainedModel
+
+    from distlm.runs import RunFolder
+    from distlm.train.batch import Batch
+    from distlm.train.recipe import Recipe
+
+
+class Objective(Protocol):
+    """What a module of this folder has."""
+
+    MEANS: tuple[str, ...]
+    """What a step records beside its loss: the module leaves them in `sums` after each pass of training, float32[len(MEANS)], summed over
+    the batch like the loss."""
+
+    def check(self, spec: TrainSpec, manifests: list[Manifest]) -> None:
+        """Raises SpecError or InputError, before any work, where the corpora do not hold what is trained on."""
+
+    def shape(self, manifest: Manifest) -> Shape:
+        """What the corpus decides of the model, which `model_config` and `build_model` make from it."""
+
+    def module(self, model: "PreTrainedModel", recipe: "Recipe") -> "torch.nn.Module":
+        """What the engine wraps. It holds the model as `model`, and its forward pass, called with a batch's `inputs`, is the loss summed
+        over the batch, a float32 scalar: the loop divides by the global count of targets.
+
+        While it does not train it may leave `observed` behind each pass: float32[sequences, any], what `measure` needs of each sample."""
+
+    def begin(self, engine: Any, recipe: "Recipe", folder: "RunFolder", rank: int, device: "torch.device") -> None:
+        """What is to be done before the first step, and before a checkpoint is loaded, with the model as it is at first. All ranks."""
+
+    def make_batch(self, rows: "NDArray[Any]", recipe: "Recipe", device: "torch.device") -> "Batch":
+        """Rows of the stream, as `corpus.stream.ordered_steps` yields them, as tensors."""
+
+    def num_targets(self, recipe: "Recipe", step: int) -> int | None:
+        """What the loss of a step is divided by, summed over all ranks, where the recipe alone tells; else None, and the batches count."""
+
+    def measure(self, observed: "NDArray[np.float32]", recipe: "Recipe") -> dict[str, Any]:
+        """What evaluation records beside `val_loss`, from what the module observed: [samples of all ranks, any]. One rank calls it."""
+
+
+OBJECTIVES: MappingProxyType[str, Objective] = MappingProxyType({"pretrain": language, "sft": language, "dpo": dpo,
+                                                                 "classify": classify})
+
+
+def objective_of(spec: TrainSpec) -> Objective:
+    return OBJECTIVES[spec.objective]

@@ -1,0 +1,104 @@
+"""`objective: classify`: which labels a document has, by what the model has read at its last token.
+
+The head is transformers' own: one linear layer over the hidden state of a document's last token. Padding is the end token, so that the one
+behind a document is padding too, and whoever asks the export need not put it there.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distlm.corpus.manifest import Manifest, read_manifest
+from distlm.errors import SpecError
+from distlm.model.build import Shape
+from distlm.spec.train import TrainSpec
+from distlm.train.scores import multi_label, single_label
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from distlm.model.loss import ClassifierLoss
+    from distlm.runs import RunFolder
+    from distlm.train.batch import LabelledBatch
+    from distlm.train.recipe import Recipe
+
+MEANS: tuple[str, ...] = ()
+
+
+def check(spec: TrainSpec, manifests: list[Manifest]) -> None:
+    """Raises SpecError where a corpus has no labels, or others than the first, and for a weight of a label that there is not."""
+    first = manifests[0]
+    for one in manifests:
+        if not one.labels:
+            raise SpecError(f"classify needs labels, and the documents of the corpus {one.name} have none", where="objective",
+                            remedy="prepare it with labels, or leave objective out")
+        if (one.labels, one.multiple_labels) != (first.labels, first.multiple_labels):
+            raise SpecError(f"the labels of the corpus {one.name} are not those of {first.name}", where="corpus",
+                            remedy="prepare them as one corpus of several sources")
+    if isinstance(spec.class_weights, dict) and (unknown := [name for name in spec.class_weights if name not in first.labels]):
+        from distlm.spec.load import nearest
+
+        near = nearest(unknown[0], first.labels)
+        raise SpecError(f"the corpus {first.name} has no label {unknown[0]!r}", where=f"class_weights.{unknown[0]}",
+                        remedy=f"did you mean {near}?" if near else f"its labels are {', '.join(first.labels[:20])}")
+
+
+def shape(manifest: Manifest) -> Shape:
+    return Shape(manifest.vocab_size, manifest.context, manifest.eos_id, manifest.labels, manifest.multiple_labels)
+
+
+def begin(engine: Any, recipe: "Recipe", folder: "RunFolder", rank: int, device: "torch.device") -> None:
+    """There is nothing to be done."""
+
+
+def make_batch(rows: NDArray[Any], recipe: "Recipe", device: "torch.device") -> "LabelledBatch":
+    """rows: int64[n, context + 1 + k], as `corpus.stream.ordered_steps` yields them. The last token of a window is padding or an end."""
+    import torch
+
+    from distlm.train.batch import LabelledBatch
+
+    context = recipe.shape.context
+    arrays = (rows[:, :context], rows[:, context + 1:])
+    return LabelledBatch(*(torch.from_numpy(np.ascontiguousarray(array)).to(device) for array in arrays))
+
+
+def module(model: "PreTrainedModel", recipe: "Recipe") -> "ClassifierLoss":
+    import torch
+
+    from distlm.model.loss import ClassifierLoss
+
+    weights = class_weights(recipe)
+    return ClassifierLoss(model, recipe.shape.multiple_labels, None if weights is None else torch.from_numpy(weights))
+
+
+def class_weights(recipe: "Recipe") -> NDArray[np.float32] | None:
+    """float32[labels]: what the loss of each label is multiplied by; None where all count the same. Balanced ones are those of
+    scikit-learn, n / (classes x samples of the class), over the training documents; where a document may have several labels, that of a
+    label counts where it is there alone, and is the documents without it over those with it."""
+    wanted, names = recipe.spec.class_weights, recipe.shape.labels
+    if wanted is None:
+        return None
+    if isinstance(wanted, dict):
+        return np.array([wanted.get(name, 1.0) for name in names], np.float32)
+    manifests = [read_manifest(corpus) for corpus in recipe.corpora]
+    counts = np.sum([[one.data["labels"]["train"][name] for name in names] for one in manifests], axis=0)
+    total = sum(one.splits["train"].documents for one in manifests)
+    if recipe.shape.multiple_labels:
+        return np.asarray((total - counts) / counts, np.float32)
+    return np.asarray(total / (len(names) * counts), np.float32)
+
+
+def num_targets(recipe: "Recipe", step: int) -> int | None:
+    """The documents of a step."""
+    return recipe.sizes.of(step)
+
+
+def measure(observed: NDArray[np.float32], recipe: "Recipe") -> dict[str, Any]:
+    """observed: float32[n, k + labels], each sample's labels and logits."""
+    names = recipe.shape.labels
+    given, logits = observed[:, :-len(names)], observed[:, -len(names):]
+    if recipe.shape.multiple_labels:
+        return multi_label(given > 0, logits, names)
+    return single_label(given[:, 0].astype(np.int64), logits, names)

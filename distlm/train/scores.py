@@ -1,0 +1,81 @@
+"""Scores of a classifier, as scikit-learn defines them: classes that are never predicted or never there count as 0 in a macro mean
+(zero_division=0), and are left out of the mean of areas under the ROC curve, which they have none of.
+
+    single_label(truth, logits, names)                     # {"accuracy": 0.91, "f1_macro": 0.88, ..., "confusion": {...}}
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+SCORES = ("accuracy", "precision_macro", "recall_macro", "f1_macro", "precision_micro", "recall_micro", "f1_micro", "roc_auc")
+"""What is measured, but for the confusion matrix; `roc_auc` alone may not be there."""
+MAX_CONFUSION = 64
+"""A matrix of more classes is not recorded."""
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+
+def single_label(truth: Ints, logits: NDArray[Any], names: Sequence[str]) -> dict[str, Any]:
+    """truth: int64[n], logits: float[n, classes]. The first of the largest logits is the class that is predicted. The areas are those of
+    one class against the rest, by its probability."""
+    counts = confusion(truth, logits.argmax(1), len(names))
+    scores = softmax(logits)
+    areas = [roc_auc(truth == i, scores[:, i]) for i in range(len(names))]
+    return {"accuracy": float(np.trace(counts) / max(1, counts.sum())),
+            **averages(np.diag(counts), counts.sum(0), counts.sum(1)), **mean_area(areas),
+            **({"confusion": {"labels": [*names], "counts": counts.tolist()}} if len(names) <= MAX_CONFUSION else {})}
+
+
+def multi_label(truth: NDArray[np.bool_], logits: NDArray[Any], names: Sequence[str]) -> dict[str, Any]:
+    """truth: bool[n, labels], logits: float[n, labels]. A label is predicted where its probability is above a half. The accuracy is that
+    of all labels of a sample together."""
+    predicted = logits > 0
+    hits, found, given = ((truth & predicted).sum(0), predicted.sum(0), truth.sum(0))
+    areas = [roc_auc(truth[:, i], logits[:, i].astype(np.float64)) for i in range(len(names))]
+    pairs = np.stack([len(truth) - found - given + hits, found - hits, given - hits, hits], 1)
+    return {"accuracy": float((truth == predicted).all(1).mean()), **averages(hits, found, given), **mean_area(areas),
+            **({"confusion": {"labels": [*names], "counts": pairs.reshape(-1, 2, 2).tolist()}} if len(names) <= MAX_CONFUSION else {})}
+
+
+def confusion(truth: Ints, predicted: Ints, classes: int) -> Ints:
+    """int64[classes, classes]: how many samples of each class (rows) were taken for each (columns)."""
+    return np.bincount(truth * classes + predicted, minlength=classes * classes).reshape(classes, classes)
+
+
+def averages(hits: Ints, found: Ints, given: Ints) -> dict[str, float]:
+    """Precision, recall and F1, as macro mean over classes and micro over all decisions. hits, found, given: int64[classes], the samples
+    of each class that were taken for it, all that were taken for it, and all of it."""
+    result = {}
+    for kind, (hit, took, had) in (("macro", (hits, found, given)), ("micro", (hits.sum(), found.sum(), given.sum()))):
+        for name, part, whole in (("precision", hit, took), ("recall", hit, had), ("f1", 2 * hit, took + had)):
+            ratio = np.divide(part, whole, out=np.zeros(np.shape(part), np.float64), where=np.asarray(whole) > 0)
+            result[f"{name}_{kind}"] = float(np.mean(ratio))
+    return result
+
+
+def roc_auc(truth: NDArray[np.bool_], scores: Floats) -> float | None:
+    """The probability that a positive sample has the higher score than a negative one, ties for a half: Mann and Whitney's U over the
+    number of pairs (Hanley and McNeil 1982). None where one of the two is absent."""
+    positives = int(truth.sum())
+    negatives = len(truth) - positives
+    if not positives or not negatives:
+        return None
+    _, place, size = np.unique(scores, return_inverse=True, return_counts=True)
+    ranks = np.cumsum(size) - (size - 1) / 2               # the mean rank of equal scores, from 1
+    return float((ranks[place][truth].sum() - positives * (positives + 1) / 2) / (positives * negatives))
+
+
+def mean_area(areas: list[float | None]) -> dict[str, float]:
+    """Without the classes that have none; nothing where all have none."""
+    known = [area for area in areas if area is not None]
+    return {"roc_auc": float(np.mean(known))} if known else {}
+
+
+def softmax(logits: NDArray[Any]) -> Floats:
+    """float64[n, classes], rows that add up to 1."""
+    shifted = np.exp(logits.astype(np.float64) - logits.max(1, keepdims=True, initial=-np.inf))
+    return np.asarray(shifted / shifted.sum(1, keepdims=True))

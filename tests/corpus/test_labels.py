@@ -1,0 +1,146 @@
+"""Labels from records to windows: a document a window, each label where it belongs, each reject under its reason."""
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from distlm.corpus.conversations import Refused
+from distlm.corpus.inspect import documents, summary
+from distlm.corpus.labels import check_labels, labels_of, ordered
+from distlm.corpus.manifest import read_manifest
+from distlm.corpus.stream import Plan, Windows, local_steps, ordered_steps
+from distlm.corpus.verify import verify
+from distlm.errors import CorpusError, InputError, SpecError
+from distlm.spec.load import load_spec
+from distlm.spec.prepare import Labels
+
+Run = Callable[..., dict[str, Any]]
+CONTEXT = 16
+BYTES = {"tokenizer": {"train": "bytes"}, "context": CONTEXT, "split": {"val_fraction": 0.25}}
+
+
+def records() -> list[dict[str, Any]]:
+    good = [{"id": f"good-{i}", "text": f"{'even' if i % 2 == 0 else 'odd'} {i}", "kind": {"name": "even" if i % 2 == 0 else "odd"}}
+            for i in range(60)]
+    bad = [{"text": "no label 1"}, {"text": "no label 2", "kind": {"name": None}}, {"text": "no label 3", "kind": {"name": " "}},
+           {"text": "a list", "kind": {"name": ["even"]}}, {"text": "a number", "kind": {"name": 1.5}},
+           {"text": "even 0", "kind": {"name": "odd"}}, {"id": "long", "text": "x" * CONTEXT + "y", "kind": {"name": "odd"}},
+           {"id": "just", "text": "x" * CONTEXT, "kind": {"name": "odd"}}]
+    return good + bad
+
+
+def write(path: Path, given: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in given))
+    return path
+
+
+def texts_and_labels(corpus: Path, split: str) -> list[tuple[str, list[str]]]:
+    """Of every window: the text of the bytes before the first end token, and its labels by name."""
+    manifest, windows = read_manifest(corpus), Windows(corpus, split)
+    places = windows.first(len(windows))
+    tokens, labels = windows.read(*places), windows.labels(*places)
+    found = []
+    for row, numbers in zip(tokens, labels, strict=True):
+        end = row.tolist().index(manifest.eos_id)
+        assert (row[end:] == manifest.eos_id).all(), "padded by the end token"
+        chosen = np.flatnonzero(numbers) if manifest.multiple_labels else numbers
+        found.append((bytes((row[:end] - 4).astype(np.uint8)).decode(), [manifest.labels[i] for i in chosen]))
+    return found
+
+
+def test_each_document_is_a_window_with_its_label(run: Run, tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", records())
+    result = run(source, labels={"label_key": "kind.name"}, **BYTES)
+    corpus = Path(result[""])
+    manifest = verify(corpus)
+    assert manifest.labels == ("even", "odd") and not manifest.multiple_labels
+    assert {key: result[f"rejected.{key}"] for key in ("no_label", "bad_label", "duplicate", "longer_than_window")} == {
+        "no_label": 3, "bad_label": 2, "duplicate": 1, "longer_than_window": 1}
+    found = {split: texts_and_labels(corpus, split) for split in ("train", "val")}
+    pairs = found["train"] + found["val"]
+    assert sorted(pairs) == sorted([(one["text"], [one["kind"]["name"]]) for one in records()[:60]] + [("x" * CONTEXT, ["odd"])])
+    told = manifest.data["labels"]
+    for split, pairs in found.items():
+        assert manifest.splits[split].windows == manifest.splits[split].documents == len(pairs)
+        assert told[split] == Counter(name for _, names in pairs for name in names)
+    assert told["cut_documents"] == 0 and min(told["val"].values()) > 0 and ("labels", "2: even") in [
+        (name, text[:7]) for name, text in summary(corpus)]
+    [shown] = documents(corpus, ["good-7"])
+    assert shown.text == "odd 7" and shown.meta == {"kind.name": "odd"}
+    assert json.loads((corpus / "rejects" / "longer_than_window.jsonl").read_text())["detail"] == "18 tokens, and a window holds 17"
+
+
+def test_the_stream_brings_labels_with_their_windows_in_any_division(run: Run, tmp_path: Path) -> None:
+    corpus = Path(run(write(tmp_path / "a.jsonl", records()), labels={"label_key": "kind.name"}, shard_windows=7, **BYTES)[""])
+    assert len(read_manifest(corpus).splits["train"].shards) > 3
+    expected = dict(texts_and_labels(corpus, "train"))
+
+    def rows(world: int, first: int = 0) -> Any:
+        plan = Plan(str(corpus), 8, world, 9, 1, labelled=True)
+        ranks = [ordered_steps(local_steps(plan, rank, first), plan, rank, first) for rank in range(world)]
+        return np.stack([np.concatenate(step) for step in zip(*ranks, strict=True)])
+
+    whole = rows(1)
+    np.testing.assert_array_equal(rows(2), whole)
+    np.testing.assert_array_equal(rows(1, 5), whole[5:])
+    assert whole.shape == (9, 8, CONTEXT + 2)
+    for row in whole.reshape(-1, CONTEXT + 2):
+        text = bytes(byte - 4 for byte in row[:row.tolist().index(0)].tolist()).decode()
+        assert expected[text] == [("even", "odd")[row[-1]]]
+
+
+def test_documents_that_are_cut_are_counted_and_lists_are_many_labels(run: Run, tmp_path: Path) -> None:
+    table = pa.table({"text": [f"text {i} {'x' * (20 if i < 3 else 0)}" for i in range(40)],
+                      "tags": [[name for j, name in enumerate(("10", "9", "2")) if i >> j & 1] for i in range(40)]})
+    pq.write_table(table, tmp_path / "b.parquet")
+    result = run(tmp_path / "b.parquet", labels={"label_key": "tags", "multiple": True, "too_long": "cut"}, **BYTES)
+    corpus = Path(result[""])
+    manifest = verify(corpus)
+    assert manifest.labels == ("2", "9", "10") and manifest.multiple_labels and manifest.data["labels"]["cut_documents"] == 3
+    pairs = texts_and_labels(corpus, "train") + texts_and_labels(corpus, "val")
+    expected = [(text[:CONTEXT], sorted(tags, key=int)) for text, tags in zip(*table.to_pydict().values(), strict=True)]
+    assert sorted(pairs) == sorted(expected)
+
+
+def test_a_corpus_that_nothing_can_be_learned_from_is_an_error(run: Run, tmp_path: Path) -> None:
+    one = write(tmp_path / "one.jsonl", [{"text": f"text {i}", "label": "same"} for i in range(30)])
+    with pytest.raises(CorpusError, match="words: every training document has the label same: there is nothing to tell apart"):
+        run(one, labels={}, **BYTES)
+    rare = write(tmp_path / "rare.jsonl", [{"text": f"text {i}", "label": f"label {i}"} for i in range(30)])
+    with pytest.raises(CorpusError, match=r"no training document has the label label \d+ \(1\), .* of the val split.*val_fraction"):
+        run(rare, labels={}, **BYTES)
+    (tmp_path / "plain.txt").write_text("text")
+    with pytest.raises(InputError, match=r"plain.txt is text, and labels are read from jsonl and parquet"):
+        run(tmp_path / "plain.txt", labels={}, **BYTES)
+
+
+def test_what_a_label_may_be() -> None:
+    one, many = Labels(), Labels(multiple=True)
+    assert [labels_of(value, one) for value in (" spam ", 3, 3.0, True, "3")] == [["spam"], ["3"], ["3"], ["true"], ["3"]]
+    assert labels_of([], many) == [] and labels_of(["b", 1], many) == ["b", "1"]
+    for value, rules, reason in ((None, one, "no_label"), ("", one, "no_label"), ({"a": 1}, one, "bad_label"), (["a"], one, "bad_label"),
+                                 ("a", many, "bad_label"), (["a", "a"], many, "bad_label"), ([None], many, "no_label")):
+        with pytest.raises(Refused) as refused:
+            labels_of(value, rules)
+        assert refused.value.reason == reason, value
+    assert ordered({"10", "9", "-1"}) == ["-1", "9", "10"] and ordered({"10", "9", "a"}) == ["10", "9", "a"]
+    with pytest.raises(CorpusError, match="no training document is left with a label"):
+        check_labels({"train": Counter(), "val": Counter()}, many, "c")
+
+
+@pytest.mark.parametrize(("keys", "text"), [
+    ({"labels": {}, "conversations": {}}, "labels: conversations have no labels"),
+    ({"labels": {}, "pack": {"method": "best_fit"}}, "pack.method: a document with a label is a window of its own"),
+    ({"labels": {}, "dedup": "none"}, "dedup.exact: equal texts might have two labels"),
+    ({"labels": {}, "sources": [{"path": "x", "format": "warc"}]}, r"sources.0.format: warc holds no labels"),
+    ({"labels": {"columm": "x"}}, "labels.columm")])
+def test_what_cannot_be_is_refused(keys: dict[str, Any], text: str) -> None:
+    with pytest.raises(SpecError, match=text):
+        load_spec({"kind": "prepare", "name": "c", "sources": ["x"], **keys})

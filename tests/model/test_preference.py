@@ -1,0 +1,108 @@
+"""The loss of pairs of answers and its gradient are those of the paper, by any head, in blocks of any size."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from distlm.model import preference
+from distlm.model.loss import IGNORED
+from distlm.model.preference import PreferenceLoss, Reference, linear_log_probs
+
+VOCABULARY, CONTEXT = 40, 23
+WINDOWS = [((2, 5), (3, 4)), ((1, 9), (1, 7)), ((4, 1), (4, 2))]
+"""(tokens of the prompt, of the answer) of the chosen and of the rejected conversation of each pair."""
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "tie_word_embeddings": True},
+    "gemma2": {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+               "head_dim": 8}}
+"""One whose head is replaced, and one that caps its logits."""
+
+
+def make(family: str) -> Any:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, vocab_size=VOCABULARY, attn_implementation="eager", **FAMILIES[family])
+    return AutoModelForCausalLM.from_config(config)
+
+
+def batch() -> tuple[tuple[torch.Tensor, ...], list[list[tuple[torch.Tensor, int]]]]:
+    """The windows as the loss takes them, and each conversation by itself with the length of its prompt."""
+    random = torch.Generator().manual_seed(1)
+    tokens = torch.zeros(len(WINDOWS), CONTEXT + 1, dtype=torch.int64)
+    targets = torch.full((len(WINDOWS), CONTEXT), IGNORED)
+    positions, rejected = torch.zeros_like(targets), torch.zeros(targets.shape, dtype=torch.bool)
+    alone = []
+    for row, pair in enumerate(WINDOWS):
+        place, conversations = 0, []
+        for second, (prompt, answer) in enumerate(pair):
+            said = torch.randint(1, VOCABULARY, (prompt + answer,), generator=random)
+            end = place + prompt + answer
+            tokens[row, place:end] = said
+            targets[row, place + prompt - 1:end - 1] = said[prompt:]
+            positions[row, place:] = torch.arange(CONTEXT - place)
+            rejected[row, max(0, place - 1):] = bool(second)
+            conversations.append((said, prompt))
+            place = end
+        alone.append(conversations)
+    return (tokens, targets, positions, rejected, torch.arange(len(WINDOWS))), alone
+
+
+def log_prob(model: Any, said: torch.Tensor, prompt: int) -> torch.Tensor:
+    """log pi(y | x): the sum over the answer's tokens."""
+    each = functional.log_softmax(model(said[None, :-1]).logits[0].float(), -1)
+    return sum((each[i - 1, said[i]] for i in range(prompt, len(said))), torch.zeros(()))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_and_gradient_are_equation_7(family: str, smoothing: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("BLOCK_ELEMENTS", "CHUNK_ELEMENTS"):
+        monkeypatch.setattr(preference, name, {"cpu": VOCABULARY * (3 if name == "BLOCK_ELEMENTS" else 2)})
+    inputs, alone = batch()
+    model, beta = make(family), 0.3
+    ours = PreferenceLoss(make(family), beta, smoothing)
+    reference = torch.randn(len(WINDOWS), 2, generator=torch.Generator().manual_seed(2)) - 30
+    ours.reference = Reference(torch.arange(len(WINDOWS)), reference)
+    expected, margins = torch.zeros(()), []
+    for i, (chosen, rejected) in enumerate(alone):
+        margin = beta * ((log_prob(model, *chosen) - reference[i, 0]) - (log_prob(model, *rejected) - reference[i, 1]))
+        expected = expected - (1 - smoothing) * functional.logsigmoid(margin) - smoothing * functional.logsigmoid(-margin)
+        margins.append(float(margin.detach()))
+    loss = ours(*inputs)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(ours.sums, torch.tensor([sum(margins), float(sum(margin > 0 for margin in margins))]))
+    expected.backward()
+    (2 * loss).backward()
+    theirs = dict(model.named_parameters())
+    for name, parameter in ours.model.named_parameters():
+        assert parameter.grad is not None
+        torch.testing.assert_close(parameter.grad / 2, theirs[name].grad, atol=1e-6, rtol=1e-4, msg=name)
+
+
+def test_without_a_reference_the_model_is_its_own() -> None:
+    inputs, alone = batch()
+    ours = PreferenceLoss(make("llama"), 0.1).eval()
+    with torch.no_grad():
+        assert float(ours(*inputs)) == pytest.approx(len(WINDOWS) * math.log(2))
+        found = torch.stack([torch.stack([log_prob(make("llama"), *one) for one in pair]) for pair in alone])
+    torch.testing.assert_close(ours.observed, torch.cat([found, torch.zeros(len(WINDOWS), 2)], 1))
+    ours.reference = Reference(torch.tensor([0, 2]), found[[0, 2]])
+    with torch.no_grad():
+        ours(*inputs)
+    assert ours.observed[:, 2].isnan().tolist() == [False, True, False], "a pair that the reference does not know is no pair of 0"
+
+
+def test_log_probs_have_a_bias_and_no_gradient_for_weights_that_stay() -> None:
+    torch.manual_seed(0)
+    hidden, weight, bias = torch.randn(7, 4, requires_grad=True), torch.randn(9, 4), torch.randn(9, requires_grad=True)
+    targets = torch.arange(7)
+    each = linear_log_probs(hidden, weight, bias, targets)
+    weights = torch.randn(7)
+    by = torch.autograd.grad((each * weights).sum(), [hidden, bias])
+    whole = functional.log_softmax(functional.linear(hidden, weight, bias), 1).gather(1, targets[:, None]).squeeze(1)
+    torch.testing.assert_close(each, whole)
+    for ours, theirs in zip(by, torch.autograd.grad((whole * weights).sum(), [hidden, bias]), strict=True):
+        torch.testing.assert_close(ours, theirs)

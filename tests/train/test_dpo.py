@@ -1,0 +1,175 @@
+"""Preferences are trained on as the paper has it: the same on any number of ranks, from the model as it was at first, bit-equal when a run
+goes on."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from distlm.corpus.bestfit import best_fit_bytes
+from distlm.corpus.manifest import file_xxh3, write_manifest
+from distlm.corpus.stream import NO_LOSS, START, Windows
+from distlm.errors import SpecError
+from distlm.model.build import build_model, model_config
+from distlm.model.export import export_model
+from distlm.spec import TrainSpec, load_spec
+from distlm.storage import Storage
+from distlm.train.recipe import make_recipe
+from distlm.train.schedule import learning_rate
+from tests.train.ranks import CONTEXT, VOCABULARY, losses, make_corpus, make_packed_corpus, metrics, run_ranks, spec
+
+TWO = {"workers": 2}
+SHARDED = {"zero": 3, "deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}}}
+PAIRS = {"train": 26, "val": 5}
+
+
+def make_pairs(folder: Path) -> Path:
+    """A corpus of random pairs: a prompt of two tokens, and answers of which the chosen one repeats its first token."""
+    make_corpus(folder, windows=(1,), val=1)
+    random, data = np.random.default_rng(1), json.loads((folder / "manifest.json").read_text())
+    del data["format"]
+    for split, count in PAIRS.items():
+        tokens, loss, starts = [], [], []
+        for _ in range(count):
+            prompt = random.integers(1, VOCABULARY, 2)
+            for chosen in (True, False):
+                size = int(random.integers(2, 6))
+                answer = np.full(size, random.integers(1, VOCABULARY)) if chosen else random.integers(1, VOCABULARY, size)
+                starts.append(sum(map(len, tokens)))
+                tokens.append(np.concatenate([prompt, answer, [0]]))
+                loss.append(np.arange(len(tokens[-1])) >= len(prompt))
+        whole = np.concatenate(tokens).astype(np.uint16)
+        content, windows, _ = best_fit_bytes(whole, np.asarray(starts), 0, CONTEXT, "uint16", 0, np.concatenate(loss), pairs=True)
+        assert windows == count
+        file = folder / split / "00000.arrow"
+        file.write_bytes(content)
+        padding = windows * (CONTEXT + 1) - len(whole)
+        data["splits"][split] = {"documents": 2 * count, "bytes": 3 * len(whole), "tokens": len(whole), "dropped_tokens": 0,
+                                 "windows": windows, "padding_tokens": padding, "repeated_tokens": 0,
+                                 "shards": [{"file": f"{split}/00000.arrow", "windows": windows, "bytes": len(content),
+                                             "xxh3": file_xxh3(file)}]}
+    write_manifest(folder, {**data, "conversations": {"loss": "assistant", "loss_share": 0.5, "pairs": sum(PAIRS.values())},
+                            "pack": {"method": "pair", "padding_tokens": 0, "padding_share": 0.1, "repeated_tokens": 0}})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus of pairs, and a model."""
+    root = tmp_path_factory.mktemp("dpo")
+    corpus = make_pairs(root / "c")
+    given = spec(corpus)
+    shape = make_recipe(spec(make_corpus(root / "texts")), Storage(root)).shape
+    export_model(build_model(given.model, model_config(given.model, shape), 3), None, corpus / "tokenizer", root / "base", {})
+    return root
+
+
+def tuned(root: Path, **sections: Any) -> TrainSpec:
+    return spec(root / "c", **{"model": {"from": str(root / "base")}, "objective": "dpo", "dpo": {"beta": 0.5, "label_smoothing": 0.1},
+                               "duration": {"steps": 8}, "evaluate": {"every_steps": 4}, "checkpoint": {"every_steps": 4}, **sections})
+
+
+def by_hand(root: Path) -> list[tuple[float, float]]:
+    """(loss, margin) of each step by plain PyTorch: each conversation alone, equation 7, AdamW."""
+    given = tuned(root)
+    recipe = make_recipe(given, Storage(root))
+    made = [build_model(recipe.spec.model, model_config(recipe.spec.model, recipe.shape), 0) for _ in range(2)]
+    model, reference = made
+    optimizer = torch.optim.AdamW([{"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": 0.1},
+                                   {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}], betas=(0.9, 0.95))
+    windows, plan, found = Windows(root / "c"), recipe.plan(), []
+
+    def log_prob(one: Any, said: torch.Tensor, gives: torch.Tensor) -> torch.Tensor:
+        each = functional.log_softmax(one(said[None, :-1]).logits[0], -1).gather(1, said[1:, None])[:, 0]
+        return each[gives[1:]].sum()
+
+    for step in range(recipe.num_steps):
+        places = windows.order(0).locate(plan.samples(step, 0))
+        total, margins = torch.zeros(()), []
+        for tokens, marks in zip(windows.read(*places).astype(np.int64), windows.marks(*places), strict=True):
+            begin, middle = np.flatnonzero(marks & START)
+            rewards = []
+            for part in (slice(begin, middle), slice(middle, None)):
+                said, gives = torch.from_numpy(tokens[part]), torch.from_numpy(marks[part] & NO_LOSS == 0)
+                rewards.append(0.5 * (log_prob(model, said, gives) - log_prob(reference, said, gives).detach()))
+            margin = rewards[0] - rewards[1]
+            total = total - 0.9 * functional.logsigmoid(margin) - 0.1 * functional.logsigmoid(-margin)
+            margins.append(float(margin.detach()))
+        (total / len(margins)).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(given.schedule, 0.01, step, recipe.num_steps)
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append((float(total.detach()) / len(margins), float(np.mean(margins))))
+    return found
+
+
+def test_every_layout_makes_the_papers_steps(root: Path, tmp_path: Path) -> None:
+    runs = {tmp_path / f"zero{zero}": tuned(root, scale=TWO, sharding=SHARDED if zero == 3 else {"zero": zero}) for zero in (0, 2, 3)}
+    run_ranks(runs)
+    alone = tmp_path / "alone"
+    run_ranks({alone: tuned(root)})
+    expected = by_hand(root)
+    assert expected[0] == (pytest.approx(math.log(2)), 0) and expected[-1][1] > 0.05
+    for run in (alone, *runs):
+        np.testing.assert_allclose(losses(run), [loss for loss, _ in expected], rtol=1e-4, err_msg=run.name)
+        steps = [record for record in metrics(run) if "loss" in record]
+        np.testing.assert_allclose([record["reward_margin"] for record in steps], [margin for _, margin in expected], atol=1e-4)
+        assert all(record["pairs"] == 12 for record in steps)
+        first, *_, last = [record for record in metrics(run) if "val_loss" in record]
+        assert first["val_loss"] == pytest.approx(math.log(2)) and first["val_reward_margin"] == first["val_reward_accuracy"] == 0
+        assert last["val_reward_accuracy"] * PAIRS["val"] % 1 == pytest.approx(0) and last["val_chosen_log_prob"] < 0
+
+
+def test_a_run_goes_on_bit_equal_from_the_reference_that_it_has_kept(root: Path, tmp_path: Path) -> None:
+    runs = {tmp_path / "whole": tuned(root, scale=TWO, sharding={"zero": 2}, precision="bf16"),
+            tmp_path / "adapter": tuned(root, scale=TWO, adapter={"rank": 2}, optimizer={"lr": 0.05})}
+    run_ranks(runs)
+    before = {run: (losses(run), (run / "export" / "model.safetensors").read_bytes()) for run in runs}
+    tables = {run: (run / "reference" / "log_probs.npz").stat().st_mtime_ns for run in runs}
+    for run in runs:
+        shutil.rmtree(run / "checkpoints" / "step-000008")
+        shutil.rmtree(run / "export")
+    run_ranks(runs)
+    for run, (steps, weights) in before.items():
+        assert losses(run) == steps and (run / "export" / "model.safetensors").read_bytes() == weights, run.name
+        assert (run / "reference" / "log_probs.npz").stat().st_mtime_ns == tables[run]
+        assert steps[0] == pytest.approx(math.log(2), abs=1e-3) and steps[-1] < steps[0]
+        with np.load(run / "reference" / "log_probs.npz") as table:
+            assert len(table["keys"]) == sum(PAIRS.values()), "what is trained on, and what is evaluated"
+    damaged = tmp_path / "adapter" / "reference" / "log_probs.npz"
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[:-100])
+    shutil.rmtree(tmp_path / "adapter" / "checkpoints" / "step-000008")
+    run_ranks({tmp_path / "adapter": runs[tmp_path / "adapter"]})
+    assert damaged.read_bytes() == whole and losses(tmp_path / "adapter") == before[tmp_path / "adapter"][0]
+
+
+@pytest.mark.parametrize(("given", "message"), [
+    ({"dpo": {"beta": 0}}, "dpo.beta: 0: must be above 0"), ({"dpo": {"beta": -0.1}}, "dpo.beta: -0.1: must be above 0"),
+    ({"dpo": {"label_smoothing": 0.5}}, "dpo.label_smoothing: 0.5: must be below 0.5"),
+    ({"model": {"preset": "llama-tiny"}}, "objective: dpo needs a model that answers already; set model.from"),
+    ({"objective": "sft", "dpo": {"beta": 0.2}}, "dpo: .* has no effect with objective: sft"),
+    ({"regularization": {"label_smoothing": 0.1}}, "regularization.label_smoothing: 0.1 has no effect with objective: dpo; .*dpo.label"),
+    ({"batch": {"global_sequences": 4, "mask_documents": False}}, "batch.mask_documents: false would let one answer see the other"),
+    ({"scale": TWO, "sharding": {"sequence_parallel": 2}}, "sharding.sequence_parallel: cannot be with objective: dpo")])
+def test_what_cannot_be_is_refused(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        load_spec({"kind": "train", "name": "d", "corpus": "c", "model": {"from": "base"}, "objective": "dpo", "duration": {"steps": 2},
+                   **given})
+
+
+def test_a_corpus_is_for_its_objective(root: Path, tmp_path: Path) -> None:
+    chats = make_packed_corpus(tmp_path / "chats", conversations=True)
+    with pytest.raises(SpecError, match="dpo needs pairs of answers, and the corpus chats has conversations"):
+        make_recipe(tuned(root, corpus=str(chats)), Storage(root))
+    for objective in ("sft", "pretrain"):
+        with pytest.raises(SpecError, match=f"{objective} would train on the rejected answers of the corpus c too"):
+            make_recipe(tuned(root, objective=objective, dpo={}), Storage(root))
