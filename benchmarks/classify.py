@@ -3,7 +3,7 @@ logistic regression, over the same folds: accuracy, macro F1, macro ROC AUC (one
 
     python benchmarks/classify.py --write stdlib-labels.jsonl      # the records alone, for the job by itself
     python benchmarks/classify.py --folds 5
-    python benchmarks/classify.py --folds 5 --only 1 --set steps.train.duration.epochs=1        # does it work
+    python benchmarks/classify.py --folds 5 --only 0 --set steps.train.duration.epochs=1        # does it work
 
 Packages with fewer than 20 modules are left out, as are tests and modules of less than 200 characters. A module often names its own
 package, so that words alone tell most of them apart: this is a check of the whole way, not a hard task. Both sides learn from the same
@@ -33,7 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--write", type=Path, help="write the records there, and nothing else")
     parser.add_argument("--folds", type=int, default=5)
-    parser.add_argument("--only", type=int, help="the first so many of them")
+    parser.add_argument("--only", type=int, nargs="+", help="of these, from 0, no others")
     parser.add_argument("--set", action="append", default=[], help="another value of the job, as of `distlm run`")
     options = parser.parse_args()
     found = records()
@@ -45,7 +45,7 @@ def main() -> None:
     print(f"{'fold':>4}  {'':18} " + " ".join(f"{name:>9}" for name in COLUMNS))
     sides = {"TF-IDF, logistic": baseline, "distlm run": run_distlm}
     totals: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
-    for fold in range(options.only or options.folds):
+    for fold in options.only or range(options.folds):
         train, held_out = ([record for record in found if (record["fold"] % options.folds == fold) == out] for out in (False, True))
         for name, side in sides.items():
             scores = side(train, held_out, labels, options)
