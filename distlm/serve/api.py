@@ -57,7 +57,7 @@ def create_app(engine: Engine, card: Card, key: str, metrics: Metrics, *, defaul
     app = FastAPI(title="distlm", version=__version__, docs_url=None, redoc_url=None)
     app.add_middleware(Guard, key=key)
     shown = {"id": card.id, "object": "model", "created": card.created, "owned_by": "distlm", "max_model_len": engine.context,
-             "lineage": card.lineage}
+             "vocab_size": engine.vocabulary, "vocabulary_hash": engine.vocabulary_hash, "lineage": card.lineage}
 
     @app.get("/health")
     async def health(nonce: str = "") -> Response:
@@ -80,7 +80,8 @@ def create_app(engine: Engine, card: Card, key: str, metrics: Metrics, *, defaul
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, http: HttpRequest) -> Response:
         known(body.model)
-        return await answer(body, [await tokens_of(engine, prompt) for prompt in body.prompts], Completion(card.id, engine.tokenizer), http)
+        writer = Completion(card.id, engine.tokenizer, body.return_tokens_as_token_ids)
+        return await answer(body, [await tokens_of(engine, prompt) for prompt in body.prompts], writer, http)
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, http: HttpRequest) -> Response:
@@ -136,7 +137,8 @@ def requests_of(body: Sampling, prompt: list[int], engine: Engine, default_max_t
     limit = body.limit
     if limit is None:
         limit = max(1, min(default_max_tokens, engine.context - len(prompt)))
-    if len(prompt) + limit > engine.context:
+    last = not limit                                       # of a prompt that is scored alone the last token is not read
+    if len(prompt) + limit > engine.context + last:
         raise Refused(400, f"this model's maximum context length is {engine.context} tokens, and {len(prompt) + limit} were asked for: "
                       f"{len(prompt)} in the prompt and {limit} in the completion; shorten the prompt or max_tokens",
                       param="messages" if isinstance(body, ChatRequest) else "prompt", code="context_length_exceeded")
