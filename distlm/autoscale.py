@@ -10,7 +10,7 @@ from collections import Counter
 
 from distlm.errors import ClusterError
 from distlm.progress import Progress
-from distlm.spec import ServeSpec, TrainSpec
+from distlm.spec import EvaluateSpec, ServeSpec, TrainSpec
 
 GROW_S = 900
 """So long nodes are waited for."""
@@ -28,6 +28,11 @@ DATA_CPUS = 1
 def train_bundles(spec: TrainSpec) -> Bundles:
     """The workers and the data stream."""
     return [{"CPU": spec.scale.cpus_per_worker, "GPU": spec.scale.gpus_per_worker}] * spec.scale.workers + [{"CPU": DATA_CPUS}]
+
+
+def evaluate_bundles(spec: EvaluateSpec) -> Bundles:
+    """The workers; an endpoint is asked by the job itself."""
+    return [{"CPU": spec.cpus_per_worker, "GPU": spec.gpus_per_worker}] * (spec.workers if spec.model is not None else 0)
 
 
 def serve_bundles(spec: ServeSpec) -> Bundles:

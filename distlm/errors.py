@@ -70,6 +70,10 @@ class TrainError(DistlmError):
     """Training ended before it was done; `cause` says why."""
 
 
+class EvaluationError(DistlmError):
+    """An evaluation ended before it was done; `cause` says why."""
+
+
 class ServeError(DistlmError):
     """An endpoint could not be brought up, or refused a request."""
 

@@ -33,12 +33,14 @@ OUTPUTS = {
     "train": ("export", "parameters", "loss_first", "loss_last", "val_loss", "val_loss_first", "perplexity", "bits_per_byte",
               "tokens_per_s", "steps", "tokens", "checkpoint"),
     "tune": ("best", "best_spec", "metric", "value", "trials"),
+    "evaluate": ("loss", "perplexity", "bits_per_byte", "accuracy", "ece", "tokens"),
     "serve": ("url", "api_key_file", "model"),
 }
 """Kind -> what `${step.output}` may name; a sweep also has `best.<key>` for every key of its space."""
 TEXTS = ("", "manifest_hash", "export", "checkpoint", "best", "best_spec", "metric", "url", "api_key_file", "model")
 """The outputs that are text; "" is the step itself, a folder. All others are numbers, but for `best.<key>`, which is what its key takes."""
-MAKERS: dict[str, dict[str, tuple[str, ...]]] = {"corpus": {"prepare": ("",)}, "model": {"train": ("", "export"), "tune": ("best",)}}
+MAKERS: dict[str, dict[str, tuple[str, ...]]] = {"corpus": {"prepare": ("",)}, "model": {"train": ("", "export"), "tune": ("best",)},
+                                                 "endpoint": {"serve": ("", "url", "model")}}
 """What a key may take -> the kinds of steps that make it, and the outputs, "" for the step itself, that name it."""
 
 
@@ -136,16 +138,23 @@ def check_references(steps: Mapping[str, Any], step: str, key: KeyPath, text: st
         return
     fit = [f"${{{one}{names[0] and '.'}{names[0]}}}" for one, data in steps.items()
            for names in [MAKERS[wanted].get(str(data.get("kind")))] if names and one != step]
-    raise SpecError(f"{text} is no {wanted}: {other} is a {kind} step", where=where,
-                    remedy=f"did you mean {' or '.join(fit)}?" if fit else f"a {next(iter(MAKERS[wanted]))} step makes one")
+    raise SpecError(f"{text} is no {wanted}: {other} is {a(kind)} step", where=where,
+                    remedy=f"did you mean {' or '.join(fit)}?" if fit else f"{a(next(iter(MAKERS[wanted])))} step makes one")
+
+
+def a(kind: str) -> str:
+    """A kind with its article."""
+    return f"an {kind}" if kind[:1] in "aeiou" else f"a {kind}"
 
 
 def takes(kind: Any, key: KeyPath) -> str:
-    """What a key of a step takes: a corpus, a model, or "" for anything."""
+    """What a key of a step takes: a corpus, a model, an endpoint, or "" for anything."""
     if kind == "tune" and key[0] == "train":
         kind, key = "train", key[1:]
     if kind == "train" and key[:1] == ("corpus",) and key[-1] == "corpus":
         return "corpus"
+    if kind == "evaluate":
+        return str(key[0]) if key in (("corpus",), ("model",), ("endpoint",)) else ""
     return "model" if (kind, key) in (("serve", ("model",)), ("train", ("model", "from"))) else ""
 
 
@@ -211,7 +220,7 @@ def output(steps: Mapping[str, Any], reference: str, where: str) -> tuple[str, s
         return step, name                                  # the sweep has no space: told there
     if name and kind in OUTPUTS and name not in known:
         near = nearest(name, known)
-        raise SpecError(f"${{{reference}}}: a {kind} step has no output {name}", where=where,
+        raise SpecError(f"${{{reference}}}: {a(kind)} step has no output {name}", where=where,
                         remedy=f"did you mean {near}?" if near else f"there are {', '.join(known)}")
     return step, name
 

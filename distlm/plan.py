@@ -6,10 +6,10 @@
 
 from typing import Any
 
-from distlm.autoscale import DATA_CPUS, serve_bundles, total, train_bundles
+from distlm.autoscale import DATA_CPUS, evaluate_bundles, serve_bundles, total, train_bundles
 from distlm.errors import InputError, SpecError
 from distlm.model.find import find_model
-from distlm.spec import PipelineSpec, PrepareSpec, ServeSpec, TrainSpec, TuneSpec
+from distlm.spec import EvaluateSpec, PipelineSpec, PrepareSpec, ServeSpec, TrainSpec, TuneSpec
 from distlm.spec.base import Rule
 from distlm.spec.batch import check_batch
 from distlm.spec.load import Loaded, Spec, located, validate
@@ -32,6 +32,8 @@ def _needs(spec: Spec, storage: Storage) -> Rows:
         return of_train(spec, storage)
     if isinstance(spec, TuneSpec):
         return of_tune(spec, storage)
+    if isinstance(spec, EvaluateSpec):
+        return of_evaluate(spec, storage)
     if isinstance(spec, ServeSpec):
         return of_serve(spec, storage)
     return of_pipeline(spec, storage)
@@ -216,6 +218,48 @@ def described(dimension: Any) -> str:
     name = next(name for name in ("uniform", "loguniform", "choice", "grid") if getattr(dimension, name) is not None)
     values = getattr(dimension, name)
     return f"{name}: {values[0]} to {values[1]}" if name.endswith("uniform") else f"{name}: {', '.join(map(str, values))}"
+
+
+def of_evaluate(spec: EvaluateSpec, storage: Storage) -> Rows:
+    """What another step makes, or does not exist yet, leaves open what depends on it."""
+    from distlm.corpus.manifest import read_manifest
+    from distlm.evaluate.task import make_task
+    from distlm.train.recipe import find_corpus
+
+    rows: Rows = []
+    if others := [name for name in [*spec.corpora, spec.model or ""] if "${" in name]:
+        rows = [("it reads", f"{', '.join(others)}, which other steps make")]
+    else:
+        try:
+            for name in spec.corpora:
+                read_manifest(find_corpus(name, storage))
+            model = str(find_model(spec.model, storage)) if spec.model else ""
+        except InputError as error:
+            rows = [("it reads", f"what is not there yet ({error})")]
+    if not rows:
+        task = make_task(spec, storage)
+        tokens = sum(part.windows * read_manifest(part.corpus).context for part in task.parts)
+        rows = [("corpus" if len(task.parts) == 1 else f"corpus {i}", f"{part.corpus}, {part.windows:,} windows of {spec.split}"
+                 + ", documents kept apart" * part.mask_documents) for i, part in enumerate(task.parts)]
+        rows.append(("tokens", f"{tokens:,}"))
+        rows += of_forward(model, tokens) if model else []
+    need = total(evaluate_bundles(spec))
+    if spec.endpoint is not None:
+        place = spec.endpoint if isinstance(spec.endpoint, str) else spec.endpoint.url
+        return [*rows, ("endpoint", f"{place}, {spec.concurrent} requests at once")]
+    rows += [("workers", str(spec.workers)), ("CPUs", f"{need['CPU']:g}")]
+    return rows + ([("GPUs", f"{need['GPU']:g}")] if need["GPU"] else [])
+
+
+def of_forward(model: str, tokens: int) -> Rows:
+    """Parameters of a checkpoint, and the arithmetic of a forward pass over so many tokens: two operations for each parameter and token,
+    attention not counted."""
+    from transformers import AutoConfig
+
+    from distlm.model.build import num_parameters
+
+    parameters = num_parameters(AutoConfig.from_pretrained(model, local_files_only=True))
+    return [("model", model), ("parameters", f"{parameters:,}"), ("arithmetic", f"{2.0 * parameters * tokens:.2e} FLOPs")]
 
 
 def of_serve(spec: ServeSpec, storage: Storage) -> Rows:

@@ -16,7 +16,7 @@ import xxhash
 from distlm import execute
 from distlm.errors import DistlmError
 from distlm.model.export import export_lacks, file_lacks
-from distlm.spec import PrepareSpec, ServeSpec, TrainSpec, TuneSpec
+from distlm.spec import EvaluateSpec, PrepareSpec, ServeSpec, TrainSpec, TuneSpec
 from distlm.spec.load import Spec
 from distlm.spec.prepare import Source
 from distlm.storage import Storage
@@ -33,6 +33,8 @@ def reads(spec: Spec, storage: Storage) -> list[Any]:
         found += train_reads(found[0])
     elif isinstance(spec, TuneSpec):
         found += tune_reads(spec, storage)
+    elif isinstance(spec, EvaluateSpec):
+        found += evaluate_reads(found[0])
     elif isinstance(spec, ServeSpec):
         found += serve_reads(spec, found[0])
     return found
@@ -64,6 +66,11 @@ def tune_reads(spec: TuneSpec, storage: Storage) -> list[Any]:
     trials = [inputs_of(space.trial_spec(spec, values, spec.name), storage) for values in space.samples(spec)]
     models = {trial["model"]: trial for trial in trials if "model" in trial}
     return [*trials, *(entry for model in sorted(models) for entry in train_reads(models[model]))]
+
+
+def evaluate_reads(inputs: Mapping[str, Any]) -> list[Any]:
+    """The model, or what an endpoint of ours serves, which `inputs` name by its version; corpora stand there by their hashes."""
+    return folder_files(Path(inputs["model"])) if "model" in inputs else []
 
 
 def serve_reads(spec: ServeSpec, inputs: Mapping[str, Any]) -> list[Any]:

@@ -1,7 +1,7 @@
 """Where jobs keep their files: one root, a folder per kind, a folder per name.
 
     root = Storage.find(spec.storage)
-    root.corpus("stdlib"), root.run("py-10m"), root.sweep("lr"), root.endpoint("py"), root.pipeline("quickstart")
+    root.corpus("stdlib"), root.run("py-10m"), root.sweep("lr"), root.evaluation("py"), root.endpoint("py"), root.pipeline("quickstart")
 """
 
 import contextlib
@@ -18,7 +18,8 @@ from typing import Any
 from distlm.errors import StorageError
 
 NO_OBJECT_STORES = "object stores are not supported yet", "name a folder that every node sees, e.g. on NFS, Lustre or a mounted bucket"
-FOLDERS = {"prepare": "corpora", "train": "runs", "tune": "sweeps", "serve": "endpoints", "pipeline": "pipelines"}
+FOLDERS = {"prepare": "corpora", "train": "runs", "tune": "sweeps", "evaluate": "evaluations", "serve": "endpoints",
+           "pipeline": "pipelines"}
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,9 @@ class Storage:
 
     def sweep(self, name: str) -> Path:
         return self.folder("tune", name)
+
+    def evaluation(self, name: str) -> Path:
+        return self.folder("evaluate", name)
 
     def endpoint(self, name: str) -> Path:
         return self.folder("serve", name)

@@ -66,6 +66,16 @@ def of_sweep(made: dict[str, Any]) -> list[tuple[str, str]]:
             (f"best {made['metric']}", f"{made['value']:.3f}"), ("best spec", made["best_spec"])]
 
 
+def of_evaluation(made: dict[str, Any]) -> list[tuple[str, str]]:
+    parts = [(name, corpus) for name, corpus in made["corpora"].items() if len(made["corpora"]) > 1]
+    parts += [(f"{name}: {source}", found) for name, corpus in made["corpora"].items() for source, found in corpus["sources"].items()
+              if len(corpus["sources"]) > 1]
+    return [("tokens", f"{made['tokens']:,} of {made['windows']:,} windows, {made['split']}"), ("loss", shown(made["loss"], ".4f")),
+            ("perplexity", shown(made["perplexity"], ",.2f")), ("bits per byte", shown(made["bits_per_byte"], ".4f")),
+            ("accuracy", shown(made["accuracy"], ".2%")), ("calibration error", shown(made["ece"], ".2%")),
+            *((name, f"loss {shown(found['loss'], '.4f')}, {found['tokens']:,} tokens") for name, found in parts)]
+
+
 def of_endpoint(made: dict[str, Any]) -> list[tuple[str, str]]:
     return [("url", made["url"]), ("key file", made["api_key_file"])]
 
@@ -113,9 +123,10 @@ def base(made: dict[str, Any]) -> str:
     return made["url"].rstrip("/").removesuffix("/v1") + "/v1"
 
 
-ROWS = {"prepare": of_corpus, "train": of_run, "tune": of_sweep, "serve": of_endpoint}
+ROWS = {"prepare": of_corpus, "train": of_run, "tune": of_sweep, "evaluate": of_evaluation, "serve": of_endpoint}
 NEXT = {"prepare": "train on it with `corpus: {name}`; `distlm corpus inspect {name}` shows what it holds",
         "train": "serve it with `kind: serve` and `model: {name}`; its export is what transformers loads",
         "tune": "`distlm run {best}` trains the best one on; `distlm dashboard {name}` shows all side by side",
+        "evaluate": "report.html in its folder has a table of every source, the calibration and the samples",
         "serve": "`distlm query {name} PROMPT` asks it, `distlm stop {name}` ends it"}
 """Kind -> what a user may do now."""

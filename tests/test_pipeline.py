@@ -19,6 +19,7 @@ PREPARE = {"kind": "prepare", "sources": ["stdlib"]}
 TRAIN = {"kind": "train", "corpus": "${prepare}", "model": {"preset": "llama-tiny"}, "duration": {"steps": 3}}
 TUNE: dict[str, Any] = {"kind": "tune", "train": {k: v for k, v in TRAIN.items() if k != "kind"},
                         "space": {"optimizer.lr": {"grid": [0.1, 0.2]}}}
+EVALUATE = {"kind": "evaluate", "model": "${train}", "corpus": "${prepare}"}
 SERVE = {"kind": "serve", "model": "${train}"}
 
 
@@ -94,6 +95,16 @@ def test_steps_run_after_what_they_need_by_reference_or_by_needs() -> None:
      "steps.two: port: a cluster has one address, and one takes 8001, not 8002; set port: 8001 here too, or port: 8002 there"),
     ({"prepare": PREPARE, "train": TRAIN, "one": {**SERVE, "port": 0}, "two": SERVE},
      "steps.two: port: a cluster has one address, and one takes a free one, not 8000; set port: 0 here too, or port: 8000 there"),
+    ({"prepare": PREPARE, "train": TRAIN, "e": {**EVALUATE, "model": "${prepare}"}},
+     "steps.e.model: ${prepare} is no model: prepare is a prepare step; did you mean ${train}"),
+    ({"prepare": PREPARE, "train": TRAIN, "e": {**EVALUATE, "corpus": ["${prepare}", "${train}"]}},
+     "steps.e.corpus: ${train} is no corpus: train is a train step; did you mean ${prepare}?"),
+    ({"prepare": PREPARE, "train": TRAIN, "e": {"kind": "evaluate", "endpoint": "${train}", "corpus": "c"}},
+     "steps.e.endpoint: ${train} is no endpoint: train is a train step; a serve step makes one"),
+    ({"prepare": PREPARE, "train": TRAIN, "e": {**EVALUATE, "windows": "${train}"}},
+     "steps.e: windows: '${train}': must be a whole number"),
+    ({"prepare": PREPARE, "train": {**TRAIN, "seed": "${e.los}"}, "e": {**EVALUATE, "model": "m"}},
+     "an evaluate step has no output los; did you mean loss?"),
     ({"prepare": PREPARE, "train": TRAIN, "one": {**SERVE, "host": "127.0.0.2"}, "two": SERVE}, "one takes 127.0.0.2, not 127.0.0.1"),
 ])
 def test_a_mistake_is_found_before_any_work(given: dict[str, Any], what: str) -> None:
@@ -105,6 +116,8 @@ def test_a_mistake_is_found_before_any_work(given: dict[str, Any], what: str) ->
      "train": {**TRAIN, "corpus": "${tune.best.corpus}"}, "serve": {**SERVE, "model": "${tune.best}"}},
     {"prepare": PREPARE, "train": TRAIN, "serve": {**SERVE, "model": "${train.export}"}, "again": {**TRAIN, "model": {"from": "${train}"}}},
     {"prepare": PREPARE, "train": {**TRAIN, "model": {"preset": "llama-tiny", "context": "${prepare.documents}"}}},
+    {"prepare": PREPARE, "train": TRAIN, "e": EVALUATE, "serve": {**SERVE, "needs": "e"},
+     "ask": {"kind": "evaluate", "endpoint": "${serve}", "corpus": ["${prepare}", "other"]}},
     {"prepare": PREPARE, "train": TRAIN, "one": {**SERVE, "port": 8001}, "two": {**SERVE, "port": 8001}, "three": {**SERVE, "port": 0}},
 ])
 def test_what_may_be_right_is_not_refused(given: dict[str, Any]) -> None:

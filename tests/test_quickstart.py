@@ -35,7 +35,9 @@ def test_a_pipeline_prepares_tunes_trains_and_serves_and_a_rerun_does_nothing_ag
         "tune": {"kind": "tune", "train": {**TRAIN, "duration": {"steps": 6}}, "space": {"optimizer.lr": {"grid": [3e-3]}}},
         "train": {**TRAIN, "kind": "train", "duration": {"steps": 10}, "optimizer": {"lr": "${tune.best.optimizer.lr}"},
                   "scale": {"workers": 2, "threads_per_worker": 1}, "sharding": {"zero": 2}},
-        "serve": {"kind": "serve", "model": "${train}", "port": 0}}
+        "evaluate": {"kind": "evaluate", "model": "${train}", "corpus": "${prepare}", "windows": 4, "prompts": ["1 is"], "max_tokens": 4},
+        "serve": {"kind": "serve", "model": "${train}", "port": 0},
+        "ask": {"kind": "evaluate", "endpoint": "${serve}", "corpus": "${prepare}", "windows": 4}}
     given = {"kind": "pipeline", "name": "whole", "prompt": "1 is followed by", "steps": steps}
     shown, again = Records(), Records()
     with cluster.connect(tmp_path / "driver.log", storage=storage):
@@ -49,6 +51,9 @@ def test_a_pipeline_prepares_tunes_trains_and_serves_and_a_rerun_does_nothing_ag
     rows = {(row[0], row[1]): row[2] for row in table["rows"]}
     assert rows["prepare", "documents"] == "20" and rows["tune", "best"] == "optimizer.lr = 0.003" and "->" in rows["train", "loss"]
     assert rows["serve", "url"] == made["serve.url"] and shlex.split(curl)[1].startswith(made["serve.url"])
+    assert made["evaluate.loss"] == pytest.approx(made["train.val_loss"], abs=0.02)    # which bfloat16 has computed
+    assert made["ask.loss"] == pytest.approx(made["evaluate.loss"], abs=1e-5) and made["ask.accuracy"] == made["evaluate.accuracy"]
+    assert rows["evaluate", "loss"] == f"{made['evaluate.loss']:.4f}" and made["evaluate.samples"][0]["prompt"] == "1 is"
     assert isinstance(answer["choices"][0]["text"], str) and answer["usage"]["prompt_tokens"] == len("1 is followed by")
     assert any("completes:\n1 is followed by" in text for text in shown.notes)
     assert [text for text in again.notes if "skipped" in text] == [f"step {step} is complete and unchanged: skipped" for step in steps]

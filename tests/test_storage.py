@@ -71,8 +71,10 @@ def test_no_name_leads_out_of_the_root(tmp_path, name):
 
 def test_each_kind_has_its_folder(tmp_path):
     storage = Storage(tmp_path)
-    places = [storage.corpus("a"), storage.run("a"), storage.sweep("a"), storage.endpoint("a"), storage.pipeline("a")]
-    assert [p.relative_to(tmp_path).as_posix() for p in places] == ["corpora/a", "runs/a", "sweeps/a", "endpoints/a", "pipelines/a"]
+    places = [storage.corpus("a"), storage.run("a"), storage.sweep("a"), storage.evaluation("a"), storage.endpoint("a"),
+              storage.pipeline("a")]
+    assert [p.relative_to(tmp_path).as_posix() for p in places] == ["corpora/a", "runs/a", "sweeps/a", "evaluations/a", "endpoints/a",
+                                                                    "pipelines/a"]
 
 
 @pytest.mark.parametrize("root", ["s3://bucket/x", "gs://bucket", "hdfs://host/x"])

@@ -6,9 +6,11 @@ Both are made from the lists that the encoding tasks write, one for each partiti
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from distlm.corpus.accounts import account
 from distlm.corpus.split import HASH_BYTES
@@ -54,6 +56,14 @@ def open_documents(corpus: Path) -> pq.ParquetFile:
         return pq.ParquetFile(path)
     except (OSError, pa.ArrowException) as error:
         raise CorpusError(f"cannot be read: {error}", where=str(path), remedy="prepare the corpus again") from None
+
+
+def read_origins(corpus: Path, split: str) -> NDArray[np.int32]:
+    """int32[documents]: of each document of a split, by its number, the place of its source in inputs.json. Raises what `open_documents`
+    raises."""
+    batches = open_documents(corpus).iter_batches(ROW_GROUP, columns=["split", "origin"])
+    found = [batch["origin"].filter(pc.equal(batch["split"], split)).to_numpy() for batch in batches]
+    return np.concatenate([np.zeros(0, np.int32), *found])
 
 
 def count_sources(lists: Sequence[Path], sources: int, splits: Sequence[str]) -> dict[int, dict[str, dict[str, int]]]:

@@ -125,6 +125,7 @@ class Windows:
         self.manifest: Manifest = read_manifest(self.folder)
         self.shards = self.manifest.splits[split].shards
         self._open: dict[int, pa.RecordBatch] = {}
+        self._before = [0]
 
     def order(self, seed: int) -> Order:
         return Order(tuple(shard.windows for shard in self.shards), seed)
@@ -161,6 +162,25 @@ class Windows:
             else:
                 labels[here, 0] = found.flatten().to_numpy()
         return labels
+
+    def documents(self, shards: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """int64[n, context + 1]: the number in its split of the document that each token of the windows at (shard, row) is of; of padding,
+        that of the document before it."""
+        numbers = np.empty((len(rows), self.manifest.context + 1), dtype=np.int64)
+        for shard in np.unique(shards):
+            here = shards == shard
+            numbers[here] = _documents(self._shard(int(shard)), rows[here], numbers.shape[1], self._documents_before(int(shard)))
+        return numbers
+
+    def _documents_before(self, shard: int) -> int:
+        """How many documents of the split begin before a shard, but for those that begin with its first token; none where shards tell the
+        numbers of their documents."""
+        if self.manifest.best_fit:
+            return 0
+        while len(self._before) <= shard:
+            starts = self._shard(len(self._before) - 1)["starts"].values.to_numpy()
+            self._before.append(self._before[-1] + int((starts < self.manifest.context).sum()))
+        return self._before[shard]
 
     def first(self, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """(shard, row), both int64[n], of the first `count` windows in file order."""
@@ -210,6 +230,22 @@ def _marks(batch: pa.RecordBatch, rows: NDArray[np.int64], size: int) -> NDArray
         gives = batch["loss"].take(pa.array(rows)).flatten().to_numpy(zero_copy_only=False).reshape(-1, size)
         marks[~gives] |= NO_LOSS
     return marks
+
+
+def _documents(batch: pa.RecordBatch, rows: NDArray[np.int64], size: int, before: int) -> NDArray[np.int64]:
+    """int64[len(rows), size], from the columns of a shard before which `before` documents begin. One that begins with the last token of a
+    window begins with the first one of the next too."""
+    edges, starts = batch["starts"].offsets.to_numpy(), batch["starts"].values.to_numpy()
+    begun = np.concatenate([[0], np.cumsum(starts < size - 1)])[edges]         # in the windows before
+    numbers = np.empty((len(rows), size), dtype=np.int64)
+    for line, row in enumerate(rows.tolist()):
+        here = slice(int(edges[row]), int(edges[row + 1]))
+        nth = np.searchsorted(starts[here], np.arange(size), "right")
+        if "documents" in batch.schema.names:              # packed by best-fit
+            numbers[line] = batch["documents"].values.to_numpy()[here][nth - 1]
+        else:
+            numbers[line] = before + begun[row] + nth - 1
+    return numbers
 
 
 @lru_cache(maxsize=256)

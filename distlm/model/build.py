@@ -49,7 +49,7 @@ class Shape:
 def model_config(spec: ModelSpec, shape: Shape, dropout: float | None = None) -> "PreTrainedConfig":
     """The configuration that the spec describes, with `dropout` wherever the family has one. Raises SpecError for one that transformers
     does not accept, and InputError for a checkpoint that is missing or does not fit the corpus."""
-    config = _checkpoint_config(Path(spec.source), shape) if spec.source is not None else _new_config(spec, shape)
+    config = checkpoint_config(Path(spec.source), shape) if spec.source is not None else _new_config(spec, shape)
     _give_labels(config, shape, spec)
     if spec.mup:
         check_mup(config)
@@ -132,10 +132,12 @@ def _new_config(spec: ModelSpec, shape: Shape) -> "PreTrainedConfig":
     return config
 
 
-def _checkpoint_config(folder: Path, shape: Shape) -> "PreTrainedConfig":
+def checkpoint_config(folder: Path, shape: Shape, key: str = "model.from") -> "PreTrainedConfig":
+    """The configuration of a checkpoint. `key` is the spec's key, for the error. Raises InputError for one that is not whole, or does not
+    fit the corpus."""
     from transformers import AutoConfig
 
-    where = f"model.from: {folder}"
+    where = f"{key}: {folder}"
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:

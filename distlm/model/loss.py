@@ -1,11 +1,12 @@
 """What a model is trained on: the cross-entropy of the next token, or of labels, summed, so that the caller divides by the global count
-once."""
+once; and what a model says of each token by itself."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -59,6 +60,49 @@ class CausalLoss(nn.Module):
             return summed_cross_entropy(logits if kept is None else logits[kept], targets, self.penalties)
         head.targets, head.kept = targets, kept
         return self.model(**inputs).logits
+
+
+class TokenScores(NamedTuple):
+    """What a model says of each token that gives loss; 0 where a target is IGNORED. All [batch, context]."""
+
+    logprobs: torch.Tensor
+    """float32: log p(target), in nats."""
+    best: torch.Tensor
+    """int64: the likeliest token, of equal ones the first."""
+    confidences: torch.Tensor
+    """float32: the probability of the likeliest token."""
+
+
+def token_scores(model: "PreTrainedModel", tokens: torch.Tensor, targets: torch.Tensor | None = None,
+                 positions: torch.Tensor | None = None) -> TokenScores:
+    """What `model` says of each token, by chunks: whole float32 logits are never there, nor whole logits in the families of PLAIN_HEADS.
+    Arguments are those of `CausalLoss`; the model's head may be one of its own or a LossHead. Gradients flow through `logprobs`."""
+    targets = tokens[:, 1:] if targets is None else targets
+    kept = targets != IGNORED
+    inputs = {"input_ids": tokens[:, :-1], "use_cache": False, "return_dict": True,
+              **({} if positions is None else {"position_ids": positions})}
+    head: Any = model.get_output_embeddings()
+    if model.config.model_type in PLAIN_HEADS and isinstance(head, nn.Linear | LossHead):
+        rows, weight, bias = model.base_model(**inputs).last_hidden_state[kept], head.weight, head.bias
+    else:
+        rows, weight, bias = model(**inputs).logits[kept], None, None
+    width = rows.shape[1] if weight is None else len(weight)
+    size = max(1, BLOCK_ELEMENTS[_kind(rows)] // width)
+    parts = [(rows[i:i + size], targets[kept][i:i + size], weight, bias) for i in range(0, max(len(rows), 1), size)]
+    again = torch.is_grad_enabled()                        # a block's logits are computed again for its gradient
+    found = [checkpoint(_scores, *part, use_reentrant=False) if again else _scores(*part) for part in parts]
+    logprobs, best, confidences = (torch.cat(each) for each in zip(*found, strict=True))
+    blank = torch.zeros(targets.shape, dtype=torch.float32, device=rows.device)
+    return TokenScores(blank.masked_scatter(kept, logprobs), blank.long().masked_scatter(kept, best),
+                       blank.masked_scatter(kept, confidences))
+
+
+def _scores(rows: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    """(log p(target), the likeliest token, its probability) of hidden states, or of logits where there is no `weight`; all [rows]."""
+    logits = (rows if weight is None else functional.linear(rows, weight, bias)).float()
+    log_sum = logits.logsumexp(1)
+    highest, best = logits.detach().max(1)
+    return logits.gather(1, targets[:, None])[:, 0] - log_sum, best, (highest - log_sum.detach()).exp()
 
 
 class LossHead(nn.Module):

@@ -24,8 +24,9 @@ class Completion:
     whole = part = "text_completion"
     prefix = "cmpl"
 
-    def __init__(self, model: str, tokenizer: Any) -> None:
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(self, model: str, tokenizer: Any, as_ids: bool = False) -> None:
+        self.model, self.tokenizer, self.as_ids = model, tokenizer, as_ids
+        self._texts: dict[int, str] = {}
         self.id, self.created = f"{self.prefix}-{uuid.uuid4().hex}", int(time.time())
         self._offsets: dict[int, int] = {}
 
@@ -41,19 +42,21 @@ class Completion:
         return {"index": index, "text": text, "logprobs": self._logprobs(index, tokens) if tokens else None, "finish_reason": reason}
 
     def _logprobs(self, index: int, tokens: Sequence[Token]) -> dict[str, Any]:
-        texts = [self.spell(token.id) for token in tokens]
         offsets = []
-        for text in texts:
+        for token in tokens:
             offsets.append(self._offsets.get(index, 0))
-            self._offsets[index] = offsets[-1] + len(text)
-        top = [{self.spell(i): p for i, p in (*token.top, (token.id, token.logprob))} if token.top else None for token in tokens]
-        return {"tokens": texts, "token_logprobs": [token.logprob for token in tokens], "top_logprobs": top if any(top) else None,
-                "text_offset": offsets}
+            self._offsets[index] = offsets[-1] + len(self.spell(token.id))
+        name = "token_id:{}".format if self.as_ids else self.spell
+        top = [{name(i): p for i, p in (*token.top, (token.id, token.logprob))} if token.top else None for token in tokens]
+        return {"tokens": [name(token.id) for token in tokens], "token_logprobs": [token.logprob for token in tokens],
+                "top_logprobs": top if any(top) else None, "text_offset": offsets}
 
     def spell(self, token: int) -> str:
         """A token's text; its name in the vocabulary where its bytes are no whole characters."""
-        text = self.tokenizer.decode([token], clean_up_tokenization_spaces=False)
-        return str(self.tokenizer.convert_ids_to_tokens(token)) if "\ufffd" in text else text
+        if token not in self._texts:
+            text = self.tokenizer.decode([token], clean_up_tokenization_spaces=False)
+            self._texts[token] = str(self.tokenizer.convert_ids_to_tokens(token)) if "\ufffd" in text else text
+        return self._texts[token]
 
 
 class Chat(Completion):

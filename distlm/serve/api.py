@@ -59,7 +59,7 @@ def create_app(engine: Engine | Classifier, card: Card, key: str, metrics: Metri
     app = FastAPI(title="distlm", version=__version__, docs_url=None, redoc_url=None)
     app.add_middleware(Guard, key=key)
     shown = {"id": card.id, "object": "model", "created": card.created, "owned_by": "distlm", "max_model_len": engine.context,
-             "lineage": card.lineage}
+             "vocab_size": engine.vocabulary, "vocabulary_hash": engine.vocabulary_hash, "lineage": card.lineage}
 
     @app.get("/health")
     async def health(nonce: str = "") -> Response:
@@ -84,7 +84,7 @@ def create_app(engine: Engine | Classifier, card: Card, key: str, metrics: Metri
         known(body.model)
         language = language_model()
         prompts = [await tokens_of(language, prompt) for prompt in body.prompts]
-        return await answer(body, prompts, Completion(card.id, engine.tokenizer), http)
+        return await answer(body, prompts, Completion(card.id, engine.tokenizer, body.return_tokens_as_token_ids), http)
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, http: HttpRequest) -> Response:
@@ -160,7 +160,8 @@ def requests_of(body: Sampling, prompt: list[int], engine: Engine, default_max_t
     limit = body.limit
     if limit is None:
         limit = max(1, min(default_max_tokens, engine.context - len(prompt)))
-    if len(prompt) + limit > engine.context:
+    last = not limit                                       # of a prompt that is scored alone the last token is not read
+    if len(prompt) + limit > engine.context + last:
         raise Refused(400, f"this model's maximum context length is {engine.context} tokens, and {len(prompt) + limit} were asked for: "
                       f"{len(prompt)} in the prompt and {limit} in the completion; shorten the prompt or max_tokens",
                       param="messages" if isinstance(body, ChatRequest) else "prompt", code="context_length_exceeded")

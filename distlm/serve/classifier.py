@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 
 from distlm.errors import ServeError
 from distlm.model.build import load_model
+from distlm.model.vocabulary import vocabulary_hash
 from distlm.serve.engine import EngineFull, NoMemory
 from distlm.serve.metrics import Metrics
 from distlm.serve.torch_engine import DTYPES, context_of, out_of_memory
@@ -32,6 +33,7 @@ class TorchClassifier:
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         config = self.model.config
         self.context, self.vocabulary = context_of(config), int(self.model.get_input_embeddings().num_embeddings)
+        self.vocabulary_hash = vocabulary_hash(Path(folder))
         self.labels = [str(config.id2label[i]) for i in range(config.num_labels)]
         self.multiple = config.problem_type == "multi_label_classification"
         if config.get_text_config().pad_token_id is None:

@@ -32,7 +32,7 @@ class Request:
     prompt: tuple[int, ...]
     """At least one token."""
     max_tokens: int
-    """0 only scores the prompt."""
+    """0 only scores the prompt, which may then have one token more than the context: nothing follows its last one."""
     temperature: float = 0.0
     """0 takes the likeliest token, as `generate(do_sample=False)` does."""
     top_p: float = 1.0
@@ -77,6 +77,9 @@ class Classifier(Protocol):
     tokenizer: Any
     context: int
     """Tokens of a text, at most."""
+    vocabulary: int
+    vocabulary_hash: str | None
+    """What stands for the tokenizer's vocabulary, as model/vocabulary.py has it."""
     multiple: bool
     """Whether a text may have any number of labels."""
 
@@ -95,6 +98,8 @@ class Engine(Protocol):
     context: int
     """Tokens of prompt and completion together, at most."""
     vocabulary: int
+    vocabulary_hash: str | None
+    """What stands for the tokenizer's vocabulary, as model/vocabulary.py has it."""
 
     def generate(self, requests: Sequence[Request]) -> AsyncIterator[tuple[int, Chunk]]:
         """Chunks with the place of their request. Closing the iterator cancels what is left. Raises EngineFull, EngineFailed,

@@ -87,6 +87,8 @@ class CompletionRequest(Sampling):
         list[Annotated[list[int], Field(min_length=1)]], Field(min_length=1, max_length=2048)]
     echo: bool = False
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    return_tokens_as_token_ids: bool = False
+    """Write the tokens of logprobs as `token_id:17`, since several tokens may have one text; vLLM's name for it."""
 
     @property
     def prompts(self) -> list[str | list[int]]:

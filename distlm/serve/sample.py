@@ -7,6 +7,8 @@ import torch
 
 from distlm.serve.engine import Request, Token
 
+CHUNK_ELEMENTS = 1 << 23
+"""Log-probabilities that are there at once: those of a long prompt would be many times its logits in bfloat16."""
 IMPOSSIBLE = -9999.0
 """The log-probability of what cannot be, as OpenAI and vLLM write it: JSON has no infinity."""
 
@@ -38,10 +40,18 @@ def choose(logits: torch.Tensor, requests: Sequence[Request], sources: Sequence[
 
 def score(logits: torch.Tensor, ids: Sequence[int], num_top: int) -> list[Token]:
     """The log-probabilities of `ids` under logits [len(ids), vocabulary], and the `num_top` likeliest at each place."""
+    found, size = list[Token](), max(1, CHUNK_ELEMENTS // logits.shape[1])
+    for first in range(0, len(ids), size):
+        found += _score(logits[first:first + size], ids[first:first + size], num_top)
+    return found
+
+
+def _score(logits: torch.Tensor, ids: Sequence[int], num_top: int) -> list[Token]:
     logprobs = logits.float().log_softmax(-1).nan_to_num(nan=IMPOSSIBLE, neginf=IMPOSSIBLE)
     own = logprobs.gather(-1, torch.tensor(list(ids), device=logits.device)[:, None])[:, 0].tolist()
     if not num_top:
         return [Token(token, value, ()) for token, value in zip(ids, own, strict=True)]
-    values, places = logprobs.topk(num_top)
+    # by the logits: of two that are nearly equal, the log-probabilities may be equal
+    places = logits.argmax(-1, keepdim=True) if num_top == 1 else logits.topk(num_top).indices
     return [Token(token, value, tuple(zip(place, best, strict=True)))
-            for token, value, place, best in zip(ids, own, places.tolist(), values.tolist(), strict=True)]
+            for token, value, place, best in zip(ids, own, places.tolist(), logprobs.gather(-1, places).tolist(), strict=True)]

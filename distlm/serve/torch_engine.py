@@ -26,6 +26,7 @@ from transformers.cache_utils import DynamicLayer
 
 from distlm.errors import ServeError
 from distlm.model.build import load_model
+from distlm.model.vocabulary import vocabulary_hash
 from distlm.serve.engine import Chunk, EngineFailed, EngineFull, NoMemory, Request, Token
 from distlm.serve.metrics import Metrics
 from distlm.serve.sample import choose, score
@@ -106,6 +107,7 @@ class TorchEngine:
         self.model: Any = model.to(self.device).eval()
         self.context = context_of(self.model.config)
         self.vocabulary: int = self.model.get_input_embeddings().num_embeddings
+        self.vocabulary_hash = vocabulary_hash(Path(folder))
         ends = self.model.generation_config.eos_token_id
         ends = self.tokenizer.eos_token_id if ends is None else ends
         self.ends = frozenset([] if ends is None else [ends] if isinstance(ends, int) else ends)
@@ -126,7 +128,7 @@ class TorchEngine:
     def generate(self, requests: Sequence[Request]) -> Stream:
         """Chunks with the place of their request, from within a running asyncio loop. Raises EngineFull and EngineFailed at once."""
         for request in requests:
-            assert request.prompt and len(request.prompt) + request.max_tokens <= self.context, "the API checks this"
+            assert request.prompt and len(request.prompt) + (request.max_tokens or -1) <= self.context, "the API checks this"
         stream = Stream(len(requests))
         channel = Channel(stream.loop, stream.queue, weakref.ref(stream))
         with self._wake:
@@ -210,14 +212,17 @@ class TorchEngine:
             self.metrics.waiting.set(len(self._waiting))
 
     def _prefill(self, running: Running) -> None:
-        """Run the prompt, and take the first token from its last logits."""
+        """Run the prompt, and take the first token from its last logits. Where none is to follow, its last token is not run."""
         request = running.request
         prompt = request.prompt
+        read, tokens = prompt if request.max_tokens else prompt[:-1], list[Token]()
         scored = request.echo and request.logprobs is not None
-        cache, logits = self._forward(prompt, keep=0 if scored else 1)
-        tokens: list[Token] = []
+        if read and (scored or request.max_tokens):
+            cache, logits = self._forward(read, keep=0 if scored else 1)
         if scored:
-            tokens = [Token(prompt[0], None, ()), *score(logits[:-1], prompt[1:], request.logprobs or 0)]
+            tokens = [Token(prompt[0], None, ())]
+            if prompt[1:]:
+                tokens += score(logits[:len(prompt) - 1], prompt[1:], request.logprobs or 0)
         text = self.tokenizer.decode(prompt, skip_special_tokens=True, clean_up_tokenization_spaces=False) if request.echo else ""
         self.metrics.prompt_tokens.inc(len(prompt))
         if not request.max_tokens:

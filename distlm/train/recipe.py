@@ -351,11 +351,11 @@ def find_corpus(name: str, storage: Storage, where: str = "corpus") -> Path:
     return folder
 
 
-def check_tokenizer(model: Path, manifest: Manifest) -> None:
+def check_tokenizer(model: Path, manifest: Manifest, key: str = "model.from") -> None:
     """Raises InputError where a checkpoint brings another tokenizer than the corpus's: its weights would read other tokens."""
     ours, theirs = manifest.tokenizer / "tokenizer.json", model / "tokenizer.json"
     if theirs.is_file() and read_json(ours).get("model") != read_json(theirs).get("model"):
-        raise InputError(f"the tokenizer of the checkpoint is not that of the corpus {manifest.name}", where=f"model.from: {model}",
+        raise InputError(f"the tokenizer of the checkpoint is not that of the corpus {manifest.name}", where=f"{key}: {model}",
                          remedy=f"prepare the corpus with tokenizer: {{from: {model}}}")
 
 

@@ -152,3 +152,47 @@ def test_penalties_are_in_the_gradient_and_the_value_is_the_plain_loss(family: s
             assert (p.grad - expected[name]).norm() <= 1e-5 * expected[name].norm(), name
     with torch.no_grad():
         assert wrapped(tokens).item() == plain
+
+
+@pytest.mark.parametrize(("family", "headed"), [("llama", False), ("llama", True), ("gpt2", False), ("gemma3_text", False)])
+def test_the_scores_of_each_token_are_those_of_whole_logits(family: str, headed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(loss.BLOCK_ELEMENTS, "cpu", 97 * 7)
+    values = {"vocab_size": 97, "n_embd": 32, "n_layer": 1, "n_head": 2} if family == "gpt2" else {**TINY, "head_dim": 8}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **values, **({"final_logit_softcapping": 2.0} if family == "gemma3_text" else {}))
+    model = AutoModelForCausalLM.from_config(config).eval()
+    torch.nn.init.normal_(model.get_output_embeddings().weight, std=0.3)
+    tokens = torch.randint(0, 97, (3, 20))
+    targets = torch.where(torch.rand(3, 19) < 0.3, loss.IGNORED, tokens[:, 1:])
+    logits = model(input_ids=tokens[:, :-1]).logits
+    whole, kept = logits.double().log_softmax(-1), targets != loss.IGNORED
+    if headed:
+        loss.CausalLoss(model)                             # which replaces the head
+    with torch.no_grad():
+        found = loss.token_scores(model, tokens, targets)
+        silent = loss.token_scores(model, tokens, torch.full_like(targets, loss.IGNORED))
+    wanted = whole.gather(-1, tokens[:, 1:, None])[..., 0]
+    torch.testing.assert_close(found.logprobs, torch.where(kept, wanted, 0).float())
+    assert torch.equal(found.best, torch.where(kept, logits.argmax(-1), 0))
+    torch.testing.assert_close(found.confidences, torch.where(kept, whole.exp().amax(-1), 0).float())
+    assert not any(one.any() for one in silent) and silent.logprobs.shape == targets.shape
+
+    (gradient,) = torch.autograd.grad(loss.token_scores(model, tokens).logprobs.sum(), model.get_output_embeddings().weight)
+    (expected,) = torch.autograd.grad(wanted.sum(), model.get_output_embeddings().weight)
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_whole_logits_are_never_there_for_the_scores_of_a_plain_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(loss.BLOCK_ELEMENTS, "cpu", 97 * 7)
+    model, sizes = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **TINY)), []
+    linear = functional.linear
+
+    def counted(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        sizes.append((rows.shape[0], weight.shape[0]))
+        return linear(rows, weight, bias)
+
+    monkeypatch.setattr(loss.functional, "linear", counted)
+    with torch.no_grad():
+        loss.token_scores(model, torch.randint(0, 97, (3, 20)))
+    blocks = [rows for rows, width in sizes if width == 97]
+    assert max(blocks) <= 7 and sum(blocks) == 57

@@ -154,6 +154,26 @@ def test_echo_and_logprobs_score_a_prompt_as_lm_eval_asks(server: Server) -> Non
     assert scored["choices"][0]["text"] == "the cat sat" and scored["usage"]["completion_tokens"] == 0
 
 
+def test_a_prompt_that_is_scored_alone_may_have_one_token_more_than_the_context(server: Server) -> None:
+    ids = [7 + i % 90 for i in range(129)]
+    fields = {"echo": True, "logprobs": 1, "return_tokens_as_token_ids": True}
+    whole = server.complete(prompt=[ids, ids[:128], ids[:1]], max_tokens=0, **fields)["choices"]
+    told = [choice["logprobs"] for choice in whole]
+    assert told[0]["tokens"] == [f"token_id:{token}" for token in ids] and len(told[2]["tokens"]) == 1
+    assert told[0]["token_logprobs"][:128] == pytest.approx([None, *told[1]["token_logprobs"][1:]], abs=1e-5)
+    with torch.inference_mode():
+        logits = server.engine.model(torch.tensor([ids[:-1]])).logits[0]
+    wanted = logits.log_softmax(-1)
+    for place, (value, top) in enumerate(zip(told[0]["token_logprobs"][1:], told[0]["top_logprobs"][1:], strict=True)):
+        assert value == pytest.approx(float(wanted[place, ids[place + 1]]), abs=1e-5)
+        assert max(top, key=top.get) == f"token_id:{int(logits[place].argmax())}" and len(top) <= 2
+    [spelled] = server.complete(prompt=[ids], max_tokens=0, echo=True, logprobs=1)["choices"]
+    assert spelled["logprobs"]["text_offset"] == told[0]["text_offset"]
+    for tokens, limit in ((130, 0), (129, 1), (128, 1)):
+        status, error = server.refused(prompt=[5] * tokens, max_tokens=limit, **fields)
+        assert status == 400 and error["code"] == "context_length_exceeded"
+
+
 def test_chat_logprobs(server: Server) -> None:
     body = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 3, "temperature": 0}
     answer = server.http.post("/v1/chat/completions", json={**body, "logprobs": True, "top_logprobs": 2}).json()

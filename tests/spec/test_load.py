@@ -12,6 +12,7 @@ from distlm.spec.load import dump, to_yaml, validate
 TRAIN = "kind: train\nname: a\ncorpus: c\nmodel: {preset: llama-tiny}\nduration: {steps: 3}\n"
 PREPARE = "kind: prepare\nname: a\n"
 TUNE = "kind: tune\nname: a\ntrain: base.yaml\n"
+EVALUATE = "kind: evaluate\nname: a\ncorpus: c\n"
 IS_NAME = "letters, digits, '.', '_' and '-', starting with a letter or digit, 100 at most"
 IS_CORPUS = "must be text, or a list of sections with corpus and weight; a number is put in quotes"
 OPTIMIZER = "name, lr, weight_decay, betas, eps, momentum, beta2_decay, clip, groups"
@@ -20,12 +21,12 @@ FORMS = {
     # whole files
     "": ": the file is empty; a spec is a mapping that begins with `kind:`",
     "- a\n- b\n": ": this is no mapping; a spec is a mapping that begins with `kind:`",
-    "name: a\n": ":1: the key kind is missing; one of prepare, train, tune, serve, pipeline",
-    "kind:\nname: a\n": ":1: kind: the key kind is missing; one of prepare, train, tune, serve, pipeline",
+    "name: a\n": ":1: the key kind is missing; one of prepare, train, tune, evaluate, serve, pipeline",
+    "kind:\nname: a\n": ":1: kind: the key kind is missing; one of prepare, train, tune, evaluate, serve, pipeline",
     "\n# a remark\nknid: train\nname: a\n": ":3: knid: unknown key; did you mean kind?",
     "kind: trian\n": ":1: kind: unknown kind 'trian'; did you mean train?",
     "kind: [train]\n": ":1: kind: unknown kind ['train']; did you mean train?",
-    "kind: 3\n": ":1: kind: unknown kind 3; one of prepare, train, tune, serve, pipeline",
+    "kind: 3\n": ":1: kind: unknown kind 3; one of prepare, train, tune, evaluate, serve, pipeline",
     # keys
     TRAIN + "optimiser: {lr: 1}\n": ":6: optimiser: unknown key; did you mean optimizer?",
     TRAIN + "optimizer: {learning_rate: 1}\n": f":6: optimizer.learning_rate: unknown key; there are {OPTIMIZER}",
@@ -54,6 +55,14 @@ FORMS = {
     TRAIN + "schedule: {name: cosin}\n":
         ":6: schedule.name: 'cosin' is not one of cosine, linear, constant, inverse_sqrt, wsd; did you mean cosine?",
     TRAIN + "sharding: {zero: 4}\n": ":6: sharding.zero: 4 is not one of 0, 1, 2, 3",
+    EVALUATE + "model: m\nsplit: vall\n": ":5: split: 'vall' is not one of train, val, test; did you mean val?",
+    EVALUATE + "model: m\nwindows: 0\n": ":5: windows: 0: must be at least 1",
+    EVALUATE.replace(": c", ": [a, 3]") + "model: m\n":
+        ":3: corpus: ['a', 3]: must be text, or a list of texts; a number is put in quotes",
+    EVALUATE.replace(": c", ": []") + "model: m\n": ":3: corpus: []: must name a corpus",
+    EVALUATE + "endpoint: {url: 'http://x', model: m}\n": ":4: endpoint.api_key_file: this key is missing; a file of mode 600 with the key "
+        "that it takes",
+    EVALUATE + "endpoint: 3\n": ":4: endpoint: 3: must be text, or a section with url, api_key_file and model",
     PREPARE + "sources: stdlib\n": ":3: sources: 'stdlib': must be a list; write [stdlib]",
     PREPARE + "sources: []\n": ":3: sources: []: must have 1 entries at least, not 0",
     TUNE.replace("base.yaml", "3") + "space: {seed: {grid: [1]}}\n": ":3: train: 3: must be a section or text",
@@ -160,6 +169,12 @@ RULES = {
     TRAIN + "optimizer: {name: muon, clip: 2}\nsharding: {zero: 2}\n":
         ":6: optimizer.clip: 2 would clip muon's orthogonal updates under ZeRO-2, not the gradient; set clip: 0, which muon does not "
         "need, or zero: 0",
+    EVALUATE: ":1: exactly one of model, endpoint must be given, not none",
+    EVALUATE + "model: m\nendpoint: e\n": ":1: exactly one of model, endpoint must be given, not model and endpoint",
+    EVALUATE + "endpoint: {url: x, api_key_file: k}\n": ":4: endpoint.url: 'x': must begin with http:// or https://",
+    EVALUATE + "endpoint: e\nworkers: 2\n": ":5: workers: 2 has no effect with an endpoint; leave it out",
+    EVALUATE + "model: m\nconcurrent: 2\n": ":5: concurrent: 2 has no effect without an endpoint; leave it out",
+    EVALUATE.replace(": c", ": [b, b]") + "model: m\n": ":3: corpus: b is there twice; give it once",
     PREPARE + "sources: [a]\ntokenizer: {from: x, vocab_size: 300}\n":
         ":4: tokenizer.vocab_size: 300 has no effect beside from; leave it out",
     PREPARE + "sources: [a]\ntokenizer: {train: bytes, sample_bytes: 9}\n":
@@ -174,6 +189,8 @@ RIGHT = [
     PREPARE + "sources: [a, {path: b, format: text}]\ntokenizer: {from: t}\n",
     PREPARE + "sources: [a]\ntokenizer: {train: bytes}\n", TRAIN + "schedule: {name: constant}\n",
     TUNE + "space: {optimizer.lr: {loguniform: [1e-4, 1e-2]}, seed: {grid: [1, 2]}}\nasha: {grace_steps: 3}\n",
+    EVALUATE + "model: m\nprompts: [a]\nmax_tokens: 3\n", EVALUATE.replace(": c", ": [a, b]") + "endpoint: e\n",
+    EVALUATE + "endpoint: {url: 'http://x/v1', api_key_file: k}\n",
     "kind: serve\nname: a\nmodel: m\n", "kind: pipeline\nname: a\nsteps: {one: {kind: serve, model: '${two}'}, two: {file: b.yaml}}\n",
 ]
 

@@ -1,0 +1,171 @@
+"""The evaluate job: workers that score batches of windows, or an endpoint that does, and what comes of it.
+
+A batch has the same windows whoever takes it, and sums of batches are added in their order: the result is the same with any number of
+workers.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from distlm.autoscale import evaluate_bundles, require
+from distlm.corpus.manifest import read_manifest
+from distlm.errors import EvaluationError, InputError, TrainError
+from distlm.evaluate.report import write_report
+from distlm.evaluate.task import Task, make_task
+from distlm.evaluate.totals import Sums, measures, reliability
+from distlm.evaluate.worker import Worker, default_threads
+from distlm.model.find import find_model
+from distlm.progress import Progress
+from distlm.runs import RunFolder
+from distlm.spec import EvaluateSpec
+from distlm.storage import Storage
+
+AHEAD = 2
+"""Batches that a worker has been given and has not answered."""
+Found = tuple[list[Sums], list[str]]
+"""The sums of every batch, in order, and what was added to each prompt."""
+
+
+def evaluate(spec: EvaluateSpec, folder: RunFolder, storage: Storage, progress: Progress) -> dict[str, Any]:
+    """Measure a model or an endpoint on corpora; write report.html. Ray is initialised. Raises SpecError, InputError, ClusterError,
+    CorpusError, EvaluationError, ServeError."""
+    task = make_task(spec, storage)
+    for part in task.parts:
+        if not part.by_source:
+            progress.note(f"{part.name} does not tell the sources of its documents: it is measured as a whole")
+    prompts = [encode(task, text) for text in spec.prompts]
+    folder.event("running", message=f"{task.windows:,} windows")
+    if spec.model is not None:
+        made_by = str(find_model(spec.model, storage))
+        sums, texts = by_model(spec, task, Path(made_by), prompts, folder, progress)
+    else:
+        from distlm.evaluate.endpoint import by_endpoint
+
+        made_by, sums, texts = by_endpoint(spec, task, prompts, storage, folder, progress)
+    outputs = outcome(task, made_by, sums)
+    if not outputs["tokens"]:
+        raise InputError(f"no token of the {task.windows:,} windows gives loss", where="windows",
+                         remedy="take more windows, or other corpora")
+    outputs = {"": str(folder.path), **outputs, "samples": [{"prompt": prompt, "completion": text}
+                                                            for prompt, text in zip(spec.prompts, texts, strict=True)]}
+    write_report(folder, outputs)
+    return outputs
+
+
+def encode(task: Task, text: str) -> list[int]:
+    """The tokens of a prompt; special tokens are written into it by name, and none is added."""
+    import tokenizers
+
+    tokenizer = tokenizers.Tokenizer.from_file(str(read_manifest(task.parts[0].corpus).tokenizer / "tokenizer.json"))
+    return list(tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+def by_model(spec: EvaluateSpec, task: Task, model: Path, prompts: list[list[int]], folder: RunFolder, progress: Progress) -> Found:
+    """Let workers score the batches. Raises ClusterError where the cluster does not hold them, and what a worker raises."""
+    import ray
+
+    check_prompts(prompts, spec.max_tokens, context_of(model))
+    require(evaluate_bundles(spec), f"{spec.workers} worker{'s' * (spec.workers > 1)}", progress, where="workers",
+            remedy="lower workers or cpus_per_worker, or take a larger cluster")
+    on_gpu = bool(spec.gpus_per_worker)
+    dtype = spec.dtype if spec.dtype != "auto" else "bf16" if on_gpu else "fp32"
+    environment = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    actor = ray.remote(num_cpus=spec.cpus_per_worker, num_gpus=spec.gpus_per_worker, runtime_env={"env_vars": environment})(Worker)
+    logs = [folder.path / "logs" / f"worker-{i}.log" for i in range(spec.workers)]
+    workers: list[Any] = [actor.remote(task, model, "cuda" if on_gpu else "cpu", dtype, spec.threads_per_worker or
+                                       default_threads(spec.workers), log) for log in logs]
+    progress.note(f"{task.windows:,} windows in {len(task.batches):,} batches, {spec.workers} worker{'s' * (spec.workers > 1)}, {dtype}")
+    try:
+        answers(ray, {worker.load.remote(): i for i, worker in enumerate(workers)}, logs, lambda i, _: None)
+        sums = dealt(ray, workers, task, logs, progress)
+        texts: list[str] = []
+        if prompts:
+            answers(ray, {workers[0].complete.remote(prompts, spec.max_tokens): 0}, logs, lambda _, made: texts.extend(made))
+        return sums, texts
+    finally:
+        for worker in workers:
+            ray.kill(worker)
+
+
+def dealt(ray: Any, workers: list[Any], task: Task, logs: list[Path], progress: Progress) -> list[Sums]:
+    """The sums of every batch, in order: each worker takes every n-th batch, a few ahead."""
+    batches = task.batches
+    waiting: list[Iterator[int]] = [iter(range(i, len(batches), len(workers))) for i in range(len(workers))]
+    found: dict[int, Sums] = {}
+    on_way: dict[Any, int] = {}
+    batch_of: dict[Any, int] = {}
+    done = 0
+
+    def give(worker: int) -> None:
+        batch = next(waiting[worker], None)
+        if batch is not None:
+            reference = workers[worker].score.remote(batch)
+            on_way[reference], batch_of[reference] = worker, batch
+
+    for worker in [*range(len(workers))] * AHEAD:
+        give(worker)
+    while on_way:
+        (reference, *_), _ = ray.wait([*on_way], num_returns=1)
+        worker, batch = on_way.pop(reference), batch_of.pop(reference)
+        found[batch] = answer(ray, reference, logs[worker])
+        done += batches[batch][2]
+        progress.update("windows", done, task.windows)
+        give(worker)
+    return [found[batch] for batch in range(len(batches))]
+
+
+def answers(ray: Any, references: dict[Any, int], logs: list[Path], take: Callable[[int, Any], None]) -> None:
+    """Wait for what workers answer, each with its number."""
+    while references:
+        (reference, *_), _ = ray.wait([*references], num_returns=1)
+        worker = references.pop(reference)
+        take(worker, answer(ray, reference, logs[worker]))
+
+
+def answer(ray: Any, reference: Any, log: Path) -> Any:
+    """What a worker answers. Raises its own error, or one that says why it does not."""
+    from distlm.train.failures import diagnose
+
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayError as error:
+        found = diagnose(error)
+        if not isinstance(found, TrainError):
+            raise found from None
+        remedy = "lower batch_windows or workers" if found.cause == "oom" else f"its log is {log}"
+        raise EvaluationError(found.message, cause=found.cause, remedy=remedy) from None
+
+
+def context_of(model: Path) -> int | None:
+    """The positions that a model takes; None where its configuration does not say."""
+    from transformers import AutoConfig
+
+    return getattr(AutoConfig.from_pretrained(model, local_files_only=True).get_text_config(), "max_position_embeddings", None)
+
+
+def check_prompts(prompts: list[list[int]], max_tokens: int, context: int | None) -> None:
+    """Raises InputError for a prompt that has no token, or that leaves no room for its completion."""
+    for i, prompt in enumerate(prompts):
+        if not prompt:
+            raise InputError("the tokenizer makes no token of it", where=f"prompts.{i}", remedy="write more, or leave it out")
+        if context is not None and len(prompt) + max_tokens > context:
+            raise InputError(f"{len(prompt)} tokens and {max_tokens} of max_tokens are more than the {context} of the model's context",
+                             where=f"prompts.{i}", remedy="shorten it, or lower max_tokens")
+
+
+def outcome(task: Task, made_by: str, sums: list[Sums]) -> dict[str, Any]:
+    """The measures of all tokens, of each corpus and of each of its sources that has tokens. Batches are added up in their order."""
+    whole = np.zeros_like(sums[0])
+    for one in sums:
+        whole += one
+    total = whole.sum(0)
+    corpora = {}
+    for part in task.parts:
+        mine = whole[part.first_group:part.first_group + len(part.sources)]
+        sources = {name: measures(row) for name, row in zip(part.sources, mine, strict=True) if row[0]} if part.by_source else {}
+        corpora[part.name] = {**measures(mine.sum(0)), "windows": part.windows, "masked": part.mask_documents, "sources": sources}
+    return {"evaluated": made_by, "split": task.split, "windows": task.windows, **measures(total), "reliability": reliability(total),
+            "corpora": corpora}

@@ -1,0 +1,232 @@
+"""An endpoint that scores windows: /v1/completions with `echo`, `logprobs: 1` and `max_tokens: 0` gives the log-probability of each token
+of a prompt, and of the likeliest one in its place.
+
+A window is a prompt of context + 1 tokens, of which the model reads all but the last. Where documents are kept apart, each piece of a
+document is a prompt of its own.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+
+from distlm.corpus.manifest import read_manifest
+from distlm.corpus.stream import START
+from distlm.errors import InputError, ServeError
+from distlm.evaluate.driver import check_prompts
+from distlm.evaluate.task import Reader, Rows, Task
+from distlm.evaluate.totals import Sums
+from distlm.evaluate.worker import Scores, sums
+from distlm.model.vocabulary import vocabulary_hash
+from distlm.progress import Progress
+from distlm.runs import RunFolder
+from distlm.serve.client import gone, healthy
+from distlm.serve.guard import read_key
+from distlm.spec import EvaluateSpec
+from distlm.spec.load import nearest
+from distlm.storage import Storage, read_json
+
+PROMPTS = 256
+"""Of one request, at most."""
+ANSWER_S = 600
+"""So long an answer is waited for, and so long a request is sent again to an endpoint that is full."""
+BUSY = (429, 503)
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where an endpoint is, and what stands for what it serves."""
+
+    url: str
+    """With /v1 at its end."""
+    key_file: Path
+    model: str | None
+    """The name of its model; None for the first that it tells of."""
+    record: dict[str, Any] | None = None
+    """The endpoint.json of one of ours."""
+
+    def told(self) -> dict[str, Any]:
+        """For the lineage of an evaluation. The version of one of ours changes whenever it is replaced."""
+        of_ours = {key: self.record.get(key) for key in ("version", "source", "lineage")} if self.record else {}
+        return {"endpoint": self.url, **({"endpoint_model": self.model} if self.model else {}), **of_ours}
+
+
+def find_endpoint(spec: EvaluateSpec, storage: Storage) -> Endpoint:
+    """Raises InputError for one that is not there, or whose key cannot be read."""
+    given = spec.endpoint
+    assert given is not None
+    if not isinstance(given, str):
+        key_file = Path(given.api_key_file).expanduser().absolute()
+        read_key(key_file)
+        return Endpoint(f"{given.url.rstrip('/').removesuffix('/v1')}/v1", key_file, given.model)
+    folder = storage.root / "endpoints"
+    records = {path.parent.name: read_json(path) for path in folder.glob("*/endpoint.json")}
+    name = next((name for name, record in records.items() if given in (name, record["url"])), None)
+    if name is None:
+        near = nearest(given, records)
+        raise InputError(f"there is no endpoint {given} under {folder}", where="endpoint", remedy=f"did you mean {near}?" if near else
+                         "bring it up with a spec of `kind: serve`, or give url and api_key_file")
+    record = records[name]
+    read_key(Path(record["api_key_file"]))
+    return Endpoint(record["url"], Path(record["api_key_file"]), record["model"], record)
+
+
+def by_endpoint(spec: EvaluateSpec, task: Task, prompts: list[list[int]], storage: Storage, folder: RunFolder,
+                progress: Progress) -> tuple[str, list[Sums], list[str]]:
+    """(its address and model, the sums of every batch, what it adds to each prompt). Raises InputError for an endpoint that is not that of
+    the corpora or refuses the key, ServeError for one that does not answer."""
+    endpoint = find_endpoint(spec, storage)
+    if endpoint.record is not None and not healthy(endpoint.record):     # anybody may listen there: the key is not sent
+        why = "nobody listens there" if gone(endpoint.record) else "it does not prove that it knows its key and serves its model"
+        raise ServeError(why, where=f"endpoint: {endpoint.url}", remedy=f"`distlm status {endpoint.record['app']}` shows how it stands")
+    return Client(endpoint, spec, task, progress, folder).measure(prompts)
+
+
+class Client:
+    """Asks the endpoint, a bounded number of requests at once."""
+
+    def __init__(self, endpoint: Endpoint, spec: EvaluateSpec, task: Task, progress: Progress, folder: RunFolder) -> None:
+        self.endpoint, self.spec, self.task, self.progress, self.folder = endpoint, spec, task, progress, folder
+        self.where, self.model, self.again = f"endpoint: {endpoint.url}", endpoint.model, 0
+
+    def measure(self, prompts: list[list[int]]) -> tuple[str, list[Sums], list[str]]:
+        """What `by_endpoint` returns."""
+        key, limits = read_key(self.endpoint.key_file), httpx.Limits(max_connections=self.spec.concurrent)
+        with httpx.Client(headers={"Authorization": f"Bearer {key}"}, timeout=httpx.Timeout(ANSWER_S, connect=10), limits=limits,
+                          trust_env=False) as self.http:
+            card = self.card()
+            self.model = str(card["id"])
+            self.check(card, prompts)
+            self.progress.note(f"{self.task.windows:,} windows in {len(self.task.batches):,} requests, {self.spec.concurrent} at once")
+            found = self.score_all()
+            texts = [self.complete(prompt) for prompt in prompts]
+        if self.again:
+            self.progress.note(said := f"the endpoint was full, and requests were sent {self.again:,} times again")
+            self.folder.event("note", message=said)
+        return f"{self.model} at {self.endpoint.url}", found, texts
+
+    def card(self) -> dict[str, Any]:
+        """What the endpoint tells of the model."""
+        cards = (self.ask("GET", "models"))["data"]
+        card = next((one for one in cards if self.model in (None, one["id"])), None)
+        if card is None:
+            raise InputError(f"it does not serve {self.model}", where=self.where,
+                             remedy=f"it serves {', '.join(one['id'] for one in cards)}")
+        return dict(card)
+
+    def check(self, card: dict[str, Any], prompts: list[list[int]]) -> None:
+        """Raises InputError where what is served is not for the corpora, as far as it is told."""
+        context, vocabulary, theirs = card.get("max_model_len"), card.get("vocab_size"), card.get("vocabulary_hash")
+        for part in self.task.parts:
+            manifest = read_manifest(part.corpus)
+            if theirs is not None and theirs != vocabulary_hash(manifest.tokenizer):
+                raise InputError(f"the tokenizer of the model that it serves is not that of the corpus {part.name}", where=self.where,
+                                 remedy="prepare the corpus with the model's tokenizer")
+            if vocabulary is not None and vocabulary < manifest.vocab_size:
+                raise InputError(f"it serves a model of {vocabulary} tokens, and the corpus {part.name} has {manifest.vocab_size}",
+                                 where=self.where, remedy="prepare the corpus with the model's tokenizer")
+            if context is not None and context < manifest.context:
+                raise InputError(f"it takes {context} tokens of context, and the corpus {part.name} has windows of {manifest.context}",
+                                 where=self.where, remedy=f"prepare the corpus with context: {context}")
+        check_prompts(prompts, self.spec.max_tokens, context)
+        if theirs is None:
+            self.progress.note("the endpoint does not tell its tokenizer, which is taken to be that of the corpora")
+
+    def score_all(self) -> list[Sums]:
+        """The sums of every batch, in order."""
+        batches, reader = self.task.batches, Reader(self.task)
+        found, done, on_way = dict[int, Sums](), 0, dict["Future[Sums]", int]()
+        with ThreadPoolExecutor(self.spec.concurrent) as pool:
+            try:
+                for number in range(len(batches)):
+                    on_way[pool.submit(self.score, reader.read(number))] = number
+                    while len(on_way) > (2 * self.spec.concurrent if number + 1 < len(batches) else 0):
+                        for future in wait(on_way, return_when=FIRST_COMPLETED).done:
+                            one = on_way.pop(future)
+                            found[one] = future.result()
+                            done += batches[one][2]
+                            self.progress.update("windows", done, self.task.windows)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+        return [found[number] for number in range(len(batches))]
+
+    def score(self, rows: Rows) -> Sums:
+        """The sums of a batch."""
+        logprobs, best, sure = (np.zeros(rows.kept.shape, kind) for kind in (np.float32, np.int64, np.float32))
+        places = list(pieces(rows))
+        for first in range(0, len(places), PROMPTS):
+            some = places[first:first + PROMPTS]
+            asked = [rows.tokens[row, begin:end].tolist() for row, begin, end in some]
+            for (row, begin, end), one in zip(some, self.echo(asked), strict=True):
+                logprobs[row, begin:end - 1], best[row, begin:end - 1], sure[row, begin:end - 1] = one
+        return sums(self.task, rows, Scores(logprobs[rows.kept], best[rows.kept], sure[rows.kept]))
+
+    def echo(self, prompts: list[list[int]]) -> list[tuple[list[float], list[int], list[float]]]:
+        """Of each prompt, for each token but the first: its log-probability, the likeliest token, the probability of that."""
+        answer = self.ask("POST", "completions", {"model": self.model, "prompt": prompts, "echo": True, "logprobs": 1, "max_tokens": 0,
+                                                  "temperature": 0, "return_tokens_as_token_ids": True})
+        choices = {choice["index"]: choice["logprobs"] for choice in answer["choices"]}
+        found = []
+        for i, prompt in enumerate(prompts):
+            told = choices.get(i) or {}
+            if told.get("tokens") != [f"token_id:{token}" for token in prompt]:
+                raise ServeError("it does not give back the tokens of a prompt by their ids with echo, logprobs and "
+                                 "return_tokens_as_token_ids", where=self.where, cause="bad_input",
+                                 remedy="serve the model with `kind: serve`, or evaluate it by `model`")
+            tops = [max(top.items(), key=lambda item: item[1]) for top in told["top_logprobs"][1:]]
+            found.append((told["token_logprobs"][1:], [int(name.removeprefix("token_id:")) for name, _ in tops],
+                          np.exp([value for _, value in tops]).tolist()))
+        return found
+
+    def complete(self, prompt: Sequence[int]) -> str:
+        """What the endpoint adds to a prompt."""
+        answer = self.ask("POST", "completions", {"model": self.model, "prompt": list(prompt), "max_tokens": self.spec.max_tokens,
+                                                  "temperature": 0})
+        return str(answer["choices"][0]["text"])
+
+    def ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        """The answer to a request, which is sent again while the endpoint is full. Raises InputError, ServeError."""
+        deadline = time.monotonic() + ANSWER_S
+        while True:
+            try:
+                answer = self.http.request(method, f"{self.endpoint.url}/{path}", json=body)
+            except httpx.HTTPError as error:
+                raise ServeError(f"the endpoint cannot be reached: {error or type(error).__name__}", where=self.where,
+                                 remedy="`distlm runs` shows what is up") from None
+            if answer.status_code not in BUSY or "Retry-After" not in answer.headers or time.monotonic() > deadline:
+                return self.read(answer)
+            self.again += 1
+            after = answer.headers["Retry-After"]
+            time.sleep(float(after) if after.isdigit() else 2)
+
+    def read(self, answer: httpx.Response) -> dict[str, Any]:
+        """What an answer holds. Raises InputError, ServeError where it is an error."""
+        try:
+            told = answer.json()
+            if answer.status_code == 200 and isinstance(told, dict):
+                return told
+            message = str(told["error"]["message"])
+        except (ValueError, KeyError, TypeError):
+            message = answer.text[:200]
+        if answer.status_code in (401, 403):
+            raise InputError("the endpoint refuses the key", where=f"endpoint: {self.endpoint.key_file}",
+                             remedy="name the file that holds the endpoint's own key")
+        cause = "bad_input" if answer.status_code < 500 else ""
+        raise ServeError(f"{message} (status {answer.status_code})", where=self.where, cause=cause)
+
+
+def pieces(rows: Rows) -> Iterator[tuple[int, int, int]]:
+    """(window, first token, end) of what are prompts of their own, up to the last token that gives loss: the windows, or where documents
+    are kept apart their pieces in each window."""
+    for row, kept in enumerate(rows.kept):
+        starts = np.flatnonzero(rows.marks[row] & START) if rows.part.mask_documents else np.zeros(1, np.int64)
+        for begin, end in zip(starts.tolist(), [*starts[1:].tolist(), len(kept) + 1], strict=True):
+            wanted = np.flatnonzero(kept[begin:end - 1])
+            if len(wanted):
+                yield row, begin, begin + int(wanted[-1]) + 2

@@ -1,0 +1,65 @@
+"""`report.html`: an evaluation on one page that needs no network and no script.
+
+    write_report(folder, outputs)                          # the path of the page
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from distlm.runs import RunFolder
+from distlm.storage import write_atomic
+
+FILE = "report.html"
+SIDE = 320
+"""Of the reliability diagram, in its own units."""
+COLUMNS = (("tokens", "tokens", ",d"), ("loss", "loss", ".4f"), ("perplexity", "perplexity", ",.2f"),
+           ("bits per byte", "bits_per_byte", ".4f"), ("accuracy", "accuracy", ".2%"), ("calibration error", "ece", ".2%"))
+"""(title, measure, format)"""
+
+
+def write_report(folder: RunFolder, outputs: dict[str, Any]) -> Path:
+    """Write the page into the folder of an evaluation with these outputs. Raises StorageError."""
+    environment = jinja2.Environment(loader=jinja2.PackageLoader("distlm.evaluate", "."), autoescape=True, trim_blocks=True,
+                                     lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    spec, lineage = folder.path / "spec.yaml", folder.path / "lineage.json"
+    page = environment.get_template("report.html.j2").render(
+        name=folder.name, outputs=outputs, facts=[(title, text) for (title, _, _), text in zip(COLUMNS, cells(outputs), strict=True)],
+        titles=[title for title, _, _ in COLUMNS], rows=rows(outputs), side=SIDE, bars=bars(outputs["reliability"]),
+        bins=[(f"{one['above']:.3f} to {one['up_to']:.3f}", f"{one['tokens']:,}", shown(one["confidence"], ".2%"),
+               shown(one["accuracy"], ".2%")) for one in outputs["reliability"]],
+        spec=spec.read_text(encoding="utf-8", errors="replace") if spec.is_file() else "",
+        lineage=json.dumps(folder.lineage(), indent=2, ensure_ascii=False) if lineage.is_file() else "")
+    write_atomic(folder.path / FILE, page.encode("utf-8", "replace"))
+    return folder.path / FILE
+
+
+def rows(outputs: dict[str, Any]) -> list[tuple[str, list[str]]]:
+    """(what, its measures) of everything, of each corpus, and of its sources where there are several."""
+    found = [("all", cells(outputs))]
+    for name, corpus in outputs["corpora"].items():
+        found.append((name, cells(corpus)))
+        if len(corpus["sources"]) > 1:
+            found += [(f"{name}: {source}", cells(measured)) for source, measured in corpus["sources"].items()]
+    return found
+
+
+def cells(measured: dict[str, Any]) -> list[str]:
+    """The measures as text, by COLUMNS."""
+    return [shown(measured[key], form) for _, key, form in COLUMNS]
+
+
+def shown(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
+
+
+def bars(table: list[dict[str, Any]]) -> list[tuple[str, str, str, str, str, str]]:
+    """(x, y, width, height, opacity, text) of a bar for each bin of a reliability diagram that has tokens: its height is the accuracy, and
+    the more tokens, the darker it is."""
+    most, width = max(one["tokens"] for one in table), SIDE / len(table)
+    return [(f"{i * width:.1f}", f"{SIDE * (1 - one['accuracy']):.1f}", f"{width:.1f}", f"{SIDE * one['accuracy']:.1f}",
+             f"{0.25 + 0.75 * (one['tokens'] / most) ** 0.5:.2f}",
+             f"{one['tokens']:,} tokens, confidence {one['confidence']:.1%}, accuracy {one['accuracy']:.1%}")
+            for i, one in enumerate(table) if one["tokens"]]

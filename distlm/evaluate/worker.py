@@ -1,0 +1,93 @@
+"""A worker: a copy of the model, which scores the batches that it is given."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distlm.errors import EvaluationError
+from distlm.evaluate.task import Reader, Rows, Task
+from distlm.evaluate.totals import Sums, tally
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a model says of the predictions of a batch that count, all [predictions], window by window."""
+
+    logprobs: NDArray[np.float32]
+    best: NDArray[np.int64]
+    confidences: NDArray[np.float32]
+
+
+class Worker:
+    """See the module. `load` comes first; Ray tells of what that raises, and not of what making the object does."""
+
+    def __init__(self, task: Task, model: Path, device: str, dtype: str, threads: int | None, log: Path | None = None) -> None:
+        self.task, self.folder, self.device, self.dtype, self.threads, self.log = task, model, device, dtype, threads, log
+        self.reader = Reader(task)
+
+    def load(self) -> None:
+        """Raises InputError where the model cannot be loaded, SpecError where it does not keep the documents of a window apart."""
+        import torch
+
+        from distlm.model.build import buffers, load_model, restore_buffers
+        from distlm.model.documents import check_documents_apart
+        from distlm.train.worker import log_to
+
+        if self.log:
+            log_to(self.log)
+        if self.threads:
+            torch.set_num_threads(self.threads)
+        self.model: Any = load_model(self.folder, f"model: {self.folder}", torch.float32, exact=False).eval()
+        if any(part.mask_documents for part in self.task.parts):
+            check_documents_apart(self.model)
+        if self.dtype == "bf16":
+            kept = buffers(self.model)
+            self.model = self.model.to(torch.bfloat16)
+            restore_buffers(self.model, kept)
+        self.model = self.model.to(self.device)
+
+    def score(self, batch: int) -> Sums:
+        """The sums of a batch. Raises EvaluationError where a loss is not finite."""
+        import torch
+
+        from distlm.model.loss import IGNORED, token_scores
+        from distlm.train.batch import make_batch
+
+        rows = self.reader.read(batch)
+        given = make_batch(np.stack([rows.tokens, rows.marks], 1), rows.part.mask_documents, torch.device(self.device))
+        with torch.inference_mode():
+            found = token_scores(self.model, given.tokens, given.targets, given.positions)
+            kept = given.targets != IGNORED
+            return sums(self.task, rows, Scores(*(one[kept].cpu().numpy() for one in found)))
+
+    def complete(self, prompts: Sequence[list[int]], max_tokens: int) -> list[str]:
+        """What the model adds to each prompt, taking the likeliest token each time."""
+        import torch
+        from transformers import AutoTokenizer
+
+        tokenizer: Any = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
+        texts = []
+        for prompt in prompts:
+            tokens = torch.tensor([prompt], device=self.device)
+            made = self.model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=max_tokens, do_sample=False)
+            texts.append(str(tokenizer.decode(made[0, len(prompt):], skip_special_tokens=True)))
+        return texts
+
+
+def sums(task: Task, rows: Rows, scores: Scores) -> Sums:
+    """The sums of a batch. Raises EvaluationError where a loss is not finite."""
+    if not np.isfinite(scores.logprobs).all():
+        raise EvaluationError(f"the model's loss is not finite in a window of {rows.part.name}", cause="nonfinite_loss",
+                              remedy="its weights may be damaged, or too large for its dtype: try dtype: fp32")
+    return tally(scores.logprobs, scores.best, scores.confidences, rows.tokens[:, 1:][rows.kept], rows.sizes[rows.kept],
+                 rows.groups[rows.kept], task.groups, task.bins)
+
+
+def default_threads(workers: int) -> int:
+    """Threads of each of so many workers on a node."""
+    return max(1, (os.cpu_count() or 1) // workers)

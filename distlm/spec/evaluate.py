@@ -1,0 +1,105 @@
+"""`kind: evaluate`: how well a model, or an endpoint, predicts the windows of corpora."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+
+from distlm.spec.base import Job, Part, Rule, exactly_one, without_effect
+from distlm.spec.explain import shown
+from distlm.spec.mixture import CorpusName
+
+
+def web(value: str) -> str:
+    """An address of the web. Raises Rule."""
+    if not value.startswith(("http://", "https://")):
+        raise Rule("", f"{shown(value)}: must begin with http:// or https://")
+    return value
+
+
+class Address(Part):
+    """An endpoint of the OpenAI API that scores prompts: /v1/completions with echo and logprobs."""
+
+    url: Annotated[str, AfterValidator(web)]
+    """Its address, with or without /v1 at the end."""
+    api_key_file: str
+    """A file of mode 600 with the key that it takes."""
+    model: str | None = None
+    """The name under which it serves the model. Default: that of the first model that it tells of."""
+
+
+def address(value: Any) -> Any:
+    """A mapping is an address, and its mistakes stand where they are, not under each form that an endpoint can have."""
+    if isinstance(value, dict):
+        return Address.model_validate(value, by_alias=True, by_name=False)
+    if value is not None and not isinstance(value, str | Address):
+        raise Rule("", f"{shown(value)}: must be text, or a section with url, api_key_file and model")
+    return value
+
+
+def corpora(value: Any) -> Any:
+    """One corpus or several."""
+    if not isinstance(value, str) and not (isinstance(value, list) and all(isinstance(one, str) for one in value)):
+        raise Rule("", f"{shown(value)}: must be text, or a list of texts; a number is put in quotes")
+    if not value or (isinstance(value, list) and "" in value):
+        raise Rule("", f"{shown(value)}: must name a corpus")
+    return value
+
+
+class EvaluateSpec(Job):
+    """Loss, perplexity, bits per byte, accuracy and calibration of a model or an endpoint: exactly one of model, endpoint."""
+
+    kind: Literal["evaluate"] = "evaluate"
+    """The kind of the job."""
+    model: Annotated[str | None, Field(min_length=1)] = None
+    """A run by name or path, or a folder that `AutoModelForCausalLM.from_pretrained` loads."""
+    endpoint: Annotated[str | Address | None, BeforeValidator(address)] = None
+    """An endpoint of ours by name or by its URL.
+    Or a section with url, api_key_file and model."""
+    corpus: Annotated[str | list[str], BeforeValidator(corpora, json_schema_input_type=CorpusName | Annotated[
+        list[CorpusName], Field(min_length=1)])]
+    """A prepared corpus, by name or path, or a list of them, all with the model's tokenizer."""
+    split: Literal["train", "val", "test"] = "val"
+    """The split whose windows are taken."""
+    windows: Annotated[int | None, Field(ge=1)] = None
+    """The first so many windows of each corpus, which are those that a run evaluates. Default: all."""
+    mask_documents: bool | None = None
+    """Whether attention stays inside a document, whose positions begin at 0 and whose first token gives no loss. Default: true where a
+    corpus is packed by best-fit, else false, as in training."""
+    calibration_bins: Annotated[int, Field(ge=1, le=1000)] = 15
+    """Bins of equal width into which predictions go by their confidence."""
+    prompts: list[Annotated[str, Field(min_length=1)]] = []
+    """Texts that are completed greedily and shown in the report."""
+    max_tokens: Annotated[int, Field(ge=1)] = 64
+    """Tokens of each completion."""
+    batch_windows: Annotated[int, Field(ge=1)] = 8
+    """Windows of one forward pass, or of one request to an endpoint. Each worker takes every n-th batch."""
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic of a model; auto: bf16 on GPU, fp32 on CPU."""
+    workers: Annotated[int, Field(ge=1)] = 1
+    """Worker processes, each with a copy of the model. The result is the same with any number."""
+    gpus_per_worker: Annotated[int, Field(ge=0, le=1)] = 0
+    """GPUs of a worker; 0 evaluates on CPU."""
+    cpus_per_worker: Annotated[float, Field(gt=0)] = 1
+    """Logical CPUs that a worker reserves."""
+    threads_per_worker: Annotated[int | None, Field(ge=1)] = None
+    """Threads of a worker's matrix products. Default: the node's cores over the workers."""
+    concurrent: Annotated[int, Field(ge=1, le=256)] = 8
+    """Requests that are on their way to an endpoint at once."""
+
+    @property
+    def corpora(self) -> list[str]:
+        """The corpora as they are named."""
+        return [self.corpus] if isinstance(self.corpus, str) else self.corpus
+
+    @model_validator(mode="after")
+    def _rules(self) -> "EvaluateSpec":
+        exactly_one(self, "model", "endpoint")
+        if self.model is None:
+            without_effect(self, "with an endpoint", "workers", "gpus_per_worker", "cpus_per_worker", "threads_per_worker", "dtype")
+        else:
+            without_effect(self, "without an endpoint", "concurrent")
+        if not self.prompts:
+            without_effect(self, "without prompts", "max_tokens")
+        if twice := next((one for i, one in enumerate(self.corpora) if one in self.corpora[:i]), None):
+            raise Rule("corpus", f"{twice} is there twice; give it once")
+        return self
