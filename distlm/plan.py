@@ -267,8 +267,9 @@ def _of_step(pipe: PipelineSpec, spec: Spec, storage: Storage) -> Rows:
         trained = tokenizer.get("vocab_size", Tokenizer.model_fields["vocab_size"].default)
         vocabulary = BYTES_VOCABULARY if tokenizer.get("train") == "bytes" else trained
         context = made_by.get("context", PrepareSpec.model_fields["context"].default)
-        rows += [(prefix + what, text) for what, text in of_model(train, Shape(vocabulary, context, 0), None,
-                                                                          cut_of(train, context))]
+        labels = ("0", "1") if train.objective == "classify" else ()                   # how many there are is not known yet
+        shape = Shape(vocabulary, context, 0, labels)
+        rows += [(prefix + what, text) for what, text in of_model(train, shape, None, cut_of(train, context))]
     return rows + [(prefix + what, text) for what, text in of_scale(train)]
 
 

@@ -10,8 +10,9 @@ from distlm import plan
 from distlm.corpus.manifest import write_manifest
 from distlm.errors import InputError, SpecError
 from distlm.execute import resolve
-from distlm.model.build import Shape, build_model, model_config
+from distlm.model.build import Shape, build_model, model_config, num_parameters
 from distlm.spec import TrainSpec
+from distlm.spec.train import ModelSpec
 from distlm.storage import Storage
 from distlm.train.memory import STATE_BYTES, model_states
 
@@ -171,8 +172,17 @@ def test_a_tokenizer_that_is_not_there_is_found(storage: Storage, tmp_path: Path
         needs(storage, kind="prepare", sources=[str(tmp_path / "a.txt")], tokenizer={"from": str(tmp_path / "none")})
 
 
-THEIR_OWN = ("prepare-chat.yaml", "prepare-web.yaml", "shakespeare.yaml", "shakespeare-gpu.yaml")
+THEIR_OWN = ("classify-stdlib.yaml", "prepare-chat.yaml", "prepare-web.yaml", "shakespeare.yaml", "shakespeare-gpu.yaml")
 """Read what only the reader has."""
+
+
+def test_a_pipeline_with_a_classifier_is_planned_before_its_corpus_is_there(tmp_path: Path) -> None:
+    records = tmp_path / "records.jsonl"
+    records.write_text('{"text": "a", "label": "b"}\n')
+    loaded = resolve(SPECS / "classify-stdlib.yaml", [f'steps.prepare.sources=["{records}"]'])
+    rows = dict(plan.needs(loaded, Storage(tmp_path)))
+    language = num_parameters(model_config(ModelSpec(preset="llama-tiny"), Shape(4096, 256, 0)))
+    assert rows["prepare: labels"] == "label" and rows["train: parameters"] == f"{language + 2 * 64:,}", "with a head of two labels"
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in SPECS.glob("*.yaml") if path.name not in THEIR_OWN))

@@ -77,14 +77,14 @@ class Split:
     rejected: dict[str, int] = field(default_factory=dict)
     """Documents of the split that became no tokens, by reason."""
 
-    def why_empty(self) -> tuple[str, str]:
-        """(why the split has no window, what helps)."""
+    def why_empty(self, labelled: bool = False) -> tuple[str, str]:
+        """(why the split has no window, what helps). `labelled`: whether documents have labels."""
         if self.documents or not self.rejected:
             return f"the split has {self.documents:,} documents of {self.tokens:,} tokens", "a larger split.val_fraction"
         lost = ", ".join(f"{count:,} {reason}" for reason, count in self.rejected.items())
         return (f"every document of the split was rejected when it became tokens ({lost})",
-                ("conversations.too_long: split, labels.too_long: cut, a larger context or " if LONGER in self.rejected else "")
-                + "a larger split.val_fraction")
+                (f"{'labels.too_long: cut' if labelled else 'conversations.too_long: split'}, a larger context or "
+                 if LONGER in self.rejected else "") + "a larger split.val_fraction")
 
 
 @dataclass(frozen=True)

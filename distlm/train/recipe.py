@@ -315,7 +315,7 @@ def val_parts(recipe: Recipe, manifests: list[Manifest]) -> tuple[ValPart, ...]:
 
 def without_val(manifests: list[Manifest]) -> tuple[str, str]:
     """(why no corpus has a validation window, what helps)."""
-    why = [(one.path.name, *one.splits["val"].why_empty()) for one in manifests]
+    why = [(one.path.name, *one.splits["val"].why_empty(bool(one.labels))) for one in manifests]
     return (" and ".join(f"the corpus {name} has no validation window: {text}" for name, text, _ in why),
             " and ".join(f"prepare {name} with {remedy}" for name, _, remedy in why))
 

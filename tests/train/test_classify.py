@@ -182,7 +182,7 @@ def test_what_does_not_fit_is_refused(runs: Path, corpus: Path, tmp_path: Path) 
                        ("regularization.label_smoothing", {"regularization": {"label_smoothing": 0.1}})):
         base = {"kind": "train", "name": "c", "corpus": "c", "model": {"preset": "llama-tiny"}, "duration": {"steps": 1},
                 "objective": "classify"}
-        with pytest.raises(SpecError, match=f"^{name}: "):
+        with pytest.raises(SpecError, match=f"^spec: {name}: "):
             load_spec({**base, **keys})
 
 
