@@ -99,8 +99,8 @@ def checked_preference(turns: Turns) -> Turns:
 
 def sides(turns: Turns) -> tuple[Turns, Turns, Turns]:
     """(prompt, better answer, worse answer) of a preference's turns."""
-    return ([turn for turn in turns if turn[0][0] not in (CHOSEN, REJECTED)],
-            *([(role[1:], content) for role, content in turns if role[0] == mark] for mark in (CHOSEN, REJECTED)))
+    chosen, rejected = ([(role[1:], content) for role, content in turns if role[0] == mark] for mark in (CHOSEN, REJECTED))
+    return [turn for turn in turns if turn[0][0] not in (CHOSEN, REJECTED)], chosen, rejected
 
 
 def joined(turns: Turns) -> tuple[str, str]:

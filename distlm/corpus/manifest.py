@@ -270,8 +270,9 @@ def body_hash(data: dict[str, Any]) -> str:
 def outputs(manifest: Manifest) -> dict[str, Any]:
     """What a prepare job hands to the jobs that follow."""
     splits = manifest.splits
-    rejected = {reason: lost["documents"] for step in manifest.data["steps"] for reason, lost in step["rejected"].items()
-                if lost["documents"]}
+    rejected = Counter[str]()                              # one reason may be that of several steps
+    for step in manifest.data["steps"]:
+        rejected.update({reason: lost["documents"] for reason, lost in step["rejected"].items() if lost["documents"]})
     conversations = manifest.data.get("conversations", {})
     totals = {unit: sum(getattr(split, unit) for split in splits.values()) for unit in ("documents", "bytes", "tokens")}
     units = ("tokens", "bytes", "windows", *(("padding_tokens",) if manifest.best_fit else ()))

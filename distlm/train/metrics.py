@@ -71,8 +71,8 @@ class MetricsWriter:
         if result.limit is not None:
             self._folder.event("note", "loss_spike", f"the loss is {result.loss:.4g} at step {done}, above {result.limit:.4g}: "
                                                      f"{'no update was made' if result.skipped else 'only noted'}", step=done)
-        for name, value in result.beside.items():
-            self._board.add_scalar(f"train/{name}", value, done)
+        for name, mean in result.beside.items():
+            self._board.add_scalar(f"train/{name}", mean, done)
         for name, value in (("loss/train", result.loss), ("optimizer/lr", rate),
                             ("optimizer/grad_norm", result.norm), ("optimizer/loss_scale", loss_scale),
                             ("speed/tokens_per_s", tokens / seconds), ("speed/mfu", record.get("mfu")),

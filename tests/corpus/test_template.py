@@ -180,4 +180,4 @@ def test_a_spec_may_bring_a_template_that_tells_what_the_model_says() -> None:
     spec: Any = load_spec({"kind": "prepare", "name": "a", "sources": ["a"], "conversations": {},
                            "tokenizer": {"special_tokens": list(NAMES), "chat_template": GENERATION}}).spec
     check_template(spec.tokenizer, spec.conversations)
-    assert spec.best_fit
+    assert spec.padded

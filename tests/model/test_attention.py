@@ -35,6 +35,19 @@ def test_gradients_are_about_as_exact_as_pytorchs(dtype: torch.dtype, elements: 
         assert (a - c).norm() <= 1.5 * (b - c).norm() + 1e-7 * c.norm()
 
 
+@pytest.mark.parametrize("elements", [1, 3 * 60 * 60 * 2, 1 << 20])
+def test_with_documents_apart_gradients_are_pytorchs(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "BLOCK_ELEMENTS", elements)
+    torch.manual_seed(0)
+    tensors = [torch.randn(4, 3, 60, 16, dtype=torch.float64) for _ in range(4)]
+    documents = torch.sort(torch.randint(0, 4, (4, 60)), 1).values
+    mask = (documents[:, None, :, None] == documents[:, None, None, :]).tril()
+    ours = gradients(lambda q, k, v: causal_attention(q, k, v, 0.25, mask), torch.float32, tensors)
+    theirs = gradients(lambda q, k, v: functional.scaled_dot_product_attention(q, k, v, mask), torch.float32, tensors)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("config", [
     LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=64),
     MistralConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=64,
