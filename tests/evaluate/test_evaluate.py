@@ -1,6 +1,7 @@
 """What an evaluation measures: the trainer's own loss, whoever takes the windows, by source; and what is refused before any work."""
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from distlm.corpus.decode import Decoder
 from distlm.corpus.manifest import read_manifest
 from distlm.corpus.stream import Windows
 from distlm.errors import DistlmError, EvaluationError, InputError
+from distlm.evaluate.driver import answer
 from distlm.evaluate.task import Reader, make_task
 from distlm.evaluate.worker import Worker
 from distlm.runs import RunFolder
@@ -200,7 +202,11 @@ def test_a_job_leaves_the_numbers_the_page_and_what_it_was_made_of(root: Path, s
 
     page = (folder.path / "report.html").read_text()
     assert "two: code" in page and "two: web" in page and f"{made['corpora']['two']['sources']['web']['loss']:.4f}" in page
-    assert page.count("<rect") == sum(one["tokens"] > 0 for one in made["reliability"]) and "&lt;b&gt;de" in page and "<b>de" not in page
+    tables = [made["reliability"], *(one["reliability"] for one in made["corpora"]["two"]["sources"].values())]
+    assert len(tables) == page.count("<svg") == 3 and page.count("<rect") == sum(one["tokens"] > 0 for table in tables for one in table)
+    assert [sum(bins) for bins in zip(*([one["tokens"] for one in table] for table in tables[1:]), strict=True)] == [
+        one["tokens"] for one in made["reliability"]]
+    assert "&lt;b&gt;de" in page and "<b>de" not in page
     assert not re.search(r"https?://|<script", page.replace("default-src", ""))
     model = AutoModelForCausalLM.from_pretrained(root / "model")
     prompt = torch.tensor([[byte + 4 for byte in b"x"]])
@@ -222,6 +228,27 @@ def test_a_prompt_that_does_not_fit_and_a_cluster_that_is_too_small_end_the_job(
             {"workers": 1000}, "workers: 1000 workers need 1000 CPUs"):
         with pytest.raises(DistlmError, match=message):
             execute.run({**given, "name": f"bad-{len(keys)}", **keys}, storage=storage, progress=Records())
+
+
+def test_a_worker_that_dies_or_fails_ends_the_job_with_its_cause(storage: Storage) -> None:
+    import ray
+
+    @ray.remote(max_retries=0)
+    def die() -> None:
+        os._exit(1)
+
+    @ray.remote(max_retries=0)
+    def fail(cause: str) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory") if cause == "oom" else InputError("a damaged corpus")
+
+    with pytest.raises(EvaluationError, match=r"ended unexpectedly; its log is logs/worker-1\.log") as error:
+        answer(ray, die.remote(), Path("logs/worker-1.log"))
+    assert error.value.cause == "worker_died"
+    with pytest.raises(EvaluationError, match=r"out of memory.*; lower batch_windows or workers") as error:
+        answer(ray, fail.remote("oom"), Path("logs/worker-1.log"))
+    assert error.value.cause == "oom"
+    with pytest.raises(InputError, match="a damaged corpus"):
+        answer(ray, fail.remote("input"), Path("logs/worker-1.log"))
 
 
 def test_what_a_task_reads_is_checked(root: Path, tmp_path: Path) -> None:
