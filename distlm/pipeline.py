@@ -138,12 +138,13 @@ def check_references(steps: Mapping[str, Any], step: str, key: KeyPath, text: st
         return
     fit = [f"${{{one}{names[0] and '.'}{names[0]}}}" for one, data in steps.items()
            for names in [MAKERS[wanted].get(str(data.get("kind")))] if names and one != step]
-    raise SpecError(f"{text} is no {wanted}: {other} is {a(kind)} step", where=where,
-                    remedy=f"did you mean {' or '.join(fit)}?" if fit else f"{a(next(iter(MAKERS[wanted])))} step makes one")
+    maker = next(iter(MAKERS[wanted]))
+    raise SpecError(f"{text} is no {wanted}: {other} is {with_article(kind)} step", where=where,
+                    remedy=f"did you mean {' or '.join(fit)}?" if fit else f"{with_article(maker)} step makes one")
 
 
-def a(kind: str) -> str:
-    """A kind with its article."""
+def with_article(kind: str) -> str:
+    """A kind as it stands in a sentence: `an evaluate`."""
     return f"an {kind}" if kind[:1] in "aeiou" else f"a {kind}"
 
 
@@ -220,7 +221,7 @@ def output(steps: Mapping[str, Any], reference: str, where: str) -> tuple[str, s
         return step, name                                  # the sweep has no space: told there
     if name and kind in OUTPUTS and name not in known:
         near = nearest(name, known)
-        raise SpecError(f"${{{reference}}}: {a(kind)} step has no output {name}", where=where,
+        raise SpecError(f"${{{reference}}}: {with_article(kind)} step has no output {name}", where=where,
                         remedy=f"did you mean {near}?" if near else f"there are {', '.join(known)}")
     return step, name
 

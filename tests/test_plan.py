@@ -112,6 +112,16 @@ def test_preparation_counts_the_files_it_finds(storage: Storage, tmp_path: Path)
         needs(storage, kind="prepare", sources=[str(tmp_path / "b.txt")])
 
 
+def test_an_evaluation_tells_what_it_reads_and_asks_for(storage: Storage) -> None:
+    given = {"kind": "evaluate", "corpus": "c", "model": "m"}
+    rows = needs(storage, **given, workers=3, gpus_per_worker=1)
+    assert "what is not there yet" in rows["it reads"] and rows["CPUs"] == rows["GPUs"] == rows["workers"] == "3"
+    assert needs(storage, kind="evaluate", corpus="c", endpoint="e", concurrent=4)["endpoint"] == "e, 4 requests at once"
+    steps = {"prepare": {"kind": "prepare", "sources": ["stdlib"]}, "evaluate": {**given, "corpus": "${prepare}"}}
+    rows = needs(storage, kind="pipeline", steps=steps)
+    assert rows["evaluate: it reads"] == "${prepare}, which other steps make" and rows["evaluate: CPUs"] == "1"
+
+
 def test_a_sweep_counts_its_trials_and_a_pipeline_plans_step_by_step(storage: Storage) -> None:
     train = {"corpus": "c", "model": MODEL, "duration": {"steps": 5}}
     tune = {"kind": "tune", "train": train, "space": {"optimizer.lr": {"loguniform": [1e-4, 1e-2]}}, "trials": 3,

@@ -95,6 +95,14 @@ def test_an_endpoint_reads_its_model_and_a_key_that_is_given(tmp_path: Path) -> 
     assert first != second != reads.serve_reads(spec, inputs)
 
 
+def test_an_evaluation_reads_its_model(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    first = reads.evaluate_reads({"model": str(tmp_path)})
+    (tmp_path / "config.json").write_text("[]")
+    assert first != reads.evaluate_reads({"model": str(tmp_path)})
+    assert reads.evaluate_reads({"endpoint": "http://x/v1", "version": "v"}) == []
+
+
 def corpus(folder: Path) -> dict[str, Any]:
     """What stands for a corpus: one shard and a tokenizer. Returns what its job's result would be."""
     for name, text in {"train/00000.arrow": "shard", "tokenizer/tokenizer.json": "{}"}.items():

@@ -15,7 +15,7 @@ from distlm.corpus.manifest import read_manifest
 from distlm.errors import EvaluationError, InputError, TrainError
 from distlm.evaluate.report import write_report
 from distlm.evaluate.task import Task, make_task
-from distlm.evaluate.totals import Sums, measures, reliability
+from distlm.evaluate.totals import Sums, measures
 from distlm.evaluate.worker import Worker, default_threads
 from distlm.model.find import find_model
 from distlm.progress import Progress
@@ -161,11 +161,9 @@ def outcome(task: Task, made_by: str, sums: list[Sums]) -> dict[str, Any]:
     whole = np.zeros_like(sums[0])
     for one in sums:
         whole += one
-    total = whole.sum(0)
     corpora = {}
     for part in task.parts:
         mine = whole[part.first_group:part.first_group + len(part.sources)]
         sources = {name: measures(row) for name, row in zip(part.sources, mine, strict=True) if row[0]} if part.by_source else {}
         corpora[part.name] = {**measures(mine.sum(0)), "windows": part.windows, "masked": part.mask_documents, "sources": sources}
-    return {"evaluated": made_by, "split": task.split, "windows": task.windows, **measures(total), "reliability": reliability(total),
-            "corpora": corpora}
+    return {"evaluated": made_by, "split": task.split, "windows": task.windows, **measures(whole.sum(0)), "corpora": corpora}

@@ -27,7 +27,9 @@ def write_report(folder: RunFolder, outputs: dict[str, Any]) -> Path:
     spec, lineage = folder.path / "spec.yaml", folder.path / "lineage.json"
     page = environment.get_template("report.html.j2").render(
         name=folder.name, outputs=outputs, facts=[(title, text) for (title, _, _), text in zip(COLUMNS, cells(outputs), strict=True)],
-        titles=[title for title, _, _ in COLUMNS], rows=rows(outputs), side=SIDE, bars=bars(outputs["reliability"]),
+        titles=[title for title, _, _ in COLUMNS], rows=[(what, cells(measured)) for what, measured in measured_parts(outputs)], side=SIDE,
+        diagrams=[(what, shown(measured["ece"], ".2%"), bars(measured["reliability"])) for what, measured in measured_parts(outputs)
+                  if measured["tokens"]],
         bins=[(f"{one['above']:.3f} to {one['up_to']:.3f}", f"{one['tokens']:,}", shown(one["confidence"], ".2%"),
                shown(one["accuracy"], ".2%")) for one in outputs["reliability"]],
         spec=spec.read_text(encoding="utf-8", errors="replace") if spec.is_file() else "",
@@ -36,13 +38,12 @@ def write_report(folder: RunFolder, outputs: dict[str, Any]) -> Path:
     return folder.path / FILE
 
 
-def rows(outputs: dict[str, Any]) -> list[tuple[str, list[str]]]:
-    """(what, its measures) of everything, of each corpus, and of its sources where there are several."""
-    found = [("all", cells(outputs))]
-    for name, corpus in outputs["corpora"].items():
-        found.append((name, cells(corpus)))
-        if len(corpus["sources"]) > 1:
-            found += [(f"{name}: {source}", cells(measured)) for source, measured in corpus["sources"].items()]
+def measured_parts(outputs: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """(what, its measures) of everything, and of corpora and sources where there are several."""
+    found, corpora = [("all", outputs)], outputs["corpora"]
+    for name, corpus in corpora.items():
+        found += [(name, corpus)] if len(corpora) > 1 else []
+        found += [(f"{name}: {source}", measured) for source, measured in corpus["sources"].items() if len(corpus["sources"]) > 1]
     return found
 
 

@@ -31,13 +31,15 @@ def tally(logprobs: NDArray[np.float32], best: NDArray[np.int64], confidences: N
 
 def measures(sums: NDArray[np.float64]) -> dict[str, Any]:
     """What a row of sums comes to, for JSON: None is a number that there is not. Perplexity is exp(loss); accuracy the share of tokens that
-    were the likeliest."""
+    were the likeliest; reliability has the bins of the calibration error."""
     tokens, nats, hits, size = sums[:FACTS].tolist()
     if not tokens:
-        return {"tokens": 0, "loss": None, "perplexity": None, "bits_per_byte": None, "accuracy": None, "ece": None}
+        return {"tokens": 0, "loss": None, "perplexity": None, "bits_per_byte": None, "accuracy": None, "ece": None,
+                "reliability": []}
     loss = nats / tokens
     return {"tokens": int(tokens), "loss": loss, "perplexity": math.exp(loss) if loss < 700 else None,
-            "bits_per_byte": nats / math.log(2) / size if size else None, "accuracy": hits / tokens, "ece": calibration_error(sums)}
+            "bits_per_byte": nats / math.log(2) / size if size else None, "accuracy": hits / tokens, "ece": calibration_error(sums),
+            "reliability": reliability(sums)}
 
 
 def calibration_error(sums: NDArray[np.float64]) -> float:

@@ -28,7 +28,6 @@ class Worker:
 
     def __init__(self, task: Task, model: Path, device: str, dtype: str, threads: int | None, log: Path | None = None) -> None:
         self.task, self.folder, self.device, self.dtype, self.threads, self.log = task, model, device, dtype, threads, log
-        self.reader = Reader(task)
 
     def load(self) -> None:
         """Raises InputError where the model cannot be loaded, SpecError where it does not keep the documents of a window apart."""
@@ -40,6 +39,7 @@ class Worker:
 
         if self.log:
             log_to(self.log)
+        self.reader = Reader(self.task)
         if self.threads:
             torch.set_num_threads(self.threads)
         self.model: Any = load_model(self.folder, f"model: {self.folder}", torch.float32, exact=False).eval()

@@ -1,6 +1,7 @@
 """What an evaluation measures: the trainer's own loss, whoever takes the windows, by source; and what is refused before any work."""
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from distlm.corpus.decode import Decoder
 from distlm.corpus.manifest import read_manifest
 from distlm.corpus.stream import Windows
 from distlm.errors import DistlmError, EvaluationError, InputError
+from distlm.evaluate.driver import answer
 from distlm.evaluate.task import Reader, make_task
 from distlm.evaluate.worker import Worker
 from distlm.runs import RunFolder
@@ -32,6 +34,8 @@ from tests.train.ranks import spec as train_spec
 TEXTS = ["def one():\n    return 1\n", "x", "Wide: größer 你好, and a text that is longer than a window of sixteen is", "a" * 15, "b" * 16,
          "end of it"]
 DOCS = [Doc(TEXTS[i % len(TEXTS)] + str(i), split="val", origin=i % 3 % 2) for i in range(20)]
+DOCS[7] = Doc("." * (-sum(len(doc.text.encode()) + 1 for doc in DOCS[:7]) % 16 + 15), split="val")
+"""The one after it begins with the last token of a window, and with the first of the next."""
 SOURCES = [{"name": name, "format": "auto", "text_key": "text", "files": 1, "bytes": 100, "xxh3": name} for name in ("code", "web")]
 
 
@@ -94,6 +98,8 @@ def test_each_token_counts_for_the_source_of_its_document(root: Path) -> None:
     stream = np.concatenate([np.full(len(doc.text.encode()) + 1, i) for i, doc in enumerate(DOCS)])
     expected = np.lib.stride_tricks.sliding_window_view(stream, manifest.context + 1)[::manifest.context][:len(windows)]
     assert len(windows) > 2 * 4 and np.array_equal(numbers, expected)          # of several shards
+    begins = np.flatnonzero(np.diff(stream)) + 1
+    assert any(begins % manifest.context == 0)
     assert np.array_equal(windows.documents(*(places[5:9] for places in windows.first(9))), expected[5:9])
     found = evaluated(spec(root), Storage(root))["corpora"]["two"]["sources"]
     origins = np.asarray([doc.origin for doc in DOCS])[expected[:, 1:]]
@@ -130,6 +136,16 @@ def test_a_batch_comes_to_the_same_whoever_takes_it_and_in_whatever_order(root: 
             worker.load()
             found |= {batch: worker.score(batch) for batch in reversed(range(rank, len(sums), number))}
         assert all(np.array_equal(found[batch], one) for batch, one in enumerate(sums))
+
+
+def test_bfloat16_comes_near_and_leaves_positions_whole(root: Path) -> None:
+    task, sums = sums_of(spec(root), Storage(root))
+    worker = Worker(task, root / "model", "cpu", "bf16", None)
+    worker.load()
+    found, whole = worker.score(0), sums[0]
+    assert worker.model.dtype == torch.bfloat16 and worker.model.model.rotary_emb.inv_freq.dtype == torch.float32
+    assert found[:, 0].tolist() == whole[:, 0].tolist() and found[:, 1].sum() == pytest.approx(whole[:, 1].sum(), rel=0.02)
+    assert found[:, 1].sum() != whole[:, 1].sum()
 
 
 def test_a_model_whose_loss_is_not_finite_is_told(root: Path, tmp_path: Path) -> None:
@@ -200,7 +216,11 @@ def test_a_job_leaves_the_numbers_the_page_and_what_it_was_made_of(root: Path, s
 
     page = (folder.path / "report.html").read_text()
     assert "two: code" in page and "two: web" in page and f"{made['corpora']['two']['sources']['web']['loss']:.4f}" in page
-    assert page.count("<rect") == sum(one["tokens"] > 0 for one in made["reliability"]) and "&lt;b&gt;de" in page and "<b>de" not in page
+    tables = [made["reliability"], *(one["reliability"] for one in made["corpora"]["two"]["sources"].values())]
+    assert len(tables) == page.count("<svg") == 3 and page.count("<rect") == sum(one["tokens"] > 0 for table in tables for one in table)
+    assert [sum(bins) for bins in zip(*([one["tokens"] for one in table] for table in tables[1:]), strict=True)] == [
+        one["tokens"] for one in made["reliability"]]
+    assert "&lt;b&gt;de" in page and "<b>de" not in page
     assert not re.search(r"https?://|<script", page.replace("default-src", ""))
     model = AutoModelForCausalLM.from_pretrained(root / "model")
     prompt = torch.tensor([[byte + 4 for byte in b"x"]])
@@ -216,12 +236,42 @@ def test_a_job_leaves_the_numbers_the_page_and_what_it_was_made_of(root: Path, s
     assert dict(plan.needs(execute.resolve(given), storage))["corpus"].endswith(f"{task.windows} windows of val") and len(sums) > 1
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 4])
+def test_any_number_of_workers_comes_to_the_same_bits(workers: int, root: Path, storage: Storage) -> None:
+    made = execute.run({"kind": "evaluate", "name": f"by-{workers}", "model": "m", "corpus": "two", "workers": workers, "batch_windows": 2},
+                       storage=storage, progress=Records())
+    expected = evaluated(spec(root, batch_windows=2), storage)
+    assert all(made[key] == expected[key] for key in ("loss", "accuracy", "ece", "reliability", "corpora"))
+
+
 def test_a_prompt_that_does_not_fit_and_a_cluster_that_is_too_small_end_the_job(storage: Storage) -> None:
     given = {"kind": "evaluate", "name": "long", "model": "m", "corpus": "two"}
     for keys, message in ({"prompts": ["x" * 12], "max_tokens": 5}, "prompts.0: 12 tokens and 5 of max_tokens are more than the 16"), (
             {"workers": 1000}, "workers: 1000 workers need 1000 CPUs"):
         with pytest.raises(DistlmError, match=message):
             execute.run({**given, "name": f"bad-{len(keys)}", **keys}, storage=storage, progress=Records())
+
+
+def test_a_worker_that_dies_or_fails_ends_the_job_with_its_cause(storage: Storage) -> None:
+    import ray
+
+    @ray.remote(max_retries=0)
+    def die() -> None:
+        os._exit(1)
+
+    @ray.remote(max_retries=0)
+    def fail(cause: str) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory") if cause == "oom" else InputError("a damaged corpus")
+
+    with pytest.raises(EvaluationError, match=r"ended unexpectedly; its log is logs/worker-1\.log") as error:
+        answer(ray, die.remote(), Path("logs/worker-1.log"))
+    assert error.value.cause == "worker_died"
+    with pytest.raises(EvaluationError, match=r"out of memory.*; lower batch_windows or workers") as error:
+        answer(ray, fail.remote("oom"), Path("logs/worker-1.log"))
+    assert error.value.cause == "oom"
+    with pytest.raises(InputError, match="a damaged corpus"):
+        answer(ray, fail.remote("input"), Path("logs/worker-1.log"))
 
 
 def test_what_a_task_reads_is_checked(root: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import torch
 import uvicorn
 
 from distlm.errors import ServeError
+from distlm.serve import sample
 from distlm.serve.api import Card, create_app
 from distlm.serve.client import healthy, query
 from distlm.serve.metrics import Metrics
@@ -154,11 +155,15 @@ def test_echo_and_logprobs_score_a_prompt_as_lm_eval_asks(server: Server) -> Non
     assert scored["choices"][0]["text"] == "the cat sat" and scored["usage"]["completion_tokens"] == 0
 
 
-def test_a_prompt_that_is_scored_alone_may_have_one_token_more_than_the_context(server: Server) -> None:
-    ids = [7 + i % 90 for i in range(129)]
+def test_a_prompt_that_is_scored_alone_may_have_one_token_more_than_the_context(server: Server,
+                                                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    ids, forward, read = [7 + i % 90 for i in range(129)], server.engine._forward, []
+    monkeypatch.setattr(server.engine, "_forward", lambda ids, keep: read.append(len(ids)) or forward(ids, keep))
+    monkeypatch.setattr(sample, "CHUNK_ELEMENTS", 10 * server.engine.vocabulary)
     fields = {"echo": True, "logprobs": 1, "return_tokens_as_token_ids": True}
     whole = server.complete(prompt=[ids, ids[:128], ids[:1]], max_tokens=0, **fields)["choices"]
     told = [choice["logprobs"] for choice in whole]
+    assert read == [128, 127]                              # a model has no position for more, and the last token predicts nothing
     assert told[0]["tokens"] == [f"token_id:{token}" for token in ids] and len(told[2]["tokens"]) == 1
     assert told[0]["token_logprobs"][:128] == pytest.approx([None, *told[1]["token_logprobs"][1:]], abs=1e-5)
     with torch.inference_mode():
