@@ -424,4 +424,6 @@ def _redirect_handlers(old: TextIO, new: TextIO) -> None:
     for logger in loggers:
         for handler in getattr(logger, "handlers", ()):
             if isinstance(handler, logging.StreamHandler) and handler.stream is old:
-                handler.setStream(new)
+                with contextlib.suppress(ValueError):      # it flushes the old one first, which somebody may have closed
+                    handler.setStream(new)
+                handler.stream = new
