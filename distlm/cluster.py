@@ -223,6 +223,10 @@ def _shutdown() -> None:
         sys.modules["ray.serve.context"]._disconnect()
     with contextlib.redirect_stdout(sys.stderr):           # under `quiet` the log
         ray.shutdown()
+    for logger in logging.Logger.manager.loggerDict.values():
+        for handler in getattr(logger, "handlers", ()):
+            if type(handler).__name__ == "SessionFileHandler":         # else the next cluster's log goes to this one's folder
+                handler.close()
 
 
 @contextlib.contextmanager

@@ -3,7 +3,9 @@
 import contextlib
 import errno
 import json
+import logging
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -561,3 +563,22 @@ def test_down_ends_all_that_up_started_and_nothing_else(up, other):
     assert Path(up.folder) in Path(up.ray_folder).parents or not Path(up.ray_folder).exists()
     assert other() == "42"
     assert "is not up" in distlm("cluster", "down").stdout
+
+
+def test_the_next_session_has_a_log_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray.data._internal.logging import SessionFileHandler
+
+    monkeypatch.setattr("ray.shutdown", lambda: None)
+    sessions = [tmp_path / "first"]
+    handler, logger = SessionFileHandler("data.log", get_log_directory=lambda: str(sessions[-1])), logging.getLogger("of-a-session")
+    logger.addHandler(handler)
+    try:
+        logger.error("one")
+        cluster._shutdown()
+        shutil.rmtree(sessions[0])
+        sessions.append(tmp_path / "second")
+        logger.error("two")
+        assert (sessions[1] / "data.log").read_text() == "two\n" and not sessions[0].exists()
+    finally:
+        logger.removeHandler(handler)
+        handler.close()

@@ -15,7 +15,7 @@ from distlm.model.sequence import FAMILIES
 from distlm.spec import TrainSpec
 from distlm.spec.load import dump, load_spec
 from distlm.storage import Storage
-from distlm.train.batch import Batch
+from distlm.train.batch import TokenBatch
 from distlm.train.memory import make_load, peak_memory
 from distlm.train.recipe import make_recipe
 from tests.train.ranks import CONTEXT, VOCABULARY, losses, make_corpus, make_packed_corpus, metrics, run_ranks, spec
@@ -173,13 +173,13 @@ def test_what_cannot_be_divided_is_refused_at_plan(corpus: Path, sections: dict[
 
 
 def test_the_parts_of_a_batch_are_all_its_predictions_once() -> None:
-    whole = Batch(torch.arange(2 * (CONTEXT + 1)).reshape(2, -1))
+    whole = TokenBatch(torch.arange(2 * (CONTEXT + 1)).reshape(2, -1))
     parts = [whole.part(i, 4) for i in range(4)]
     assert torch.equal(torch.cat([part.tokens[:, 1:] for part in parts], 1), whole.tokens[:, 1:])
     assert all(part.targets is not None and torch.equal(part.targets, part.tokens[:, 1:]) for part in parts)
     assert [part.positions[1].tolist() for part in parts if part.positions is not None] == np.arange(CONTEXT).reshape(4, -1).tolist()
     assert whole.part(0, 1) is whole
-    placed = Batch(whole.tokens, positions=torch.arange(CONTEXT).remainder(5).expand(2, -1))
+    placed = TokenBatch(whole.tokens, positions=torch.arange(CONTEXT).remainder(5).expand(2, -1))
     assert torch.cat([part.positions for part in (placed.part(i, 4) for i in range(4)) if part.positions is not None], 1).equal(
         placed.positions)
 
