@@ -182,8 +182,8 @@ def test_a_tokenizer_that_is_not_there_is_found(storage: Storage, tmp_path: Path
         needs(storage, kind="prepare", sources=[str(tmp_path / "a.txt")], tokenizer={"from": str(tmp_path / "none")})
 
 
-THEIR_OWN = ("classify-stdlib.yaml", "docstrings.yaml", "prepare-chat.yaml", "prepare-preferences.yaml", "prepare-web.yaml", "shakespeare.yaml",
-             "shakespeare-gpu.yaml")
+THEIR_OWN = ("classify-stdlib.yaml", "docstrings.yaml", "prepare-chat.yaml", "prepare-preferences.yaml", "prepare-web.yaml",
+             "shakespeare.yaml", "shakespeare-gpu.yaml")
 """Read what only the reader has."""
 
 
