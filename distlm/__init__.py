@@ -12,6 +12,7 @@ Every verb of the command line is here; the names below are the functions that i
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from distlm.attribution import explain
     from distlm.cluster import require as find_cluster
     from distlm.cluster import status as cluster_status
     from distlm.clusterfile import read as read_cluster_file
@@ -41,7 +42,8 @@ _HOMES = {
     "LocalCluster": "head:LocalCluster", "Storage": "storage:Storage", "cluster_down": "head:down", "cluster_status": "cluster:status",
     "cluster_up": "head:up", "corpus_diff": "corpus.diff:diff", "corpus_documents": "corpus.inspect:documents",
     "corpus_find": "corpus.inspect:find", "corpus_summary": "corpus.inspect:summary", "corpus_verify": "corpus.verify:verify",
-    "corpus_windows": "corpus.inspect:windows", "driver_log": "logs:driver_log", "find_cluster": "cluster:require",
+    "corpus_windows": "corpus.inspect:windows", "driver_log": "logs:driver_log",
+    "explain": "attribution:explain", "find_cluster": "cluster:require",
     "find_corpus": "train.recipe:find_corpus", "follow": "logs:follow", "list_jobs": "jobs:jobs", "load_run": "jobs:load_run",
     "local_clusters": "head:recorded", "needs": "plan:needs", "profile": "execute:profile",
     "query": "jobs:query", "read_cluster_file": "clusterfile:read",
@@ -50,8 +52,8 @@ _HOMES = {
 """Name here -> module and name there."""
 __all__ = [
     "LocalCluster", "Storage", "__version__", "cluster_down", "cluster_status", "cluster_up", "corpus_diff", "corpus_documents",
-    "corpus_find", "corpus_summary", "corpus_verify", "corpus_windows", "driver_log", "find_cluster", "find_corpus", "follow", "list_jobs",
-    "load_run", "local_clusters", "needs", "profile",
+    "corpus_find", "corpus_summary", "corpus_verify", "corpus_windows", "driver_log", "explain", "find_cluster", "find_corpus", "follow",
+    "list_jobs", "load_run", "local_clusters", "needs", "profile",
     "query", "read_cluster_file", "resolve", "run", "status", "stop", "submit", "tensorboard",
     "write_starters"]
 

@@ -324,6 +324,42 @@ def query(name: Name, prompt: Annotated[str, typer.Argument(help="The text to co
 
 
 @app.command()
+def explain(model: Annotated[str, typer.Argument(metavar="RUN", help="A run by name or path, or a folder that transformers loads.",
+                                                 autocompletion=_names)],
+            text: Annotated[str, typer.Argument(help="The text; - reads it from standard input.")],
+            target: Annotated[str | None, typer.Option(help="The next token, or the label. Default: the likeliest.")] = None,
+            steps: Annotated[int, typer.Option(min=1, help="Points of the path of integrated gradients.")] = 64,
+            output: Annotated[Path, typer.Option(help="The page to write.")] = Path("explain.html"),
+            force: Annotated[bool, typer.Option("--force", help="Write over a page that is there.")] = False,
+            as_json: Json = False) -> None:
+    """Show what surprises a model, and what its prediction rests on.
+
+    Example: distlm explain my-model "def read_lines(path):"
+    """
+    from transformers.utils import logging
+
+    from distlm.attribution import explain as explained
+    from distlm.attribution import write_page
+    from distlm.progress import PlainProgress
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")         # else DeepSpeed, which transformers looks for, warns
+    if output.exists() and not force and not as_json:
+        raise InputError("there is such a file already", where=str(output), remedy="give another --output, or --force")
+    found = explained(model, sys.stdin.read() if text == "-" else text, target=target, steps=steps, storage=_storage())
+    if as_json:
+        _print_json({**vars(found), "tokens": [vars(one) for one in found.tokens], "gap": found.gap})
+        return
+    write_page(found, output)
+    PlainProgress().table("", [(repr(one.text), "" if one.surprisal is None else f"{one.surprisal:.2f}", f"{one.attribution:+.3f}")
+                               for one in found.tokens], ("token", "bits", "nats for the target"))
+    _show_rows([("target", f"{found.target!r}, {found.probability:.2%}"), ("page", str(output))])
+    if not found.complete:
+        _error(f"the attributions miss {found.gap:+.3f} of {found.added:+.3f} nats; raise --steps")
+
+
+@app.command()
 def dashboard(names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Runs or sweeps. Default: all.",
                                                                 autocompletion=_names)] = None,
               port: Annotated[int | None, typer.Option(help="Default: a free one.")] = None) -> None:

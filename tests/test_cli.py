@@ -21,8 +21,8 @@ from distlm.runs import RunFolder
 from distlm.storage import write_json
 from tests.codes import INTERRUPTED
 
-VERBS = ["init", "plan", "run", "profile", "submit", "status", "logs", "stop", "runs", "query", "dashboard", "cluster up", "cluster down",
-         "cluster status"]
+VERBS = ["init", "plan", "run", "profile", "submit", "status", "logs", "stop", "runs", "query", "explain", "dashboard", "cluster up",
+         "cluster down", "cluster status"]
 SPEC = """kind: prepare
 name: words
 sources: [{folder}/texts]
