@@ -22,7 +22,7 @@ from distlm.storage import Storage, write_atomic
 if TYPE_CHECKING:
     import torch
 
-STEPS, TOGETHER = 64, 16
+STEPS, TOGETHER = 256, 16
 """Points of the path by default, and how many go through the model at once."""
 TOLERANCE = 0.05
 """The share of what is explained that the attributions may miss before it is said."""

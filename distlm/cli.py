@@ -328,7 +328,7 @@ def explain(model: Annotated[str, typer.Argument(metavar="RUN", help="A run by n
                                                  autocompletion=_names)],
             text: Annotated[str, typer.Argument(help="The text; - reads it from standard input.")],
             target: Annotated[str | None, typer.Option(help="The next token, or the label. Default: the likeliest.")] = None,
-            steps: Annotated[int, typer.Option(min=1, help="Points of the path of integrated gradients.")] = 64,
+            steps: Annotated[int, typer.Option(min=1, help="Points of the path of integrated gradients.")] = 256,
             output: Annotated[Path, typer.Option(help="The page to write.")] = Path("explain.html"),
             force: Annotated[bool, typer.Option("--force", help="Write over a page that is there.")] = False,
             as_json: Json = False) -> None:
