@@ -241,6 +241,9 @@ def _turns_encoder(task: EncodeTask, conversations: Conversations) -> EncodeEach
             return [Part(text, sizes, refusal)]
         if (length := sum(len(part.result[0]) for part in parts if not isinstance(part.result, Refused))) > task.max_tokens:
             return [Part(text, sizes, Refused(LONGER, f"{length:,} tokens of both, and a window holds {task.max_tokens:,}"))]
+        chosen, rejected = (part.result for part in parts)
+        if not isinstance(chosen, Refused) and not isinstance(rejected, Refused) and np.array_equal(chosen[0], rejected[0]):
+            return [Part(text, sizes, Refused("equal_answers", "the template makes the same tokens of both answers"))]
         return parts
 
     def encode(texts: list[str], turns: list[str]) -> Iterator[list[Part]]:

@@ -70,13 +70,19 @@ def _give_labels(config: Any, shape: Shape, spec: ModelSpec) -> None:
     if not shape.labels:
         config.problem_type = None
         return
-    if spec.source is not None and has_classifier(config) and [config.id2label[i] for i in range(config.num_labels)] != [*shape.labels]:
-        raise InputError(f"the checkpoint tells apart {', '.join(map(str, config.id2label.values()))}, and the corpus "
-                         f"{', '.join(shape.labels)}", where=f"model.from: {spec.source}",
-                         remedy="take the model that it was trained from, whose last layer is new")
+    kind = f"{'multi' if shape.multiple_labels else 'single'}_label_classification"
+    if spec.source is not None and has_classifier(config):
+        remedy = "take the model that it was trained from, whose last layer is new"
+        if [config.id2label[i] for i in range(config.num_labels)] != [*shape.labels]:
+            raise InputError(f"the checkpoint tells apart {', '.join(map(str, config.id2label.values()))}, and the corpus "
+                             f"{', '.join(shape.labels)}", where=f"model.from: {spec.source}", remedy=remedy)
+        if (config.problem_type or kind) != kind:
+            counts = ("one label", "any number") if shape.multiple_labels else ("any number of labels", "one")
+            raise InputError(f"the checkpoint gives a text {counts[0]}, and the corpus {counts[1]}", where=f"model.from: {spec.source}",
+                             remedy=remedy)
     config.id2label = dict(enumerate(shape.labels))
     config.label2id = {name: number for number, name in config.id2label.items()}
-    config.problem_type = f"{'multi' if shape.multiple_labels else 'single'}_label_classification"
+    config.problem_type = kind
     config.pad_token_id = config.get_text_config().pad_token_id = shape.eos_id
 
 

@@ -179,8 +179,9 @@ def facts(recipe: Recipe) -> dict[str, Any]:
 
 
 def base_of(recipe: Recipe) -> dict[str, str | None]:
-    """The same of an adapter's base, all of which is read for it."""
-    return {"base": base_hash(recipe.spec.model.source) if recipe.spec.adapter and recipe.spec.model.source else None}
+    """The same of an adapter's base, or of what preferences are measured by, all of which is read for it."""
+    stays = recipe.spec.adapter or recipe.spec.objective == "dpo"
+    return {"base": base_hash(recipe.spec.model.source) if stays and recipe.spec.model.source else None}
 
 
 def load(engine: Any, checkpoint: Path, recipe: Recipe, rank: int, ema: "Ema | None" = None) -> None:

@@ -321,8 +321,8 @@ def without_val(manifests: list[Manifest]) -> tuple[str, str]:
 
 
 def _bytes_per_token(recipe: Recipe, part: ValPart, manifest: Manifest) -> float:
-    """What a token of the windows that are evaluated and gives loss stands for, as far as the tokenizer tells what its tokens are; else what
-    one of the whole split does."""
+    """What a token of the windows that are evaluated and gives loss stands for, as far as the tokenizer tells what its tokens are; else
+    what one of the whole split does."""
     split, lengths = manifest.splits["val"], token_bytes(manifest.tokenizer)
     if lengths is None and not recipe.marked:
         return split.bytes / split.tokens

@@ -159,6 +159,13 @@ def test_balanced_weights_are_those_of_scikit_learn(corpus: Path, root: Path) ->
     np.testing.assert_allclose(weights, len(truth) / (3 * counts), rtol=1e-6)
     given = class_weights(recipe_of(corpus, class_weights={"two": 4.0}))
     assert given is not None and given.tolist() == [1, 1, 4]
+    many = recipe_of(make_labelled_corpus(root / "everywhere", multiple=True), class_weights="balanced")
+    manifest = root / "everywhere" / "manifest.json"
+    data = json.loads(manifest.read_text())
+    data["labels"]["train"]["one"] = data["splits"]["train"]["documents"]
+    manifest.write_text(json.dumps(data))
+    everywhere = class_weights(many)
+    assert everywhere is not None and everywhere[many.shape.labels.index("one")] == 1, "one that every document has is still learned"
 
 
 def test_what_does_not_fit_is_refused(runs: Path, corpus: Path, tmp_path: Path) -> None:

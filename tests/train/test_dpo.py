@@ -148,6 +148,9 @@ def test_a_run_goes_on_bit_equal_from_the_reference_that_it_has_kept(root: Path,
     damaged = tmp_path / "adapter" / "reference" / "log_probs.npz"
     whole = damaged.read_bytes()
     damaged.write_bytes(whole[:-100])
+    (damaged.parent / "reference.json").write_text("{")
+    manifest = json.loads((tmp_path / "whole" / "checkpoints" / "step-000004" / "manifest.json").read_text())
+    assert manifest["base"], "another base would be another reference: it is refused as an adapter's is"
     shutil.rmtree(tmp_path / "adapter" / "checkpoints" / "step-000008")
     run_ranks({tmp_path / "adapter": runs[tmp_path / "adapter"]})
     assert damaged.read_bytes() == whole and losses(tmp_path / "adapter") == before[tmp_path / "adapter"][0]

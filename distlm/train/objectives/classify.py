@@ -86,7 +86,7 @@ def class_weights(recipe: "Recipe") -> NDArray[np.float32] | None:
     counts = np.sum([[one.data["labels"]["train"][name] for name in names] for one in manifests], axis=0)
     total = sum(one.splits["train"].documents for one in manifests)
     if recipe.shape.multiple_labels:
-        return np.asarray((total - counts) / counts, np.float32)
+        return np.asarray(np.where(counts < total, (total - counts) / counts, 1), np.float32)      # 0 would teach nothing
     return np.asarray(total / (len(names) * counts), np.float32)
 
 

@@ -16,7 +16,7 @@ import xxhash
 
 from distlm.corpus.manifest import Manifest
 from distlm.corpus.stream import START, Windows
-from distlm.errors import SpecError
+from distlm.errors import SpecError, StorageError
 from distlm.model.build import Shape
 from distlm.runs import RunFolder
 from distlm.spec.train import TrainSpec
@@ -200,6 +200,9 @@ def _is_whole(place: Path, identity: dict[str, Any]) -> bool:
     """Whether the table is there, unchanged, and of the same pairs and the same model."""
     if not (place / RECORD).is_file() or not (place / TABLE).is_file():
         return False
-    record = read_json(place / RECORD)
+    try:
+        record = read_json(place / RECORD)
+    except StorageError:                                   # cut short: it is made anew
+        return False
     return {key: record.get(key) for key in identity} == identity and \
-        record["xxh3"] == xxhash.xxh3_128_hexdigest((place / TABLE).read_bytes())
+        record.get("xxh3") == xxhash.xxh3_128_hexdigest((place / TABLE).read_bytes())
