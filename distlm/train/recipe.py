@@ -321,20 +321,19 @@ def without_val(manifests: list[Manifest]) -> tuple[str, str]:
 
 
 def _bytes_per_token(recipe: Recipe, part: ValPart, manifest: Manifest) -> float:
-    """What a token of the windows that are evaluated and gives loss stands for, as far as the tokenizer tells what its tokens are; else
-    what one of the whole split does."""
-    split, lengths = manifest.splits["val"], token_bytes(manifest.tokenizer)
-    if lengths is None and not recipe.marked:
+    """What a token that gives loss stands for: of the whole split where all do, else of the windows that are evaluated, as far as the
+    tokenizer tells what its tokens are."""
+    split = manifest.splits["val"]
+    if not recipe.marked:
         return split.bytes / split.tokens
     windows = Windows(part.corpus, "val")
     shards, rows = windows.first(part.windows)
-    targets = windows.read(shards, rows)[:, 1:]
-    if recipe.marked:
-        targets = targets[~silent(windows.marks(shards, rows), recipe.mask_documents)[:, 1:]]
+    targets = windows.read(shards, rows)[:, 1:][~silent(windows.marks(shards, rows), recipe.mask_documents)[:, 1:]]
     if not len(targets):
         raise InputError(f"no token of the {part.windows} validation windows that are evaluated gives loss", where=part.corpus,
                          remedy="prepare the corpus with a larger split.val_fraction")
-    return split.bytes / split.tokens if lengths is None else float(lengths[targets].sum() / targets.size)
+    lengths = token_bytes(manifest.tokenizer)
+    return split.bytes / split.tokens if lengths is None else float(lengths[targets].sum() / len(targets))
 
 
 def find_corpus(name: str, storage: Storage, where: str = "corpus") -> Path:
