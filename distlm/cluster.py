@@ -428,6 +428,7 @@ def _redirect_handlers(old: TextIO, new: TextIO) -> None:
     for logger in loggers:
         for handler in getattr(logger, "handlers", ()):
             if isinstance(handler, logging.StreamHandler) and handler.stream is old:
-                with contextlib.suppress(ValueError):      # it flushes the old one first, which somebody may have closed
+                if old.closed:                             # it would be flushed first
+                    handler.stream = new
+                else:
                     handler.setStream(new)
-                handler.stream = new

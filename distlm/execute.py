@@ -30,7 +30,7 @@ JOBS = {"prepare": "distlm.corpus.prepare:prepare", "train": "distlm.train.drive
 MAY_CHANGE = {"train": ("duration", "scale", "evaluate", "checkpoint", "retry", "track", "batch.micro_sequences",
                         "sharding", "compile", "activation_checkpointing"), "tune": ("concurrent",),
               "evaluate": ("workers", "cpus_per_worker", "threads_per_worker", "concurrent"), "prepare": ("workers",),
-              "serve": tuple(ServeSpec.model_fields), "pipeline": ("steps", "prompt")}
+              "serve": tuple(ServeSpec.model_fields), "pipeline": ("steps", "prompt", "chat")}
 """Kind -> keys that may differ when a job is taken up again: they leave what was done before as it is. An endpoint is replaced in place."""
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import io
 import json
 import logging
 import os
@@ -582,3 +583,16 @@ def test_the_next_session_has_a_log_of_its_own(tmp_path: Path, monkeypatch: pyte
     finally:
         logger.removeHandler(handler)
         handler.close()
+
+
+def test_a_handler_leaves_a_stream_that_somebody_has_closed(tmp_path: Path) -> None:
+    old, new, logger = (tmp_path / "old").open("w"), io.StringIO(), logging.getLogger("of-a-closed-stream")
+    handler = logging.StreamHandler(old)
+    logger.addHandler(handler)
+    try:
+        old.close()
+        cluster._redirect_handlers(old, new)
+        logger.error("said")
+        assert new.getvalue() == "said\n"
+    finally:
+        logger.removeHandler(handler)

@@ -147,7 +147,8 @@ def test_what_an_endpoint_is_made_of_and_a_pipelines_prompt_may_change(tmp_path:
     serve = {"kind": "serve", "name": "x", "model": "a"}
     step = {"steps": {"a": {"kind": "prepare", "sources": ["stdlib"]}}}
     for before, now in [(serve, {**serve, "model": "b", "max_tokens": 7, "port": 0}),
-                        ({"kind": "pipeline", "name": "x", **step}, {"kind": "pipeline", "name": "x", "prompt": "def", **step})]:
+                        ({"kind": "pipeline", "name": "x", **step},
+                         {"kind": "pipeline", "name": "x", "prompt": "def", "chat": True, **step})]:
         RunFolder.create(folder.path, to_yaml(dump(execute.resolve(before).spec)), {}, resume=True)
         assert execute.check_resume(folder, execute.resolve(now).spec)
 

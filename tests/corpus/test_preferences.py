@@ -84,6 +84,15 @@ def test_pairs_become_windows_of_two_conversations(run: Callable[..., dict[str, 
     assert [(one.part, one.shown.count("⟦")) for one in documents(corpus, ["7"])] == [(1, 1), (2, 1)]
 
 
+def test_answers_that_the_template_makes_equal_are_refused(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content | trim }}{{ eos_token }}{% endfor %}"
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"q{i}", "chosen": "a", "rejected": "a  b" if i else " a"}) + "\n" for i in range(6)))
+    made = run([str(path)], conversations={"prompt_key": "prompt", "chosen_key": "chosen", "rejected_key": "rejected"}, context=CONTEXT,
+               tokenizer={"train": "bytes", "chat_template": template}, split={"val_fraction": 0.3})
+    assert made["rejected.equal_answers"] == 1 and made["documents"] == 10
+
+
 @pytest.mark.parametrize(("given", "message"), [
     ({"chosen_key": "a"}, "conversations.rejected_key: chosen_key and rejected_key are the two answers of a preference; give both"),
     ({"chosen_key": "a", "rejected_key": "b", "too_long": "split"}, "conversations.too_long: split has no effect beside chosen_key"),

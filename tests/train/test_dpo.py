@@ -20,6 +20,7 @@ from distlm.model.build import build_model, model_config
 from distlm.model.export import export_model
 from distlm.spec import TrainSpec, load_spec
 from distlm.storage import Storage
+from distlm.train import checkpoint
 from distlm.train.recipe import make_recipe
 from distlm.train.schedule import learning_rate
 from tests.train.ranks import CONTEXT, VOCABULARY, losses, make_corpus, make_packed_corpus, metrics, run_ranks, spec
@@ -149,11 +150,16 @@ def test_a_run_goes_on_bit_equal_from_the_reference_that_it_has_kept(root: Path,
     whole = damaged.read_bytes()
     damaged.write_bytes(whole[:-100])
     (damaged.parent / "reference.json").write_text("{")
-    manifest = json.loads((tmp_path / "whole" / "checkpoints" / "step-000004" / "manifest.json").read_text())
-    assert manifest["base"], "another base would be another reference: it is refused as an adapter's is"
     shutil.rmtree(tmp_path / "adapter" / "checkpoints" / "step-000008")
     run_ranks({tmp_path / "adapter": runs[tmp_path / "adapter"]})
     assert damaged.read_bytes() == whole and losses(tmp_path / "adapter") == before[tmp_path / "adapter"][0]
+    given = runs[tmp_path / "whole"]
+    other = shutil.copytree(str(given.model.source), tmp_path / "other")
+    (other / "note.safetensors").write_bytes(b"another base")
+    moved = given.model_copy(update={"model": given.model.model_copy(update={"source": str(other)})})
+    checkpoint.check_resume(tmp_path / "whole", make_recipe(given, Storage(root)))
+    with pytest.raises(SpecError, match=r"was saved with base .*start a new run"):          # it would be another reference
+        checkpoint.check_resume(tmp_path / "whole", make_recipe(moved, Storage(root)))
 
 
 @pytest.mark.parametrize(("given", "message"), [
