@@ -136,6 +136,7 @@ def train(shape: str, options: argparse.Namespace, ranks: int, device: Any) -> f
     from distlm.train.batch import Batch
     from distlm.train.guard import SpikeGuard
     from distlm.train.loop import train_step
+    from distlm.train.phases import Phases
     from distlm.train.zero import deepspeed_config, make_engine
 
     one = SHAPES[shape]
@@ -159,7 +160,7 @@ def train(shape: str, options: argparse.Namespace, ranks: int, device: Any) -> f
         batch = Batch(torch.randint(0, one["vocab"], (one["micro"] * accumulation, one["context"] + 1), device=device))
         if step:
             reset(device)
-        train_step(engine, batch, cut, 1e-4, step, SpikeGuard(None, []), unwatched)
+        train_step(engine, batch, cut, 1e-4, step, SpikeGuard(None, []), unwatched, Phases(False))
         if step:
             peak = max(peak, torch.cuda.max_memory_allocated() if device.type == "cuda" else resident("VmHWM"))
     engine.destroy()

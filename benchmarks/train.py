@@ -27,7 +27,8 @@ from pathlib import Path
 from typing import Any
 
 WARM_UP = 3
-SIDES = {"distlm": "distlm run", "compiled": "distlm run, compile: true",
+SIDES = {"distlm": "distlm run", "compiled": "distlm run, compile: true", "workers": "distlm run, a worker a core",
+         "workers-zero2": "the same, ZeRO-2", "workers-compiled": "the same, compile: true",
          "bare": "bare loop, pure bf16", "kept": "bare loop, memory kept", "twin": "bare loop, distlm's parts",
          "trainer": "transformers Trainer, bf16"}
 
@@ -122,10 +123,12 @@ def run_distlm(options: argparse.Namespace) -> list[float]:
     import distlm
 
     name = f"bench-{time.time_ns()}"
+    workers = options.threads if options.side.startswith("workers") else 1
     spec = {"kind": "train", "name": name, "corpus": "bench", "model": {"preset": options.preset},
-            "batch": {"global_sequences": options.sequences, "micro_sequences": options.micro}, "duration": {"steps": options.steps},
-            "compile": options.side == "compiled",
-            "scale": {"threads_per_worker": options.threads, "gpus_per_worker": int(device() == "cuda")},
+            "batch": {"global_sequences": options.sequences, "micro_sequences": options.micro // workers},
+            "duration": {"steps": options.steps}, "compile": options.side.endswith("compiled"),
+            "sharding": {"zero": 2 if options.side == "workers-zero2" else 0},
+            "scale": {"workers": workers, "threads_per_worker": options.threads // workers, "gpus_per_worker": int(device() == "cuda")},
             "evaluate": {"every_steps": options.steps}, "checkpoint": {"every_steps": options.steps}, "precision": "bf16"}
     distlm.run(spec, storage=options.storage, progress=quiet())
     lines = (options.storage / "runs" / name / "metrics.jsonl").read_text().splitlines()
@@ -260,7 +263,8 @@ def quiet() -> Any:
 
 
 SIDE: dict[str, Callable[[argparse.Namespace], list[float]]] = {
-    "corpus": prepare_corpus, "distlm": run_distlm, "compiled": run_distlm, "bare": run_bare, "kept": run_bare, "twin": run_twin,
+    "corpus": prepare_corpus, "distlm": run_distlm, "compiled": run_distlm, "workers": run_distlm, "workers-zero2": run_distlm,
+    "workers-compiled": run_distlm, "bare": run_bare, "kept": run_bare, "twin": run_twin,
     "trainer": run_trainer}
 
 if __name__ == "__main__":

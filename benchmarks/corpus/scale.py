@@ -75,7 +75,7 @@ def measure(source: Path, storage: Path, options: argparse.Namespace) -> tuple[f
 
     def watch() -> None:
         nonlocal peak
-        while not ended.wait(0.1):
+        while not ended.wait(1):
             peak = max(peak, resident(process.pid))
 
     watcher = threading.Thread(target=watch)

@@ -17,6 +17,7 @@ from distlm.evaluate.report import write_report
 from distlm.evaluate.task import Task, make_task
 from distlm.evaluate.totals import Sums, measures
 from distlm.evaluate.worker import Worker, default_threads
+from distlm.model.complete import check_prompts, encode_prompts
 from distlm.model.find import find_model
 from distlm.progress import Progress
 from distlm.runs import RunFolder
@@ -36,7 +37,7 @@ def evaluate(spec: EvaluateSpec, folder: RunFolder, storage: Storage, progress: 
     for part in task.parts:
         if not part.by_source:
             progress.note(f"{part.name} does not tell the sources of its documents: it is measured as a whole")
-    prompts = [encode(task, text) for text in spec.prompts]
+    prompts = encode_prompts(read_manifest(task.parts[0].corpus).tokenizer, spec.prompts) if spec.prompts else []
     folder.event("running", message=f"{task.windows:,} windows")
     if spec.model is not None:
         made_by = str(find_model(spec.model, storage))
@@ -53,14 +54,6 @@ def evaluate(spec: EvaluateSpec, folder: RunFolder, storage: Storage, progress: 
                                                             for prompt, text in zip(spec.prompts, texts, strict=True)]}
     write_report(folder, outputs)
     return outputs
-
-
-def encode(task: Task, text: str) -> list[int]:
-    """The tokens of a prompt; special tokens are written into it by name, and none is added."""
-    import tokenizers
-
-    tokenizer = tokenizers.Tokenizer.from_file(str(read_manifest(task.parts[0].corpus).tokenizer / "tokenizer.json"))
-    return list(tokenizer.encode(text, add_special_tokens=False).ids)
 
 
 def by_model(spec: EvaluateSpec, task: Task, model: Path, prompts: list[list[int]], folder: RunFolder, progress: Progress) -> Found:
@@ -144,16 +137,6 @@ def context_of(model: Path) -> int | None:
     from transformers import AutoConfig
 
     return getattr(AutoConfig.from_pretrained(model, local_files_only=True).get_text_config(), "max_position_embeddings", None)
-
-
-def check_prompts(prompts: list[list[int]], max_tokens: int, context: int | None) -> None:
-    """Raises InputError for a prompt that has no token, or that leaves no room for its completion."""
-    for i, prompt in enumerate(prompts):
-        if not prompt:
-            raise InputError("the tokenizer makes no token of it", where=f"prompts.{i}", remedy="write more, or leave it out")
-        if context is not None and len(prompt) + max_tokens > context:
-            raise InputError(f"{len(prompt)} tokens and {max_tokens} of max_tokens are more than the {context} of the model's context",
-                             where=f"prompts.{i}", remedy="shorten it, or lower max_tokens")
 
 
 def outcome(task: Task, made_by: str, sums: list[Sums]) -> dict[str, Any]:

@@ -18,10 +18,10 @@ import numpy as np
 from distlm.corpus.manifest import read_manifest
 from distlm.corpus.stream import START
 from distlm.errors import InputError, ServeError
-from distlm.evaluate.driver import check_prompts
 from distlm.evaluate.task import Reader, Rows, Task
 from distlm.evaluate.totals import Sums
 from distlm.evaluate.worker import Scores, sums
+from distlm.model.complete import check_prompts
 from distlm.model.vocabulary import vocabulary_hash
 from distlm.progress import Progress
 from distlm.runs import RunFolder

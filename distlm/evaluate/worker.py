@@ -1,7 +1,6 @@
 """A worker: a copy of the model, which scores the batches that it is given."""
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,18 +64,13 @@ class Worker:
             kept = given.targets != IGNORED
             return sums(self.task, rows, Scores(*(one[kept].cpu().numpy() for one in found)))
 
-    def complete(self, prompts: Sequence[list[int]], max_tokens: int) -> list[str]:
+    def complete(self, prompts: list[list[int]], max_tokens: int) -> list[str]:
         """What the model adds to each prompt, taking the likeliest token each time."""
-        import torch
         from transformers import AutoTokenizer
 
-        tokenizer: Any = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
-        texts = []
-        for prompt in prompts:
-            tokens = torch.tensor([prompt], device=self.device)
-            made = self.model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=max_tokens, do_sample=False)
-            texts.append(str(tokenizer.decode(made[0, len(prompt):], skip_special_tokens=True)))
-        return texts
+        from distlm.model.complete import complete
+
+        return complete(self.model, AutoTokenizer.from_pretrained(self.folder, local_files_only=True), prompts, max_tokens)
 
 
 def sums(task: Task, rows: Rows, scores: Scores) -> Sums:

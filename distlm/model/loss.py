@@ -106,7 +106,8 @@ def _scores(rows: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor | No
 
 
 class LossHead(nn.Module):
-    """Stands in the place of a model's last linear layer, with its parameters under their names, and gives the loss."""
+    """Stands in the place of a model's last linear layer, with its parameters under their names, and gives the loss; without targets, while
+    it does not train, logits."""
 
     def __init__(self, linear: nn.Linear, penalties: tuple[float, float] = (0.0, 0.0)) -> None:
         super().__init__()
@@ -117,9 +118,11 @@ class LossHead(nn.Module):
         """The rows of the hidden states that `targets` are for; None for all."""
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden: [batch, context, width]. Returns the summed cross-entropy of `targets`, a float32 scalar."""
+        """hidden: [batch, context, width]. Returns the summed cross-entropy of `targets`, a float32 scalar, or logits."""
         targets, kept, self.targets, self.kept = self.targets, self.kept, None, None
-        assert targets is not None, "one set of targets for each pass"
+        if targets is None:
+            assert not self.training, "one set of targets for each pass"
+            return functional.linear(hidden, self.weight, self.bias)
         wanted = torch.is_grad_enabled() and (hidden.requires_grad or self.weight.requires_grad)
         rows = hidden.flatten(0, 1)
         return _LinearCrossEntropy.apply(rows if kept is None else rows[kept], self.weight, self.bias, targets, wanted,

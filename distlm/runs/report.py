@@ -46,6 +46,35 @@ class Matrix:
     """(label, (count, its share of the row in percent) of each column)"""
 
 
+PARTS = {"data_s": "waiting for samples", "forward_s": "forward pass", "backward_s": "backward pass",
+         "update_s": "gradients exchanged, update", "evaluate_s": "evaluation", "checkpoint_stall_s": "checkpoints, steps standing still"}
+"""Seconds of a record -> what they went to; the update's are what is left of `step_s`."""
+COLORS = ("#8a94a3", "#3b6fd4", "#b5472f", "#c79a2b", "#3f8f6b", "#7d5bb0")
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where a share of a run's time went."""
+
+    name: str
+    seconds: str
+    """Of the whole run."""
+    each: str
+    """Milliseconds of one, in the middle of all."""
+    share: float
+    """In percent of all parts together."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What the model added to a prompt, by step."""
+
+    prompt: str
+    last: tuple[int, str]
+    before: tuple[tuple[int, str], ...]
+    """The newest first."""
+
+
 def write_report(folder: RunFolder) -> Path:
     """Write the page into the folder of a run that has metrics. Raises StorageError."""
     records, events = folder.read_metrics(), folder.events()
@@ -55,6 +84,7 @@ def write_report(folder: RunFolder) -> Path:
     page = environment.get_template("report.html.j2").render(
         name=folder.name, facts=facts(records), width=WIDTH, height=HEIGHT,
         curves=[one for title in CURVES if (one := curve(title, records))], matrices=matrices(records),
+        parts=parts(records), colors=COLORS, samples=samples(records),
         events=[(time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(event["time"])), event["state"], event.get("cause", ""),
                  event.get("message", "")) for event in events],
         spec=spec.read_text(encoding="utf-8", errors="replace") if spec.is_file() else "",
@@ -77,6 +107,33 @@ def facts(records: list[dict[str, Any]]) -> list[tuple[str, str]]:
              ("MFU", last.get("mfu"), ".1%"), ("seconds of a checkpoint", saves[len(saves) // 2] if saves else None, ".3g"),
              ("of which steps stood still", stalls[len(stalls) // 2] if stalls else None, ".3g")]
     return [(name, format(value, form)) for name, value, form in shown if value is not None]
+
+
+def parts(records: list[dict[str, Any]]) -> list[Part]:
+    """Where the time of rank 0 went; empty where no record tells."""
+    taken: dict[str, list[float]] = {name: [] for name in PARTS}
+    for record in records:
+        if "step_s" not in record:
+            continue
+        record = {**record, "update_s": max(0.0, record["step_s"] - record.get("forward_s", 0.0) - record.get("backward_s", 0.0))}
+        for name in PARTS:
+            if name in record:
+                taken[name].append(record[name])
+    total, found = sum(map(sum, taken.values())), []
+    for name, values in taken.items():
+        if values and total:
+            found.append(Part(PARTS[name], f"{sum(values):,.1f}", f"{1e3 * sorted(values)[len(values) // 2]:,.1f}",
+                              100 * sum(values) / total))
+    return found
+
+
+def samples(records: list[dict[str, Any]]) -> list[Sample]:
+    """What was added to each prompt at each evaluation."""
+    made: dict[str, list[tuple[int, str]]] = {}
+    for record in records:
+        for one in record.get("samples", ()):
+            made.setdefault(one["prompt"], []).append((record["step"], one["completion"]))
+    return [Sample(prompt, texts[-1], tuple(texts[-2::-1])) for prompt, texts in made.items()]
 
 
 def matrices(records: list[dict[str, Any]]) -> list[Matrix]:

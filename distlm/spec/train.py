@@ -112,6 +112,16 @@ class Evaluate(Part):
     max_windows: Annotated[int, Field(ge=1)] = 512
     """Windows of the validation split that are used, the same ones every time; of a mixture's corpora, each its share of them, one at
     least, and the loss is the mean of theirs by their shares of the samples."""
+    prompts: list[Annotated[str, Field(min_length=1)]] = []
+    """Texts that the model completes at each evaluation, the likeliest token each time: metrics.jsonl and the report show what it adds."""
+    max_tokens: Annotated[int, Field(ge=1)] = 64
+    """Tokens of each completion."""
+
+    @model_validator(mode="after")
+    def _samples(self) -> "Evaluate":
+        if not self.prompts:
+            without_effect(self, "without prompts", "max_tokens")
+        return self
 
 
 class Checkpoints(Part):
@@ -271,6 +281,9 @@ class TrainSpec(Job):
         check_adapter(self)
         check_dpo(self)
         check_classify(self)
+        if self.evaluate.prompts and self.sharding.sequence_parallel > 1:
+            raise Rule("evaluate.prompts", "cannot be with sharding.sequence_parallel, which divides sequences of one length alone; leave "
+                                           "them out, and evaluate the run with kind: evaluate")
         if self.compile and self.sharding.zero == 3:
             raise Rule("compile", "true cannot be with ZeRO stage 3, which gathers weights in the midst of a layer; leave it out, or set "
                                   "sharding.zero: 2")
@@ -320,6 +333,7 @@ def check_classify(spec: TrainSpec) -> None:
             raise Rule(where, "is not proved with objective: classify; leave one of them out")
     rules = spec.regularization
     for where, idle in (("batch.mask_documents", spec.batch.mask_documents is None),
+                        ("evaluate.prompts", not spec.evaluate.prompts),
                         ("regularization.label_smoothing", rules.label_smoothing == 0), ("regularization.z_loss", rules.z_loss == 0)):
         if not idle:
             raise Rule(where, "has no effect with objective: classify; leave it out")

@@ -33,6 +33,7 @@ from distlm.train.guard import Random, SpikeGuard, finite, nonfinite_gradient, n
 from distlm.train.metrics import MetricsWriter, StepResult
 from distlm.train.objectives import objective_of
 from distlm.train.optimizer import set_rate
+from distlm.train.phases import Phases
 from distlm.train.profile import StepProfile, region
 from distlm.train.recipe import Recipe, manifest_of
 from distlm.train.saver import Saver
@@ -73,7 +74,7 @@ def fit(recipe: Recipe, folder: RunFolder, steps: Iterator[NDArray[np.int64]], *
         objective.begin(engine, recipe, folder, rank, device)
     if resume_from is not None:
         checkpoint.load(engine, resume_from, recipe, rank, ema)
-    launches = folder.launches()
+    launches, phases = folder.launches(), Phases(device.type == "cuda")
     guard = SpikeGuard(spec.guard.spike, checkpoint.recent_losses(resume_from) if resume_from else [])
     evaluator = Evaluator(recipe, rank, device)
     writer = MetricsWriter(folder, recipe, first_step) if rank == 0 and not look else None
@@ -83,7 +84,7 @@ def fit(recipe: Recipe, folder: RunFolder, steps: Iterator[NDArray[np.int64]], *
     with Watchdog(folder.path, rank, spec.guard.step_timeout_s) as dog, Saver(engine, recipe, folder.path, rank) as saver:
         for step in range(first_step, recipe.num_steps):
             dog.beat(step)
-            with region("data"):
+            with phases("data"):
                 batch = objective.make_batch(next(steps), recipe, device).part(*recipe.part(rank))
             dog.beat(step, 1)
             started = time.perf_counter()
@@ -92,7 +93,7 @@ def fit(recipe: Recipe, folder: RunFolder, steps: Iterator[NDArray[np.int64]], *
             if leaving and preempt.abandoned(folder, launches):
                 raise TrainError("the driver of this run has gone", cause="head_lost")
             try:
-                result = train_step(engine, batch, recipe, rate, step, guard, dog, leaving, saver.written)
+                result = train_step(engine, batch, recipe, rate, step, guard, dog, phases, leaving, saver.written)
             except TrainError:
                 dog.rest()                                 # what is being saved is still finished
                 raise
@@ -108,10 +109,10 @@ def fit(recipe: Recipe, folder: RunFolder, steps: Iterator[NDArray[np.int64]], *
                 saver.commit()
             due = done % recipe.checkpoint_every == 0 or done == recipe.num_steps
             if done % recipe.evaluate_every == 0 or done == recipe.num_steps or (due and spec.checkpoint.keep_best):
-                with exported_weights(engine, ema):
+                with exported_weights(engine, ema), phases("evaluate"):
                     measured = evaluator.measure(engine)
             if writer:
-                writer.step(done, result, rate, seconds, measured, loss_scale(engine), saver.done())
+                writer.step(done, result, rate, {"step_s": seconds, **phases.taken()}, measured, loss_scale(engine), saver.done())
             if due or result.leaving:
                 beside = spec.checkpoint.asynchronous and not result.leaving and done < recipe.num_steps
                 saver.save(done, ema, list(guard.losses), measured.get("val_loss"), due=due, beside=beside)
@@ -141,7 +142,7 @@ def exported_weights(engine: Any, ema: Ema | None) -> contextlib.AbstractContext
 
 
 def train_step(engine: Any, batch: Batch, recipe: Recipe, rate: float, step: int, guard: SpikeGuard, dog: Watchdog,
-               leaving: bool = False, written: bool = False) -> StepResult:
+               phases: Phases, leaving: bool = False, written: bool = False) -> StepResult:
     """One optimizer step on this rank's share. `leaving`: this rank has been asked to end; `written`: it has written a checkpoint's files.
 
     The loss of a step is the sum over its tokens that give loss divided by their global count; DeepSpeed averages over ranks
@@ -159,12 +160,12 @@ def train_step(engine: Any, batch: Batch, recipe: Recipe, rate: float, step: int
     totals = torch.tensor([0, leaving, written, *(0 for _ in means)], dtype=torch.float64, device=batch.tokens.device)
     for i, micro in enumerate(batch.split(recipe.micro_sequences)):
         dog.beat(step, i + 1)
-        with region("forward"):
+        with phases("forward"):
             loss = engine(*micro.inputs)
         totals[0] += loss.detach().double()
         if means:
             totals[3:] += engine.module.sums.double()
-        with region("backward"):
+        with phases("backward"):
             engine.backward(loss * scale)
         if i < accumulation - 1:
             engine.step()

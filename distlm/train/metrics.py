@@ -51,18 +51,19 @@ class MetricsWriter:
             self._folder.metrics({"step": 0, **measured, "time": time.time()})
             self._show(measured, 0)
 
-    def step(self, done: int, result: StepResult, rate: float, seconds: float, measured: dict[str, Any],
+    def step(self, done: int, result: StepResult, rate: float, phases: dict[str, float], measured: dict[str, Any],
              loss_scale: float | None = None, save: Save | None = None) -> None:
         """Record a step: its loss, the gradient's norm before clipping, tokens that gave loss where not all do; of a spike the limit that
-        it is above, and whether there was no update. With them learning rate, seconds of the step alone, fp16's loss scale after it, its
-        memory, and its MFU where the processor's peak is known. `measured` is what an evaluation after it found, empty without one. `save`
-        is a checkpoint that has been committed since the step before: its step, its seconds from begin to marker, and those for which the
-        steps stood still."""
+        it is above, and whether there was no update. With them learning rate, the seconds of the step alone, `step_s`, and those of its
+        phases on rank 0, fp16's loss scale after it, its memory, and its MFU where the processor's peak is known. `measured` is what an
+        evaluation after it found, empty without one. `save` is a checkpoint that has been committed since the step before: its step, its
+        seconds from begin to marker, and those for which the steps stood still."""
+        seconds = phases["step_s"]
         tokens, targets = self._recipe.tokens_of(done - 1), "pairs" if self._recipe.spec.objective == "dpo" else "loss_tokens"
         record = {"step": done, "loss": result.loss, "lr": rate, **({} if result.norm is None else {"grad_norm": result.norm}),
                   **({"skipped": True} if result.skipped else {}), **({} if result.limit is None else {"spike_above": result.limit}),
                   **({} if loss_scale is None else {"loss_scale": loss_scale}), "tokens": self._recipe.tokens(done),
-                  "tokens_per_s": tokens / seconds, "memory_bytes": self._memory(), **({} if self._peak is None else {
+                  "tokens_per_s": tokens / seconds, **phases, "memory_bytes": self._memory(), **({} if self._peak is None else {
                       "mfu": mfu(tokens / seconds, self._recipe.flops_per_token, self._peak * self._recipe.world)}),
                   "time": time.time(), **measured, **result.beside,
                   **({targets: result.num_targets} if self._recipe.marked else {}),
@@ -71,8 +72,9 @@ class MetricsWriter:
         if result.limit is not None:
             self._folder.event("note", "loss_spike", f"the loss is {result.loss:.4g} at step {done}, above {result.limit:.4g}: "
                                                      f"{'no update was made' if result.skipped else 'only noted'}", step=done)
-        for name, mean in result.beside.items():
-            self._board.add_scalar(f"train/{name}", mean, done)
+        for prefix, values in (("train", result.beside), ("phases", phases)):
+            for name, each in values.items():
+                self._board.add_scalar(f"{prefix}/{name}", each, done)
         for name, value in (("loss/train", result.loss), ("optimizer/lr", rate),
                             ("optimizer/grad_norm", result.norm), ("optimizer/loss_scale", loss_scale),
                             ("speed/tokens_per_s", tokens / seconds), ("speed/mfu", record.get("mfu")),

@@ -17,6 +17,7 @@ from distlm.corpus.tokenizer import token_bytes
 from distlm.errors import InputError, SpecError
 from distlm.model.adapter import adapter_sizes
 from distlm.model.build import Shape, model_config, parameter_sizes, recompute, skeleton
+from distlm.model.complete import check_prompts, encode_prompts
 from distlm.model.find import find_model
 from distlm.model.sequence import check_sequence
 from distlm.model.tensor import check_tensor
@@ -371,3 +372,13 @@ def _num_steps(spec: TrainSpec, sizes: BatchSizes, windows: int, context: int) -
 def manifest_of(recipe: Recipe) -> Manifest:
     """Of the corpus, or of a mixture's first."""
     return read_manifest(recipe.corpus)
+
+
+def read_prompts(recipe: Recipe) -> list[list[int]]:
+    """The tokens of the prompts that an evaluation completes. Raises InputError for one that has none, or that is too long."""
+    spec = recipe.spec.evaluate
+    if not spec.prompts:
+        return []
+    prompts = encode_prompts(manifest_of(recipe).tokenizer, spec.prompts)
+    check_prompts(prompts, spec.max_tokens, recipe.shape.context, "evaluate.prompts")
+    return prompts

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from distlm.runs import RunFolder
-from distlm.runs.report import MAX_POINTS, curve, matrices, write_report
+from distlm.runs.report import MAX_POINTS, curve, matrices, parts, write_report
 
 HOSTILE = "<script>alert(1)</script>"
 
@@ -40,6 +40,21 @@ def test_a_classifiers_page_has_its_scores_and_its_confusion_matrix(tmp_path: Pa
     assert re.search(r"var\(--a\) 75%, var\(--card\)\)\">30</td><td[^>]*25%[^>]*>10</td>", page)
     [one, two] = matrices([{"confusion": {"labels": ["a", "b"], "counts": [[[5, 1], [2, 3]], [[1, 0], [0, 1]]]}}])
     assert (one.title, two.title) == ("a", "b") and one.rows[1] == ("with", ((2, 40), (3, 60))) and matrices([{"step": 1}]) == []
+
+
+def test_the_page_tells_where_the_time_went_and_what_the_model_says(tmp_path: Path) -> None:
+    folder = made(tmp_path / "run")
+    assert "Where the time went" not in write_report(folder).read_text()
+    for step in (1, 2):
+        folder.metrics({"step": step, "loss": 1.0, "data_s": 0.5, "forward_s": 1.0, "backward_s": 1.5, "step_s": 3.0,
+                        **({"checkpoint_stall_s": 1.0} if step == 2 else {}),
+                        "samples": [{"prompt": HOSTILE, "completion": f" says {step}"}]})
+    assert [(part.name, part.seconds, round(part.share)) for part in parts(folder.read_metrics())] == [
+        ("waiting for samples", "1.0", 13), ("forward pass", "2.0", 25), ("backward pass", "3.0", 38),
+        ("gradients exchanged, update", "1.0", 13), ("checkpoints, steps standing still", "1.0", 13)]
+    page = write_report(folder).read_text()
+    assert HOSTILE not in page and page.index("says 2") < page.index("as it was before") < page.index("says 1")
+    assert "1,000.0</td><td>2.0</td><td>25.0 %" in page
 
 
 def test_a_curve_is_thinned_and_keeps_its_ends(tmp_path: Path) -> None:

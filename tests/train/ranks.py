@@ -129,13 +129,13 @@ def spec(corpus: Path, **sections: object) -> TrainSpec:
 
 def run_ranks(runs: dict[Path, TrainSpec], *, device: str = "cpu", kill_before_step: int | None = None,
               full_before_step: int | None = None, preempt_before_step: int | None = None, stop_before_step: int | None = None,
-              poison: dict[str, object] | None = None, hold: tuple[int, int] | None = None) -> str:
+              poison: dict[str, object] | None = None, hold: tuple[int, int] | None = None, slow_s: float = 0) -> str:
     """Train each run, one after the other in one group of `scale.workers` processes on `device`, from its last committed checkpoint.
 
     `kill_before_step`: the last rank is sent SIGKILL when it asks for that step. `full_before_step`: from
     that step on no file may grow beyond 10 kB, as on a full disk, and the ranks must fail. `preempt_before_step`: the last rank is sent
     SIGTERM when it asks for that step, and the ranks must fail. `stop_before_step`: the same with SIGSTOP, and it must end by SIGKILL,
-    which nobody here sends. `poison`: what `add_poison` takes; every run
+    which nobody here sends. `slow_s`: the last rank is so many seconds late with each step. `poison`: what `add_poison` takes; every run
     goes on to the next one after the error that it then ends with. `hold`: (step, until): what is written of that step's checkpoint beside
     the steps is not, on any rank, before that rank asks for step `until`, or its run ends. Returns what the ranks printed."""
     for run, spec in runs.items():
@@ -147,7 +147,7 @@ def run_ranks(runs: dict[Path, TrainSpec], *, device: str = "cpu", kill_before_s
         port = probe.getsockname()[1]
     context: Any = multiprocessing.get_context("forkserver" if device == "cpu" else "spawn")
     context.set_forkserver_preload(["tests.train.preload"])
-    alone = {"kill": kill_before_step, "preempt": preempt_before_step, "stop": stop_before_step}
+    alone = {"kill": kill_before_step, "preempt": preempt_before_step, "stop": stop_before_step, "slow_s": slow_s}
     ranks = []
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -306,7 +306,7 @@ def hold_writes(step: int, released: threading.Event) -> None:
 
 def rank_process(runs: list[Path], environment: dict[str, str], output: Path, *, kill: int | None = None, preempt: int | None = None,
                  stop: int | None = None, full: int | None = None, poison: dict[str, Any] | None = None,
-                 hold: tuple[int, int] | None = None) -> None:
+                 hold: tuple[int, int] | None = None, slow_s: float = 0) -> None:
     """One rank. What it prints goes to `output`."""
     os.environ |= environment
     log = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -350,6 +350,7 @@ def rank_process(runs: list[Path], environment: dict[str, str], output: Path, *,
             for i, tokens in enumerate(ordered_steps(local_steps(plan, rank, first), plan, rank, first)):
                 if first + i == kill:
                     os.kill(os.getpid(), signal.SIGKILL)
+                time.sleep(slow_s)
                 if first + i == stop:
                     os.kill(os.getpid(), signal.SIGSTOP)
                 if first + i == preempt:

@@ -67,7 +67,7 @@ def test_a_record_has_mfu_where_the_peak_is_known_and_memory_always(peak: float 
     monkeypatch.setattr(metrics, "worker_peak", lambda precision: peak)
     recipe = make_recipe(spec(make_corpus(tmp_path / "c"), scale={"workers": 2}), Storage(tmp_path))
     writer = MetricsWriter(RunFolder(tmp_path / "run"), recipe, 0)
-    writer.step(1, StepResult(4.0, 1.0, recipe.tokens_of(0)), 0.01, 0.5, {})
+    writer.step(1, StepResult(4.0, 1.0, recipe.tokens_of(0)), 0.01, {"step_s": 0.5}, {})
     writer.close()
     [record] = RunFolder(tmp_path / "run").read_metrics()
     assert 1e7 < record["memory_bytes"] < 1e11

@@ -123,6 +123,18 @@ def test_a_rank_that_is_stopped_is_named_and_ended_and_the_others_leave_their_st
     assert len(losses(run)) == 7 and not (run / "export").exists()
 
 
+@pytest.mark.slow
+def test_a_rank_that_is_slow_costs_nothing_but_time(corpus: Path, tmp_path: Path) -> None:
+    """All of its delays are longer than a step may stand still, each is shorter."""
+    given = spec(corpus, scale=TWO, duration={"steps": 12}, guard={"step_timeout_s": 2})
+    quick, slow = tmp_path / "quick", tmp_path / "slow"
+    run_ranks({quick: given})
+    output = run_ranks({slow: given}, slow_s=0.5)
+    assert losses(slow) == losses(quick) and "no progress" not in output and verdict(slow) is None
+    late = [record["forward_s"] + record["backward_s"] for record in metrics(slow) if "loss" in record]
+    assert max(late) < 2, "rank 0 waits for the slow one where gradients meet"
+
+
 def test_what_hangs_while_its_threads_live_is_behind_the_others(tmp_path: Path) -> None:
     """As a rank that waits for its samples for ever: it says how far it is, and the others are further."""
     for rank, place in enumerate(([7, 3], [7, 0], [7, 3])):
