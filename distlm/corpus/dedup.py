@@ -16,10 +16,14 @@ import pyarrow.compute as pc
 from distlm.corpus.accounts import SAMPLE_CHARS, Account, Samples, Step, account, add
 from distlm.corpus.clusters import MAX_CLUSTERS, MAX_MEMBERS, excerpt
 from distlm.corpus.documents import SCHEMA
+from distlm.corpus.labels import labels_in
 from distlm.corpus.split import SplitRule, first_held_out
+from distlm.spec.prepare import Labels
 from distlm.storage import replacing
 
 BATCH_ROWS = 256
+DUPLICATE, OTHER_LABEL = "duplicate", "duplicate_other_label"
+"""Why a document goes whose text another has: of documents with labels, the second where its labels are not those of the one that stays."""
 KEPT = ["hash", "file", "origin", "record", "id", "meta", "reasons", "text", "turns"]
 """The columns of a partition of documents."""
 
@@ -35,6 +39,7 @@ class SortTask:
     ranks: tuple[int, ...]
     """Of each source, by its place in the spec: of equal documents that of the lowest is kept."""
     output: Path
+    labels: Labels | None = None
 
 
 @dataclass
@@ -66,21 +71,29 @@ def sort_partition(task: SortTask) -> SortResult:
     for row in sorted(range(len(keys)), key=lambda row: (keys[row], task.ranks[origins[row]], places[row])):
         add(result.dedup.taken, 1, sizes[row])
         if task.dedup and kept and hashes[kept[-1]] == hashes[row]:
-            result.dedup.reject("duplicate", 1, sizes[row])
+            others = _other_labels(table, row, kept[-1], task.labels) if task.labels else ""
+            reason = OTHER_LABEL if others else DUPLICATE
+            result.dedup.reject(reason, 1, sizes[row])
             copies[kept[-1]].append(row)
-            result.samples.add("duplicate", {"key": keys[row].hex(), "place": places[row], "same_as": places[kept[-1]],
-                                             "bytes": sizes[row], "text": table["text"][row].as_py()[:SAMPLE_CHARS]})
+            result.samples.add(reason, {"key": keys[row].hex(), "place": places[row], "same_as": places[kept[-1]], "bytes": sizes[row],
+                                        "text": table["text"][row].as_py()[:SAMPLE_CHARS], **({"detail": others} if others else {})})
             continue
         kept.append(row)
         add(result.dedup.given, 1, sizes[row])
-    for row, others in sorted(copies.items(), key=lambda item: -len(item[1]))[:MAX_CLUSTERS]:
-        members = [(*places[one], table["id"][one].as_py()) for one in [row, *others[:MAX_MEMBERS - 1]]]
-        result.clusters.append({"key": keys[row], "documents": len(others) + 1, "bytes": sizes[row], "members": members,
+    for row, equal in sorted(copies.items(), key=lambda item: -len(item[1]))[:MAX_CLUSTERS]:
+        members = [(*places[one], table["id"][one].as_py()) for one in [row, *equal[:MAX_MEMBERS - 1]]]
+        result.clusters.append({"key": keys[row], "documents": len(equal) + 1, "bytes": sizes[row], "members": members,
                                 "text": excerpt(table["text"][row].as_py())})
     left = table.select(KEPT).take(pa.array(kept, pa.int64()))
     result.splits, result.next_val = count_splits(left, [sizes[row] for row in kept], task.rule)
     write_partition(task.output, left)
     return result
+
+
+def _other_labels(table: pa.Table, row: int, kept: int, rules: Labels) -> str:
+    """What tells the labels of a document from those of the one that is kept in its place; "" where they are the same."""
+    own, others = (sorted(labels_in(table["meta"][one].as_py(), rules)) for one in (row, kept))
+    return "" if own == others else f"labelled {', '.join(own) or 'nothing'}, and what is kept {', '.join(others) or 'nothing'}"
 
 
 def count_splits(documents: pa.Table, sizes: Sequence[int], rule: SplitRule) -> tuple[dict[str, Account], bytes]:

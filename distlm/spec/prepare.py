@@ -369,7 +369,7 @@ class Conversations(Part):
 
 class Labels(Part):
     """Documents have labels, for classification. Each is a window of its own, filled up with the end token, and no two equal texts have
-    two labels: of duplicates the first is kept."""
+    two labels: of duplicates the first is kept, and the others are counted as `duplicate_other_label` where their labels differ."""
 
     label_key: str = "label"
     """The field or column with the label, a text, a whole number or a truth value. Dots go into nested objects. A document without one is
