@@ -181,7 +181,7 @@ class Reader:
         yield record
 
     def _json(self) -> Iterator[Record]:
-        """The objects of an array all of which have the text field, each as a record; any other JSON is one text, as settings are."""
+        """The objects of an array some of which have the text field, each as a record; any other JSON is one text, as settings are."""
         data, size = self._whole()
         if data is None:
             yield Record(0, size, reason="too_long", detail=f"{size} bytes; an array of records may be longer as jsonl")
@@ -191,7 +191,8 @@ class Reader:
             values = parse_json(record.text) if record.text.lstrip()[:1] == "[" else None
         except (ValueError, RecursionError):
             values = None
-        if not values or not all(isinstance(value, dict) and _field(value, self.file.text_key) is not None for value in values):
+        if not values or not all(isinstance(value, dict) for value in values) or \
+                all(_field(value, self.file.text_key) is None for value in values):
             yield record
             return
         taken, position = 0, record.text.index("[") + 1

@@ -234,9 +234,9 @@ class Decontaminate(Part):
     """Documents that hold a part of an evaluation text are rejected, and counted for each evaluation set."""
 
     against: Annotated[dict[str, str], Field(min_length=1)]
-    """Evaluation sets: a name and a file or folder, text, jsonl or parquet."""
+    """Evaluation sets: a name and a file or folder, text, jsonl, parquet, or JSON that is an array of records."""
     text_keys: Annotated[tuple[str, ...], Field(min_length=1)] = ("text",)
-    """The fields of a jsonl or parquet file whose texts count."""
+    """The fields of records whose texts count."""
     ngram_words: Annotated[int, Field(ge=3, le=50)] = 13
     """Words in a row, in lower case and without punctuation, that are a hit (Brown et al. 2020, appendix C)."""
 

@@ -568,12 +568,12 @@ def test_an_ending_counts_in_capitals_too(tmp_path: Path, ending: str) -> None:
 @pytest.mark.parametrize("indent", [None, 2])
 def test_an_array_of_objects_with_the_text_field_is_records_and_other_json_is_a_text(tmp_path: Path, indent: int | None) -> None:
     path = tmp_path / "a.json"
-    values = [{"text": "größer", "id": 7}, {"text": 5}, {"text": "], [{", "url": "x"}]
+    values = [{"text": "größer", "id": 7}, {"text": 5}, {"text": "], [{", "url": "x"}, {"body": "x"}]
     path.write_text("\ufeff \n" + json.dumps(values, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
     records, reader = read(path, keep=("url",))
-    assert reasons(records) == ["größer", "not_text", "], [{"] and (reader.objects, reader.with_key) == (3, 3)
-    assert (records[0].id, records[2].meta, [record.number for record in records]) == ("7", {"url": "x"}, [0, 1, 2])
-    for text in ('[{"text": "a"}, {"b": 1}]', '[{"text": "a"}', "[]", "[1]", '{"text": "a"}', "[" * 100_000, "no JSON"):
+    assert reasons(records) == ["größer", "not_text", "], [{", "missing_field"] and (reader.objects, reader.with_key) == (4, 3)
+    assert (records[0].id, records[2].meta, [record.number for record in records]) == ("7", {"url": "x"}, [0, 1, 2, 3])
+    for text in ('[{"text": "a"}, 1]', '[{"body": "a"}, {"b": 1}]', '[{"text": "a"}', "[]", "[1]", '{"text": "a"}', "[" * 99_999, "no"):
         path.write_text(text)
         assert reasons(read(path)[0]) == [text]
     path.write_text(json.dumps(values))
