@@ -37,6 +37,8 @@ MAX_DEPTH = 64
 """Of what is kept beside a document."""
 BATCH_ROWS = 8
 """Rows of parquet that are decoded at a time: a few bytes of a file may stand for many long rows, which no figure in it tells."""
+PAGE_BUFFER = 1 << 20
+"""Bytes of a column that are read at a time, or a page of it: else all that a row group has of it, which may be most of the file."""
 parse_json, raw_json = json.JSONDecoder().decode, json.JSONDecoder().raw_decode
 BETWEEN = re.compile(r"[\s,]*")
 
@@ -346,7 +348,7 @@ class Reader:
     def _rows(self, source: Any) -> Iterator[Record]:
         number = rows = 0
         try:
-            with pq.ParquetFile(source) as file:
+            with pq.ParquetFile(source, buffer_size=PAGE_BUFFER, pre_buffer=False) as file:
                 schema = file.schema_arrow
                 groups = [i for i in range(file.metadata.num_row_groups) if self._is_own(file.metadata.row_group(i))]
                 self.keys, rows = schema.names[:MAX_KEYS], sum(file.metadata.row_group(i).num_rows for i in groups)

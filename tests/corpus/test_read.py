@@ -232,6 +232,16 @@ def test_rows_that_are_many_times_their_file_are_not_held_together(tmp_path: Pat
     assert held < 60_000_000
 
 
+def test_a_row_group_is_read_by_its_pages(tmp_path: Path) -> None:
+    """Many writers put a million rows into one, as pyarrow does: it may be larger than all memory."""
+    draw = random.Random(0)
+    pq.write_table(pa.table({"text": [draw.randbytes(1000).hex() for _ in range(20_000)]}), tmp_path / "a.parquet")
+    assert pq.read_metadata(tmp_path / "a.parquet").num_row_groups == 1 and (tmp_path / "a.parquet").stat().st_size > 38_000_000
+    (file,) = find_files([Source(path=str(tmp_path / "a.parquet"))])
+    held = [pa.total_allocated_bytes() for _ in Reader(file, 1_000_000).records()]
+    assert len(held) == 20_000 and max(held) < 12_000_000
+
+
 def test_parquet_rows_without_text_are_rejected_and_a_damaged_file_too(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"body": ["one", None, "x" * 200, "two"], "n": [1, 2, 3, 4]}), path)
