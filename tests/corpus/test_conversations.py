@@ -17,7 +17,7 @@ from distlm.corpus.diff import diff
 from distlm.corpus.encode import EncodeTask, _turns_encoder
 from distlm.corpus.files import find_files
 from distlm.corpus.inspect import documents, find, summary, windows
-from distlm.corpus.manifest import outputs
+from distlm.corpus.manifest import body_hash, outputs
 from distlm.corpus.read import Reader
 from distlm.corpus.split import SplitRule
 from distlm.corpus.stream import NO_LOSS, START, Windows
@@ -222,8 +222,8 @@ def test_a_conversation_longer_than_a_window_is_split_between_turns_where_the_sp
     assert (result["split_conversations"], result["split_parts"]) == (1, 4)
     assert "1 conversation longer than a window became 4 parts" in progress.notes
     assert dict(summary(result[""]))["step tokenize"].endswith("; 3 more by splitting; 2 longer_than_window")
-    (Path(result[""]) / "manifest.json").write_text(json.dumps({**manifest.data, "steps": [
-        *manifest.data["steps"][:-1], {key: value for key, value in step.items() if key != "added"}]}))
+    changed = {**manifest.data, "steps": [*manifest.data["steps"][:-1], {key: value for key, value in step.items() if key != "added"}]}
+    (Path(result[""]) / "manifest.json").write_text(json.dumps({**changed, "hash": body_hash(changed)}))
     with pytest.raises(CorpusError, match=r"step tokenize: the accounts do not balance: 8 documents in, 9 out, 2 rejected"):
         verify(result[""])
 
