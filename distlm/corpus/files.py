@@ -129,7 +129,8 @@ def _find(index: int, source: Source) -> Iterator[TextFile]:
     for path, below, size, modified in found:
         kind = _format(Path(path), source)
         code = source.code and kind == "text"
-        yield TextFile(path, name + below, kind, source.text_key, index, size, modified, source.id_key, source.keep, code,
+        named = os.fsencode(name + below).decode("utf-8", "backslashreplace")                # what is no UTF-8 no list can hold
+        yield TextFile(path, named, kind, source.text_key, index, size, modified, source.id_key, source.keep, code,
                        licenses.of(Path(path)) if code else "", store)
 
 

@@ -122,7 +122,7 @@ def test_a_corpus_that_nothing_can_be_learned_from_is_an_error(run: Run, tmp_pat
     with pytest.raises(CorpusError, match=r"no training document has the label label \d+ \(1\), .* of the val split.*val_fraction"):
         run(rare, labels={}, **BYTES)
     (tmp_path / "plain.txt").write_text("text")
-    with pytest.raises(InputError, match=r"plain.txt is text, and labels are read from jsonl and parquet"):
+    with pytest.raises(InputError, match=r"plain.txt is text, and labels are read from jsonl, json and parquet"):
         run(tmp_path / "plain.txt", labels={}, **BYTES)
 
 

@@ -7,6 +7,7 @@ import lzma
 import os
 import random
 import sys
+import tarfile
 import tracemalloc
 import zlib
 from collections import Counter
@@ -260,7 +261,11 @@ def test_text_files_are_one_document_each_and_bytes_that_are_no_utf8_are_rejecte
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfhello\n")
     (tmp_path / "b.md").write_bytes("héllo".encode("latin-1"))
     (tmp_path / "c.unknown").write_bytes(b"")
-    assert [reasons(read(tmp_path / name)[0]) for name in ("a.txt", "b.md", "c.unknown")] == [["hello\n"], ["not_utf8"], [""]]
+    with tarfile.open(tmp_path / "d.tar.gz", "w:gz") as archive:
+        archive.add(tmp_path / "a.txt")
+    (tmp_path / "e.txt").write_bytes(b"x" * 8000 + b"\0")
+    assert [reasons(read(tmp_path / name)[0])[0][:5] for name in ("a.txt", "b.md", "c.unknown", "d.tar.gz", "e.txt")] == [
+        "hello", "not_u", "", "binar", "xxxxx"]
 
 
 @pytest.mark.parametrize("format", ["text", "jsonl", "parquet"])
@@ -282,6 +287,12 @@ def test_names_do_not_tell_where_the_files_are_nor_in_which_order_they_were_give
     elsewhere = [Source(path=str(tmp_path / "there" / part)) for part in ("other/*.txt", "data")]
     names = [[(file.name, file.format) for file in find_files(given)] for given in (sources, elsewhere)]
     assert names[0] == names[1] == [("data/b.txt", "text"), ("data/sub/a.jsonl", "jsonl"), ("other/c.txt", "text")]
+
+
+def test_a_name_that_is_no_utf8_becomes_one_that_lists_can_hold(tmp_path: Path) -> None:
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/gr\xfc\xdfe.txt")).write_text("hello")
+    (file,) = find_files([Source(path=str(tmp_path))])
+    assert file.name.encode().endswith(b"/gr\\xfc\\xdfe.txt") and reasons(list(Reader(file, 100).records())) == ["hello"]
 
 
 def test_stdlib_is_the_sources_of_the_running_interpreter_without_tests() -> None:
@@ -583,11 +594,24 @@ def test_an_array_of_objects_with_the_text_field_is_records_and_other_json_is_a_
     records, reader = read(path, keep=("url",))
     assert reasons(records) == ["größer", "not_text", "], [{", "missing_field"] and (reader.objects, reader.with_key) == (4, 3)
     assert (records[0].id, records[2].meta, [record.number for record in records]) == ("7", {"url": "x"}, [0, 1, 2, 3])
-    for text in ('[{"text": "a"}, 1]', '[{"body": "a"}, {"b": 1}]', '[{"text": "a"}', "[]", "[1]", '{"text": "a"}', "[" * 99_999, "no"):
+    for text in ('[{"text": "a"}, 1]', '[{"body": "a"}, {"b": 1}]', '[{"text": "a"}', "[]", "[1]", '{"body": "a"}', '{"a": 1}\n',
+                 "[" * 99_999, "no"):
         path.write_text(text)
         assert reasons(read(path)[0]) == [text]
     path.write_text(json.dumps(values))
     assert reasons(read(path, limit=20)[0]) == ["too_long"] and reasons(read(path, code=True)[0]) == [json.dumps(values)]
+
+
+def test_json_of_an_object_a_line_or_of_one_with_the_text_field_is_records(tmp_path: Path) -> None:
+    path = tmp_path / "a.json.gz"
+    given = lines({"body": "x"}, {"text": "one", "id": 1}, b"\n", {"text": "two"}, b"{\n") * 2000
+    path.write_bytes(gzip.compress(b"\xef\xbb\xbf" + given))
+    records, reader = read(path, limit=100)
+    assert reasons(records) == ["missing_field", "one", "two", "malformed"] * 2000 and (reader.objects, reader.with_key) == (6000, 4000)
+    for text in (json.dumps({"text": "größer", "id": 7}, indent=2), '{"text": "größer", "id": 7}\n'):
+        path.write_bytes(gzip.compress(text.encode()))
+        (record,) = read(path)[0]
+        assert (record.text, record.id) == ("größer", "7")
 
 
 @pytest.mark.parametrize(("encoding", "body"), [
