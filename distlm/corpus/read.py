@@ -34,8 +34,8 @@ from distlm.spec.prepare import Conversations
 from distlm.storage import writing
 
 MAX_KEYS = 20
-BINARY_CHARS = 8000
-"""Of a text file's beginning, where a NUL says that it is none, as git has it: an archive, or UTF-16 without a mark."""
+BINARY, BINARY_CHARS = "\0" * 4, 8000
+"""What says among so many characters that a file is no text but an archive or the like. A single NUL is a slip in a text."""
 MAX_DEPTH = 64
 """Of what is kept beside a document."""
 BATCH_ROWS = 8
@@ -180,8 +180,8 @@ class Reader:
     def _text(self) -> Iterator[Record]:
         data, size = self._whole()
         record = _too_long(0, size, size) if data is None else _decoded(0, size, data)
-        if (nul := record.text.find("\0", 0, BINARY_CHARS)) >= 0:
-            record = Record(0, size, reason="binary", detail=f"a NUL at character {nul}")
+        if (place := record.text.find(BINARY, 0, BINARY_CHARS)) >= 0:
+            record = Record(0, size, reason="binary", detail=f"NULs in a row at character {place}")
         if self.file.code:
             license = tagged(record.text) or self.file.license
             record = record._replace(meta={"path": self.file.name, "language": language(self.file.name), "license": license})
