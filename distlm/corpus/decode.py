@@ -26,11 +26,15 @@ from distlm.errors import CorpusError
 
 
 class Decoder:
-    """The tokens of a corpus as text."""
+    """The tokens of a corpus as text. Raises CorpusError where its tokenizer cannot be read."""
 
     def __init__(self, manifest: Manifest) -> None:
         self.manifest = manifest
-        self.tokenizer = tokenizers.Tokenizer.from_file(str(manifest.tokenizer / "tokenizer.json"))
+        try:
+            self.tokenizer = tokenizers.Tokenizer.from_file(str(manifest.tokenizer / "tokenizer.json"))
+        except Exception as error:                         # the library raises bare Exception
+            raise CorpusError(f"cannot be read: {error}", where=str(manifest.tokenizer / "tokenizer.json"),
+                              remedy="restore it from a copy, or prepare the corpus again") from None
         self._windows: dict[str, Windows] = {}
         self._starts: dict[str, NDArray[np.int64]] = {}
 

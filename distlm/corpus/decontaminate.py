@@ -1,13 +1,13 @@
 """Which documents hold a part of an evaluation text: runs of words that both share, as Brown et al. 2020 (appendix C) look for them.
 
-    evaluations = Evaluations.read(spec.decontaminate)     # once; a task takes it along, pickled
+    evaluations = Evaluations.read(spec.decontaminate)     # a task takes it along, pickled
     found = Found()                                        # in a task; those of several tasks are merged
     counts = evaluations.hits_each(texts, found)           # [{}, {"mmlu": 3}, ...]
     evaluations.report(found)                              # {"mmlu": {"texts": 14042, ..., "found": 1, "documents": 1}}
 
 A word is a run of letters, marks and digits in lower case, without invisible characters; scripts that write no spaces have one word per
-character. Words and runs of
-words are 64-bit hashes: words are those between the changes of a character's class, looked up for all of many documents together.
+character. Words and runs of words are 64-bit hashes: words are those between the changes of a character's class, looked up for all of many
+documents together.
 """
 
 import unicodedata
@@ -22,7 +22,7 @@ import regex
 import xxhash
 from numpy.typing import NDArray
 
-from distlm.corpus.files import find_files
+from distlm.corpus.files import TextFile, find_files
 from distlm.corpus.order import hash64
 from distlm.corpus.read import Reader
 from distlm.errors import InputError
@@ -106,27 +106,10 @@ class Evaluations:
 
     @staticmethod
     def read(rules: Decontaminate) -> "Evaluations":
-        """Raises InputError for a set that is missing, that cannot be read whole, or in which no text is long enough."""
-        sets, lengths = {}, set[int]()
-        for name in sorted(rules.against):
-            ngrams, owners, texts, skipped = [], [], 0, 0
-            for words in _words_of_each(_texts(name, rules)):
-                texts += 1
-                if len(words) < min(MIN_WORDS, rules.ngram_words):
-                    skipped += 1
-                    continue
-                length = min(len(words), rules.ngram_words)
-                lengths.add(length)
-                ngrams.append(_ngram_hashes(words, (length,))[length])
-                owners.append(np.full(len(ngrams[-1]), texts - 1, np.int64))
-            if not ngrams:
-                raise InputError(f"none of {texts:,} texts has {min(MIN_WORDS, rules.ngram_words)} words or more",
-                                 where=f"decontaminate.against.{name}: {rules.against[name]}",
-                                 remedy="name the file with the evaluation's texts, or leave this set out")
-            unique, rows = np.unique(np.concatenate(ngrams), return_inverse=True)
-            pairs = np.unique(rows.reshape(-1).astype(np.int64) * texts + np.concatenate(owners))
-            sets[name] = EvaluationSet(texts, skipped, unique, (pairs // texts).astype(np.int32), (pairs % texts).astype(np.int32))
-        return Evaluations(tuple(sorted(lengths)), sets)
+        """The same as before where no file has changed since: a job is checked before its work begins, and again when it does.
+
+        Raises InputError for a set that is missing, that cannot be read whole, or in which no text is long enough."""
+        return _evaluations(tuple(_named(name, rules) for name in sorted(rules.against)), rules.text_keys, rules.ngram_words)
 
     def hits(self, text: str) -> dict[str, int]:
         """By set, how many n-grams of the document are in the set; sets without a hit are left out."""
@@ -187,36 +170,71 @@ class Evaluations:
         return {"lengths": self.lengths, "sets": self.sets}
 
 
-def _texts(name: str, rules: Decontaminate) -> list[str]:
-    """Every text of a set. Those of equal records in other files count again."""
+@dataclass(frozen=True)
+class _Named:
+    """A set by its name, where an error about it is, and its files as they are now."""
+
+    name: str
+    where: str
+    files: tuple[TextFile, ...]
+
+
+def _named(name: str, rules: Decontaminate) -> _Named:
     where = f"decontaminate.against.{name}: {rules.against[name]}"
+    try:
+        return _Named(name, where, tuple(find_files([Source(path=rules.against[name])])))
+    except InputError as error:
+        raise InputError(error.message, where=where, remedy=error.remedy) from None
+
+
+@lru_cache(maxsize=1)
+def _evaluations(named: tuple[_Named, ...], text_keys: tuple[str, ...], ngram_words: int) -> Evaluations:
+    sets, lengths, least = {}, set[int](), min(MIN_WORDS, ngram_words)
+    for one in named:
+        ngrams, owners, texts, skipped = [], [], 0, 0
+        for words in _words_of_each(_texts(one, text_keys)):
+            texts += 1
+            if len(words) < least:
+                skipped += 1
+                continue
+            length = min(len(words), ngram_words)
+            lengths.add(length)
+            ngrams.append(_ngram_hashes(words, (length,))[length])
+            owners.append(np.full(len(ngrams[-1]), texts - 1, np.int64))
+        if not ngrams:
+            raise InputError(f"none of {texts:,} texts has {least} words or more", where=one.where,
+                             remedy="name the file with the evaluation's texts, or leave this set out")
+        unique, rows = np.unique(np.concatenate(ngrams), return_inverse=True)
+        pairs = np.unique(rows.reshape(-1).astype(np.int64) * texts + np.concatenate(owners))
+        sets[one.name] = EvaluationSet(texts, skipped, unique, (pairs // texts).astype(np.int32), (pairs % texts).astype(np.int32))
+    return Evaluations(tuple(sorted(lengths)), sets)
+
+
+def _texts(named: _Named, text_keys: tuple[str, ...]) -> list[str]:
+    """Every text of a set. Those of equal records in other files count again."""
     texts: list[str] = []
     records, keys, has_key = 0, list[str](), False
-    for key in rules.text_keys:
-        try:
-            files = find_files([Source(path=rules.against[name], text_key=key)])
-        except InputError as error:
-            raise InputError(error.message, where=where, remedy=error.remedy) from None
-        for file in files:
-            file = replace(file, format="text") if file.format == "json" else file
-            if file.format == "text" and key != rules.text_keys[0]:
-                continue                                   # it has no fields, and was read
-            reader = Reader(file, MAX_TEXT_BYTES)
+    for key in text_keys:
+        for file in named.files:
+            reader = Reader(replace(file, text_key=key), MAX_TEXT_BYTES)
             for record in reader.records():
+                if file.format in ("text", "json") and not reader.objects and key != text_keys[0]:
+                    break                                  # it has no fields, or not this one, and was read as a text
                 records += record.documents
                 if not record.reason and record.documents:
                     texts.append(record.text)
                 elif record.reason and record.reason != "missing_field":
-                    raise InputError(f"record {record.number} is {record.reason}: {record.detail}", where=f"{where}: {file.name}",
+                    raise InputError(f"record {record.number} is {record.reason}: {record.detail}", where=f"{named.where}: {file.name}",
                                      remedy="mend the file: what cannot be read cannot be looked for")
             keys = keys or reader.keys
             has_key = has_key or file.format == "text" or bool(reader.with_key)
     if records and not has_key:
-        near = next((near for key in rules.text_keys if (near := nearest(key, keys))), None)
-        raise InputError(f"no record has the field {' or '.join(map(repr, rules.text_keys))}; the first has {', '.join(keys) or 'none'}",
-                         where=where, remedy=f"did you mean {near}?" if near else "set decontaminate.text_keys to the fields that count")
+        near = next((near for key in text_keys if (near := nearest(key, keys))), None)
+        raise InputError(f"no record has the field {' or '.join(map(repr, text_keys))}; the first has {', '.join(keys) or 'none'}",
+                         where=named.where,
+                         remedy=f"did you mean {near}?" if near else "set decontaminate.text_keys to the fields that count")
     if not texts:
-        raise InputError("there is no text in it", where=where, remedy="name the file with the evaluation's texts")
+        raise InputError("there is no text in it", where=named.where, remedy="name the file with the evaluation's texts")
     return texts
 
 

@@ -106,10 +106,10 @@ def check(spec: PrepareSpec) -> tuple[list[TextFile], Evaluations | None]:
     if spec.conversations:
         check_template(spec.tokenizer, spec.conversations)
     what = "conversations" if spec.conversations else "labels" if spec.labels else ""
-    read = ("jsonl", "parquet", *(("docstrings",) if spec.conversations else ()))
+    read = ("jsonl", "json", "parquet", *(("docstrings",) if spec.conversations else ()))
     if what and (other := next((file for file in files if file.format not in read), None)):
         more = "; of Python sources format: docstrings makes conversations" if spec.conversations else ""
-        raise InputError(f"{other.name} is {other.format}, and {what} are read from jsonl and parquet",
+        raise InputError(f"{other.name} is {other.format}, and {what} are read from jsonl, json and parquet",
                          where=f"sources.{other.source}.path: {spec.sources[other.source].path}",
                          remedy=f"name the files by a glob{more}")
     for i, source in enumerate(spec.sources):

@@ -17,7 +17,7 @@ import tokenizers
 from distlm.corpus.accounts import SAMPLE_CHARS, Samples, Step, add
 from distlm.corpus.bpe import fast_encoder
 from distlm.corpus.conversations import LONGER, Refused, Turns, checked_preference, divided, is_empty_answer, joined, parted, sides
-from distlm.corpus.labels import labels_of
+from distlm.corpus.labels import labels_in
 from distlm.corpus.plain import plain, respelled, without_special
 from distlm.corpus.split import HASH_BYTES, SplitRule, document_hash, split_documents
 from distlm.corpus.tokenizer import END, given_template
@@ -153,7 +153,7 @@ def _labels_of_kept(task: EncodeTask, kept: list[tuple[int, int, int, int, bytes
         metas = pa.ipc.open_file(source).read_all()["meta"].to_pylist()
     found: dict[str, list[list[str]]] = {split: [] for split in task.rule.names}
     for row, *_ in kept:
-        found[splits[row]].append(labels_of(json.loads(metas[row])[task.labels.label_key], task.labels))
+        found[splits[row]].append(labels_in(metas[row], task.labels))
     return found
 
 

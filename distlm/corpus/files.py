@@ -103,7 +103,7 @@ def find_files(sources: list[Source]) -> list[TextFile]:
 def _base(text: str) -> tuple[Path, bool]:
     """The path, or the deepest folder of a glob before its first pattern; and whether it is a glob."""
     path = Path(os.path.abspath(os.path.expanduser(text)))
-    if path.exists() or not glob.has_magic(text):
+    if os.path.exists(path) or not glob.has_magic(text):
         return path, False
     parts = path.parts
     first = next(i for i, part in enumerate(parts) if glob.has_magic(part))
@@ -129,7 +129,8 @@ def _find(index: int, source: Source) -> Iterator[TextFile]:
     for path, below, size, modified in found:
         kind = _format(Path(path), source)
         code = source.code and kind == "text"
-        yield TextFile(path, name + below, kind, source.text_key, index, size, modified, source.id_key, source.keep, code,
+        named = os.fsencode(name + below).decode("utf-8", "backslashreplace")                # what is no UTF-8 no list can hold
+        yield TextFile(path, named, kind, source.text_key, index, size, modified, source.id_key, source.keep, code,
                        licenses.of(Path(path)) if code else "", store)
 
 
@@ -141,7 +142,7 @@ def _local(text: str, where: str) -> tuple[Path, bool, list[Path]]:
     base, is_glob = _base(text)
     pattern = os.path.abspath(os.path.expanduser(text))
     matches = [Path(match) for match in glob.glob(pattern, recursive=True)] if is_glob else [base]
-    if not is_glob and not base.exists():
+    if not is_glob and not os.path.exists(base):
         raise InputError("there is no such file or folder", where=where, remedy=_nearest(base))
     return base, is_glob, sorted({path for match in matches for path in (_walk(match, SKIPPED_FOLDERS) if match.is_dir() else [match])})
 
@@ -176,7 +177,7 @@ def _format(path: Path, source: Source) -> str:
 def _nearest(path: Path) -> str:
     """A remedy that names what is most alike beside the path that does not exist."""
     folder = path.parent
-    while not folder.is_dir():
+    while not os.path.isdir(folder):
         path, folder = folder, folder.parent
     near = nearest(path.name, ["stdlib", *(item.name for item in folder.iterdir())])
     return f"did you mean {near if near == 'stdlib' else folder / near}?" if near else "paths are taken relative to where the job starts"

@@ -1,8 +1,12 @@
 """Documents with labels, for classification: what a record's label is called, and which labels a corpus has.
 
-A label is known by its name, the text of its JSON value; its number is its place among the names of the training split.
+A label is known by its name, the text of its JSON value in Unicode's form NFC; its number is its place among the names of the training
+split.
 """
 
+import json
+import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
@@ -12,6 +16,7 @@ from distlm.errors import CorpusError
 from distlm.spec.prepare import Labels
 
 MAX_SHOWN = 5
+NUMBER = re.compile("-?[0-9]{1,18}")
 
 
 def labels_of(value: Any, rules: Labels) -> list[str]:
@@ -36,13 +41,19 @@ def _name(value: Any, key: str) -> str:
     if not isinstance(value, str) or not value.strip():
         blank = value is None or (isinstance(value, str) and not value.strip())
         raise Refused("no_label" if blank else "bad_label", f"{key!r} has {value!r}, which is no label")
-    return value.strip()
+    return unicodedata.normalize("NFC", value.strip())
+
+
+def labels_in(meta: str, rules: Labels) -> list[str]:
+    """The names of a document's labels, out of what is kept beside it, as JSON."""
+    return labels_of(json.loads(meta)[rules.label_key], rules)
 
 
 def ordered(names: Iterable[str]) -> list[str]:
-    """The labels by their numbers: whole numbers by value, any others by their text."""
-    found = list(names)
-    return sorted(found, key=int) if all(name.removeprefix("-").isdecimal() and name.isascii() for name in found) else sorted(found)
+    """The labels by their numbers: whole numbers by value, and those of one value, such as 1 and 01, by their text; all by their text
+    (code points) where any is no whole number of at most 18 digits."""
+    found = sorted(names)
+    return sorted(found, key=int) if all(map(NUMBER.fullmatch, found)) else found
 
 
 def check_labels(counts: dict[str, Counter[str]], rules: Labels, where: str) -> list[str]:

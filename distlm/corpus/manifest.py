@@ -36,6 +36,7 @@ from distlm.storage import read_json, write_json
 FORMAT = 1
 FILE = "manifest.json"
 INPUTS = "inputs.json"
+CHANGED = "its hash is not that of what it says: it has been changed"
 OF_FILES = ("name", "files", "bytes", "xxh3")
 """What of a source is that of its files; the rest are the rules that its documents pass, and what of them is in each split."""
 FILES = ("sources.jsonl", "documents.parquet", "duplicates.jsonl", "report.html", "tokenizer", "rejects")
@@ -136,18 +137,22 @@ class Manifest:
 
     @functools.cached_property
     def inputs(self) -> dict[str, Any]:
-        """What inputs.json says; empty for a corpus from before there was one. Raises CorpusError."""
+        """What inputs.json says; empty for a corpus from before there was one. Raises CorpusError, also for one that is not as it was
+        written."""
         if "inputs" not in self.data:
             return {}
-        where = str(self.path / INPUTS)
+        where, remedy = str(self.path / INPUTS), "restore it from a copy, or prepare the corpus again"
         try:
             found = read_json(self.path / INPUTS)
             for key, kind in (("sources", list), ("files", dict)):
                 if not isinstance(found[key], kind):
                     raise TypeError(f"{key} is a {type(found[key]).__name__}")
-        except (KeyError, TypeError, StorageError, OSError) as error:
-            raise CorpusError(f"the list of inputs is damaged: {type(error).__name__} {error}", where=where,
-                              remedy="restore it from a copy, or prepare the corpus again") from None
+        except (KeyError, TypeError, StorageError) as error:
+            raise CorpusError(f"the list of inputs is damaged: {type(error).__name__} {error}", where=where, remedy=remedy) from None
+        if body_hash(found) != found.get("hash"):
+            raise CorpusError(CHANGED, where=where, remedy=remedy)
+        if found.get("corpus") != self.data.get("hash"):
+            raise CorpusError("it is of another corpus", where=where, remedy=remedy)
         return dict(found)
 
     @functools.cached_property
@@ -185,7 +190,7 @@ class Manifest:
 
 def read_manifest(path: Path | str) -> Manifest:
     """The manifest of the corpus in folder `path`. Raises InputError where there is no complete corpus, CorpusError for a manifest
-    that cannot be understood."""
+    that cannot be understood or is not as it was written."""
     path = Path(path)
     if not (path / FILE).is_file():
         raise InputError("there is no complete corpus: manifest.json is missing", where=str(path),
@@ -195,6 +200,8 @@ def read_manifest(path: Path | str) -> Manifest:
         data = read_json(path / FILE)
         if data["format"] != FORMAT:
             raise CorpusError(f"format {data['format']} is not {FORMAT}", where=str(path / FILE), remedy="prepare the corpus again")
+        if "hash" in data and body_hash(data) != data["hash"]:
+            raise CorpusError(CHANGED, where=str(path / FILE), remedy="restore it from a copy, or prepare the corpus again")
         return manifest_of(path, data)
     except (KeyError, TypeError, AttributeError, StorageError) as error:
         raise CorpusError(f"the manifest is damaged: {type(error).__name__} {error}", where=str(path / FILE),

@@ -233,7 +233,8 @@ class _Prepare:
     def sort(self) -> None:
         """Bring the documents into order, and drop those of equal text."""
         ranks = self.inputs.ranks(self.rule.whole)
-        tasks = [SortTask(i, self.parts, self.spec.dedup.exact, self.rule, ranks, path) for i, path in enumerate(self.partitions)]
+        tasks = [SortTask(i, self.parts, self.spec.dedup.exact, self.rule, ranks, path, self.spec.labels)
+                 for i, path in enumerate(self.partitions)]
         dedup, found, clusters = Step("dedup"), Samples(), list[dict[str, Any]]()
         for _, result in self.each("sort", sort_partition, tasks):
             dedup.merge(result.dedup)
@@ -244,10 +245,11 @@ class _Prepare:
             members = [{**self.inputs.record(file, record), "id": name, "bytes": one["bytes"]} for file, record, name in one["members"]]
             members[0]["text"] = one["text"]
             self.clusters.append({"step": "dedup", "documents": one["documents"], "members": members})
-        for sample in found.kept.get("duplicate", []):
-            names = {key: self.inputs.record(*sample[key]) for key in ("place", "same_as")}
-            self.books.samples.add("duplicate", {**names["place"], "bytes": sample["bytes"], "same_as": names["same_as"],
-                                                 "text": sample["text"]})
+        for reason, kept in found.kept.items():
+            for sample in kept:
+                names = {key: self.inputs.record(*sample[key]) for key in ("place", "same_as")}
+                rest = {key: value for key, value in sample.items() if key not in ("key", "place", "same_as")}
+                self.books.samples.add(reason, {**names["place"], **rest, "same_as": names["same_as"]})
         self.books.add(dedup)
 
     def drop_near_duplicates(self) -> None:

@@ -6,13 +6,14 @@ file that breaks off, is a rejected record beside the good ones.
 
 import contextlib
 import io
+import itertools
 import json
 import logging
 import math
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -33,10 +34,14 @@ from distlm.spec.prepare import Conversations
 from distlm.storage import writing
 
 MAX_KEYS = 20
+BINARY, BINARY_CHARS = "\0" * 4, 8000
+"""What says among so many characters that a file is no text but an archive or the like. A single NUL is a slip in a text."""
 MAX_DEPTH = 64
 """Of what is kept beside a document."""
 BATCH_ROWS = 8
 """Rows of parquet that are decoded at a time: a few bytes of a file may stand for many long rows, which no figure in it tells."""
+PAGE_BUFFER = 1 << 20
+"""Bytes of a column that are read at a time, or a page of it: else all that a row group has of it, which may be most of the file."""
 parse_json, raw_json = json.JSONDecoder().decode, json.JSONDecoder().raw_decode
 BETWEEN = re.compile(r"[\s,]*")
 
@@ -50,7 +55,7 @@ class Record(NamedTuple):
     """What it takes in the file, decompressed; for parquet, in the column of the text."""
     text: str = ""
     reason: str = ""
-    """not_utf8, malformed, missing_field, not_text, too_long, no_main_text, http_status, corrupt, unreadable, or why it is no
+    """not_utf8, binary, malformed, missing_field, not_text, too_long, no_main_text, http_status, corrupt, unreadable, or why it is no
     conversation."""
     detail: str = ""
     documents: int = 1
@@ -161,10 +166,10 @@ class Reader:
             self.stream_bytes += len(block)
             yield block
 
-    def _whole(self) -> tuple[bytes | None, int]:
+    def _whole(self, stream: Iterable[bytes] | None = None) -> tuple[bytes | None, int]:
         """The file, and its size; None for one over the limit, which is never held."""
         blocks, size = [], 0
-        for block in self._stream():
+        for block in stream or self._stream():
             size += len(block)
             if size <= self.max_document_bytes:
                 blocks.append(block)
@@ -175,24 +180,38 @@ class Reader:
     def _text(self) -> Iterator[Record]:
         data, size = self._whole()
         record = _too_long(0, size, size) if data is None else _decoded(0, size, data)
+        if (place := record.text.find(BINARY, 0, BINARY_CHARS)) >= 0:
+            record = Record(0, size, reason="binary", detail=f"NULs in a row at character {place}")
         if self.file.code:
             license = tagged(record.text) or self.file.license
             record = record._replace(meta={"path": self.file.name, "language": language(self.file.name), "license": license})
         yield record
 
     def _json(self) -> Iterator[Record]:
-        """The objects of an array all of which have the text field, each as a record; any other JSON is one text, as settings are."""
-        data, size = self._whole()
+        """The records of an object a line; of an object that has the text field, or what makes a conversation; of an array of objects of
+        which some have it. Any other JSON is one text, as settings are."""
+        stream, limit = self._stream(), self._line_limit
+        head = b""
+        for block in stream:
+            head += block
+            if b"\n" in block or len(head) > limit:
+                break
+        line, _, rest = head.partition(b"\n")
+        if isinstance(_parsed(line), dict) and rest.strip():                    # which no other JSON is
+            yield from self._objects(itertools.chain([head], stream))
+            return
+        data, size = self._whole(itertools.chain([head], stream))
         if data is None:
             yield Record(0, size, reason="too_long", detail=f"{size} bytes; an array of records may be longer as jsonl")
             return
-        record = _decoded(0, size, data)
-        try:
-            values = parse_json(record.text) if record.text.lstrip()[:1] == "[" else None
-        except (ValueError, RecursionError):
-            values = None
-        if not values or not all(isinstance(value, dict) and _field(value, self.file.text_key) is not None for value in values):
-            yield record
+        record, found = _decoded(0, size, data), _parsed(data)
+        values = found if isinstance(found, list) else [found]
+        if not all(isinstance(value, dict) for value in values) or not any(map(self._is_record, values)):
+            what = f"neither an object with {' and '.join(map(repr, self.wanted))} nor an array or lines of such"
+            yield record._replace(text="", reason="malformed", detail=what) if self.conversations and not record.reason else record
+            return
+        if values is not found:
+            yield self._value(0, size, values[0])
             return
         taken, position = 0, record.text.index("[") + 1
         for number, value in enumerate(values, 1):
@@ -240,10 +259,20 @@ class Reader:
             return Record(number, size, reason="no_main_text", detail=f"a page of {size} bytes", id=id, meta=meta)
         return self._checked(number, size, text, id, meta)
 
+    def _is_record(self, value: Any) -> bool:
+        return isinstance(value, dict) and all(_field(value, key) is not None for key in self.wanted)
+
     def _jsonl(self) -> Iterator[Record]:
-        limit = 6 * self.max_document_bytes + 65536        # an escape takes six bytes for one; and there are other fields
-        stream = self._stream() if not self._is_range else self._own_lines()
-        for number, (line, size) in enumerate(_lines(stream, limit)):
+        return self._objects(self._stream() if not self._is_range else self._own_lines())
+
+    @property
+    def _line_limit(self) -> int:
+        """Bytes: an escape takes six for one, and there are other fields."""
+        return 6 * self.max_document_bytes + 65536
+
+    def _objects(self, stream: Iterable[bytes]) -> Iterator[Record]:
+        """A record per line."""
+        for number, (line, size) in enumerate(_lines(stream, self._line_limit)):
             if line is None:
                 yield Record(number, size, reason="too_long", detail=f"a line of {size} bytes")
             elif not line or line.isspace():
@@ -345,7 +374,7 @@ class Reader:
     def _rows(self, source: Any) -> Iterator[Record]:
         number = rows = 0
         try:
-            with pq.ParquetFile(source) as file:
+            with pq.ParquetFile(source, buffer_size=PAGE_BUFFER, pre_buffer=False) as file:
                 schema = file.schema_arrow
                 groups = [i for i in range(file.metadata.num_row_groups) if self._is_own(file.metadata.row_group(i))]
                 self.keys, rows = schema.names[:MAX_KEYS], sum(file.metadata.row_group(i).num_rows for i in groups)
@@ -489,7 +518,15 @@ def _decoded(number: int, size: int, data: bytes, id: str = "", meta: dict[str, 
         return Record(number, size, reason="not_utf8", detail=f"byte {error.start}: {error.reason}", id=id, meta=meta or {})
 
 
-def _lines(blocks: Iterator[bytes], limit: int) -> Iterator[tuple[bytes | None, int]]:
+def _parsed(data: bytes) -> Any:
+    """The value of JSON; None for what is none."""
+    try:
+        return parse_json(data.decode("utf-8-sig"))
+    except (ValueError, RecursionError):
+        return None
+
+
+def _lines(blocks: Iterable[bytes], limit: int) -> Iterator[tuple[bytes | None, int]]:
     """(line, bytes with its line feed); None for a line longer than `limit` bytes, which is never held."""
     pending, passed = b"", 0
     for block in blocks:

@@ -14,20 +14,23 @@ from typing import Any, TypeVar
 
 import ray
 import ray.data
+from ray.exceptions import NodeDiedError, OutOfMemoryError, WorkerCrashedError
 
 from distlm.errors import DistlmError
 from distlm.storage import write_atomic
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+MAX_RETRIES = 4
+"""Of a part whose worker died. Ray Data has no limit of its own."""
 
 
 def spread(function: Callable[[Item], Result], items: Sequence[Item], workers: int,
            keep: Path | None = None) -> Iterator[tuple[int, Result]]:
     """Yield (index, function(item)) in the order in which tasks end, `workers` at a time. A task that is lost with its node is run
     again, so that `function` must come to the same files and result each time. Results are kept in the folder `keep`: a job that
-    was killed and comes again with the same folder finds there what was done. Raises the first DistlmError of a task; others may
-    still be running then."""
+    was killed and comes again with the same folder finds there what was done. Raises the first DistlmError of a task, or one for a task
+    whose worker dies again and again, as it does of a document that no library survives; others may still be running then."""
     done = {i: _kept_file(keep, i).read_bytes() for i in range(len(items)) if keep and _kept_file(keep, i).exists()}
     yield from ((i, pickle.loads(result)) for i, result in done.items())
     waiting = [i for i in range(len(items)) if i not in done]
@@ -41,14 +44,24 @@ def spread(function: Callable[[Item], Result], items: Sequence[Item], workers: i
     with ray.data.DataContext.current(context), _quiet(), _from_the_start():
         blocks = [{"index": i, "item": pickle.dumps(items[i])} for i in waiting]
         dataset = ray.data.from_items(blocks, override_num_blocks=len(blocks)).map_batches(
-            functools.partial(_run, function, keep), batch_size=None, num_cpus=cpus, compute=ray.data.TaskPoolStrategy(size=workers))
+            functools.partial(_run, function, keep), batch_size=None, num_cpus=cpus, compute=ray.data.TaskPoolStrategy(size=workers),
+            max_retries=MAX_RETRIES)
         rows: Any = iter(dataset.iter_rows())
         with contextlib.closing(rows):                     # what has not begun when an error comes does not begin
-            for row in rows:
+            while (row := _next(rows, keep.name if keep else function.__name__)) is not None:
                 result = pickle.loads(row["result"])
                 if isinstance(result, DistlmError):
                     raise result
                 yield row["index"], result
+
+
+def _next(rows: Iterator[dict[str, Any]], stage: str) -> dict[str, Any] | None:
+    try:
+        return next(rows, None)
+    except (WorkerCrashedError, NodeDiedError, OutOfMemoryError) as error:
+        raise DistlmError(f"a worker died {MAX_RETRIES + 1} times at the same part: {str(error).splitlines()[0]}", where=f"stage {stage}",
+                          cause="worker_died", remedy="its log in the dashboard may say of what; --resume goes on where the job stopped, "
+                                                      "with fewer workers if it was memory") from None
 
 
 def _kept_file(keep: Path, index: int) -> Path:

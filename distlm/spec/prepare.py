@@ -28,6 +28,12 @@ class Boilerplate(Part):
     code: bool = False
     """Whether lines that look like source code go too, such as comments, imports and whatever has the signs of a program."""
 
+    @model_validator(mode="after")
+    def _some(self) -> "Boilerplate":
+        if self.min_chars > self.max_chars:
+            raise Rule("min_chars", f"{self.min_chars} is above max_chars {self.max_chars}, and no line is both; give less")
+        return self
+
 
 class Clean(Part):
     """What every document passes before it is kept."""
@@ -230,15 +236,27 @@ def _dedup(value: Any) -> Any:
     return DEDUPS[value] if isinstance(value, str) else value
 
 
+SET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}")
+
+
 class Decontaminate(Part):
     """Documents that hold a part of an evaluation text are rejected, and counted for each evaluation set."""
 
     against: Annotated[dict[str, str], Field(min_length=1)]
-    """Evaluation sets: a name and a file or folder, text, jsonl or parquet."""
+    """Evaluation sets: a name and a file or folder, text, jsonl, parquet, or JSON that is an array of records."""
     text_keys: Annotated[tuple[str, ...], Field(min_length=1)] = ("text",)
-    """The fields of a jsonl or parquet file whose texts count."""
+    """The fields of records whose texts count."""
     ngram_words: Annotated[int, Field(ge=3, le=50)] = 13
     """Words in a row, in lower case and without punctuation, that are a hit (Brown et al. 2020, appendix C)."""
+
+    @field_validator("against")
+    @classmethod
+    def _names(cls, against: dict[str, str]) -> dict[str, str]:
+        for name in against:                               # of a reason, and so of a file in rejects/
+            if not SET_NAME.fullmatch(name):
+                raise Rule("", f"{name!r} is no name of a set; letters, digits, '.', '_' and '-', starting with a letter or digit, "
+                               "60 at most")
+        return against
 
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>")
@@ -369,7 +387,7 @@ class Conversations(Part):
 
 class Labels(Part):
     """Documents have labels, for classification. Each is a window of its own, filled up with the end token, and no two equal texts have
-    two labels: of duplicates the first is kept."""
+    two labels: of duplicates the first is kept, and the others are counted as `duplicate_other_label` where their labels differ."""
 
     label_key: str = "label"
     """The field or column with the label, a text, a whole number or a truth value. Dots go into nested objects. A document without one is
@@ -425,6 +443,13 @@ class PrepareSpec(Job):
             if self.filtering(source).license and not source.code and "license" not in source.keep:
                 raise Rule(f"sources.{i}", "filter.license asks for a license, and the documents of this source have none; set code: true "
                                            "for a tree of code, or keep: [license] for a field")
+            words, where = self.filtering(source), f"sources.{i}.filter" if source.filter else "filter"
+            if words.max_words is not None and (words.min_words or 0) > words.max_words:
+                raise Rule(f"{where}.min_words", f"{words.min_words} is above max_words {words.max_words}, which rejects all; give less")
+            chars, where = self.cleaning(source), f"sources.{i}.clean" if source.clean else "clean"
+            if chars.min_chars > chars.max_document_bytes:
+                raise Rule(f"{where}.min_chars", f"{chars.min_chars} is above max_document_bytes {chars.max_document_bytes}, which rejects "
+                                                 "all; give less")
             if source.split is None:
                 continue
             val, test = self.shares(source)

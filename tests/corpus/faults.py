@@ -14,6 +14,12 @@ def die_once(text: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+def die(text: str) -> None:
+    """Kill the worker that judges a text that begins with `deadly`."""
+    if text.startswith("deadly"):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 def unlink(text: str) -> None:
     """Remove the file that a text of the form `unlink: FILE` names."""
     if text.startswith("unlink: "):

@@ -17,7 +17,7 @@ from distlm.corpus.diff import diff
 from distlm.corpus.encode import EncodeTask, _turns_encoder
 from distlm.corpus.files import find_files
 from distlm.corpus.inspect import documents, find, summary, windows
-from distlm.corpus.manifest import outputs
+from distlm.corpus.manifest import body_hash, outputs
 from distlm.corpus.read import Reader
 from distlm.corpus.split import SplitRule
 from distlm.corpus.stream import NO_LOSS, START, Windows
@@ -150,12 +150,15 @@ def test_conversations_are_read_alike_from_lines_and_columns(tmp_path: Path) -> 
         [("role", pa.string()), ("content", pa.string())]))), ("tools", pa.list_(pa.string()))])), tmp_path / "b.parquet")
     pairs = [{"p": f"q{i}", "c": f"a{i}"} for i in range(3)] + [{"p": "q", "c": None}]
     pq.write_table(pa.Table.from_pylist(pairs), tmp_path / "c.parquet")
+    (tmp_path / "d.json").write_text(json.dumps(rows, indent=1))
+    (tmp_path / "e.json").write_text('{"text": "none"}')
     found = []
     for file in find_files([Source(path=str(tmp_path / "?.*"))]):
-        reader = Reader(file, 1000, Conversations(prompt_key="p", completion_key="c") if "c.parquet" in file.name else Conversations())
+        reader = Reader(file, 9000, Conversations(prompt_key="p", completion_key="c") if "c.parquet" in file.name else Conversations())
         found.append([(one.id, one.turns, one.reason) for one in reader.records()])
-        assert reader.stream_bytes == sum(one.bytes for one in Reader(file, 1000, reader.conversations).records()) > 0
-    assert found[0] == found[1] and [reason for *_, reason in found[0]] == [""] * 5 + ["missing_field", "empty_conversation", "tools", ""]
+        assert reader.stream_bytes == sum(one.bytes for one in Reader(file, 9000, reader.conversations).records()) > 0
+    assert found[0] == found[1] == found[3] and found[4] == [("", (), "malformed")]
+    assert [reason for *_, reason in found[0]] == [""] * 5 + ["missing_field", "empty_conversation", "tools", ""]
     assert found[2] == [("", [("user", f"q{i}"), ("assistant", f"a{i}")], "") for i in range(3)] + [("", (), "missing_field")]
 
 
@@ -222,8 +225,8 @@ def test_a_conversation_longer_than_a_window_is_split_between_turns_where_the_sp
     assert (result["split_conversations"], result["split_parts"]) == (1, 4)
     assert "1 conversation longer than a window became 4 parts" in progress.notes
     assert dict(summary(result[""]))["step tokenize"].endswith("; 3 more by splitting; 2 longer_than_window")
-    (Path(result[""]) / "manifest.json").write_text(json.dumps({**manifest.data, "steps": [
-        *manifest.data["steps"][:-1], {key: value for key, value in step.items() if key != "added"}]}))
+    changed = {**manifest.data, "steps": [*manifest.data["steps"][:-1], {key: value for key, value in step.items() if key != "added"}]}
+    (Path(result[""]) / "manifest.json").write_text(json.dumps({**changed, "hash": body_hash(changed)}))
     with pytest.raises(CorpusError, match=r"step tokenize: the accounts do not balance: 8 documents in, 9 out, 2 rejected"):
         verify(result[""])
 
@@ -269,7 +272,7 @@ def test_a_val_split_that_no_window_holds_is_told_when_it_is_lost_and_when_it_is
 def test_what_can_be_seen_to_fail_is_found_before_work_and_what_cannot_is_told(run: Run, chats: Path, tmp_path: Path) -> None:
     (tmp_path / "mixed").mkdir()
     (tmp_path / "mixed" / "notes.md").write_text("text")
-    with pytest.raises(InputError, match=r"mixed/notes\.md is text, and conversations are read from jsonl and parquet"):
+    with pytest.raises(InputError, match=r"mixed/notes\.md is text, and conversations are read from jsonl, json and parquet"):
         run(tmp_path / "mixed", **KEYS)
     with pytest.raises(InputError, match="the chat template cannot write"):
         run(chats, **{**KEYS, "tokenizer": {"train": "bytes", "chat_template": "{{ raise_exception('never') }}"}})

@@ -12,7 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from distlm.corpus import decontaminate
 from distlm.corpus.decontaminate import Evaluations, Found
+from distlm.corpus.read import Reader
 from distlm.errors import InputError
 from distlm.spec.prepare import Decontaminate
 
@@ -174,6 +176,19 @@ def test_several_fields_count_where_the_spec_names_them(tmp_path: Path) -> None:
     assert Evaluations.read(Decontaminate(against=against, text_keys=("question",))).hits(LONG) == {}
     both = Evaluations.read(Decontaminate(against=against, text_keys=("question", "answer")))
     assert both.hits(LONG) == {"qa": 28} and both.sets["qa"].texts == 3
+    array = tmp_path / "qa.json"
+    array.write_text(f"[{', '.join(path.read_text().splitlines())}]")
+    assert Evaluations.read(Decontaminate(against={"qa": str(array)}, text_keys=("question", "answer"))).hash() == both.hash()
+
+
+def test_evaluation_texts_are_read_once_as_long_as_their_files_stay_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read_files = list[str]()
+    monkeypatch.setattr(decontaminate, "Reader", lambda file, limit: read_files.append(file.name) or Reader(file, limit))
+    against = {"rivers": str(tmp_path / "set.jsonl")}
+    assert read(tmp_path, [TEXT]) is Evaluations.read(Decontaminate(against=against))
+    assert read_files == ["set.jsonl"]
+    assert read(tmp_path, [TEXT, LONG]).hits(LONG) and len(read_files) == 2, "the file has changed"
+    assert Evaluations.read(Decontaminate(against=against, ngram_words=12)) and len(read_files) == 3, "the rules have"
 
 
 @pytest.mark.parametrize(("content", "keys", "expected"), [

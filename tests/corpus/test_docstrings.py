@@ -54,6 +54,19 @@ def empty():
 '''
 
 
+LITERALS = r'''class A:
+    def f(self, x):
+        "Say."
+        y = ("one"
+             "two")
+        return f"""
+        {x + 1}
+            <b>
+    """ + y, "a\
+        b"
+'''
+
+
 def test_a_functions_code_is_its_source_without_the_docstring() -> None:
     first, second = documented(SOURCE)
     assert (first.name, first.docstring) == ("first", "Say it.\n\nIndented.")
@@ -70,14 +83,36 @@ def test_a_functions_code_is_its_source_without_the_docstring() -> None:
             list(documented(broken))
 
 
-def test_the_standard_librarys_functions_parse_without_their_docstrings() -> None:
-    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:60]:
+def test_what_a_string_says_stays_however_deep_its_function_stands() -> None:
+    """Lines that begin inside a string keep their indentation; those that only begin with one lose it as code does."""
+    [one] = documented(LITERALS)
+    lines = LITERALS.rstrip("\n").split("\n")
+    assert one.code.split("\n") == [line[4:] for line in (lines[1], *lines[3:6])] + lines[6:]
+    told: dict[str, Any] = {}
+    exec(f"{LITERALS}\nold = A.f\n{one.code}", told)
+    assert told["f"](0, 1) == told["old"](0, 1)
+
+
+def functions(tree: ast.Module) -> set[str]:
+    """What each function of a module does but for its first statement."""
+    found = set[str]()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            first, *node.body = node.body
+            found.add(ast.dump(node))
+            node.body.insert(0, first)
+    return found
+
+
+def test_the_standard_librarys_functions_are_the_same_without_their_docstrings() -> None:
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("p*.py")):            # pydoc, which writes pages, among them
         text = path.read_text()
-        found = list(documented(text))
+        found, given = list(documented(text)), functions(ast.parse(text))
         assert sum(one.bytes for one in found) <= len(text.encode())
         for one in found:
             (function,) = ast.parse(one.code).body
             assert isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef) and one.name.split(".")[-1] == function.name
+            assert ast.dump(function) in given, f"{path}: {one.name}"
             assert len(f"{one.code}\n\n{one.docstring}".encode()) <= one.bytes
 
 

@@ -450,7 +450,7 @@ def test_a_function_of_the_users_gives_a_reason_of_its_own(mine: ModuleType) -> 
 
 @pytest.mark.parametrize(("answer", "message"), [
     (lambda text: 1 / 0, "ZeroDivisionError: division by zero"), (lambda text: True, "returned True"), (lambda text: "", "returned ''"),
-    (lambda text: "!?", "returned '!\\?'")])
+    (lambda text: "!?", "returned '!\\?'"), (lambda text: sys.exit(3), "SystemExit: 3")])
 def test_a_function_that_fails_is_named_with_the_document(mine: ModuleType, answer: Any, message: str) -> None:
     mine.score = answer  # type: ignore[attr-defined]
     with pytest.raises(CorpusError, match=rf"^a/b\.txt: filter\.function: my_filters:score: the function .*{message}.*") as error:
@@ -460,8 +460,10 @@ def test_a_function_that_fails_is_named_with_the_document(mine: ModuleType, answ
 
 def test_a_function_that_is_not_there_is_said_before_any_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my_broken.py").write_text("1 / 0")
+    (tmp_path / "my_script.py").write_text("import sys; sys.exit(0)")
     monkeypatch.syspath_prepend(str(tmp_path))
     for place, message in [("no.such:thing", "no.such cannot be imported: ModuleNotFoundError"), ("my_broken:f", "ZeroDivisionError"),
+                           ("my_script:f", "SystemExit: 0"),
                            ("string:digits", "string has no function digits"), ("string:nothing", "string has no function nothing")]:
         with pytest.raises(InputError, match=message):
             judge("", function=place)

@@ -1,12 +1,15 @@
 """What a look into a corpus must show."""
 
+import json
 import random
 import shutil
 from pathlib import Path
 
 import pytest
 
+from distlm.corpus.diff import diff
 from distlm.corpus.inspect import documents, find, summary, windows
+from distlm.corpus.report import write_report
 from distlm.corpus.split import content_hash
 from distlm.corpus.verify import verify
 from distlm.errors import CorpusError, InputError
@@ -120,3 +123,16 @@ def test_a_look_never_shows_a_damaged_shard(corpus: Path) -> None:
     for look in (lambda: windows(corpus, first=4), lambda: find(corpus, "zzz"), lambda: documents(corpus, ["last"])):
         with pytest.raises(CorpusError, match="the shard is damaged"):
             look()
+
+
+def test_a_look_at_a_damaged_tokenizer_or_a_changed_list_is_an_error_of_one_line(corpus: Path) -> None:
+    (corpus / "tokenizer" / "tokenizer.json").write_text("{")
+    for look in (lambda: windows(corpus), lambda: documents(corpus, ["one"]), lambda: find(corpus, "fox")):
+        with pytest.raises(CorpusError, match=r"^[^\n]*tokenizer.json: cannot be read: [^\n]*; restore it from a copy[^\n]*$"):
+            look()
+    for name, key in (("inputs.json", "sources"), ("manifest.json", "context")):
+        told = json.loads((corpus / name).read_text())
+        (corpus / name).write_text(json.dumps({**told, key: [] if key == "sources" else "x"}))
+        for see in (summary, write_report, lambda path: diff(path, path)):
+            with pytest.raises(CorpusError, match=f"{name}: its hash is not that of what it says: it has been changed"):
+                see(corpus)

@@ -31,7 +31,8 @@ def records() -> list[dict[str, Any]]:
             for i in range(60)]
     bad = [{"text": "no label 1"}, {"text": "no label 2", "kind": {"name": None}}, {"text": "no label 3", "kind": {"name": " "}},
            {"text": "a list", "kind": {"name": ["even"]}}, {"text": "a number", "kind": {"name": 1.5}},
-           {"text": "even 0", "kind": {"name": "odd"}}, {"id": "long", "text": "x" * CONTEXT + "y", "kind": {"name": "odd"}},
+           {"text": "even 0", "kind": {"name": "odd"}}, {"text": "even 2", "kind": {"name": " even "}},
+           {"id": "long", "text": "x" * CONTEXT + "y", "kind": {"name": "odd"}},
            {"id": "just", "text": "x" * CONTEXT, "kind": {"name": "odd"}}]
     return good + bad
 
@@ -61,8 +62,8 @@ def test_each_document_is_a_window_with_its_label(run: Run, tmp_path: Path) -> N
     corpus = Path(result[""])
     manifest = verify(corpus)
     assert manifest.labels == ("even", "odd") and not manifest.multiple_labels
-    assert {key: result[f"rejected.{key}"] for key in ("no_label", "bad_label", "duplicate", "longer_than_window")} == {
-        "no_label": 3, "bad_label": 2, "duplicate": 1, "longer_than_window": 1}
+    lost = {"no_label": 3, "bad_label": 2, "duplicate": 1, "duplicate_other_label": 1, "longer_than_window": 1}
+    assert {key: result[f"rejected.{key}"] for key in lost} == lost
     found = {split: texts_and_labels(corpus, split) for split in ("train", "val")}
     pairs = found["train"] + found["val"]
     assert sorted(pairs) == sorted([(one["text"], [one["kind"]["name"]]) for one in records()[:60]] + [("x" * CONTEXT, ["odd"])])
@@ -74,7 +75,11 @@ def test_each_document_is_a_window_with_its_label(run: Run, tmp_path: Path) -> N
         (name, text[:7]) for name, text in summary(corpus)]
     [shown] = documents(corpus, ["good-7"])
     assert shown.text == "odd 7" and shown.meta == {"kind.name": "odd"}
-    assert json.loads((corpus / "rejects" / "longer_than_window.jsonl").read_text())["detail"] == "18 tokens, and a window holds 17"
+    [long], [other] = (list(map(json.loads, (corpus / "rejects" / f"{reason}.jsonl").read_text().splitlines()))
+                       for reason in ("longer_than_window", "duplicate_other_label"))
+    assert long["detail"] == "18 tokens, and a window holds 17"
+    assert (other["detail"], other["record"], other["same_as"]["record"]) == ("labelled odd, and what is kept even", 65, 0)
+    assert "labelled odd, and what is kept even" in (corpus / "report.html").read_text()
 
 
 def test_the_stream_brings_labels_with_their_windows_in_any_division(run: Run, tmp_path: Path) -> None:
@@ -117,7 +122,7 @@ def test_a_corpus_that_nothing_can_be_learned_from_is_an_error(run: Run, tmp_pat
     with pytest.raises(CorpusError, match=r"no training document has the label label \d+ \(1\), .* of the val split.*val_fraction"):
         run(rare, labels={}, **BYTES)
     (tmp_path / "plain.txt").write_text("text")
-    with pytest.raises(InputError, match=r"plain.txt is text, and labels are read from jsonl and parquet"):
+    with pytest.raises(InputError, match=r"plain.txt is text, and labels are read from jsonl, json and parquet"):
         run(tmp_path / "plain.txt", labels={}, **BYTES)
 
 
@@ -130,7 +135,13 @@ def test_what_a_label_may_be() -> None:
         with pytest.raises(Refused) as refused:
             labels_of(value, rules)
         assert refused.value.reason == reason, value
+    assert labels_of(["e\u0301", "\u00e8"], many) == ["\u00e9", "\u00e8"]
+    with pytest.raises(Refused, match="'\u00e9' twice"):
+        labels_of(["e\u0301", "\u00e9"], many)
     assert ordered({"10", "9", "-1"}) == ["-1", "9", "10"] and ordered({"10", "9", "a"}) == ["10", "9", "a"]
+    for names in (["1", "01", "001", "2"], ["001", "2", "01", "1"]):
+        assert ordered(names) == ["001", "01", "1", "2"]
+    assert ordered(["2", "1" * 5000]) == ["1" * 5000, "2"], "more digits than Python takes for a number"
     with pytest.raises(CorpusError, match="no training document is left with a label"):
         check_labels({"train": Counter(), "val": Counter()}, many, "c")
 

@@ -7,6 +7,7 @@ import lzma
 import os
 import random
 import sys
+import tarfile
 import tracemalloc
 import zlib
 from collections import Counter
@@ -232,6 +233,16 @@ def test_rows_that_are_many_times_their_file_are_not_held_together(tmp_path: Pat
     assert held < 60_000_000
 
 
+def test_a_row_group_is_read_by_its_pages(tmp_path: Path) -> None:
+    """Many writers put a million rows into one, as pyarrow does: it may be larger than all memory."""
+    draw = random.Random(0)
+    pq.write_table(pa.table({"text": [draw.randbytes(1000).hex() for _ in range(20_000)]}), tmp_path / "a.parquet")
+    assert pq.read_metadata(tmp_path / "a.parquet").num_row_groups == 1 and (tmp_path / "a.parquet").stat().st_size > 38_000_000
+    (file,) = find_files([Source(path=str(tmp_path / "a.parquet"))])
+    held = [pa.total_allocated_bytes() for _ in Reader(file, 1_000_000).records()]
+    assert len(held) == 20_000 and max(held) < 12_000_000
+
+
 def test_parquet_rows_without_text_are_rejected_and_a_damaged_file_too(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"body": ["one", None, "x" * 200, "two"], "n": [1, 2, 3, 4]}), path)
@@ -250,7 +261,11 @@ def test_text_files_are_one_document_each_and_bytes_that_are_no_utf8_are_rejecte
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfhello\n")
     (tmp_path / "b.md").write_bytes("héllo".encode("latin-1"))
     (tmp_path / "c.unknown").write_bytes(b"")
-    assert [reasons(read(tmp_path / name)[0]) for name in ("a.txt", "b.md", "c.unknown")] == [["hello\n"], ["not_utf8"], [""]]
+    with tarfile.open(tmp_path / "d.tar.gz", "w:gz") as archive:
+        archive.add(tmp_path / "a.txt")
+    (tmp_path / "e.txt").write_bytes(b"x\0\0\0" * 2000 + b"\0")
+    assert [reasons(read(tmp_path / name)[0])[0][:5] for name in ("a.txt", "b.md", "c.unknown", "d.tar.gz", "e.txt")] == [
+        "hello", "not_u", "", "binar", "x\0\0\0x"]
 
 
 @pytest.mark.parametrize("format", ["text", "jsonl", "parquet"])
@@ -274,6 +289,12 @@ def test_names_do_not_tell_where_the_files_are_nor_in_which_order_they_were_give
     assert names[0] == names[1] == [("data/b.txt", "text"), ("data/sub/a.jsonl", "jsonl"), ("other/c.txt", "text")]
 
 
+def test_a_name_that_is_no_utf8_becomes_one_that_lists_can_hold(tmp_path: Path) -> None:
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/gr\xfc\xdfe.txt")).write_text("hello")
+    (file,) = find_files([Source(path=str(tmp_path))])
+    assert file.name.encode().endswith(b"/gr\\xfc\\xdfe.txt") and reasons(list(Reader(file, 100).records())) == ["hello"]
+
+
 def test_stdlib_is_the_sources_of_the_running_interpreter_without_tests() -> None:
     files = find_files([Source(path="stdlib")])
     names = [file.name for file in files]
@@ -285,7 +306,8 @@ def test_stdlib_is_the_sources_of_the_running_interpreter_without_tests() -> Non
 
 @pytest.mark.parametrize(("path", "expected"), [
     ("dat", "did you mean .*data"), ("stdlb", "did you mean stdlib"), ("data/*.csv", "no file matches"), ("empty", "holds no file"),
-    ("hdfs://host/x", "no way to read hdfs://; s3://, gs:// and paths"), ("nowhere/at/all", "no such file")])
+    ("hdfs://host/x", "no way to read hdfs://; s3://, gs:// and paths"), ("nowhere/at/all", "no such file"),
+    ("a" * 5000, "no such file")])
 def test_a_source_that_names_nothing_is_found_before_work(tmp_path: Path, path: str, expected: str) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "a.txt").write_text("x")
@@ -568,16 +590,29 @@ def test_an_ending_counts_in_capitals_too(tmp_path: Path, ending: str) -> None:
 @pytest.mark.parametrize("indent", [None, 2])
 def test_an_array_of_objects_with_the_text_field_is_records_and_other_json_is_a_text(tmp_path: Path, indent: int | None) -> None:
     path = tmp_path / "a.json"
-    values = [{"text": "größer", "id": 7}, {"text": 5}, {"text": "], [{", "url": "x"}]
+    values = [{"text": "größer", "id": 7}, {"text": 5}, {"text": "], [{", "url": "x"}, {"body": "x"}]
     path.write_text("\ufeff \n" + json.dumps(values, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
     records, reader = read(path, keep=("url",))
-    assert reasons(records) == ["größer", "not_text", "], [{"] and (reader.objects, reader.with_key) == (3, 3)
-    assert (records[0].id, records[2].meta, [record.number for record in records]) == ("7", {"url": "x"}, [0, 1, 2])
-    for text in ('[{"text": "a"}, {"b": 1}]', '[{"text": "a"}', "[]", "[1]", '{"text": "a"}', "[" * 100_000, "no JSON"):
+    assert reasons(records) == ["größer", "not_text", "], [{", "missing_field"] and (reader.objects, reader.with_key) == (4, 3)
+    assert (records[0].id, records[2].meta, [record.number for record in records]) == ("7", {"url": "x"}, [0, 1, 2, 3])
+    for text in ('[{"text": "a"}, 1]', '[{"body": "a"}, {"b": 1}]', '[{"text": "a"}', "[]", "[1]", '{"body": "a"}', '{"a": 1}\n',
+                 "[" * 99_999, "no"):
         path.write_text(text)
         assert reasons(read(path)[0]) == [text]
     path.write_text(json.dumps(values))
     assert reasons(read(path, limit=20)[0]) == ["too_long"] and reasons(read(path, code=True)[0]) == [json.dumps(values)]
+
+
+def test_json_of_an_object_a_line_or_of_one_with_the_text_field_is_records(tmp_path: Path) -> None:
+    path = tmp_path / "a.json.gz"
+    given = lines({"body": "x"}, {"text": "one", "id": 1}, b"\n", {"text": "two"}, b"{\n") * 2000
+    path.write_bytes(gzip.compress(b"\xef\xbb\xbf" + given))
+    records, reader = read(path, limit=100)
+    assert reasons(records) == ["missing_field", "one", "two", "malformed"] * 2000 and (reader.objects, reader.with_key) == (6000, 4000)
+    for text in (json.dumps({"text": "größer", "id": 7}, indent=2), '{"text": "größer", "id": 7}\n'):
+        path.write_bytes(gzip.compress(text.encode()))
+        (record,) = read(path)[0]
+        assert (record.text, record.id) == ("größer", "7")
 
 
 @pytest.mark.parametrize(("encoding", "body"), [

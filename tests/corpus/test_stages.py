@@ -14,12 +14,13 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from distlm.corpus import spread
 from distlm.corpus.diff import diff
 from distlm.corpus.inspect import documents, find, windows
 from distlm.corpus.manifest import read_manifest
 from distlm.corpus.split import SplitRule, content_hash
 from distlm.corpus.verify import verify
-from distlm.errors import CorpusError, InputError
+from distlm.errors import CorpusError, DistlmError, InputError
 from tests.corpus.conftest import document
 from tests.corpus.test_conversations import KEYS as CONVERSATIONS
 from tests.corpus.test_conversations import records
@@ -348,6 +349,16 @@ def test_a_worker_that_dies_changes_nothing(run: Run, texts: Path, tmp_path: Pat
     made = run(texts, "died", **rules)
     assert marker.exists(), "nobody died"
     assert files_of(run(texts, "lived", **rules)[""]) == files_of(made[""]) and made["rejected"] == run(texts, "plain")["rejected"]
+
+
+def test_a_document_that_kills_every_worker_ends_the_job_and_what_was_done_stays(
+        run: Run, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spread, "MAX_RETRIES", 1)
+    (texts / "deadly.txt").write_text("deadly")
+    with pytest.raises(DistlmError, match=r"^stage read: a worker died 2 times at the same part: [^\n]*--resume goes on[^\n]*$") as caught:
+        run(texts, filter={"function": "tests.corpus.faults:die"})
+    corpus = tmp_path / "store" / "corpora" / "words"
+    assert caught.value.cause == "worker_died" and not (corpus / "manifest.json").exists() and [*corpus.glob(".scratch-*")]
 
 
 def test_a_source_that_vanishes_while_others_are_read_is_a_reject(run: Run, texts: Path) -> None:

@@ -61,8 +61,8 @@ def test_every_damage_is_found(corpus: Path, tmp_path: Path) -> None:
             ("inputs.json", Path.unlink, "inputs.json: the list of inputs is damaged"), ("inputs.json", edit(sources=0), "is damaged"),
             ("inputs.json", edit(sources=[]), "it has been changed"), ("inputs.json", sealed(corpus="0"), "it is of another corpus"),
             ("inputs.json", sealed(sources=[]), "do not add up"),
-            ("manifest.json", edit(hash=""), "it has been changed"), ("manifest.json", edit(steps=steps), "do not balance"),
-            ("manifest.json", edit(format=99), "format 99"), ("manifest.json", edit(splits=None), "damaged"),
+            ("manifest.json", edit(hash=""), "it has been changed"), ("manifest.json", sealed(steps=steps), "do not balance"),
+            ("manifest.json", edit(format=99), "format 99"), ("manifest.json", sealed(splits=None), "damaged"),
             ("manifest.json", lambda path: path.write_text("{"), "damaged")]:
         with pytest.raises(CorpusError, match=message):
             verify(damaged(name, change))

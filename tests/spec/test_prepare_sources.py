@@ -33,3 +33,14 @@ def test_what_a_source_cannot_have_is_refused_with_the_remedy():
             ({"filter": {"min_word": 3}}, "sources.0.filter.min_word: unknown key; did you mean min_words")):
         with pytest.raises(SpecError, match=message):
             load(source)
+
+
+@pytest.mark.parametrize(("keys", "message"), [
+    ({"decontaminate": {"against": {"openai/gsm8k": "x"}}}, "decontaminate.against: .*'openai/gsm8k' is no name of a set"),
+    ({"filter": {"min_words": 9, "max_words": 8}}, "filter.min_words: 9 is above max_words 8"),
+    ({"filter": {"min_words": 9}, "sources": [{"path": "a", "filter": {"max_words": 8}}]}, "sources.0.filter.min_words: 9 is above"),
+    ({"clean": {"min_chars": 9, "max_document_bytes": 8}}, "clean.min_chars: 9 is above max_document_bytes 8"),
+    ({"clean": {"boilerplate": {"min_chars": 400}}}, "clean.boilerplate.min_chars: 400 is above max_chars 300")])
+def test_what_would_reject_everything_or_names_no_file_is_refused(keys, message):
+    with pytest.raises(SpecError, match=message):
+        load_spec({"kind": "prepare", "name": "c", "sources": ["a"], **keys})

@@ -185,6 +185,7 @@ def test_a_model_that_cannot_be_built_is_refused_before_any_trial(storage: Stora
 def test_a_sweep_by_val_loss_over_a_corpus_without_validation_is_refused_before_any_work(storage: Storage) -> None:
     manifest = read_json(storage.corpus("c") / "manifest.json")
     manifest["splits"]["val"] |= {"windows": 0, "shards": []}
+    del manifest["hash"]
     write_json(storage.corpus("no-val") / "manifest.json", manifest)
     shutil.copytree(storage.corpus("c") / "tokenizer", storage.corpus("no-val") / "tokenizer")
     given = {**SWEEP, "name": "no-val", "train": {**TRAIN, "corpus": "no-val"}, "space": {"optimizer.lr": {"grid": [0.1]}}}

@@ -94,7 +94,7 @@ class Filters:
         where = f"{text.path or 'a document'}: filter.function: {self._rules.function}"
         try:
             reason = function(text.text)
-        except Exception as error:
+        except (Exception, SystemExit) as error:           # to exit would end the worker, again and again
             raise CorpusError(f"the function failed: {type(error).__name__}: {error}", where=where, cause="user",
                               remedy="mend it, or let it return None for what it cannot judge") from error
         if reason is None:
@@ -111,7 +111,7 @@ def _load_function(place: str) -> Callable[[str], Any]:
     where = "filter.function"
     try:
         function = getattr(importlib.import_module(module), name, None)
-    except Exception as error:                             # the user's module runs here, and may fail in any way
+    except (Exception, SystemExit) as error:               # the user's module runs here, and may fail in any way
         raise InputError(f"{module} cannot be imported: {type(error).__name__}: {error}", where=where,
                          remedy="install it, or put its folder into PYTHONPATH") from error
     if not callable(function):
