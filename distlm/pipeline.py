@@ -26,12 +26,13 @@ from distlm.spec.explain import KeyPath
 from distlm.spec.load import REFERENCE, Loaded, dotted, dump, leaves, locator, nearest, put, validate, with_spec
 from distlm.spec.pipeline import PipelineSpec
 from distlm.storage import Storage, read_json
+from distlm.train.scores import SCORES
 from distlm.tune import space
 
 OUTPUTS = {
     "prepare": ("documents", "bytes", "tokens", "train_tokens", "val_tokens", "val_bytes", "rejected", "manifest_hash"),
     "train": ("export", "parameters", "loss_first", "loss_last", "val_loss", "val_loss_first", "perplexity", "bits_per_byte",
-              "tokens_per_s", "steps", "tokens", "checkpoint"),
+              "tokens_per_s", "steps", "tokens", "checkpoint", *SCORES, "val_reward_accuracy", "val_reward_margin"),
     "tune": ("best", "best_spec", "metric", "value", "trials"),
     "evaluate": ("loss", "perplexity", "bits_per_byte", "accuracy", "ece", "tokens"),
     "serve": ("url", "api_key_file", "model"),

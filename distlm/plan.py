@@ -74,6 +74,7 @@ def of_train(spec: TrainSpec, storage: Storage) -> Rows:
             *([("warm-up", f"{recipe.spec.schedule.warmup_steps:,} steps")] if spec.schedule.warmup_tokens else []),
             ("tokens", f"{recipe.tokens(recipe.num_steps):,}"),
             *([("documents", "kept apart: attention stays inside each")] if recipe.mask_documents else []),
+            *([("fold", f"{spec.fold.index} of {spec.fold.of}: {recipe.val_windows:,} documents are held out")] if spec.fold else []),
             ("evaluations", f"every {recipe.evaluate_every:,} steps over {recipe.val_windows:,} windows" if recipe.val else
              f"none: {without_val(read_corpora(spec, storage))[0]}"),
             ("checkpoints", f"every {recipe.checkpoint_every:,} steps" + ", written beside them" * spec.checkpoint.asynchronous),
@@ -209,7 +210,8 @@ def of_tune(spec: TuneSpec, storage: Storage) -> Rows:
     if spec.asha:
         asha = f"ASHA from step {spec.asha.grace_steps}, the best 1/{spec.asha.reduction} go on"
     first = of_train(space.trial_spec(spec, samples[0], spec.name), storage)
-    return [("trials", f"{len(samples)}, {spec.concurrent or 'as many as the cluster holds'} at once"),
+    folds = f", {spec.folds} folds of each point" if spec.folds else ""
+    return [("trials", f"{len(samples)}{folds}, {spec.concurrent or 'as many as the cluster holds'} at once"),
             *((key, described(dimension)) for key, dimension in spec.space.items()), ("early stopping", asha),
             *((f"a trial's {what}", how_much) for what, how_much in first)]
 

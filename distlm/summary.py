@@ -49,6 +49,8 @@ def of_run(made: dict[str, Any]) -> list[tuple[str, str]]:
             ("validation loss", f"{shown(made['val_loss_first'])} -> {shown(made['val_loss'])}" if made["val_loss"] is not None else "–"),
             *([("accuracy", shown(made["accuracy"])), ("macro F1", shown(made["f1_macro"])), ("ROC AUC", shown(made["roc_auc"]))]
               if "accuracy" in made else
+              [("reward accuracy", shown(made["val_reward_accuracy"])), ("reward margin", shown(made["val_reward_margin"]))]
+              if "val_reward_accuracy" in made else
               [("perplexity", shown(made["perplexity"], ",.2f")), ("bits per byte", shown(made["bits_per_byte"]))]),
             ("tokens/s", shown(made["tokens_per_s"], ",.0f"))]
 
@@ -62,8 +64,10 @@ def of_sweep(made: dict[str, Any]) -> list[tuple[str, str]]:
     best = {key.removeprefix("best."): value for key, value in made.items() if key.startswith("best.")}
     ends = [trial["state"] for trial in made["trials"]]
     text = ", ".join(f"{ends.count(end)} {end}" for end in dict.fromkeys(ends))
-    return [("trials", f"{len(ends)}: {text}"), ("best", ", ".join(f"{key} = {value}" for key, value in best.items())),
-            (f"best {made['metric']}", f"{made['value']:.3f}"), ("best spec", made["best_spec"])]
+    return [("trials", f"{len(ends)}: {text}"), *([("best", ", ".join(f"{key} = {value}" for key, value in best.items()))] if best else []),
+            (f"best {made['metric']}", f"{made['value']:.3f}" + (f" ± {made['std']:.3f}" if "std" in made else "")),
+            *((name, f"{one['mean']:.4f} ± {one['std']:.4f} over {len(one['folds'])} folds")
+              for point in made.get("points", ())[:1] for name, one in point["metrics"].items()), ("best spec", made["best_spec"])]
 
 
 def of_evaluation(made: dict[str, Any]) -> list[tuple[str, str]]:

@@ -30,7 +30,7 @@ TEXT = {"prepare": {"sources.text_key", "sources.id_key", "sources.keep", "sourc
                     "filter.language.keep", "filter.license.keep", "decontaminate.text_keys",
                     "tokenizer.special_tokens", "tokenizer.chat_template"},
         "train": {"model.preset", "model.config", "optimizer.groups.match", "sharding.deepspeed", "sharding.offload.path",
-                  "scale.gpu", "track.mlflow", "track.wandb", "adapter.target_modules", "class_weights"}, "tune": set(),
+                  "scale.gpu", "track.mlflow", "track.wandb", "adapter.target_modules", "class_weights"}, "tune": {"metric"},
          "evaluate": {"endpoint.url", "endpoint.model", "prompts"}, "serve": {"host"},
         "pipeline": {"prompt"}}
 """The keys whose text stands for itself."""
