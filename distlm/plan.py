@@ -9,7 +9,7 @@ from typing import Any
 from distlm.autoscale import DATA_CPUS, evaluate_bundles, serve_bundles, total, train_bundles
 from distlm.errors import InputError, SpecError
 from distlm.model.find import find_model
-from distlm.spec import EvaluateSpec, PipelineSpec, PrepareSpec, ServeSpec, TrainSpec, TuneSpec
+from distlm.spec import AverageSpec, EvaluateSpec, PipelineSpec, PrepareSpec, ServeSpec, TrainSpec, TuneSpec
 from distlm.spec.base import Rule
 from distlm.spec.batch import check_batch
 from distlm.spec.load import Loaded, Spec, located, validate
@@ -32,6 +32,8 @@ def _needs(spec: Spec, storage: Storage) -> Rows:
         return of_train(spec, storage)
     if isinstance(spec, TuneSpec):
         return of_tune(spec, storage)
+    if isinstance(spec, AverageSpec):
+        return of_average(spec, storage)
     if isinstance(spec, EvaluateSpec):
         return of_evaluate(spec, storage)
     if isinstance(spec, ServeSpec):
@@ -251,6 +253,20 @@ def of_evaluate(spec: EvaluateSpec, storage: Storage) -> Rows:
         return [*rows, ("endpoint", f"{place}, {spec.concurrent} requests at once")]
     rows += [("workers", str(spec.workers)), ("CPUs", f"{need['CPU']:g}")]
     return rows + ([("GPUs", f"{need['GPU']:g}")] if need["GPU"] else [])
+
+
+def of_average(spec: AverageSpec, storage: Storage) -> Rows:
+    """What an evaluation of one of them needs, and how often."""
+    from distlm.average.driver import find_models
+
+    count = len(spec.models)
+    uniform = spec.method == "uniform"
+    times = f"{count + 1} times, each model and their mean" if uniform else f"{2 * count - 1} times, each model and each mean"
+    rows = of_evaluate(spec.scoring(spec.models[0]), storage)
+    if rows[0][0] != "it reads" and not any("${" in model for model in spec.models):
+        find_models(spec, storage)
+        rows = [row for row in rows if row[0] != "model"]
+    return [("models", f"{count}, {spec.method}"), ("measured", times), *rows]
 
 
 def of_forward(model: str, tokens: int) -> Rows:

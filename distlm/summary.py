@@ -80,6 +80,13 @@ def of_evaluation(made: dict[str, Any]) -> list[tuple[str, str]]:
             *((name, f"loss {shown(found['loss'], '.4f')}, {found['tokens']:,} tokens") for name, found in parts)]
 
 
+def of_average(made: dict[str, Any]) -> list[tuple[str, str]]:
+    return [("averaged", f"{made['averaged']} of {len(made['models'])} models, {made['method']}"), ("loss", shown(made["loss"], ".4f")),
+            *((one["model"], f"loss {shown(one['loss'], '.4f')}, {'taken' if one['taken'] else 'left out'}") for one in made["models"]),
+            ("perplexity", shown(made["perplexity"], ",.2f")), ("bits per byte", shown(made["bits_per_byte"], ".4f")),
+            ("accuracy", shown(made["accuracy"], ".2%"))]
+
+
 def of_endpoint(made: dict[str, Any]) -> list[tuple[str, str]]:
     return [("url", made["url"]), ("key file", made["api_key_file"])]
 
@@ -127,10 +134,11 @@ def base(made: dict[str, Any]) -> str:
     return made["url"].rstrip("/").removesuffix("/v1") + "/v1"
 
 
-ROWS = {"prepare": of_corpus, "train": of_run, "tune": of_sweep, "evaluate": of_evaluation, "serve": of_endpoint}
+ROWS = {"prepare": of_corpus, "train": of_run, "tune": of_sweep, "average": of_average, "evaluate": of_evaluation, "serve": of_endpoint}
 NEXT = {"prepare": "train on it with `corpus: {name}`; `distlm corpus inspect {name}` shows what it holds",
         "train": "serve it with `kind: serve` and `model: {name}`; its export is what transformers loads",
         "tune": "`distlm run {best}` trains the best one on; `distlm dashboard {name}` shows all side by side",
+        "average": "serve it with `kind: serve` and `model: {name}`; report.html in its folder has the loss of each model",
         "evaluate": "report.html in its folder has a table of every source, the calibration and the samples",
         "serve": "`distlm query {name} PROMPT` asks it, `distlm stop {name}` ends it"}
 """Kind -> what a user may do now."""

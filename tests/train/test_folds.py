@@ -14,6 +14,7 @@ from distlm.corpus.stream import Windows, local_steps, ordered_steps
 from distlm.errors import CorpusError, InputError, SpecError
 from distlm.spec import TrainSpec
 from distlm.spec.fold import Fold
+from distlm.spec.load import dump, validate
 from distlm.storage import Storage
 from distlm.train.objectives.classify import class_weights
 from distlm.train.recipe import make_recipe
@@ -102,13 +103,21 @@ def test_a_run_of_a_fold_is_the_same_on_two_ranks_and_measures_the_documents_tha
 @pytest.mark.parametrize(("sections", "what"), [
     ({"fold": {"index": 3, "of": 3}}, "3: the folds of 3 are 0 to 2"),
     ({"fold": {"index": 0, "of": 3}, "objective": "pretrain"}, "is for objective: classify"),
-    ({"fold": {"index": 0, "of": 3}, "corpus": [{"corpus": "a", "weight": 1}, {"corpus": "b", "weight": 1}]}, "divides one corpus"),
     ({"fold": {"index": 0, "of": 3}, "evaluate": {"max_windows": 5}},
-     r"fold 0 of 3 holds out \d+ documents, and 5 of them would be evaluated; set it to \d+ or more"),
-    ({"fold": {"index": 0, "of": 100}}, "holds out no document")])
+     r"fold 0 of 3 holds out \d+ documents, and 5 of them would be evaluated; set it to \d+ or more")])
 def test_what_cannot_be_a_fold_is_refused_in_one_line(corpus: Path, sections: dict[str, Any], what: str) -> None:
     with pytest.raises((SpecError, InputError, ValueError), match=what):
         make_recipe(given(corpus, **sections), Storage(corpus.parent))
+
+
+def test_a_mixture_and_a_fold_without_documents_are_refused(corpus: Path) -> None:
+    mixture = {**dump(given(corpus)), "corpus": [{"corpus": "a", "weight": 1}, {"corpus": "b", "weight": 1}]}
+    with pytest.raises(SpecError, match="fold: divides one corpus, not a mixture"):
+        validate({**mixture, "fold": {"index": 0, "of": 2}})
+    taken = {int.from_bytes(content, "big") % 100 for content in pq.read_table(corpus / "documents.parquet")["hash"].to_pylist()}
+    empty = min(set(range(100)) - taken)
+    with pytest.raises(InputError, match=f"fold {empty} of 100 holds out no document of c; take fewer folds"):
+        make_recipe(given(corpus, fold={"index": empty, "of": 100}), Storage(corpus.parent))
 
 
 def test_a_fold_that_holds_out_all_of_a_label_and_a_corpus_without_a_list_are_refused(tmp_path: Path) -> None:

@@ -240,7 +240,7 @@ def test_the_best_spec_keeps_the_storage_that_the_sweep_names(storage: Storage) 
     folder = RunFolder(storage.sweep("stored"))
     [trial] = sweep.plan_trials(loaded.spec, folder, storage)
     trial.folder.metrics({"step": 1, "val_loss": 2.0})
-    assert load_spec(sweep.write_best(loaded.spec, trial, folder, storage)).spec.storage == str(storage.root)
+    assert load_spec(sweep.write_best(loaded.spec, trial, "2.0", folder, storage)).spec.storage == str(storage.root)
 
 
 def test_trials_at_once_leave_a_cpu_each_for_reading_data(storage: Storage) -> None:
