@@ -52,6 +52,9 @@ def test_the_point_with_the_best_mean_is_best_and_each_fold_stands_in_result_tab
     assert other["metrics"]["accuracy"]["std"] == pytest.approx(statistics.stdev([0.9, 0.4, 0.5]))
     assert best["metrics"]["val_loss"]["mean"] == pytest.approx(0.3)
 
+    by_loss = sweep.points_of(spec.model_copy(update={"metric": "val_loss"}), sweep.plan_trials(spec, folder, storage))
+    assert [point.values["optimizer.lr"] for point in by_loss] == [0.2, 0.1], "of a loss the least mean"
+
     [table] = [record for record in shown.records if record["distlm"] == "table" and record["title"] == "folds of cv"]
     assert list(table["header"]) == ["fold", "accuracy", "val_loss"]
     assert [*map(tuple, table["rows"])] == [
