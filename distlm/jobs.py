@@ -180,7 +180,7 @@ def _check_name(folder: RunFolder, resume: bool) -> None:
 def jobs(storage: str | Path | Storage | None = None) -> list[Job]:
     """Every job under the storage root, of all kinds, the latest first."""
     storage = Storage.given(storage)
-    found = [reconcile(read(RunFolder(path))) for folder in FOLDERS.values()
+    found = [reconcile(read(RunFolder(path))) for folder in dict.fromkeys(FOLDERS.values())
              for path in sorted((storage.root / folder).glob("*")) if RunFolder(path).exists()]
     return sorted(found, key=lambda job: -(job.started or 0))
 
@@ -227,7 +227,9 @@ def read(folder: RunFolder) -> Job:
     metrics: dict[str, Any] = {}
     for record in folder.read_metrics():
         metrics.update({k: v for k, v in record.items() if v is not None})
-    kind = next((kind for kind, name in FOLDERS.items() if name == folder.path.parent.name), "train")
+    kinds = [kind for kind, name in FOLDERS.items() if name == folder.path.parent.name] or ["train"]
+    made = folder.lineage().get("kind") if len(kinds) > 1 and (folder.path / "lineage.json").is_file() else None
+    kind = str(made) if made in kinds else kinds[0]        # runs are made by several
     ended = None
     if state in ENDED:                                     # one that died without a word ended when it last wrote
         written = [p.stat().st_mtime for p in (folder.path / "events.jsonl", folder.path / "metrics.jsonl") if p.exists()]

@@ -26,20 +26,23 @@ from distlm.spec.explain import KeyPath
 from distlm.spec.load import REFERENCE, Loaded, dotted, dump, leaves, locator, nearest, put, validate, with_spec
 from distlm.spec.pipeline import PipelineSpec
 from distlm.storage import Storage, read_json
+from distlm.train.scores import SCORES
 from distlm.tune import space
 
 OUTPUTS = {
     "prepare": ("documents", "bytes", "tokens", "train_tokens", "val_tokens", "val_bytes", "rejected", "manifest_hash"),
     "train": ("export", "parameters", "loss_first", "loss_last", "val_loss", "val_loss_first", "perplexity", "bits_per_byte",
-              "tokens_per_s", "steps", "tokens", "checkpoint"),
+              "tokens_per_s", "steps", "tokens", "checkpoint", *SCORES, "val_reward_accuracy", "val_reward_margin"),
     "tune": ("best", "best_spec", "metric", "value", "trials"),
+    "average": ("export", "loss", "perplexity", "bits_per_byte", "accuracy", "ece", "tokens", "averaged", "best", "best_loss"),
     "evaluate": ("loss", "perplexity", "bits_per_byte", "accuracy", "ece", "tokens"),
     "serve": ("url", "api_key_file", "model"),
 }
 """Kind -> what `${step.output}` may name; a sweep also has `best.<key>` for every key of its space."""
 TEXTS = ("", "manifest_hash", "export", "checkpoint", "best", "best_spec", "metric", "url", "api_key_file", "model")
 """The outputs that are text; "" is the step itself, a folder. All others are numbers, but for `best.<key>`, which is what its key takes."""
-MAKERS: dict[str, dict[str, tuple[str, ...]]] = {"corpus": {"prepare": ("",)}, "model": {"train": ("", "export"), "tune": ("best",)},
+MAKERS: dict[str, dict[str, tuple[str, ...]]] = {"corpus": {"prepare": ("",)}, "model": {"train": ("", "export"), "tune": ("best",),
+                                                                                     "average": ("", "export")},
                                                  "endpoint": {"serve": ("", "url", "model")}}
 """What a key may take -> the kinds of steps that make it, and the outputs, "" for the step itself, that name it."""
 
@@ -154,6 +157,8 @@ def takes(kind: Any, key: KeyPath) -> str:
         kind, key = "train", key[1:]
     if kind == "train" and key[:1] == ("corpus",) and key[-1] == "corpus":
         return "corpus"
+    if kind == "average":
+        return {"corpus": "corpus", "models": "model"}.get(str(key[0]), "")
     if kind == "evaluate":
         return str(key[0]) if key in (("corpus",), ("model",), ("endpoint",)) else ""
     return "model" if (kind, key) in (("serve", ("model",)), ("train", ("model", "from"))) else ""

@@ -9,7 +9,7 @@ from typing import Any
 from distlm.autoscale import DATA_CPUS, evaluate_bundles, serve_bundles, total, train_bundles
 from distlm.errors import InputError, SpecError
 from distlm.model.find import find_model
-from distlm.spec import EvaluateSpec, PipelineSpec, PrepareSpec, ServeSpec, TrainSpec, TuneSpec
+from distlm.spec import AverageSpec, EvaluateSpec, PipelineSpec, PrepareSpec, ServeSpec, TrainSpec, TuneSpec
 from distlm.spec.base import Rule
 from distlm.spec.batch import check_batch
 from distlm.spec.load import Loaded, Spec, located, validate
@@ -32,6 +32,8 @@ def _needs(spec: Spec, storage: Storage) -> Rows:
         return of_train(spec, storage)
     if isinstance(spec, TuneSpec):
         return of_tune(spec, storage)
+    if isinstance(spec, AverageSpec):
+        return of_average(spec, storage)
     if isinstance(spec, EvaluateSpec):
         return of_evaluate(spec, storage)
     if isinstance(spec, ServeSpec):
@@ -74,6 +76,7 @@ def of_train(spec: TrainSpec, storage: Storage) -> Rows:
             *([("warm-up", f"{recipe.spec.schedule.warmup_steps:,} steps")] if spec.schedule.warmup_tokens else []),
             ("tokens", f"{recipe.tokens(recipe.num_steps):,}"),
             *([("documents", "kept apart: attention stays inside each")] if recipe.mask_documents else []),
+            *([("fold", f"{spec.fold.index} of {spec.fold.of}: {recipe.val_windows:,} documents are held out")] if spec.fold else []),
             ("evaluations", f"every {recipe.evaluate_every:,} steps over {recipe.val_windows:,} windows" if recipe.val else
              f"none: {without_val(read_corpora(spec, storage))[0]}"),
             ("checkpoints", f"every {recipe.checkpoint_every:,} steps" + ", written beside them" * spec.checkpoint.asynchronous),
@@ -209,7 +212,8 @@ def of_tune(spec: TuneSpec, storage: Storage) -> Rows:
     if spec.asha:
         asha = f"ASHA from step {spec.asha.grace_steps}, the best 1/{spec.asha.reduction} go on"
     first = of_train(space.trial_spec(spec, samples[0], spec.name), storage)
-    return [("trials", f"{len(samples)}, {spec.concurrent or 'as many as the cluster holds'} at once"),
+    folds = f", {spec.folds} folds of each point" if spec.folds else ""
+    return [("trials", f"{len(samples)}{folds}, {spec.concurrent or 'as many as the cluster holds'} at once"),
             *((key, described(dimension)) for key, dimension in spec.space.items()), ("early stopping", asha),
             *((f"a trial's {what}", how_much) for what, how_much in first)]
 
@@ -249,6 +253,20 @@ def of_evaluate(spec: EvaluateSpec, storage: Storage) -> Rows:
         return [*rows, ("endpoint", f"{place}, {spec.concurrent} requests at once")]
     rows += [("workers", str(spec.workers)), ("CPUs", f"{need['CPU']:g}")]
     return rows + ([("GPUs", f"{need['GPU']:g}")] if need["GPU"] else [])
+
+
+def of_average(spec: AverageSpec, storage: Storage) -> Rows:
+    """What an evaluation of one of them needs, and how often."""
+    from distlm.average.driver import find_models
+
+    count = len(spec.models)
+    uniform = spec.method == "uniform"
+    times = f"{count + 1} times, each model and their mean" if uniform else f"{2 * count - 1} times, each model and each mean"
+    rows = of_evaluate(spec.scoring(spec.models[0]), storage)
+    if rows[0][0] != "it reads" and not any("${" in model for model in spec.models):
+        find_models(spec, storage)
+        rows = [row for row in rows if row[0] != "model"]
+    return [("models", f"{count}, {spec.method}"), ("measured", times), *rows]
 
 
 def of_forward(model: str, tokens: int) -> Rows:

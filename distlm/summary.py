@@ -49,6 +49,8 @@ def of_run(made: dict[str, Any]) -> list[tuple[str, str]]:
             ("validation loss", f"{shown(made['val_loss_first'])} -> {shown(made['val_loss'])}" if made["val_loss"] is not None else "–"),
             *([("accuracy", shown(made["accuracy"])), ("macro F1", shown(made["f1_macro"])), ("ROC AUC", shown(made["roc_auc"]))]
               if "accuracy" in made else
+              [("reward accuracy", shown(made["val_reward_accuracy"])), ("reward margin", shown(made["val_reward_margin"]))]
+              if "val_reward_accuracy" in made else
               [("perplexity", shown(made["perplexity"], ",.2f")), ("bits per byte", shown(made["bits_per_byte"]))]),
             ("tokens/s", shown(made["tokens_per_s"], ",.0f"))]
 
@@ -62,8 +64,10 @@ def of_sweep(made: dict[str, Any]) -> list[tuple[str, str]]:
     best = {key.removeprefix("best."): value for key, value in made.items() if key.startswith("best.")}
     ends = [trial["state"] for trial in made["trials"]]
     text = ", ".join(f"{ends.count(end)} {end}" for end in dict.fromkeys(ends))
-    return [("trials", f"{len(ends)}: {text}"), ("best", ", ".join(f"{key} = {value}" for key, value in best.items())),
-            (f"best {made['metric']}", f"{made['value']:.3f}"), ("best spec", made["best_spec"])]
+    return [("trials", f"{len(ends)}: {text}"), *([("best", ", ".join(f"{key} = {value}" for key, value in best.items()))] if best else []),
+            (f"best {made['metric']}", f"{made['value']:.3f}" + (f" ± {made['std']:.3f}" if "std" in made else "")),
+            *((name, f"{one['mean']:.4f} ± {one['std']:.4f} over {len(one['folds'])} folds")
+              for point in made.get("points", ())[:1] for name, one in point["metrics"].items()), ("best spec", made["best_spec"])]
 
 
 def of_evaluation(made: dict[str, Any]) -> list[tuple[str, str]]:
@@ -74,6 +78,13 @@ def of_evaluation(made: dict[str, Any]) -> list[tuple[str, str]]:
             ("perplexity", shown(made["perplexity"], ",.2f")), ("bits per byte", shown(made["bits_per_byte"], ".4f")),
             ("accuracy", shown(made["accuracy"], ".2%")), ("calibration error", shown(made["ece"], ".2%")),
             *((name, f"loss {shown(found['loss'], '.4f')}, {found['tokens']:,} tokens") for name, found in parts)]
+
+
+def of_average(made: dict[str, Any]) -> list[tuple[str, str]]:
+    return [("averaged", f"{made['averaged']} of {len(made['models'])} models, {made['method']}"), ("loss", shown(made["loss"], ".4f")),
+            *((one["model"], f"loss {shown(one['loss'], '.4f')}, {'taken' if one['taken'] else 'left out'}") for one in made["models"]),
+            ("perplexity", shown(made["perplexity"], ",.2f")), ("bits per byte", shown(made["bits_per_byte"], ".4f")),
+            ("accuracy", shown(made["accuracy"], ".2%"))]
 
 
 def of_endpoint(made: dict[str, Any]) -> list[tuple[str, str]]:
@@ -123,10 +134,11 @@ def base(made: dict[str, Any]) -> str:
     return made["url"].rstrip("/").removesuffix("/v1") + "/v1"
 
 
-ROWS = {"prepare": of_corpus, "train": of_run, "tune": of_sweep, "evaluate": of_evaluation, "serve": of_endpoint}
+ROWS = {"prepare": of_corpus, "train": of_run, "tune": of_sweep, "average": of_average, "evaluate": of_evaluation, "serve": of_endpoint}
 NEXT = {"prepare": "train on it with `corpus: {name}`; `distlm corpus inspect {name}` shows what it holds",
         "train": "serve it with `kind: serve` and `model: {name}`; its export is what transformers loads",
         "tune": "`distlm run {best}` trains the best one on; `distlm dashboard {name}` shows all side by side",
+        "average": "serve it with `kind: serve` and `model: {name}`; report.html in its folder has the loss of each model",
         "evaluate": "report.html in its folder has a table of every source, the calibration and the samples",
         "serve": "`distlm query {name} PROMPT` asks it, `distlm stop {name}` ends it"}
 """Kind -> what a user may do now."""

@@ -22,10 +22,12 @@ import pyarrow as pa
 import xxhash
 from numpy.typing import NDArray
 
+from distlm.corpus.folds import SPLITS, Folds
 from distlm.corpus.manifest import Manifest, read_manifest
 from distlm.corpus.mix import Mix
 from distlm.corpus.order import Order
 from distlm.errors import CorpusError
+from distlm.spec.fold import Fold
 
 if TYPE_CHECKING:
     import ray.data
@@ -91,6 +93,8 @@ class Plan:
     """(sequences of a step, steps of that size) of the steps that are smaller, at the beginning."""
     labelled: bool = False
     """Whether training needs the labels of documents."""
+    fold: Fold | None = None
+    """Which documents are held out, where not the corpus's own split is."""
 
     @property
     def sizes(self) -> BatchSizes:
@@ -120,22 +124,41 @@ class Plan:
 class Windows:
     """The windows of one split, memory-mapped. A shard's size and hash are checked when it is first opened."""
 
-    def __init__(self, corpus: str | Path, split: str = "train") -> None:
+    def __init__(self, corpus: str | Path, split: str = "train", fold: Fold | None = None) -> None:
+        """With `fold` its train or val, out of the shards of both splits."""
         self.folder, self.split = Path(corpus), split
         self.manifest: Manifest = read_manifest(self.folder)
-        self.shards = self.manifest.splits[split].shards
+        sources = [split] if fold is None else SPLITS
+        self.shards = tuple(shard for one in sources for shard in self.manifest.splits[one].shards)
         self._open: dict[int, pa.RecordBatch] = {}
         self._before = [0]
+        self._kept: list[NDArray[np.int64]] | None = None
+        """The rows of each shard that are a fold's; None for all."""
+        if fold is not None:
+            folds, of = Folds(self.folder, fold), [one for one in sources for _ in self.manifest.splits[one].shards]
+            self._kept = [folds.rows(split, self._shard(i), one) for i, one in enumerate(of)]
+        self.sizes = tuple(shard.windows for shard in self.shards) if self._kept is None else tuple(map(len, self._kept))
+        """The windows of each shard."""
 
     def order(self, seed: int) -> Order:
-        return Order(tuple(shard.windows for shard in self.shards), seed)
+        return Order(self.sizes, seed)
 
     def __len__(self) -> int:
-        return sum(shard.windows for shard in self.shards)
+        return sum(self.sizes)
+
+    def _rows(self, shards: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Where in their files the windows at (shard, row) are."""
+        if self._kept is None:
+            return rows
+        found = np.empty_like(rows)
+        for shard in np.unique(shards):
+            here = shards == shard
+            found[here] = self._kept[shard][rows[here]]
+        return found
 
     def read(self, shards: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[Any]:
         """uint16 or uint32 [n, context + 1]: the windows at (shard, row). Raises CorpusError for a damaged shard."""
-        tokens = np.empty((len(rows), self.manifest.context + 1), dtype=self.manifest.dtype)
+        tokens, rows = np.empty((len(rows), self.manifest.context + 1), dtype=self.manifest.dtype), self._rows(shards, rows)
         for shard in np.unique(shards):
             here = shards == shard
             tokens[here] = self._shard(int(shard))["tokens"].flatten().to_numpy().reshape(-1, tokens.shape[1])[rows[here]]
@@ -143,7 +166,7 @@ class Windows:
 
     def marks(self, shards: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.uint8]:
         """uint8[n, context + 1]: the marks of the windows at (shard, row)."""
-        marks = np.empty((len(rows), self.manifest.context + 1), dtype=np.uint8)
+        marks, rows = np.empty((len(rows), self.manifest.context + 1), dtype=np.uint8), self._rows(shards, rows)
         for shard in np.unique(shards):
             here = shards == shard
             marks[here] = _marks(self._shard(int(shard)), rows[here], marks.shape[1])
@@ -152,7 +175,7 @@ class Windows:
     def labels(self, shards: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.int32]:
         """int32[n, k]: the labels of the windows at (shard, row). The number of the one that each has, k = 1; where there may be any
         number, k of them with 1 for each that it has, else 0."""
-        names, multiple = self.manifest.labels, self.manifest.multiple_labels
+        names, multiple, rows = self.manifest.labels, self.manifest.multiple_labels, self._rows(shards, rows)
         labels = np.zeros((len(rows), len(names) if multiple else 1), np.int32)
         for shard in np.unique(shards):
             here = np.flatnonzero(shards == shard)
@@ -166,7 +189,7 @@ class Windows:
     def documents(self, shards: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """int64[n, context + 1]: the number in its split of the document that each token of the windows at (shard, row) is of; of padding,
         that of the document before it."""
-        numbers = np.empty((len(rows), self.manifest.context + 1), dtype=np.int64)
+        numbers, rows = np.empty((len(rows), self.manifest.context + 1), dtype=np.int64), self._rows(shards, rows)
         for shard in np.unique(shards):
             here = shards == shard
             numbers[here] = _documents(self._shard(int(shard)), rows[here], numbers.shape[1], self._documents_before(int(shard)))
@@ -184,7 +207,7 @@ class Windows:
 
     def first(self, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """(shard, row), both int64[n], of the first `count` windows in file order."""
-        sizes = np.asarray([shard.windows for shard in self.shards], dtype=np.int64)
+        sizes = np.asarray(self.sizes, dtype=np.int64)
         shards = np.repeat(np.arange(len(sizes)), sizes)[:count]
         rows = np.concatenate([np.arange(n) for n in sizes] or [np.arange(0)])[:count]
         return shards, rows.astype(np.int64)
@@ -249,8 +272,8 @@ def _documents(batch: pa.RecordBatch, rows: NDArray[np.int64], size: int, before
 
 
 @lru_cache(maxsize=256)
-def _windows(corpus: str) -> Windows:
-    return Windows(corpus)
+def _windows(corpus: str, fold: Fold | None = None) -> Windows:
+    return Windows(corpus, fold=fold)
 
 
 def read_block(plan: Plan, steps: range, rank: int) -> dict[str, NDArray[Any]]:
@@ -275,7 +298,7 @@ def read_marks(plan: Plan, samples: NDArray[np.int64]) -> NDArray[np.uint8]:
 
 
 def _read(plan: Plan, samples: NDArray[np.int64], read: Callable[..., NDArray[Any]]) -> NDArray[Any]:
-    windows = _windows(plan.corpus)
+    windows = _windows(plan.corpus, plan.fold)
     if plan.mix is None:
         return read(windows, *windows.order(plan.seed).locate(samples))
     members, own = plan.mix.assign(samples)

@@ -58,29 +58,49 @@ def evaluate(spec: EvaluateSpec, folder: RunFolder, storage: Storage, progress: 
 
 def by_model(spec: EvaluateSpec, task: Task, model: Path, prompts: list[list[int]], folder: RunFolder, progress: Progress) -> Found:
     """Let workers score the batches. Raises ClusterError where the cluster does not hold them, and what a worker raises."""
-    import ray
-
     check_prompts(prompts, spec.max_tokens, context_of(model))
-    require(evaluate_bundles(spec), f"{spec.workers} worker{'s' * (spec.workers > 1)}", progress, where="workers",
-            remedy="lower workers or cpus_per_worker, or take a larger cluster")
-    on_gpu = bool(spec.gpus_per_worker)
-    dtype = spec.dtype if spec.dtype != "auto" else "bf16" if on_gpu else "fp32"
-    environment = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    actor = ray.remote(num_cpus=spec.cpus_per_worker, num_gpus=spec.gpus_per_worker, runtime_env={"env_vars": environment})(Worker)
-    logs = [folder.path / "logs" / f"worker-{i}.log" for i in range(spec.workers)]
-    workers: list[Any] = [actor.remote(task, model, "cuda" if on_gpu else "cpu", dtype, spec.threads_per_worker or
-                                       default_threads(spec.workers), log) for log in logs]
-    progress.note(f"{task.windows:,} windows in {len(task.batches):,} batches, {spec.workers} worker{'s' * (spec.workers > 1)}, {dtype}")
-    try:
-        answers(ray, {worker.load.remote(): i for i, worker in enumerate(workers)}, logs, lambda i, _: None)
-        sums = dealt(ray, workers, task, logs, progress)
+    with Workers(spec, task, folder, progress) as workers:
+        return workers.score(model), workers.complete(prompts, spec.max_tokens)
+
+
+class Workers:
+    """Processes that score the batches of a task by one model after the other, until the block ends."""
+
+    def __init__(self, spec: EvaluateSpec, task: Task, folder: RunFolder, progress: Progress) -> None:
+        """Raises ClusterError where the cluster does not hold them."""
+        import ray
+
+        require(evaluate_bundles(spec), f"{spec.workers} worker{'s' * (spec.workers > 1)}", progress, where="workers",
+                remedy="lower workers or cpus_per_worker, or take a larger cluster")
+        on_gpu = bool(spec.gpus_per_worker)
+        dtype = spec.dtype if spec.dtype != "auto" else "bf16" if on_gpu else "fp32"
+        environment = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        actor = ray.remote(num_cpus=spec.cpus_per_worker, num_gpus=spec.gpus_per_worker, runtime_env={"env_vars": environment})(Worker)
+        self._ray, self._task, self._progress = ray, task, progress
+        self._logs = [folder.path / "logs" / f"worker-{i}.log" for i in range(spec.workers)]
+        threads = spec.threads_per_worker or default_threads(spec.workers)
+        self._workers: list[Any] = [actor.remote(task, "cuda" if on_gpu else "cpu", dtype, threads, log) for log in self._logs]
+        progress.note(f"{task.windows:,} windows in {len(task.batches):,} batches, {spec.workers} worker{'s' * (spec.workers > 1)}, "
+                      f"{dtype}")
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self._workers:
+            self._ray.kill(worker)
+
+    def score(self, model: Path) -> list[Sums]:
+        """The sums of every batch, in order. Raises what a worker raises."""
+        answers(self._ray, {worker.load.remote(model): i for i, worker in enumerate(self._workers)}, self._logs, lambda i, _: None)
+        return dealt(self._ray, self._workers, self._task, self._logs, self._progress)
+
+    def complete(self, prompts: list[list[int]], max_tokens: int) -> list[str]:
+        """What the model that was scored last adds to each prompt. Raises what a worker raises."""
         texts: list[str] = []
         if prompts:
-            answers(ray, {workers[0].complete.remote(prompts, spec.max_tokens): 0}, logs, lambda _, made: texts.extend(made))
-        return sums, texts
-    finally:
-        for worker in workers:
-            ray.kill(worker)
+            answers(self._ray, {self._workers[0].complete.remote(prompts, max_tokens): 0}, self._logs, lambda _, made: texts.extend(made))
+        return texts
 
 
 def dealt(ray: Any, workers: list[Any], task: Task, logs: list[Path], progress: Progress) -> list[Sums]:

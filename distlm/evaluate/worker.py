@@ -23,12 +23,13 @@ class Scores:
 
 
 class Worker:
-    """See the module. `load` comes first; Ray tells of what that raises, and not of what making the object does."""
+    """See the module. `load` comes first, and again for each other model; Ray tells of what that raises, and not of what making the object
+    does."""
 
-    def __init__(self, task: Task, model: Path, device: str, dtype: str, threads: int | None, log: Path | None = None) -> None:
-        self.task, self.folder, self.device, self.dtype, self.threads, self.log = task, model, device, dtype, threads, log
+    def __init__(self, task: Task, device: str, dtype: str, threads: int | None, log: Path | None = None) -> None:
+        self.task, self.device, self.dtype, self.threads, self.log = task, device, dtype, threads, log
 
-    def load(self) -> None:
+    def load(self, folder: Path) -> None:
         """Raises InputError where the model cannot be loaded, SpecError where it does not keep the documents of a window apart."""
         import torch
 
@@ -38,7 +39,7 @@ class Worker:
 
         if self.log:
             log_to(self.log)
-        self.reader = Reader(self.task)
+        self.reader, self.folder = Reader(self.task), folder
         if self.threads:
             torch.set_num_threads(self.threads)
         self.model: Any = load_model(self.folder, f"model: {self.folder}", torch.float32, exact=False).eval()

@@ -45,16 +45,9 @@ def corpora(value: Any) -> Any:
     return value
 
 
-class EvaluateSpec(Job):
-    """Loss, perplexity, bits per byte, accuracy and calibration of a model or an endpoint: exactly one of model, endpoint."""
+class Scoring(Job):
+    """What a job has that lets workers score the windows of corpora."""
 
-    kind: Literal["evaluate"] = "evaluate"
-    """The kind of the job."""
-    model: Annotated[str | None, Field(min_length=1)] = None
-    """A run by name or path, or a folder that `AutoModelForCausalLM.from_pretrained` loads."""
-    endpoint: Annotated[str | Address | None, BeforeValidator(address)] = None
-    """An endpoint of ours by name or by its URL.
-    Or a section with url, api_key_file and model."""
     corpus: Annotated[str | list[str], BeforeValidator(corpora, json_schema_input_type=CorpusName | Annotated[
         list[CorpusName], Field(min_length=1)])]
     """A prepared corpus, by name or path, or a list of them, all with the model's tokenizer."""
@@ -65,12 +58,6 @@ class EvaluateSpec(Job):
     mask_documents: bool | None = None
     """Whether attention stays inside a document, whose positions begin at 0 and whose first token gives no loss. Default: true where a
     corpus is packed by best-fit, else false, as in training."""
-    calibration_bins: Annotated[int, Field(ge=1, le=1000)] = 15
-    """Bins of equal width into which predictions go by their confidence."""
-    prompts: list[Annotated[str, Field(min_length=1)]] = []
-    """Texts that are completed greedily and shown in the report."""
-    max_tokens: Annotated[int, Field(ge=1)] = 64
-    """Tokens of each completion."""
     batch_windows: Annotated[int, Field(ge=1)] = 8
     """Windows of one forward pass, or of one request to an endpoint. Each worker takes every n-th batch."""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
@@ -83,13 +70,37 @@ class EvaluateSpec(Job):
     """Logical CPUs that a worker reserves."""
     threads_per_worker: Annotated[int | None, Field(ge=1)] = None
     """Threads of a worker's matrix products. Default: the node's cores over the workers."""
-    concurrent: Annotated[int, Field(ge=1, le=256)] = 8
-    """Requests that are on their way to an endpoint at once."""
 
     @property
     def corpora(self) -> list[str]:
         """The corpora as they are named."""
         return [self.corpus] if isinstance(self.corpus, str) else self.corpus
+
+    @model_validator(mode="after")
+    def _once(self) -> "Scoring":
+        if twice := next((one for i, one in enumerate(self.corpora) if one in self.corpora[:i]), None):
+            raise Rule("corpus", f"{twice} is there twice; give it once")
+        return self
+
+
+class EvaluateSpec(Scoring):
+    """Loss, perplexity, bits per byte, accuracy and calibration of a model or an endpoint: exactly one of model, endpoint."""
+
+    kind: Literal["evaluate"] = "evaluate"
+    """The kind of the job."""
+    model: Annotated[str | None, Field(min_length=1)] = None
+    """A run by name or path, or a folder that `AutoModelForCausalLM.from_pretrained` loads."""
+    endpoint: Annotated[str | Address | None, BeforeValidator(address)] = None
+    """An endpoint of ours by name or by its URL.
+    Or a section with url, api_key_file and model."""
+    calibration_bins: Annotated[int, Field(ge=1, le=1000)] = 15
+    """Bins of equal width into which predictions go by their confidence."""
+    prompts: list[Annotated[str, Field(min_length=1)]] = []
+    """Texts that are completed greedily and shown in the report."""
+    max_tokens: Annotated[int, Field(ge=1)] = 64
+    """Tokens of each completion."""
+    concurrent: Annotated[int, Field(ge=1, le=256)] = 8
+    """Requests that are on their way to an endpoint at once."""
 
     @model_validator(mode="after")
     def _rules(self) -> "EvaluateSpec":
@@ -100,6 +111,4 @@ class EvaluateSpec(Job):
             without_effect(self, "without an endpoint", "concurrent")
         if not self.prompts:
             without_effect(self, "without prompts", "max_tokens")
-        if twice := next((one for i, one in enumerate(self.corpora) if one in self.corpora[:i]), None):
-            raise Rule("corpus", f"{twice} is there twice; give it once")
         return self

@@ -8,6 +8,7 @@ from distlm.spec.adapter import Adapter
 from distlm.spec.base import Job, Part, Rule, Seed, exactly_one, without_effect
 from distlm.spec.batch import Batch, check_batch
 from distlm.spec.dpo import Dpo, check_dpo
+from distlm.spec.fold import Fold, check_fold
 from distlm.spec.gpus import GPUS, find_gpu
 from distlm.spec.mixture import CorpusName, Mixture, Share, Shares, mixture
 from distlm.spec.optimizer import Optimizer, Regularization, Schedule, check_optimizer
@@ -222,6 +223,8 @@ class TrainSpec(Job):
     """With objective: dpo, what its loss is made of."""
     class_weights: Literal["balanced"] | dict[str, Annotated[float, Field(gt=0)]] | None = None
     """With classify: what the loss of each label is multiplied by, by its name, or balanced, by how rare it is. Default: all by 1."""
+    fold: Fold | None = None
+    """One fold of a cross-validation; a sweep with `folds` sets it. Left out, the corpus's own split is."""
     batch: Batch = Batch(global_sequences=32)
     """The global batch, the same at every number of workers."""
     optimizer: Optimizer = Optimizer()
@@ -284,6 +287,7 @@ class TrainSpec(Job):
         if self.evaluate.prompts and self.sharding.sequence_parallel > 1:
             raise Rule("evaluate.prompts", "cannot be with sharding.sequence_parallel, which divides sequences of one length alone; leave "
                                            "them out, and evaluate the run with kind: evaluate")
+        check_fold(self)
         if self.compile and self.sharding.zero == 3:
             raise Rule("compile", "true cannot be with ZeRO stage 3, which gathers weights in the midst of a layer; leave it out, or set "
                                   "sharding.zero: 2")

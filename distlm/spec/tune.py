@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 
 from distlm.spec.base import Job, Part, Rule, Seed, exactly_one
 from distlm.spec.explain import shown
+from distlm.spec.fold import MOST_FOLDS
 
 MOST_TRIALS = 10_000
 
@@ -56,13 +57,21 @@ class TuneSpec(Job):
     train: dict[str, Any] | str
     """The training spec that every trial starts from, inline (without name and storage) or as a file (whose own
     name and storage give way to the sweep's)."""
-    space: Annotated[dict[str, Dimension], Field(min_length=1)]
-    """Keys of the training spec, dotted, each with its values."""
+    space: dict[str, Dimension] = {}
+    """Keys of the training spec, dotted, each with its values. With folds it may be left out."""
+    folds: Annotated[int | None, Field(ge=2, le=MOST_FOLDS)] = None
+    """With objective: classify, a cross-validation: every point of the space is trained so many times, each time with another part of the
+    corpus's training and validation documents held out, and judged by the mean of the metric. Left out, the corpus's own split is."""
     trials: Annotated[int | None, Field(ge=1, le=MOST_TRIALS)] = None
     """How many times the space is drawn: with `grid`, every point that often, each with its own random values. Default: 8, and 1 where
     all keys are `grid`; such a space drawn again varies the seed."""
-    metric: Literal["val_loss", "loss"] = "val_loss"
-    """What is minimised."""
+    metric: Annotated[str, Field(min_length=1)] = "val_loss"
+    """What trials are judged by, at their last evaluation: val_loss; of objective classify accuracy, roc_auc, and precision, recall and f1
+    with _macro or _micro; of dpo val_reward_accuracy, val_reward_margin, val_chosen_log_prob, val_rejected_log_prob. Or at their last step:
+    loss; of dpo reward_accuracy, reward_margin. A loss that the space scales (class_weights, dpo.beta) is refused."""
+    mode: Literal["min", "max"] | None = None
+    """Whether less or more of the metric is better. Default: what it is of the metric; val_chosen_log_prob and val_rejected_log_prob have
+    none, and need it."""
     asha: Asha | None = None
     """Early stopping; left out, every trial runs to its end."""
     concurrent: Annotated[int | None, Field(ge=1)] = None
@@ -77,9 +86,14 @@ class TuneSpec(Job):
 
     @model_validator(mode="after")
     def _count(self) -> "TuneSpec":
+        if not self.space and self.folds is None:
+            raise Rule("space", "there is nothing to try; give keys with values, or set folds for a cross-validation")
+        if self.folds is not None and self.asha:
+            raise Rule("asha", "would stop some folds of a point early, and leave it without a mean; leave one of the two out")
         points = math.prod(len(dimension.grid) for dimension in self.space.values() if dimension.grid is not None)
-        if points * self.repeats > MOST_TRIALS:
-            times = f", each {self.repeats} times" if self.repeats > 1 else ""
-            raise Rule("space", f"its grid has {points:,} points{times}, and a sweep {MOST_TRIALS:,} trials at most; take fewer values, "
+        times = self.repeats * (self.folds or 1)
+        if points * times > MOST_TRIALS:
+            each = f", each {times} times" if times > 1 else ""
+            raise Rule("space", f"its grid has {points:,} points{each}, and a sweep {MOST_TRIALS:,} trials at most; take fewer values, "
                                 "or choice in place of grid")
         return self

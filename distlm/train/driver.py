@@ -31,8 +31,8 @@ from distlm.train import profile as profiles
 from distlm.train.dryrun import FOLDER as DRY_RUN
 from distlm.train.dryrun import choose_micro
 from distlm.train.failures import diagnose
+from distlm.train.objectives import objective_of
 from distlm.train.recipe import Recipe, make_recipe, read_corpora, read_prompts, without_val
-from distlm.train.scores import SCORES
 from distlm.train.track import tracked
 from distlm.train.worker import Task, work
 
@@ -312,7 +312,8 @@ def outcome(recipe: Recipe, folder: RunFolder) -> dict[str, Any]:
             "val_loss_first": values[0]["val_loss"] if values else None, "val_loss": val_loss,
             "perplexity": math.exp(min(val_loss, 700)) if val_loss is not None and is_language else None,
             "bits_per_byte": val_loss / math.log(2) / recipe.val_bytes_per_token if val_loss is not None and is_language else None,
-            **({} if not recipe.shape.labels else {key: values[-1].get(key) if values else None for key in SCORES}),
+            **{key: values[-1].get(key) if values else None for key, metric in objective_of(recipe.spec).METRICS.items()
+               if metric.evaluated and key != "val_loss"},
             "tokens_per_s": speeds[len(speeds) // 2],
             **({"skipped_steps": skipped} if (skipped := sum("skipped" in r for r in steps)) or recipe.spec.precision == "fp16" else {}),
             "checkpoint": checkpoint.checkpoint_path(folder.path, recipe.num_steps).name}

@@ -25,7 +25,7 @@ class Evaluator:
         """Each with its part: no batch holds windows of two corpora."""
         readers = recipe.spec.data_workers
         for i, part in enumerate(recipe.val):
-            windows = Windows(part.corpus, "val")
+            windows = Windows(part.corpus, "val", recipe.spec.fold)
             shards, rows = (places[rank // recipe.group::readers] for places in windows.first(part.windows))
             mine = joined(windows.read(shards, rows), windows.marks(shards, rows) if recipe.marked else None,
                           windows.labels(shards, rows) if recipe.shape.labels else None).astype(np.int64)

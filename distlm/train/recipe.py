@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from distlm.corpus.folds import folded
 from distlm.corpus.manifest import Manifest, manifest_hash, read_manifest
 from distlm.corpus.mix import Mix
 from distlm.corpus.stream import BatchSizes, Plan, Windows, silent
@@ -136,7 +137,7 @@ class Recipe:
 
     def plan(self) -> Plan:
         return Plan(self.corpus, self.global_sequences, self.world, self.num_steps, self.spec.seed, self.mix, self.marked, self.group,
-                    self.warmup, bool(self.shape.labels))
+                    self.warmup, bool(self.shape.labels), self.spec.fold)
 
 
 def make_recipe(spec: TrainSpec, storage: Storage) -> Recipe:
@@ -149,6 +150,9 @@ def make_recipe(spec: TrainSpec, storage: Storage) -> Recipe:
                         remedy=f"leave it out, or prepare the corpus with context: {spec.model.context}")
     objective = objective_of(spec)
     objective.check(spec, manifests)
+    if spec.fold:
+        manifests = [folded(one, spec.fold) for one in manifests]
+        manifest = manifests[0]
     for one in manifests:
         train = one.splits["train"]
         if train.windows == 0:
@@ -214,6 +218,9 @@ def make_recipe(spec: TrainSpec, storage: Storage) -> Recipe:
     if memory_limit(spec) is not None:
         check_states(make_load(spec, config, shape, recipe.parameters, micro, recipe.accumulation, masked))
     parts = val_parts(recipe, manifests)
+    if spec.fold and parts[0].windows < (held_out := manifest.splits["val"].windows):
+        raise SpecError(f"fold {spec.fold.index} of {spec.fold.of} holds out {held_out:,} documents, and {parts[0].windows:,} of them "
+                        "would be evaluated", where="evaluate.max_windows", remedy=f"set it to {held_out} or more")
     if not parts and (spec.evaluate != Evaluate() or spec.checkpoint.keep_best):
         why, remedy = without_val(manifests)
         where = "checkpoint.keep_best" if spec.evaluate == Evaluate() else "evaluate"

@@ -6,6 +6,7 @@
 """
 
 import copy
+import functools
 import itertools
 import math
 import random
@@ -80,6 +81,8 @@ def check(spec: TuneSpec, where: Callable[[KeyPath], str], *, references: Refere
             raise SpecError(f"{shown(spec.train[key])} has no effect in a sweep, which sets it", where=where(("train", key)),
                             remedy="leave it out" if key == "name" else "set storage beside train")
     base = base_data(spec)
+    if spec.folds is not None:
+        check_folds(spec, base, where)
     first = samples(spec)[0]
     whole = with_values(base, first)                       # a key that the space sets may be missing from the base
     try:
@@ -87,36 +90,82 @@ def check(spec: TuneSpec, where: Callable[[KeyPath], str], *, references: Refere
     except SpecError as error:
         if not any(f"train.{key}:" in str(error) for key in spec.space):
             raise
-    durations = []
-    for values in itertools.chain(extremes(spec, first), samples(spec)):
+    trains: list[TrainSpec | None] = []
+    ends, drawn = extremes(spec, first), samples(spec)
+    for values in itertools.chain(ends, drawn):
         try:
-            train = validate(with_values(base, values), "train", references=references)
-            durations.append(train.duration.steps if train is not None else None)
+            trains.append(validate(with_values(base, values), "train", references=references))
         except SpecError as error:
             text = ", ".join(f"{key}={value!r}" for key, value in values.items())
             broken = str(error).splitlines()[0].removeprefix("train: ")
             whole_number = "whole number" in broken
             hint = "draw whole numbers with choice or grid" if whole_number else "every value of the space must give a valid spec"
             raise SpecError(f"with {text}: {broken}", where=where(("space",)), remedy=hint) from None
-    longest = max((steps or math.inf for steps in durations), default=math.inf)
+    longest = max(((train and train.duration.steps) or math.inf for train in trains), default=math.inf)
     if spec.asha and spec.asha.grace_steps >= longest:
         raise SpecError(f"{spec.asha.grace_steps} has no effect where no trial takes more than {longest} steps: none would stop early",
                         where=where(("asha", "grace_steps")), remedy="lower it, or leave asha out")
+    check_comparable(spec, [train for train in trains[len(ends):] if train is not None], where)
+
+
+def check_folds(spec: TuneSpec, base: dict[str, Any], where: Callable[[KeyPath], str]) -> None:
+    """Raises SpecError where documents cannot be divided into folds, or are already."""
+    if key := next((key for key in spec.space if key.split(".")[0] == "fold"), ""):
+        raise SpecError("folds sets it", where=where(("space", key)), remedy="leave one of the two out")
+    if base.get("fold") is not None:
+        raise SpecError("folds beside train sets it", where=where(("train", "fold")), remedy="leave one of the two out")
+    if "objective" not in spec.space and (objective := base.get("objective", "pretrain")) != "classify" and "${" not in str(objective):
+        raise SpecError(f"is for objective: classify, not for {objective}", where=where(("folds",)), remedy="leave it out")
+
+
+def check_comparable(spec: TuneSpec, trials: list[TrainSpec], where: Callable[[KeyPath], str]) -> None:
+    """Raises SpecError where a trial does not measure the metric, where nobody knows what is better of it, and where what the trials differ
+    in scales it."""
+    from distlm.train.objectives import objective_of
+
+    if "${" in spec.metric:
+        return
+    for train in trials:
+        known = objective_of(train).METRICS
+        if spec.metric not in known:
+            near = nearest(spec.metric, known)
+            raise SpecError(f"a run with objective: {train.objective} does not measure {spec.metric!r}", where=where(("metric",)),
+                            remedy=f"did you mean {near}?" if near else f"it measures {', '.join(known)}")
+        metric = known[spec.metric]
+        if not metric.mode and spec.mode is None:
+            raise SpecError("this key is missing", where=where(("mode",)),
+                            remedy=f"set min or max: whether less or more of {spec.metric} is better depends on what is wanted")
+        if metric.mode and spec.mode not in (None, metric.mode):
+            raise SpecError(f"{spec.mode}: of {spec.metric} {'less' if metric.mode == 'min' else 'more'} is better", where=where(("mode",)),
+                            remedy="leave it out")
+        for key in metric.scaled_by:
+            if len({repr(functools.reduce(getattr, key.split("."), one)) for one in trials}) > 1:
+                instead = next(name for name, other in known.items() if other.mode and key not in other.scaled_by)
+                raise SpecError(f"{spec.metric} depends on {key}, in which the trials differ: they cannot be compared by it",
+                                where=where(("metric",)), remedy=f"set metric: {instead}")
+
+
+def mode_of(spec: TuneSpec) -> str:
+    """Whether the least ("min") or the largest ("max") value of the metric is the best."""
+    from distlm.train.objectives import objective_of
+
+    return spec.mode or objective_of(base_spec(spec)).METRICS[spec.metric].mode
 
 
 def check_metric(spec: TuneSpec, trials: list[TrainSpec], storage: Storage) -> None:
-    """Raises InputError where trials would be judged by a loss that their corpus cannot give."""
+    """Raises InputError where trials would be judged by what their corpus cannot give."""
+    from distlm.train.objectives import objective_of
     from distlm.train.recipe import read_corpora, without_val
 
     seen: list[Any] = []
-    for trial in trials if spec.metric == "val_loss" else ():
+    for trial in trials if objective_of(trials[0]).METRICS[spec.metric].evaluated else ():
         if trial.corpus in seen:
             continue
         seen.append(trial.corpus)
         manifests = read_corpora(trial, storage)
         if not any(one.splits["val"].windows for one in manifests):
             why, remedy = without_val(manifests)
-            raise InputError(f"no trial would have a val_loss: {why}", where="metric", remedy=f"set metric: loss, or {remedy}")
+            raise InputError(f"no trial would have a {spec.metric}: {why}", where="metric", remedy=f"set metric: loss, or {remedy}")
 
 
 def check_key(key: str, where: str) -> None:
@@ -155,7 +204,8 @@ def _free(annotation: Any) -> bool:
 
 
 def samples(spec: TuneSpec) -> list[dict[str, Any]]:
-    """The values of every trial, a pure function of space, trials and seed; more trials leave the first ones as they are."""
+    """The values of every trial, a pure function of space, trials, folds and seed; more trials leave the first ones as they are. The folds
+    of a point follow each other."""
     grids = {key: dimension.grid for key, dimension in spec.space.items() if dimension.grid is not None}
     pure, repeats = len(grids) == len(spec.space), spec.repeats
     rng = random.Random(spec.seed)
@@ -167,7 +217,7 @@ def samples(spec: TuneSpec) -> list[dict[str, Any]]:
             values = {key: fixed[key] if key in fixed else draw(dimension, rng) for key, dimension in spec.space.items()}
             if pure and repeats > 1 and "seed" not in values and isinstance(base_seed, int):
                 values["seed"] = base_seed + repeat
-            found.append(values)
+            found += [values] if spec.folds is None else [{**values, "fold": {"index": i, "of": spec.folds}} for i in range(spec.folds)]
     return found
 
 
@@ -216,8 +266,9 @@ def trial_spec(spec: TuneSpec, values: dict[str, Any], name: str) -> TrainSpec:
 
 
 def trial_name(index: int, values: dict[str, Any]) -> str:
-    """`003-lr-0.00131-weight_decay-0.1`: sorts in order, names a folder."""
-    text = "".join(f"-{key.split('.')[-1]}-{value}" for key, value in values.items())
-    return f"{index:03d}" + re.sub(r"[^A-Za-z0-9._-]+", "_", text)[:60].rstrip("._-")
+    """`003-lr-0.00131-weight_decay-0.1`, `003-lr-0.00131-fold-3`: sorts in order, names a folder."""
+    text = "".join(f"-{key.split('.')[-1]}-{value}" for key, value in values.items() if key != "fold")
+    fold = f"-fold-{values['fold']['index']}" if "fold" in values else ""
+    return f"{index:03d}" + re.sub(r"[^A-Za-z0-9._-]+", "_", text)[:60].rstrip("._-") + fold
 
 

@@ -30,6 +30,8 @@ from distlm.storage import Storage, write_atomic
 from distlm.train.driver import train
 from distlm.train.recipe import inputs_of
 from distlm.tune import space
+from distlm.tune.folds import points_of, table
+from distlm.tune.report import write_report
 
 QUIET: dict[str, str | None] = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1", "TUNE_DISABLE_SIGINT_HANDLER": "1",
@@ -60,13 +62,10 @@ class Trial:
         last = next((event["step"] for event in self.folder.events() if event["state"] == "stopped" and "step" in event), math.inf)
         return [r for r in self.folder.read_metrics() if r.get(metric) is not None and math.isfinite(r[metric]) and r["step"] <= last]
 
-    def score(self, metric: str) -> float:
-        """The last value of the metric; infinite where there is none."""
-        if self.folder.state()[0] == "succeeded" and (self.folder.path / "result.json").exists():
-            value = self.folder.read_result().get({"loss": "loss_last"}.get(metric, metric))
-        else:
-            value = next((r[metric] for r in reversed(self.folder.read_metrics()) if r.get(metric) is not None), None)
-        return value if value is not None and math.isfinite(value) else math.inf
+    def value(self, metric: str) -> float | None:
+        """The last value of the metric; None where there is none."""
+        value = next((r[metric] for r in reversed(self.folder.read_metrics()) if r.get(metric) is not None), None)
+        return value if value is not None and math.isfinite(value) else None
 
 
 def tune(spec: TuneSpec, folder: RunFolder, storage: Storage, progress: Progress) -> dict[str, Any]:
@@ -78,18 +77,37 @@ def tune(spec: TuneSpec, folder: RunFolder, storage: Storage, progress: Progress
     if todo:
         run_trials(spec, trials, todo, folder, storage, progress)
     progress.table(f"trials of {spec.name}", rows(spec, trials), header=("trial", *spec.space, "steps", spec.metric, "state"))
-    best = min(trials, key=lambda trial: (trial.folder.state()[0] != "succeeded", trial.score(spec.metric)))
-    if math.isinf(best.score(spec.metric)):
+    points = points_of(spec, trials)
+    best = min(points[0].trials if points else trials, key=lambda trial: place(spec, trial))
+    scores = points[0].scores.get(spec.metric) if points else None
+    value = scores.mean if scores else None if points else best.value(spec.metric)
+    if value is None:
         causes = sorted({trial.folder.state()[1] for trial in trials} - {"completed", ""})
-        raise TrainError(f"no trial of {len(trials)} has a {spec.metric}: {', '.join(causes) or 'none was measured'}; {message(best)}",
+        lacks = f"no point has {spec.metric} in all {spec.folds} folds" if points else f"no trial of {len(trials)} has a {spec.metric}"
+        raise TrainError(f"{lacks}: {', '.join(causes) or 'none was measured'}; {message(best)}",
                          where=str(folder.path), cause=causes[0] if len(causes) == 1 else "internal",
                          remedy=f"events.jsonl of {trials[0].folder.path} says more")
-    best_spec = write_best(spec, best, folder, storage)
-    progress.note(f"the best trial is {best.name}; `distlm run {best_spec}` trains it anew")
-    values = {key: best.values[key] for key in spec.space}
-    return {"": str(folder.path), "best": str(best.folder.path), **{f"best.{key}": value for key, value in values.items()},
-            "best_spec": str(best_spec), "metric": spec.metric, "value": best.score(spec.metric),
-            "trials": [record(spec, trial) for trial in trials]}
+    if points:
+        titles, lines = table(points)
+        progress.table(f"folds of {spec.name}", lines, header=titles)
+    best_spec = write_best(spec, best, str(scores or number(value)), folder, storage)
+    progress.note(f"the best trial is {best.name}; `distlm run {best_spec}` trains it anew" if not points else
+                  f"`distlm run {best_spec}` trains the best on the corpus's own training split")
+    outputs = {"": str(folder.path), "best": str(best.folder.path), **{f"best.{key}": best.values[key] for key in spec.space},
+               "best_spec": str(best_spec), "metric": spec.metric, "value": value, **({"std": scores.std} if scores else {}),
+               "trials": [record(spec, trial) for trial in trials], **({"points": [point.data() for point in points]} if points else {})}
+    write_report(folder, outputs)
+    return outputs
+
+
+def place(spec: TuneSpec, trial: Trial) -> tuple[bool, float]:
+    """What trials are sorted by, the best first: those that have come to their end before others, then those that were measured."""
+    return trial.folder.state()[0] != "succeeded", cost(trial.value(spec.metric), space.mode_of(spec))
+
+
+def cost(value: float | None, mode: str) -> float:
+    """The less, the better; infinite where there is no value."""
+    return math.inf if value is None else value if mode == "min" else -value
 
 
 def plan_trials(spec: TuneSpec, folder: RunFolder, storage: Storage) -> list[Trial]:
@@ -124,7 +142,8 @@ def asha(spec: TuneSpec, trials: list[Trial]) -> ASHAScheduler:
     """ASHA that is told first what the trials that have ended reported, in the order in which they did: after a break a weak trial is
     measured by them as without one."""
     assert spec.asha
-    scheduler = ASHAScheduler(time_attr="step", metric=spec.metric, mode="min", max_t=10**9,     # a trial's own duration is its end
+    scheduler = ASHAScheduler(time_attr="step", metric=spec.metric, mode=space.mode_of(spec),
+                              max_t=10**9,                 # a trial's own duration is its end
                               grace_period=spec.asha.grace_steps, reduction_factor=spec.asha.reduction)
     past: dict[str, Any] = {trial.name: SimpleNamespace(trial_id=trial.name) for trial in trials if trial.ended()}
     reports = [(record.get("time", 0.0), trial.name, record) for trial in trials if trial.ended() for record in trial.reports(spec.metric)]
@@ -160,7 +179,8 @@ def trial_function(trials: list[Trial], spec: TuneSpec, storage: Storage) -> Cal
                     ray_tune.report(held)
                 held = {"step": latest["step"], spec.metric: latest[spec.metric]} if latest.get(spec.metric) is not None else None
             if mine.folder.state()[0] == "succeeded":
-                ray_tune.report({"step": mine.steps(), spec.metric: mine.score(spec.metric)})
+                value = mine.value(spec.metric)
+                ray_tune.report({"step": mine.steps(), **({} if value is None else {spec.metric: value})})
         except SystemExit:                                 # Tune stops the trial: what breaks from now on is no failure
             stopped.set()
             raise
@@ -198,7 +218,8 @@ class Watch(TrialProgressCallback):
         super().__init__()
         self.spec, self.trials, self.todo, self.progress = spec, trials, todo, progress
         self.began: set[str] = set()
-        self.best = math.inf
+        self.mode = space.mode_of(spec)
+        self.best: float | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {}                                          # Tune saves its callbacks; what this one knows lies in the folders
@@ -208,7 +229,7 @@ class Watch(TrialProgressCallback):
         self.show()
 
     def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any) -> None:
-        self.best = min(self.best, result.get(self.spec.metric, math.inf))
+        self.best = min(self.best, result.get(self.spec.metric), key=lambda value: cost(value, self.mode))
         self.show()
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
@@ -233,7 +254,7 @@ class Watch(TrialProgressCallback):
 
     def show(self) -> None:
         done = sum(trial.ended() or (trial.name in self.began and trial.folder.state()[0] == "failed") for trial in self.trials)
-        self.progress.update("trials", done, len(self.trials), **({} if math.isinf(self.best) else {"best": self.best}))
+        self.progress.update("trials", done, len(self.trials), **({} if self.best is None else {"best": self.best}))
 
     def interrupted(self) -> None:
         """Record that the user has ended what was running."""
@@ -259,31 +280,31 @@ def message(trial: Trial) -> str:
 def record(spec: TuneSpec, trial: Trial) -> dict[str, Any]:
     """One trial as it stands in the sweep's result."""
     state, cause = trial.folder.state()
-    score = trial.score(spec.metric)
-    return {"trial": trial.name, "values": trial.values, "steps": trial.steps(), spec.metric: None if math.isinf(score) else score,
+    return {"trial": trial.name, "values": trial.values, "steps": trial.steps(), spec.metric: trial.value(spec.metric),
             "state": state, "cause": cause, "message": message(trial), "folder": str(trial.folder.path)}
 
 
 def rows(spec: TuneSpec, trials: list[Trial]) -> list[tuple[str, ...]]:
     """The table of trials, the best first."""
     found = []
-    for trial in sorted(trials, key=lambda t: (t.folder.state()[0] != "succeeded", t.score(spec.metric))):
+    for trial in sorted(trials, key=lambda trial: place(spec, trial)):
         state, cause = trial.folder.state()
         text = {"failed": f"failed: {cause}", "stopped": "stopped early" if cause == "completed" else f"stopped: {cause}"}.get(state, state)
-        score = trial.score(spec.metric)
+        value = trial.value(spec.metric)
         found.append((trial.name, *(number(trial.values[key]) for key in spec.space), f"{trial.steps():,}",
-                      "" if math.isinf(score) else f"{score:.4f}", text))
+                      "" if value is None else f"{value:.4f}", text))
     return found
 
 
-def write_best(spec: TuneSpec, best: Trial, folder: RunFolder, storage: Storage) -> Path:
-    """Write <sweep>/best.yaml: the best trial's training spec under a name that is free."""
+def write_best(spec: TuneSpec, best: Trial, value: str, folder: RunFolder, storage: Storage) -> Path:
+    """Write <sweep>/best.yaml: the best trial's training spec, but for its fold, under a name that is free. `value`: its metric."""
     name, n = f"{spec.name[:90]}-best", 1
     while storage.run(name).exists():
         name, n = f"{spec.name[:90]}-best-{n + 1}", n + 1
-    data = {**space.with_values(space.base_data(spec), best.values), "name": name, **({"storage": spec.storage} if spec.storage else {})}
+    values = {key: one for key, one in best.values.items() if key != "fold"}
+    data = {**space.with_values(space.base_data(spec), values), "name": name, **({"storage": spec.storage} if spec.storage else {})}
     path = folder.path / "best.yaml"
-    remark = f"# The best of the sweep {spec.name}: trial {best.name}, {spec.metric} {best.score(spec.metric):.4f}\n"
+    remark = f"# The best of the sweep {spec.name}: trial {best.name}, {spec.metric} {value}\n"
     write_atomic(path, remark + to_yaml(data))
     return path
 
@@ -294,8 +315,8 @@ def write_hparams(spec: TuneSpec, trial: Trial) -> None:
     from torch.utils.tensorboard.summary import hparams
 
     values = {key: value if isinstance(value, bool | int | float | str) else str(value) for key, value in trial.values.items()}
-    score = trial.score(spec.metric)
-    results = {f"result/{spec.metric}": score, "result/steps": trial.steps()}
+    value = trial.value(spec.metric)
+    results = {f"result/{spec.metric}": math.nan if value is None else value, "result/steps": trial.steps()}
     with SummaryWriter(str(trial.folder.path / "tensorboard")) as writer:
         for summary in hparams(values, results):
             writer.file_writer.add_summary(summary)

@@ -30,8 +30,8 @@ def make_model(folder: Path, corpus: Path, seed: int = 0, **values: Any) -> Path
 def sums_of(spec: EvaluateSpec, storage: Storage) -> tuple[Task, list[Sums]]:
     """The task, and the sums of every batch by one worker in this process."""
     task = make_task(spec, storage)
-    worker = Worker(task, Path(str(spec.model)), "cpu", "fp32", None)
-    worker.load()
+    worker = Worker(task, "cpu", "fp32", None)
+    worker.load(Path(str(spec.model)))
     return task, [worker.score(batch) for batch in range(len(task.batches))]
 
 

@@ -132,16 +132,16 @@ def test_a_batch_comes_to_the_same_whoever_takes_it_and_in_whatever_order(root: 
     for number in (2, 4):
         found: dict[int, Any] = {}
         for rank in range(number):
-            worker = Worker(task, root / "model", "cpu", "fp32", None)
-            worker.load()
+            worker = Worker(task, "cpu", "fp32", None)
+            worker.load(root / "model")
             found |= {batch: worker.score(batch) for batch in reversed(range(rank, len(sums), number))}
         assert all(np.array_equal(found[batch], one) for batch, one in enumerate(sums))
 
 
 def test_bfloat16_comes_near_and_leaves_positions_whole(root: Path) -> None:
     task, sums = sums_of(spec(root), Storage(root))
-    worker = Worker(task, root / "model", "cpu", "bf16", None)
-    worker.load()
+    worker = Worker(task, "cpu", "bf16", None)
+    worker.load(root / "model")
     found, whole = worker.score(0), sums[0]
     assert worker.model.dtype == torch.bfloat16 and worker.model.model.rotary_emb.inv_freq.dtype == torch.float32
     assert found[:, 0].tolist() == whole[:, 0].tolist() and found[:, 1].sum() == pytest.approx(whole[:, 1].sum(), rel=0.02)

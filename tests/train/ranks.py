@@ -17,11 +17,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from distlm.corpus.bestfit import best_fit_bytes
 from distlm.corpus.manifest import file_xxh3, tokenizer_hash, write_manifest
+from distlm.corpus.split import HASH_BYTES, content_hash
 from distlm.spec import TrainSpec
 from distlm.spec.load import dump, to_yaml
 
@@ -93,7 +95,7 @@ def make_labelled_corpus(folder: Path, documents: tuple[int, int] = (60, 21), mu
     make_corpus(folder, windows=(1,), val=1)
     random, data = np.random.default_rng(1), json.loads((folder / "manifest.json").read_text())
     del data["format"]
-    names, counts = ["zero", "one", "two"], {}
+    names, counts, lists = ["zero", "one", "two"], {}, []
     for split, number in zip(("train", "val"), documents, strict=True):
         sizes = np.append(random.integers(3, CONTEXT + 2, number - 1), CONTEXT + 1)
         starts = np.cumsum(sizes) - sizes
@@ -110,6 +112,9 @@ def make_labelled_corpus(folder: Path, documents: tuple[int, int] = (60, 21), mu
                                  "windows": windows, "padding_tokens": windows * (CONTEXT + 1) - len(tokens), "repeated_tokens": repeated,
                                  "shards": [shard]}
         counts[split] = {name: sum(i in one for one in labels) for i, name in enumerate(names)}
+        lists.append(pa.table({"split": [split] * number, "bytes": 3 * sizes, "tokens": sizes, "hash": pa.array([
+            content_hash(tokens[start:end].tobytes()) for start, end in zip(starts, ends, strict=True)], pa.binary(HASH_BYTES))}))
+    pq.write_table(pa.concat_tables(lists), folder / "documents.parquet")
     write_manifest(folder, {**data, "labels": {"multiple": multiple, "names": names, **counts, "cut_documents": 0},
                             "pack": {"method": "document", "padding_tokens": 0, "padding_share": 0.1, "repeated_tokens": 0}})
     return folder

@@ -18,9 +18,12 @@ from distlm.corpus.stream import NO_LOSS, START, Windows
 from distlm.errors import SpecError
 from distlm.model.build import build_model, model_config
 from distlm.model.export import export_model
+from distlm.runs import RunFolder
 from distlm.spec import TrainSpec, load_spec
 from distlm.storage import Storage
 from distlm.train import checkpoint
+from distlm.train.driver import outcome
+from distlm.train.objectives.dpo import METRICS
 from distlm.train.recipe import make_recipe
 from distlm.train.schedule import learning_rate
 from tests.train.ranks import CONTEXT, VOCABULARY, losses, make_corpus, make_packed_corpus, metrics, run_ranks, spec
@@ -128,6 +131,9 @@ def test_every_layout_makes_the_papers_steps(root: Path, tmp_path: Path) -> None
         first, *_, last = [record for record in metrics(run) if "val_loss" in record]
         assert first["val_loss"] == pytest.approx(math.log(2)) and first["val_reward_margin"] == first["val_reward_accuracy"] == 0
         assert last["val_reward_accuracy"] * PAIRS["val"] % 1 == pytest.approx(0) and last["val_chosen_log_prob"] < 0
+        made = outcome(make_recipe(tuned(root), Storage(root)), RunFolder(run))
+        assert {key: made[key] for key in last if key in METRICS and key != "loss" and key.startswith("val")} == {
+            key: value for key, value in last.items() if key.startswith("val")} and set(steps[-1]) | set(last) >= set(METRICS)
 
 
 def test_a_run_goes_on_bit_equal_from_the_reference_that_it_has_kept(root: Path, tmp_path: Path) -> None:

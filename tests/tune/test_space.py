@@ -79,6 +79,50 @@ def test_what_would_have_no_effect_is_refused(keys: dict[str, Any], what: str) -
     assert what in refused(**{"space": {"optimizer.lr": {"grid": [1]}}, **keys})
 
 
+CLASSIFY, DPO = {**TRAIN, "objective": "classify"}, {**TRAIN, "objective": "dpo", "model": {"from": "m"}}
+
+
+@pytest.mark.parametrize(("train", "metric", "mode"), [
+    (TRAIN, "val_loss", "min"), (TRAIN, "loss", "min"), (CLASSIFY, "accuracy", "max"), (CLASSIFY, "f1_macro", "max"),
+    (CLASSIFY, "val_loss", "min"), (DPO, "val_reward_margin", "max"), (DPO, "val_reward_accuracy", "max"), (DPO, "loss", "min")])
+def test_what_is_better_of_a_metric_is_known(train: dict[str, Any], metric: str, mode: str) -> None:
+    given = {"kind": "tune", "name": "s", "train": train, "space": {"optimizer.lr": {"grid": [1, 2]}}, "metric": metric}
+    loaded = resolve(given).spec
+    assert isinstance(loaded, TuneSpec) and space.mode_of(loaded) == mode
+    assert resolve({**given, "mode": mode})
+    other, better = ("max", "less") if mode == "min" else ("min", "more")
+    assert f"mode: {other}: of {metric} {better} is better; leave it out" in refused(**{**given, "mode": other})
+
+
+def test_where_nobody_knows_what_is_better_the_spec_says_it() -> None:
+    given = {"train": DPO, "space": {"optimizer.lr": {"grid": [1]}}, "metric": "val_chosen_log_prob"}
+    assert "mode: this key is missing; set min or max" in refused(**given)
+    assert space.mode_of(resolve({"kind": "tune", "name": "s", **given, "mode": "max"}).spec) == "max"    # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("keys", "what"), [
+    ({"train": TRAIN, "metric": "accuracy"},
+     "metric: a run with objective: pretrain does not measure 'accuracy'; it measures val_loss, loss"),
+    ({"train": CLASSIFY, "metric": "f1_makro"}, "did you mean f1_macro?"),
+    ({"train": DPO, "metric": "val_loss", "space": {"dpo.beta": {"grid": [0.1, 0.2]}}},
+     "metric: val_loss depends on dpo.beta, in which the trials differ: they cannot be compared by it; set metric: val_reward_accuracy"),
+    ({"train": DPO, "metric": "val_reward_margin", "space": {"dpo": {"grid": [{"beta": 0.1}, {"beta": 0.2}]}}},
+     "val_reward_margin depends on dpo.beta"),
+    ({"train": DPO, "metric": "loss", "space": {"dpo.label_smoothing": {"choice": [0.0, 0.1]}}}, "loss depends on dpo.label_smoothing"),
+    ({"train": CLASSIFY, "metric": "val_loss", "space": {"class_weights": {"grid": [None, "balanced"]}}},
+     "val_loss depends on class_weights, in which the trials differ: they cannot be compared by it; set metric: accuracy")])
+def test_what_trials_cannot_be_compared_by_is_refused(keys: dict[str, Any], what: str) -> None:
+    assert what in refused(**{"space": {"optimizer.lr": {"grid": [1]}}, **keys})
+
+
+def test_trials_that_do_not_differ_in_what_scales_the_loss_are_compared_by_it() -> None:
+    grid = {"optimizer.lr": {"grid": [1, 2]}}
+    one: dict[str, Any] = {"kind": "tune", "name": "s"}
+    resolve({**one, "train": CLASSIFY, "space": {**grid, "class_weights": {"grid": ["balanced"]}}})
+    resolve({**one, "train": DPO, "space": {"dpo.label_smoothing": {"grid": [0, 0.1]}}, "metric": "val_reward_margin"})
+    resolve({**one, "train": DPO, "space": {"dpo.beta": {"grid": [0.1, 0.2]}}, "metric": "val_reward_accuracy"})
+
+
 def test_what_has_an_effect_on_some_trial_is_not_refused() -> None:
     given = {"kind": "tune", "name": "s", "space": {"duration.steps": {"grid": [10, 20]}}, "asha": {"grace_steps": 10}}
     resolve({**given, "train": {**TRAIN, "kind": "train", "name": None, "storage": None}})
@@ -128,3 +172,28 @@ def test_a_training_spec_in_a_file_is_put_in_its_place_with_its_lines(tmp_path: 
 
 def test_trial_names_sort_and_name_folders() -> None:
     assert space.trial_name(3, {"optimizer.lr": 1e-05, "model.preset": "a/b"}) == "003-lr-1e-05-preset-a_b"
+
+
+def test_folds_try_every_point_once_for_each_with_the_same_values() -> None:
+    lr = {"optimizer.lr": {"loguniform": [1e-4, 1e-2]}}
+    found = space.samples(spec(train=CLASSIFY, space=lr, trials=2, folds=3))
+    assert [values["fold"] for values in found] == [{"index": i, "of": 3} for i in range(3)] * 2
+    assert [values["optimizer.lr"] for values in found] == [values["optimizer.lr"] for values in space.samples(
+        spec(train=CLASSIFY, space=lr, trials=2)) for _ in range(3)]
+    alone = spec(train=CLASSIFY, folds=2)
+    assert space.samples(alone) == [{"fold": {"index": 0, "of": 2}}, {"fold": {"index": 1, "of": 2}}]
+    assert space.trial_name(3, found[1]) == f"003-lr-{found[1]['optimizer.lr']}-fold-1"
+    resolved = resolve({"kind": "tune", "name": "s", "train": CLASSIFY, "folds": 2, "metric": "f1_macro"}).spec
+    assert isinstance(resolved, TuneSpec) and space.base_spec(resolved).fold is not None
+
+
+@pytest.mark.parametrize(("keys", "what"), [
+    ({}, "space: there is nothing to try; give keys with values, or set folds"),
+    ({"folds": 1, "train": CLASSIFY}, "folds: 1: must be at least 2"),
+    ({"folds": 2}, "folds: is for objective: classify, not for pretrain; leave it out"),
+    ({"folds": 2, "train": CLASSIFY, "asha": {"grace_steps": 2}}, "asha: would stop some folds of a point early"),
+    ({"folds": 2, "train": {**CLASSIFY, "fold": {"index": 0, "of": 2}}}, "train.fold: folds beside train sets it"),
+    ({"folds": 2, "train": CLASSIFY, "space": {"fold.index": {"grid": [0]}}}, "space.fold.index: folds sets it"),
+    ({"folds": 100, "train": CLASSIFY, "space": {"seed": {"grid": list(range(101))}}}, "101 points, each 100 times")])
+def test_folds_that_cannot_be_are_refused(keys: dict[str, Any], what: str) -> None:
+    assert what in refused(**keys)

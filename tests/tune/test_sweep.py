@@ -135,6 +135,30 @@ def test_a_sweep_that_is_taken_up_again_measures_trials_by_those_that_have_ended
     assert judged([done, weak, died], 12, 1.1) == "STOP"
 
 
+def test_of_a_metric_that_is_to_be_large_the_largest_is_best_and_asha_stops_the_small(tmp_path: Path) -> None:
+    from distlm.tune import sweep
+
+    spec = TuneSpec.model_validate({**SWEEP, "train": {**TRAIN, "objective": "classify"}, "metric": "accuracy", "asha": {"grace_steps": 4}})
+    train: Any = None
+
+    def trial(name: str, state: str, *found: float) -> sweep.Trial:
+        folder = RunFolder(tmp_path / name)
+        for value in found:
+            folder.metrics({"step": 4, "accuracy": value, "val_loss": value})
+        folder.event(state, "completed" if state == "succeeded" else "oom")
+        return sweep.Trial(name, {"model": 1}, train, {}, folder)
+
+    trials = [trial("weak", "succeeded", 0.6), trial("good", "succeeded", 0.2, 0.8), trial("nan", "succeeded", 0.9, float("nan")),
+              trial("none", "succeeded"), trial("died", "failed", 1.0)]
+    assert [row[0] for row in sweep.rows(spec, trials)] == ["good", "weak", "nan", "none", "died"]
+    assert min(trials, key=lambda one: sweep.place(spec, one)).name == "good"
+    assert sweep.record(spec, trials[1])["accuracy"] == 0.8 and sweep.record(spec, trials[2])["accuracy"] is None
+    for value, decision in ((0.9, "CONTINUE"), (0.1, "STOP")):
+        scheduler, new = sweep.asha(spec, trials[:2]), SimpleNamespace(trial_id="new")
+        scheduler.on_trial_add(None, new)                  # type: ignore[arg-type]
+        assert scheduler.on_trial_result(None, new, {"step": 4, "accuracy": value}) == decision     # type: ignore[arg-type]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(560)
 def test_a_trial_that_is_killed_in_the_middle_goes_on_at_its_checkpoint_when_its_sweep_is_taken_up_again(storage: Storage) -> None:
@@ -217,7 +241,7 @@ def test_the_best_spec_keeps_the_storage_that_the_sweep_names(storage: Storage) 
     folder = RunFolder(storage.sweep("stored"))
     [trial] = sweep.plan_trials(loaded.spec, folder, storage)
     trial.folder.metrics({"step": 1, "val_loss": 2.0})
-    assert load_spec(sweep.write_best(loaded.spec, trial, folder, storage)).spec.storage == str(storage.root)
+    assert load_spec(sweep.write_best(loaded.spec, trial, "2.0", folder, storage)).spec.storage == str(storage.root)
 
 
 def test_trials_at_once_leave_a_cpu_each_for_reading_data(storage: Storage) -> None:

@@ -5,6 +5,7 @@ is measured of it. The stream, the loop, sharding and checkpoints are the same f
     loss = objective.module(model, recipe)(*objective.make_batch(rows, recipe, device).inputs)
 """
 
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -12,6 +13,7 @@ from distlm.corpus.manifest import Manifest
 from distlm.model.build import Shape
 from distlm.spec.train import TrainSpec
 from distlm.train.objectives import classify, dpo, language
+from distlm.train.objectives.metric import Metric
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,6 +32,9 @@ class Objective(Protocol):
     MEANS: tuple[str, ...]
     """What a step records beside its loss: the module leaves them in `sums` after each pass of training, float32[len(MEANS)], summed over
     the batch like the loss."""
+    METRICS: Mapping[str, Metric]
+    """What metrics.jsonl has of a run, loss and val_loss among it. Where two cannot be compared by one of them, the first by which they can
+    is what to take instead."""
 
     def check(self, spec: TrainSpec, manifests: list[Manifest]) -> None:
         """Raises SpecError or InputError, before any work, where the corpora do not hold what is trained on."""

@@ -4,16 +4,19 @@ The head is transformers' own: one linear layer over the hidden state of a docum
 behind a document is padding too, and whoever asks the export need not put it there.
 """
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from distlm.corpus.folds import folded
 from distlm.corpus.manifest import Manifest, read_manifest
 from distlm.errors import SpecError
 from distlm.model.build import Shape
 from distlm.spec.train import TrainSpec
-from distlm.train.scores import multi_label, single_label
+from distlm.train.objectives.metric import Metric
+from distlm.train.scores import SCORES, multi_label, single_label
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +28,9 @@ if TYPE_CHECKING:
     from distlm.train.recipe import Recipe
 
 MEANS: tuple[str, ...] = ()
+METRICS: Mapping[str, Metric] = {
+    **{name: Metric("max") for name in SCORES}, "val_loss": Metric("min", scaled_by=("class_weights",)),
+    "loss": Metric("min", evaluated=False, scaled_by=("class_weights",))}
 
 
 def check(spec: TrainSpec, manifests: list[Manifest]) -> None:
@@ -83,6 +89,8 @@ def class_weights(recipe: "Recipe") -> NDArray[np.float32] | None:
     if isinstance(wanted, dict):
         return np.array([wanted.get(name, 1.0) for name in names], np.float32)
     manifests = [read_manifest(corpus) for corpus in recipe.corpora]
+    if recipe.spec.fold:
+        manifests = [folded(one, recipe.spec.fold) for one in manifests]
     counts = np.sum([[one.data["labels"]["train"][name] for name in names] for one in manifests], axis=0)
     total = sum(one.splits["train"].documents for one in manifests)
     if recipe.shape.multiple_labels:

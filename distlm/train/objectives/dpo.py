@@ -6,7 +6,7 @@ What the model makes of all pairs at first is computed once, before the first st
 
 import io
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from distlm.model.build import Shape
 from distlm.runs import RunFolder
 from distlm.spec.train import TrainSpec
 from distlm.storage import read_json, write_atomic, write_json
+from distlm.train.objectives.metric import Metric
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +32,11 @@ if TYPE_CHECKING:
     from distlm.train.recipe import Recipe
 
 MEANS: tuple[str, ...] = ("reward_margin", "reward_accuracy")
+LOSS, REWARD = ("dpo.beta", "dpo.label_smoothing"), ("dpo.beta",)
+METRICS: Mapping[str, Metric] = {
+    "val_reward_accuracy": Metric("max"), "val_reward_margin": Metric("max", scaled_by=REWARD), "val_loss": Metric("min", scaled_by=LOSS),
+    "val_chosen_log_prob": Metric(""), "val_rejected_log_prob": Metric(""), "reward_accuracy": Metric("max", evaluated=False),
+    "reward_margin": Metric("max", evaluated=False, scaled_by=REWARD), "loss": Metric("min", evaluated=False, scaled_by=LOSS)}
 FOLDER, TABLE, RECORD = "reference", "log_probs.npz", "reference.json"
 
 

@@ -1,11 +1,13 @@
 """`objective: pretrain | sft`: the next token's cross-entropy over all tokens that give one. Of conversations those are the answers'."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from distlm.corpus.manifest import Manifest
 from distlm.errors import SpecError
 from distlm.model.build import Shape
 from distlm.spec.train import TrainSpec
+from distlm.train.objectives.metric import Metric
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
 
 MEANS: tuple[str, ...] = ()
+METRICS: Mapping[str, Metric] = {"val_loss": Metric("min"), "loss": Metric("min", evaluated=False)}
 
 
 def check(spec: TrainSpec, manifests: list[Manifest]) -> None:
