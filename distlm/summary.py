@@ -76,6 +76,13 @@ def of_evaluation(made: dict[str, Any]) -> list[tuple[str, str]]:
             *((name, f"loss {shown(found['loss'], '.4f')}, {found['tokens']:,} tokens") for name, found in parts)]
 
 
+def of_compression(made: dict[str, Any]) -> list[tuple[str, str]]:
+    from distlm.compress.report import described, rows
+
+    return [("method", described(made["compression"])),
+            *((what, f"{before} -> {after}, x {ratio}") for what, before, after, ratio in rows(made))]
+
+
 def of_endpoint(made: dict[str, Any]) -> list[tuple[str, str]]:
     return [("url", made["url"]), ("key file", made["api_key_file"])]
 
@@ -123,10 +130,12 @@ def base(made: dict[str, Any]) -> str:
     return made["url"].rstrip("/").removesuffix("/v1") + "/v1"
 
 
-ROWS = {"prepare": of_corpus, "train": of_run, "tune": of_sweep, "evaluate": of_evaluation, "serve": of_endpoint}
+ROWS = {"prepare": of_corpus, "train": of_run, "tune": of_sweep, "evaluate": of_evaluation, "compress": of_compression,
+        "serve": of_endpoint}
 NEXT = {"prepare": "train on it with `corpus: {name}`; `distlm corpus inspect {name}` shows what it holds",
         "train": "serve it with `kind: serve` and `model: {name}`; its export is what transformers loads",
         "tune": "`distlm run {best}` trains the best one on; `distlm dashboard {name}` shows all side by side",
         "evaluate": "report.html in its folder has a table of every source, the calibration and the samples",
+        "compress": "serve it with `kind: serve` and `model: {name}`, measure it with `kind: evaluate`; report.html has both side by side",
         "serve": "`distlm query {name} PROMPT` asks it, `distlm stop {name}` ends it"}
 """Kind -> what a user may do now."""

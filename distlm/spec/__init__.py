@@ -3,6 +3,7 @@
     spec = load_spec("jobs/quickstart.yaml", overrides=["seed=1"]).spec
 """
 
+from distlm.spec.compress import CompressSpec
 from distlm.spec.evaluate import EvaluateSpec
 from distlm.spec.load import KINDS, Loaded, Spec, load_spec
 from distlm.spec.pipeline import PipelineSpec
@@ -11,4 +12,5 @@ from distlm.spec.serve import ServeSpec
 from distlm.spec.train import TrainSpec
 from distlm.spec.tune import TuneSpec
 
-__all__ = ["KINDS", "EvaluateSpec", "Loaded", "PipelineSpec", "PrepareSpec", "ServeSpec", "Spec", "TrainSpec", "TuneSpec", "load_spec"]
+__all__ = ["KINDS", "CompressSpec", "EvaluateSpec", "Loaded", "PipelineSpec", "PrepareSpec", "ServeSpec", "Spec", "TrainSpec", "TuneSpec",
+           "load_spec"]
