@@ -15,6 +15,7 @@ from torch.nn import functional
 from distlm.errors import InputError
 
 FEW_TOKENS, BLOCK_ROWS = 16, 1024
+"""For more tokens the kernel for int8 is slower than unrolled blocks of so many rows (docs/experiments.md)."""
 
 
 def quantize(model: Any, method: str, group_size: int = 32) -> int:
