@@ -15,7 +15,7 @@ import jinja2
 
 from distlm.errors import InputError
 from distlm.model.build import has_classifier, load_model
-from distlm.model.find import find_model
+from distlm.model.find import check_whole, find_model
 from distlm.spec.load import nearest
 from distlm.storage import Storage, write_atomic
 
@@ -82,6 +82,7 @@ def explain(model: str, text: str, *, target: str | None = None, steps: int = ST
     from transformers import AutoTokenizer
 
     folder = find_model(model, Storage.given(storage))
+    check_whole(folder)
     network: Any = load_model(folder, f"model: {folder}", torch.float32, exact=False).eval().requires_grad_(False)
     tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     ids, pieces = _tokens(tokenizer, text, getattr(network.config.get_text_config(), "max_position_embeddings", None))

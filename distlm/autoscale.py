@@ -10,7 +10,7 @@ from collections import Counter
 
 from distlm.errors import ClusterError
 from distlm.progress import Progress
-from distlm.spec import EvaluateSpec, ServeSpec, TrainSpec
+from distlm.spec import CompressSpec, EvaluateSpec, ServeSpec, TrainSpec
 
 GROW_S = 900
 """So long nodes are waited for."""
@@ -33,6 +33,11 @@ def train_bundles(spec: TrainSpec) -> Bundles:
 def evaluate_bundles(spec: EvaluateSpec) -> Bundles:
     """The workers; an endpoint is asked by the job itself."""
     return [{"CPU": spec.cpus_per_worker, "GPU": spec.gpus_per_worker}] * (spec.workers if spec.model is not None else 0)
+
+
+def compress_bundles(spec: CompressSpec) -> Bundles:
+    """The one worker."""
+    return [{"CPU": spec.cpus, "GPU": spec.gpus}]
 
 
 def serve_bundles(spec: ServeSpec) -> Bundles:

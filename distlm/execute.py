@@ -14,23 +14,24 @@ from typing import Any
 
 from distlm import summary
 from distlm.errors import DistlmError, InputError, ServeError, SpecError
-from distlm.model.find import find_model
+from distlm.model.find import check_loadable, find_model
 from distlm.progress import Logged, Progress
 from distlm.runs import RunFolder, lineage
 from distlm.serve.client import forget, healthy
-from distlm.spec import AverageSpec, EvaluateSpec, PipelineSpec, PrepareSpec, ServeSpec, TrainSpec, TuneSpec
+from distlm.spec import AverageSpec, CompressSpec, EvaluateSpec, PipelineSpec, PrepareSpec, ServeSpec, TrainSpec, TuneSpec
 from distlm.spec.load import Loaded, Spec, dotted, dump, leaves, load_spec, located, locator, parse, to_yaml
 from distlm.storage import Storage, read_json
 
 JOBS = {"prepare": "distlm.corpus.prepare:prepare", "train": "distlm.train.driver:train", "tune": "distlm.tune.sweep:tune",
         "average": "distlm.average.driver:average", "evaluate": "distlm.evaluate.driver:evaluate",
+        "compress": "distlm.compress.driver:compress",
         "serve": "distlm.serve.deploy:serve", "pipeline": "distlm.pipeline:pipeline", "profile": "distlm.train.driver:profile"}
 """Kind, or what is done in its place -> the function that does the job: (spec, folder, storage, progress) -> outputs."""
 
 MAY_CHANGE = {"train": ("duration", "scale", "evaluate", "checkpoint", "retry", "track", "batch.micro_sequences",
                         "sharding", "compile", "activation_checkpointing"), "tune": ("concurrent",),
               "evaluate": ("workers", "cpus_per_worker", "threads_per_worker", "concurrent"), "prepare": ("workers",),
-              "average": ("workers", "cpus_per_worker", "threads_per_worker"),
+              "average": ("workers", "cpus_per_worker", "threads_per_worker"), "compress": ("cpus",),
               "serve": tuple(ServeSpec.model_fields), "pipeline": ("steps", "prompt", "chat")}
 """Kind -> keys that may differ when a job is taken up again: they leave what was done before as it is. An endpoint is replaced in place."""
 
@@ -78,7 +79,7 @@ def run_loaded(loaded: Loaded, storage: Storage, progress: Progress, *, resume: 
         raise InputError("it is a profile, which is no run to go on with", where=str(folder.path), remedy="profile the spec again")
     resume = resume or spec.kind == "pipeline"             # a pipeline decides step by step what is still to be done
     changes = check_resume(folder, spec) if resume and state and state != "queued" else []
-    if state == "succeeded" and resume and not changes and spec.kind in ("prepare", "train", "tune", "average", "evaluate"):
+    if state == "succeeded" and resume and not changes and spec.kind not in ("serve", "pipeline"):
         outputs = folder.read_result()
         lacks = missing(spec.kind, outputs)
         if not lacks:
@@ -180,8 +181,13 @@ def inputs(spec: Spec, storage: Storage) -> dict[str, Any]:
         from distlm.evaluate.task import inputs_of as read_by
 
         found = read_by(spec, storage)
+    if isinstance(spec, CompressSpec):
+        from distlm.compress.task import inputs_of as compressed_of
+
+        found = compressed_of(spec, storage)
     if isinstance(spec, ServeSpec):
         found["model"] = str(find_model(spec.model, storage))
+        check_loadable(Path(found["model"]))
         if spec.api_key_file:
             from distlm.serve.guard import read_key
 

@@ -36,14 +36,15 @@ OUTPUTS = {
     "tune": ("best", "best_spec", "metric", "value", "trials"),
     "average": ("export", "loss", "perplexity", "bits_per_byte", "accuracy", "ece", "tokens", "averaged", "best", "best_loss"),
     "evaluate": ("loss", "perplexity", "bits_per_byte", "accuracy", "ece", "tokens"),
+    "compress": ("export", "loss", "loss_before", "bytes", "bytes_before"),
     "serve": ("url", "api_key_file", "model"),
 }
 """Kind -> what `${step.output}` may name; a sweep also has `best.<key>` for every key of its space."""
 TEXTS = ("", "manifest_hash", "export", "checkpoint", "best", "best_spec", "metric", "url", "api_key_file", "model")
 """The outputs that are text; "" is the step itself, a folder. All others are numbers, but for `best.<key>`, which is what its key takes."""
-MAKERS: dict[str, dict[str, tuple[str, ...]]] = {"corpus": {"prepare": ("",)}, "model": {"train": ("", "export"), "tune": ("best",),
-                                                                                     "average": ("", "export")},
-                                                 "endpoint": {"serve": ("", "url", "model")}}
+MAKERS: dict[str, dict[str, tuple[str, ...]]] = {
+    "corpus": {"prepare": ("",)}, "endpoint": {"serve": ("", "url", "model")},
+    "model": {"train": ("", "export"), "tune": ("best",), "average": ("", "export"), "compress": ("", "export")}}
 """What a key may take -> the kinds of steps that make it, and the outputs, "" for the step itself, that name it."""
 
 
@@ -159,7 +160,7 @@ def takes(kind: Any, key: KeyPath) -> str:
         return "corpus"
     if kind == "average":
         return {"corpus": "corpus", "models": "model"}.get(str(key[0]), "")
-    if kind == "evaluate":
+    if kind in ("evaluate", "compress"):
         return str(key[0]) if key in (("corpus",), ("model",), ("endpoint",)) else ""
     return "model" if (kind, key) in (("serve", ("model",)), ("train", ("model", "from"))) else ""
 

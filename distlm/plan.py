@@ -6,10 +6,10 @@
 
 from typing import Any
 
-from distlm.autoscale import DATA_CPUS, evaluate_bundles, serve_bundles, total, train_bundles
+from distlm.autoscale import DATA_CPUS, compress_bundles, evaluate_bundles, serve_bundles, total, train_bundles
 from distlm.errors import InputError, SpecError
 from distlm.model.find import find_model
-from distlm.spec import AverageSpec, EvaluateSpec, PipelineSpec, PrepareSpec, ServeSpec, TrainSpec, TuneSpec
+from distlm.spec import AverageSpec, CompressSpec, EvaluateSpec, PipelineSpec, PrepareSpec, ServeSpec, TrainSpec, TuneSpec
 from distlm.spec.base import Rule
 from distlm.spec.batch import check_batch
 from distlm.spec.load import Loaded, Spec, located, validate
@@ -36,6 +36,8 @@ def _needs(spec: Spec, storage: Storage) -> Rows:
         return of_average(spec, storage)
     if isinstance(spec, EvaluateSpec):
         return of_evaluate(spec, storage)
+    if isinstance(spec, CompressSpec):
+        return of_compress(spec, storage)
     if isinstance(spec, ServeSpec):
         return of_serve(spec, storage)
     return of_pipeline(spec, storage)
@@ -267,6 +269,17 @@ def of_average(spec: AverageSpec, storage: Storage) -> Rows:
         find_models(spec, storage)
         rows = [row for row in rows if row[0] != "model"]
     return [("models", f"{count}, {spec.method}"), ("measured", times), *rows]
+
+
+def of_compress(spec: CompressSpec, storage: Storage) -> Rows:
+    """What its two evaluations need: the model is measured before and after."""
+    from distlm.compress.task import evaluation_of, task_of
+
+    rows = [row for row in of_evaluate(evaluation_of(spec), storage) if row[0] not in ("workers", "CPUs", "GPUs")]
+    if dict(rows).get("model"):
+        task_of(spec, storage)                             # raises what can be seen to fail
+    need = total(compress_bundles(spec))
+    return [("method", spec.method), *rows, *((f"{name}s", f"{amount:g}") for name, amount in need.items() if amount)]
 
 
 def of_forward(model: str, tokens: int) -> Rows:

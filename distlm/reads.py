@@ -16,7 +16,7 @@ import xxhash
 from distlm import execute
 from distlm.errors import DistlmError
 from distlm.model.export import export_lacks, file_lacks
-from distlm.spec import AverageSpec, EvaluateSpec, PrepareSpec, ServeSpec, TrainSpec, TuneSpec
+from distlm.spec import AverageSpec, CompressSpec, EvaluateSpec, PrepareSpec, ServeSpec, TrainSpec, TuneSpec
 from distlm.spec.load import Spec
 from distlm.spec.prepare import Source
 from distlm.storage import Storage
@@ -35,7 +35,7 @@ def reads(spec: Spec, storage: Storage) -> list[Any]:
         found += tune_reads(spec, storage)
     elif isinstance(spec, AverageSpec):
         found += [entry for model in found[0]["models"] for entry in folder_files(Path(model))]
-    elif isinstance(spec, EvaluateSpec):
+    elif isinstance(spec, EvaluateSpec | CompressSpec):
         found += evaluate_reads(found[0])
     elif isinstance(spec, ServeSpec):
         found += serve_reads(spec, found[0])
@@ -109,7 +109,7 @@ def missing(kind: str, result: Mapping[str, Any]) -> str:
     """What a job that has succeeded made and what is no longer there, or is not whole, by name and size; "" where there is none."""
     if kind == "prepare":
         return _corpus_lacks(Path(result[""]))
-    if kind in ("train", "average"):
+    if kind in ("train", "average", "compress"):
         return export_lacks(Path(result["export"])) if "export" in result else ""          # a profile makes none
     return export_lacks(Path(result["best"]) / "export") if kind == "tune" else ""
 

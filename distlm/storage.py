@@ -18,8 +18,8 @@ from typing import Any
 from distlm.errors import StorageError
 
 NO_OBJECT_STORES = "object stores are not supported yet", "name a folder that every node sees, e.g. on NFS, Lustre or a mounted bucket"
-FOLDERS = {"prepare": "corpora", "train": "runs", "tune": "sweeps", "average": "runs", "evaluate": "evaluations", "serve": "endpoints",
-           "pipeline": "pipelines"}
+FOLDERS = {"prepare": "corpora", "train": "runs", "tune": "sweeps", "average": "runs", "evaluate": "evaluations", "compress": "compressed",
+           "serve": "endpoints", "pipeline": "pipelines"}
 
 
 @dataclass(frozen=True)

@@ -87,6 +87,13 @@ def of_average(made: dict[str, Any]) -> list[tuple[str, str]]:
             ("accuracy", shown(made["accuracy"], ".2%"))]
 
 
+def of_compression(made: dict[str, Any]) -> list[tuple[str, str]]:
+    from distlm.compress.report import described, rows
+
+    return [("method", described(made["compression"])),
+            *((what, f"{before} -> {after}, x {ratio}") for what, before, after, ratio in rows(made))]
+
+
 def of_endpoint(made: dict[str, Any]) -> list[tuple[str, str]]:
     return [("url", made["url"]), ("key file", made["api_key_file"])]
 
@@ -134,11 +141,13 @@ def base(made: dict[str, Any]) -> str:
     return made["url"].rstrip("/").removesuffix("/v1") + "/v1"
 
 
-ROWS = {"prepare": of_corpus, "train": of_run, "tune": of_sweep, "average": of_average, "evaluate": of_evaluation, "serve": of_endpoint}
+ROWS = {"prepare": of_corpus, "train": of_run, "tune": of_sweep, "average": of_average, "evaluate": of_evaluation,
+        "compress": of_compression, "serve": of_endpoint}
 NEXT = {"prepare": "train on it with `corpus: {name}`; `distlm corpus inspect {name}` shows what it holds",
         "train": "serve it with `kind: serve` and `model: {name}`; its export is what transformers loads",
         "tune": "`distlm run {best}` trains the best one on; `distlm dashboard {name}` shows all side by side",
         "average": "serve it with `kind: serve` and `model: {name}`; report.html in its folder has the loss of each model",
         "evaluate": "report.html in its folder has a table of every source, the calibration and the samples",
+        "compress": "serve it with `kind: serve` and `model: {name}`, measure it with `kind: evaluate`; report.html has both side by side",
         "serve": "`distlm query {name} PROMPT` asks it, `distlm stop {name}` ends it"}
 """Kind -> what a user may do now."""

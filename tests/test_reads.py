@@ -22,7 +22,7 @@ READ = {"prepare": {"sources.path", "decontaminate.against", "filter.language.mo
                     "sources.filter.function", "tokenizer.from"},
         "train": {"corpus", "corpus.mix.corpus", "model.from"}, "tune": {"train", "space", "space.choice", "space.grid"},
         "evaluate": {"model", "endpoint", "endpoint.api_key_file", "corpus"}, "average": {"models", "corpus"},
-        "serve": {"model", "api_key_file"}, "pipeline": {"steps"}}
+        "compress": {"model", "corpus"}, "serve": {"model", "api_key_file"}, "pipeline": {"steps"}}
 """The keys that name what a job reads. Those of a sweep are its trials'; those of a pipeline are its steps'."""
 TEXT = {"prepare": {"sources.text_key", "sources.id_key", "sources.keep", "sources.filter.language.keep", "sources.filter.license.keep",
                     "conversations.messages_key", "conversations.role_key", "conversations.content_key", "conversations.roles",
@@ -31,9 +31,9 @@ TEXT = {"prepare": {"sources.text_key", "sources.id_key", "sources.keep", "sourc
                     "filter.language.keep", "filter.license.keep", "decontaminate.text_keys",
                     "tokenizer.special_tokens", "tokenizer.chat_template"},
         "train": {"model.preset", "model.config", "optimizer.groups.match", "sharding.deepspeed", "sharding.offload.path",
-                  "scale.gpu", "track.mlflow", "track.wandb", "adapter.target_modules", "class_weights"}, "tune": {"metric"},
-         "average": set(), "evaluate": {"endpoint.url", "endpoint.model", "prompts"}, "serve": {"host"},
-        "pipeline": {"prompt"}}
+                  "scale.gpu", "track.mlflow", "track.wandb", "adapter.target_modules", "class_weights", "evaluate.prompts"},
+        "tune": {"metric"}, "average": set(), "evaluate": {"endpoint.url", "endpoint.model", "prompts"}, "compress": set(),
+        "serve": {"host"}, "pipeline": {"prompt"}}
 """The keys whose text stands for itself."""
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from distlm.errors import InputError, SpecError
+from distlm.model.find import check_loadable, check_whole
 from distlm.model.mup import check_mup, scale_weights
 from distlm.spec.load import nearest
 from distlm.spec.presets import PRESETS
@@ -50,6 +51,8 @@ def model_config(spec: ModelSpec, shape: Shape, dropout: float | None = None) ->
     """The configuration that the spec describes, with `dropout` wherever the family has one. Raises SpecError for one that transformers
     does not accept, and InputError for a checkpoint that is missing or does not fit the corpus."""
     config = checkpoint_config(Path(spec.source), shape) if spec.source is not None else _new_config(spec, shape)
+    if spec.source is not None:
+        check_whole(Path(spec.source), "model.from")
     _give_labels(config, shape, spec)
     if spec.mup:
         check_mup(config)
@@ -157,6 +160,7 @@ def checkpoint_config(folder: Path, shape: Shape, key: str = "model.from") -> "P
     if longest is not None and longest < shape.context:
         raise InputError(f"the checkpoint takes {longest} tokens of context and the corpus has windows of {shape.context}", where=where,
                          remedy=f"prepare the corpus with context: {longest}")
+    check_loadable(folder, key)
     config.use_cache = False
     return config
 
@@ -209,6 +213,10 @@ def load_model(source: str | Path, where: str, dtype: "torch.dtype", config: "Pr
             first = sorted(map(str, names))[:3]
             raise InputError(f"the checkpoint {what} {', '.join(first)}{f' and {len(names) - 3} more' if len(names) > 3 else ''}",
                              where=where, remedy=remedy)
+    if getattr(model, "hf_quantizer", None) is not None:
+        from distlm.model.quantize import use_kernels
+
+        use_kernels(model)
     return cast("PreTrainedModel", model)
 
 

@@ -15,13 +15,14 @@ if TYPE_CHECKING:
 
 HEAD_BYTES = 100 << 20
 """The most that the head of a safetensors file may have."""
+MODEL_FILES = ("config.json", "generation_config.json", "distlm.json")
 
 
 def export_model(model: "PreTrainedModel", weights: dict[str, "torch.Tensor"] | None, tokenizer: Path, folder: Path,
                  lineage: dict[str, Any], before: Callable[[Path], None] | None = None) -> None:
     """Write config.json, model.safetensors, generation_config.json, the tokenizer's files and distlm.json (the lineage) to
-    `folder`, which appears whole or not at all. One rank calls it. Without `weights` the model's own are written. `before` is called with
-    the folder that will be it, first of all."""
+    `folder`, which appears whole or not at all. One rank calls it. Without `weights` the model's own are written. `tokenizer` may be a
+    checkpoint that has one. `before` is called with the folder that will be it, first of all."""
     from transformers import GenerationConfig
 
     partial = folder.with_name(f".{folder.name}.partial")
@@ -39,13 +40,19 @@ def export_model(model: "PreTrainedModel", weights: dict[str, "torch.Tensor"] | 
             GenerationConfig(eos_token_id=config.get("eos_token_id") if ends is None else ends, bos_token_id=config.get("bos_token_id"),
                              do_sample=False).save_pretrained(partial)
         for file in tokenizer.iterdir():
-            shutil.copy2(file, partial / file.name)
+            if not of_a_model(file):
+                shutil.copy2(file, partial / file.name)
         settings = partial / "tokenizer_config.json"
         if model.config.problem_type and settings.is_file() and (given := read_json(settings)).get("eos_token"):
             write_json(settings, {**given, "pad_token": given["eos_token"]})           # texts that are classified together are padded
         write_json(partial / "distlm.json", lineage)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
+
+
+def of_a_model(path: Path) -> bool:
+    """Whether a path in a checkpoint is of its model, and not of its tokenizer."""
+    return not path.is_file() or path.name in MODEL_FILES or path.name.endswith((".safetensors", ".bin", ".index.json"))
 
 
 def export_lacks(folder: Path) -> str:

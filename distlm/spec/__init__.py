@@ -4,6 +4,7 @@
 """
 
 from distlm.spec.average import AverageSpec
+from distlm.spec.compress import CompressSpec
 from distlm.spec.evaluate import EvaluateSpec
 from distlm.spec.load import KINDS, Loaded, Spec, load_spec
 from distlm.spec.pipeline import PipelineSpec
@@ -12,5 +13,6 @@ from distlm.spec.serve import ServeSpec
 from distlm.spec.train import TrainSpec
 from distlm.spec.tune import TuneSpec
 
-__all__ = ["KINDS", "AverageSpec", "EvaluateSpec", "Loaded", "PipelineSpec", "PrepareSpec", "ServeSpec", "Spec", "TrainSpec", "TuneSpec",
+__all__ = ["KINDS", "AverageSpec", "CompressSpec", "EvaluateSpec", "Loaded", "PipelineSpec", "PrepareSpec", "ServeSpec", "Spec",
+           "TrainSpec", "TuneSpec",
            "load_spec"]

@@ -22,6 +22,7 @@ from ruamel.yaml.events import CollectionEndEvent, CollectionStartEvent
 
 from distlm.errors import InputError, SpecError
 from distlm.spec.average import AverageSpec
+from distlm.spec.compress import CompressSpec
 from distlm.spec.evaluate import EvaluateSpec
 from distlm.spec.explain import NO_TEXT, KeyPath, as_written, at, describe, explain, field_names, merge_unions, nearest, shown
 from distlm.spec.pipeline import PipelineSpec
@@ -30,9 +31,9 @@ from distlm.spec.serve import ServeSpec
 from distlm.spec.train import TrainSpec
 from distlm.spec.tune import TuneSpec
 
-Spec = PrepareSpec | TrainSpec | TuneSpec | AverageSpec | EvaluateSpec | ServeSpec | PipelineSpec
+Spec = PrepareSpec | TrainSpec | TuneSpec | AverageSpec | EvaluateSpec | CompressSpec | ServeSpec | PipelineSpec
 KINDS: dict[str, type[Spec]] = {"prepare": PrepareSpec, "train": TrainSpec, "tune": TuneSpec, "average": AverageSpec,
-                                "evaluate": EvaluateSpec, "serve": ServeSpec, "pipeline": PipelineSpec}
+                                "evaluate": EvaluateSpec, "compress": CompressSpec, "serve": ServeSpec, "pipeline": PipelineSpec}
 REFERENCE = re.compile(r"\$\{([^}]*)\}")
 References: TypeAlias = bool | Callable[[str], bool]
 """Whether values may hold references; or a function that says whether what such a value stands for may be something else than text."""

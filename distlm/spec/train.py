@@ -215,6 +215,9 @@ class TrainSpec(Job):
     adapter: Adapter | None = None
     """A low-rank adapter for the checkpoint of model.from, in place of all its weights; with the extra `distlm[adapters]`. Left out, all
     weights are trained."""
+    keep_zeros: bool = False
+    """Whether every weight that is zero in the checkpoint of model.from stays zero: training that makes up for `kind: compress` by
+    magnitude."""
     objective: Literal["pretrain", "sft", "dpo", "classify"] = "pretrain"
     """What the loss is: the next token's cross-entropy, over the tokens that give one. sft is the same, and asks for corpora of
     conversations. dpo makes the chosen of two answers more likely than the rejected one, and asks for corpora of preferences. classify
@@ -282,6 +285,7 @@ class TrainSpec(Job):
         check_tensor_parallel(self, self.sharding.zero)
         check_sequence_parallel(self)
         check_adapter(self)
+        check_zeros(self)
         check_dpo(self)
         check_classify(self)
         if self.evaluate.prompts and self.sharding.sequence_parallel > 1:
@@ -324,6 +328,21 @@ def check_adapter(spec: TrainSpec) -> None:
             raise Rule(where, "is not proved to make the same steps with an adapter; leave one of them out")
     if spec.optimizer.name == "muon":
         raise Rule("optimizer.name", "muon would make an adapter's narrow matrices orthogonal, which lifts their rank; take adamw")
+
+
+def check_zeros(spec: TrainSpec) -> None:
+    """Raises Rule where weights that are zero would not stay so."""
+    if not spec.keep_zeros:
+        return
+    if spec.model.source is None:
+        raise Rule("keep_zeros", "keeps the zeros of a model that was pruned; set model.from, or leave it out")
+    for where, given in (("adapter", spec.adapter), ("sharding.tensor_parallel", spec.sharding.tensor_parallel > 1),
+                         ("sharding.zeropp.quantized_gradients", spec.sharding.zeropp.quantized_gradients)):
+        if given:
+            raise Rule(where, "does not leave each weight's gradient to itself, or adds to weights that are zero; leave it or keep_zeros "
+                              "out")
+    if spec.optimizer.name == "muon":
+        raise Rule("optimizer.name", "muon mixes the gradients of a matrix, and zeros would not stay; take adamw, or leave keep_zeros out")
 
 
 def check_classify(spec: TrainSpec) -> None:

@@ -40,6 +40,7 @@ from distlm.train.saver import Saver
 from distlm.train.schedule import learning_rate
 from distlm.train.watchdog import Watchdog
 from distlm.train.zero import check_node, deepspeed_config, gather_parts, loss_scale, make_engine, set_accumulation, tensor_group, update
+from distlm.train.zeros import keep_zeros
 
 
 def fit(recipe: Recipe, folder: RunFolder, steps: Iterator[NDArray[np.int64]], *, rank: int, device: torch.device, first_step: int = 0,
@@ -54,6 +55,8 @@ def fit(recipe: Recipe, folder: RunFolder, steps: Iterator[NDArray[np.int64]], *
     model = build_model(spec.model, model_config(spec.model, recipe.shape, spec.regularization.dropout), spec.seed)
     if spec.adapter:
         add_adapter(model, spec.adapter, spec.seed)
+    if spec.keep_zeros:
+        keep_zeros(model)
     if device.type == "cpu":
         use_cpu_attention(model)
     if recipe.mask_documents:

@@ -21,12 +21,12 @@ FORMS = {
     # whole files
     "": ": the file is empty; a spec is a mapping that begins with `kind:`",
     "- a\n- b\n": ": this is no mapping; a spec is a mapping that begins with `kind:`",
-    "name: a\n": ":1: the key kind is missing; one of prepare, train, tune, average, evaluate, serve, pipeline",
-    "kind:\nname: a\n": ":1: kind: the key kind is missing; one of prepare, train, tune, average, evaluate, serve, pipeline",
+    "name: a\n": ":1: the key kind is missing; one of prepare, train, tune, average, evaluate, compress, serve, pipeline",
+    "kind:\nname: a\n": ":1: kind: the key kind is missing; one of prepare, train, tune, average, evaluate, compress, serve, pipeline",
     "\n# a remark\nknid: train\nname: a\n": ":3: knid: unknown key; did you mean kind?",
     "kind: trian\n": ":1: kind: unknown kind 'trian'; did you mean train?",
     "kind: [train]\n": ":1: kind: unknown kind ['train']; did you mean train?",
-    "kind: 3\n": ":1: kind: unknown kind 3; one of prepare, train, tune, average, evaluate, serve, pipeline",
+    "kind: 3\n": ":1: kind: unknown kind 3; one of prepare, train, tune, average, evaluate, compress, serve, pipeline",
     # keys
     TRAIN + "optimiser: {lr: 1}\n": ":6: optimiser: unknown key; did you mean optimizer?",
     TRAIN + "optimizer: {learning_rate: 1}\n": f":6: optimizer.learning_rate: unknown key; there are {OPTIMIZER}",

@@ -1,0 +1,50 @@
+"""`report.html`: a model before and after its compression, side by side, on one page that needs no network and no script.
+
+    write_report(folder, outputs)                          # the path of the page
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from distlm.runs import RunFolder
+from distlm.storage import write_atomic
+
+FILE = "report.html"
+ROWS = (("bytes on disk", "bytes", ",d"), ("bytes of weights in memory", "memory_bytes", ",d"),
+        ("decoding, tokens/s, one sequence", "decode_1", ",.1f"), ("decoding, tokens/s, 8 sequences", "decode_8", ",.1f"),
+        ("prefill, tokens/s", "prefill", ",.0f"), ("loss", "loss", ".4f"), ("perplexity", "perplexity", ",.2f"),
+        ("accuracy of the next token", "accuracy", ".2%"))
+"""(title, measure, format)"""
+
+
+def rows(outputs: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    """(what, before, after, after over before) of every measure."""
+    before, after = outputs["before"], outputs["after"]
+    return [(title, shown(before[key], form), shown(after[key], form),
+             f"{after[key] / before[key]:.3f}" if before[key] and after[key] is not None else "–") for title, key, form in ROWS]
+
+
+def described(compression: dict[str, Any]) -> str:
+    """`int4_weight_only, group size 32, matrices 21`."""
+    more = [f"{what.replace('_', ' ')} {value}" for what, value in compression.items() if what != "method"]
+    return ", ".join([compression["method"], *more])
+
+
+def shown(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
+
+
+def write_report(folder: RunFolder, outputs: dict[str, Any]) -> Path:
+    """Write the page into the folder of a compression with these outputs. Raises StorageError."""
+    environment = jinja2.Environment(loader=jinja2.PackageLoader("distlm.compress", "."), autoescape=True, trim_blocks=True,
+                                     lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    spec, lineage = folder.path / "spec.yaml", folder.path / "lineage.json"
+    page = environment.get_template("report.html.j2").render(
+        name=folder.name, outputs=outputs, rows=rows(outputs), how=described(outputs["compression"]),
+        spec=spec.read_text(encoding="utf-8", errors="replace") if spec.is_file() else "",
+        lineage=json.dumps(folder.lineage(), indent=2, ensure_ascii=False) if lineage.is_file() else "")
+    write_atomic(folder.path / FILE, page.encode("utf-8", "replace"))
+    return folder.path / FILE
