@@ -113,7 +113,8 @@ def test_an_endpoint_says_how_its_model_was_compressed(root: Path, storage: Stor
 
 
 @pytest.mark.parametrize(("keys", "message"), [
-    ({"model": "nowhere"}, "model: there is no run and no folder 'nowhere'"), ({"corpus": "nowhere"}, "corpus: there is no corpus"),
+    ({"model": "nowhere", "method": "magnitude"}, "model: there is no run and no folder 'nowhere'"),
+    ({"corpus": "nowhere", "method": "magnitude"}, "corpus: there is no corpus"),
     ({"group_size": 64}, r"group_size: 64 has no effect with method: int8_weight_only"),
     ({"method": "structured"}, "structured takes nothing away without channels or layers"),
     ({"method": "int3"}, "method")])
