@@ -202,6 +202,9 @@ def check_resume(folder: RunFolder, spec: Spec) -> list[str]:
     except DistlmError as error:
         raise SpecError(f"the recorded spec cannot be read: {error}", where=str(folder.path / "spec.yaml"),
                         remedy="take another name") from None
+    if (kind := recorded.get(("kind",))) != spec.kind:
+        raise SpecError(f"{folder.name} is of kind: {kind}, and the spec of kind: {spec.kind}", where=str(folder.path),
+                        remedy="take another name")
     now = dict(leaves(dump(spec)))
     changed = [key for key in {**recorded, **now} if recorded.get(key) != now.get(key) and key != ("storage",)]
     text = {key: f"{dotted(key)}: {recorded.get(key)!r} -> {now.get(key)!r}" for key in changed}

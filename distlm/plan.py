@@ -61,7 +61,7 @@ def of_prepare(spec: PrepareSpec) -> Rows:
 def of_train(spec: TrainSpec, storage: Storage) -> Rows:
     """A corpus that does not exist yet leaves open what depends on it."""
     from distlm.corpus.manifest import read_manifest
-    from distlm.train.recipe import find_corpus, make_recipe, read_corpora, without_val
+    from distlm.train.recipe import find_corpus, make_recipe, read_corpora, read_prompts, without_val
 
     for share in spec.mixture:
         try:
@@ -69,6 +69,7 @@ def of_train(spec: TrainSpec, storage: Storage) -> Rows:
         except InputError as error:
             return [("corpus", f"{share.corpus}: not there yet ({error.message})"), *of_scale(spec)]
     recipe = make_recipe(spec, storage)
+    read_prompts(recipe)
     size_ = f"{recipe.shape.vocab_size:,} tokens of vocabulary, context {recipe.shape.context:,}"
     return [("corpus", f"a mixture of {len(recipe.corpora)}, {size_}" if recipe.mix else f"{recipe.corpus}, {size_}"),
             *of_mixture(recipe),
@@ -330,8 +331,11 @@ def _of_step(pipe: PipelineSpec, spec: Spec, storage: Storage) -> Rows:
     else:
         train = spec
     made = [share.corpus[2:-1] for share in train.mixture if share.corpus.startswith("${")] if isinstance(train, TrainSpec) else []
-    if not made:
+    starts_from = train.model.source if isinstance(train, TrainSpec) and "${" in (train.model.source or "") else ""
+    if not made and not starts_from:
         return _needs(spec, storage)
+    if not made:
+        return [("model", f"{starts_from}, which another step makes"), *of_scale(train)]
     made_by = pipe.steps.get(made[0], {})
     rows = of_tune(spec, storage)[:len(spec.space) + 2] if isinstance(spec, TuneSpec) else []
     prefix = "a trial's " if rows else ""

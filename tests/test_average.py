@@ -156,6 +156,11 @@ def test_what_has_no_mean_is_refused_in_one_line_before_any_work(root: Path, tmp
     assert f"models.2: {other}: its tokenizer is not that of" in refused("b", other)
     assert "its weights model.norm.weight are not there, and in" in refused(lacks)
     assert "it is a again; give it once" in refused(root / "runs" / "a")
+    (tmp_path / "link").symlink_to(root / "runs" / "b" / "export")
+    assert "it is b again; give it once" in refused("b", tmp_path / "link")
+    over = AverageSpec.model_validate({"name": "a", "models": ["b", "a"], "corpus": "c"})
+    with pytest.raises(InputError, match=r"models\.1: .*/runs/a/export: the average would be written over it; take another name"):
+        execute.inputs(over, storage)
     assert "did you mean far?" in refused("farr")
     for keys, what in (({"models": ["a"]}, "must have 2 entries at least"), ({"models": ["a", "a"]}, "a is there twice")):
         with pytest.raises(SpecError, match=what):

@@ -104,6 +104,10 @@ def test_a_changed_spec_is_not_taken_up_again_and_the_error_names_the_difference
     RunFolder(storage.corpus("changed")).event("failed", "internal")
     with pytest.raises(SpecError, match=r"context: 16 -> 32; seed: 0 -> 1.*take another name"):
         execute.run(spec(texts, "changed", context=32, seed=1), storage=storage, progress=Records(), resume=True)
+    other = RunFolder(storage.folder("prepare", "changed"))
+    with pytest.raises(SpecError, match="changed is of kind: prepare, and the spec of kind: train; take another name"):
+        execute.check_resume(other, execute.resolve({"kind": "train", "name": "changed", "corpus": "c", "model": {"preset": "llama-tiny"},
+                                                     "duration": {"steps": 1}}).spec)
     execute.run(spec(texts, "changed", workers=1), storage=storage, progress=Records(), resume=True)
     folder = RunFolder(storage.corpus("changed"))
     assert folder.state() == ("succeeded", "completed")

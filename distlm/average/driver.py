@@ -83,7 +83,11 @@ def measured(task: Task, model: Path, workers: Workers) -> dict[str, Any]:
 def find_models(spec: AverageSpec, storage: Storage) -> list[Path]:
     """The folders of the models. Raises InputError for one that is not there, that is there twice, or that is not like the first, and for a
     corpus that they do not read."""
-    models = [find_model(text, storage, f"models.{i}") for i, text in enumerate(spec.models)]
+    models = [find_model(text, storage, f"models.{i}").resolve() for i, text in enumerate(spec.models)]
+    own = storage.run(spec.name).resolve()
+    for i, model in enumerate(models):
+        if model.is_relative_to(own):
+            raise InputError("the average would be written over it", where=f"models.{i}: {model}", remedy="take another name")
     if twice := next((i for i, model in enumerate(models) if model in models[:i]), 0):
         raise InputError(f"it is {spec.models[models.index(models[twice])]} again", where=f"models.{twice}: {models[twice]}",
                          remedy="give it once")
@@ -105,5 +109,6 @@ def inputs_of(spec: AverageSpec, storage: Storage) -> dict[str, Any]:
 def lineage_of(spec: AverageSpec, folder: RunFolder, taken: list[Path], task: Task, soup: dict[str, Any]) -> dict[str, Any]:
     """What the endpoint tells about its model."""
     return {"run": folder.name, "trial": None, "corpus": ", ".join(part.name for part in task.parts),
-            "corpus_hash": ", ".join(manifest_hash(part.corpus) for part in task.parts), "checkpoint": None, "val_loss": soup["loss"],
-            "method": spec.method, "averaged": {str(model): base_hash(str(model)) for model in taken}}
+            "corpus_hash": ", ".join(manifest_hash(part.corpus) for part in task.parts), "checkpoint": None,
+            "val_loss": soup["loss"] if spec.split == "val" else None, "method": spec.method,
+            "averaged": {str(model): base_hash(str(model)) for model in taken}}

@@ -61,8 +61,8 @@ def scored(ray: Any, worker: Any, side: str, task: Task, log: Path, progress: Pr
 
 
 def lineage_of(source: Path, folder: RunFolder) -> dict[str, Any]:
-    """What the export says that it was made of: what its parent's says, and which that was."""
+    """What the export says that it was made of: the corpora of its parent, and under `parent` all that the parent says of itself."""
     told = source / "distlm.json"
     parent = read_json(told) if told.is_file() else {}
-    kept = {key: parent[key] for key in ("run", "parent") if key in parent}
-    return {**parent, "run": folder.name, "parent": {"model": str(source), **kept}}
+    own = {key: value for key, value in parent.items() if key not in ("trial", "step", "checkpoint", "val_loss", "parent")}
+    return {**own, "run": folder.name, "parent": {"model": str(source), **parent}}

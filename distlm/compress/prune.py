@@ -14,6 +14,7 @@ from distlm.corpus.stream import Windows
 from distlm.errors import InputError
 from distlm.evaluate.task import Task
 from distlm.model.build import decoder_layers, skeleton
+from distlm.model.quantize import check_matrices
 from distlm.spec import CompressSpec
 
 MULTIPLE = 8
@@ -27,6 +28,7 @@ def check(spec: CompressSpec, folder: Path) -> None:
     from transformers import AutoConfig
 
     model = skeleton(AutoConfig.from_pretrained(folder, local_files_only=True))
+    check_matrices(model)
     layers, family = decoder_layers(model), model.config.model_type
     if not layers:
         raise InputError(f"the layers of the {family} family cannot be told from the rest of it", where="method",
@@ -118,7 +120,7 @@ def drop_layers(model: Any, numbers: list[int]) -> list[int]:
     model.set_submodule(name, torch.nn.ModuleList(layers[i] for i in kept))
     config = model.config.get_text_config()
     for key, value in config.to_dict().items():
-        if isinstance(value, list) and len(value) == len(layers) and key not in ("architectures",):
+        if isinstance(value, list) and len(value) == len(layers) and "layer" in key:
             setattr(config, key, [value[i] for i in kept])
     config.num_hidden_layers = len(kept)
     return sorted(numbers)

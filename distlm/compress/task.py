@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from distlm.errors import InputError
 from distlm.evaluate.task import Task, make_task
 from distlm.evaluate.task import inputs_of as read_by_evaluation
 from distlm.model.find import check_torchao, check_whole, find_model
@@ -21,10 +22,19 @@ def task_of(spec: CompressSpec, storage: Storage) -> tuple[Task, Path]:
     """What is measured, and the folder of the model. Raises SpecError and InputError for what cannot be done, before any work."""
     if spec.method in QUANTIZED:
         check_torchao()
+    if storage.run(spec.name).exists():
+        raise InputError(f"there is a run of this name, and {spec.name} would stand for both", where="name", remedy="take another name")
     model = find_model(spec.model, storage)
     check_whole(model)
     task = make_task(evaluation_of(spec), storage)
-    if spec.method in ("structured", "magnitude"):
+    if spec.method in QUANTIZED:
+        from transformers import AutoConfig
+
+        from distlm.model.build import skeleton
+        from distlm.model.quantize import linear_layers
+
+        linear_layers(skeleton(AutoConfig.from_pretrained(model, local_files_only=True)), spec.method, spec.group_size)
+    else:
         from distlm.compress.prune import check
 
         check(spec, model)

@@ -25,14 +25,7 @@ def quantize(model: Any, method: str, group_size: int = 32) -> int:
     from transformers import TorchAoConfig
     from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
 
-    config = _config(method, group_size)
-    embeddings: Any = model.get_input_embeddings()
-    whole = {model.get_output_embeddings()} if method == "int4_weight_only" else set()
-    found = [module for module in model.modules() if type(module) is torch.nn.Linear and module not in whole
-             and module.weight is not embeddings.weight and fits(module, method, group_size)]
-    if not found:
-        raise InputError(f"no linear layer of the {model.config.model_type} family can be quantized so", where="method",
-                         remedy=f"{'lower group_size, or ' if method == 'int4_weight_only' else ''}take a family such as llama or qwen3")
+    config, found = _config(method, group_size), linear_layers(model, method, group_size)
     for module in found:
         if method == "int4_weight_only":
             module.weight = torch.nn.Parameter(int4_tensor(module.weight.detach(), group_size), requires_grad=False)
@@ -42,6 +35,27 @@ def quantize(model: Any, method: str, group_size: int = 32) -> int:
     model.config.quantization_config = setting
     model.hf_quantizer = TorchAoHfQuantizer(setting, pre_quantized=True)       # by which transformers writes them
     return len(found)
+
+
+def linear_layers(model: Any, method: str, group_size: int) -> list[torch.nn.Linear]:
+    """Those whose weights are rounded; the model may be a skeleton. Raises InputError where there are none, or others that would stay."""
+    check_matrices(model)
+    embeddings: Any = model.get_input_embeddings()
+    whole = {model.get_output_embeddings()} if method == "int4_weight_only" else set()
+    found = [module for module in model.modules() if type(module) is torch.nn.Linear and module not in whole
+             and module.weight is not embeddings.weight and fits(module, method, group_size)]
+    if not found:
+        raise InputError(f"no linear layer of the {model.config.model_type} family can be quantized so", where="method",
+                         remedy=f"{'lower group_size, or ' if method == 'int4_weight_only' else ''}take a family such as llama or qwen3")
+    return found
+
+
+def check_matrices(model: Any) -> None:
+    """Raises InputError for a family whose layers hold most weights in what is no matrix, such as fused experts and convolutions."""
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 2:
+            raise InputError(f"the {model.config.model_type} family has weights that are no matrices, such as {name}, and would keep them "
+                             "whole", where="method", remedy="take a dense family such as llama or qwen3")
 
 
 def _config(method: str, group_size: int) -> Any:
@@ -54,7 +68,10 @@ def _config(method: str, group_size: int) -> Any:
 
 
 def fits(module: torch.nn.Linear, method: str, group_size: int) -> bool:
-    """Whether the kernels take a matrix of this shape: 4 bits come in whole groups, and in blocks of 16 rows."""
+    """Whether the kernels take a matrix of this shape: 4 bits come in whole groups, and in blocks of 16 rows; rounded inputs on GPUs in
+    multiples of 8."""
+    if method == "int8_dynamic":
+        return module.in_features % 8 == 0 and module.out_features % 8 == 0
     return method != "int4_weight_only" or (module.in_features % group_size == 0 and module.out_features % 16 == 0)
 
 
@@ -134,7 +151,10 @@ class Int8DynamicLinear(Quantized):
     def product(self, inputs: torch.Tensor) -> torch.Tensor:
         scale = (inputs.abs().amax(1, keepdim=True).float() / 127.5).clamp(min=torch.finfo(torch.float32).eps)
         rounded = (inputs * scale.reciprocal()).round_().clamp_(-128, 127).to(torch.int8)
-        return (torch._int_mm(rounded, self.q.t()) * scale * self.scale.flatten()).to(inputs.dtype)
+        if not inputs.is_cpu and len(inputs) <= FEW_TOKENS:                    # GPUs multiply no less than 17 rows
+            rounded = functional.pad(rounded, (0, 0, 0, 2 * FEW_TOKENS - len(inputs)))
+        found = torch._int_mm(rounded, self.q.t())[:len(inputs)]
+        return (found * scale * self.scale.flatten()).to(inputs.dtype)
 
 
 class Int4Linear(Quantized):

@@ -32,7 +32,7 @@ from distlm.train.dryrun import FOLDER as DRY_RUN
 from distlm.train.dryrun import choose_micro
 from distlm.train.failures import diagnose
 from distlm.train.objectives import objective_of
-from distlm.train.recipe import Recipe, make_recipe, read_corpora, read_prompts, without_val
+from distlm.train.recipe import Recipe, make_recipe, read_corpora, without_val
 from distlm.train.track import tracked
 from distlm.train.worker import Task, work
 
@@ -47,7 +47,6 @@ def train(spec: TrainSpec, folder: RunFolder, storage: Storage, progress: Progre
     """Train to the end, from the last committed checkpoint where the folder holds one. `on_metrics` gets every record of
     metrics.jsonl as it is written, on another thread. Raises SpecError, InputError, ClusterError, CheckpointError, TrainError."""
     recipe = make_recipe(spec, storage)
-    read_prompts(recipe)
     require_workers(spec, progress)
     groups = f" in groups of {recipe.group}" if recipe.group > 1 else ""
     progress.note(f"{recipe.parameters:,} parameters, {recipe.num_steps:,} steps of {recipe.tokens_of(recipe.num_steps):,} tokens, "

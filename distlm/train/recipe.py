@@ -234,6 +234,7 @@ def inputs_of(spec: TrainSpec, storage: Storage) -> dict[str, Any]:
     """What a run reads, by path and hash, for its lineage; of a mixture, all its corpora too. Raises SpecError and InputError, before
     any work."""
     recipe = make_recipe(spec, storage)
+    read_prompts(recipe)
     model = {"model": recipe.spec.model.source} if recipe.spec.model.source else {}
     mixture = {"mixture": {folder: manifest_hash(folder) for folder in recipe.corpora}} if recipe.mix else {}
     return {"corpus": recipe.corpus, "corpus_hash": recipe.corpus_hash, **mixture, **model}

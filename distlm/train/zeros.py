@@ -6,15 +6,21 @@ decay of zero is zero. Nothing is put right after a step, so that all ranks and 
 
 import torch
 
+from distlm.errors import TrainError
+
 
 def keep_zeros(model: torch.nn.Module) -> int:
-    """Let every weight that is zero now stay zero. The model has its weights whole, and is not divided yet. Returns how many they are."""
+    """Let every weight of a matrix that is zero now stay zero; biases begin at zero, and are trained. The model has its weights whole, and
+    is not divided yet. Returns how many they are. Raises TrainError where there is none."""
     total = 0
     for parameter in model.parameters():
         zero = parameter.detach() == 0
-        if count := int(zero.sum()):
+        if parameter.dim() > 1 and (count := int(zero.sum())):
             parameter.register_hook(Mask(zero))
             total += count
+    if not total:
+        raise TrainError("no weight of the model is zero", where="keep_zeros", cause="bad_input",
+                         remedy="prune it first by kind: compress with method: magnitude, or leave keep_zeros out")
     return total
 
 

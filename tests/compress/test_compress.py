@@ -117,6 +117,7 @@ def test_an_endpoint_says_how_its_model_was_compressed(root: Path, storage: Stor
     ({"corpus": "nowhere", "method": "magnitude"}, "corpus: there is no corpus"),
     ({"group_size": 64}, r"group_size: 64 has no effect with method: int8_weight_only"),
     ({"method": "structured"}, "structured takes nothing away without channels or layers"),
+    ({"name": "m"}, "name: there is a run of this name, and m would stand for both; take another name"),
     ({"method": "int3"}, "method")])
 def test_what_cannot_be_compressed_is_refused_before_any_work(keys: dict[str, Any], message: str, root: Path) -> None:
     given = {"kind": "compress", "name": "no", "model": "m", "method": "int8_weight_only", "corpus": "text", **keys}

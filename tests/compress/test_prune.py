@@ -79,6 +79,7 @@ def test_magnitude_is_served_as_it_is_and_measured(root: Path, tmp_path: Path) -
 @pytest.mark.parametrize(("keys", "message"), [
     ({"layers": 3}, "layers: 3 of the model's 3 layers; set it to 2 at most"),
     ({"channels": 0.01}, r"channels: 0.01 of 128 channels is less than 8, in whose multiples they go; raise it"),
+    ({"method": "int8_dynamic", "model": "gpt2"}, "method: no linear layer of the gpt2 family can be quantized so; take a family"),
     ({"channels": 0.5, "model": "gpt2"}, "channels: the gpt2 family has not the same number of channels")])
 def test_what_cannot_be_pruned_is_refused_before_any_work(keys: dict[str, Any], message: str, root: Path, tmp_path: Path) -> None:
     storage = Storage(tmp_path)

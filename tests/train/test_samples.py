@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from distlm import execute, plan
 from distlm.errors import InputError
 from distlm.model.complete import complete, encode_prompts
 from distlm.runs import RunFolder
 from distlm.runs.report import write_report
 from distlm.spec import TrainSpec
 from distlm.storage import Storage
-from distlm.train.recipe import make_recipe, read_prompts
 from tests.train.ranks import make_corpus, metrics, run_ranks, spec
 
 PROMPTS = ["t5", "t17"]
@@ -48,9 +48,10 @@ def test_samples_are_those_of_the_export(corpus: Path, tmp_path: Path, world: in
 
 
 def test_prompts_that_cannot_be_completed_are_told_before_the_run(corpus: Path, tmp_path: Path) -> None:
-    recipe = make_recipe(asks(corpus, evaluate={"prompts": ["t5", "t6"], "max_tokens": 16}), Storage(tmp_path))
-    with pytest.raises(InputError, match=r"evaluate\.prompts\.0: 1 tokens and 16 of max_tokens are more than the 16"):
-        read_prompts(recipe)
+    given = asks(corpus, evaluate={"prompts": ["t5", "t6"], "max_tokens": 16})
+    for early in (execute.inputs, plan.of_train):
+        with pytest.raises(InputError, match=r"evaluate\.prompts\.0: 1 tokens and 16 of max_tokens are more than the 16"):
+            early(given, Storage(tmp_path))
     with pytest.raises(ValueError, match="without prompts"):
         asks(corpus, evaluate={"max_tokens": 3})
     with pytest.raises(ValueError, match=r"cannot be with sharding\.sequence_parallel"):

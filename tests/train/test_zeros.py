@@ -9,12 +9,13 @@ import torch
 from safetensors.torch import load_file
 
 from distlm.compress.prune import magnitude
-from distlm.errors import SpecError
+from distlm.errors import SpecError, TrainError
 from distlm.model.build import build_model, model_config
 from distlm.model.export import export_model
 from distlm.spec import TrainSpec, load_spec
 from distlm.storage import Storage
 from distlm.train.recipe import make_recipe
+from distlm.train.zeros import keep_zeros
 from tests.train.ranks import losses, make_corpus, run_ranks, spec
 
 TWO = {"workers": 2}
@@ -64,6 +65,18 @@ def test_a_run_that_goes_on_keeps_them(root: Path, tmp_path: Path) -> None:
     run_ranks({tmp_path / "whole": recovered(root), tmp_path / "cut": recovered(root, duration={"steps": 3})})
     run_ranks({tmp_path / "cut": recovered(root, schedule={"warmup_steps": 3})})
     assert all(torch.equal(zero, zeros(tmp_path / "cut" / "export")[name]) for name, zero in zeros(root / "pruned").items())
+
+
+def test_biases_are_trained_and_a_model_without_zeros_is_refused() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4)).requires_grad_(True)
+    torch.nn.init.zeros_(model[0].bias)
+    with pytest.raises(TrainError, match="keep_zeros: no weight of the model is zero; prune it first"):
+        keep_zeros(model)
+    with torch.no_grad():
+        model[0].weight[0, 0] = 0
+    assert keep_zeros(model) == 1
+    model(torch.ones(1, 4)).square().sum().backward()
+    assert model[0].weight.grad[0, 0] == 0 and model[0].bias.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize(("sections", "message"), [
