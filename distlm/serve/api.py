@@ -98,7 +98,7 @@ def create_app(engine: Engine | Classifier, card: Card, key: str, metrics: Metri
             raise Refused(400, f"{card.id!r} is a language model and no classifier; use /v1/completions", param="model",
                           code="no_classifier")
         texts = [await classified_tokens(engine, text) for text in body.texts]
-        found = await asyncio.to_thread(engine.classify, texts)
+        found = await engine.classify(texts)
         return JSONResponse({"object": "list", "model": card.id, "data": [
             {"index": i, "label": None if engine.multiple else max(chances, key=lambda name: chances[name]),
              "labels": [name for name, chance in chances.items() if chance > 0.5] if engine.multiple else None,
