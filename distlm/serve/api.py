@@ -186,9 +186,9 @@ async def tokens_of(engine: Engine, prompt: str | list[int]) -> list[int]:
 
 
 async def classified_tokens(engine: Classifier, text: str) -> list[int]:
-    """Token ids of a text as documents were trained on, without special tokens. Raises Refused for one that is empty or too long."""
+    """Token ids of a text as documents were trained on. Raises Refused for one that is empty or too long."""
     encodable(text, "input")
-    ids: list[int] = (await asyncio.to_thread(engine.tokenizer, text, add_special_tokens=False, split_special_tokens=True))["input_ids"]
+    ids = await asyncio.to_thread(engine.encode, text)
     if not ids:
         raise Refused(400, "input: an empty text has no label", param="input")
     if len(ids) > engine.context:

@@ -21,6 +21,9 @@ from distlm.model.vocabulary import vocabulary_hash
 from distlm.serve.engine import EngineFailed, EngineFull, NoMemory
 from distlm.serve.metrics import Metrics
 from distlm.serve.torch_engine import DTYPES, context_of, out_of_memory
+from distlm.spec.prepare import Clean
+from distlm.storage import read_json
+from distlm.text.clean import clean
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +43,7 @@ class TorchClassifier:
         self.context, self.vocabulary = context_of(config), int(self.model.get_input_embeddings().num_embeddings)
         self.vocabulary_hash = vocabulary_hash(Path(folder))
         self.labels = [str(config.id2label[i]) for i in range(config.num_labels)]
+        self.cleaning = recorded_cleaning(Path(folder))
         self.multiple = config.problem_type == "multi_label_classification"
         if config.get_text_config().pad_token_id is None:
             raise ServeError("the classifier's config.json names no pad_token_id, with which texts are filled up", where=str(folder),
@@ -59,6 +63,13 @@ class TorchClassifier:
         """End the thread; requests that wait fail."""
         self._error = self._error or EngineFailed("the engine has been closed")
         self._thread.shutdown()
+
+    def encode(self, text: str) -> list[int]:
+        """See `engine.Classifier`."""
+        if self.cleaning:
+            text = clean(text, self.cleaning).text
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return ids
 
     async def classify(self, texts: Sequence[Sequence[int]]) -> list[dict[str, float]]:
         """See `engine.Classifier`."""
@@ -107,3 +118,19 @@ class TorchClassifier:
             for _ in rows:
                 self.metrics.finished("stop")
         return found
+
+
+def recorded_cleaning(folder: Path) -> Clean | None:
+    """What documents were cleaned by, as the export's distlm.json tells; None where it does not. Raises ServeError for what are no such
+    rules, InputError where they need a library that is not installed."""
+    told = folder / "distlm.json"
+    rules = read_json(told).get("clean") if told.is_file() else None
+    if rules is None:
+        return None
+    try:
+        found = Clean.model_validate(rules)
+    except ValueError:
+        raise ServeError(f"clean: {rules} are no rules of cleaning", where=str(told), cause="bad_input",
+                         remedy="copy the export again, or leave clean out") from None
+    clean("é", found)                                      # not ASCII: that would need no library
+    return found
