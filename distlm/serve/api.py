@@ -59,7 +59,8 @@ def create_app(engine: Engine | Classifier, card: Card, key: str, metrics: Metri
     app = FastAPI(title="distlm", version=__version__, docs_url=None, redoc_url=None)
     app.add_middleware(Guard, key=key)
     shown = {"id": card.id, "object": "model", "created": card.created, "owned_by": "distlm", "max_model_len": engine.context,
-             "vocab_size": engine.vocabulary, "vocabulary_hash": engine.vocabulary_hash, "lineage": card.lineage}
+             "vocab_size": engine.vocabulary, "vocabulary_hash": engine.vocabulary_hash, "lineage": card.lineage,
+             **({"labels": engine.labels, "multiple_labels": engine.multiple} if isinstance(engine, Classifier) else {})}
 
     @app.get("/health")
     async def health(nonce: str = "") -> Response:

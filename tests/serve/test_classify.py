@@ -12,11 +12,16 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from distlm.errors import ServeError
+from distlm import cli, jobs
+from distlm.errors import InputError, ServeError
 from distlm.serve.api import Card, create_app
 from distlm.serve.classifier import TorchClassifier
+from distlm.serve.client import classify
 from distlm.serve.engine import EngineFailed
+from distlm.serve.guard import make_key
 from distlm.serve.metrics import Metrics
+from distlm.storage import Storage, write_json
+from tests.serve.test_api import Server
 from tests.serve.tiny_models import make_classifier
 
 KEY = "sk-0123456789abcdef"
@@ -157,6 +162,37 @@ def test_an_engine_that_fails_says_so_and_is_not_healthy(folder: Path, monkeypat
     with pytest.raises(EngineFailed, match="CUDA error"):  # what Ray Serve asks: it starts another replica
         engine.check()
     assert answer(engine, input="x")[0] == 503 and asyncio.run(health(engine)).status_code == 503
+
+
+@pytest.mark.parametrize("multiple", [False, True])
+def test_query_shows_the_labels_that_the_endpoint_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+                                                        multiple: bool) -> None:
+    server = Server(make_classifier(tmp_path / "model", multiple=multiple), TorchClassifier)
+    try:
+        [card] = server.http.get("/v1/models").json()["data"]
+        assert (card["labels"], card["multiple_labels"]) == (["ham", "spam", "eggs"], multiple)
+        chances = dict(zip(card["labels"], reference(tmp_path / "model", TEXTS[1]), strict=True))
+        key = make_key(tmp_path / "key")
+        key.write_text(KEY)
+        folder = Storage(tmp_path).endpoint("c")
+        folder.mkdir(parents=True)
+        write_json(folder / "endpoint.json", {"url": f"{server.url}/v1", "model": "tiny", "api_key_file": str(key), "classifier": True})
+        monkeypatch.setenv("DISTLM_STORAGE", str(tmp_path))
+        [found] = jobs.classify("c", TEXTS[1:2])
+        assert found["probabilities"] == pytest.approx(chances, abs=1e-6)
+        assert [found] == classify(server.url, KEY, [TEXTS[1]])
+        cli.query("c", TEXTS[1])
+        *rows, last = [line.split() for line in capsys.readouterr().out.splitlines()]
+        assert rows == [["label", "probability"], *([label, f"{chance:.2%}"] for label, chance in
+                                                    sorted(chances.items(), key=lambda one: -one[1]))]
+        over = [label for label, chance in chances.items() if chance > 0.5]
+        assert last == (["labels", *", ".join(over or ["none"]).split()] if multiple else ["label", rows[1][0]])
+        with pytest.raises(InputError, match="c is a classifier and completes no text; leave out --chat"):
+            cli.query("c", "x", chat=True)
+        with pytest.raises(ServeError, match=r"an empty text has no label \(status 400\)"):
+            jobs.classify("c", [""])
+    finally:
+        server.close()
 
 
 def test_a_classifier_without_padding_cannot_be_served(tmp_path: Path) -> None:
