@@ -312,7 +312,7 @@ def query(name: Name, prompt: Annotated[str, typer.Argument(help="The text to co
           max_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens at most. Default: the endpoint's.")] = None,
           temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.0,
           chat: Annotated[bool, typer.Option("--chat", help="The text is what a user says in a chat.")] = False) -> None:
-    """Complete a text with an endpoint, chat with it, or let a classifier say its label.
+    """Complete or classify a text with an endpoint, or chat with it.
 
     Example: distlm query my-model "def parse(" --max-tokens 32
     """
