@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from distlm.head import recorded as local_clusters
     from distlm.head import up as cluster_up
     from distlm.init import init as write_starters
+    from distlm.jobs import classify, load_run, query, stop, submit
     from distlm.jobs import jobs as list_jobs
-    from distlm.jobs import load_run, query, stop, submit
     from distlm.jobs import locate as status
     from distlm.logs import driver_log, follow
     from distlm.plan import needs
@@ -39,19 +39,18 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 _HOMES = {
-    "LocalCluster": "head:LocalCluster", "Storage": "storage:Storage", "cluster_down": "head:down", "cluster_status": "cluster:status",
-    "cluster_up": "head:up", "corpus_diff": "corpus.diff:diff", "corpus_documents": "corpus.inspect:documents",
-    "corpus_find": "corpus.inspect:find", "corpus_summary": "corpus.inspect:summary", "corpus_verify": "corpus.verify:verify",
-    "corpus_windows": "corpus.inspect:windows", "driver_log": "logs:driver_log",
-    "explain": "attribution:explain", "find_cluster": "cluster:require",
-    "find_corpus": "train.recipe:find_corpus", "follow": "logs:follow", "list_jobs": "jobs:jobs", "load_run": "jobs:load_run",
-    "local_clusters": "head:recorded", "needs": "plan:needs", "profile": "execute:profile",
-    "query": "jobs:query", "read_cluster_file": "clusterfile:read",
-    "resolve": "execute:resolve", "run": "execute:run", "status": "jobs:locate", "stop": "jobs:stop", "submit": "jobs:submit",
-    "tensorboard": "dashboard:serve", "write_starters": "init:init"}
+    "LocalCluster": "head:LocalCluster", "Storage": "storage:Storage", "classify": "jobs:classify", "cluster_down": "head:down",
+    "cluster_status": "cluster:status", "cluster_up": "head:up", "corpus_diff": "corpus.diff:diff",
+    "corpus_documents": "corpus.inspect:documents", "corpus_find": "corpus.inspect:find", "corpus_summary": "corpus.inspect:summary",
+    "corpus_verify": "corpus.verify:verify", "corpus_windows": "corpus.inspect:windows", "driver_log": "logs:driver_log",
+    "explain": "attribution:explain", "find_cluster": "cluster:require", "find_corpus": "train.recipe:find_corpus", "follow": "logs:follow",
+    "list_jobs": "jobs:jobs", "load_run": "jobs:load_run", "local_clusters": "head:recorded", "needs": "plan:needs",
+    "profile": "execute:profile", "query": "jobs:query", "read_cluster_file": "clusterfile:read", "resolve": "execute:resolve",
+    "run": "execute:run", "status": "jobs:locate", "stop": "jobs:stop", "submit": "jobs:submit", "tensorboard": "dashboard:serve",
+    "write_starters": "init:init"}
 """Name here -> module and name there."""
 __all__ = [
-    "LocalCluster", "Storage", "__version__", "cluster_down", "cluster_status", "cluster_up", "corpus_diff", "corpus_documents",
+    "LocalCluster", "Storage", "__version__", "classify", "cluster_down", "cluster_status", "cluster_up", "corpus_diff", "corpus_documents",
     "corpus_find", "corpus_summary", "corpus_verify", "corpus_windows", "driver_log", "explain", "find_cluster", "find_corpus", "follow",
     "list_jobs", "load_run", "local_clusters", "needs", "profile",
     "query", "read_cluster_file", "resolve", "run", "status", "stop", "submit", "tensorboard",

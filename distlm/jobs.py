@@ -509,15 +509,41 @@ def query(name: str, prompt: str, max_tokens: int | None = None, *, temperature:
     ServeError where it does not prove itself: then it is sent neither the key nor the prompt."""
     from distlm.serve.client import query as ask
 
+    endpoint = _proven(name, storage)
+    return ask(endpoint["url"], _key(endpoint), prompt, max_tokens, model=endpoint.get("model"), temperature=temperature, chat=chat)
+
+
+def classify(name: str, texts: Sequence[str], *, storage: str | Path | Storage | None = None) -> list[dict[str, Any]]:
+    """What the endpoint of a classifier says of each text: `label`, or where a text may have several `labels`, and `probabilities` by
+    label. Raises as `query` does."""
+    from distlm.serve.client import classify as ask
+
+    endpoint = _proven(name, storage)
+    return ask(endpoint["url"], _key(endpoint), texts, model=endpoint.get("model"))
+
+
+def serves_classifier(name: str, storage: str | Path | Storage | None = None) -> bool:
+    """Whether an endpoint is a classifier's, by its record. Raises InputError where there is none of that name."""
+    return bool(_endpoint(name, storage).get("classifier"))
+
+
+def _endpoint(name: str, storage: str | Path | Storage | None) -> dict[str, Any]:
     path = Storage.given(storage).endpoint(name) / "endpoint.json"
     if not path.exists():
         raise InputError(f"there is no endpoint {name!r}", where=str(path.parent), remedy="`distlm runs` lists those that serve")
-    endpoint = read_json(path)
+    return dict(read_json(path))
+
+
+def _proven(name: str, storage: str | Path | Storage | None) -> dict[str, Any]:
+    endpoint = _endpoint(name, storage)
     if not healthy(endpoint):
         raise ServeError("no endpoint answers there that knows the key", where=endpoint["url"],
                          remedy=f"`distlm status {name}` shows how it stands, `distlm run` or `submit` with its spec brings it up")
-    return ask(endpoint["url"], Path(endpoint["api_key_file"]).read_text().strip(), prompt, max_tokens, model=endpoint.get("model"),
-               temperature=temperature, chat=chat)
+    return endpoint
+
+
+def _key(endpoint: Mapping[str, Any]) -> str:
+    return Path(endpoint["api_key_file"]).read_text().strip()
 
 
 def to_dict(job: Job) -> dict[str, Any]:

@@ -6,10 +6,12 @@ alike or good: filters and the signatures of near-duplicates pass it over.
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from distlm.spec.prepare import ROLES, Conversations
+from distlm.spec.prepare import ROLES, Clean, Conversations
+from distlm.text.clean import Cleaned, clean
 
 SEPARATOR = "\n\n"
 SYSTEM, USER, ANSWERS = ROLES
@@ -106,6 +108,18 @@ def sides(turns: Turns) -> tuple[Turns, Turns, Turns]:
 def joined(turns: Turns) -> tuple[str, str]:
     """(the text, whose is how much of it as JSON: [[role, characters], ...])."""
     return SEPARATOR.join(content for _, content in turns), json.dumps([[role, len(content)] for role, content in turns])
+
+
+def clean_turns(turns: Turns, rules: Clean) -> tuple[Cleaned, str]:
+    """Apply the rules to what each turn says: (all turns as one text, whose is how much of it)."""
+    each = [clean(content, rules) for _, content in turns]
+    text, sizes = joined([(role, one.text) for (role, _), one in zip(turns, each, strict=True)])
+    taken, redactions = Counter[str](), Counter[str]()
+    for one in each:
+        taken.update(one.taken)                            # which adds, and keeps what is negative
+        redactions.update(one.redactions)
+    said = sum(len(one.text) for one in each)
+    return Cleaned(text, len(text.encode()), dict(taken), "too_short" if said < rules.min_chars else "", dict(redactions)), sizes
 
 
 def parted(text: str, turns: str) -> Turns:

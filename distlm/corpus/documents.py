@@ -15,8 +15,7 @@ from typing import Any
 import pyarrow as pa
 
 from distlm.corpus.accounts import SAMPLE_CHARS, Samples, Step, add
-from distlm.corpus.clean import clean, clean_turns
-from distlm.corpus.conversations import Refused, without_system
+from distlm.corpus.conversations import Refused, clean_turns, without_system
 from distlm.corpus.decontaminate import Evaluations, Found
 from distlm.corpus.files import TextFile, find_files
 from distlm.corpus.filters import Filters
@@ -28,6 +27,7 @@ from distlm.errors import CorpusError, InputError
 from distlm.spec.load import nearest
 from distlm.spec.prepare import Clean, Conversations, Filter, Labels, PrepareSpec, Source
 from distlm.storage import replacing
+from distlm.text.clean import clean
 
 SCHEMA = pa.schema([("key", pa.binary(HASH_BYTES)), ("hash", pa.binary(HASH_BYTES)), ("file", pa.int32()), ("origin", pa.int32()),
                     ("record", pa.int64()), ("id", pa.string()), ("meta", pa.string()), ("reasons", pa.list_(pa.string())),

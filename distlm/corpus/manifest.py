@@ -135,6 +135,12 @@ class Manifest:
         """Whether a document may have any number of labels."""
         return bool(self.data.get("labels", {}).get("multiple"))
 
+    @property
+    def cleaning(self) -> list[dict[str, Any]]:
+        """The rules of `clean` that documents passed, of each group of sources; none where the manifest does not tell."""
+        job = self.data.get("parameters", {}).get("clean")
+        return [] if job is None else [{**job, **source.get("clean", {})} for source in self.data["sources"]]
+
     @functools.cached_property
     def inputs(self) -> dict[str, Any]:
         """What inputs.json says; empty for a corpus from before there was one. Raises CorpusError, also for one that is not as it was

@@ -69,8 +69,12 @@ def model_config(spec: ModelSpec, shape: Shape, dropout: float | None = None) ->
 
 def _give_labels(config: Any, shape: Shape, spec: ModelSpec) -> None:
     """Make it that of a classifier whose padding is the end token, or of a language model. Raises InputError for the checkpoint of a
-    classifier that tells other labels apart."""
+    classifier where a language model is trained, or one that tells other labels apart."""
     if not shape.labels:
+        if spec.source is not None and has_classifier(config):
+            raise InputError(f"the checkpoint is a classifier of {', '.join(map(str, config.id2label.values()))}, and predicts no tokens",
+                             where=f"model.from: {spec.source}",
+                             remedy="name the language model that it was trained from, or set objective: classify")
         config.problem_type = None
         return
     kind = f"{'multi' if shape.multiple_labels else 'single'}_label_classification"

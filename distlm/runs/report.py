@@ -19,7 +19,8 @@ FILE = "report.html"
 WIDTH, HEIGHT, MARGIN = 640, 200, 6
 MAX_POINTS = 400
 CURVES = {"Loss": ("loss", "val_loss"), "Tokens per second": ("tokens_per_s",), "Learning rate": ("lr",), "Gradient norm": ("grad_norm",),
-          "Model FLOPs utilization": ("mfu",), "Accuracy and macro F1": ("accuracy", "f1_macro")}
+          "Model FLOPs utilization": ("mfu",), "Accuracy and macro F1": ("accuracy", "f1_macro"),
+          "Reward margin": ("reward_margin", "val_reward_margin"), "Reward accuracy": ("reward_accuracy", "val_reward_accuracy")}
 """Title -> the values of metrics.jsonl that it shows, in nats per token or document the loss."""
 
 

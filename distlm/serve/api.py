@@ -59,7 +59,8 @@ def create_app(engine: Engine | Classifier, card: Card, key: str, metrics: Metri
     app = FastAPI(title="distlm", version=__version__, docs_url=None, redoc_url=None)
     app.add_middleware(Guard, key=key)
     shown = {"id": card.id, "object": "model", "created": card.created, "owned_by": "distlm", "max_model_len": engine.context,
-             "vocab_size": engine.vocabulary, "vocabulary_hash": engine.vocabulary_hash, "lineage": card.lineage}
+             "vocab_size": engine.vocabulary, "vocabulary_hash": engine.vocabulary_hash, "lineage": card.lineage,
+             **({"labels": engine.labels, "multiple_labels": engine.multiple} if isinstance(engine, Classifier) else {})}
 
     @app.get("/health")
     async def health(nonce: str = "") -> Response:
@@ -98,7 +99,7 @@ def create_app(engine: Engine | Classifier, card: Card, key: str, metrics: Metri
             raise Refused(400, f"{card.id!r} is a language model and no classifier; use /v1/completions", param="model",
                           code="no_classifier")
         texts = [await classified_tokens(engine, text) for text in body.texts]
-        found = await asyncio.to_thread(engine.classify, texts)
+        found = await engine.classify(texts)
         return JSONResponse({"object": "list", "model": card.id, "data": [
             {"index": i, "label": None if engine.multiple else max(chances, key=lambda name: chances[name]),
              "labels": [name for name, chance in chances.items() if chance > 0.5] if engine.multiple else None,
@@ -186,9 +187,9 @@ async def tokens_of(engine: Engine, prompt: str | list[int]) -> list[int]:
 
 
 async def classified_tokens(engine: Classifier, text: str) -> list[int]:
-    """Token ids of a text as documents were trained on, without special tokens. Raises Refused for one that is empty or too long."""
+    """Token ids of a text as documents were trained on. Raises Refused for one that is empty or too long."""
     encodable(text, "input")
-    ids: list[int] = (await asyncio.to_thread(engine.tokenizer, text, add_special_tokens=False, split_special_tokens=True))["input_ids"]
+    ids = await asyncio.to_thread(engine.encode, text)
     if not ids:
         raise Refused(400, "input: an empty text has no label", param="input")
     if len(ids) > engine.context:

@@ -1,11 +1,14 @@
 """The engine of a classifier: texts in, the probability of each of its labels out.
 
     classifier = TorchClassifier(folder)
-    classifier.classify([[1, 2, 3]])                       # [{"spam": 0.9, "ham": 0.1}]
+    await classifier.classify([[1, 2, 3]])                 # [{"spam": 0.9, "ham": 0.1}]
 """
 
+import asyncio
+import logging
 import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +18,19 @@ from transformers import AutoTokenizer
 from distlm.errors import ServeError
 from distlm.model.build import load_model
 from distlm.model.vocabulary import vocabulary_hash
-from distlm.serve.engine import EngineFull, NoMemory
+from distlm.serve.engine import EngineFailed, EngineFull, NoMemory
 from distlm.serve.metrics import Metrics
 from distlm.serve.torch_engine import DTYPES, context_of, out_of_memory
+from distlm.spec.prepare import Clean
+from distlm.storage import read_json
+from distlm.text.clean import clean
+
+log = logging.getLogger(__name__)
 
 
 class TorchClassifier:
-    """A model that says which labels texts have. One request computes at a time; more than `max_queued` are refused. Raises InputError
-    where the model cannot be loaded, ServeError for one that does not know its padding."""
+    """A model that says which labels texts have. A thread of its own computes one request at a time; where more than `max_queued` would
+    wait, they are refused. Raises InputError where the model cannot be loaded, ServeError for one that does not know its padding."""
 
     def __init__(self, folder: str | Path, *, dtype: str = "auto", device: str | None = None, threads: int | None = None,
                  max_sequences: int = 8, max_queued: int = 64, metrics: Metrics | None = None) -> None:
@@ -35,40 +43,62 @@ class TorchClassifier:
         self.context, self.vocabulary = context_of(config), int(self.model.get_input_embeddings().num_embeddings)
         self.vocabulary_hash = vocabulary_hash(Path(folder))
         self.labels = [str(config.id2label[i]) for i in range(config.num_labels)]
+        self.cleaning = recorded_cleaning(Path(folder))
         self.multiple = config.problem_type == "multi_label_classification"
         if config.get_text_config().pad_token_id is None:
             raise ServeError("the classifier's config.json names no pad_token_id, with which texts are filled up", where=str(folder),
                              cause="bad_input", remedy="add it: the token that texts never hold, such as the end token")
         self.pad: int = config.get_text_config().pad_token_id
-        self.metrics, self.max_sequences, self.max_queued, self.threads = metrics or Metrics(), max_sequences, max_queued, threads
-        self._computing, self._counting, self._inside = threading.Lock(), threading.Lock(), 0
+        self.metrics, self.max_sequences, self.max_queued = metrics or Metrics(), max_sequences, max_queued
+        self._thread = ThreadPoolExecutor(1, "classifier", *((torch.set_num_threads, (threads,)) if threads else ()))
+        self._counting, self._inside = threading.Lock(), 0
+        self._error: EngineFailed | None = None
 
     def check(self) -> None:
-        """There is no thread that could have died."""
+        """Raises EngineFailed where the model has failed: after an error of a GPU nothing more is computed on it."""
+        if self._error is not None:
+            raise self._error
 
     def close(self) -> None:
-        """There is nothing to end."""
+        """End the thread; requests that wait fail."""
+        self._error = self._error or EngineFailed("the engine has been closed")
+        self._thread.shutdown()
 
-    def classify(self, texts: Sequence[Sequence[int]]) -> list[dict[str, float]]:
+    def encode(self, text: str) -> list[int]:
+        """See `engine.Classifier`."""
+        if self.cleaning:
+            text = clean(text, self.cleaning).text
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return ids
+
+    async def classify(self, texts: Sequence[Sequence[int]]) -> list[dict[str, float]]:
         """See `engine.Classifier`."""
         with self._counting:
+            self.check()
             if self._inside > self.max_queued:
                 raise EngineFull(f"{self._inside} requests are here, which is the limit", remedy="try again later")
             self._inside += 1
+            self.metrics.waiting.set(self._inside - 1)
+        work = self._thread.submit(self._compute, texts)
+        work.add_done_callback(lambda _: self._leave())
+        return await asyncio.wrap_future(work)
+
+    def _leave(self) -> None:
+        with self._counting:
+            self._inside -= 1
             self.metrics.waiting.set(max(0, self._inside - 1))
+
+    def _compute(self, texts: Sequence[Sequence[int]]) -> list[dict[str, float]]:
+        self.check()                                       # it may have failed while these waited
         try:
-            with self._computing, torch.inference_mode():
-                if self.threads:
-                    torch.set_num_threads(self.threads)    # OpenMP keeps this per thread
+            with torch.inference_mode():
                 return self._probabilities(texts)
-        except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
-                raise
-            raise NoMemory(f"there is no memory for {len(texts):,} texts", remedy="send fewer or shorter ones") from None
-        finally:
-            with self._counting:
-                self._inside -= 1
-                self.metrics.waiting.set(max(0, self._inside - 1))
+        except Exception as error:
+            if out_of_memory(error):
+                raise NoMemory(f"there is no memory for {len(texts):,} texts", remedy="send fewer or shorter ones") from None
+            log.exception("the engine has died")
+            self._error = EngineFailed(f"the engine has died: {type(error).__name__}: {error}")
+            raise self._error from error
 
     def _probabilities(self, texts: Sequence[Sequence[int]]) -> list[dict[str, float]]:
         """Texts of like length go through the model together, `max_sequences` at a time."""
@@ -88,3 +118,19 @@ class TorchClassifier:
             for _ in rows:
                 self.metrics.finished("stop")
         return found
+
+
+def recorded_cleaning(folder: Path) -> Clean | None:
+    """What documents were cleaned by, as the export's distlm.json tells; None where it does not. Raises ServeError for what are no such
+    rules, InputError where they need a library that is not installed."""
+    told = folder / "distlm.json"
+    rules = read_json(told).get("clean") if told.is_file() else None
+    if rules is None:
+        return None
+    try:
+        found = Clean.model_validate(rules)
+    except ValueError:
+        raise ServeError(f"clean: {rules} are no rules of cleaning", where=str(told), cause="bad_input",
+                         remedy="copy the export again, or leave clean out") from None
+    clean("é", found)                                      # not ASCII: that would need no library
+    return found

@@ -4,11 +4,12 @@
         print(piece, end="", flush=True)
 """
 
+import contextlib
 import hmac
 import json
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,22 +28,24 @@ def query(url: str, api_key: str, prompt: str, max_tokens: int | None = None, *,
 
     Raises ServeError where the endpoint cannot be reached or refuses.
     """
-    base = url.rstrip("/").removesuffix("/v1") + "/v1"
     asked = {"prompt": prompt} if not chat else {"messages": [{"role": "user", "content": prompt}]}
     limit = {} if max_tokens is None else {"max_tokens": max_tokens}
-    with httpx.Client(headers={"Authorization": f"Bearer {api_key}"}, timeout=timeout_s, trust_env=False) as http:
-        try:
-            if model is None:
-                answer = http.get(f"{base}/models")
-                _accept(answer, base)
-                model = answer.json()["data"][0]["id"]
-            body = {"model": model, **asked, **limit, "temperature": temperature, "stream": True, **fields}
-            with http.stream("POST", f"{base}/{'chat/' if chat else ''}completions", json=body) as answer:
-                _accept(answer, base)
-                yield from _pieces(answer, base)
-        except httpx.HTTPError as error:
-            raise ServeError(f"the endpoint cannot be reached: {error}", where=base,
-                             remedy="`distlm status` shows whether it runs") from None
+    with _asking(url, api_key, timeout_s) as (http, base):
+        body = {"model": model or _first_model(http, base), **asked, **limit, "temperature": temperature, "stream": True, **fields}
+        with http.stream("POST", f"{base}/{'chat/' if chat else ''}completions", json=body) as answer:
+            _accept(answer, base)
+            yield from _pieces(answer, base)
+
+
+def classify(url: str, api_key: str, texts: Sequence[str], *, model: str | None = None, timeout_s: float = 600) -> list[dict[str, Any]]:
+    """What a classifier says of each text: `label`, or where a text may have several `labels`, and the `probabilities` by label.
+
+    Raises ServeError where the endpoint cannot be reached or refuses.
+    """
+    with _asking(url, api_key, timeout_s) as (http, base):
+        answer = http.post(f"{base}/classify", json={"model": model or _first_model(http, base), "input": list(texts)})
+        _accept(answer, base)
+        return [{key: one[key] for key in ("label", "labels", "probabilities")} for one in answer.json()["data"]]
 
 
 def healthy(endpoint: Mapping[str, Any]) -> bool:
@@ -67,6 +70,24 @@ def gone(endpoint: Mapping[str, Any]) -> bool:
     except (httpx.HTTPError, KeyError):
         pass
     return False
+
+
+@contextlib.contextmanager
+def _asking(url: str, api_key: str, timeout_s: float) -> Iterator[tuple[httpx.Client, str]]:
+    """A client that sends the key, and the address before every path. Raises ServeError where nobody answers."""
+    base = url.rstrip("/").removesuffix("/v1") + "/v1"
+    with httpx.Client(headers={"Authorization": f"Bearer {api_key}"}, timeout=timeout_s, trust_env=False) as http:
+        try:
+            yield http, base
+        except httpx.HTTPError as error:
+            raise ServeError(f"the endpoint cannot be reached: {error}", where=base,
+                             remedy="`distlm status` shows whether it runs") from None
+
+
+def _first_model(http: httpx.Client, base: str) -> str:
+    answer = http.get(f"{base}/models")
+    _accept(answer, base)
+    return str(answer.json()["data"][0]["id"])
 
 
 def _pieces(answer: httpx.Response, base: str) -> Iterator[str]:

@@ -91,6 +91,7 @@ def serve(spec: ServeSpec, folder: RunFolder, storage: Storage, progress: Progre
         progress.note("the cluster has no room for a second replica: the endpoint is silent while it is replaced")
     try:
         take(model, own)
+        record["classifier"] = is_classifier(own)
         record["lineage"] = read_json(own / "distlm.json") if (own / "distlm.json").exists() else {}
         deploy(record, prefix, surge=surge)
         wait_until_running(spec.name, progress)
@@ -111,7 +112,7 @@ def serve(spec: ServeSpec, folder: RunFolder, storage: Storage, progress: Progre
             shutil.rmtree(other, ignore_errors=True)
     folder.event("running", message=f"serving at {base}/v1", url=f"{base}/v1")
     return {"": f"{base}/v1", "url": f"{base}/v1", "api_key_file": str(key_file), "model": spec.name,
-            **({"classifier": True} if is_classifier(own) else {})}
+            **({"classifier": True} if record["classifier"] else {})}
 
 
 def is_classifier(model: Path) -> bool:

@@ -80,12 +80,16 @@ class Classifier(Protocol):
     vocabulary: int
     vocabulary_hash: str | None
     """What stands for the tokenizer's vocabulary, as model/vocabulary.py has it."""
+    labels: list[str]
     multiple: bool
     """Whether a text may have any number of labels."""
 
-    def classify(self, texts: Sequence[Sequence[int]]) -> list[dict[str, float]]:
+    def encode(self, text: str) -> list[int]:
+        """The tokens that a document of this text was trained on as: cleaned as that was, and without special tokens."""
+
+    async def classify(self, texts: Sequence[Sequence[int]]) -> list[dict[str, float]]:
         """The probability of each label of each text, given as its tokens, one at least and `context` at most. Those of a text add up to 1,
-        unless it may have several labels. Blocks until it is done. Raises EngineFull and NoMemory."""
+        unless it may have several labels. Raises EngineFull, EngineFailed, NoMemory."""
 
     def check(self) -> None:
         """Raises EngineFailed where no request can be answered any more."""

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import distributed
 
+from distlm.corpus.manifest import read_manifest
 from distlm.errors import TrainError
 from distlm.model.adapter import add_adapter, base_hash, merge, save_adapter
 from distlm.model.attention import use_cpu_attention
@@ -24,6 +25,7 @@ from distlm.model.export import export_model
 from distlm.model.sequence import exchange_in_attention
 from distlm.model.tensor import dimension
 from distlm.runs import RunFolder
+from distlm.text.clean import common
 from distlm.train import checkpoint, preempt
 from distlm.train.average import Ema, take_mean
 from distlm.train.batch import Batch
@@ -277,4 +279,11 @@ def export_lineage(recipe: Recipe, folder: RunFolder) -> dict[str, Any]:
     return {"run": folder.path.parent.parent.name if trial else folder.name, "trial": folder.name if trial else None,
             "corpus": ", ".join(Path(corpus).name for corpus in recipe.corpora), "corpus_hash": recipe.corpus_hash,
             "step": recipe.num_steps, "checkpoint": checkpoint.checkpoint_path(folder.path, recipe.num_steps).name,
-            "val_loss": last.get("val_loss")}
+            "val_loss": last.get("val_loss"), **({"clean": cleaning} if (cleaning := _cleaning(recipe)) else {})}
+
+
+def _cleaning(recipe: Recipe) -> dict[str, Any]:
+    """What a classifier's endpoint is to make of a text first, so that it has the tokens of a document of that text: the rules of `clean`
+    that all of them passed. Empty for a language model, which is sent beginnings, and where a corpus does not tell."""
+    rules = [read_manifest(corpus).cleaning for corpus in recipe.corpora] if recipe.shape.labels else []
+    return common([one for each in rules for one in each]) if rules and all(rules) else {}

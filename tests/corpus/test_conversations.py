@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from distlm import plan
-from distlm.corpus.conversations import Refused, Turns, divided, joined, parted, turns_of, without_system
+from distlm.corpus.conversations import Refused, Turns, clean_turns, divided, joined, parted, turns_of, without_system
 from distlm.corpus.diff import diff
 from distlm.corpus.encode import EncodeTask, _turns_encoder
 from distlm.corpus.files import find_files
@@ -24,7 +24,7 @@ from distlm.corpus.stream import NO_LOSS, START, Windows
 from distlm.corpus.verify import verify
 from distlm.errors import CorpusError, InputError
 from distlm.model.loss import IGNORED
-from distlm.spec.prepare import Conversations, Source
+from distlm.spec.prepare import Clean, Conversations, Source
 from distlm.storage import Storage
 from distlm.train.batch import make_batch
 from distlm.train.recipe import make_recipe
@@ -280,3 +280,13 @@ def test_what_can_be_seen_to_fail_is_found_before_work_and_what_cannot_is_told(r
         run(chats, **{**KEYS, "conversations": {"messages_key": "message"}})
     with pytest.raises(CorpusError, match=r"no document is left of 45.*34 longer_than_window"):
         run(chats, **{**KEYS, "context": 16})
+
+
+def test_every_turn_of_a_conversation_is_cleaned_by_itself() -> None:
+    rules = Clean(whitespace="trim", redact=("email",), min_chars=20)
+    turns = [("user", " a\r\n  b "), ("assistant", "x\x00y me@real-company.com"), ("user", " ")]
+    cleaned, sizes = clean_turns(turns, rules)
+    assert parted(cleaned.text, sizes) == [("user", "a\n  b"), ("assistant", "xy <|email|>"), ("user", "")]
+    before = len("\n\n".join(content for _, content in turns).encode())
+    assert before == cleaned.bytes + sum(cleaned.taken.values()) and cleaned.redactions == {"email": 1}
+    assert cleaned.reason == "too_short", "18 characters are said, and what joins them is not"

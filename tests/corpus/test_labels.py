@@ -17,9 +17,18 @@ from distlm.corpus.labels import check_labels, labels_of, ordered
 from distlm.corpus.manifest import read_manifest
 from distlm.corpus.stream import Plan, Windows, local_steps, ordered_steps
 from distlm.corpus.verify import verify
-from distlm.errors import CorpusError, InputError, SpecError
+from distlm.errors import CorpusError, InputError, ServeError, SpecError
+from distlm.model.build import build_model, model_config
+from distlm.model.export import export_model
+from distlm.runs import RunFolder
+from distlm.serve.classifier import TorchClassifier
 from distlm.spec.load import load_spec
 from distlm.spec.prepare import Labels
+from distlm.storage import Storage, write_json
+from distlm.text.clean import common
+from distlm.train.loop import export_lineage
+from distlm.train.recipe import make_recipe
+from tests.train.ranks import spec
 
 Run = Callable[..., dict[str, Any]]
 CONTEXT = 16
@@ -155,3 +164,36 @@ def test_what_a_label_may_be() -> None:
 def test_what_cannot_be_is_refused(keys: dict[str, Any], text: str) -> None:
     with pytest.raises(SpecError, match=text):
         load_spec({"kind": "prepare", "name": "c", "sources": ["x"], **keys})
+
+
+def test_a_text_that_is_sent_has_the_tokens_of_the_same_text_prepared(run: Run, tmp_path: Path) -> None:
+    said = "mail ada@real-company.com  now\r\n\r\n", "\ufb01ne\u0301  \x00 cafe\u0301"
+    given = [{"text": f"{text}{i} ", "kind": "ab"[i % 2]} for i in range(20) for text in said]
+    keys = {**BYTES, "context": 64, "labels": {"label_key": "kind"}}
+    rules = {"unicode": "NFKC", "whitespace": "collapse", "redact": ["email"]}
+    corpus = Path(run(write(tmp_path / "a.jsonl", given), clean=rules, **keys)[""])
+    recipe = make_recipe(spec(corpus, objective="classify", batch={"global_sequences": 4, "micro_sequences": 2}), Storage(tmp_path))
+    lineage = export_lineage(recipe, RunFolder(tmp_path / "run"))
+    assert lineage["clean"] == {**rules, "control_characters": "remove", "fix_encoding": False}
+    model = build_model(recipe.spec.model, model_config(recipe.spec.model, recipe.shape), 0)
+    export_model(model, None, read_manifest(corpus).tokenizer, tmp_path / "export", lineage)
+    engine = TorchClassifier(tmp_path / "export")
+    windows = Windows(corpus)
+    prepared = {tuple(row[:row.tolist().index(recipe.shape.eos_id)].tolist()) for row in windows.read(*windows.first(len(windows)))}
+    sent = {tuple(engine.encode(one["text"])) for one in given}
+    assert prepared and prepared <= sent
+    write_json(tmp_path / "export" / "distlm.json", {key: value for key, value in lineage.items() if key != "clean"})
+    silent = TorchClassifier(tmp_path / "export")
+    assert not prepared & {tuple(silent.encode(one["text"])) for one in given}, "what is not told is not applied"
+    write_json(tmp_path / "export" / "distlm.json", {**lineage, "clean": {"unicode": "NFX"}})
+    with pytest.raises(ServeError, match=r"distlm\.json: clean: {'unicode': 'NFX'} are no rules"):
+        TorchClassifier(tmp_path / "export")
+
+
+def test_a_rule_that_not_all_sources_have_is_applied_to_no_text_that_is_sent(run: Run, tmp_path: Path) -> None:
+    given = [{"text": f"text {i}", "kind": "ab"[i % 2]} for i in range(40)]
+    paths = [write(tmp_path / "a.jsonl", given[:20]), write(tmp_path / "b.jsonl", given[20:])]
+    sources = [{"path": str(paths[0])}, {"path": str(paths[1]), "clean": {"whitespace": "keep"}}]
+    corpus = Path(run(sources, clean={"whitespace": "trim", "unicode": "NFKC"}, labels={"label_key": "kind"}, **BYTES)[""])
+    assert common(read_manifest(corpus).cleaning) == {"unicode": "NFKC", "control_characters": "remove", "fix_encoding": False,
+                                                      "whitespace": "keep", "redact": []}

@@ -42,6 +42,17 @@ def test_a_classifiers_page_has_its_scores_and_its_confusion_matrix(tmp_path: Pa
     assert (one.title, two.title) == ("a", "b") and one.rows[1] == ("with", ((2, 40), (3, 60))) and matrices([{"step": 1}]) == []
 
 
+def test_a_page_of_preferences_has_the_curves_of_their_rewards(tmp_path: Path) -> None:
+    folder = made(tmp_path / "run")
+    for step in (1, 2):
+        folder.metrics({"step": step, "reward_margin": 0.5 * step, "reward_accuracy": 0.25 * step})
+    folder.metrics({"step": 2, "val_reward_margin": 0.75, "val_reward_accuracy": 0.625})
+    page = write_report(folder).read_text()
+    for text in ("Reward margin", "Reward accuracy", "reward margin 1", "val reward margin 0.75", "reward accuracy 0.5",
+                 "val reward accuracy 0.625"):
+        assert text in page, text
+
+
 def test_the_page_tells_where_the_time_went_and_what_the_model_says(tmp_path: Path) -> None:
     folder = made(tmp_path / "run")
     assert "Where the time went" not in write_report(folder).read_text()

@@ -31,9 +31,9 @@ LINEAGE = {"run": "tiny", "corpus_hash": "ab12", "checkpoint": "step-000010", "t
 class Server:
     """The application under uvicorn on loopback."""
 
-    def __init__(self, folder: Path, **options: Any) -> None:
+    def __init__(self, folder: Path, make: Any = TorchEngine, **options: Any) -> None:
         metrics = Metrics("tiny", "r0")
-        self.engine = TorchEngine(folder, threads=1, metrics=metrics, **options)
+        self.engine = make(folder, threads=1, metrics=metrics, **options)
         self.app = create_app(self.engine, Card("tiny", LINEAGE), KEY, metrics, default_max_tokens=8)
         listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"

@@ -12,26 +12,43 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from distlm.errors import ServeError
+from distlm import cli, jobs
+from distlm.errors import InputError, ServeError
 from distlm.serve.api import Card, create_app
 from distlm.serve.classifier import TorchClassifier
-from distlm.serve.engine import EngineFull
+from distlm.serve.client import classify
+from distlm.serve.engine import EngineFailed
+from distlm.serve.guard import make_key
 from distlm.serve.metrics import Metrics
+from distlm.storage import Storage, write_json
+from tests.serve.test_api import Server
 from tests.serve.tiny_models import make_classifier
 
 KEY = "sk-0123456789abcdef"
 TEXTS = ["the cat sat", "def main(argument):\n    return 1", "x", "the dog — naïve — barked " * 4]
 
 
-def answer(engine: Any, path: str = "classify", **body: Any) -> tuple[int, dict[str, Any]]:
+def client_of(engine: Any) -> httpx.AsyncClient:
     app = create_app(engine, Card("tiny"), KEY, Metrics())
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://test",
+                             headers={"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"})
 
-    async def post() -> httpx.Response:
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://test") as client:
-            return await client.post(f"/v1/{path}", content=json.dumps({"model": "tiny", **body}),
-                                     headers={"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"})
 
-    found = asyncio.run(post())
+async def post(client: httpx.AsyncClient, path: str = "classify", **body: Any) -> httpx.Response:
+    return await client.post(f"/v1/{path}", content=json.dumps({"model": "tiny", **body}))
+
+
+async def health(engine: Any) -> httpx.Response:
+    async with client_of(engine) as client:
+        return await client.get("/health")
+
+
+def answer(engine: Any, path: str = "classify", **body: Any) -> tuple[int, dict[str, Any]]:
+    async def ask() -> httpx.Response:
+        async with client_of(engine) as client:
+            return await post(client, path, **body)
+
+    found = asyncio.run(ask())
     return found.status_code, found.json()
 
 
@@ -102,17 +119,80 @@ def test_each_kind_of_model_refuses_what_the_other_does(engine: TorchClassifier,
 
 
 def test_more_requests_than_may_wait_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = TorchClassifier(folder, threads=1, max_queued=0)
-    entered, go = threading.Event(), threading.Event()
-    monkeypatch.setattr(engine, "_probabilities", lambda texts: entered.set() or (go.wait(20) and [{}]))
-    first = threading.Thread(target=engine.classify, args=([[1]],))
-    first.start()
-    assert entered.wait(20)
-    with pytest.raises(EngineFull, match="1 requests are here"):
-        engine.classify([[1]])
-    go.set()
-    first.join(20)
-    assert engine.classify([[1]]) == [{}]
+    limit = 40                                             # more than asyncio's own threads, which must not be what limits
+    engine = TorchClassifier(folder, threads=1, max_queued=limit)
+    go, chances = threading.Event(), {"ham": 1.0}
+    monkeypatch.setattr(engine, "_probabilities", lambda texts: [chances] if go.wait(20) else [])
+
+    async def flood() -> tuple[httpx.Response, list[httpx.Response]]:
+        async with client_of(engine) as client:
+            asked = {asyncio.ensure_future(post(client, input="x")) for _ in range(limit + 2)}
+            done, waiting = await asyncio.wait(asked, timeout=10, return_when=asyncio.FIRST_COMPLETED)
+            go.set()
+            [refused] = done
+            return await refused, await asyncio.gather(*waiting)
+
+    try:
+        refused, others = asyncio.run(flood())
+        assert refused.status_code == 429 and refused.headers["retry-after"] == "2"
+        assert (refused.json()["error"]["code"], refused.json()["error"]["type"]) == ("queue_full", "rate_limit_error")
+        assert [one.status_code for one in others] == [200] * (limit + 1)
+        assert answer(engine, input="x")[1]["data"][0]["probabilities"] == chances       # they have left
+    finally:
+        go.set()
+        engine.close()
+
+
+def test_an_engine_that_fails_says_so_and_is_not_healthy(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, model = TorchClassifier(folder, threads=1), TorchClassifier(folder, threads=1).model
+
+    def broken(error: Exception) -> None:
+        def fail(**_: Any) -> None:
+            raise error
+        monkeypatch.setattr(engine, "model", fail)
+
+    broken(torch.OutOfMemoryError("CUDA out of memory"))
+    status, found = answer(engine, input="x")
+    assert (status, found["error"]["code"]) == (503, "out_of_memory") and asyncio.run(health(engine)).status_code == 200
+    broken(RuntimeError("CUDA error: an illegal memory access was encountered"))
+    said = "the engine has died: RuntimeError: CUDA error: an illegal memory access was encountered"
+    status, found = answer(engine, input="x")
+    assert (status, found["error"]) == (503, {"message": said, "type": "server_error", "param": None, "code": "engine_failed"})
+    monkeypatch.setattr(engine, "model", model)
+    with pytest.raises(EngineFailed, match="CUDA error"):  # what Ray Serve asks: it starts another replica
+        engine.check()
+    assert answer(engine, input="x")[0] == 503 and asyncio.run(health(engine)).status_code == 503
+
+
+@pytest.mark.parametrize("multiple", [False, True])
+def test_query_shows_the_labels_that_the_endpoint_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+                                                        multiple: bool) -> None:
+    server = Server(make_classifier(tmp_path / "model", multiple=multiple), TorchClassifier)
+    try:
+        [card] = server.http.get("/v1/models").json()["data"]
+        assert (card["labels"], card["multiple_labels"]) == (["ham", "spam", "eggs"], multiple)
+        chances = dict(zip(card["labels"], reference(tmp_path / "model", TEXTS[1]), strict=True))
+        key = make_key(tmp_path / "key")
+        key.write_text(KEY)
+        folder = Storage(tmp_path).endpoint("c")
+        folder.mkdir(parents=True)
+        write_json(folder / "endpoint.json", {"url": f"{server.url}/v1", "model": "tiny", "api_key_file": str(key), "classifier": True})
+        monkeypatch.setenv("DISTLM_STORAGE", str(tmp_path))
+        [found] = jobs.classify("c", TEXTS[1:2])
+        assert found["probabilities"] == pytest.approx(chances, abs=1e-6)
+        assert [found] == classify(server.url, KEY, [TEXTS[1]])
+        cli.query("c", TEXTS[1])
+        *rows, last = [line.split() for line in capsys.readouterr().out.splitlines()]
+        assert rows == [["label", "probability"], *([label, f"{chance:.2%}"] for label, chance in
+                                                    sorted(chances.items(), key=lambda one: -one[1]))]
+        over = [label for label, chance in chances.items() if chance > 0.5]
+        assert last == (["labels", *", ".join(over or ["none"]).split()] if multiple else ["label", rows[1][0]])
+        with pytest.raises(InputError, match="c is a classifier and completes no text; leave out --chat"):
+            cli.query("c", "x", chat=True)
+        with pytest.raises(ServeError, match=r"an empty text has no label \(status 400\)"):
+            jobs.classify("c", [""])
+    finally:
+        server.close()
 
 
 def test_a_classifier_without_padding_cannot_be_served(tmp_path: Path) -> None:

@@ -383,6 +383,8 @@ def test_a_classifier_is_served_on_ray_serve(cluster: None, storage: Storage) ->
         text = summary.ask(outputs, "the cat sat")
         assert text.split(", ") == [f"{name} {chance:.3f}" for chance, name in sorted(
             zip(wanted, ("ham", "spam", "eggs"), strict=True), reverse=True)]
+        [found] = jobs.classify("sorter", ["the cat sat"], storage=storage)
+        assert jobs.serves_classifier("sorter", storage) and [*found["probabilities"].values()] == pytest.approx(wanted, abs=1e-6)
         assert "/v1/classify -H" in summary.curl(outputs, "the cat sat")
         with pytest.raises(ServeError, match="'sorter' is a classifier and completes no text; use /v1/classify"):
             list(query(outputs["url"], Path(outputs["api_key_file"]).read_text().strip(), "hi", 4))

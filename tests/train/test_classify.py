@@ -18,7 +18,8 @@ from distlm.spec.load import dump, load_spec
 from distlm.storage import Storage
 from distlm.train.objectives.classify import class_weights
 from distlm.train.recipe import Recipe, make_recipe
-from tests.train.ranks import losses, make_corpus, make_labelled_corpus, metrics, run_ranks, spec, windows_seen
+from tests.serve.tiny_models import make_classifier
+from tests.train.ranks import losses, make_corpus, make_labelled_corpus, make_packed_corpus, metrics, run_ranks, spec, windows_seen
 
 CLASSIFY = {"objective": "classify", "duration": {"steps": 12}, "evaluate": {"every_steps": 6}, "checkpoint": {"every_steps": 4}}
 SHARDED = {"zero": 3, "deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}}}
@@ -205,6 +206,16 @@ def test_a_classifier_of_other_labels_is_refused(runs: Path, tmp_path: Path) -> 
                                 ("labelled", "multiple", "gives a text any number of labels, and the corpus one; take")):
         with pytest.raises(InputError, match=said):
             recipe_of(runs / corpus, model={"from": str(runs / model / "export")})
+
+
+@pytest.mark.parametrize("objective", ["pretrain", "sft"])
+def test_a_classifier_is_no_language_model_to_start_from(tmp_path: Path, objective: str) -> None:
+    corpus = make_corpus(tmp_path / "c") if objective == "pretrain" else make_packed_corpus(tmp_path / "c", conversations=True)
+    model = make_classifier(tmp_path / "model")
+    with pytest.raises(InputError, match="the checkpoint is a classifier of ham, spam, eggs, and predicts no tokens; name the language "
+                                         "model that it was trained from, or set objective: classify") as caught:
+        make_recipe(spec(corpus, objective=objective, model={"from": str(model)}), Storage(tmp_path))
+    assert caught.value.where == f"model.from: {model}"
 
 
 def test_a_mixture_of_corpora_with_labels_brings_each_its_own(corpus: Path, tmp_path: Path) -> None:

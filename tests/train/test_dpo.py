@@ -4,7 +4,9 @@ goes on."""
 import json
 import math
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,7 @@ from distlm.spec import TrainSpec, load_spec
 from distlm.storage import Storage
 from distlm.train import checkpoint
 from distlm.train.driver import outcome
+from distlm.train.objectives import dpo
 from distlm.train.objectives.dpo import METRICS
 from distlm.train.recipe import make_recipe
 from distlm.train.schedule import learning_rate
@@ -134,6 +137,21 @@ def test_every_layout_makes_the_papers_steps(root: Path, tmp_path: Path) -> None
         made = outcome(make_recipe(tuned(root), Storage(root)), RunFolder(run))
         assert {key: made[key] for key in last if key in METRICS and key != "loss" and key.startswith("val")} == {
             key: value for key, value in last.items() if key.startswith("val")} and set(steps[-1]) | set(last) >= set(METRICS)
+
+
+@pytest.mark.parametrize(("note_s", "counts"), [(0.0, range(0, 31, 2)), (1e9, [0])])
+def test_the_reference_tells_how_far_it_is(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, note_s: float,
+                                           counts: Sequence[int]) -> None:
+    class Engine(torch.nn.Module):
+        def forward(self, tokens: torch.Tensor, *_: torch.Tensor) -> None:
+            self.module = SimpleNamespace(observed=torch.zeros(len(tokens), 4))
+
+    monkeypatch.setattr(dpo, "NOTE_S", note_s)
+    monkeypatch.setattr(torch.distributed, "gather_object", lambda mine, everyone: everyone.__setitem__(0, mine))
+    folder = RunFolder(tmp_path / "run")
+    table = dpo._score(Engine(), make_recipe(tuned(root), Storage(root)), folder, 0, torch.device("cpu"))
+    assert table is not None and len(table[0]) == sum(PAIRS.values()) == 31
+    assert [event["message"] for event in folder.events()] == [f"the reference: {count} of 31 pairs" for count in counts]
 
 
 def test_a_run_goes_on_bit_equal_from_the_reference_that_it_has_kept(root: Path, tmp_path: Path) -> None:

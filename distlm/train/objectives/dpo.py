@@ -5,6 +5,7 @@ What the model makes of all pairs at first is computed once, before the first st
 """
 
 import io
+import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ METRICS: Mapping[str, Metric] = {
     "val_chosen_log_prob": Metric(""), "val_rejected_log_prob": Metric(""), "reward_accuracy": Metric("max", evaluated=False),
     "reward_margin": Metric("max", evaluated=False, scaled_by=REWARD), "loss": Metric("min", evaluated=False, scaled_by=LOSS)}
 FOLDER, TABLE, RECORD = "reference", "log_probs.npz", "reference.json"
+NOTE_S = 10.0
+"""So often the pass over the pairs says how far it is."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,7 @@ def begin(engine: Any, recipe: "Recipe", folder: RunFolder, rank: int, device: "
     distributed.broadcast_object_list(known)
     if not known[0]:
         started = time.monotonic()
-        table = _score(engine, recipe, rank, device)
+        table = _score(engine, recipe, folder, rank, device)
         if table is not None:
             keys, first = np.unique(table[0], return_index=True)
             _write(place, keys, table[1][first], identity)
@@ -164,17 +167,23 @@ def _sources(recipe: "Recipe") -> "list[tuple[Windows, NDArray[np.int64], NDArra
     return found + [(windows, *windows.first(part.windows)) for part in recipe.val for windows in [Windows(part.corpus, "val")]]
 
 
-def _score(engine: Any, recipe: "Recipe", rank: int, device: "torch.device") -> "tuple[NDArray[np.int64], NDArray[np.float32]] | None":
-    """(keys, log-probabilities of both answers) of all pairs on rank 0, None elsewhere. Each rank takes every world-th micro-batch."""
+def _score(engine: Any, recipe: "Recipe", folder: RunFolder, rank: int,
+           device: "torch.device") -> "tuple[NDArray[np.int64], NDArray[np.float32]] | None":
+    """(keys, log-probabilities of both answers) of all pairs on rank 0, None elsewhere. Each rank takes every world-th micro-batch; rank 0
+    notes how far they are."""
     import torch
     from torch import distributed
 
     size, world, sources = recipe.micro_sequences, recipe.world, _sources(recipe)
     parts = [(i, start) for i, (_, shards, _) in enumerate(sources) for start in range(0, len(shards), size)]
     keys, values = [np.zeros(0, np.int64)], [np.zeros((0, 2), np.float32)]
+    total, noted = sum(len(shards) for _, shards, _ in sources), -math.inf
     engine.eval()
     with torch.no_grad():
         for turn in range(-(-len(parts) // world)):
+            if rank == 0 and time.monotonic() >= noted + NOTE_S:
+                folder.event("note", message=f"the reference: {min(turn * world * size, total):,} of {total:,} pairs")
+                noted = time.monotonic()
             mine = turn * world + rank
             source, start = parts[min(mine, len(parts) - 1)]           # who has run out takes part: ZeRO-3 gathers in each pass
             windows, shards, rows = sources[source]

@@ -4,10 +4,9 @@ import sys
 
 import pytest
 
-from distlm.corpus.clean import clean, clean_turns
-from distlm.corpus.conversations import parted
 from distlm.errors import InputError
 from distlm.spec.prepare import Clean
+from distlm.text.clean import clean
 
 REDACT = ("email", "ip", "phone", "card", "secret")
 
@@ -110,13 +109,3 @@ def test_bytes_before_are_bytes_after_and_what_each_rule_took(seed: int) -> None
         assert sum(cleaned.redactions.values()) == cleaned.text.count("<|")
         assert {name.removeprefix("redacted_") for name in cleaned.taken if name.startswith("redacted_")} <= set(cleaned.redactions)
         assert set(cleaned.redactions) <= set(rules.redact)
-
-
-def test_every_turn_of_a_conversation_is_cleaned_by_itself() -> None:
-    rules = Clean(whitespace="trim", redact=("email",), min_chars=20)
-    turns = [("user", " a\r\n  b "), ("assistant", "x\x00y me@real-company.com"), ("user", " ")]
-    cleaned, sizes = clean_turns(turns, rules)
-    assert parted(cleaned.text, sizes) == [("user", "a\n  b"), ("assistant", "xy <|email|>"), ("user", "")]
-    before = len("\n\n".join(content for _, content in turns).encode())
-    assert before == cleaned.bytes + sum(cleaned.taken.values()) and cleaned.redactions == {"email": 1}
-    assert cleaned.reason == "too_short", "18 characters are said, and what joins them is not"

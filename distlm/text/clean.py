@@ -7,18 +7,21 @@
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from distlm.corpus.conversations import Turns, joined
-from distlm.corpus.redact import KINDS, redact
 from distlm.errors import InputError
 from distlm.spec.prepare import Clean
+from distlm.text.redact import KINDS, redact
 
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 """Unicode's category Cc but for tab and line feed."""
 BLANKS = re.compile(r"[^\S\n]{2,}")
 EMPTY_LINES = re.compile(r"\n{3,}")
+
+LEAVES_ALL: dict[str, Any] = {"unicode": "none", "control_characters": "keep", "fix_encoding": False, "whitespace": "keep", "redact": []}
+"""The keys of `clean` that change a text by what it says itself, with what leaves it as it is."""
 
 
 @dataclass(frozen=True)
@@ -58,16 +61,11 @@ def clean(text: str, rules: Clean) -> Cleaned:
     return Cleaned(text, size, taken, "too_short" if len(text) < rules.min_chars else "", dict(redactions))
 
 
-def clean_turns(turns: Turns, rules: Clean) -> tuple[Cleaned, str]:
-    """Apply the rules to what each turn says: (all turns as one text, whose is how much of it)."""
-    each = [clean(content, rules) for _, content in turns]
-    text, sizes = joined([(role, one.text) for (role, _), one in zip(turns, each, strict=True)])
-    taken, redactions = Counter[str](), Counter[str]()
-    for one in each:
-        taken.update(one.taken)                            # which adds, and keeps what is negative
-        redactions.update(one.redactions)
-    said = sum(len(one.text) for one in each)
-    return Cleaned(text, _bytes(text), dict(taken), "too_short" if said < rules.min_chars else "", dict(redactions)), sizes
+def common(rules: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What changes a text, of the rules on which all of some agree: every key of LEAVES_ALL, each with what leaves it as it is where they
+    do not."""
+    found = {key: [one.get(key, none) for one in rules] for key, none in LEAVES_ALL.items()}
+    return {key: values[0] if all(value == values[0] for value in values) else LEAVES_ALL[key] for key, values in found.items()}
 
 
 def _steps(rules: Clean) -> list[tuple[str, Callable[[str], str]]]:

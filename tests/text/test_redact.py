@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from distlm.corpus.redact import KINDS, redact
+from distlm.text.redact import KINDS, redact
 
 SIZE = 1 << 20
 KEY = "-----BEGIN RSA PRIVATE KEY-----\n" + "MIIEpAIBAAKCAQEAx3Jq1zq9W0dYk2u7\n" * 3 + "-----END RSA PRIVATE KEY-----"
