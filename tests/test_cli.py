@@ -165,8 +165,8 @@ def test_no_cluster_and_no_storage_exit_4(distlm, tmp_path):
 def test_init_writes_specs_that_plan_and_overwrites_nothing(distlm, tmp_path):
     assert distlm("init", "new").returncode == 0
     files = sorted(path.name for path in (tmp_path / "new").iterdir())
-    assert files == ["compress.yaml", "distlm.schema.json", "evaluate.yaml", "pipeline.yaml", "prepare.yaml", "serve.yaml", "train.yaml",
-                     "tune.yaml"]
+    assert files == ["average.yaml", "compress.yaml", "distlm.schema.json", "evaluate.yaml", "pipeline.yaml", "prepare.yaml", "serve.yaml",
+                     "train.yaml", "tune.yaml"]
     for name in {*files} - {"distlm.schema.json"}:
         assert (tmp_path / "new" / name).read_text().splitlines()[0] == "# yaml-language-server: $schema=distlm.schema.json"
     (tmp_path / "new" / "train.yaml").write_text("mine")

@@ -137,7 +137,7 @@ def test_every_wrong_step_is_named_at_once_with_its_line(tmp_path: Path) -> None
     *(("prepare", "kind", value, "unknown kind") for value in ([], ["x"], {}, {"a": 1}, 5)),
     *(("tune", "kind", value, "unknown kind") for value in (["tune"], {"tune": 1})),
     *(("tune", "space", value, "must be a section") for value in (5, True, 0.5, "x", ["optimizer.lr"], [[]])),
-    ("tune", "space", {}, "must have 1 entries at least"), ("tune", "space", {"optimizer.lr": 5}, "must be a section"),
+    ("tune", "space", {}, "there is nothing to try; give keys with values"), ("tune", "space", {"optimizer.lr": 5}, "must be a section"),
     ("tune", "space", None, "must be a section")])
 def test_what_is_no_kind_and_no_space_is_told_once_where_it_is_written(step: str, key: str, value: Any, what: str) -> None:
     """And not where other steps refer to it."""

@@ -68,10 +68,7 @@ def _config(method: str, group_size: int) -> Any:
 
 
 def fits(module: torch.nn.Linear, method: str, group_size: int) -> bool:
-    """Whether the kernels take a matrix of this shape: 4 bits come in whole groups, and in blocks of 16 rows; rounded inputs on GPUs in
-    multiples of 8."""
-    if method == "int8_dynamic":
-        return module.in_features % 8 == 0 and module.out_features % 8 == 0
+    """Whether the kernels take a matrix of this shape: 4 bits come in whole groups, and in blocks of 16 rows."""
     return method != "int4_weight_only" or (module.in_features % group_size == 0 and module.out_features % 16 == 0)
 
 
@@ -151,10 +148,15 @@ class Int8DynamicLinear(Quantized):
     def product(self, inputs: torch.Tensor) -> torch.Tensor:
         scale = (inputs.abs().amax(1, keepdim=True).float() / 127.5).clamp(min=torch.finfo(torch.float32).eps)
         rounded = (inputs * scale.reciprocal()).round_().clamp_(-128, 127).to(torch.int8)
-        if not inputs.is_cpu and len(inputs) <= FEW_TOKENS:                    # GPUs multiply no less than 17 rows
-            rounded = functional.pad(rounded, (0, 0, 0, 2 * FEW_TOKENS - len(inputs)))
-        found = torch._int_mm(rounded, self.q.t())[:len(inputs)]
-        return (found * scale * self.scale.flatten()).to(inputs.dtype)
+        return (self.whole_numbers(rounded) * scale * self.scale.flatten()).to(inputs.dtype)
+
+    def whole_numbers(self, rounded: torch.Tensor) -> torch.Tensor:
+        """int8[n, columns] to [n, rows]. GPUs multiply no fewer than 17 rows at once, and matrices of multiples of 8 alone."""
+        if rounded.is_cpu:
+            return torch._int_mm(rounded, self.q.t())
+        if any(size % 8 for size in self.q.shape):
+            return functional.linear(rounded.float(), self.q.float())
+        return torch._int_mm(functional.pad(rounded, (0, 0, 0, max(0, 32 - len(rounded)))), self.q.t())[:len(rounded)]
 
 
 class Int4Linear(Quantized):
