@@ -68,6 +68,9 @@ def of_train(spec: TrainSpec, storage: Storage) -> Rows:
             read_manifest(find_corpus(share.corpus, storage))
         except InputError as error:
             return [("corpus", f"{share.corpus}: not there yet ({error.message})"), *of_scale(spec)]
+    models = (spec.model.source, spec.distill.teacher if spec.distill else None)
+    if others := [name for name in models if name and "${" in name]:
+        return [("model", f"{' and '.join(others)}, which other steps make"), *of_scale(spec)]
     recipe = make_recipe(spec, storage)
     size_ = f"{recipe.shape.vocab_size:,} tokens of vocabulary, context {recipe.shape.context:,}"
     return [("corpus", f"a mixture of {len(recipe.corpora)}, {size_}" if recipe.mix else f"{recipe.corpus}, {size_}"),
@@ -116,7 +119,8 @@ def of_model(spec: TrainSpec, shape: Any, tokens: int | None, cut: tuple[int, in
     """Parameters and activations are counted on the meta device: nothing is allocated. `cut`: micro_sequences and accumulation."""
     from distlm.model.adapter import adapter_sizes
     from distlm.model.build import model_config, parameter_sizes
-    from distlm.train.flops import config_flops
+    from distlm.model.distill import teacher_config
+    from distlm.train.flops import config_flops, forward_flops
     from distlm.train.memory import make_load, offloads, peak_memory
 
     config = model_config(spec.model, shape, spec.regularization.dropout)
@@ -124,10 +128,16 @@ def of_model(spec: TrainSpec, shape: Any, tokens: int | None, cut: tuple[int, in
     trained = sum(adapter_sizes(config, spec.adapter).values()) if spec.adapter else None
     parameters, flops = sum(sizes.values()) + (trained or 0), config_flops(config, sizes, shape.context, trained)
     load = make_load(spec, config, shape, parameters, *cut, masked)
+    teacher: Rows = []
+    if spec.distill:
+        other = teacher_config(spec.distill.teacher, shape)
+        flops += forward_flops(other, parameter_sizes(other), shape.context)
+        teacher = [("teacher", f"{spec.distill.teacher}, {load.teacher:,} parameters")]
     memory = peak_memory(load)
     total = f"{flops * tokens:.2e} FLOPs, " if tokens else ""
     own = f", {trained:,} of them trained" if trained else ""
-    return [("parameters", f"{parameters:,}{own}"), ("arithmetic", f"{total}{flops:.2e} FLOPs a token"), *of_speed(spec, flops, tokens),
+    return [("parameters", f"{parameters:,}{own}"), *teacher, ("arithmetic", f"{total}{flops:.2e} FLOPs a token"),
+            *of_speed(spec, flops, tokens),
             ("memory a worker", summed(memory.parts()) + (", before what is offloaded" if offloads(spec) else "")),
             *((f"of it on {place}", summed(part)) for place, part in offloaded(spec, memory.parts()).items()),
             *of_limit(load, memory.total)]
@@ -336,7 +346,7 @@ def _of_step(pipe: PipelineSpec, spec: Spec, storage: Storage) -> Rows:
     rows = of_tune(spec, storage)[:len(spec.space) + 2] if isinstance(spec, TuneSpec) else []
     prefix = "a trial's " if rows else ""
     tokenizer = made_by.get("tokenizer") or {}
-    if made_by.get("kind") == "prepare" and "from" not in tokenizer and not train.model.source:
+    if made_by.get("kind") == "prepare" and "from" not in tokenizer and not train.model.source and not train.distill:
         from distlm.model.build import Shape
 
         trained = tokenizer.get("vocab_size", Tokenizer.model_fields["vocab_size"].default)
