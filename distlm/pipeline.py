@@ -162,7 +162,7 @@ def takes(kind: Any, key: KeyPath) -> str:
         return {"corpus": "corpus", "models": "model"}.get(str(key[0]), "")
     if kind in ("evaluate", "compress"):
         return str(key[0]) if key in (("corpus",), ("model",), ("endpoint",)) else ""
-    return "model" if (kind, key) in (("serve", ("model",)), ("train", ("model", "from"))) else ""
+    return "model" if (kind, key) in (("serve", ("model",)), ("train", ("model", "from")), ("train", ("distill", "teacher"))) else ""
 
 
 def check_context(steps: Mapping[str, Any], step: str, where: Callable[[KeyPath], str]) -> None:

@@ -68,6 +68,9 @@ def of_train(spec: TrainSpec, storage: Storage) -> Rows:
             read_manifest(find_corpus(share.corpus, storage))
         except InputError as error:
             return [("corpus", f"{share.corpus}: not there yet ({error.message})"), *of_scale(spec)]
+    models = (spec.model.source, spec.distill.teacher if spec.distill else None)
+    if others := [name for name in models if name and "${" in name]:
+        return [("model", f"{' and '.join(others)}, which other steps make"), *of_scale(spec)]
     recipe = make_recipe(spec, storage)
     read_prompts(recipe)
     size_ = f"{recipe.shape.vocab_size:,} tokens of vocabulary, context {recipe.shape.context:,}"
@@ -117,7 +120,8 @@ def of_model(spec: TrainSpec, shape: Any, tokens: int | None, cut: tuple[int, in
     """Parameters and activations are counted on the meta device: nothing is allocated. `cut`: micro_sequences and accumulation."""
     from distlm.model.adapter import adapter_sizes
     from distlm.model.build import model_config, parameter_sizes
-    from distlm.train.flops import config_flops
+    from distlm.model.distill import teacher_config
+    from distlm.train.flops import config_flops, forward_flops
     from distlm.train.memory import make_load, offloads, peak_memory
 
     config = model_config(spec.model, shape, spec.regularization.dropout)
@@ -125,10 +129,16 @@ def of_model(spec: TrainSpec, shape: Any, tokens: int | None, cut: tuple[int, in
     trained = sum(adapter_sizes(config, spec.adapter).values()) if spec.adapter else None
     parameters, flops = sum(sizes.values()) + (trained or 0), config_flops(config, sizes, shape.context, trained)
     load = make_load(spec, config, shape, parameters, *cut, masked)
+    teacher: Rows = []
+    if spec.distill:
+        other = teacher_config(spec.distill.teacher, shape)
+        flops += forward_flops(other, parameter_sizes(other), shape.context)
+        teacher = [("teacher", f"{spec.distill.teacher}, {load.teacher:,} parameters")]
     memory = peak_memory(load)
     total = f"{flops * tokens:.2e} FLOPs, " if tokens else ""
     own = f", {trained:,} of them trained" if trained else ""
-    return [("parameters", f"{parameters:,}{own}"), ("arithmetic", f"{total}{flops:.2e} FLOPs a token"), *of_speed(spec, flops, tokens),
+    return [("parameters", f"{parameters:,}{own}"), *teacher, ("arithmetic", f"{total}{flops:.2e} FLOPs a token"),
+            *of_speed(spec, flops, tokens),
             ("memory a worker", summed(memory.parts()) + (", before what is offloaded" if offloads(spec) else "")),
             *((f"of it on {place}", summed(part)) for place, part in offloaded(spec, memory.parts()).items()),
             *of_limit(load, memory.total)]
@@ -331,16 +341,13 @@ def _of_step(pipe: PipelineSpec, spec: Spec, storage: Storage) -> Rows:
     else:
         train = spec
     made = [share.corpus[2:-1] for share in train.mixture if share.corpus.startswith("${")] if isinstance(train, TrainSpec) else []
-    starts_from = train.model.source if isinstance(train, TrainSpec) and "${" in (train.model.source or "") else ""
-    if not made and not starts_from:
-        return _needs(spec, storage)
     if not made:
-        return [("model", f"{starts_from}, which another step makes"), *of_scale(train)]
+        return _needs(spec, storage)
     made_by = pipe.steps.get(made[0], {})
     rows = of_tune(spec, storage)[:len(spec.space) + 2] if isinstance(spec, TuneSpec) else []
     prefix = "a trial's " if rows else ""
     tokenizer = made_by.get("tokenizer") or {}
-    if made_by.get("kind") == "prepare" and "from" not in tokenizer and not train.model.source:
+    if made_by.get("kind") == "prepare" and "from" not in tokenizer and not train.model.source and not train.distill:
         from distlm.model.build import Shape
 
         trained = tokenizer.get("vocab_size", Tokenizer.model_fields["vocab_size"].default)

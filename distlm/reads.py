@@ -56,8 +56,13 @@ def prepare_reads(spec: PrepareSpec) -> list[Any]:
 
 
 def train_reads(inputs: Mapping[str, Any]) -> list[Any]:
-    """The model; corpora stand in `inputs` by their hashes."""
-    return folder_files(Path(inputs["model"])) if "model" in inputs else []
+    """The model, and the teacher; corpora stand in `inputs` by their hashes."""
+    return [entry for model in models_of(inputs) for entry in folder_files(Path(model))]
+
+
+def models_of(inputs: Mapping[str, Any]) -> list[str]:
+    """The folders of models that a training run reads."""
+    return [inputs[key] for key in ("model", "teacher") if key in inputs]
 
 
 def tune_reads(spec: TuneSpec, storage: Storage) -> list[Any]:
@@ -66,8 +71,8 @@ def tune_reads(spec: TuneSpec, storage: Storage) -> list[Any]:
     from distlm.tune import space
 
     trials = [inputs_of(space.trial_spec(spec, values, spec.name), storage) for values in space.samples(spec)]
-    models = {trial["model"]: trial for trial in trials if "model" in trial}
-    return [*trials, *(entry for model in sorted(models) for entry in train_reads(models[model]))]
+    models = sorted({model for trial in trials for model in models_of(trial)})
+    return [*trials, *(entry for model in models for entry in folder_files(Path(model)))]
 
 
 def evaluate_reads(inputs: Mapping[str, Any]) -> list[Any]:

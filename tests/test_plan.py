@@ -137,7 +137,7 @@ def test_a_sweep_counts_its_trials_and_a_pipeline_plans_step_by_step(storage: St
     assert rows["train: parameters"] == rows["tune: a trial's parameters"] and "address" in "".join(rows)
     steps = {"train": {**train, "kind": "train"}, "recover": {**train, "kind": "train", "model": {"from": "${train}"}}}
     rows = needs(storage, kind="pipeline", steps=steps)
-    assert rows["recover: model"] == "${train}, which another step makes" and rows["recover: workers"] == rows["train: workers"]
+    assert rows["recover: model"] == "${train}, which other steps make" and rows["recover: workers"] == rows["train: workers"]
 
 
 @pytest.mark.parametrize("tokenizer", [{}, {"train": "bytes"}])

@@ -46,20 +46,26 @@ class CausalLoss(nn.Module):
 
         targets: int64[batch, context], IGNORED for a prediction that gives no loss; default: the tokens after the first, all of them.
         positions: int64[batch, context], from 0 in each document, to which attention keeps; default: the whole window is one."""
-        head, kept = self.model.get_output_embeddings(), None
-        if targets is None:
-            targets = tokens[:, 1:].flatten()
-        else:
-            targets = targets.flatten()
-            kept = (targets != IGNORED).nonzero().squeeze(1)
-            targets = targets[kept]
-        inputs = {"input_ids": tokens[:, :-1], "use_cache": False, "return_dict": True,
-                  **({} if positions is None else {"position_ids": positions})}
+        inputs, targets, kept = loss_inputs(tokens, targets, positions)
+        head = self.model.get_output_embeddings()
         if not isinstance(head, LossHead):
             logits = self.model(**inputs).logits.flatten(0, 1)
             return summed_cross_entropy(logits if kept is None else logits[kept], targets, self.penalties)
         head.targets, head.kept = targets, kept
         return self.model(**inputs).logits
+
+
+def loss_inputs(tokens: torch.Tensor, targets: torch.Tensor | None, positions: torch.Tensor | None) \
+        -> tuple[dict[str, Any], torch.Tensor, torch.Tensor | None]:
+    """What a model is called with; the targets that give loss, int64[rows]; and which rows of the flattened batch those are, None for all.
+    Arguments are those of `CausalLoss`."""
+    inputs = {"input_ids": tokens[:, :-1], "use_cache": False, "return_dict": True,
+              **({} if positions is None else {"position_ids": positions})}
+    if targets is None:
+        return inputs, tokens[:, 1:].flatten(), None
+    targets = targets.flatten()
+    kept = (targets != IGNORED).nonzero().squeeze(1)
+    return inputs, targets[kept], kept
 
 
 class TokenScores(NamedTuple):
@@ -87,7 +93,7 @@ def token_scores(model: "PreTrainedModel", tokens: torch.Tensor, targets: torch.
     else:
         rows, weight, bias = model(**inputs).logits[kept], None, None
     width = rows.shape[1] if weight is None else len(weight)
-    size = max(1, BLOCK_ELEMENTS[_kind(rows)] // width)
+    size = max(1, BLOCK_ELEMENTS[device_kind(rows)] // width)
     parts = [(rows[i:i + size], targets[kept][i:i + size], weight, bias) for i in range(0, max(len(rows), 1), size)]
     again = torch.is_grad_enabled()                        # a block's logits are computed again for its gradient
     found = [checkpoint(_scores, *part, use_reentrant=False) if again else _scores(*part) for part in parts]
@@ -169,29 +175,40 @@ def summed_cross_entropy(logits: torch.Tensor, targets: torch.Tensor, penalties:
 def _by_chunks(logits: torch.Tensor, targets: torch.Tensor, gradient: torch.Tensor | None,
                penalties: tuple[float, float] = (0.0, 0.0)) -> torch.Tensor:
     """The summed cross-entropy; its gradient, with that of the penalties, goes to `gradient`, which may be `logits`."""
-    smoothing, z_loss = penalties
-    rows = max(1, CHUNK_ELEMENTS[_kind(logits)] // logits.shape[1])
+    rows = max(1, CHUNK_ELEMENTS[device_kind(logits)] // logits.shape[1])
     total = torch.zeros((), dtype=torch.float32, device=logits.device)
     for start in range(0, len(logits), rows):
         part = slice(start, start + rows)
-        scores, target = logits[part].float(), targets[part, None]
-        p = torch.softmax(scores, dim=1)
-        log_sum = scores.amax(1, keepdim=True) - p.amax(1, keepdim=True).log()       # the largest p is never too small for a log
-        total += (log_sum - scores.gather(1, target)).sum()
-        if gradient is not None:
-            if z_loss:
-                p *= 1 + 2 * z_loss * log_sum
-            if smoothing:
-                p -= smoothing / p.shape[1]
-            gradient[part] = p.scatter_add_(1, target, torch.full_like(target, smoothing - 1, dtype=p.dtype))
+        value, by_scores = cross_entropy(logits[part].float(), targets[part, None], gradient is not None, penalties)
+        total += value
+        if gradient is not None and by_scores is not None:
+            gradient[part] = by_scores
     return total
 
 
-def _kind(tensor: torch.Tensor) -> str:
+def cross_entropy(scores: torch.Tensor, target: torch.Tensor, wanted: bool, penalties: tuple[float, float] = (0.0, 0.0)) \
+        -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The summed cross-entropy of one chunk, and where it is `wanted` its gradient with that of the penalties. scores: float32[rows,
+    vocabulary]; target: int64[rows, 1]."""
+    smoothing, z_loss = penalties
+    p = torch.softmax(scores, dim=1)
+    log_sum = scores.amax(1, keepdim=True) - p.amax(1, keepdim=True).log()           # the largest p is never too small for a log
+    total = (log_sum - scores.gather(1, target)).sum()
+    if not wanted:
+        return total, None
+    if z_loss:
+        p *= 1 + 2 * z_loss * log_sum
+    if smoothing:
+        p -= smoothing / p.shape[1]
+    return total, p.scatter_add_(1, target, torch.full_like(target, smoothing - 1, dtype=p.dtype))
+
+
+def device_kind(tensor: torch.Tensor) -> str:
+    """The key of CHUNK_ELEMENTS and BLOCK_ELEMENTS."""
     return "cpu" if tensor.device.type == "cpu" else "cuda"
 
 
-def _scaled(gradient: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def scaled(gradient: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The scale, a float32 scalar, is not rounded to the gradient's type first: it depends on the number of ranks and micro-batches."""
     return (gradient * scale).to(dtype)
 
@@ -208,7 +225,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
-        return _scaled(gradient, outputs[0], gradient.dtype), None, None
+        return scaled(gradient, outputs[0], gradient.dtype), None, None
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -219,7 +236,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor,
                 wanted: bool, trained: bool, penalties: tuple[float, float]) -> torch.Tensor:
         """`wanted`: the gradients; `trained`: those of weight and bias too."""
-        rows = max(1, BLOCK_ELEMENTS[_kind(hidden)] // len(weight))
+        rows = max(1, BLOCK_ELEMENTS[device_kind(hidden)] // len(weight))
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         by_hidden = torch.empty_like(hidden) if wanted else None
         by_weight = torch.zeros_like(weight, dtype=torch.float32) if trained else None
@@ -240,5 +257,5 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        hidden, weight, bias = (None if one is None else _scaled(one, outputs[0], ctx.dtype) for one in ctx.saved_tensors)
+        hidden, weight, bias = (None if one is None else scaled(one, outputs[0], ctx.dtype) for one in ctx.saved_tensors)
         return hidden, weight, bias, None, None, None, None

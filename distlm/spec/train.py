@@ -7,6 +7,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from distlm.spec.adapter import Adapter
 from distlm.spec.base import Job, Part, Rule, Seed, exactly_one, without_effect
 from distlm.spec.batch import Batch, check_batch
+from distlm.spec.distill import Distill, check_distill
 from distlm.spec.dpo import Dpo, check_dpo
 from distlm.spec.fold import Fold, check_fold
 from distlm.spec.gpus import GPUS, find_gpu
@@ -218,10 +219,13 @@ class TrainSpec(Job):
     keep_zeros: bool = False
     """Whether every weight that is zero in the checkpoint of model.from stays zero: training that makes up for `kind: compress` by
     magnitude."""
-    objective: Literal["pretrain", "sft", "dpo", "classify"] = "pretrain"
+    objective: Literal["pretrain", "sft", "distill", "dpo", "classify"] = "pretrain"
     """What the loss is: the next token's cross-entropy, over the tokens that give one. sft is the same, and asks for corpora of
-    conversations. dpo makes the chosen of two answers more likely than the rejected one, and asks for corpora of preferences. classify
-    asks for corpora with labels: that of a document's labels, by its last token."""
+    conversations. distill learns from a teacher beside it, of texts or conversations. dpo makes the chosen of two answers more likely than
+    the rejected one, and asks for corpora of preferences. classify asks for corpora with labels: that of a document's labels, by its last
+    token."""
+    distill: Distill | None = None
+    """With objective: distill, the teacher and what its part of the loss is."""
     dpo: Dpo = Dpo()
     """With objective: dpo, what its loss is made of."""
     class_weights: Literal["balanced"] | dict[str, Annotated[float, Field(gt=0)]] | None = None
@@ -286,6 +290,7 @@ class TrainSpec(Job):
         check_sequence_parallel(self)
         check_adapter(self)
         check_zeros(self)
+        check_distill(self)
         check_dpo(self)
         check_classify(self)
         if self.evaluate.prompts and self.sharding.sequence_parallel > 1:

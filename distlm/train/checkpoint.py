@@ -149,7 +149,7 @@ def check_annealing(checkpoint: Checkpoint, recipe: Recipe) -> None:
                               remedy=f"set duration to {size} steps, or start a new run")
 
 
-OLDER: dict[str, Any] = {"partition": {}, "tensor_parallel": 1, "batch_warmup": [], "adapter": None, "base": None}
+OLDER: dict[str, Any] = {"partition": {}, "tensor_parallel": 1, "batch_warmup": [], "adapter": None, "base": None, "teacher": None}
 """What a manifest says that says nothing of it, as those of older versions."""
 LAYOUT = ("workers", "zero", "partition")
 """What may differ: the state is then divided anew."""
@@ -179,9 +179,10 @@ def facts(recipe: Recipe) -> dict[str, Any]:
 
 
 def base_of(recipe: Recipe) -> dict[str, str | None]:
-    """The same of an adapter's base, or of what preferences are measured by, all of which is read for it."""
+    """The same of an adapter's base, or of what preferences are measured by, and of a teacher, all of which is read for it."""
     stays = recipe.spec.adapter or recipe.spec.objective == "dpo"
-    return {"base": base_hash(recipe.spec.model.source) if stays and recipe.spec.model.source else None}
+    return {"base": base_hash(recipe.spec.model.source) if stays and recipe.spec.model.source else None,
+            "teacher": base_hash(recipe.spec.distill.teacher) if recipe.spec.distill else None}
 
 
 def load(engine: Any, checkpoint: Path, recipe: Recipe, rank: int, ema: "Ema | None" = None) -> None:

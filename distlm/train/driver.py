@@ -305,7 +305,7 @@ def outcome(recipe: Recipe, folder: RunFolder) -> dict[str, Any]:
         raise TrainError("the run has no metrics", where=str(folder.path / "metrics.jsonl"), cause="storage")
     speeds = sorted(r["tokens_per_s"] for r in steps)
     val_loss = values[-1]["val_loss"] if values else None
-    is_language = recipe.spec.objective in ("pretrain", "sft")
+    is_language = recipe.spec.objective in ("pretrain", "sft", "distill")
     return {"": str(folder.path), "export": str(folder.path / "export"), "parameters": recipe.parameters, "steps": recipe.num_steps,
             "tokens": recipe.tokens(recipe.num_steps), "loss_first": steps[0]["loss"], "loss_last": steps[-1]["loss"],
             "val_loss_first": values[0]["val_loss"] if values else None, "val_loss": val_loss,

@@ -275,11 +275,13 @@ def export(recipe: Recipe, model: Any, weights: dict[str, torch.Tensor], folder:
 def export_lineage(recipe: Recipe, folder: RunFolder) -> dict[str, Any]:
     """What the endpoint tells about its model."""
     trial = folder.path.parent.name == "trials"
+    source = recipe.spec.distill.teacher if recipe.spec.distill else ""
+    teacher = {"teacher": source, "teacher_hash": base_hash(source)} if source else {}
     last: dict[str, Any] = next((record for record in reversed(folder.read_metrics()) if "val_loss" in record), {})
     return {"run": folder.path.parent.parent.name if trial else folder.name, "trial": folder.name if trial else None,
             "corpus": ", ".join(Path(corpus).name for corpus in recipe.corpora), "corpus_hash": recipe.corpus_hash,
             "step": recipe.num_steps, "checkpoint": checkpoint.checkpoint_path(folder.path, recipe.num_steps).name,
-            "val_loss": last.get("val_loss"), **({"clean": cleaning} if (cleaning := _cleaning(recipe)) else {})}
+            "val_loss": last.get("val_loss"), **teacher, **({"clean": cleaning} if (cleaning := _cleaning(recipe)) else {})}
 
 
 def _cleaning(recipe: Recipe) -> dict[str, Any]:

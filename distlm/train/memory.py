@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from distlm.errors import SpecError
 from distlm.model.adapter import adapter_sizes, add_adapter
-from distlm.model.build import Shape, decoder_layers, recomputable, skeleton
+from distlm.model.build import Shape, decoder_layers, num_parameters, recomputable, skeleton
+from distlm.model.distill import teacher_config
 from distlm.model.loss import BLOCK_ELEMENTS, CHUNK_ELEMENTS, PLAIN_HEADS
 from distlm.model.tensor import divide
 from distlm.spec.adapter import Adapter
@@ -106,6 +107,8 @@ class Load:
     """Layers of the family can be computed again."""
     frozen: int = 0
     """Of the parameters, those that are not trained."""
+    teacher: int = 0
+    """Parameters of a teacher, which each worker holds whole beside them."""
 
     def varied(self, zero: int, recompute: int, micro_sequences: int, asynchronous: bool) -> "Load":
         """The same job under another sharding, another cut of the batch, and another way to save."""
@@ -124,11 +127,12 @@ def make_load(spec: TrainSpec, config: "PreTrainedConfig", shape: Shape, paramet
     if tensor > 1:
         parameters = sum(part.numel() for part in divide(skeleton(config), tensor).parameters())
     frozen = parameters - sum(adapter_sizes(config, spec.adapter).values()) if spec.adapter else 0
+    teacher = num_parameters(teacher_config(spec.distill.teacher, shape)) if spec.distill else 0
     return Load(spec, parameters, measure_activations(config, shape, spec.precision, bool(spec.scale.gpus_per_worker), masked, tensor,
                                                       spec.adapter),
                 text.hidden_size, (config.num_labels or 0) if config.problem_type else text.vocab_size, shape.context, micro_sequences,
                 accumulation, config.model_type in PLAIN_HEADS and not config.problem_type,
-                bool(recomputable(skeleton(config))), frozen)
+                bool(recomputable(skeleton(config))), frozen, teacher)
 
 
 def memory_limit(spec: TrainSpec) -> int | None:
@@ -223,6 +227,7 @@ def peak_memory(load: Load) -> Memory:
         live = min(load.parameters, int(raw.get("stage3_max_live_parameters", MAX_LIVE)))
         buffers, step = reserved + live * p + 4 * part, 0
     weights, optimizer = states["weights"] + -(-load.frozen * p // (world if zero == 3 else 1)), states["optimizer"]
+    weights += load.teacher * p
     group = int(raw.get("zero_hpz_partition_size", spec.sharding.zeropp.hierarchical_partition))
     if zero == 3 and group > 1:                            # ZeRO++ keeps the weights once more, over the ranks of a node
         weights += -(-load.parameters * p // group)
@@ -261,14 +266,15 @@ def loss_bytes(load: Load, p: int) -> int:
 
     With a plain head, `_LinearCrossEntropy` has the gradient of the last matrix in float32, its product with the scale and the result; of
     the hidden states their gradient, and the same; in the forward pass a block of logits and float32 chunks of it. Any other head has the
-    logits, their gradient, and its float32 product.
+    logits, their gradient, and its float32 product. A teacher has as many logits of its own, and as many chunks.
     """
     kind = "cuda" if load.spec.scale.gpus_per_worker else "cpu"
     rows, matrix = load.micro_sequences * load.context, load.vocab_size * load.width
-    chunk = 4 * 4 * min(CHUNK_ELEMENTS[kind], rows * load.vocab_size)
+    taught = 2 if load.teacher else 1
+    chunk = taught * 4 * 4 * min(CHUNK_ELEMENTS[kind], rows * load.vocab_size)
     if not load.plain_head:
-        return rows * load.vocab_size * (2 * p + max(4, p)) + chunk
-    block = p * min(max(BLOCK_ELEMENTS[kind], load.vocab_size), rows * load.vocab_size)
+        return rows * load.vocab_size * ((1 + taught) * p + max(4, p)) + chunk
+    block = taught * p * min(max(BLOCK_ELEMENTS[kind], load.vocab_size), rows * load.vocab_size)
     if load.frozen:                                        # the last matrix has no gradient
         return rows * load.width * 2 * p + block + chunk
     forward = 4 * matrix + p * matrix + rows * load.width * p + block + chunk

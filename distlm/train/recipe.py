@@ -28,7 +28,7 @@ from distlm.spec.mixture import Mixture
 from distlm.spec.optimizer import check_groups
 from distlm.spec.train import Evaluate, TrainSpec, check_steps
 from distlm.storage import Storage, read_json
-from distlm.train.flops import config_flops
+from distlm.train.flops import config_flops, forward_flops
 from distlm.train.memory import check_states, make_load, memory_limit
 from distlm.train.objectives import objective_of
 from distlm.train.zero import check_raw
@@ -75,7 +75,7 @@ class Recipe:
     marked: bool = False
     """Not every token gives loss, or documents are masked: the stream carries marks."""
     flops_per_token: float = 0.0
-    """Forward and backward, by `train.flops`."""
+    """Forward and backward, by `train.flops`, and a teacher's forward pass."""
     warmup: tuple[tuple[int, int], ...] = ()
     """(sequences of a step, steps of that size) of the batch's warm-up."""
 
@@ -169,6 +169,9 @@ def make_recipe(spec: TrainSpec, storage: Storage) -> Recipe:
     if spec.model.source is not None:                      # a run's name becomes the folder of its export
         source = str(find_model(spec.model.source, storage, "model.from"))
         spec = spec.model_copy(update={"model": spec.model.model_copy(update={"source": source})})
+    if spec.distill is not None:
+        source = str(find_model(spec.distill.teacher, storage, "distill.teacher"))
+        spec = spec.model_copy(update={"distill": spec.distill.model_copy(update={"teacher": source})})
     if spec.track.wandb and importlib.util.find_spec("wandb") is None:
         raise SpecError("the package wandb is not installed", where="track.wandb", remedy="pip install 'distlm[wandb]'")
     if spec.sharding.deepspeed:
@@ -199,13 +202,14 @@ def make_recipe(spec: TrainSpec, storage: Storage) -> Recipe:
         from distlm.model.documents import check_family
 
         check_family(config)
+    taught = check_teacher(spec.distill.teacher, config, manifest, shape, masked) if spec.distill else 0.0
     if spec.sharding.sequence_parallel > 1:
         check_sequence(config, context, spec.sharding.sequence_parallel)
     recipe = Recipe(spec, str(manifest.path), mixture_hash(spec, manifests), shape, sum({**sizes, **trained}.values()), sequences,
                     micro, steps, spec.evaluate.every_steps or max(1, steps // 10),
                     spec.checkpoint.every_steps or max(1, min(1000, steps // 4)), (), 0.0,
                     make_mix(spec, manifests, batches.before(steps)), masked, masked or padded,
-                    config_flops(config, sizes, context, sum(trained.values()) if spec.adapter else None), warmup)
+                    config_flops(config, sizes, context, sum(trained.values()) if spec.adapter else None) + taught, warmup)
     if spec.checkpoint.average > (saved := math.ceil(steps / recipe.checkpoint_every)):
         raise SpecError(f"{spec.checkpoint.average} checkpoints are averaged, and {steps:,} steps save {saved}", where="checkpoint.average",
                         remedy=f"set it to {saved}, or lower checkpoint.every_steps")
@@ -237,7 +241,8 @@ def inputs_of(spec: TrainSpec, storage: Storage) -> dict[str, Any]:
     read_prompts(recipe)
     model = {"model": recipe.spec.model.source} if recipe.spec.model.source else {}
     mixture = {"mixture": {folder: manifest_hash(folder) for folder in recipe.corpora}} if recipe.mix else {}
-    return {"corpus": recipe.corpus, "corpus_hash": recipe.corpus_hash, **mixture, **model}
+    teacher = {"teacher": recipe.spec.distill.teacher} if recipe.spec.distill else {}
+    return {"corpus": recipe.corpus, "corpus_hash": recipe.corpus_hash, **mixture, **model, **teacher}
 
 
 def read_corpora(spec: TrainSpec, storage: Storage) -> list[Manifest]:
@@ -366,6 +371,24 @@ def check_tokenizer(model: Path, manifest: Manifest, key: str = "model.from") ->
     if theirs.is_file() and read_json(ours).get("model") != read_json(theirs).get("model"):
         raise InputError(f"the tokenizer of the checkpoint is not that of the corpus {manifest.name}", where=f"{key}: {model}",
                          remedy=f"prepare the corpus with tokenizer: {{from: {model}}}")
+
+
+def check_teacher(source: str, student: Any, manifest: Manifest, shape: Shape, masked: bool) -> float:
+    """FLOPs that a teacher takes for a token. Raises InputError and SpecError where it cannot tell a model of the configuration `student`
+    what it thinks of the corpus's tokens."""
+    from distlm.model.distill import KEY, teacher_config
+
+    config = teacher_config(source, shape)
+    check_tokenizer(Path(source), manifest, KEY)
+    theirs, ours = (one.get_text_config().vocab_size for one in (config, student))
+    if theirs != ours:
+        raise InputError(f"the teacher has logits for {theirs} tokens and the model for {ours}", where=f"{KEY}: {source}",
+                         remedy=f"set model.config with vocab_size: {theirs}, or take a teacher with {ours}")
+    if masked:
+        from distlm.model.documents import check_family
+
+        check_family(config)
+    return forward_flops(config, parameter_sizes(config), shape.context)
 
 
 def _num_steps(spec: TrainSpec, sizes: BatchSizes, windows: int, context: int) -> int:

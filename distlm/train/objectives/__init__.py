@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from distlm.corpus.manifest import Manifest
 from distlm.model.build import Shape
 from distlm.spec.train import TrainSpec
-from distlm.train.objectives import classify, dpo, language
+from distlm.train.objectives import classify, distill, dpo, language
 from distlm.train.objectives.metric import Metric
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class Objective(Protocol):
         """What evaluation records beside `val_loss`, from what the module observed: [samples of all ranks, any]. One rank calls it."""
 
 
-OBJECTIVES: MappingProxyType[str, Objective] = MappingProxyType({"pretrain": language, "sft": language, "dpo": dpo,
+OBJECTIVES: MappingProxyType[str, Objective] = MappingProxyType({"pretrain": language, "sft": language, "distill": distill, "dpo": dpo,
                                                                  "classify": classify})
 
 
