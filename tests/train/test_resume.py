@@ -23,7 +23,7 @@ def case(corpus: Path, optimizer: str, precision: str, zero: int, **sections: An
 
 
 def records(run: Path) -> list[dict[str, float]]:
-    measured = ("time", "tokens_per_s", "memory_bytes", "mfu", "checkpoint")
+    measured = ("time", "tokens_per_s", "memory_bytes", "mfu", "checkpoint", "step_s", "data_s", "forward_s", "backward_s", "evaluate_s")
     return [{key: value for key, value in record.items() if not key.startswith(measured)} for record in metrics(run)]
 
 
