@@ -116,8 +116,9 @@ def fit(recipe: Recipe, folder: RunFolder, steps: Iterator[NDArray[np.int64]], *
             if done % recipe.evaluate_every == 0 or done == recipe.num_steps or (due and spec.checkpoint.keep_best):
                 with exported_weights(engine, ema), phases("evaluate"):
                     measured = evaluator.measure(engine)
+            taken = {"step_s": seconds, **phases.taken()}  # on every rank: what a GPU has timed is held until then
             if writer:
-                writer.step(done, result, rate, {"step_s": seconds, **phases.taken()}, measured, loss_scale(engine), saver.done())
+                writer.step(done, result, rate, taken, measured, loss_scale(engine), saver.done())
             if due or result.leaving:
                 beside = spec.checkpoint.asynchronous and not result.leaving and done < recipe.num_steps
                 saver.save(done, ema, list(guard.losses), measured.get("val_loss"), due=due, beside=beside)
