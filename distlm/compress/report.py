@@ -3,16 +3,12 @@
     write_report(folder, outputs)                          # the path of the page
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from distlm.runs import RunFolder
-from distlm.storage import write_atomic
+from distlm.runs.page import write_page
 
-FILE = "report.html"
 ROWS = (("bytes on disk", "bytes", ",d"), ("bytes of weights in memory", "memory_bytes", ",d"),
         ("decoding, tokens/s, one sequence", "decode_1", ",.1f"), ("decoding, tokens/s, 8 sequences", "decode_8", ",.1f"),
         ("prefill, tokens/s", "prefill", ",.0f"), ("loss", "loss", ".4f"), ("perplexity", "perplexity", ",.2f"),
@@ -39,12 +35,4 @@ def shown(value: float | None, form: str) -> str:
 
 def write_report(folder: RunFolder, outputs: dict[str, Any]) -> Path:
     """Write the page into the folder of a compression with these outputs. Raises StorageError."""
-    environment = jinja2.Environment(loader=jinja2.PackageLoader("distlm.compress", "."), autoescape=True, trim_blocks=True,
-                                     lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    spec, lineage = folder.path / "spec.yaml", folder.path / "lineage.json"
-    page = environment.get_template("report.html.j2").render(
-        name=folder.name, outputs=outputs, rows=rows(outputs), how=described(outputs["compression"]),
-        spec=spec.read_text(encoding="utf-8", errors="replace") if spec.is_file() else "",
-        lineage=json.dumps(folder.lineage(), indent=2, ensure_ascii=False) if lineage.is_file() else "")
-    write_atomic(folder.path / FILE, page.encode("utf-8", "replace"))
-    return folder.path / FILE
+    return write_page(folder, "distlm.compress", outputs=outputs, rows=rows(outputs), how=described(outputs["compression"]))

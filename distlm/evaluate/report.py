@@ -3,16 +3,12 @@
     write_report(folder, outputs)                          # the path of the page
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from distlm.runs import RunFolder
-from distlm.storage import write_atomic
+from distlm.runs.page import write_page
 
-FILE = "report.html"
 SIDE = 320
 """Of the reliability diagram, in its own units."""
 COLUMNS = (("tokens", "tokens", ",d"), ("loss", "loss", ".4f"), ("perplexity", "perplexity", ",.2f"),
@@ -22,20 +18,14 @@ COLUMNS = (("tokens", "tokens", ",d"), ("loss", "loss", ".4f"), ("perplexity", "
 
 def write_report(folder: RunFolder, outputs: dict[str, Any]) -> Path:
     """Write the page into the folder of an evaluation with these outputs. Raises StorageError."""
-    environment = jinja2.Environment(loader=jinja2.PackageLoader("distlm.evaluate", "."), autoescape=True, trim_blocks=True,
-                                     lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    spec, lineage = folder.path / "spec.yaml", folder.path / "lineage.json"
-    page = environment.get_template("report.html.j2").render(
-        name=folder.name, outputs=outputs, facts=[(title, text) for (title, _, _), text in zip(COLUMNS, cells(outputs), strict=True)],
+    return write_page(
+        folder, "distlm.evaluate", outputs=outputs,
+        facts=[(title, text) for (title, _, _), text in zip(COLUMNS, cells(outputs), strict=True)],
         titles=[title for title, _, _ in COLUMNS], rows=[(what, cells(measured)) for what, measured in measured_parts(outputs)], side=SIDE,
         diagrams=[(what, shown(measured["ece"], ".2%"), bars(measured["reliability"])) for what, measured in measured_parts(outputs)
                   if measured["tokens"]],
         bins=[(f"{one['above']:.3f} to {one['up_to']:.3f}", f"{one['tokens']:,}", shown(one["confidence"], ".2%"),
-               shown(one["accuracy"], ".2%")) for one in outputs["reliability"]],
-        spec=spec.read_text(encoding="utf-8", errors="replace") if spec.is_file() else "",
-        lineage=json.dumps(folder.lineage(), indent=2, ensure_ascii=False) if lineage.is_file() else "")
-    write_atomic(folder.path / FILE, page.encode("utf-8", "replace"))
-    return folder.path / FILE
+               shown(one["accuracy"], ".2%")) for one in outputs["reliability"]])
 
 
 def measured_parts(outputs: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:

@@ -3,19 +3,15 @@
     write_report(folder)                                   # the path of the page
 """
 
-import json
 import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from distlm.runs.folder import RunFolder
-from distlm.storage import write_atomic
+from distlm.runs.page import write_page
 
-FILE = "report.html"
 WIDTH, HEIGHT, MARGIN = 640, 200, 6
 MAX_POINTS = 400
 CURVES = {"Loss": ("loss", "val_loss"), "Tokens per second": ("tokens_per_s",), "Learning rate": ("lr",), "Gradient norm": ("grad_norm",),
@@ -79,19 +75,12 @@ class Sample:
 def write_report(folder: RunFolder) -> Path:
     """Write the page into the folder of a run that has metrics. Raises StorageError."""
     records, events = folder.read_metrics(), folder.events()
-    environment = jinja2.Environment(loader=jinja2.PackageLoader("distlm.runs", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True,
-                                     undefined=jinja2.StrictUndefined)
-    spec = folder.path / "spec.yaml"
-    page = environment.get_template("report.html.j2").render(
-        name=folder.name, facts=facts(records), width=WIDTH, height=HEIGHT,
+    return write_page(
+        folder, "distlm.runs", facts=facts(records), width=WIDTH, height=HEIGHT,
         curves=[one for title in CURVES if (one := curve(title, records))], matrices=matrices(records),
         parts=parts(records), colors=COLORS, samples=samples(records),
         events=[(time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(event["time"])), event["state"], event.get("cause", ""),
-                 event.get("message", "")) for event in events],
-        spec=spec.read_text(encoding="utf-8", errors="replace") if spec.is_file() else "",
-        lineage=json.dumps(folder.lineage(), indent=2, ensure_ascii=False) if (folder.path / "lineage.json").is_file() else "")
-    write_atomic(folder.path / FILE, page.encode("utf-8", "replace"))
-    return folder.path / FILE
+                 event.get("message", "")) for event in events])
 
 
 def facts(records: list[dict[str, Any]]) -> list[tuple[str, str]]:

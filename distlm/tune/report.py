@@ -7,32 +7,22 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from distlm.progress import number
 from distlm.runs import RunFolder
-from distlm.storage import write_atomic
-
-FILE = "report.html"
+from distlm.runs.page import write_page
 
 
 def write_report(folder: RunFolder, outputs: dict[str, Any]) -> Path:
     """Write the page into the folder of a sweep with these outputs. Raises StorageError."""
-    environment = jinja2.Environment(loader=jinja2.PackageLoader("distlm.tune", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True,
-                                     undefined=jinja2.StrictUndefined)
-    spec, lineage, metric = folder.path / "spec.yaml", folder.path / "lineage.json", outputs["metric"]
+    metric = outputs["metric"]
     keys = list(outputs["trials"][0]["values"])
-    page = environment.get_template("report.html.j2").render(
-        name=folder.name, facts=facts(outputs), points=[of_point(point) for point in outputs.get("points", ())],
+    return write_page(
+        folder, "distlm.tune", facts=facts(outputs), points=[of_point(point) for point in outputs.get("points", ())],
         titles=["trial", *keys, "steps", metric, "state"],
         rows=[(trial["trial"], *(said(trial["values"].get(key)) for key in keys), f"{trial['steps']:,}",
                "–" if trial[metric] is None else f"{trial[metric]:.4f}", trial["state"],
                ": ".join(filter(None, (trial["cause"] if trial["state"] != "succeeded" else "", trial["message"]))))
-              for trial in outputs["trials"]],
-        spec=spec.read_text(encoding="utf-8", errors="replace") if spec.is_file() else "",
-        lineage=json.dumps(folder.lineage(), indent=2, ensure_ascii=False) if lineage.is_file() else "")
-    write_atomic(folder.path / FILE, page.encode("utf-8", "replace"))
-    return folder.path / FILE
+              for trial in outputs["trials"]])
 
 
 def facts(outputs: dict[str, Any]) -> list[tuple[str, str]]:
