@@ -9,6 +9,7 @@
 Every verb of the command line is here; the names below are the functions that it calls, and differ from those of modules.
 """
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -56,6 +57,9 @@ __all__ = [
     "query", "read_cluster_file", "resolve", "run", "status", "stop", "submit", "tensorboard",
     "write_starters"]
 
+
+for _noisy in ("torchao", "torch.utils._pytree"):          # transformers loads torchao where it is installed, which then tells of what the
+    logging.getLogger(_noisy).setLevel(logging.ERROR)      # machine does not run
 
 if not TYPE_CHECKING:                                      # for a type checker every name would be one that it finds
 

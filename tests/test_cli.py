@@ -175,6 +175,8 @@ def test_init_writes_specs_that_plan_and_overwrites_nothing(distlm, tmp_path):
         assert onto.returncode == 2 and "new/train.yaml: this is a file, and the specs need a folder; name another" in onto.stderr
     again = distlm("init", "new")
     assert again.returncode == 2 and "train.yaml" in again.stderr and (tmp_path / "new" / "train.yaml").read_text() == "mine"
+    models = distlm("plan", "new/pipeline.yaml")
+    assert models.returncode == 0 and models.stderr == "", "libraries say what no user can use"
     shown = distlm("plan", "new/prepare.yaml", "--set", "context=64").stdout
     assert ["context", "64", "--set"] in [line.split() for line in shown.splitlines()]
     assert ["tokenizer.vocab_size", "4096", "prepare.yaml:7"] in [line.split() for line in shown.splitlines()]

@@ -3,6 +3,7 @@
 import os
 
 os.environ["DS_ACCELERATOR"] = "cpu"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""                    # as Ray has it for a worker without GPUs; CUDA does not live through a fork
 
 import deepspeed  # noqa: F401
 from transformers import AutoModelForCausalLM  # noqa: F401
