@@ -16,8 +16,10 @@ import jinja2
 from distlm.errors import InputError
 from distlm.model.build import has_classifier, load_model
 from distlm.model.find import check_whole, find_model
+from distlm.serve.classifier import recorded_cleaning
 from distlm.spec.load import nearest
 from distlm.storage import Storage, write_atomic
+from distlm.text.clean import clean
 
 if TYPE_CHECKING:
     import torch
@@ -85,6 +87,8 @@ def explain(model: str, text: str, *, target: str | None = None, steps: int = ST
     check_whole(folder)
     network: Any = load_model(folder, f"model: {folder}", torch.float32, exact=False).eval().requires_grad_(False)
     tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if has_classifier(network.config) and (rules := recorded_cleaning(folder)):
+        text = clean(text, rules).text                     # as its endpoint reads it
     ids, pieces = _tokens(tokenizer, text, getattr(network.config.get_text_config(), "max_position_embeddings", None))
     labels = [str(network.config.id2label[i]) for i in range(network.config.num_labels)] if has_classifier(network.config) else None
     several = network.config.problem_type == "multi_label_classification"

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from distlm import cli
 from distlm.attribution import explain, integrated_gradients, write_page
 from distlm.errors import InputError
+from distlm.spec.prepare import Clean
 from tests.serve.tiny_models import FAMILIES, make_classifier, make_model
 
 TEXT = "def main(argument):\n\treturn naïve 東京 <script>"
@@ -54,6 +55,13 @@ def test_what_matters_alone_has_all_of_it_and_a_straight_way_takes_one_step() ->
     assert torch.allclose(found, torch.where(torch.arange(5) == 2, given[2] @ weights, 0.0))
     found = integrated_gradients(lambda points: (points[:, 1] ** 2).sum(-1), base, given, 50)
     assert found[1].item() == pytest.approx((given[1] ** 2).sum().item(), rel=1e-5) and found[[0, 2, 3, 4]].abs().max() == 0
+
+
+def test_a_text_is_cleaned_first_as_the_classifier_s_documents_were(tmp_path: Path) -> None:
+    folder = make_classifier(tmp_path / "c")
+    (folder / "distlm.json").write_text(json.dumps({"clean": Clean(redact=["email"]).model_dump(mode="json")}))
+    shown = "".join(one.text for one in explain(str(folder), "mail one@example.org now", steps=1).tokens)
+    assert "example" not in shown and shown.startswith("mail ") and shown.endswith(" now")
 
 
 def test_a_label_is_explained(classifier: Path) -> None:
