@@ -9,7 +9,6 @@ import io
 import itertools
 import json
 import logging
-import math
 import os
 import re
 import tempfile
@@ -29,6 +28,7 @@ from distlm.corpus.decompress import ERRORS, decompress
 from distlm.corpus.docstrings import documented
 from distlm.corpus.files import TextFile
 from distlm.corpus.trees import language, tagged
+from distlm.corpus.values import as_id, as_json, field_of, is_given, utf8
 from distlm.corpus.web import CHUNK, HEAD_BYTES, Data, decoded_body, library, page_text
 from distlm.spec.prepare import Conversations
 from distlm.storage import writing
@@ -36,8 +36,6 @@ from distlm.storage import writing
 MAX_KEYS = 20
 BINARY, BINARY_CHARS = "\0" * 4, 8000
 """What says among so many characters that a file is no text but an archive or the like. A single NUL is a slip in a text."""
-MAX_DEPTH = 64
-"""Of what is kept beside a document."""
 BATCH_ROWS = 8
 """Rows of parquet that are decoded at a time: a few bytes of a file may stand for many long rows, which no figure in it tells."""
 PAGE_BUFFER = 1 << 20
@@ -260,7 +258,7 @@ class Reader:
         return self._checked(number, size, text, id, meta)
 
     def _is_record(self, value: Any) -> bool:
-        return isinstance(value, dict) and all(_field(value, key) is not None for key in self.wanted)
+        return isinstance(value, dict) and all(field_of(value, key) is not None for key in self.wanted)
 
     def _jsonl(self) -> Iterator[Record]:
         return self._objects(self._stream() if not self._is_range else self._own_lines())
@@ -321,10 +319,10 @@ class Reader:
         self.objects += 1
         file = self.file
         self.keys = self.keys or sorted(value)[:MAX_KEYS]
-        id = _as_id(_field(value, file.id_key or "id"))
-        meta = {key: _as_json(kept) for key in file.keep if (kept := _field(value, key)) is not None} if file.keep else {}
-        lost = [key for key in self._beside if _is_given(value.get(key))]
-        return self._said(number, size, [_field(value, key) for key in self.wanted], id, meta, lost)
+        id = as_id(field_of(value, file.id_key or "id"))
+        meta = {key: as_json(kept) for key in file.keep if (kept := field_of(value, key)) is not None} if file.keep else {}
+        lost = [key for key in self._beside if is_given(value.get(key))]
+        return self._said(number, size, [field_of(value, key) for key in self.wanted], id, meta, lost)
 
     @property
     def wanted(self) -> tuple[str, ...]:
@@ -388,9 +386,9 @@ class Reader:
                     columns = {key: _column(batch, key) for key in keys}
                     kept = [key for key in self.file.keep if key in columns]
                     for row in range(len(batch)):
-                        id = _as_id(_plain(columns[id_key][row])) if id_key in columns else ""
-                        values = {key: _as_json(_plain(columns[key][row])) for key in kept}
-                        lost = [key for key in self._beside if key in columns and _is_given(_plain(columns[key][row]))]
+                        id = as_id(_plain(columns[id_key][row])) if id_key in columns else ""
+                        values = {key: as_json(_plain(columns[key][row])) for key in kept}
+                        lost = [key for key in self._beside if key in columns and is_given(_plain(columns[key][row]))]
                         yield self._row(number, [columns[key][row] for key in self.wanted], id,
                                         {key: value for key, value in values.items() if value is not None}, lost)
                         number += 1
@@ -471,7 +469,7 @@ class Reader:
         if not is_response and not is_text:
             return {"documents": 0}
         facts = {"url": (headers.get_header("WARC-Target-URI") or "").strip("<>"), "date": headers.get_header("WARC-Date") or ""}
-        known = {"id": _utf8(headers.get_header("WARC-Record-ID") or ""), "meta": {key: _utf8(fact) for key, fact in facts.items() if fact}}
+        known = {"id": utf8(headers.get_header("WARC-Record-ID") or ""), "meta": {key: utf8(fact) for key, fact in facts.items() if fact}}
         if is_text:
             return {**({"reason": "too_long", "detail": f"{length} bytes"} if too_long else {"plain": block}), **known}
         return {**self._body(block, too_long), **known}
@@ -489,7 +487,7 @@ class Reader:
             return {"documents": 0}
         status = headers.statusline.partition(" ")[2].strip()                                # behind the version
         if not re.match(r"2\d\d(?!\S)", status):
-            return {"reason": "http_status", "detail": _utf8(status[:200]) or "no status"}
+            return {"reason": "http_status", "detail": utf8(status[:200]) or "no status"}
         if too_long:
             return {"reason": "too_long", "detail": f"a page of over {self.max_document_bytes} bytes"}
         if (headers.get_header("Transfer-Encoding") or "").lower() == "chunked":
@@ -540,58 +538,6 @@ def _lines(blocks: Iterable[bytes], limit: int) -> Iterator[tuple[bytes | None, 
             pending, passed = b"", passed + len(pending)
     if passed or pending:
         yield None if passed else pending, passed + len(pending)
-
-
-def _field(value: dict[str, Any], key: str) -> Any:
-    """The field of this name, or what its dots lead to; None where there is none."""
-    if key in value or "." not in key:
-        return value.get(key)
-    found: Any = value
-    for part in key.split("."):
-        found = found.get(part) if isinstance(found, dict) else None
-    return found
-
-
-def _is_given(value: Any) -> bool:
-    """Whether a field says anything: some write nothing as an empty list in JSON."""
-    return bool(value) and value != "[]"
-
-
-def _as_id(value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, str):
-        return _utf8(value)
-    if type(value) is int:
-        return str(value)
-    found = _as_json(value)
-    return found if isinstance(found, str) else json.dumps(found)
-
-
-def _as_json(value: Any) -> Any:
-    """The value as JSON can hold it, else as text."""
-    if value is None or isinstance(value, bool | int):
-        return value
-    if isinstance(value, str):
-        return _utf8(value)
-    if isinstance(value, bytes):
-        return value.decode(errors="replace")
-    if isinstance(value, float):
-        return value if math.isfinite(value) else str(value)
-    level = [value]
-    for _ in range(MAX_DEPTH):
-        level = [child for item in level if isinstance(item, dict | list | tuple)
-                 for child in (item.values() if isinstance(item, dict) else item)]
-    if level:
-        return f"nested deeper than {MAX_DEPTH} levels"
-    if isinstance(value, dict):
-        return {_utf8(str(key)): _as_json(item) for key, item in value.items()}
-    return [_as_json(item) for item in value] if isinstance(value, list | tuple) else str(value)
-
-
-def _utf8(text: str) -> str:
-    """Without lone surrogates, which no file can hold."""
-    return text if text.isascii() else text.encode(errors="replace").decode()
 
 
 def _has_column(schema: pa.Schema, key: str) -> bool:
