@@ -5,7 +5,6 @@ file that breaks off, is a rejected record beside the good ones.
 """
 
 import contextlib
-import io
 import itertools
 import json
 import logging
@@ -28,8 +27,9 @@ from distlm.corpus.decompress import ERRORS, decompress
 from distlm.corpus.docstrings import documented
 from distlm.corpus.files import TextFile
 from distlm.corpus.trees import language, tagged
-from distlm.corpus.values import as_id, as_json, field_of, is_given, utf8
-from distlm.corpus.web import CHUNK, HEAD_BYTES, Data, decoded_body, library, page_text
+from distlm.corpus.values import as_id, as_json, field_of, is_given
+from distlm.corpus.warc import entries
+from distlm.corpus.web import CHUNK, library, page_text
 from distlm.spec.prepare import Conversations
 from distlm.storage import writing
 
@@ -429,80 +429,14 @@ class Reader:
             return Record(number, size, reason="not_utf8", detail=f"byte {error.start}: {error.reason}", id=id, meta=meta)
 
     def _warc(self) -> Iterator[Record]:
-        """A record of the archive is one here, with the empty lines after it. Where none begins, all up to the next is malformed."""
-        data, end, number = Data(self._stream()), 0, 0
-        line = data.next_line()
-        while line:
-            found = self._response(data, line) if line.startswith(b"WARC/") else None
-            line = data.next_line()
-            if found is None:
-                while line and not line.startswith(b"WARC/"):
-                    line = data.line()
-                data.check(bool(line))
-                found = {"reason": "malformed", "detail": "no WARC record that says its length"}
-            size = data.position - len(line) - end
-            yield self._page(number, size, **found) if "data" in found else \
-                _decoded(number, size, found.pop("plain"), **found) if "plain" in found else Record(number, size, **found)
-            end, number = end + size, number + 1
-        data.check(bool(line))
-        if data.position > end:
-            yield Record(number, data.position - end, documents=0)
-
-    def _response(self, data: Data, line: bytes) -> dict[str, Any] | None:
-        """What the record that begins with `line` gives: the parts of a page, of a reject, or of no document; None where nobody
-        knows where it ends."""
-        parse = library("warcio.statusandheaders", self.file.format, self.file.source).StatusAndHeadersParser
-        head = data.head(line)
-        if head is None:
-            return None
-        headers = parse(["WARC/"]).parse(io.BytesIO(head))
-        length = (headers.get_header("Content-Length") or "").strip()
-        if not re.fullmatch("[0-9]{1,18}", length):
-            return None
-        left = int(length)
-        kind = (headers.get_header("WARC-Type") or "").lower(), (headers.get_header("Content-Type") or "").lower()
-        is_response = kind[0] == "response" and kind[1].startswith("application/http")
-        is_text = kind[0] == "conversion" and kind[1].startswith("text/plain")               # as WET files have them
-        too_long = left > self.max_document_bytes + HEAD_BYTES * is_response
-        block = data.read(min(left, HEAD_BYTES) if too_long else left) if is_response or is_text else b""
-        data.skip(left - len(block))
-        if not is_response and not is_text:
-            return {"documents": 0}
-        facts = {"url": (headers.get_header("WARC-Target-URI") or "").strip("<>"), "date": headers.get_header("WARC-Date") or ""}
-        known = {"id": utf8(headers.get_header("WARC-Record-ID") or ""), "meta": {key: utf8(fact) for key, fact in facts.items() if fact}}
-        if is_text:
-            return {**({"reason": "too_long", "detail": f"{length} bytes"} if too_long else {"plain": block}), **known}
-        return {**self._body(block, too_long), **known}
-
-    def _body(self, block: bytes, too_long: bool) -> dict[str, Any]:
-        """The page in an HTTP response."""
-        warc = library("warcio.statusandheaders", self.file.format, self.file.source)
-        body = io.BytesIO(block)
-        try:
-            headers = warc.StatusAndHeadersParser(["HTTP/"]).parse(body)
-        except (warc.StatusAndHeadersParserException, EOFError):
-            return {"reason": "malformed", "detail": "no HTTP response"}
-        kind, _, charset = (headers.get_header("Content-Type") or "").lower().partition("charset=")
-        if kind.split(";")[0].strip() not in ("text/html", "application/xhtml+xml"):
-            return {"documents": 0}
-        status = headers.statusline.partition(" ")[2].strip()                                # behind the version
-        if not re.match(r"2\d\d(?!\S)", status):
-            return {"reason": "http_status", "detail": utf8(status[:200]) or "no status"}
-        if too_long:
-            return {"reason": "too_long", "detail": f"a page of over {self.max_document_bytes} bytes"}
-        if (headers.get_header("Transfer-Encoding") or "").lower() == "chunked":
-            page = import_module("warcio.bufferedreaders").ChunkedDataReader(body).read()
-        else:
-            page = body.read()
-        try:
-            page = decoded_body(page, (headers.get_header("Content-Encoding") or "").strip().lower(), self.max_document_bytes + 1)
-        except ERRORS as error:
-            return {"reason": "malformed", "detail": f"Content-Encoding: {error}"}
-        if page is None:
-            return {"reason": "malformed", "detail": f"Content-Encoding: {headers.get_header('Content-Encoding')} cannot be read"[:200]}
-        if len(page) > self.max_document_bytes:
-            return {"reason": "too_long", "detail": f"a page of over {self.max_document_bytes} bytes"}
-        return {"data": page, "charset": charset.split(";")[0].strip(" \"'")}
+        library("warcio", self.file.format, self.file.source)
+        for number, one in enumerate(entries(self._stream(), self.max_document_bytes)):
+            if one.page is not None:
+                yield self._page(number, one.size, one.page, one.charset, one.id, one.meta)
+            elif one.text is not None:
+                yield _decoded(number, one.size, one.text, one.id, one.meta)
+            else:
+                yield Record(number, one.size, reason=one.reason, detail=one.detail, documents=one.documents, id=one.id, meta=one.meta)
 
 
 def _too_long(number: int, size: int, length: int, id: str = "", meta: dict[str, Any] | None = None) -> Record:
