@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import xxhash
 
+from distlm.corpus.columns import opened, plain
 from distlm.corpus.conversations import ANSWERS, BESIDE, USER, Refused, Turns, joined, turns_of
 from distlm.corpus.decompress import ERRORS, decompress
 from distlm.corpus.docstrings import documented
@@ -36,10 +35,6 @@ from distlm.storage import writing
 MAX_KEYS = 20
 BINARY, BINARY_CHARS = "\0" * 4, 8000
 """What says among so many characters that a file is no text but an archive or the like. A single NUL is a slip in a text."""
-BATCH_ROWS = 8
-"""Rows of parquet that are decoded at a time: a few bytes of a file may stand for many long rows, which no figure in it tells."""
-PAGE_BUFFER = 1 << 20
-"""Bytes of a column that are read at a time, or a page of it: else all that a row group has of it, which may be most of the file."""
 parse_json, raw_json = json.JSONDecoder().decode, json.JSONDecoder().raw_decode
 BETWEEN = re.compile(r"[\s,]*")
 
@@ -372,37 +367,22 @@ class Reader:
     def _rows(self, source: Any) -> Iterator[Record]:
         number = rows = 0
         try:
-            with pq.ParquetFile(source, buffer_size=PAGE_BUFFER, pre_buffer=False) as file:
-                schema = file.schema_arrow
-                groups = [i for i in range(file.metadata.num_row_groups) if self._is_own(file.metadata.row_group(i))]
-                self.keys, rows = schema.names[:MAX_KEYS], sum(file.metadata.row_group(i).num_rows for i in groups)
-                self.objects = rows
-                if missing := [key for key in self.wanted if not _has_column(schema, key)]:
+            with opened(source, self.file.begin, self.file.end) as columns:
+                self.keys, self.objects = columns.names[:MAX_KEYS], columns.num_rows
+                rows = columns.num_rows
+                if missing := [key for key in self.wanted if not columns.has(key)]:
                     yield from (Record(i, 0, reason="missing_field", detail=f"no column {missing[0]!r}") for i in range(rows))
                     return
                 id_key = self.file.id_key or "id"
-                keys = [key for key in dict.fromkeys((*self.wanted, id_key, *self.file.keep, *self._beside)) if _has_column(schema, key)]
-                for batch in file.iter_batches(batch_size=BATCH_ROWS, row_groups=groups, columns=keys):
-                    columns = {key: _column(batch, key) for key in keys}
-                    kept = [key for key in self.file.keep if key in columns]
-                    for row in range(len(batch)):
-                        id = as_id(_plain(columns[id_key][row])) if id_key in columns else ""
-                        values = {key: as_json(_plain(columns[key][row])) for key in kept}
-                        lost = [key for key in self._beside if key in columns and is_given(_plain(columns[key][row]))]
-                        yield self._row(number, [columns[key][row] for key in self.wanted], id,
-                                        {key: value for key, value in values.items() if value is not None}, lost)
-                        number += 1
+                for row in columns.rows([*self.wanted, id_key, *self.file.keep, *self._beside]):
+                    id = as_id(plain(row[id_key])) if id_key in row else ""
+                    meta = {key: as_json(plain(row[key])) for key in self.file.keep if key in row}
+                    lost = [key for key in self._beside if key in row and is_given(plain(row[key]))]
+                    yield self._row(number, [row[key] for key in self.wanted], id,
+                                    {key: value for key, value in meta.items() if value is not None}, lost)
+                    number += 1
         except (pa.ArrowException, OSError, ValueError, LookupError, MemoryError) as error:      # whatever is left of the file
             yield Record(number, 0, reason="corrupt", detail=str(error).split("\n")[0], documents=max(1, rows - number))
-
-    def _is_own(self, group: pq.RowGroupMetaData) -> bool:
-        """Whether a row group begins in the range."""
-        if not self._is_range:
-            return True
-        column = group.column(0)
-        pages = (column.data_page_offset, column.dictionary_page_offset)
-        place = max(0, min(page for page in pages if page is not None))
-        return self.file.begin <= place and (self.file.end is None or place < self.file.end)
 
     def _row(self, number: int, row: list[Any], id: str, meta: dict[str, Any], lost: list[str]) -> Record:
         if self.conversations:
@@ -472,33 +452,3 @@ def _lines(blocks: Iterable[bytes], limit: int) -> Iterator[tuple[bytes | None, 
             pending, passed = b"", passed + len(pending)
     if passed or pending:
         yield None if passed else pending, passed + len(pending)
-
-
-def _has_column(schema: pa.Schema, key: str) -> bool:
-    if key in schema.names:
-        return True
-    first, *parts = key.split(".")
-    kind = schema.types[schema.names.index(first)] if first in schema.names else None
-    for part in parts:
-        kind = kind.field(part).type if kind is not None and pa.types.is_struct(kind) and kind.get_field_index(part) >= 0 else None
-    return kind is not None
-
-
-def _column(batch: pa.RecordBatch, key: str) -> Any:
-    names = batch.schema.names
-    if key in names:
-        return batch.column(names.index(key))
-    first, *parts = key.split(".")
-    return pc.struct_field(batch.column(names.index(first)), parts)
-
-
-def _plain(value: Any) -> Any:
-    """A value of a column that is kept; as text where Python has no such type."""
-    try:
-        return value.as_py()
-    except UnicodeDecodeError:
-        return value.as_buffer().to_pybytes() if isinstance(value, pa.BinaryScalar) else "not UTF-8"
-    except (ValueError, ImportError, OverflowError):       # nanoseconds, or a year after 9999
-        with contextlib.suppress(pa.ArrowException, UnicodeDecodeError):
-            return value.cast(pa.string()).as_py()
-        return f"a {value.type}"
