@@ -207,9 +207,9 @@ class _Read:
             else:
                 result.read.reject("markup", 0, record.bytes)
         result.read.taken["bytes"] += reader.stream_bytes
-        result.facts.append({"number": number, "bytes": reader.raw_bytes, "xxh3": reader.digest.hexdigest(),
+        result.facts.append({"number": number, "bytes": reader.raw.num_bytes, "xxh3": reader.raw.digest.hexdigest(),
                              "records": reader.num_records})
-        result.retries += reader.retries
+        result.retries += reader.raw.retries
         result.objects[file.source] += reader.objects
         result.with_key[file.source] += reader.with_key
         if reader.keys:

@@ -1,4 +1,4 @@
-"""From paths to records: which files the sources name, and what text stands in them.
+"""From files to records: what text stands in each, whatever its format.
 
 A file is read as a stream, whatever it holds: no line and no document is ever in memory beyond its limit, and one bad record, or a
 file that breaks off, is a rejected record beside the good ones.
@@ -8,29 +8,25 @@ import contextlib
 import itertools
 import json
 import logging
-import os
 import re
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib import import_module
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
-import xxhash
 
 from distlm.corpus.columns import opened, plain
 from distlm.corpus.conversations import ANSWERS, BESIDE, USER, Refused, Turns, joined, turns_of
-from distlm.corpus.decompress import ERRORS, decompress
+from distlm.corpus.decompress import ERRORS
 from distlm.corpus.docstrings import documented
 from distlm.corpus.files import TextFile
+from distlm.corpus.raw import Raw
 from distlm.corpus.trees import language, tagged
 from distlm.corpus.values import as_id, as_json, field_of, is_given
 from distlm.corpus.warc import entries
 from distlm.corpus.web import CHUNK, library, page_text
 from distlm.spec.prepare import Conversations
-from distlm.storage import writing
 
 MAX_KEYS = 20
 BINARY, BINARY_CHARS = "\0" * 4, 8000
@@ -70,8 +66,6 @@ class Reader:
     max_document_bytes: int
     conversations: Conversations | None = None
     """How records are conversations, if they are."""
-    raw_bytes: int = 0
-    """Bytes on disk or in the store, those of the range alone."""
     stream_bytes: int = 0
     """Bytes of all records together, counted as they come off the stream."""
     objects: int = 0
@@ -79,13 +73,13 @@ class Reader:
     with_key: int = 0
     num_records: int = 0
     """Good or rejected, and those that are no document."""
-    ended: bool = False
-    """Whether all of the file or range has been read."""
-    retries: int = 0
-    """Reads of a store that were taken up again."""
     keys: list[str] = field(default_factory=list)
     """The fields of the first object, or the columns."""
-    digest: Any = field(default_factory=xxhash.xxh3_64)
+    raw: Raw = field(init=False)
+    """The file's bytes, with their count and hash."""
+
+    def __post_init__(self) -> None:
+        self.raw = Raw(self.file)
 
     def records(self) -> Iterator[Record]:
         """Every record, good or rejected. Does not raise for what a file may hold; InputError where no reader of html is installed,
@@ -105,57 +99,10 @@ class Reader:
             self.num_records = number + 1
             yield Record(number, self.stream_bytes - taken, reason="unreadable", detail=error.strerror or str(error))
         with contextlib.suppress(OSError):                 # what a broken stream left unread belongs to the file's hash
-            self._hash(self.file.begin + self.raw_bytes)
-
-    def _raw(self, start: int = 0) -> Iterator[bytes]:
-        """The file's bytes from `start` on; what of them is of the range is counted and hashed."""
-        begin, end = self.file.begin, self.file.end
-        for block in self.file.store.read(self.file.path, start, self._retried) if self.file.store else self._on_disk(start):
-            own = block[max(0, begin - start):None if end is None else max(0, end - start)]
-            self.raw_bytes += len(own)
-            self.digest.update(own)
-            start += len(block)
-            self.ended = self.ended or (end is not None and start >= end)
-            yield block
-        self.ended = True
-
-    def _hash(self, start: int) -> None:
-        """Read what is left of the range."""
-        blocks = self._raw(start)
-        while not self.ended and next(blocks, None) is not None:
-            pass
-
-    def _retried(self) -> None:
-        self.retries += 1
-
-    def _on_disk(self, start: int) -> Iterator[bytes]:
-        if not os.path.isfile(self.file.path):
-            raise OSError("no such file, or not a regular one")
-        with open(self.file.path, "rb") as file:
-            file.seek(start)
-            while block := file.read(CHUNK):
-                yield block
-
-    @contextlib.contextmanager
-    def _seekable(self) -> Iterator[Any]:
-        """The file to be read at any place, when all of it, or of the range, has been hashed. An object is copied to a temporary file for
-        it ($TMPDIR): its bytes must all come for the hash, and would come twice if the columns were read from the store. Raises
-        StorageError where there is no room."""
-        if not self.file.store:
-            self._hash(self.file.begin)
-            yield self.file.path
-            return
-        with tempfile.TemporaryFile(buffering=0) as copy:  # a buffer would be written once more when it is closed, and raise again
-            for block in self._raw():
-                with writing(f"{tempfile.gettempdir()}: the copy of {self.file.place}", "free space or set TMPDIR to a folder with room"):
-                    while block:
-                        block = block[copy.write(block):]
-            copy.seek(0)
-            yield copy
+            self.raw.hash_rest()
 
     def _stream(self) -> Iterator[bytes]:
-        """The file's bytes, decompressed, in blocks of bounded size."""
-        for block in decompress(Path(self.file.path).suffix.lower(), self._raw()):
+        for block in self.raw.stream():
             self.stream_bytes += len(block)
             yield block
 
@@ -256,7 +203,7 @@ class Reader:
         return isinstance(value, dict) and all(field_of(value, key) is not None for key in self.wanted)
 
     def _jsonl(self) -> Iterator[Record]:
-        return self._objects(self._stream() if not self._is_range else self._own_lines())
+        return self._objects(self._stream())
 
     @property
     def _line_limit(self) -> int:
@@ -272,32 +219,6 @@ class Reader:
                 yield Record(number, size, documents=0)
             else:
                 yield self._object(number, size, line)
-
-    @property
-    def _is_range(self) -> bool:
-        return self.file.begin > 0 or self.file.end is not None
-
-    def _own_lines(self) -> Iterator[bytes]:
-        """The lines that begin in the range, in blocks of bounded size. One begins behind a line feed, which may be the last byte before
-        the range; the last line may end far behind it."""
-        begin, end = self.file.begin, self.file.end
-        position, inside = max(0, begin - 1), not begin
-        for block in self._raw(position):
-            if not inside:
-                feed = block.find(b"\n")
-                block, position = (block[feed + 1:], position + feed + 1) if feed >= 0 else (b"", position + len(block))
-                inside = feed >= 0
-            if end is not None and position + len(block) >= end:
-                if not inside or (position >= end and not self.stream_bytes):
-                    return                                 # no line begins here
-                feed = block.find(b"\n", max(0, end - 1 - position))
-                if feed >= 0:
-                    self.stream_bytes += feed + 1
-                    yield block[:feed + 1]
-                    return
-            position += len(block)
-            self.stream_bytes += len(block)
-            yield block
 
     def _object(self, number: int, size: int, line: bytes) -> Record:
         try:
@@ -361,7 +282,7 @@ class Reader:
         return Record(number, size, text, id=id, meta=meta)
 
     def _parquet(self) -> Iterator[Record]:
-        with self._seekable() as source:
+        with self.raw.seekable() as source:
             yield from self._rows(source)
 
     def _rows(self, source: Any) -> Iterator[Record]:
