@@ -27,8 +27,8 @@ os.environ["OMP_NUM_THREADS"] = os.environ["RAYON_NUM_THREADS"] = "1"          #
 import pyarrow as pa
 from texts import prose, standard_library
 
-from distlm.corpus.dedup import BATCH_ROWS
 from distlm.corpus.fuzzy import min_similarity, near_duplicates, probability
+from distlm.corpus.partitions import BATCH_ROWS
 from distlm.spec.prepare import Fuzzy
 
 FLOOR = "0.39 to 0.51"
@@ -122,7 +122,7 @@ def in_turn(function: Callable[[Any], Any], tasks: Sequence[Any]) -> Iterable[tu
 
 
 def write_partitions(texts: list[str], folder: Path) -> list[Path]:
-    """As `distlm.corpus.dedup` does."""
+    """As `distlm.corpus.dedup` makes them."""
     size = sum(map(len, texts))
     number = max(1, round(size / PARTITION_BYTES))
     paths = [folder / f"sorted-{i:04d}.arrow" for i in range(number)]

@@ -19,12 +19,13 @@ from distlm.corpus import boilerplate, fuzzy
 from distlm.corpus.accounts import MAX_SAMPLES, Account, Samples, Step, account, add
 from distlm.corpus.clusters import MAX_CLUSTERS, Cluster, excerpts, largest
 from distlm.corpus.decontaminate import Evaluations, Found
-from distlm.corpus.dedup import SortTask, read_column, read_row, sort_partition
+from distlm.corpus.dedup import SortTask, sort_partition
 from distlm.corpus.documents import ReadResult, ReadTask, Rules, check_keys, read_documents
 from distlm.corpus.files import grouped
 from distlm.corpus.fuzzy import Dropped
 from distlm.corpus.job import Job
 from distlm.corpus.paragraphs import Numbers
+from distlm.corpus.partitions import read_column, read_row
 from distlm.corpus.refine import (
     REPEATED,
     HashTask,
