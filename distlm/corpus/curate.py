@@ -196,16 +196,15 @@ class _Curate:
             return
         let_alone = tuple(i for i, source in enumerate(job.spec.sources) if job.spec.cleaning(source).boilerplate is None)
         hashed, found = self._hash("lines", rules, find_frequent, let_alone)
-        outputs = self._outputs("stripped")
-        self._refine("strip", strip_partition, [ShortenTask(i, path, len(found), self.rule, job.scratch / "hash_lines", outputs[i])
-                                                for i, path in enumerate(self.partitions)])
+        whole = self.partitions
+        self._refine("strip", strip_partition, "stripped", lambda i, path, output: ShortenTask(
+            i, path, len(found), self.rule, job.scratch / "hash_lines", output))
         for count, partition, row, index in sorted(one for frequent in found for one in frequent.first)[:MAX_SAMPLES]:
-            line = read_row(self.partitions[partition], row, "text")["text"].split("\n")[index]
-            job.books.samples.add(boilerplate.LINES, {**job.inputs.place(self.partitions[partition], row), "bytes": len(line.encode()),
+            line = read_row(whole[partition], row, "text")["text"].split("\n")[index]
+            job.books.samples.add(boilerplate.LINES, {**job.inputs.place(whole[partition], row), "bytes": len(line.encode()),
                                                       "detail": f"in {-count:,} documents", "text": line})
         job.figures["boilerplate"] = {"min_documents": hashed.least, "documents": hashed.documents, "candidates": hashed.pieces,
                                       "lines": sum(one.distinct for one in found)}
-        self.partitions = outputs
         self._drop_again("texts", "stripped", "without_boilerplate", boilerplate.LINES in job.books.steps[-1].rejected)
 
     def drop_paragraphs(self) -> None:
@@ -215,11 +214,9 @@ class _Curate:
             return
         least = job.spec.dedup.paragraphs
         hashed, repeated = self._hash("paragraphs", least, find_repeats)
-        outputs = self._outputs("shortened")
-        self._refine("shorten", shorten_partition, [ShortenTask(i, path, len(repeated), self.rule, job.scratch / "hash_paragraphs",
-                                                                outputs[i]) for i, path in enumerate(self.partitions)])
+        self._refine("shorten", shorten_partition, "shortened", lambda i, path, output: ShortenTask(
+            i, path, len(repeated), self.rule, job.scratch / "hash_paragraphs", output))
         job.figures["paragraphs"] = {"min_chars": least, "paragraphs": hashed.pieces, "repeated": sum(repeated)}
-        self.partitions = outputs
         self._drop_again("rests", "shortened", "without_paragraphs", REPEATED in job.books.steps[-1].rejected)
 
     def hold_out(self) -> Curated:
@@ -243,10 +240,8 @@ class _Curate:
         job = self.job
         if self.evaluations and changed:
             name = f"decontaminate_{step}"
-            outputs = self._outputs(name)
-            self._refine(name, decontaminate_partition, [LookTask(i, path, job.scratch / "evaluations.pickle", self.rule, outputs[i], name,
-                                                                  without) for i, path in enumerate(self.partitions)])
-            self.partitions = outputs
+            self._refine(name, decontaminate_partition, name, lambda i, path, output: LookTask(
+                i, path, job.scratch / "evaluations.pickle", self.rule, output, name, without))
             job.figures["decontamination"] = self.evaluations.report(self.found)
         if job.spec.dedup.exact:
             _, equal = self._hash(what, None, find_equal)
@@ -269,11 +264,9 @@ class _Curate:
 
     def _drop(self, stage: str, dropped: Sequence[Dropped], step: str, reason: str) -> None:
         """Drop these documents of each partition."""
-        outputs = self._outputs(step)
         self.clusters += [self._sampled(step, cluster) for cluster in largest(dropped)]
-        self._refine(stage, refine_partition, [RefineTask(i, path, dropped[i], self.rule, outputs[i], step, reason)
-                                               for i, path in enumerate(self.partitions)])
-        self.partitions = outputs
+        self._refine(stage, refine_partition, step, lambda i, path, output: RefineTask(
+            i, path, dropped[i], self.rule, output, step, reason))
 
     def _sampled(self, step: str, cluster: Cluster) -> dict[str, Any]:
         members, texts = list[dict[str, Any]](), list[str]()
@@ -308,22 +301,21 @@ class _Curate:
         return np.array([partition << 32 | row for partition, path in enumerate(self.partitions) if self.rule.whole
                          for row in np.flatnonzero(np.isin(read_column(path, "origin"), self.rule.whole)).tolist()], np.int64)
 
-    def _refine(self, stage: str, function: Callable[[Item], RefineResult], tasks: Sequence[Item]) -> None:
-        """Run a step that drops documents from the partitions, and keep its books."""
-        job = self.job
-        results = [result for _, result in sorted(job.each(stage, function, tasks), key=lambda pair: pair[0])]
+    def _refine(self, stage: str, function: Callable[[Item], RefineResult], name: str, task: Callable[[int, Path, Path], Item]) -> None:
+        """Run a step that drops documents from the partitions, and keep its books. It writes files of this name; `task` is given a
+        partition's number, its file and the one to write."""
+        outputs = [self.job.scratch / f"{name}-{i:04d}.arrow" for i in range(len(self.partitions))]
+        tasks = [task(i, *paths) for i, paths in enumerate(zip(self.partitions, outputs, strict=True))]
+        results = [result for _, result in sorted(self.job.each(stage, function, tasks), key=lambda pair: pair[0])]
         step = Step(results[0].step.name)
         self.splits, self.candidates = {}, []
         for result in results:
             step.merge(result.step)
             self._count(result.splits, result.next_val)
             self.found.merge(result.found)
-        job.books.sample([result.samples for result in results], self.partitions)
-        job.books.add(step)
-
-    def _outputs(self, name: str) -> list[Path]:
-        job = self.job
-        return [job.scratch / f"{name}-{i:04d}.arrow" for i in range(len(self.partitions))]
+        self.job.books.sample([result.samples for result in results], self.partitions)
+        self.job.books.add(step)
+        self.partitions = outputs
 
     def _count(self, splits: dict[str, Account], next_val: bytes) -> None:
         for name in self.rule.names:
