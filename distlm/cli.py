@@ -398,7 +398,7 @@ def corpus_inspect(name: Corpus, ids: Annotated[list[str] | None, typer.Option("
                    find: Annotated[str | None, typer.Option(help="Search the windows for a text.")] = None,
                    windows: Annotated[int, typer.Option(min=0, help="Show so many decoded windows.")] = 0,
                    first: Annotated[int, typer.Option(min=0, help="The first of them.")] = 0,
-                   split: Annotated[str, typer.Option(help="train or val.")] = "train",
+                   split: Annotated[str, typer.Option(help="Of this split: train, val, or test where there is one.")] = "train",
                    limit: Annotated[int, typer.Option(min=1, help="Show no more places than that.")] = 10) -> None:
     """Show what a corpus holds: a summary, documents by id, windows, or where a text stands.
 

@@ -12,6 +12,7 @@ words changed.
 
 import argparse
 import cProfile
+import importlib.util
 import os
 import pstats
 import statistics
@@ -25,10 +26,11 @@ from typing import Any
 os.environ["OMP_NUM_THREADS"] = os.environ["RAYON_NUM_THREADS"] = "1"          # before numpy and rensa start theirs
 
 import pyarrow as pa
+import xxhash
 from texts import prose, standard_library
 
-from distlm.corpus.dedup import BATCH_ROWS
 from distlm.corpus.fuzzy import min_similarity, near_duplicates, probability
+from distlm.corpus.partitions import BATCH_ROWS
 from distlm.spec.prepare import Fuzzy
 
 FLOOR = "0.39 to 0.51"
@@ -59,12 +61,13 @@ def compare(kind: str, texts: list[str], rounds: int, rules: Fuzzy) -> None:
     """Print a line for each side."""
     size = sum(len(text.encode()) for text in texts) / 1e6
     sides: dict[str, Callable[[list[str], Fuzzy], tuple[int, str]]] = {"distlm": distlm_side}
-    try:
-        import datatrove  # noqa: F401
-
-        sides["datatrove"] = datatrove_side
-    except ImportError:
+    if importlib.util.find_spec("datatrove") is None:
         print("datatrove is not installed: no line for it", file=sys.stderr)
+    elif int(xxhash.VERSION.split(".")[0]) > 3:            # which hashes no str, as datatrove 0.10.1 has it do
+        print(f"datatrove needs xxhash below 4, and {xxhash.VERSION} comes first on the path: no line for it; "
+              "pip install 'xxhash<4' where datatrove is", file=sys.stderr)
+    else:
+        sides["datatrove"] = datatrove_side
     speeds: dict[str, list[float]] = {side: [] for side in sides}
     said = {}
     for _ in range(rounds):
@@ -122,7 +125,7 @@ def in_turn(function: Callable[[Any], Any], tasks: Sequence[Any]) -> Iterable[tu
 
 
 def write_partitions(texts: list[str], folder: Path) -> list[Path]:
-    """As `distlm.corpus.dedup` does."""
+    """As `distlm.corpus.dedup` makes them."""
     size = sum(map(len, texts))
     number = max(1, round(size / PARTITION_BYTES))
     paths = [folder / f"sorted-{i:04d}.arrow" for i in range(number)]

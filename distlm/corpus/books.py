@@ -33,10 +33,9 @@ class Books:
                     self.progress.note(f"{lost['documents']:,} document{'s' if lost['documents'] > 1 else ''} rejected: {reason} "
                                        f"({lost['bytes']:,} bytes)")
 
-    def sample_read(self, found: Sequence[Samples]) -> None:
-        """Keep the first samples of records that are known by range and number."""
-        self.samples.merge(found, ("number", "record"))
-        for reason, kept in self.samples.kept.items():
+    def sample_read(self, found: Samples) -> None:
+        """Keep samples of records that are known by range and number; there are no others as yet."""
+        for reason, kept in found.kept.items():
             self.samples.kept[reason] = [{**self.inputs.record(sample.pop("number"), sample.pop("record")), **sample} for sample in kept]
 
     def sample(self, found: Sequence[Samples], partitions: Sequence[Path]) -> None:

@@ -32,6 +32,8 @@ from distlm.spec.prepare import Decontaminate, Source
 MIN_WORDS = 8
 """An evaluation text of fewer words says too little: it is skipped, and counted."""
 MAX_TEXT_BYTES = 100_000_000
+RECORDS = ("json", "jsonl", "parquet")
+"""The formats that have fields: a file of another is read once, however many fields count."""
 BATCH_CHARS = 1 << 19
 LETTER, ALONE, INVISIBLE = 1, 2, 3
 WORD_CHARACTER = regex.compile(r"[\p{L}\p{M}\p{N}]+")
@@ -215,11 +217,11 @@ def _texts(named: _Named, text_keys: tuple[str, ...]) -> list[str]:
     texts: list[str] = []
     records, keys, has_key = 0, list[str](), False
     for key in text_keys:
-        for file in named.files:
+        for file in named.files if key == text_keys[0] else [file for file in named.files if file.format in RECORDS]:
             reader = Reader(replace(file, text_key=key), MAX_TEXT_BYTES)
             for record in reader.records():
-                if file.format in ("text", "json") and not reader.objects and key != text_keys[0]:
-                    break                                  # it has no fields, or not this one, and was read as a text
+                if file.format == "json" and not reader.objects and key != text_keys[0]:
+                    break                                  # it has not this field, and was read as a text
                 records += record.documents
                 if not record.reason and record.documents:
                     texts.append(record.text)
@@ -227,7 +229,7 @@ def _texts(named: _Named, text_keys: tuple[str, ...]) -> list[str]:
                     raise InputError(f"record {record.number} is {record.reason}: {record.detail}", where=f"{named.where}: {file.name}",
                                      remedy="mend the file: what cannot be read cannot be looked for")
             keys = keys or reader.keys
-            has_key = has_key or file.format == "text" or bool(reader.with_key)
+            has_key = has_key or file.format not in RECORDS or bool(reader.with_key)
     if records and not has_key:
         near = next((near for key in text_keys if (near := nearest(key, keys))), None)
         raise InputError(f"no record has the field {' or '.join(map(repr, text_keys))}; the first has {', '.join(keys) or 'none'}",

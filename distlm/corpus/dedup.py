@@ -17,12 +17,11 @@ from distlm.corpus.accounts import MAX_SAMPLES, SAMPLE_CHARS, Account, Samples, 
 from distlm.corpus.clusters import MAX_CLUSTERS, MAX_MEMBERS, excerpt
 from distlm.corpus.documents import SCHEMA
 from distlm.corpus.labels import labels_in
+from distlm.corpus.partitions import write_partition
 from distlm.corpus.split import HASH_BYTES, SplitRule, first_held_out
 from distlm.spec.prepare import Labels
-from distlm.storage import replacing
 
 Numbers = npt.NDArray[np.uint64]
-BATCH_ROWS = 256
 DUPLICATE, OTHER_LABEL = "duplicate", "duplicate_other_label"
 """Why a document goes whose text another has: of documents with labels, the second where its labels are not those of the one that stays."""
 KEPT = ["hash", "file", "origin", "record", "id", "meta", "reasons", "text", "turns"]
@@ -135,25 +134,6 @@ def count_splits(documents: pa.Table, sizes: Sequence[int], rule: SplitRule) -> 
     return splits, first_held_out(places, rule)
 
 
-def write_partition(path: Path, documents: pa.Table) -> None:
-    """Put documents in order where the next task finds them. Raises StorageError."""
-    with replacing(path) as partial, pa.OSFile(partial, "wb") as file, pa.ipc.new_file(file, documents.schema) as writer:
-        writer.write_table(documents, max_chunksize=BATCH_ROWS)
-
-
 def _batch(path: Path, number: int) -> pa.RecordBatch:
     with pa.memory_map(str(path)) as file:
         return pa.ipc.open_file(file).get_batch(number)
-
-
-def read_row(path: Path, row: int, *columns: str) -> dict[str, Any]:
-    """A document of a partition."""
-    with pa.memory_map(str(path)) as file:
-        batch, place = divmod(row, BATCH_ROWS)
-        found: dict[str, Any] = pa.ipc.open_file(file).get_batch(batch).select(list(columns)).slice(place, 1).to_pylist()[0]
-        return found
-
-
-def read_column(path: Path, name: str) -> npt.NDArray[Any]:
-    with pa.memory_map(str(path)) as file:
-        return pa.ipc.open_file(file).read_all()[name].to_numpy()

@@ -97,6 +97,23 @@ class ReadResult:
     """Reads of a store that were taken up again."""
     parts: list[Path] = field(default_factory=list)
 
+    def merge(self, other: "ReadResult") -> None:
+        """Take in what became of the files after these."""
+        for mine, more in ((self.read, other.read), (self.clean, other.clean), (self.sample, other.sample), (self.filter, other.filter),
+                           (self.decontaminate, other.decontaminate)):
+            mine.merge(more)
+        for counts, found in ((self.annotated, other.annotated), (self.languages, other.languages), (self.unwanted, other.unwanted),
+                              (self.redactions, other.redactions)):
+            counts.update(found)
+        for numbers, counted in ((self.kept, other.kept), (self.objects, other.objects), (self.with_key, other.with_key)):
+            numbers.update(counted)
+        self.found.merge(other.found)
+        self.facts += other.facts
+        self.samples.merge([other.samples], ("number", "record"))
+        self.keys = other.keys | self.keys
+        self.retries += other.retries
+        self.parts += other.parts
+
 
 def check(spec: PrepareSpec) -> tuple[list[TextFile], Evaluations | None]:
     """The files of a prepare job, and the evaluation texts that its documents must not hold. Raises InputError for what it names and what
@@ -146,20 +163,17 @@ def read_documents(task: ReadTask) -> ReadResult:
     return job.result
 
 
-def check_keys(spec: PrepareSpec, results: list[ReadResult]) -> None:
+def check_keys(spec: PrepareSpec, found: ReadResult) -> None:
     """Raises CorpusError for a source whose fields are in no record, which is a mistake in the spec."""
-    objects, with_key = Counter[int](), Counter[int]()
-    for result in results:
-        objects.update(result.objects)
-        with_key.update(result.with_key)
     for i, source in enumerate(spec.sources):
-        if objects[i] and not with_key[i]:
-            keys = next((result.keys[i] for result in results if result.keys.get(i)), [])
+        if found.objects[i] and not found.with_key[i]:
+            keys = found.keys.get(i, [])
             wanted = spec.conversations.keys if spec.conversations else (source.text_key,)
             near = nearest(wanted[0], keys)
             name = f"sources.{i}.text_key" if not spec.conversations else f"conversations.{'prompt' if wanted[1:] else 'messages'}_key"
-            raise CorpusError(f"none of {objects[i]:,} records has the field{'s' if wanted[1:] else ''} {' and '.join(map(repr, wanted))}; "
-                              f"the first has {', '.join(keys) or 'none'}", where=f"{name}: {source.path}",
+            fields = f"field{'s' if wanted[1:] else ''} {' and '.join(map(repr, wanted))}"
+            raise CorpusError(f"none of {found.objects[i]:,} records has the {fields}; the first has {', '.join(keys) or 'none'}",
+                              where=f"{name}: {source.path}",
                               remedy=f"did you mean {near}?" if near else f"set {name.split('.')[-1]} to the field that holds "
                                                                           f"{'them' if spec.conversations else 'the text'}")
 
@@ -207,9 +221,9 @@ class _Read:
             else:
                 result.read.reject("markup", 0, record.bytes)
         result.read.taken["bytes"] += reader.stream_bytes
-        result.facts.append({"number": number, "bytes": reader.raw_bytes, "xxh3": reader.digest.hexdigest(),
+        result.facts.append({"number": number, "bytes": reader.raw.num_bytes, "xxh3": reader.raw.digest.hexdigest(),
                              "records": reader.num_records})
-        result.retries += reader.retries
+        result.retries += reader.raw.retries
         result.objects[file.source] += reader.objects
         result.with_key[file.source] += reader.with_key
         if reader.keys:

@@ -18,6 +18,7 @@ from distlm.corpus.accounts import SAMPLE_CHARS, Samples, Step, add
 from distlm.corpus.bpe import fast_encoder
 from distlm.corpus.conversations import LONGER, Refused, Turns, checked_preference, divided, is_empty_answer, joined, parted, sides
 from distlm.corpus.labels import labels_in
+from distlm.corpus.partitions import read_rows
 from distlm.corpus.plain import plain, respelled, without_special
 from distlm.corpus.split import HASH_BYTES, SplitRule, document_hash, split_documents
 from distlm.corpus.tokenizer import END, given_template
@@ -149,8 +150,7 @@ def encode_partition(task: EncodeTask) -> dict[str, Encoded]:
 def _labels_of_kept(task: EncodeTask, kept: list[tuple[int, int, int, int, bytes]], splits: list[str]) -> dict[str, list[list[str]]]:
     """By split the labels of each document that became tokens, in order."""
     assert task.labels
-    with pa.memory_map(str(task.documents)) as source:
-        metas = pa.ipc.open_file(source).read_all()["meta"].to_pylist()
+    metas = [meta for meta, in read_rows(task.documents, "meta")]
     found: dict[str, list[list[str]]] = {split: [] for split in task.rule.names}
     for row, *_ in kept:
         found[splits[row]].append(labels_in(metas[row], task.labels))

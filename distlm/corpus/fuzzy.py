@@ -32,7 +32,6 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 import regex
 import xxhash
@@ -41,6 +40,7 @@ from rensa import RMinHash
 
 from distlm.corpus.conversations import without_system
 from distlm.corpus.order import hash64
+from distlm.corpus.partitions import batches, num_documents
 from distlm.spec.prepare import Fuzzy
 from distlm.storage import replacing
 
@@ -163,11 +163,6 @@ def near_duplicates(partitions: Sequence[Path], rules: Fuzzy, scratch: Path, run
         pass
     tasks = [ConfirmTask(i, buckets, rules, scratch) for i in range(len(partitions))]
     return clusters([result for _, result in run(confirm, tasks)], documents, len(partitions), preferred)
-
-
-def num_documents(path: Path) -> int:
-    with pa.memory_map(str(path)) as file:
-        return int(pa.ipc.open_file(file).count_rows())
 
 
 def sign_partition(task: SignTask) -> int:
@@ -426,19 +421,16 @@ class _Shingles(dict[int, tuple[Words, Words]]):
 
 def _chunks(path: Path) -> Iterator[tuple[list[str], list[str]]]:
     """The texts of a partition and whose is how much of each, about a megabyte at a time."""
-    with pa.memory_map(str(path)) as file:
-        reader = pa.ipc.open_file(file)
-        for number in range(reader.num_record_batches):
-            batch = reader.get_batch(number)
-            texts = batch["text"]
-            turns = batch["turns"].to_pylist()
-            ends = np.cumsum(pc.binary_length(texts).to_numpy(zero_copy_only=False))
-            start = 0
-            while start < len(texts):
-                begin = ends[start - 1] if start else 0
-                stop = max(start + 1, int(np.searchsorted(ends, begin + CHUNK_BYTES, "right")))
-                yield texts[start:stop].to_pylist(), turns[start:stop]
-                start = stop
+    for batch in batches(path):
+        texts = batch["text"]
+        turns = batch["turns"].to_pylist()
+        ends = np.cumsum(pc.binary_length(texts).to_numpy(zero_copy_only=False))
+        start = 0
+        while start < len(texts):
+            begin = ends[start - 1] if start else 0
+            stop = max(start + 1, int(np.searchsorted(ends, begin + CHUNK_BYTES, "right")))
+            yield texts[start:stop].to_pylist(), turns[start:stop]
+            start = stop
 
 
 def _edges(buckets: int) -> Words:

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distlm.corpus.dedup import read_row
 from distlm.corpus.files import TextFile, joint_xxh3, ranges
 from distlm.corpus.identity import describe
 from distlm.corpus.listing import write_documents
 from distlm.corpus.manifest import rules_of
+from distlm.corpus.partitions import read_row
 from distlm.spec import PrepareSpec
 from distlm.storage import write_atomic
 

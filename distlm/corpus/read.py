@@ -1,47 +1,36 @@
-"""From paths to records: which files the sources name, and what text stands in them.
+"""From files to records: what text stands in each, whatever its format.
 
 A file is read as a stream, whatever it holds: no line and no document is ever in memory beyond its limit, and one bad record, or a
 file that breaks off, is a rejected record beside the good ones.
 """
 
 import contextlib
-import io
 import itertools
 import json
 import logging
-import math
-import os
 import re
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib import import_module
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
-import xxhash
 
+from distlm.corpus.columns import opened, plain
 from distlm.corpus.conversations import ANSWERS, BESIDE, USER, Refused, Turns, joined, turns_of
-from distlm.corpus.decompress import ERRORS, decompress
+from distlm.corpus.decompress import ERRORS
 from distlm.corpus.docstrings import documented
 from distlm.corpus.files import TextFile
+from distlm.corpus.raw import Raw
 from distlm.corpus.trees import language, tagged
-from distlm.corpus.web import CHUNK, HEAD_BYTES, Data, decoded_body, library, page_text
+from distlm.corpus.values import as_id, as_json, field_of, is_given
+from distlm.corpus.warc import entries
+from distlm.corpus.web import CHUNK, library, page_text
 from distlm.spec.prepare import Conversations
-from distlm.storage import writing
 
 MAX_KEYS = 20
 BINARY, BINARY_CHARS = "\0" * 4, 8000
 """What says among so many characters that a file is no text but an archive or the like. A single NUL is a slip in a text."""
-MAX_DEPTH = 64
-"""Of what is kept beside a document."""
-BATCH_ROWS = 8
-"""Rows of parquet that are decoded at a time: a few bytes of a file may stand for many long rows, which no figure in it tells."""
-PAGE_BUFFER = 1 << 20
-"""Bytes of a column that are read at a time, or a page of it: else all that a row group has of it, which may be most of the file."""
 parse_json, raw_json = json.JSONDecoder().decode, json.JSONDecoder().raw_decode
 BETWEEN = re.compile(r"[\s,]*")
 
@@ -77,8 +66,6 @@ class Reader:
     max_document_bytes: int
     conversations: Conversations | None = None
     """How records are conversations, if they are."""
-    raw_bytes: int = 0
-    """Bytes on disk or in the store, those of the range alone."""
     stream_bytes: int = 0
     """Bytes of all records together, counted as they come off the stream."""
     objects: int = 0
@@ -86,13 +73,13 @@ class Reader:
     with_key: int = 0
     num_records: int = 0
     """Good or rejected, and those that are no document."""
-    ended: bool = False
-    """Whether all of the file or range has been read."""
-    retries: int = 0
-    """Reads of a store that were taken up again."""
     keys: list[str] = field(default_factory=list)
     """The fields of the first object, or the columns."""
-    digest: Any = field(default_factory=xxhash.xxh3_64)
+    raw: Raw = field(init=False)
+    """The file's bytes, with their count and hash."""
+
+    def __post_init__(self) -> None:
+        self.raw = Raw(self.file)
 
     def records(self) -> Iterator[Record]:
         """Every record, good or rejected. Does not raise for what a file may hold; InputError where no reader of html is installed,
@@ -112,57 +99,10 @@ class Reader:
             self.num_records = number + 1
             yield Record(number, self.stream_bytes - taken, reason="unreadable", detail=error.strerror or str(error))
         with contextlib.suppress(OSError):                 # what a broken stream left unread belongs to the file's hash
-            self._hash(self.file.begin + self.raw_bytes)
-
-    def _raw(self, start: int = 0) -> Iterator[bytes]:
-        """The file's bytes from `start` on; what of them is of the range is counted and hashed."""
-        begin, end = self.file.begin, self.file.end
-        for block in self.file.store.read(self.file.path, start, self._retried) if self.file.store else self._on_disk(start):
-            own = block[max(0, begin - start):None if end is None else max(0, end - start)]
-            self.raw_bytes += len(own)
-            self.digest.update(own)
-            start += len(block)
-            self.ended = self.ended or (end is not None and start >= end)
-            yield block
-        self.ended = True
-
-    def _hash(self, start: int) -> None:
-        """Read what is left of the range."""
-        blocks = self._raw(start)
-        while not self.ended and next(blocks, None) is not None:
-            pass
-
-    def _retried(self) -> None:
-        self.retries += 1
-
-    def _on_disk(self, start: int) -> Iterator[bytes]:
-        if not os.path.isfile(self.file.path):
-            raise OSError("no such file, or not a regular one")
-        with open(self.file.path, "rb") as file:
-            file.seek(start)
-            while block := file.read(CHUNK):
-                yield block
-
-    @contextlib.contextmanager
-    def _seekable(self) -> Iterator[Any]:
-        """The file to be read at any place, when all of it, or of the range, has been hashed. An object is copied to a temporary file for
-        it ($TMPDIR): its bytes must all come for the hash, and would come twice if the columns were read from the store. Raises
-        StorageError where there is no room."""
-        if not self.file.store:
-            self._hash(self.file.begin)
-            yield self.file.path
-            return
-        with tempfile.TemporaryFile(buffering=0) as copy:  # a buffer would be written once more when it is closed, and raise again
-            for block in self._raw():
-                with writing(f"{tempfile.gettempdir()}: the copy of {self.file.place}", "free space or set TMPDIR to a folder with room"):
-                    while block:
-                        block = block[copy.write(block):]
-            copy.seek(0)
-            yield copy
+            self.raw.hash_rest()
 
     def _stream(self) -> Iterator[bytes]:
-        """The file's bytes, decompressed, in blocks of bounded size."""
-        for block in decompress(Path(self.file.path).suffix.lower(), self._raw()):
+        for block in self.raw.stream():
             self.stream_bytes += len(block)
             yield block
 
@@ -260,10 +200,10 @@ class Reader:
         return self._checked(number, size, text, id, meta)
 
     def _is_record(self, value: Any) -> bool:
-        return isinstance(value, dict) and all(_field(value, key) is not None for key in self.wanted)
+        return isinstance(value, dict) and all(field_of(value, key) is not None for key in self.wanted)
 
     def _jsonl(self) -> Iterator[Record]:
-        return self._objects(self._stream() if not self._is_range else self._own_lines())
+        return self._objects(self._stream())
 
     @property
     def _line_limit(self) -> int:
@@ -280,32 +220,6 @@ class Reader:
             else:
                 yield self._object(number, size, line)
 
-    @property
-    def _is_range(self) -> bool:
-        return self.file.begin > 0 or self.file.end is not None
-
-    def _own_lines(self) -> Iterator[bytes]:
-        """The lines that begin in the range, in blocks of bounded size. One begins behind a line feed, which may be the last byte before
-        the range; the last line may end far behind it."""
-        begin, end = self.file.begin, self.file.end
-        position, inside = max(0, begin - 1), not begin
-        for block in self._raw(position):
-            if not inside:
-                feed = block.find(b"\n")
-                block, position = (block[feed + 1:], position + feed + 1) if feed >= 0 else (b"", position + len(block))
-                inside = feed >= 0
-            if end is not None and position + len(block) >= end:
-                if not inside or (position >= end and not self.stream_bytes):
-                    return                                 # no line begins here
-                feed = block.find(b"\n", max(0, end - 1 - position))
-                if feed >= 0:
-                    self.stream_bytes += feed + 1
-                    yield block[:feed + 1]
-                    return
-            position += len(block)
-            self.stream_bytes += len(block)
-            yield block
-
     def _object(self, number: int, size: int, line: bytes) -> Record:
         try:
             value = parse_json(line.removeprefix(b"\xef\xbb\xbf").decode())
@@ -321,10 +235,10 @@ class Reader:
         self.objects += 1
         file = self.file
         self.keys = self.keys or sorted(value)[:MAX_KEYS]
-        id = _as_id(_field(value, file.id_key or "id"))
-        meta = {key: _as_json(kept) for key in file.keep if (kept := _field(value, key)) is not None} if file.keep else {}
-        lost = [key for key in self._beside if _is_given(value.get(key))]
-        return self._said(number, size, [_field(value, key) for key in self.wanted], id, meta, lost)
+        id = as_id(field_of(value, file.id_key or "id"))
+        meta = {key: as_json(kept) for key in file.keep if (kept := field_of(value, key)) is not None} if file.keep else {}
+        lost = [key for key in self._beside if is_given(value.get(key))]
+        return self._said(number, size, [field_of(value, key) for key in self.wanted], id, meta, lost)
 
     @property
     def wanted(self) -> tuple[str, ...]:
@@ -368,43 +282,28 @@ class Reader:
         return Record(number, size, text, id=id, meta=meta)
 
     def _parquet(self) -> Iterator[Record]:
-        with self._seekable() as source:
+        with self.raw.seekable() as source:
             yield from self._rows(source)
 
     def _rows(self, source: Any) -> Iterator[Record]:
         number = rows = 0
         try:
-            with pq.ParquetFile(source, buffer_size=PAGE_BUFFER, pre_buffer=False) as file:
-                schema = file.schema_arrow
-                groups = [i for i in range(file.metadata.num_row_groups) if self._is_own(file.metadata.row_group(i))]
-                self.keys, rows = schema.names[:MAX_KEYS], sum(file.metadata.row_group(i).num_rows for i in groups)
-                self.objects = rows
-                if missing := [key for key in self.wanted if not _has_column(schema, key)]:
+            with opened(source, self.file.begin, self.file.end) as columns:
+                self.keys, self.objects = columns.names[:MAX_KEYS], columns.num_rows
+                rows = columns.num_rows
+                if missing := [key for key in self.wanted if not columns.has(key)]:
                     yield from (Record(i, 0, reason="missing_field", detail=f"no column {missing[0]!r}") for i in range(rows))
                     return
                 id_key = self.file.id_key or "id"
-                keys = [key for key in dict.fromkeys((*self.wanted, id_key, *self.file.keep, *self._beside)) if _has_column(schema, key)]
-                for batch in file.iter_batches(batch_size=BATCH_ROWS, row_groups=groups, columns=keys):
-                    columns = {key: _column(batch, key) for key in keys}
-                    kept = [key for key in self.file.keep if key in columns]
-                    for row in range(len(batch)):
-                        id = _as_id(_plain(columns[id_key][row])) if id_key in columns else ""
-                        values = {key: _as_json(_plain(columns[key][row])) for key in kept}
-                        lost = [key for key in self._beside if key in columns and _is_given(_plain(columns[key][row]))]
-                        yield self._row(number, [columns[key][row] for key in self.wanted], id,
-                                        {key: value for key, value in values.items() if value is not None}, lost)
-                        number += 1
+                for row in columns.rows([*self.wanted, id_key, *self.file.keep, *self._beside]):
+                    id = as_id(plain(row[id_key])) if id_key in row else ""
+                    meta = {key: as_json(plain(row[key])) for key in self.file.keep if key in row}
+                    lost = [key for key in self._beside if key in row and is_given(plain(row[key]))]
+                    yield self._row(number, [row[key] for key in self.wanted], id,
+                                    {key: value for key, value in meta.items() if value is not None}, lost)
+                    number += 1
         except (pa.ArrowException, OSError, ValueError, LookupError, MemoryError) as error:      # whatever is left of the file
             yield Record(number, 0, reason="corrupt", detail=str(error).split("\n")[0], documents=max(1, rows - number))
-
-    def _is_own(self, group: pq.RowGroupMetaData) -> bool:
-        """Whether a row group begins in the range."""
-        if not self._is_range:
-            return True
-        column = group.column(0)
-        pages = (column.data_page_offset, column.dictionary_page_offset)
-        place = max(0, min(page for page in pages if page is not None))
-        return self.file.begin <= place and (self.file.end is None or place < self.file.end)
 
     def _row(self, number: int, row: list[Any], id: str, meta: dict[str, Any], lost: list[str]) -> Record:
         if self.conversations:
@@ -431,80 +330,14 @@ class Reader:
             return Record(number, size, reason="not_utf8", detail=f"byte {error.start}: {error.reason}", id=id, meta=meta)
 
     def _warc(self) -> Iterator[Record]:
-        """A record of the archive is one here, with the empty lines after it. Where none begins, all up to the next is malformed."""
-        data, end, number = Data(self._stream()), 0, 0
-        line = data.next_line()
-        while line:
-            found = self._response(data, line) if line.startswith(b"WARC/") else None
-            line = data.next_line()
-            if found is None:
-                while line and not line.startswith(b"WARC/"):
-                    line = data.line()
-                data.check(bool(line))
-                found = {"reason": "malformed", "detail": "no WARC record that says its length"}
-            size = data.position - len(line) - end
-            yield self._page(number, size, **found) if "data" in found else \
-                _decoded(number, size, found.pop("plain"), **found) if "plain" in found else Record(number, size, **found)
-            end, number = end + size, number + 1
-        data.check(bool(line))
-        if data.position > end:
-            yield Record(number, data.position - end, documents=0)
-
-    def _response(self, data: Data, line: bytes) -> dict[str, Any] | None:
-        """What the record that begins with `line` gives: the parts of a page, of a reject, or of no document; None where nobody
-        knows where it ends."""
-        parse = library("warcio.statusandheaders", self.file.format, self.file.source).StatusAndHeadersParser
-        head = data.head(line)
-        if head is None:
-            return None
-        headers = parse(["WARC/"]).parse(io.BytesIO(head))
-        length = (headers.get_header("Content-Length") or "").strip()
-        if not re.fullmatch("[0-9]{1,18}", length):
-            return None
-        left = int(length)
-        kind = (headers.get_header("WARC-Type") or "").lower(), (headers.get_header("Content-Type") or "").lower()
-        is_response = kind[0] == "response" and kind[1].startswith("application/http")
-        is_text = kind[0] == "conversion" and kind[1].startswith("text/plain")               # as WET files have them
-        too_long = left > self.max_document_bytes + HEAD_BYTES * is_response
-        block = data.read(min(left, HEAD_BYTES) if too_long else left) if is_response or is_text else b""
-        data.skip(left - len(block))
-        if not is_response and not is_text:
-            return {"documents": 0}
-        facts = {"url": (headers.get_header("WARC-Target-URI") or "").strip("<>"), "date": headers.get_header("WARC-Date") or ""}
-        known = {"id": _utf8(headers.get_header("WARC-Record-ID") or ""), "meta": {key: _utf8(fact) for key, fact in facts.items() if fact}}
-        if is_text:
-            return {**({"reason": "too_long", "detail": f"{length} bytes"} if too_long else {"plain": block}), **known}
-        return {**self._body(block, too_long), **known}
-
-    def _body(self, block: bytes, too_long: bool) -> dict[str, Any]:
-        """The page in an HTTP response."""
-        warc = library("warcio.statusandheaders", self.file.format, self.file.source)
-        body = io.BytesIO(block)
-        try:
-            headers = warc.StatusAndHeadersParser(["HTTP/"]).parse(body)
-        except (warc.StatusAndHeadersParserException, EOFError):
-            return {"reason": "malformed", "detail": "no HTTP response"}
-        kind, _, charset = (headers.get_header("Content-Type") or "").lower().partition("charset=")
-        if kind.split(";")[0].strip() not in ("text/html", "application/xhtml+xml"):
-            return {"documents": 0}
-        status = headers.statusline.partition(" ")[2].strip()                                # behind the version
-        if not re.match(r"2\d\d(?!\S)", status):
-            return {"reason": "http_status", "detail": _utf8(status[:200]) or "no status"}
-        if too_long:
-            return {"reason": "too_long", "detail": f"a page of over {self.max_document_bytes} bytes"}
-        if (headers.get_header("Transfer-Encoding") or "").lower() == "chunked":
-            page = import_module("warcio.bufferedreaders").ChunkedDataReader(body).read()
-        else:
-            page = body.read()
-        try:
-            page = decoded_body(page, (headers.get_header("Content-Encoding") or "").strip().lower(), self.max_document_bytes + 1)
-        except ERRORS as error:
-            return {"reason": "malformed", "detail": f"Content-Encoding: {error}"}
-        if page is None:
-            return {"reason": "malformed", "detail": f"Content-Encoding: {headers.get_header('Content-Encoding')} cannot be read"[:200]}
-        if len(page) > self.max_document_bytes:
-            return {"reason": "too_long", "detail": f"a page of over {self.max_document_bytes} bytes"}
-        return {"data": page, "charset": charset.split(";")[0].strip(" \"'")}
+        library("warcio", self.file.format, self.file.source)
+        for number, one in enumerate(entries(self._stream(), self.max_document_bytes)):
+            if one.page is not None:
+                yield self._page(number, one.size, one.page, one.charset, one.id, one.meta)
+            elif one.text is not None:
+                yield _decoded(number, one.size, one.text, one.id, one.meta)
+            else:
+                yield Record(number, one.size, reason=one.reason, detail=one.detail, documents=one.documents, id=one.id, meta=one.meta)
 
 
 def _too_long(number: int, size: int, length: int, id: str = "", meta: dict[str, Any] | None = None) -> Record:
@@ -540,85 +373,3 @@ def _lines(blocks: Iterable[bytes], limit: int) -> Iterator[tuple[bytes | None, 
             pending, passed = b"", passed + len(pending)
     if passed or pending:
         yield None if passed else pending, passed + len(pending)
-
-
-def _field(value: dict[str, Any], key: str) -> Any:
-    """The field of this name, or what its dots lead to; None where there is none."""
-    if key in value or "." not in key:
-        return value.get(key)
-    found: Any = value
-    for part in key.split("."):
-        found = found.get(part) if isinstance(found, dict) else None
-    return found
-
-
-def _is_given(value: Any) -> bool:
-    """Whether a field says anything: some write nothing as an empty list in JSON."""
-    return bool(value) and value != "[]"
-
-
-def _as_id(value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, str):
-        return _utf8(value)
-    if type(value) is int:
-        return str(value)
-    found = _as_json(value)
-    return found if isinstance(found, str) else json.dumps(found)
-
-
-def _as_json(value: Any) -> Any:
-    """The value as JSON can hold it, else as text."""
-    if value is None or isinstance(value, bool | int):
-        return value
-    if isinstance(value, str):
-        return _utf8(value)
-    if isinstance(value, bytes):
-        return value.decode(errors="replace")
-    if isinstance(value, float):
-        return value if math.isfinite(value) else str(value)
-    level = [value]
-    for _ in range(MAX_DEPTH):
-        level = [child for item in level if isinstance(item, dict | list | tuple)
-                 for child in (item.values() if isinstance(item, dict) else item)]
-    if level:
-        return f"nested deeper than {MAX_DEPTH} levels"
-    if isinstance(value, dict):
-        return {_utf8(str(key)): _as_json(item) for key, item in value.items()}
-    return [_as_json(item) for item in value] if isinstance(value, list | tuple) else str(value)
-
-
-def _utf8(text: str) -> str:
-    """Without lone surrogates, which no file can hold."""
-    return text if text.isascii() else text.encode(errors="replace").decode()
-
-
-def _has_column(schema: pa.Schema, key: str) -> bool:
-    if key in schema.names:
-        return True
-    first, *parts = key.split(".")
-    kind = schema.types[schema.names.index(first)] if first in schema.names else None
-    for part in parts:
-        kind = kind.field(part).type if kind is not None and pa.types.is_struct(kind) and kind.get_field_index(part) >= 0 else None
-    return kind is not None
-
-
-def _column(batch: pa.RecordBatch, key: str) -> Any:
-    names = batch.schema.names
-    if key in names:
-        return batch.column(names.index(key))
-    first, *parts = key.split(".")
-    return pc.struct_field(batch.column(names.index(first)), parts)
-
-
-def _plain(value: Any) -> Any:
-    """A value of a column that is kept; as text where Python has no such type."""
-    try:
-        return value.as_py()
-    except UnicodeDecodeError:
-        return value.as_buffer().to_pybytes() if isinstance(value, pa.BinaryScalar) else "not UTF-8"
-    except (ValueError, ImportError, OverflowError):       # nanoseconds, or a year after 9999
-        with contextlib.suppress(pa.ArrowException, UnicodeDecodeError):
-            return value.cast(pa.string()).as_py()
-        return f"a {value.type}"

@@ -11,7 +11,6 @@ import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +20,7 @@ import pyarrow.compute as pc
 from distlm.corpus.accounts import SAMPLE_CHARS, Account, Samples, Step, add
 from distlm.corpus.boilerplate import LINES, Frequent, frequent, line_hashes, strip
 from distlm.corpus.decontaminate import Found
-from distlm.corpus.dedup import count_splits, write_partition
+from distlm.corpus.dedup import count_splits
 from distlm.corpus.fuzzy import Dropped
 from distlm.corpus.paragraphs import (
     NONE,
@@ -36,6 +35,7 @@ from distlm.corpus.paragraphs import (
     shorten,
     text_hashes,
 )
+from distlm.corpus.partitions import read_rows, write_partition
 from distlm.corpus.split import SplitRule, document_hash
 from distlm.spec.prepare import Boilerplate
 from distlm.storage import replacing
@@ -129,7 +129,7 @@ def decontaminate_partition(task: LookTask) -> RefineResult:
 def _changed(path: Path) -> Iterator[tuple[list[int], list[str]]]:
     """The rows and texts of documents that are no longer as they were when they were cleaned, some at a time."""
     rows, texts, size = list[int](), list[str](), 0
-    for row, (text, turns, cleaned) in enumerate(_rows(path, "text", "turns", "hash")):
+    for row, (text, turns, cleaned) in enumerate(read_rows(path, "text", "turns", "hash")):
         if document_hash(text, turns) != cleaned:
             rows.append(row)
             texts.append(text)
@@ -170,7 +170,7 @@ def hash_pieces(task: HashTask) -> tuple[int, int]:
 
     def counted() -> Iterator[str]:
         nonlocal documents
-        for text, origin in _rows(task.documents, "text", "origin"):
+        for text, origin in read_rows(task.documents, "text", "origin"):
             documents += origin not in task.let_alone
             yield "" if origin in task.let_alone else text
 
@@ -271,15 +271,7 @@ def _shortened(task: ShortenTask, name: str, edit: Callable[[Iterable[str], Sequ
 
 
 def _texts(path: Path) -> Iterator[str]:
-    return (text for text, in _rows(path, "text"))
-
-
-def _rows(path: Path, *columns: str) -> Iterator[tuple[Any, ...]]:
-    with pa.memory_map(str(path)) as file:
-        reader = pa.ipc.open_file(file)
-        for number in range(reader.num_record_batches):
-            batch = reader.get_batch(number)
-            yield from zip(*(batch[name].to_pylist() for name in columns), strict=True)
+    return (text for text, in read_rows(path, "text"))
 
 
 def _save(scratch: Path, what: str, partition: int, number: int, found: npt.NDArray[np.void]) -> None:

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
-import pyarrow as pa
 import pyarrow.compute as pc
 
+from distlm.corpus.partitions import batches
 from distlm.spec.prepare import WHOLE
 
 HASH_BYTES = 16
@@ -100,11 +100,8 @@ def first_held_out(documents: Iterable[tuple[bytes, int]], rule: SplitRule) -> b
 def split_documents(partitions: list[Path], rule: SplitRule) -> Iterator[tuple[str, str, int, str]]:
     """(split, text, bytes of the text, turns) of every document, in order, holding one small batch at a time."""
     for path in partitions:
-        with pa.memory_map(str(path)) as file:
-            reader = pa.ipc.open_file(file)
-            for i in range(reader.num_record_batches):
-                batch = reader.get_batch(i)
-                sizes = pc.binary_length(batch["text"]).to_pylist()
-                for content, origin, text, size, turns in zip(batch["hash"].to_pylist(), batch["origin"].to_pylist(), batch["text"], sizes,
-                                                              batch["turns"].to_pylist(), strict=True):
-                    yield rule.of(content, origin), text.as_py(), size, turns
+        for batch in batches(path):
+            sizes = pc.binary_length(batch["text"]).to_pylist()
+            for content, origin, text, size, turns in zip(batch["hash"].to_pylist(), batch["origin"].to_pylist(), batch["text"], sizes,
+                                                          batch["turns"].to_pylist(), strict=True):
+                yield rule.of(content, origin), text.as_py(), size, turns

@@ -1,99 +1,17 @@
-"""Pages and archives of the web: a WARC's bytes as lines and blocks of bounded size, HTTP bodies, and the text of a page."""
+"""Pages of the web: the bodies of HTTP responses, and the text of a page in whatever encoding it came."""
 
 import contextlib
 import re
 import zlib
-from collections.abc import Iterator
 from importlib import import_module
 from typing import Any
 
-from distlm.corpus.decompress import ERRORS
 from distlm.errors import InputError
 
 CHUNK = 1 << 20
-HEAD_BYTES = 1 << 16
-"""Of a WARC record's headers, and of the HTTP headers in it."""
 BEYOND_ASCII = re.compile(r"[^\x00-\x7f]")
 CHARSETS = re.compile(r"(windows-|cp|iso[-_]?8859-|koi8|gb|big5|euc|shift|sjis|x-sjis|mac|iso-2022-jp|utf)[\w-]*")
 """The encodings that a page may name; Python has others, which are none of a page's."""
-
-
-class Data:
-    """A stream's bytes as a file. It ends where the stream breaks off, so that what stands before is read; `check` raises the cause.
-    No line is longer than HEAD_BYTES: a longer one comes in pieces."""
-
-    def __init__(self, blocks: Iterator[bytes]) -> None:
-        self.blocks, self.block, self.start, self.position = blocks, b"", 0, 0
-        self.error: Exception | None = None
-
-    def check(self, more: bool) -> None:
-        """Raises what broke the stream, if it is at its end."""
-        if self.error and not more:
-            raise self.error
-
-    def _fill(self) -> None:
-        if self.start == len(self.block) and not self.error:
-            self.block, self.start = b"", 0
-            try:
-                self.block = next(self.blocks, b"")
-            except (*ERRORS, OSError) as error:
-                self.error = error
-
-    def _some(self, size: int) -> bytes:
-        """At least one byte, at most `size`; nothing at the end."""
-        self._fill()
-        part = self.block[self.start:self.start + size]
-        self.start, self.position = self.start + len(part), self.position + len(part)
-        return part
-
-    def line(self) -> bytes:
-        parts, size = [], 0
-        while size < HEAD_BYTES:
-            self._fill()
-            end = self.block.find(b"\n", self.start) + 1 or len(self.block)
-            parts.append(self._some(min(end - self.start, HEAD_BYTES - size)))
-            size += len(parts[-1])
-            if not parts[-1] or parts[-1].endswith(b"\n"):
-                break
-        return b"".join(parts)
-
-    def next_line(self) -> bytes:
-        """The next line that is not empty; nothing at the end."""
-        while (line := self.line()) and not line.strip():
-            pass
-        return line
-
-    def head(self, line: bytes) -> bytes | None:
-        """This line and those after it, up to an empty one; None for more than HEAD_BYTES, of which the rest is left unread. Raises
-        EOFError, or what broke the stream."""
-        lines, size = [line], len(line)
-        while size <= HEAD_BYTES:
-            line = self.line()
-            self._more(line, "in the headers of a record")
-            lines.append(line)
-            size += len(line)
-            if not line.strip():
-                return b"".join(lines)
-        return None
-
-    def read(self, size: int) -> bytes:
-        """Raises EOFError, or what broke the stream."""
-        parts = []
-        while size:
-            parts.append(self._some(size))
-            self._more(parts[-1], f"{size} bytes before a record's end")
-            size -= len(parts[-1])
-        return b"".join(parts)
-
-    def skip(self, size: int) -> None:
-        """Raises EOFError, or what broke the stream."""
-        while size:
-            size -= len(self.read(min(size, CHUNK)))
-
-    def _more(self, part: bytes, where: str) -> None:
-        self.check(bool(part))
-        if not part:
-            raise EOFError(f"the archive ends {where}")
 
 
 def decoded_body(data: bytes, encoding: str, limit: int) -> bytes | None:

@@ -243,7 +243,7 @@ class Decontaminate(Part):
     """Documents that hold a part of an evaluation text are rejected, and counted for each evaluation set."""
 
     against: Annotated[dict[str, str], Field(min_length=1)]
-    """Evaluation sets: a name and a file or folder, text, jsonl, parquet, or JSON that is an array of records."""
+    """Evaluation sets: a name and a file or folder, text, html, WARC, jsonl, parquet, or JSON that is an array of records."""
     text_keys: Annotated[tuple[str, ...], Field(min_length=1)] = ("text",)
     """The fields of records whose texts count."""
     ngram_words: Annotated[int, Field(ge=3, le=50)] = 13

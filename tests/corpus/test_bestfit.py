@@ -3,7 +3,6 @@
 import itertools
 import json
 import random
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from distlm.corpus import curate
 from distlm.corpus.bestfit import BestFitTask, Group, best_fit, best_fit_bytes, groups, pieces, write_best_fit
 from distlm.corpus.diff import diff
 from distlm.corpus.inspect import documents, find, summary, windows
@@ -125,8 +125,7 @@ def test_a_corpus_is_the_same_at_any_number_of_workers_and_tells_its_padding(run
                                                                              monkeypatch: pytest.MonkeyPatch) -> None:
     shown = Records()
     first = run(varied, "one", workers=1, progress=shown, **BEST_FIT)
-    module: Any = sys.modules["distlm.corpus.prepare"]
-    monkeypatch.setattr(module, "PARTITION_BYTES", 1000)
+    monkeypatch.setattr(curate, "PARTITION_BYTES", 1000)
     second = run(varied, "two", workers=3, **BEST_FIT)
     files = [{str(file.relative_to(result[""])): file.read_bytes() for file in Path(result[""]).rglob("*") if file.is_file()}
              for result in (first, second)]

@@ -191,6 +191,18 @@ def test_evaluation_texts_are_read_once_as_long_as_their_files_stay_as_they_are(
     assert Evaluations.read(Decontaminate(against=against, ngram_words=12)) and len(read_files) == 3, "the rules have"
 
 
+def test_a_set_of_files_without_fields_is_read_once_however_many_fields_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("trafilatura", exc_type=ImportError)
+    (tmp_path / "a.html").write_text(f"<html><body><main><p>{LONG}</p></main></body></html>")
+    assert Evaluations.read(Decontaminate(against={"rivers": str(tmp_path)})).hits(LONG)
+    (tmp_path / "b.txt").write_text(LONG)
+    (tmp_path / "c.jsonl").write_text(json.dumps({"question": LONG, "answer": TEXT}))
+    read_files = list[str]()
+    monkeypatch.setattr(decontaminate, "Reader", lambda file, limit: read_files.append(Path(file.name).name) or Reader(file, limit))
+    found = Evaluations.read(Decontaminate(against={"rivers": str(tmp_path)}, text_keys=("question", "answer")))
+    assert read_files == ["a.html", "b.txt", "c.jsonl", "c.jsonl"] and found.sets["rivers"].texts == 4
+
+
 @pytest.mark.parametrize(("content", "keys", "expected"), [
     (None, ("text",), "no such file"), ("", ("text",), "no text in it"),
     ('{"text": "too few words"}\n', ("text",), "none of 1 texts has 8"),

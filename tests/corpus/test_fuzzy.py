@@ -13,8 +13,8 @@ import pytest
 
 from distlm.corpus import fuzzy
 from distlm.corpus.conversations import joined
-from distlm.corpus.dedup import BATCH_ROWS
 from distlm.corpus.fuzzy import NearDuplicates, components, connect, near_duplicates, probability, threshold
+from distlm.corpus.partitions import BATCH_ROWS
 from distlm.errors import StorageError
 from distlm.spec.prepare import Fuzzy
 

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import tokenizers
 
-from distlm.corpus import prepare as package
+from distlm.corpus import curate, shards
 from distlm.corpus.files import ranges
 from distlm.corpus.manifest import Manifest, read_manifest
 from distlm.corpus.verify import verify
@@ -79,7 +79,7 @@ def test_the_same_documents_in_other_files_and_sources_give_the_same_manifest_an
     one = corpus("one", [write("all.jsonl", lines)], [write("b.jsonl", other)])
     parts = [write(f"parts/{9 - i}.jsonl", lines[i * 25:(i + 1) * 25 if i < 3 else None]) for i in range(4)]
     with monkeypatch.context() as patch:
-        patch.setattr(package, "PARTITION_BYTES", 1000)
+        patch.setattr(curate, "PARTITION_BYTES", 1000)
         several = corpus("several", [str(tmp_path / "parts")], [write("a.jsonl", other[:5]), write("z.jsonl", other[5:])])
     sources = corpus("sources", parts, [str(tmp_path / "b.jsonl")])
     hashed = ("manifest.json", "train", "val", "tokenizer")
@@ -101,11 +101,10 @@ def test_a_large_file_is_read_in_ranges_by_several_tasks_and_gives_the_same_byte
     pq.write_table(pa.table({"text": [document(i) if i % 9 else None for i in range(30, 80)]}), tmp_path / "b.parquet", row_group_size=8)
     sources = [str(tmp_path / name) for name in ("a.jsonl", "b.parquet")]
     whole = run(sources, "whole", dedup={"fuzzy": {}})
-    module: Any = package
     parts = functools.partial(ranges, size=1000)
     monkeypatch.setattr("distlm.corpus.inputs.ranges", parts)
     monkeypatch.setattr("distlm.corpus.identity.ranges", parts)
-    monkeypatch.setattr(module, "READ_BYTES", 1)
+    monkeypatch.setattr(curate, "READ_BYTES", 1)
     shown = Records()
     made = run(sources, "parts", progress=shown, dedup={"fuzzy": {}})
     one, other = (files_of(result[""]) for result in (whole, made))
@@ -203,8 +202,7 @@ def test_bad_input_is_counted_by_reason_with_samples_and_loses_nothing_good(run:
 def test_a_stage_that_loses_a_document_ends_the_job_there(
         run: Run, texts: Path, monkeypatch: pytest.MonkeyPatch, stage: str, step: str) -> None:
     """The tasks of the next stage, which would fail here, do not begin."""
-    module: Any = package
-    whole = getattr(module, stage)
+    whole = getattr(curate, stage)
 
     def loses(task: Any) -> Any:
         result = whole(task)
@@ -215,9 +213,10 @@ def test_a_stage_that_loses_a_document_ends_the_job_there(
     def next_stage(task: Any) -> Any:
         raise InputError("the next stage has begun")
 
-    following = {"read_documents": "sort_partition", "sort_partition": "refine_partition", "refine_partition": "make_tokenizer"}
-    monkeypatch.setattr(module, stage, loses)
-    monkeypatch.setattr(module, following[stage], next_stage)
+    following: dict[str, tuple[Any, str]] = {"read_documents": (curate, "sort_partition"), "sort_partition": (curate, "refine_partition"),
+                                             "refine_partition": (shards, "make_tokenizer")}
+    monkeypatch.setattr(curate, stage, loses)
+    monkeypatch.setattr(*following[stage], next_stage)
     with pytest.raises(CorpusError, match=rf"step {step}: the accounts do not balance: .* documents in, .* out, .* rejected"):
         run(texts, dedup={"fuzzy": {}})
 
@@ -303,9 +302,8 @@ def test_a_disk_that_fills_while_a_shard_is_written_leaves_no_corpus_and_the_nex
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
-    module: Any = package
     with monkeypatch.context() as patch:
-        patch.setattr(module, "write_shard", on_a_full_disk)
+        patch.setattr(shards, "write_shard", on_a_full_disk)
         with pytest.raises(StorageError, match=r"train/00001\.arrow: cannot write: .*; free space"):
             run(texts)
     corpus = tmp_path / "store" / "corpora" / "words"

@@ -21,7 +21,7 @@ import pytest
 import xxhash
 import zstandard
 
-from distlm.corpus import read as module
+from distlm.corpus import raw
 from distlm.corpus.decompress import ENDINGS
 from distlm.corpus.files import find_files, ranges
 from distlm.corpus.read import Reader, Record
@@ -42,8 +42,8 @@ def read(path: Path, limit: int = 10_000_000, **source: Any) -> tuple[list[Recor
     reader = Reader(file, limit)
     records = list(reader.records())
     assert sum(record.bytes for record in records) == reader.stream_bytes
-    assert reader.raw_bytes == path.stat().st_size
-    assert reader.digest.hexdigest() == xxhash.xxh3_64(path.read_bytes()).hexdigest()
+    assert reader.raw.num_bytes == path.stat().st_size
+    assert reader.raw.digest.hexdigest() == xxhash.xxh3_64(path.read_bytes()).hexdigest()
     return records, reader
 
 
@@ -77,7 +77,7 @@ def in_ranges(path: Path, size: int, limit: int = 10_000_000) -> tuple[list[Reco
         found += [record._replace(number=first + record.number) for record in reader.records()]
         own = data[part.begin:part.end]
         assert reader.num_records == len(found) - first
-        assert (reader.raw_bytes, reader.digest.hexdigest()) == (len(own), xxhash.xxh3_64_hexdigest(own)) and part.bytes == len(own)
+        assert (reader.raw.num_bytes, reader.raw.digest.hexdigest()) == (len(own), xxhash.xxh3_64_hexdigest(own)) and part.bytes == len(own)
         assert sum(record.bytes for record in found[first:]) == reader.stream_bytes
         readers.append(reader)
     return found, readers
@@ -92,7 +92,7 @@ def test_a_file_of_lines_gives_the_same_records_in_ranges_of_any_size(tmp_path: 
     whole, reader = read(path, limit=100)
     assert Counter(record.reason for record in whole)["too_long"] == 2
     for chunk in (1 << 20, 7):
-        monkeypatch.setattr(module, "CHUNK", chunk)
+        monkeypatch.setattr(raw, "CHUNK", chunk)
         for size in (*range(3, 40), 64, 1000, 70_000, path.stat().st_size - 1, path.stat().st_size) if chunk > 7 else (29, 64, 5000):
             if size < 40:                                  # many ranges without a line: only about the ends of lines
                 path.write_bytes(path.read_bytes().replace(b"x" * 70_000, b"x" * 120))

@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from distlm.corpus import spread
+from distlm.corpus import curate, spread
 from distlm.corpus.diff import diff
 from distlm.corpus.inspect import documents, find, windows
 from distlm.corpus.manifest import read_manifest
@@ -232,12 +232,8 @@ def test_the_bytes_are_equal_with_one_worker_and_several_and_on_other_partitions
     chats.write_text("".join(json.dumps(record) + "\n" for record in records()))
     said = [run(chats, "said", workers=1, **CONVERSATIONS)]
     first = run(sources(many), "one", workers=1, **keys(many))
-    from distlm.corpus import prepare as package
-
-    module: Any = sys.modules["distlm.corpus.prepare"]
-    assert package is not None
-    monkeypatch.setattr(module, "PARTITION_BYTES", 1000)   # more partitions, and more tasks to read
-    monkeypatch.setattr(module, "MAX_FILES_PER_TASK", 7)
+    monkeypatch.setattr(curate, "PARTITION_BYTES", 1000)   # more partitions, and more tasks to read
+    monkeypatch.setattr(curate, "MAX_FILES_PER_TASK", 7)
     second = run(sources(many)[::-1], "several", workers=workers, **keys(many))
     said.append(run(chats, "said-again", workers=workers, **CONVERSATIONS))
     for results in ((first, second), said):

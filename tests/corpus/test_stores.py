@@ -154,7 +154,7 @@ def test_an_object_is_read_in_parts_of_bounded_size_each_once(buckets: Buckets) 
     buckets.objects["data"]["a.jsonl"] = b'{"text": "%s"}\n' % (b"x" * 999) * 30_000
     (file,) = find(buckets, "data/a.jsonl")
     found, reader = read(file)
-    assert len(found) == 30_000 and reader.raw_bytes == file.bytes == len(buckets.objects["data"]["a.jsonl"]) > 3 * stores.RANGE
+    assert len(found) == 30_000 and reader.raw.num_bytes == file.bytes == len(buckets.objects["data"]["a.jsonl"]) > 3 * stores.RANGE
     ranges = [request.range for request in buckets.reads("a.jsonl")]
     assert ranges == [(first, min(first + stores.RANGE, file.bytes) - 1) for first in range(0, file.bytes, stores.RANGE)]
 
@@ -185,9 +185,9 @@ def test_a_connection_that_breaks_is_taken_up_where_it_broke(buckets: Buckets, m
         (file,) = find(buckets, f"data/{key}")
         buckets.fault, hit = faulty(at, times, fault)
         found, reader = read(file)
-        assert len(hit) == times == reader.retries
+        assert len(hit) == times == reader.raw.retries
         assert found == ([str(i) for i in range(6_000)] if key == "a.jsonl" else ["small"])
-        assert reader.raw_bytes == file.bytes
+        assert reader.raw.num_bytes == file.bytes
         assert sum(request.range == (0, stores.RANGE - 1) for request in buckets.reads(key)) == (key == "a.jsonl")
 
 
@@ -352,7 +352,7 @@ def test_a_copy_of_a_parquet_object_that_finds_no_room_fails_the_job(buckets: Bu
         pytest.skip("there is no /dev/full")
     buckets.objects["data"]["a.parquet"] = b"x" * 100
     (file,) = find(buckets, "data/a.parquet")
-    monkeypatch.setattr("distlm.corpus.read.tempfile.TemporaryFile", functools.partial(open, "/dev/full", "wb"))
+    monkeypatch.setattr("distlm.corpus.raw.tempfile.TemporaryFile", functools.partial(open, "/dev/full", "wb"))
     with pytest.raises(StorageError, match=r"the copy of s3://data/a.parquet .*: cannot write: No space left on device; .*TMPDIR"):
         read(file)
 
