@@ -16,8 +16,10 @@ import httpx
 import openai
 import pytest
 import ray
+from typer.testing import CliRunner
 
 from distlm import jobs, summary
+from distlm.cli import app
 from distlm.errors import ClusterError, InputError, ServeError, StorageError
 from distlm.progress import Progress
 from distlm.runs import RunFolder
@@ -399,7 +401,7 @@ def again(storage: Storage, **fields: Any) -> dict[str, Any]:
     return deploy.serve(*endpoint(storage, name="voices", **fields))
 
 
-def test_adapters_come_and_go_by_replacing_their_endpoint(cluster: None, storage: Storage) -> None:
+def test_adapters_come_and_go_by_replacing_their_endpoint(cluster: None, storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     base = storage.run("tiny") / "export"
     make_adapter(storage.run("poems"), base, chat=True)
     make_adapter(storage.run("lines"), base, seed=2, method="dora")
@@ -431,6 +433,10 @@ def test_adapters_come_and_go_by_replacing_their_endpoint(cluster: None, storage
 
         assert "".join(jobs.query("voices", "hi", 8, model="poems", chat=True, storage=storage)) == client.chat.completions.create(
             model="poems", messages=[{"role": "user", "content": "hi"}], max_tokens=8, temperature=0).choices[0].message.content
+        monkeypatch.setenv("DISTLM_STORAGE", str(storage.root))
+        asked = CliRunner().invoke(app, ["query", "voices", "hi", "--max-tokens", "6", "--model", "dora"])
+        assert asked.exit_code == 0 and asked.output == client.completions.create(
+            model="dora", prompt="hi", max_tokens=6, temperature=0).choices[0].text + "\n"
         with pytest.raises(ServeError, match="the model 'prose' does not exist; this endpoint serves 'voices', 'poems', 'dora'"):
             list(jobs.query("voices", "hi", 8, model="prose", storage=storage))
         text = httpx.get(outputs["url"].removesuffix("/v1") + "/metrics", headers={"Authorization": f"Bearer {key}"}).text
