@@ -311,6 +311,7 @@ def runs(as_json: Json = False) -> None:
 def query(name: Name, prompt: Annotated[str, typer.Argument(help="The text to complete, or to classify.")],
           max_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens at most. Default: the endpoint's.")] = None,
           temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.0,
+          model: Annotated[str | None, typer.Option(help="An adapter of the endpoint by its name. Default: its model without one.")] = None,
           chat: Annotated[bool, typer.Option("--chat", help="The text is what a user says in a chat.")] = False) -> None:
     """Complete or classify a text with an endpoint, or chat with it.
 
@@ -319,8 +320,9 @@ def query(name: Name, prompt: Annotated[str, typer.Argument(help="The text to co
     from distlm import jobs
 
     if jobs.serves_classifier(name, _storage()):
-        if chat or temperature or max_tokens is not None:
-            raise InputError(f"{name} is a classifier and completes no text", remedy="leave out --chat, --max-tokens and --temperature")
+        if chat or temperature or max_tokens is not None or model is not None:
+            raise InputError(f"{name} is a classifier and completes no text",
+                             remedy="leave out --chat, --max-tokens, --temperature and --model")
         from distlm.progress import PlainProgress
 
         [found] = jobs.classify(name, [prompt])
@@ -328,7 +330,7 @@ def query(name: Name, prompt: Annotated[str, typer.Argument(help="The text to co
         PlainProgress().table("", [(label, f"{chance:.2%}") for label, chance in chances], ("label", "probability"))
         _show_rows([("label", found["label"]) if found["label"] is not None else ("labels", ", ".join(found["labels"]) or "none")])
         return
-    for piece in jobs.query(name, prompt, max_tokens, temperature=temperature, chat=chat):
+    for piece in jobs.query(name, prompt, max_tokens, model=model, temperature=temperature, chat=chat):
         print(piece, end="", flush=True)
     print()
 

@@ -188,6 +188,10 @@ def inputs(spec: Spec, storage: Storage) -> dict[str, Any]:
     if isinstance(spec, ServeSpec):
         found["model"] = str(find_model(spec.model, storage))
         check_loadable(Path(found["model"]))
+        if spec.adapters:
+            from distlm.model.adapter_folder import find_adapters
+
+            found["adapters"] = {name: str(folder) for name, folder in find_adapters(spec.adapters, Path(found["model"]), storage).items()}
         if spec.api_key_file:
             from distlm.serve.guard import read_key
 

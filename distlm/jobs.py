@@ -503,14 +503,16 @@ def _stop_process(job: Job, grace_s: float) -> str:
     return "stopped"
 
 
-def query(name: str, prompt: str, max_tokens: int | None = None, *, temperature: float = 0.0, chat: bool = False,
+def query(name: str, prompt: str, max_tokens: int | None = None, *, model: str | None = None, temperature: float = 0.0, chat: bool = False,
           storage: str | Path | Storage | None = None) -> Iterator[str]:
-    """What an endpoint makes of `prompt`, or answers it in a chat, piece by piece. Raises InputError where there is none of that name,
-    ServeError where it does not prove itself: then it is sent neither the key nor the prompt."""
+    """What an endpoint makes of `prompt`, or answers it in a chat, piece by piece. `model` is the name of one of its adapters. Raises
+    InputError where there is no endpoint of that name, ServeError where it does not prove itself: then it is sent neither the key nor the
+    prompt."""
     from distlm.serve.client import query as ask
 
     endpoint = _proven(name, storage)
-    return ask(endpoint["url"], _key(endpoint), prompt, max_tokens, model=endpoint.get("model"), temperature=temperature, chat=chat)
+    return ask(endpoint["url"], _key(endpoint), prompt, max_tokens, model=model or endpoint.get("model"), temperature=temperature,
+               chat=chat)
 
 
 def classify(name: str, texts: Sequence[str], *, storage: str | Path | Storage | None = None) -> list[dict[str, Any]]:

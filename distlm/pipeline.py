@@ -162,6 +162,8 @@ def takes(kind: Any, key: KeyPath) -> str:
         return {"corpus": "corpus", "models": "model"}.get(str(key[0]), "")
     if kind in ("evaluate", "compress"):
         return str(key[0]) if key in (("corpus",), ("model",), ("endpoint",)) else ""
+    if kind == "serve" and key[:1] == ("adapters",):
+        return "model"
     return "model" if (kind, key) in (("serve", ("model",)), ("train", ("model", "from")), ("train", ("distill", "teacher"))) else ""
 
 

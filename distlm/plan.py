@@ -4,6 +4,7 @@
         print(what, how_much)
 """
 
+from pathlib import Path
 from typing import Any
 
 from distlm.autoscale import DATA_CPUS, compress_bundles, evaluate_bundles, serve_bundles, total, train_bundles
@@ -305,14 +306,36 @@ def of_forward(model: str, tokens: int) -> Rows:
 
 
 def of_serve(spec: ServeSpec, storage: Storage) -> Rows:
+    found: Path | None = None
     try:
-        model = "what another step makes" if "${" in spec.model else str(find_model(spec.model, storage))
+        found = None if "${" in spec.model else find_model(spec.model, storage)
+        model = str(found or "what another step makes")
     except InputError as error:
         model = f"{spec.model}: not there yet ({error.message})"
     need = total(serve_bundles(spec))
-    rows = [("model", model), ("address", f"{spec.host}:{spec.port or 'a free port'}"), ("replicas", str(spec.replicas)),
-            ("CPUs", f"{need['CPU']:g}")]
+    rows = [("model", model), *of_adapters(spec, found, storage), ("address", f"{spec.host}:{spec.port or 'a free port'}"),
+            ("replicas", str(spec.replicas)), ("CPUs", f"{need['CPU']:g}")]
     return rows + ([("GPUs", f"{need['GPU']:g}")] if need["GPU"] else [])
+
+
+def of_adapters(spec: ServeSpec, model: Path | None, storage: Storage) -> Rows:
+    """What each adds to the memory of a replica. Raises InputError for one that cannot be served over `model`, where that is there."""
+    from distlm.model.adapter_folder import AdapterFolder, check_adapters, find_adapter
+
+    rows, folders = list[tuple[str, str]](), dict[str, Path]()
+    each = 4 if spec.dtype == "fp32" or (spec.dtype == "auto" and not spec.gpus_per_replica) else 2
+    for name, text in spec.adapters.items():
+        key = f"adapters.{name}"
+        try:
+            folders[name] = find_adapter(text, storage, key)
+        except InputError as error:
+            rows.append((key, "what another step makes" if "${" in text else f"{text}: not there yet ({error.message})"))
+            continue
+        adapter = AdapterFolder.read(folders[name], f"{key}: {folders[name]}")
+        rows.append((key, f"{folders[name]}, rank {adapter.rank}, {size(each * adapter.num_parameters)} of memory in a replica"))
+    if model is not None:
+        check_adapters(folders, model)
+    return rows
 
 
 def of_pipeline(spec: PipelineSpec, storage: Storage) -> Rows:

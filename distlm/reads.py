@@ -81,9 +81,13 @@ def evaluate_reads(inputs: Mapping[str, Any]) -> list[Any]:
 
 
 def serve_reads(spec: ServeSpec, inputs: Mapping[str, Any]) -> list[Any]:
-    """The model, and the key where it is not the endpoint's own."""
+    """The model, its adapters with what tells of them, and the key where it is not the endpoint's own."""
+    from distlm.model.adapter_folder import home_of
+
+    adapters = [Path(folder) for folder in inputs.get("adapters", {}).values()]
+    places = [Path(inputs["model"]), *adapters, *(home for folder in adapters if (home := home_of(folder)) != folder)]
     key = folder_files(Path(spec.api_key_file).expanduser()) if spec.api_key_file else []
-    return [*folder_files(Path(inputs["model"])), *key]
+    return [*(entry for place in places for entry in folder_files(place)), *key]
 
 
 def source_files(sources: list[Source]) -> list[tuple[str, int, int, str]]:

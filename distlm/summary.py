@@ -95,7 +95,8 @@ def of_compression(made: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def of_endpoint(made: dict[str, Any]) -> list[tuple[str, str]]:
-    return [("url", made["url"]), ("key file", made["api_key_file"])]
+    adapters = [("adapters", ", ".join(made["adapters"]))] if made.get("adapters") else []
+    return [("url", made["url"]), ("key file", made["api_key_file"]), *adapters]
 
 
 def question(made: dict[str, Any], prompt: str, chat: bool = False) -> tuple[str, dict[str, Any]]:

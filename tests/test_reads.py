@@ -22,7 +22,7 @@ READ = {"prepare": {"sources.path", "decontaminate.against", "filter.language.mo
                     "sources.filter.function", "tokenizer.from"},
         "train": {"corpus", "corpus.mix.corpus", "model.from", "distill.teacher"}, "tune": {"train", "space", "space.choice", "space.grid"},
         "evaluate": {"model", "endpoint", "endpoint.api_key_file", "corpus"}, "average": {"models", "corpus"},
-        "compress": {"model", "corpus"}, "serve": {"model", "api_key_file"}, "pipeline": {"steps"}}
+        "compress": {"model", "corpus"}, "serve": {"model", "adapters", "api_key_file"}, "pipeline": {"steps"}}
 """The keys that name what a job reads. Those of a sweep are its trials'; those of a pipeline are its steps'."""
 TEXT = {"prepare": {"sources.text_key", "sources.id_key", "sources.keep", "sources.filter.language.keep", "sources.filter.license.keep",
                     "conversations.messages_key", "conversations.role_key", "conversations.content_key", "conversations.roles",

@@ -148,13 +148,8 @@ def _new_config(spec: ModelSpec, shape: Shape) -> "PreTrainedConfig":
 def checkpoint_config(folder: Path, shape: Shape, key: str = "model.from") -> "PreTrainedConfig":
     """The configuration of a checkpoint. `key` is the spec's key, for the error. Raises InputError for one that is not whole, or does not
     fit the corpus."""
-    from transformers import AutoConfig
-
     where = f"{key}: {folder}"
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"transformers cannot read its config.json: {last_line(error)}", where=where) from None
+    config = read_config(folder, where)
     if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
         raise InputError("there are no weights beside its config.json", where=where, remedy="copy the checkpoint whole")
     if config.vocab_size < shape.vocab_size:
@@ -167,6 +162,16 @@ def checkpoint_config(folder: Path, shape: Shape, key: str = "model.from") -> "P
     check_loadable(folder, key)
     config.use_cache = False
     return config
+
+
+def read_config(folder: str | Path, where: str) -> "PreTrainedConfig":
+    """The configuration of a checkpoint as it is. Raises InputError, which says `where`."""
+    from transformers import AutoConfig
+
+    try:
+        return cast("PreTrainedConfig", AutoConfig.from_pretrained(folder, local_files_only=True))
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"transformers cannot read its config.json: {last_line(error)}", where=where) from None
 
 
 def last_line(error: BaseException) -> str:
@@ -195,12 +200,8 @@ def load_model(source: str | Path, where: str, dtype: "torch.dtype", config: "Pr
     would be drawn at random. Unless `exact` it may hold more. Where `config` is a classifier's and the checkpoint a language model's, the
     last layer is drawn at random in the place of the other."""
     from safetensors import SafetensorError
-    from transformers import AutoConfig
 
-    try:
-        of = AutoConfig.from_pretrained(source, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"transformers cannot read its config.json: {last_line(error)}", where=where) from None
+    of = read_config(source, where)
     if config is None:
         config = of
         config.problem_type = (config.problem_type or "single_label_classification") if has_classifier(config) else None

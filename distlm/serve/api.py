@@ -2,15 +2,15 @@
 
     app = create_app(engine, Card("py", lineage={...}), key, default_max_tokens=128)
 
-/v1/models, /v1/completions, /v1/chat/completions, /metrics want the API key; /health answers without. Of a classifier /v1/classify takes
-the place of the completions.
+The model and each adapter of the engine are asked by their names. /v1/models, /v1/completions, /v1/chat/completions, /metrics want the API
+key; /health answers without. Of a classifier /v1/classify takes the place of the completions.
 """
 
 import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,13 +54,19 @@ class Refused(Exception):
         self.status, self.body = status, error(message, **more)
 
 
-def create_app(engine: Engine | Classifier, card: Card, key: str, metrics: Metrics, *, default_max_tokens: int = 128) -> FastAPI:
-    """The application. `key` is what clients must send."""
+def create_app(engine: Engine | Classifier, card: Card, key: str, metrics: Metrics, *, default_max_tokens: int = 128,
+               adapters: Sequence[Card] = ()) -> FastAPI:
+    """The application. `key` is what clients must send; `adapters` are those of the engine."""
     app = FastAPI(title="distlm", version=__version__, docs_url=None, redoc_url=None)
     app.add_middleware(Guard, key=key)
-    shown = {"id": card.id, "object": "model", "created": card.created, "owned_by": "distlm", "max_model_len": engine.context,
-             "vocab_size": engine.vocabulary, "vocabulary_hash": engine.vocabulary_hash, "lineage": card.lineage,
-             **({"labels": engine.labels, "multiple_labels": engine.multiple} if isinstance(engine, Classifier) else {})}
+    shown = {card.id: {"id": card.id, "object": "model", "created": card.created, "owned_by": "distlm", "root": card.id, "parent": None,
+                       "max_model_len": engine.context, "vocab_size": engine.vocabulary, "vocabulary_hash": engine.vocabulary_hash,
+                       "lineage": card.lineage,
+                       **({"labels": engine.labels, "multiple_labels": engine.multiple} if isinstance(engine, Classifier) else {})}}
+    for adapter in adapters:
+        assert not isinstance(engine, Classifier), "a classifier has no adapters"
+        shown[adapter.id] = {**shown[card.id], "id": adapter.id, "created": adapter.created, "parent": card.id, "lineage": adapter.lineage,
+                             "vocabulary_hash": engine.adapters[adapter.id].vocabulary_hash}
 
     @app.get("/health")
     async def health(nonce: str = "") -> Response:
@@ -73,24 +79,23 @@ def create_app(engine: Engine | Classifier, card: Card, key: str, metrics: Metri
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [shown]}
+        return {"object": "list", "data": list(shown.values())}
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
         known(name)
-        return shown
+        return shown[name]
 
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, http: HttpRequest) -> Response:
-        known(body.model)
-        language = language_model()
-        prompts = [await tokens_of(language, prompt) for prompt in body.prompts]
-        return await answer(body, prompts, Completion(card.id, engine.tokenizer, body.return_tokens_as_token_ids), http)
+        tokenizer = tokenizer_of(body.model)
+        prompts = [await tokens_of(language_model(), tokenizer, prompt) for prompt in body.prompts]
+        return await answer(body, prompts, Completion(body.model, tokenizer, body.return_tokens_as_token_ids), http)
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, http: HttpRequest) -> Response:
-        known(body.model)
-        return await answer(body, [await chat_tokens(language_model(), body)], Chat(card.id, engine.tokenizer), http)
+        tokenizer = tokenizer_of(body.model)
+        return await answer(body, [await chat_tokens(tokenizer, body)], Chat(body.model, tokenizer), http)
 
     @app.post("/v1/classify")
     async def classify(body: ClassifyRequest) -> Response:
@@ -112,16 +117,22 @@ def create_app(engine: Engine | Classifier, card: Card, key: str, metrics: Metri
         return engine
 
     def known(name: str) -> None:
-        if name != card.id:
-            raise Refused(404, f"the model {name!r} does not exist; this endpoint serves {card.id!r}", param="model",
+        if name not in shown:
+            raise Refused(404, f"the model {name!r} does not exist; this endpoint serves {', '.join(map(repr, shown))}", param="model",
                           code="model_not_found")
+
+    def tokenizer_of(name: str) -> Any:
+        known(name)
+        language = language_model()
+        return language.tokenizer if name == card.id else language.adapters[name].tokenizer
 
     async def answer(body: Sampling, prompts: list[list[int]], writer: Completion, http: HttpRequest) -> Response:
         if len(prompts) * body.n > MAX_CHOICES:
             raise Refused(400, f"{len(prompts)} prompts times n: {body.n} are {len(prompts) * body.n} choices; {MAX_CHOICES} are the most "
                           "of one request", param="n")
         language = language_model()
-        requests = [request for prompt in prompts for request in requests_of(body, prompt, language, default_max_tokens)]
+        adapter = "" if body.model == card.id else body.model
+        requests = [request for prompt in prompts for request in requests_of(body, prompt, language, default_max_tokens, adapter)]
         chunks = language.generate(requests)
         num_prompt = sum(map(len, prompts))
         if body.stream:
@@ -153,7 +164,7 @@ def create_app(engine: Engine | Classifier, card: Card, key: str, metrics: Metri
     return app
 
 
-def requests_of(body: Sampling, prompt: list[int], engine: Engine, default_max_tokens: int) -> list[Request]:
+def requests_of(body: Sampling, prompt: list[int], engine: Engine, default_max_tokens: int, adapter: str) -> list[Request]:
     """A request for each of the n choices of a prompt. Raises Refused."""
     conflict = body.conflict()
     if conflict:
@@ -168,15 +179,15 @@ def requests_of(body: Sampling, prompt: list[int], engine: Engine, default_max_t
                       param="messages" if isinstance(body, ChatRequest) else "prompt", code="context_length_exceeded")
     echo = isinstance(body, CompletionRequest) and body.echo
     return [Request(tuple(prompt), limit, body.temperature, body.top_p, None if body.seed is None else body.seed + i, body.stops,
-                    body.num_top, echo) for i in range(body.n)]
+                    body.num_top, echo, adapter) for i in range(body.n)]
 
 
-async def tokens_of(engine: Engine, prompt: str | list[int]) -> list[int]:
-    """Token ids of a prompt; an empty text is the start of a document. Raises Refused."""
+async def tokens_of(engine: Engine, tokenizer: Any, prompt: str | list[int]) -> list[int]:
+    """Token ids of a prompt by one of the engine's tokenizers; an empty text is the start of a document. Raises Refused."""
     if isinstance(prompt, str):
         encodable(prompt, "prompt")
-        ids = (await asyncio.to_thread(engine.tokenizer, prompt))["input_ids"]
-        start = engine.tokenizer.bos_token_id if engine.tokenizer.bos_token_id is not None else engine.tokenizer.eos_token_id
+        ids = (await asyncio.to_thread(tokenizer, prompt))["input_ids"]
+        start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         if not ids and start is None:
             raise Refused(400, "the prompt is empty, and the model's tokenizer has no token to start a text with", param="prompt")
         return ids or [start]
@@ -198,15 +209,15 @@ async def classified_tokens(engine: Classifier, text: str) -> list[int]:
     return ids
 
 
-async def chat_tokens(engine: Engine, body: ChatRequest) -> list[int]:
-    """Token ids of a conversation in the model's own template. Raises Refused."""
-    if not engine.tokenizer.chat_template:
+async def chat_tokens(tokenizer: Any, body: ChatRequest) -> list[int]:
+    """Token ids of a conversation in the template of the model that was chosen. Raises Refused."""
+    if not tokenizer.chat_template:
         raise Refused(400, "this model's tokenizer has no chat_template, so it cannot chat; use /v1/completions", code="no_chat_template")
     for message in body.messages:
         encodable(message.text, "messages")
     messages = [{"role": message.role, "content": message.text} for message in body.messages]
     try:
-        return await asyncio.to_thread(engine.tokenizer.apply_chat_template, messages, tokenize=True, add_generation_prompt=True,
+        return await asyncio.to_thread(tokenizer.apply_chat_template, messages, tokenize=True, add_generation_prompt=True,
                                        return_dict=False)
     except jinja2.TemplateError as problem:
         raise Refused(400, f"the model's chat_template refuses these messages: {problem}", param="messages") from None

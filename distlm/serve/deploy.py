@@ -13,6 +13,7 @@ import os
 import shutil
 import socket
 import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -24,6 +25,7 @@ from ray.serve.exceptions import RayServeException
 
 from distlm.autoscale import require, serve_bundles
 from distlm.errors import DistlmError, InputError, ServeError
+from distlm.model.adapter_folder import CONFIG, WEIGHTS, find_adapters, home_of, tokenizer_files
 from distlm.model.find import find_model
 from distlm.progress import Progress
 from distlm.runs import RunFolder
@@ -35,6 +37,8 @@ from distlm.spec import ServeSpec
 from distlm.spec.load import dump, nearest
 from distlm.storage import Storage, read_json, write_json, writing
 
+ADAPTERS = "adapters"
+"""In the folder of an endpoint's model: a folder for each adapter."""
 START_TIMEOUT_S = 900
 COPIED_BYTES = 1 << 20
 """Larger files are linked."""
@@ -46,32 +50,34 @@ IGNORED = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "encoder_repeti
 class Replica:
     """One copy of the model, with the API in front."""
 
-    def __init__(self, model: Path, card: Card, key_file: Path, spec: ServeSpec) -> None:
+    def __init__(self, model: Path, card: Card, key_file: Path, spec: ServeSpec, adapters: Sequence[Card] = ()) -> None:
         from distlm.serve.classifier import TorchClassifier
         from distlm.serve.torch_engine import TorchEngine
 
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self.key, self.card, self.spec = read_key(key_file), card, spec
+        self.key, self.card, self.spec, self.adapters = read_key(key_file), card, spec, adapters
         self.metrics = Metrics(card.id, ray_serve.get_replica_context().replica_id.unique_id)
         make: Any = TorchClassifier if is_classifier(model) else TorchEngine
+        more = {"adapters": {adapter.id: model / ADAPTERS / adapter.id for adapter in adapters}} if adapters else {}
         self.engine = make(model, dtype=spec.dtype, device="cuda" if spec.gpus_per_replica else "cpu",
                            threads=spec.threads or max(1, cores // spec.replicas), max_sequences=spec.max_sequences,
-                           max_queued=spec.max_queued, metrics=self.metrics)
+                           max_queued=spec.max_queued, metrics=self.metrics, **more)
 
     def check_health(self) -> None:
         """Ray Serve replaces a replica for which this raises."""
         self.engine.check()
 
     def __serve_build_asgi_app__(self) -> Any:
-        return create_app(self.engine, self.card, self.key, self.metrics, default_max_tokens=self.spec.max_tokens)
+        return create_app(self.engine, self.card, self.key, self.metrics, default_max_tokens=self.spec.max_tokens, adapters=self.adapters)
 
 
 def serve(spec: ServeSpec, folder: RunFolder, storage: Storage, progress: Progress) -> dict[str, Any]:
-    """Bring the endpoint up, or replace it, and wait until it answers. Returns url, api_key_file, model.
+    """Bring the endpoint up, or replace it, and wait until it answers. Returns url, api_key_file, model, and the names of its adapters.
 
-    Raises InputError (no such model, key file), ClusterError (too few CPUs or GPUs) and ServeError (port taken, replica fails).
+    Raises InputError (no such model, adapter or key file), ClusterError (too few CPUs or GPUs) and ServeError (port taken, replica fails).
     """
     model = find_model(spec.model, storage)
+    adapters = find_adapters(spec.adapters, model, storage)
     key_file = Path(spec.api_key_file).expanduser().absolute() if spec.api_key_file else make_key(folder.path / "api_key")
     read_key(key_file)
     for name, value in ignored_settings(model).items():
@@ -90,9 +96,13 @@ def serve(spec: ServeSpec, folder: RunFolder, storage: Storage, progress: Progre
     if running and not surge:
         progress.note("the cluster has no room for a second replica: the endpoint is silent while it is replaced")
     try:
-        take(model, own)
+        take(model.iterdir(), own)
+        for name, adapter in adapters.items():
+            home = home_of(adapter)
+            take([adapter / CONFIG, adapter / WEIGHTS, home / "distlm.json", *tokenizer_files(home)], own / ADAPTERS / name)
         record["classifier"] = is_classifier(own)
-        record["lineage"] = read_json(own / "distlm.json") if (own / "distlm.json").exists() else {}
+        record["lineage"] = lineage_of(own)
+        record["adapters"] = {name: lineage_of(own / ADAPTERS / name) for name in adapters}
         deploy(record, prefix, surge=surge)
         wait_until_running(spec.name, progress)
         wait_until_healthy(base)
@@ -112,7 +122,7 @@ def serve(spec: ServeSpec, folder: RunFolder, storage: Storage, progress: Progre
             shutil.rmtree(other, ignore_errors=True)
     folder.event("running", message=f"serving at {base}/v1", url=f"{base}/v1")
     return {"": f"{base}/v1", "url": f"{base}/v1", "api_key_file": str(key_file), "model": spec.name,
-            **({"classifier": True} if record["classifier"] else {})}
+            **({"classifier": True} if record["classifier"] else {}), **({"adapters": list(adapters)} if adapters else {})}
 
 
 def is_classifier(model: Path) -> bool:
@@ -120,12 +130,17 @@ def is_classifier(model: Path) -> bool:
     return any(name.endswith("ForSequenceClassification") for name in read_json(model / "config.json").get("architectures") or ())
 
 
-def take(model: Path, own: Path) -> None:
-    """Make the files of a model the endpoint's own, so that a replica that starts again finds what it had, whatever has become of the run:
-    by links, which cost no space, or copies where there are none. Raises StorageError."""
+def lineage_of(folder: Path) -> dict[str, Any]:
+    """What a model's folder, or an adapter's, tells of how it was made."""
+    return dict(read_json(folder / "distlm.json")) if (folder / "distlm.json").exists() else {}
+
+
+def take(files: Iterable[Path], own: Path) -> None:
+    """Make the files of a model, or of an adapter, the endpoint's own, so that a replica that starts again finds what it had, whatever has
+    become of the run: by links, which cost no space, or copies where there are none. Raises StorageError."""
     with writing(own):
         own.mkdir(parents=True)
-        for path in model.iterdir():
+        for path in files:
             file, name = path.resolve(), own / path.name
             if not file.is_file():
                 continue
@@ -273,7 +288,8 @@ def deploy(record: dict[str, Any], prefix: str, *, surge: bool) -> None:
         backpressure_config={"status_code": 429, "retry_after_s": 2})(ray_serve.ingress()(Replica))
     # Serve tells versions apart by a random word of its own; there is no public way to name the one that runs already
     application = deployment.options(version=record["version"], _internal=True).bind(
-        Path(record["folder"]), Card(record["model"], record["lineage"]), Path(record["api_key_file"]), spec)
+        Path(record["folder"]), Card(record["model"], record["lineage"]), Path(record["api_key_file"]), spec,
+        [Card(name, lineage) for name, lineage in record.get("adapters", {}).items()])
     ray_serve.run_many([ray_serve.RunTarget(application, spec.name, prefix)], wait_for_ingress_deployment_creation=False,
                        wait_for_applications_running=False)
 

@@ -4,7 +4,7 @@
         ...                                               # chunk.text; the last one has a finish_reason
 """
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -43,6 +43,8 @@ class Request:
     """Alternatives to report for each token; 0 reports the chosen token alone, None nothing."""
     echo: bool = False
     """The prompt's text, and with `logprobs` its tokens, come first."""
+    adapter: str = ""
+    """Which of the engine's adapters; "" for the model without one."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,14 @@ class Classifier(Protocol):
         """Raises EngineFailed where no request can be answered any more."""
 
 
+@dataclass(frozen=True)
+class Variant:
+    """The model with an adapter, as far as it differs from the model without."""
+
+    tokenizer: Any
+    vocabulary_hash: str | None
+
+
 class Engine(Protocol):
     """A model that answers many requests at once."""
 
@@ -104,6 +114,8 @@ class Engine(Protocol):
     vocabulary: int
     vocabulary_hash: str | None
     """What stands for the tokenizer's vocabulary, as model/vocabulary.py has it."""
+    adapters: Mapping[str, Variant]
+    """By name."""
 
     def generate(self, requests: Sequence[Request]) -> AsyncIterator[tuple[int, Chunk]]:
         """Chunks with the place of their request. Closing the iterator cancels what is left. Raises EngineFull, EngineFailed,

@@ -1,5 +1,8 @@
 """What an engine counts, under vLLM's names where they apply, so that dashboards made for vLLM work."""
 
+import copy
+from typing import Any
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 TTFT_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
@@ -11,12 +14,26 @@ class Metrics:
     """Counters of one replica, in a registry of its own. Sequences are counted, not HTTP requests, which may hold several."""
 
     def __init__(self, model: str = "", replica: str = "") -> None:
-        self.registry = CollectorRegistry()
+        self.registry, self._families = CollectorRegistry(), dict[str, Any]()
+        self._adapters: dict[str, Metrics] = {}
+        self._bind(model, replica)
+
+    def of(self, adapter: str) -> "Metrics":
+        """Those of an adapter, whose name is their model's; "" has those of the model without one."""
+        if adapter and adapter not in self._adapters:
+            found = copy.copy(self)
+            found._bind(adapter, self._labels["replica"])
+            self._adapters[adapter] = found
+        return self._adapters[adapter] if adapter else self
+
+    def _bind(self, model: str, replica: str) -> None:
         self._labels = {"model_name": model, "replica": replica}
         names = list(self._labels)
 
         def make(kind, name, text, more=(), **options):    # type: ignore[no-untyped-def]
-            metric = kind(f"vllm:{name}", text, [*names, *more], registry=self.registry, **options)
+            if name not in self._families:
+                self._families[name] = kind(f"vllm:{name}", text, [*names, *more], registry=self.registry, **options)
+            metric = self._families[name]
             return metric if more else metric.labels(**self._labels)
 
         self.running: Gauge = make(Gauge, "num_requests_running", "Sequences that are decoded now")

@@ -1,9 +1,10 @@
 """The embedded engine: continuous batching over a `transformers` model, on CPU or GPU.
 
 A thread owns the model. Between two decode steps it drops what was cancelled, takes in what waits (one forward pass per prompt), then
-decodes all sequences together in one forward pass. Tokens go back to the asyncio loops of the callers, one call per step and loop.
+decodes all sequences together in one forward pass, whichever adapters they have. Tokens go back to the asyncio loops of the callers, one
+call per step and loop.
 
-    engine = TorchEngine(folder, max_sequences=8)
+    engine = TorchEngine(folder, max_sequences=8, adapters={"poems": adapter_folder})
     async for index, chunk in engine.generate([Request(prompt, max_tokens=16)]): ...
 """
 
@@ -14,21 +15,24 @@ import random
 import threading
 import time
 import weakref
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from transformers import AutoTokenizer, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from distlm.errors import ServeError
+from distlm.errors import InputError, ServeError
+from distlm.model.adapter_folder import MERGED, home_of, tokenizer_files
 from distlm.model.build import load_model
 from distlm.model.quantize import rounds_inputs
 from distlm.model.vocabulary import vocabulary_hash
-from distlm.serve.engine import Chunk, EngineFailed, EngineFull, NoMemory, Request, Token
+from distlm.serve.engine import Chunk, EngineFailed, EngineFull, NoMemory, Request, Token, Variant
+from distlm.serve.lora import Adapters
 from distlm.serve.metrics import Metrics
 from distlm.serve.sample import choose, score
 from distlm.serve.slots import SlotCache
@@ -100,7 +104,8 @@ class TorchEngine:
     """See the module. Raises InputError where the model cannot be loaded, ServeError where it cannot be decoded in slots."""
 
     def __init__(self, folder: str | Path, *, dtype: str = "auto", device: str | None = None, threads: int | None = None,
-                 max_sequences: int = 8, max_queued: int = 64, metrics: Metrics | None = None) -> None:
+                 max_sequences: int = 8, max_queued: int = 64, metrics: Metrics | None = None,
+                 adapters: Mapping[str, Path] | None = None) -> None:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         kind = DTYPES[dtype] if dtype != "auto" else torch.float32 if self.device.type == "cpu" else torch.bfloat16
         model: Any = load_model(folder, f"model: {folder}", kind, exact=False)
@@ -112,7 +117,11 @@ class TorchEngine:
         ends = self.model.generation_config.eos_token_id
         ends = self.tokenizer.eos_token_id if ends is None else ends
         self.ends = frozenset([] if ends is None else [ends] if isinstance(ends, int) else ends)
+        self.adapters = self._variants(Path(folder), adapters or {})
+        self._lora = Adapters(self.model, adapters or {})
         self.metrics = metrics or Metrics()
+        for name in self.adapters:
+            self.metrics.of(name)
         self.max_sequences, self.max_queued, self.threads = max_sequences, max_queued, threads
         with torch.inference_mode():
             self.cache = self._proven_cache()
@@ -139,9 +148,9 @@ class TorchEngine:
                 raise EngineFull(f"{len(self._active)} sequences are decoded and {queued} requests wait, which is the limit",
                                  remedy="try again later")
             for index, request in enumerate(requests):
-                self._waiting.append(Running(request, index, channel, TextStream(self.tokenizer, request.prompt, request.stop),
-                                             random.Random(request.seed)))
-            self.metrics.waiting.set(len(self._waiting))
+                text = TextStream(self._tokenizer(request), request.prompt, request.stop)
+                self._waiting.append(Running(request, index, channel, text, random.Random(request.seed)))
+            self._gauge_waiting()
             self._wake.notify()
         return stream
 
@@ -184,15 +193,15 @@ class TorchEngine:
     def _drop_cancelled(self) -> None:
         for row in reversed(range(len(self._active))):
             if self._active[row].channel.cancelled():
+                self._metrics(self._active[row]).finished("abort")
                 self._leave(row)
-                self.metrics.finished("abort")
         with self._wake:
             gone = {channel for channel in {running.channel for running in self._waiting} if channel.cancelled()}
-            num_waiting = len(self._waiting)
+            left = [running for running in self._waiting if running.channel in gone]
             if gone:
                 self._waiting = deque(running for running in self._waiting if running.channel not in gone)
-        for _ in range(num_waiting - len(self._waiting)):
-            self.metrics.finished("abort")
+        for running in left:
+            self._metrics(running).finished("abort")
 
     def _admit(self) -> None:
         while len(self._active) < self.max_sequences:
@@ -210,7 +219,7 @@ class TorchEngine:
             self._refuse(running)                          # the error is gone, and what it held with it
         with self._wake:
             self._started &= {running.channel for running in self._waiting}
-            self.metrics.waiting.set(len(self._waiting))
+            self._gauge_waiting()
 
     def _prefill(self, running: Running) -> None:
         """Run the prompt, and take the first token from its last logits. Where none is to follow, its last token is not run."""
@@ -219,13 +228,15 @@ class TorchEngine:
         read, tokens = prompt if request.max_tokens else prompt[:-1], list[Token]()
         scored = request.echo and request.logprobs is not None
         if read and (scored or request.max_tokens):
-            cache, logits = self._forward(read, keep=0 if scored else 1)
+            cache, logits = self._forward(read, 0 if scored else 1, request.adapter)
         if scored:
             tokens = [Token(prompt[0], None, ())]
             if prompt[1:]:
                 tokens += score(logits[:len(prompt) - 1], prompt[1:], request.logprobs or 0)
-        text = self.tokenizer.decode(prompt, skip_special_tokens=True, clean_up_tokenization_spaces=False) if request.echo else ""
-        self.metrics.prompt_tokens.inc(len(prompt))
+        text = ""
+        if request.echo:
+            text = self._tokenizer(request).decode(prompt, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        self._metrics(running).prompt_tokens.inc(len(prompt))
         if not request.max_tokens:
             self._send(running, Chunk(text, (), tuple(tokens), "length"))
             return
@@ -243,7 +254,7 @@ class TorchEngine:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         self._outbox.append((running.channel, NoMemory(said, remedy="shorten it, leave out echo with logprobs, or try again later")))
-        self.metrics.finished("abort")
+        self._metrics(running).finished("abort")
         if stream := running.channel.stream():
             stream.cancelled = True
         self._drop_cancelled()
@@ -253,6 +264,7 @@ class TorchEngine:
         """One token more for every active sequence."""
         positions, mask = self.cache.step(self.device, self.model.dtype)
         ids = torch.tensor([[running.last_token] for running in self._active], device=self.device)
+        self._lora.choose([running.request.adapter for running in self._active])
         logits = self.model(input_ids=ids, position_ids=positions, attention_mask=mask, past_key_values=self.cache,
                             use_cache=True).logits[:, -1]
         tokens = choose(logits, [running.request for running in self._active], [running.source for running in self._active])
@@ -264,9 +276,9 @@ class TorchEngine:
 
     def _take(self, running: Running, token: int, logits: torch.Tensor, echoed: str = "", scored: Sequence[Token] = ()) -> None:
         """Pass a token on. A sequence that ends with it has last_token -1 afterwards."""
-        request, now = running.request, time.monotonic()
-        (self.metrics.inter_token if running.num_tokens else self.metrics.first_token).observe(now - (running.last_time or running.arrived))
-        self.metrics.generation_tokens.inc()
+        request, now, metrics = running.request, time.monotonic(), self._metrics(running)
+        (metrics.inter_token if running.num_tokens else metrics.first_token).observe(now - (running.last_time or running.arrived))
+        metrics.generation_tokens.inc()
         running.last_time, running.last_token = now, token
         running.num_tokens += 1
         reason = "stop" if token in self.ends else None
@@ -285,8 +297,8 @@ class TorchEngine:
     def _send(self, running: Running, chunk: Chunk) -> None:
         self._outbox.append((running.channel, (running.index, chunk)))
         if chunk.finish_reason:
-            self.metrics.finished(chunk.finish_reason)
-            self.metrics.end_to_end.observe(time.monotonic() - running.arrived)
+            self._metrics(running).finished(chunk.finish_reason)
+            self._metrics(running).end_to_end.observe(time.monotonic() - running.arrived)
 
     def _leave(self, row: int) -> None:
         self.cache.leave(row)
@@ -294,9 +306,22 @@ class TorchEngine:
         self._active.pop()
         self._gauge()
 
+    def _metrics(self, running: Running) -> Metrics:
+        return self.metrics.of(running.request.adapter)
+
+    def _gauge_waiting(self) -> None:
+        waiting = Counter(running.request.adapter for running in self._waiting)
+        for name in ("", *self.adapters):
+            self.metrics.of(name).waiting.set(waiting[name])
+
     def _gauge(self) -> None:
-        self.metrics.running.set(len(self._active))
-        self.metrics.cache_usage.set(sum(self.cache.lengths) / (self.max_sequences * self.context))
+        running, cached = Counter[str](), Counter[str]()
+        for one, length in zip(self._active, self.cache.lengths, strict=True):
+            running[one.request.adapter] += 1
+            cached[one.request.adapter] += length
+        for name in ("", *self.adapters):
+            self.metrics.of(name).running.set(running[name])
+            self.metrics.of(name).cache_usage.set(cached[name] / (self.max_sequences * self.context))
 
     def _deliver(self) -> None:
         outbox, self._outbox = self._outbox, []
@@ -315,36 +340,66 @@ class TorchEngine:
         self._deliver()
         self._active.clear()
 
-    def _forward(self, ids: Sequence[int], keep: int) -> tuple[DynamicCache, torch.Tensor]:
+    def _tokenizer(self, request: Request) -> Any:
+        return self.adapters[request.adapter].tokenizer if request.adapter else self.tokenizer
+
+    def _variants(self, model: Path, folders: Mapping[str, Path]) -> dict[str, Variant]:
+        """The tokenizer that lies beside an adapter, or else the model's; equal ones are loaded once. Raises InputError for one with tokens
+        that the model has not."""
+        found, loaded = dict[str, Variant](), {files_of_tokenizer(model): self.tokenizer}
+        for name, folder in folders.items():
+            home = home_of(folder) if tokenizer_files(home_of(folder)) else model
+            files = files_of_tokenizer(home)
+            tokenizer: Any = loaded.get(files) or AutoTokenizer.from_pretrained(home, local_files_only=True)
+            loaded[files] = tokenizer
+            if len(tokenizer) > self.vocabulary:
+                raise InputError(f"its tokenizer has {len(tokenizer)} tokens, and the model {self.vocabulary}",
+                                 where=f"adapters.{name}: {home}", remedy=MERGED)
+            found[name] = Variant(tokenizer, vocabulary_hash(home))
+        return found
+
+    def _forward(self, ids: Sequence[int], keep: int, adapter: str = "") -> tuple[DynamicCache, torch.Tensor]:
         """One sequence from its start. Returns its cache and logits [keep or all, vocabulary]."""
         cache = DynamicCache()
         tokens = torch.tensor([list(ids)], device=self.device)
         positions = torch.arange(len(ids), device=self.device)[None]
+        self._lora.choose([adapter])
         logits = self.model(input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=keep).logits
         return cache, logits[0]
 
     def _proven_cache(self) -> SlotCache:
-        """A slot cache that gives this model the logits which it has without one. Families differ; this finds those that do not fit."""
+        """A slot cache that gives this model the logits which it has without one, with each adapter too, beside a row that has none.
+        Families differ; this finds those that do not fit."""
         family = self.model.config.model_type
         with _family(family):
             samples = [tuple(n * 7 % self.vocabulary for n in range(1, length)) for length in (4, 7, 3)]
             first, _ = self._forward(samples[0], keep=1)
             if any(type(layer) is not DynamicLayer for layer in first.layers):
                 raise ValueError("not every layer has a plain attention cache")
-            cache = SlotCache(len(first.layers), max(3, self.max_sequences), self.context)
-            for sample in samples:
-                cache.join(self._forward(sample, keep=1)[0], len(sample))
-            cache.leave(0)
-            rows = [samples[2], samples[1]]
-            positions, mask = cache.step(self.device, self.model.dtype)
-            ids = torch.tensor([[1], [2]], device=self.device)
-            found = self.model(input_ids=ids, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True).logits
-            for row, (sample, token) in enumerate(zip(rows, (1, 2), strict=True)):
-                wanted = self._forward((*sample, token), keep=1)[1][-1].float()
-                error = (found[row, -1].float() - wanted).abs().max() / wanted.abs().max()
-                if not error < (1e-3 if self.model.dtype == torch.float32 and not rounds_inputs(self.model) else 0.1):
-                    raise ValueError(f"logits are off by {float(error):.2g} of their size")
+            for name in ("", *self.adapters):
+                self._prove(samples, name, len(first.layers))
         return SlotCache(len(first.layers), self.max_sequences, self.context)
+
+    def _prove(self, samples: Sequence[tuple[int, ...]], adapter: str, num_layers: int) -> None:
+        """Decode the second sample and, with the adapter, the third. Raises ValueError where one has other logits than alone."""
+        cache, adapters = SlotCache(num_layers, 3, self.context), ("", "", adapter)
+        for sample, name in zip(samples, adapters, strict=True):
+            cache.join(self._forward(sample, 1, name)[0], len(sample))
+        cache.leave(0)
+        positions, mask = cache.step(self.device, self.model.dtype)
+        ids = torch.tensor([[1], [2]], device=self.device)
+        self._lora.choose([adapter, ""])
+        found = self.model(input_ids=ids, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True).logits
+        for row, (sample, token, name) in enumerate(((samples[2], 1, adapter), (samples[1], 2, ""))):
+            wanted = self._forward((*sample, token), 1, name)[1][-1].float()
+            error = (found[row, -1].float() - wanted).abs().max() / wanted.abs().max()
+            if not error < (1e-3 if self.model.dtype == torch.float32 and not rounds_inputs(self.model) else 0.1):
+                raise ValueError(f"logits are off by {float(error):.2g} of their size")
+
+
+def files_of_tokenizer(folder: Path) -> frozenset[tuple[str, str]]:
+    """Name and hash of each file that a tokenizer is made of."""
+    return frozenset((file.name, xxhash.xxh3_128_hexdigest(file.read_bytes())) for file in tokenizer_files(folder))
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from distlm.spec.base import Job, Rule
+from distlm.spec.base import Job, Name, Rule
 
 ROUTES = ("v1", "health", "metrics", "docs", "openapi.json")
 """The first path segments of an endpoint: where a cluster has several, /<name> must be none of these."""
@@ -17,6 +17,9 @@ class ServeSpec(Job):
     """The kind of the job."""
     model: str
     """A run by name or path, or a folder that `AutoModelForCausalLM.from_pretrained` loads."""
+    adapters: dict[Name, Annotated[str, Field(min_length=1)]] = {}
+    """Low-rank adapters of this model by the names that requests choose them by: runs with `adapter:`, or folders of peft's. Requests for
+    the model and for each of them are decoded together."""
     host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
     """The address that the endpoint listens on."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
@@ -44,4 +47,6 @@ class ServeSpec(Job):
     def _name(self) -> "ServeSpec":
         if self.name in ROUTES:
             raise Rule("name", f"an endpoint named {self.name} would hide the path /{self.name} of another; take another name")
+        if self.name in self.adapters:
+            raise Rule(f"adapters.{self.name}", "is the name by which requests choose the model without an adapter; take another name")
         return self

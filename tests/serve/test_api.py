@@ -16,9 +16,11 @@ import torch
 import uvicorn
 
 from distlm.errors import ServeError
+from distlm.model.adapter_folder import home_of
 from distlm.serve import sample
 from distlm.serve.api import Card, create_app
 from distlm.serve.client import healthy, query
+from distlm.serve.deploy import lineage_of
 from distlm.serve.metrics import Metrics
 from distlm.serve.torch_engine import TorchEngine
 from tests.serve.test_torch_engine import reference
@@ -34,7 +36,8 @@ class Server:
     def __init__(self, folder: Path, make: Any = TorchEngine, **options: Any) -> None:
         metrics = Metrics("tiny", "r0")
         self.engine = make(folder, threads=1, metrics=metrics, **options)
-        self.app = create_app(self.engine, Card("tiny", LINEAGE), KEY, metrics, default_max_tokens=8)
+        adapters = [Card(name, lineage_of(home_of(place))) for name, place in options.get("adapters", {}).items()]
+        self.app = create_app(self.engine, Card("tiny", LINEAGE), KEY, metrics, default_max_tokens=8, adapters=adapters)
         listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         self._server = uvicorn.Server(uvicorn.Config(self.app, log_level="warning"))
@@ -158,7 +161,7 @@ def test_echo_and_logprobs_score_a_prompt_as_lm_eval_asks(server: Server) -> Non
 def test_a_prompt_that_is_scored_alone_may_have_one_token_more_than_the_context(server: Server,
                                                                                           monkeypatch: pytest.MonkeyPatch) -> None:
     ids, forward, read = [7 + i % 90 for i in range(129)], server.engine._forward, []
-    monkeypatch.setattr(server.engine, "_forward", lambda ids, keep: read.append(len(ids)) or forward(ids, keep))
+    monkeypatch.setattr(server.engine, "_forward", lambda ids, *given: read.append(len(ids)) or forward(ids, *given))
     monkeypatch.setattr(sample, "CHUNK_ELEMENTS", 10 * server.engine.vocabulary)
     fields = {"echo": True, "logprobs": 1, "return_tokens_as_token_ids": True}
     whole = server.complete(prompt=[ids, ids[:128], ids[:1]], max_tokens=0, **fields)["choices"]

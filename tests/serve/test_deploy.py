@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,8 +16,10 @@ import httpx
 import openai
 import pytest
 import ray
+from typer.testing import CliRunner
 
 from distlm import jobs, summary
+from distlm.cli import app
 from distlm.errors import ClusterError, InputError, ServeError, StorageError
 from distlm.progress import Progress
 from distlm.runs import RunFolder
@@ -27,7 +30,7 @@ from distlm.storage import Storage, read_json
 from tests.records import Records
 from tests.serve.test_classify import reference as classified
 from tests.serve.test_torch_engine import reference
-from tests.serve.tiny_models import LLAMA, make_classifier, make_model
+from tests.serve.tiny_models import LLAMA, make_adapter, make_classifier, make_model
 
 
 @pytest.fixture(scope="module")
@@ -390,3 +393,63 @@ def test_a_classifier_is_served_on_ray_serve(cluster: None, storage: Storage) ->
             list(query(outputs["url"], Path(outputs["api_key_file"]).read_text().strip(), "hi", 4))
     finally:
         deploy.undeploy("sorter", storage)
+
+
+def again(storage: Storage, **fields: Any) -> dict[str, Any]:
+    """Replace the endpoint `voices`."""
+    RunFolder(storage.endpoint("voices")).event("succeeded", "completed")      # as execute.run records it
+    return deploy.serve(*endpoint(storage, name="voices", **fields))
+
+
+def test_adapters_come_and_go_by_replacing_their_endpoint(cluster: None, storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = storage.run("tiny") / "export"
+    make_adapter(storage.run("poems"), base, chat=True)
+    make_adapter(storage.run("lines"), base, seed=2, method="dora")
+    make_model(storage.run("stranger") / "export", LLAMA, seed=7)
+    named = {"poems": "poems", "dora": str(storage.run("lines") / "export" / "adapter")}
+    outputs = deploy.serve(*endpoint(storage, name="voices"))
+    try:
+        key = Path(outputs["api_key_file"]).read_text().strip()
+        with asking(outputs) as answers:
+            assert again(storage, adapters=named) == {**outputs, "adapters": ["poems", "dora"]}
+        assert answers and set(answers) == {200}, "the model itself answers all the while"
+        folder = Path(read_json(storage.endpoint("voices") / "endpoint.json")["folder"])
+        assert sorted(path.name for path in (folder / "adapters").iterdir()) == ["dora", "poems"]
+
+        client = openai.OpenAI(base_url=outputs["url"], api_key=key, max_retries=0)
+        cards = {card.id: card.model_extra for card in client.models.list().data}
+        assert list(cards) == ["voices", "poems", "dora"] and cards["dora"]["parent"] == "voices" and cards["voices"]["parent"] is None
+        assert cards["dora"]["lineage"]["run"] == "lines" and cards["dora"]["lineage"]["corpus_hash"] == "cd2"
+
+        exports = {"voices": base, "poems": storage.run("poems") / "export", "dora": storage.run("lines") / "export"}
+        wishes = [(name, [5 + i, 9, 30 + 2 * i, 7]) for i in range(4) for name in exports]
+        with ThreadPoolExecutor(len(wishes)) as pool:      # more than there are places: rows of all kinds come and go together
+            found = list(pool.map(lambda wish: client.completions.create(
+                model=wish[0], prompt=wish[1], max_tokens=24, temperature=0, logprobs=0,
+                extra_body={"return_tokens_as_token_ids": True}).choices[0].logprobs.tokens, wishes))
+        wanted = [reference(exports[name], tuple(prompt), 24) for name, prompt in wishes]
+        assert [[int(text.removeprefix("token_id:")) for text in tokens] for tokens in found] == wanted
+        assert wanted[0] != wanted[1] != wanted[2] != wanted[0]
+
+        assert "".join(jobs.query("voices", "hi", 8, model="poems", chat=True, storage=storage)) == client.chat.completions.create(
+            model="poems", messages=[{"role": "user", "content": "hi"}], max_tokens=8, temperature=0).choices[0].message.content
+        monkeypatch.setenv("DISTLM_STORAGE", str(storage.root))
+        asked = CliRunner().invoke(app, ["query", "voices", "hi", "--max-tokens", "6", "--model", "dora"])
+        assert asked.exit_code == 0 and asked.output == client.completions.create(
+            model="dora", prompt="hi", max_tokens=6, temperature=0).choices[0].text + "\n"
+        with pytest.raises(ServeError, match="the model 'prose' does not exist; this endpoint serves 'voices', 'poems', 'dora'"):
+            list(jobs.query("voices", "hi", 8, model="prose", storage=storage))
+        text = httpx.get(outputs["url"].removesuffix("/v1") + "/metrics", headers={"Authorization": f"Bearer {key}"}).text
+        assert re.search(r'vllm:generation_tokens_total\{model_name="poems",replica="\w+"\} [1-9]', text)
+
+        before, replica = read_json(storage.endpoint("voices") / "endpoint.json"), replica_of(outputs)
+        with pytest.raises(InputError, match=r"adapters.poems: .* was trained on .*tiny/export, whose weights are not those of .*stranger"):
+            again(storage, model="stranger", adapters=named)
+        assert read_json(storage.endpoint("voices") / "endpoint.json") == before and replica_of(outputs) == replica
+
+        again(storage, adapters={"dora": named["dora"]})
+        assert [card.id for card in client.models.list().data] == ["voices", "dora"]
+        with pytest.raises(openai.NotFoundError, match="'poems' does not exist"):
+            client.completions.create(model="poems", prompt="x")
+    finally:
+        deploy.undeploy("voices", storage)

@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -10,7 +11,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
+
+from distlm.model.adapter import add_adapter, base_hash, merge, save_adapter
+from distlm.model.build import load_model
+from distlm.model.export import export_model
+from distlm.spec.adapter import Adapter
 
 torch.set_num_threads(1)
 TEXT = ["def main(argument):\n    return argument + 1\n", "the cat sat on the mat, and the dog — naïve — barked at 東京", "x = [1, 2, 3]"]
@@ -57,3 +63,30 @@ def make_classifier(folder: Path, family: str = "llama", *, multiple: bool = Fal
     torch.manual_seed(1)
     AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
     return folder
+
+
+def make_adapter(run: Path, base: Path, *, seed: int = 1, chat: bool = False, **options: Any) -> Path:
+    """The folder of a run with an adapter that changes the model much: its export, merged, and the adapter alone beside it."""
+    model = load_model(base, "base", torch.float32)
+    add_adapter(model, Adapter(**{"rank": 4, "alpha": 16, **options}), seed)
+    torch.manual_seed(seed)
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for name, value in weights.items():
+        if "lora_B" in name:
+            value.normal_(std=0.1)
+        elif "magnitude" in name:
+            value *= 1 + 0.3 * torch.rand_like(value)
+    export = run / "export"
+    lineage = {"run": run.name, "corpus": "poems", "corpus_hash": f"cd{seed}", "checkpoint": "step-000020", "trial": None, "step": 20,
+               "val_loss": 1.25, "base": str(base), "base_hash": base_hash(str(base))}
+
+    def save(place: Path) -> None:
+        save_adapter(model, weights, str(base), place / "adapter")
+        merge(model)
+
+    export_model(model, None, base, export, lineage, save)
+    if chat:
+        tokenizer = AutoTokenizer.from_pretrained(export, local_files_only=True)
+        tokenizer.chat_template = CHAT.replace("<|assistant|>", "<|poet|>")
+        tokenizer.save_pretrained(export)
+    return run
