@@ -70,15 +70,16 @@ def rows(path: Path, records: list[dict[str, Any]]) -> None:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of byte tokens, and a task of each kind. Of the answers to be generated the first is the model's own."""
+    """A model of byte tokens, and a task of each kind. Of the answers to be generated the first is the model's own, which a stop ends."""
     root = tmp_path_factory.mktemp("tasks")
     make(root / "corpora" / "two", [*DOCS], sources=SOURCES)
     make_model(root / "runs" / "m", root / "corpora" / "two", max_position_embeddings=CONTEXT)
     (root / "key").write_text(KEY)
     os.chmod(root / "key", 0o600)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(root / "runs" / "m"), AutoTokenizer.from_pretrained(root / "runs" / "m")
-    [made] = generate(model, tokenizer, [tokenizer.encode(PROMPTS[0])], 12, ["\n", "STOP"])
-    own = tokenizer.decode(made).split("\n")[0].split("STOP")[0]
+    text = tokenizer.decode(generate(model, tokenizer, [tokenizer.encode(PROMPTS[0])], 12, [])[0])
+    stop = next(sign for sign in text[2:] if sign.isprintable() and sign.isascii() and sign not in text[:2])
+    own = text[:text.index(stop)]
     (root / "tasks").mkdir()
     rows(root / "tasks" / "say.jsonl", [{"prompt": prompt, "answer": "nothing of it" if i else own} for i, prompt in enumerate(PROMPTS)])
     rows(root / "tasks" / "texts.jsonl", [{"text": text} for text in TEXTS])
@@ -86,7 +87,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows(root / "tasks" / "pick.jsonl", questions)
     rows(root / "tasks" / "shots.jsonl", [{**one, "question": f"shot {one['question']}"} for one in questions])
     for task in TASKS:
-        write(root / "tasks", task)
+        write(root / "tasks", {**task, "generation_kwargs": {**ANSWER["generation_kwargs"], "until": ["\n", stop]}}
+              if task is ANSWER else task)
     return root
 
 
@@ -152,7 +154,8 @@ def test_the_harness_own_model_comes_to_the_same(root: Path, by_checkpoint: dict
 
     monkeypatch.chdir(root / "tasks")                      # the harness looks for data there
     model = huggingface.HFLM(pretrained=str(root / "runs" / "m"), device="cpu", dtype="float32", batch_size=2)
-    found = simple_evaluate(model=model, tasks=[{**task} for task in TASKS], bootstrap_iters=1000)
+    tasks = [YAML(typ="safe").load((root / "tasks" / f"{task['task']}.yaml").read_text()) for task in TASKS]
+    found = simple_evaluate(model=model, tasks=tasks, bootstrap_iters=1000)
     assert found is not None
     expected = {(name, key.partition(",")[0]): value for name, task in found["results"].items() for key, value in task.items()
                 if key.endswith(",none")}
