@@ -427,7 +427,8 @@ def _redirect_handlers(old: TextIO, new: TextIO) -> None:
     loggers: list[Any] = [logging.getLogger(), *logging.Logger.manager.loggerDict.values()]
     for logger in loggers:
         for handler in getattr(logger, "handlers", ()):
-            if isinstance(handler, logging.StreamHandler) and handler.stream is old:
+            follows = isinstance(getattr(type(handler), "stream", None), property)         # dill's writes to whatever sys.stderr is
+            if isinstance(handler, logging.StreamHandler) and not follows and handler.stream is old:
                 if old.closed:                             # it would be flushed first
                     handler.stream = new
                 else:

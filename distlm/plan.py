@@ -242,6 +242,7 @@ def of_evaluate(spec: EvaluateSpec, storage: Storage) -> Rows:
     """What another step makes, or does not exist yet, leaves open what depends on it."""
     from distlm.corpus.manifest import read_manifest
     from distlm.evaluate.task import make_task
+    from distlm.evaluate.tasks import read_tasks
     from distlm.train.recipe import find_corpus
 
     rows: Rows = []
@@ -259,8 +260,10 @@ def of_evaluate(spec: EvaluateSpec, storage: Storage) -> Rows:
         tokens = sum(part.windows * read_manifest(part.corpus).context for part in task.parts)
         rows = [("corpus" if len(task.parts) == 1 else f"corpus {i}", f"{part.corpus}, {part.windows:,} windows of {spec.split}"
                  + ", documents kept apart" * part.mask_documents) for i, part in enumerate(task.parts)]
-        rows.append(("tokens", f"{tokens:,}"))
-        rows += of_forward(model, tokens) if model else []
+        rows += [("tokens", f"{tokens:,}")] if task.parts else []
+        rows += of_forward(model, tokens) if model and task.parts else []
+    if spec.tasks and not any("${" in name for name in spec.tasks):
+        rows += [("tasks", ", ".join(file.config["task"] for file in read_tasks(spec)))]
     need = total(evaluate_bundles(spec))
     if spec.endpoint is not None:
         place = spec.endpoint if isinstance(spec.endpoint, str) else spec.endpoint.url

@@ -71,6 +71,13 @@ def of_sweep(made: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def of_evaluation(made: dict[str, Any]) -> list[tuple[str, str]]:
+    return [*(of_windows(made) if "corpora" in made else []),
+            *((name, ", ".join(f"{metric} {shown(one['value'], '.4f')}" + f" ± {shown(one['stderr'], '.4f')}" * (one["stderr"] is not None)
+                               for metric, one in task["metrics"].items()) + f", {task['documents']:,} documents")
+              for name, task in made.get("tasks", {}).items())]
+
+
+def of_windows(made: dict[str, Any]) -> list[tuple[str, str]]:
     parts = [(name, corpus) for name, corpus in made["corpora"].items() if len(made["corpora"]) > 1]
     parts += [(f"{name}: {source}", found) for name, corpus in made["corpora"].items() for source, found in corpus["sources"].items()
               if len(corpus["sources"]) > 1]
@@ -148,7 +155,7 @@ NEXT = {"prepare": "train on it with `corpus: {name}`; `distlm corpus inspect {n
         "train": "serve it with `kind: serve` and `model: {name}`; its export is what transformers loads",
         "tune": "`distlm run {best}` trains the best one on; `distlm dashboard {name}` shows all side by side",
         "average": "serve it with `kind: serve` and `model: {name}`; report.html in its folder has the loss of each model",
-        "evaluate": "report.html in its folder has a table of every source, the calibration and the samples",
+        "evaluate": "report.html in its folder has a table of every source and task, the calibration and the samples",
         "compress": "serve it with `kind: serve` and `model: {name}`, measure it with `kind: evaluate`; report.html has both side by side",
         "serve": "`distlm query {name} PROMPT` asks it, `distlm stop {name}` ends it"}
 """Kind -> what a user may do now."""

@@ -596,3 +596,16 @@ def test_a_handler_leaves_a_stream_that_somebody_has_closed(tmp_path: Path) -> N
         assert new.getvalue() == "said\n"
     finally:
         logger.removeHandler(handler)
+
+
+def test_a_handler_that_follows_standard_error_by_itself_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    new, logger = io.StringIO(), logging.getLogger("of-a-follower")
+    handler = logging._StderrHandler()                     # as dill's, which torch imports where it is there
+    logger.addHandler(handler)
+    try:
+        cluster._redirect_handlers(sys.stderr, new)
+        monkeypatch.setattr(sys, "stderr", new)
+        logger.error("said")
+        assert new.getvalue() == "said\n"
+    finally:
+        logger.removeHandler(handler)

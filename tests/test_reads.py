@@ -21,7 +21,7 @@ from tests.records import Records
 READ = {"prepare": {"sources.path", "decontaminate.against", "filter.language.model", "sources.filter.language.model", "filter.function",
                     "sources.filter.function", "tokenizer.from"},
         "train": {"corpus", "corpus.mix.corpus", "model.from", "distill.teacher"}, "tune": {"train", "space", "space.choice", "space.grid"},
-        "evaluate": {"model", "endpoint", "endpoint.api_key_file", "corpus"}, "average": {"models", "corpus"},
+        "evaluate": {"model", "endpoint", "endpoint.api_key_file", "corpus", "tasks", "tokenizer"}, "average": {"models", "corpus"},
         "compress": {"model", "corpus"}, "serve": {"model", "adapters", "api_key_file"}, "pipeline": {"steps"}}
 """The keys that name what a job reads. Those of a sweep are its trials'; those of a pipeline are its steps'."""
 TEXT = {"prepare": {"sources.text_key", "sources.id_key", "sources.keep", "sources.filter.language.keep", "sources.filter.license.keep",

@@ -43,7 +43,7 @@ class Compressor:
     def measure(self, rounds: int = 5) -> dict[str, dict[str, float]]:
         """Speeds and bytes of both."""
         from distlm.compress.speed import file_bytes, held_bytes, speeds
-        from distlm.evaluate.driver import context_of
+        from distlm.evaluate.task import context_of
 
         models = {name: side.model for name, side in self.sides.items()}
         found = speeds(models, context_of(self.source) or 512, rounds)

@@ -4,7 +4,8 @@ A batch has the same windows whoever takes it, and sums of batches are added in 
 workers.
 """
 
-from collections.abc import Callable, Iterator
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from distlm.autoscale import evaluate_bundles, require
 from distlm.corpus.manifest import read_manifest
 from distlm.errors import EvaluationError, InputError, TrainError
 from distlm.evaluate.report import write_report
-from distlm.evaluate.task import Task, make_task
+from distlm.evaluate.task import Task, context_of, make_task
+from distlm.evaluate.tasks import TaskFile, loaded, read_tasks
 from distlm.evaluate.totals import Sums, measures
-from distlm.evaluate.worker import Worker, default_threads
+from distlm.evaluate.worker import Asked, Said, Worker, default_threads
 from distlm.model.complete import check_prompts, encode_prompts
 from distlm.model.find import find_model
 from distlm.progress import Progress
@@ -26,41 +28,56 @@ from distlm.storage import Storage
 
 AHEAD = 2
 """Batches that a worker has been given and has not answered."""
-Found = tuple[list[Sums], list[str]]
-"""The sums of every batch, in order, and what was added to each prompt."""
+Found = tuple[list[Sums], list[str], dict[str, Any]]
+"""The sums of every batch, in order, what was added to each prompt, and what came of the tasks."""
+Ask = Callable[[Any, Path], dict[str, Any]]
+"""Asks an evaluate.harness.Answering of the tasks, in the tokens of a folder's tokenizer, and returns what came of them."""
 
 
 def evaluate(spec: EvaluateSpec, folder: RunFolder, storage: Storage, progress: Progress) -> dict[str, Any]:
-    """Measure a model or an endpoint on corpora; write report.html. Ray is initialised. Raises SpecError, InputError, ClusterError,
-    CorpusError, EvaluationError, ServeError."""
-    task = make_task(spec, storage)
+    """Measure a model or an endpoint on corpora and in tasks; write report.html. Ray is initialised. Raises SpecError, InputError,
+    ClusterError, CorpusError, EvaluationError, ServeError."""
+    task, files = make_task(spec, storage), read_tasks(spec)
     for part in task.parts:
         if not part.by_source:
             progress.note(f"{part.name} does not tell the sources of its documents: it is measured as a whole")
     prompts = encode_prompts(read_manifest(task.parts[0].corpus).tokenizer, spec.prompts) if spec.prompts else []
-    folder.event("running", message=f"{task.windows:,} windows")
-    if spec.model is not None:
-        made_by = str(find_model(spec.model, storage))
-        sums, texts = by_model(spec, task, Path(made_by), prompts, folder, progress)
-    else:
-        from distlm.evaluate.endpoint import by_endpoint
+    folder.event("running", message=", ".join([f"{task.windows:,} windows"] * bool(task.parts) + [f"{len(files):,} tasks"] * bool(files)))
+    with questions(files, spec, folder, progress) as ask:
+        if spec.model is not None:
+            made_by = str(find_model(spec.model, storage))
+            sums, texts, tasks = by_model(spec, task, Path(made_by), prompts, ask, folder, progress)
+        else:
+            from distlm.evaluate.endpoint import by_endpoint
 
-        made_by, sums, texts = by_endpoint(spec, task, prompts, storage, folder, progress)
-    outputs = outcome(task, made_by, sums)
-    if not outputs["tokens"]:
+            made_by, sums, texts, tasks = by_endpoint(spec, task, prompts, ask, storage, folder, progress)
+    outputs = {"": str(folder.path), "evaluated": made_by, **(outcome(task, made_by, sums) if task.parts else {}), **tasks}
+    if task.parts and not outputs["tokens"]:
         raise InputError(f"no token of the {task.windows:,} windows gives loss", where="windows",
                          remedy="take more windows, or other corpora")
-    outputs = {"": str(folder.path), **outputs, "samples": [{"prompt": prompt, "completion": text}
-                                                            for prompt, text in zip(spec.prompts, texts, strict=True)]}
+    outputs["samples"] = [{"prompt": prompt, "completion": text} for prompt, text in zip(spec.prompts, texts, strict=True)]
     write_report(folder, outputs)
     return outputs
 
 
-def by_model(spec: EvaluateSpec, task: Task, model: Path, prompts: list[list[int]], folder: RunFolder, progress: Progress) -> Found:
+@contextlib.contextmanager
+def questions(files: list[TaskFile], spec: EvaluateSpec, folder: RunFolder, progress: Progress) -> Iterator[Ask]:
+    """The tasks, loaded for the block, as one function. Raises InputError for a file that cannot be used."""
+    if not files:
+        yield lambda answering, tokenizer: {}
+        return
+    from distlm.evaluate.harness import run_tasks
+
+    with loaded(files, spec.shots) as tasks:
+        yield lambda answering, tokenizer: run_tasks(files, tasks, spec, tokenizer, answering, folder, progress)
+
+
+def by_model(spec: EvaluateSpec, task: Task, model: Path, prompts: list[list[int]], ask: Ask, folder: RunFolder,
+             progress: Progress) -> Found:
     """Let workers score the batches. Raises ClusterError where the cluster does not hold them, and what a worker raises."""
     check_prompts(prompts, spec.max_tokens, context_of(model))
     with Workers(spec, task, folder, progress) as workers:
-        return workers.score(model), workers.complete(prompts, spec.max_tokens)
+        return workers.score(model), workers.complete(prompts, spec.max_tokens), ask(workers, model)
 
 
 class Workers:
@@ -80,8 +97,10 @@ class Workers:
         self._logs = [folder.path / "logs" / f"worker-{i}.log" for i in range(spec.workers)]
         threads = spec.threads_per_worker or default_threads(spec.workers)
         self._workers: list[Any] = [actor.remote(task, "cuda" if on_gpu else "cpu", dtype, threads, log) for log in self._logs]
-        progress.note(f"{task.windows:,} windows in {len(task.batches):,} batches, {spec.workers} worker{'s' * (spec.workers > 1)}, "
-                      f"{dtype}")
+        self.context: int | None = None
+        """Of the model that was scored last."""
+        progress.note(f"{task.windows:,} windows in {len(task.batches):,} batches, " * bool(task.parts)
+                      + f"{spec.workers} worker{'s' * (spec.workers > 1)}, {dtype}")
 
     def __enter__(self) -> "Workers":
         return self
@@ -93,7 +112,14 @@ class Workers:
     def score(self, model: Path) -> list[Sums]:
         """The sums of every batch, in order. Raises what a worker raises."""
         answers(self._ray, {worker.load.remote(model): i for i, worker in enumerate(self._workers)}, self._logs, lambda i, _: None)
-        return dealt(self._ray, self._workers, self._task, self._logs, self._progress)
+        self.context, batches, done = context_of(model), self._task.batches, 0
+
+        def show(batch: int) -> None:
+            nonlocal done
+            done += batches[batch][2]
+            self._progress.update("windows", done, self._task.windows)
+
+        return self._dealt("score", [(batch,) for batch in range(len(batches))], show)
 
     def complete(self, prompts: list[list[int]], max_tokens: int) -> list[str]:
         """What the model that was scored last adds to each prompt. Raises what a worker raises."""
@@ -102,32 +128,35 @@ class Workers:
             answers(self._ray, {self._workers[0].complete.remote(prompts, max_tokens): 0}, self._logs, lambda _, made: texts.extend(made))
         return texts
 
+    def continuations(self, batches: list[list[Asked]], done: Callable[[int], None]) -> list[list[Said]]:
+        """As harness.Answering. Raises what a worker raises."""
+        return self._dealt("continuations", [(batch,) for batch in batches], done)
 
-def dealt(ray: Any, workers: list[Any], task: Task, logs: list[Path], progress: Progress) -> list[Sums]:
-    """The sums of every batch, in order: each worker takes every n-th batch, a few ahead."""
-    batches = task.batches
-    waiting: list[Iterator[int]] = [iter(range(i, len(batches), len(workers))) for i in range(len(workers))]
-    found: dict[int, Sums] = {}
-    on_way: dict[Any, int] = {}
-    batch_of: dict[Any, int] = {}
-    done = 0
+    def generations(self, batches: list[list[list[int]]], max_tokens: int, stops: list[str],
+                    done: Callable[[int], None]) -> list[list[list[int]]]:
+        """As harness.Answering. Raises what a worker raises."""
+        return self._dealt("generations", [(batch, max_tokens, stops) for batch in batches], done)
 
-    def give(worker: int) -> None:
-        batch = next(waiting[worker], None)
-        if batch is not None:
-            reference = workers[worker].score.remote(batch)
-            on_way[reference], batch_of[reference] = worker, batch
+    def _dealt(self, method: str, batches: Sequence[tuple[Any, ...]], done: Callable[[int], None]) -> list[Any]:
+        """What a method of the workers answers to every batch, its arguments, in order: each worker takes every n-th batch, a few ahead."""
+        waiting = [iter(range(i, len(batches), len(self._workers))) for i in range(len(self._workers))]
+        found: dict[int, Any] = {}
+        on_way: dict[Any, tuple[int, int]] = {}
 
-    for worker in [*range(len(workers))] * AHEAD:
-        give(worker)
-    while on_way:
-        (reference, *_), _ = ray.wait([*on_way], num_returns=1)
-        worker, batch = on_way.pop(reference), batch_of.pop(reference)
-        found[batch] = answer(ray, reference, logs[worker])
-        done += batches[batch][2]
-        progress.update("windows", done, task.windows)
-        give(worker)
-    return [found[batch] for batch in range(len(batches))]
+        def give(worker: int) -> None:
+            batch = next(waiting[worker], None)
+            if batch is not None:
+                on_way[getattr(self._workers[worker], method).remote(*batches[batch])] = worker, batch
+
+        for worker in [*range(len(self._workers))] * AHEAD:
+            give(worker)
+        while on_way:
+            (reference, *_), _ = self._ray.wait([*on_way], num_returns=1)
+            worker, batch = on_way.pop(reference)
+            found[batch] = answer(self._ray, reference, self._logs[worker])
+            done(batch)
+            give(worker)
+        return [found[batch] for batch in range(len(batches))]
 
 
 def answers(ray: Any, references: dict[Any, int], logs: list[Path], take: Callable[[int, Any], None]) -> None:
@@ -150,13 +179,6 @@ def answer(ray: Any, reference: Any, log: Path) -> Any:
             raise found from None
         remedy = "lower batch_windows or workers" if found.cause == "oom" else f"its log is {log}"
         raise EvaluationError(found.message, cause=found.cause, remedy=remedy) from None
-
-
-def context_of(model: Path) -> int | None:
-    """The positions that a model takes; None where its configuration does not say."""
-    from transformers import AutoConfig
-
-    return getattr(AutoConfig.from_pretrained(model, local_files_only=True).get_text_config(), "max_position_embeddings", None)
 
 
 def outcome(task: Task, made_by: str, sums: list[Sums]) -> dict[str, Any]:

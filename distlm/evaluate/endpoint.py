@@ -6,11 +6,11 @@ document is a prompt of its own.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 import numpy as np
@@ -20,9 +20,10 @@ from distlm.corpus.stream import START
 from distlm.errors import InputError, ServeError
 from distlm.evaluate.task import Reader, Rows, Task
 from distlm.evaluate.totals import Sums
-from distlm.evaluate.worker import Scores, sums
+from distlm.evaluate.worker import Asked, Said, Scores, said, sums
 from distlm.model.complete import check_prompts
-from distlm.model.vocabulary import vocabulary_hash
+from distlm.model.find import find_model
+from distlm.model.vocabulary import FILE, vocabulary_hash
 from distlm.progress import Progress
 from distlm.runs import RunFolder
 from distlm.serve.client import gone, healthy
@@ -36,6 +37,12 @@ PROMPTS = 256
 ANSWER_S = 600
 """So long an answer is waited for, and so long a request is sent again to an endpoint that is full."""
 BUSY = (429, 503)
+STOPS = 4
+"""Texts that end a completion, at most: so many does OpenAI's API take."""
+TOKEN = "token_id:"
+"""Begins the names of tokens that are given by their ids."""
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -76,15 +83,31 @@ def find_endpoint(spec: EvaluateSpec, storage: Storage) -> Endpoint:
     return Endpoint(record["url"], Path(record["api_key_file"]), record["model"], record)
 
 
-def by_endpoint(spec: EvaluateSpec, task: Task, prompts: list[list[int]], storage: Storage, folder: RunFolder,
-                progress: Progress) -> tuple[str, list[Sums], list[str]]:
-    """(its address and model, the sums of every batch, what it adds to each prompt). Raises InputError for an endpoint that is not that of
-    the corpora or refuses the key, ServeError for one that does not answer."""
+def find_tokenizer(spec: EvaluateSpec, task: Task, endpoint: Endpoint, storage: Storage) -> Path | None:
+    """The folder of the tokenizer by which an endpoint is asked of tasks; None where there are none. Raises InputError."""
+    if not spec.tasks:
+        return None
+    if spec.tokenizer is not None:
+        given = Path(spec.tokenizer).expanduser().absolute()
+        return given if (given / FILE).is_file() else find_model(spec.tokenizer, storage, "tokenizer")
+    if task.parts:
+        return read_manifest(task.parts[0].corpus).tokenizer
+    source = Path(str((endpoint.record or {}).get("source")))
+    if (source / FILE).is_file():
+        return source
+    raise InputError("it is not known by which tokenizer the endpoint is to be asked of tasks", where="tokenizer",
+                     remedy="name a folder with its tokenizer.json, or a run")
+
+
+def by_endpoint(spec: EvaluateSpec, task: Task, prompts: list[list[int]], ask: Callable[[Any, Path], dict[str, Any]], storage: Storage,
+                folder: RunFolder, progress: Progress) -> tuple[str, list[Sums], list[str], dict[str, Any]]:
+    """(its address and model, the sums of every batch, what it adds to each prompt, what came of the tasks). Raises InputError for an
+    endpoint that is not that of the corpora or refuses the key, ServeError for one that does not answer."""
     endpoint = find_endpoint(spec, storage)
     if endpoint.record is not None and not healthy(endpoint.record):     # anybody may listen there: the key is not sent
         why = "nobody listens there" if gone(endpoint.record) else "it does not prove that it knows its key and serves its model"
         raise ServeError(why, where=f"endpoint: {endpoint.url}", remedy=f"`distlm status {endpoint.record['app']}` shows how it stands")
-    return Client(endpoint, spec, task, progress, folder).measure(prompts)
+    return Client(endpoint, spec, task, progress, folder).measure(prompts, ask, find_tokenizer(spec, task, endpoint, storage))
 
 
 class Client:
@@ -93,22 +116,26 @@ class Client:
     def __init__(self, endpoint: Endpoint, spec: EvaluateSpec, task: Task, progress: Progress, folder: RunFolder) -> None:
         self.endpoint, self.spec, self.task, self.progress, self.folder = endpoint, spec, task, progress, folder
         self.where, self.model, self.again = f"endpoint: {endpoint.url}", endpoint.model, 0
+        self.context: int | None = None
 
-    def measure(self, prompts: list[list[int]]) -> tuple[str, list[Sums], list[str]]:
+    def measure(self, prompts: list[list[int]], ask: Callable[[Any, Path], dict[str, Any]],
+                tokenizer: Path | None) -> tuple[str, list[Sums], list[str], dict[str, Any]]:
         """What `by_endpoint` returns."""
         key, limits = read_key(self.endpoint.key_file), httpx.Limits(max_connections=self.spec.concurrent)
         with httpx.Client(headers={"Authorization": f"Bearer {key}"}, timeout=httpx.Timeout(ANSWER_S, connect=10), limits=limits,
                           trust_env=False) as self.http:
             card = self.card()
-            self.model = str(card["id"])
-            self.check(card, prompts)
-            self.progress.note(f"{self.task.windows:,} windows in {len(self.task.batches):,} requests, {self.spec.concurrent} at once")
+            self.model, self.context = str(card["id"]), card.get("max_model_len")
+            self.check(card, prompts, tokenizer)
+            self.progress.note(f"{self.task.windows:,} windows in {len(self.task.batches):,} requests, " * bool(self.task.parts)
+                               + f"{self.spec.concurrent} at once")
             found = self.score_all()
             texts = [self.complete(prompt) for prompt in prompts]
+            tasks = ask(self, tokenizer) if tokenizer else {}
         if self.again:
             self.progress.note(said := f"the endpoint was full, and requests were sent {self.again:,} times again")
             self.folder.event("note", message=said)
-        return f"{self.model} at {self.endpoint.url}", found, texts
+        return f"{self.model} at {self.endpoint.url}", found, texts, tasks
 
     def card(self) -> dict[str, Any]:
         """What the endpoint tells of the model."""
@@ -119,9 +146,12 @@ class Client:
                              remedy=f"it serves {', '.join(one['id'] for one in cards)}")
         return dict(card)
 
-    def check(self, card: dict[str, Any], prompts: list[list[int]]) -> None:
-        """Raises InputError where what is served is not for the corpora, as far as it is told."""
+    def check(self, card: dict[str, Any], prompts: list[list[int]], tokenizer: Path | None) -> None:
+        """Raises InputError where what is served is not for the corpora or the tokenizer, as far as it is told."""
         context, vocabulary, theirs = card.get("max_model_len"), card.get("vocab_size"), card.get("vocabulary_hash")
+        if tokenizer is not None and theirs not in (None, vocabulary_hash(tokenizer)):
+            raise InputError(f"the tokenizer of the model that it serves is not that in {tokenizer}", where=self.where,
+                             remedy="name the model's own with `tokenizer`, or prepare the corpus with it")
         for part in self.task.parts:
             manifest = read_manifest(part.corpus)
             if theirs is not None and theirs != vocabulary_hash(manifest.tokenizer):
@@ -135,26 +165,74 @@ class Client:
                                  where=self.where, remedy=f"prepare the corpus with context: {context}")
         check_prompts(prompts, self.spec.max_tokens, context)
         if theirs is None:
-            self.progress.note("the endpoint does not tell its tokenizer, which is taken to be that of the corpora")
+            self.progress.note(f"the endpoint does not tell its tokenizer, which is taken to be {tokenizer or 'that of the corpora'}")
 
     def score_all(self) -> list[Sums]:
         """The sums of every batch, in order."""
-        batches, reader = self.task.batches, Reader(self.task)
-        found, done, on_way = dict[int, Sums](), 0, dict["Future[Sums]", int]()
+        batches, reader, done = self.task.batches, Reader(self.task), 0
+
+        def show(batch: int) -> None:
+            nonlocal done
+            done += batches[batch][2]
+            self.progress.update("windows", done, self.task.windows)
+
+        return self.at_once(self.score, map(reader.read, range(len(batches))), show)
+
+    def at_once(self, ask: Callable[[T], R], batches: Iterable[T], done: Callable[[int], None]) -> list[R]:
+        """What is answered to every batch, in order; as many are asked at once as the spec says, and `done` is told the number of each."""
+        found, on_way = dict[int, R](), dict["Future[R]", int]()
+
+        def take(most: int) -> None:
+            while len(on_way) > most:
+                for future in wait(on_way, return_when=FIRST_COMPLETED).done:
+                    batch = on_way.pop(future)
+                    found[batch] = future.result()
+                    done(batch)
+
         with ThreadPoolExecutor(self.spec.concurrent) as pool:
             try:
-                for number in range(len(batches)):
-                    on_way[pool.submit(self.score, reader.read(number))] = number
-                    while len(on_way) > (2 * self.spec.concurrent if number + 1 < len(batches) else 0):
-                        for future in wait(on_way, return_when=FIRST_COMPLETED).done:
-                            one = on_way.pop(future)
-                            found[one] = future.result()
-                            done += batches[one][2]
-                            self.progress.update("windows", done, self.task.windows)
+                for number, batch in enumerate(batches):
+                    on_way[pool.submit(ask, batch)] = number
+                    take(2 * self.spec.concurrent)
+                take(0)
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
-        return [found[number] for number in range(len(batches))]
+        return [found[number] for number in range(len(found))]
+
+    def continuations(self, batches: list[list[Asked]], done: Callable[[int], None]) -> list[list[Said]]:
+        """As harness.Answering."""
+        def ask(batch: list[Asked]) -> list[Said]:
+            found: list[Said] = []
+            for first in range(0, len(batch), PROMPTS):
+                some = batch[first:first + PROMPTS]
+                for (tokens, at), (logprobs, best, _) in zip(some, self.echo([tokens for tokens, _ in some]), strict=True):
+                    found.append(said(logprobs[at - 1:], [one == token for one, token in zip(best[at - 1:], tokens[at:], strict=True)]))
+            return found
+
+        return self.at_once(ask, batches, done)
+
+    def generations(self, batches: list[list[list[int]]], max_tokens: int, stops: list[str],
+                    done: Callable[[int], None]) -> list[list[list[int]]]:
+        """As harness.Answering. Of `stops` the endpoint is told as many as the API has room for; the others are met by who asks."""
+        def ask(prompts: list[list[int]]) -> list[list[int]]:
+            return [tokens for first in range(0, len(prompts), PROMPTS)
+                    for tokens in self.added(prompts[first:first + PROMPTS], max_tokens, stops[:STOPS])]
+
+        return self.at_once(ask, batches, done)
+
+    def added(self, prompts: list[list[int]], max_tokens: int, stops: list[str]) -> list[list[int]]:
+        """The tokens that the endpoint adds to each prompt."""
+        answer = self.ask("POST", "completions", {"model": self.model, "prompt": prompts, "max_tokens": max_tokens, "temperature": 0,
+                                                  "stop": stops, "logprobs": 1, "return_tokens_as_token_ids": True})
+        told = {choice["index"]: (choice["logprobs"] or {}).get("tokens", []) for choice in answer["choices"]}
+        if [*sorted(told)] != [*range(len(prompts))] or not all(name.startswith(TOKEN) for names in told.values() for name in names):
+            raise self.no_ids("an answer")
+        return [[int(name.removeprefix(TOKEN)) for name in told[i]] for i in range(len(prompts))]
+
+    def no_ids(self, of: str) -> ServeError:
+        return ServeError(f"it does not give back the tokens of {of} by their ids with echo, logprobs and return_tokens_as_token_ids",
+                          where=self.where, cause="bad_input", remedy="serve the model with `kind: serve`, or evaluate it by `model`")
 
     def score(self, rows: Rows) -> Sums:
         """The sums of a batch."""
@@ -175,12 +253,10 @@ class Client:
         found = []
         for i, prompt in enumerate(prompts):
             told = choices.get(i) or {}
-            if told.get("tokens") != [f"token_id:{token}" for token in prompt]:
-                raise ServeError("it does not give back the tokens of a prompt by their ids with echo, logprobs and "
-                                 "return_tokens_as_token_ids", where=self.where, cause="bad_input",
-                                 remedy="serve the model with `kind: serve`, or evaluate it by `model`")
+            if told.get("tokens") != [f"{TOKEN}{token}" for token in prompt]:
+                raise self.no_ids("a prompt")
             tops = [max(top.items(), key=lambda item: item[1]) for top in told["top_logprobs"][1:]]
-            found.append((told["token_logprobs"][1:], [int(name.removeprefix("token_id:")) for name, _ in tops],
+            found.append((told["token_logprobs"][1:], [int(name.removeprefix(TOKEN)) for name, _ in tops],
                           np.exp([value for _, value in tops]).tolist()))
         return found
 

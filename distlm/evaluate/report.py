@@ -18,14 +18,26 @@ COLUMNS = (("tokens", "tokens", ",d"), ("loss", "loss", ".4f"), ("perplexity", "
 
 def write_report(folder: RunFolder, outputs: dict[str, Any]) -> Path:
     """Write the page into the folder of an evaluation with these outputs. Raises StorageError."""
+    tasks = task_rows(outputs)
+    if "corpora" not in outputs:
+        return write_page(folder, "distlm.evaluate", outputs=outputs, tasks=tasks)
     return write_page(
-        folder, "distlm.evaluate", outputs=outputs,
+        folder, "distlm.evaluate", outputs=outputs, tasks=tasks,
         facts=[(title, text) for (title, _, _), text in zip(COLUMNS, cells(outputs), strict=True)],
         titles=[title for title, _, _ in COLUMNS], rows=[(what, cells(measured)) for what, measured in measured_parts(outputs)], side=SIDE,
         diagrams=[(what, shown(measured["ece"], ".2%"), bars(measured["reliability"])) for what, measured in measured_parts(outputs)
                   if measured["tokens"]],
         bins=[(f"{one['above']:.3f} to {one['up_to']:.3f}", f"{one['tokens']:,}", shown(one["confidence"], ".2%"),
                shown(one["accuracy"], ".2%")) for one in outputs["reliability"]])
+
+
+def task_rows(outputs: dict[str, Any]) -> list[tuple[str, ...]]:
+    """(task, version, examples before a question, documents, metric, value, standard error, which is better, file, its hash) of each metric
+    of each task."""
+    return [(name, str(task["version"]), str(task["shots"]), f"{task['documents']:,}", metric, shown(one["value"], ".4f"),
+             shown(one["stderr"], ".4f"), "–" if one["higher_is_better"] is None else "more" if one["higher_is_better"] else "less",
+             task["file"], task["hash"])
+            for name, task in outputs.get("tasks", {}).items() for metric, one in task["metrics"].items()]
 
 
 def measured_parts(outputs: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:

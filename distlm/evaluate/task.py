@@ -17,8 +17,10 @@ from distlm.corpus.manifest import Manifest, manifest_hash, read_manifest
 from distlm.corpus.stream import Windows, silent
 from distlm.corpus.tokenizer import token_bytes
 from distlm.errors import CorpusError, InputError
+from distlm.evaluate.tasks import check_room, read_tasks
 from distlm.model.build import Shape, checkpoint_config, has_classifier
 from distlm.model.find import find_model
+from distlm.model.vocabulary import vocabulary_hash
 from distlm.spec import EvaluateSpec
 from distlm.storage import Storage
 from distlm.train.recipe import check_tokenizer, find_corpus
@@ -135,8 +137,17 @@ def make_task(spec: EvaluateSpec, storage: Storage) -> Task:
         parts.append(Part(str(manifest.path), manifest.name if names.count(manifest.name) == 1 else spec.corpora[i],
                           min(total, spec.windows or total), masked, sources, by_source, sum(len(part.sources) for part in parts)))
     if spec.model is not None:
-        check_model(find_model(spec.model, storage), manifests, any(part.mask_documents for part in parts))
+        model = find_model(spec.model, storage)
+        check_generates(model)
+        check_model(model, manifests, any(part.mask_documents for part in parts))
     return Task(spec.split, tuple(parts), spec.batch_windows, spec.calibration_bins)
+
+
+def context_of(model: Path) -> int | None:
+    """The positions that a model takes; None where its configuration does not say."""
+    from transformers import AutoConfig
+
+    return getattr(AutoConfig.from_pretrained(model, local_files_only=True).get_text_config(), "max_position_embeddings", None)
 
 
 def read_corpora(spec: EvaluateSpec, storage: Storage) -> list[Manifest]:
@@ -159,13 +170,19 @@ def read_corpora(spec: EvaluateSpec, storage: Storage) -> list[Manifest]:
     return found
 
 
+def check_generates(folder: Path) -> None:
+    """Raises InputError for a classifier."""
+    from transformers import AutoConfig
+
+    if has_classifier(AutoConfig.from_pretrained(folder, local_files_only=True)):
+        raise InputError("it is a classifier, and what is measured here is a language model", where=f"model: {folder}",
+                         remedy="its own measures are in the report of its run")
+
+
 def check_model(folder: Path, manifests: list[Manifest], masked: bool) -> None:
     """Raises InputError where a model cannot read the windows of a corpus, and SpecError where it cannot keep documents apart."""
     for manifest in manifests:
         config = checkpoint_config(folder, Shape(manifest.vocab_size, manifest.context, manifest.eos_id), "model")
-        if has_classifier(config):
-            raise InputError("it is a classifier, and what is measured here is a language model", where=f"model: {folder}",
-                             remedy="its own measures are in the report of its run")
         check_tokenizer(folder, manifest, "model")
     if masked:
         from distlm.model.documents import check_family
@@ -176,9 +193,15 @@ def check_model(folder: Path, manifests: list[Manifest], masked: bool) -> None:
 def inputs_of(spec: EvaluateSpec, storage: Storage) -> dict[str, Any]:
     """What an evaluation reads, by path and hash, for its lineage. Raises SpecError and InputError, before any work."""
     task = make_task(spec, storage)
-    corpora = {"corpora": {part.corpus: manifest_hash(part.corpus) for part in task.parts}}
+    corpora: dict[str, Any] = {"corpora": {part.corpus: manifest_hash(part.corpus) for part in task.parts}} if task.parts else {}
+    if files := read_tasks(spec):
+        corpora["tasks"] = {file.config["task"]: file.hashes for file in files}
     if spec.model is not None:
-        return {"model": str(find_model(spec.model, storage)), **corpora}
-    from distlm.evaluate.endpoint import find_endpoint
+        model = find_model(spec.model, storage)
+        check_room(files, context_of(model))
+        return {"model": str(model), **corpora}
+    from distlm.evaluate.endpoint import find_endpoint, find_tokenizer
 
-    return {**find_endpoint(spec, storage).told(), **corpora}
+    endpoint = find_endpoint(spec, storage)
+    tokenizer = find_tokenizer(spec, task, endpoint, storage)
+    return {**endpoint.told(), **corpora, **({"tokenizer": {str(tokenizer): vocabulary_hash(tokenizer)}} if tokenizer else {})}

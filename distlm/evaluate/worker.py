@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,11 @@ from numpy.typing import NDArray
 from distlm.errors import EvaluationError
 from distlm.evaluate.task import Reader, Rows, Task
 from distlm.evaluate.totals import Sums, tally
+
+Asked = tuple[list[int], int]
+"""(tokens of a text, the place of the first whose probability is asked)"""
+Said = tuple[float, bool]
+"""(log-probability of these tokens in nats, whether each was the likeliest in its place)"""
 
 
 @dataclass(frozen=True)
@@ -67,11 +73,48 @@ class Worker:
 
     def complete(self, prompts: list[list[int]], max_tokens: int) -> list[str]:
         """What the model adds to each prompt, taking the likeliest token each time."""
-        from transformers import AutoTokenizer
-
         from distlm.model.complete import complete
 
-        return complete(self.model, AutoTokenizer.from_pretrained(self.folder, local_files_only=True), prompts, max_tokens)
+        return complete(self.model, tokenizer_of(self.folder), prompts, max_tokens)
+
+    def continuations(self, asked: list[Asked]) -> list[Said]:
+        """What the model says of each text of a batch, filled up at their ends. Raises EvaluationError where that is not finite."""
+        import torch
+
+        from distlm.model.loss import IGNORED, token_scores
+
+        width = max(len(tokens) for tokens, _ in asked)
+        given = torch.zeros(len(asked), width, dtype=torch.int64)
+        targets = torch.full((len(asked), width - 1), IGNORED)
+        for row, (tokens, first) in enumerate(asked):
+            given[row, :len(tokens)] = torch.tensor(tokens)
+            targets[row, first - 1:len(tokens) - 1] = torch.tensor(tokens[first:])
+        with torch.inference_mode():
+            found = token_scores(self.model, given.to(self.device), targets.to(self.device))
+        logprobs, right = found.logprobs.cpu().double(), found.best.cpu() == targets
+        return [said(logprobs[row, first - 1:len(tokens) - 1].tolist(), right[row, first - 1:len(tokens) - 1].tolist())
+                for row, (tokens, first) in enumerate(asked)]
+
+    def generations(self, prompts: list[list[int]], max_tokens: int, stops: list[str]) -> list[list[int]]:
+        """The tokens that the model adds to each prompt of a batch, as evaluate.harness.Answering."""
+        from distlm.model.complete import generate
+
+        return generate(self.model, tokenizer_of(self.folder), prompts, max_tokens, stops)
+
+
+@lru_cache(1)
+def tokenizer_of(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def said(logprobs: list[float], right: list[bool]) -> Said:
+    """Of a text's tokens. Raises EvaluationError where a log-probability is not finite."""
+    if not np.isfinite(logprobs).all():
+        raise EvaluationError("the model's log-probability of a text is not finite", cause="nonfinite_loss",
+                              remedy="its weights may be damaged, or too large for its dtype: try dtype: fp32")
+    return sum(logprobs), all(right)
 
 
 def sums(task: Task, rows: Rows, scores: Scores) -> Sums:

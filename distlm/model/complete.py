@@ -3,6 +3,7 @@
     prompts = encode_prompts(tokenizer_folder, ["Once upon a time"])
     check_prompts(prompts, max_tokens=64, context=256)
     complete(model, tokenizer, prompts, max_tokens=64)
+    generate(model, tokenizer, prompts, max_tokens=64, stops=["\\n"])          # tokens, of all prompts together
 """
 
 from collections.abc import Sequence
@@ -42,3 +43,26 @@ def complete(model: Any, tokenizer: Any, prompts: list[list[int]], max_tokens: i
                               synced_gpus=together)
         texts.append(str(tokenizer.decode(made[0, len(prompt):], skip_special_tokens=True)))
     return texts
+
+
+def generate(model: Any, tokenizer: Any, prompts: list[list[int]], max_tokens: int, stops: Sequence[str]) -> list[list[int]]:
+    """The tokens that a transformers model, which is in evaluation mode, adds to prompts that go through it together, filled up at their
+    beginnings: until a token that ends a text, which is left out, or until the text holds any of `stops`, and it may go on behind that."""
+    import torch
+    from transformers import StoppingCriteria, StoppingCriteriaList
+
+    width, ends = max(map(len, prompts)), model.generation_config.eos_token_id
+    ends = tokenizer.eos_token_id if ends is None else ends
+    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    tokens = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
+
+    class Stopped(StoppingCriteria):                       # the library's own looks into the prompt as well
+        def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
+            texts = tokenizer.batch_decode(input_ids[:, width:])
+            return torch.tensor([any(stop in text for stop in stops) for text in texts], device=input_ids.device)
+
+    made = model.generate(tokens, attention_mask=mask, max_new_tokens=max_tokens, do_sample=False, use_cache=True,
+                          eos_token_id=ends or None, pad_token_id=ends[0] if ends else 0,
+                          stopping_criteria=StoppingCriteriaList([Stopped()]))[:, width:].tolist()
+    return [row[:next((i for i, token in enumerate(row) if token in ends), len(row))] for row in made]

@@ -1,4 +1,4 @@
-"""`kind: evaluate`: how well a model, or an endpoint, predicts the windows of corpora."""
+"""`kind: evaluate`: how well a model, or an endpoint, predicts the windows of corpora, and does at tasks."""
 
 from typing import Annotated, Any, Literal
 
@@ -45,6 +45,11 @@ def corpora(value: Any) -> Any:
     return value
 
 
+def maybe_corpora(value: Any) -> Any:
+    """One corpus, several or none."""
+    return value if value is None else corpora(value)
+
+
 class Scoring(Job):
     """What a job has that lets workers score the windows of corpora."""
 
@@ -59,7 +64,7 @@ class Scoring(Job):
     """Whether attention stays inside a document, whose positions begin at 0 and whose first token gives no loss. Default: true where a
     corpus is packed by best-fit, else false, as in training."""
     batch_windows: Annotated[int, Field(ge=1)] = 8
-    """Windows of one forward pass, or of one request to an endpoint. Each worker takes every n-th batch."""
+    """Windows, or texts of a task, of one forward pass or of one request to an endpoint. Each worker takes every n-th batch."""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of a model; auto: bf16 on GPU, fp32 on CPU."""
     workers: Annotated[int, Field(ge=1)] = 1
@@ -74,7 +79,7 @@ class Scoring(Job):
     @property
     def corpora(self) -> list[str]:
         """The corpora as they are named."""
-        return [self.corpus] if isinstance(self.corpus, str) else self.corpus
+        return [self.corpus] if isinstance(self.corpus, str) else self.corpus or []
 
     @model_validator(mode="after")
     def _once(self) -> "Scoring":
@@ -84,7 +89,8 @@ class Scoring(Job):
 
 
 class EvaluateSpec(Scoring):
-    """Loss, perplexity, bits per byte, accuracy and calibration of a model or an endpoint: exactly one of model, endpoint."""
+    """Loss, perplexity, bits per byte, accuracy and calibration of a model or an endpoint on corpora, and what it comes to in tasks:
+    exactly one of model, endpoint."""
 
     kind: Literal["evaluate"] = "evaluate"
     """The kind of the job."""
@@ -93,6 +99,19 @@ class EvaluateSpec(Scoring):
     endpoint: Annotated[str | Address | None, BeforeValidator(address)] = None
     """An endpoint of ours by name or by its URL.
     Or a section with url, api_key_file and model."""
+    corpus: Annotated[str | list[str] | None, BeforeValidator(maybe_corpora, json_schema_input_type=CorpusName | Annotated[
+        list[CorpusName], Field(min_length=1)] | None)] = None  # type: ignore[assignment]
+    """A prepared corpus, by name or path, or a list of them, all with the model's tokenizer. Default: none, where there are tasks."""
+    tasks: list[Annotated[str, Field(min_length=1)]] = []
+    """Files of tasks of the lm-evaluation-harness (YAML), whose data are local files: multiple choice, generated answers, perplexity of
+    texts. Needs the extra lm-eval."""
+    shots: Annotated[int | None, Field(ge=0)] = None
+    """Examples before each question of a task. Default: what its file says, else none."""
+    limit: Annotated[int | None, Field(ge=1)] = None
+    """The first so many documents of each task. Default: all."""
+    tokenizer: Annotated[str | None, Field(min_length=1)] = None
+    """A run by name, or a folder with a tokenizer: by it an endpoint is asked of tasks. Default: that of the corpora, else of what an
+    endpoint of ours serves."""
     calibration_bins: Annotated[int, Field(ge=1, le=1000)] = 15
     """Bins of equal width into which predictions go by their confidence."""
     prompts: list[Annotated[str, Field(min_length=1)]] = []
@@ -108,7 +127,15 @@ class EvaluateSpec(Scoring):
         if self.model is None:
             without_effect(self, "with an endpoint", "workers", "gpus_per_worker", "cpus_per_worker", "threads_per_worker", "dtype")
         else:
-            without_effect(self, "without an endpoint", "concurrent")
+            without_effect(self, "without an endpoint", "concurrent", "tokenizer")
+        if self.corpus is None:
+            if not self.tasks:
+                raise Rule("", "corpus, tasks or both must be given")
+            without_effect(self, "without a corpus", "split", "windows", "mask_documents", "calibration_bins", "prompts")
+        if not self.tasks:
+            without_effect(self, "without tasks", "shots", "limit", "tokenizer")
+        if twice := next((one for i, one in enumerate(self.tasks) if one in self.tasks[:i]), None):
+            raise Rule("tasks", f"{twice} is there twice; give it once")
         if not self.prompts:
             without_effect(self, "without prompts", "max_tokens")
         return self

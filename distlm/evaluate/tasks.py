@@ -1,0 +1,236 @@
+"""Task files of the lm-evaluation-harness: what they must hold so that nothing is downloaded, and the harness's tasks made of them.
+
+    files = read_tasks(spec)                               # checked, nothing loaded
+    with loaded(files, shots=None) as tasks: ...           # name -> the harness's own task, with its documents
+
+Only what the user has is read: data sets from local files, metrics that the harness brings. A function that a file names by `!function`
+is the user's own code, and runs.
+"""
+
+import contextlib
+import importlib.util
+import inspect
+import os
+import random
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from glob import escape, glob
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from distlm.errors import DistlmError, InputError, SpecError
+from distlm.spec import EvaluateSpec
+from distlm.spec.load import nearest
+
+EXTRA = "pip install 'distlm[lm-eval]'"
+FORMATS = ("json", "csv", "parquet", "arrow", "text")
+"""The data sets of `datasets` that are made of files alone."""
+FEWSHOT_SEED = 1234
+"""The harness's own default: by it the examples before a question are drawn."""
+
+
+@dataclass(frozen=True)
+class TaskFile:
+    """A task as its file describes it, with what it includes, and with its data files by their whole paths."""
+
+    path: Path
+    where: str
+    """Its place in the spec, for errors."""
+    config: dict[str, Any]
+    reads: tuple[Path, ...]
+    """The file, what it includes, modules of its functions, and its data."""
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """XXH3 of each file that it reads, by path."""
+        return {str(path): file_hash(path) for path in self.reads}
+
+
+def file_hash(path: Path) -> str:
+    hashed = xxhash.xxh3_64()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            hashed.update(block)
+    return hashed.hexdigest()
+
+
+def read_tasks(spec: EvaluateSpec) -> list[TaskFile]:
+    """The tasks of a spec. Raises SpecError where the harness is not installed, InputError for a file that cannot be used."""
+    if not spec.tasks:
+        return []
+    if importlib.util.find_spec("lm_eval") is None:
+        raise SpecError("the package lm-eval is not installed", where="tasks", remedy=EXTRA)
+    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}      # read where the harness is first imported
+    found: list[TaskFile] = []
+    for i, given in enumerate(spec.tasks):
+        path = Path(given).expanduser().absolute()
+        if not path.is_file():
+            near = nearest(path.name, [one.name for one in path.parent.glob("*.y*ml")]) if path.parent.is_dir() else ""
+            raise InputError(f"there is no file {given}", where=f"tasks.{i}", remedy=f"did you mean {path.parent / near}?" if near else
+                             "tasks are the harness's YAML files, by their paths")
+        found.append(read_task(path, f"tasks.{i}: {given}"))
+        if (name := found[-1].config["task"]) in [one.config["task"] for one in found[:-1]]:
+            raise InputError(f"another file has a task {name} too", where=found[-1].where, remedy="give one of them another name")
+    return found
+
+
+def read_task(path: Path, where: str) -> TaskFile:
+    """Raises InputError for a file that is no task, has an unknown key, samples, or needs what is not local."""
+    from lm_eval.config.task import TaskConfig
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    with refused(where):
+        config = load_yaml(path)
+    for key in ("tag", "task_list"):                       # by which the harness finds its own tasks
+        config.pop(key, None)
+    known = [field.name for field in fields(TaskConfig)]
+    if unknown := sorted(set(config) - set(known)):
+        near = "" if unknown[0] == "group" else nearest(unknown[0], known)
+        raise InputError(f"{unknown[0]}: unknown key", where=where, remedy=f"did you mean {near}?" if near else
+                         "a file is one task, and its keys are the harness's")
+    if not isinstance(config.get("task"), str) or not config["task"]:
+        raise InputError("it names no task", where=where, remedy="a file is one task: add `task: NAME`")
+    check_scoring(config, where)
+    config["metadata"] = {**(config.get("metadata") or {}), "config_source": str(path)}
+    data = local_data(config, path.parent, where)
+    code = {Path(file) for value in functions(config) if (file := inspect.getsourcefile(value)) and "lm_eval" not in Path(file).parts}
+    return TaskFile(path, where, config, tuple(dict.fromkeys([*included(path), *sorted(code), *data])))
+
+
+@contextlib.contextmanager
+def refused(where: str) -> Iterator[None]:
+    """Whatever the harness raises of a task's file in the block is one line: InputError."""
+    try:
+        yield
+    except DistlmError:
+        raise
+    except Exception as error:                             # the user's functions and templates raise what they like
+        text = " ".join(str(error).split())[:300]
+        raise InputError(f"{type(error).__name__}: {text}" if text else type(error).__name__, where=where,
+                         remedy="the harness cannot use the file as it is") from error
+
+
+def check_scoring(config: Mapping[str, Any], where: str) -> None:
+    """Raises InputError for a metric that would be downloaded, and for answers that are drawn at random."""
+    from lm_eval.api import metrics, registry
+
+    assert metrics                                         # which fill the registry
+    for entry in config.get("metric_list") or []:
+        name = entry.get("metric") if isinstance(entry, dict) else None
+        if name is None:
+            raise InputError(f"metric_list: {entry!r} names no metric", where=where, remedy="write `- metric: NAME`")
+        if isinstance(name, str) and config.get("process_results") is None and (
+                entry.get("hf_evaluate") or name not in registry.metric_registry):
+            near = nearest(name, list(registry.metric_registry))
+            raise InputError(f"metric_list: the harness brings no metric {name}, and none is downloaded", where=where,
+                             remedy=f"did you mean {near}?" if near else f"there are {', '.join(sorted(registry.metric_registry))}")
+    options = config.get("generation_kwargs") or {}
+    if options.get("do_sample") or float(options.get("temperature") or 0) > 0:
+        raise InputError("generation_kwargs: the answers would be drawn at random", where=where,
+                         remedy="set do_sample: false and temperature: 0: the likeliest token is taken")
+    if strange := sorted(set(options) - {"do_sample", "temperature", "until", *LIMITS}):
+        raise InputError(f"generation_kwargs: {strange[0]} is not supported", where=where,
+                         remedy=f"there are until, {', '.join(LIMITS)}")
+    if config.get("doc_to_image") or config.get("doc_to_audio"):
+        raise InputError("it asks of images or sounds", where=where, remedy="models here read text alone")
+    if config.get("unsafe_code"):
+        raise InputError("unsafe_code: it would run code that the model writes", where=where, remedy="leave it out")
+
+
+LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+"""The names that the harness has for the tokens of an answer, the first that is there counts."""
+
+
+def max_tokens(options: Mapping[str, Any]) -> int:
+    """Tokens of an answer by the `generation_kwargs` of a task."""
+    from lm_eval.defaults import DEFAULT_MAX_GEN_TOKS
+
+    return int(next((options[name] for name in LIMITS if options.get(name) is not None), DEFAULT_MAX_GEN_TOKS))
+
+
+def check_room(files: list[TaskFile], context: int | None) -> None:
+    """Raises InputError for a task whose answers leave no room for a question."""
+    for file in files:
+        limit = max_tokens(file.config.get("generation_kwargs") or {})
+        if file.config.get("output_type", "generate_until") == "generate_until" and context is not None and limit >= context:
+            raise InputError(f"an answer of {limit} tokens leaves no room for a question in the {context} of the model's context",
+                             where=file.where, remedy="set generation_kwargs: {max_gen_toks: ...} lower")
+
+
+def local_data(config: dict[str, Any], folder: Path, where: str) -> list[Path]:
+    """The data files of a task, put into `config` by their whole paths: they are looked for beside the task's file, then in the working
+    directory. Raises InputError for data that are not there."""
+    if callable(config.get("custom_dataset")):
+        return []
+    source = config.get("dataset_path")
+    remedy = "write `dataset_path: json` and `dataset_kwargs: {data_files: {test: FILE}}`; nothing is downloaded"
+    options = dict(config.get("dataset_kwargs") or {})
+    if source not in FORMATS:
+        place = next((place for base in (folder, Path.cwd()) if source and (place := base / str(source)).is_dir()), None)
+        if place is None or (place / "dataset_info.json").exists():
+            raise InputError(f"its data set {source} is not local" if place is None else f"{place} is a data set of save_to_disk",
+                             where=f"{where}: dataset_path", remedy=remedy)
+        config["dataset_path"] = str(place)
+        return sorted(file for file in place.rglob("*") if file.is_file())
+    if not options.get("data_files"):
+        raise InputError("it names no files", where=f"{where}: dataset_kwargs.data_files", remedy=remedy)
+    found: list[Path] = []
+
+    def whole(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {split: whole(one) for split, one in value.items()}
+        if isinstance(value, list):
+            return [path for one in value for path in whole(one)]
+        pattern = Path(str(value)).expanduser()
+        places = [] if "://" in str(value) else [base / pattern for base in (Path(escape(str(place))) for place in (folder, Path.cwd()))]
+        files = next((files for place in places if (files := sorted(glob(str(place), recursive=True)))), [])
+        if not files:
+            raise InputError(f"there is no local file {value}", where=f"{where}: dataset_kwargs.data_files",
+                             remedy=f"it is looked for in {folder} and in {Path.cwd()}")
+        found.extend(Path(file).absolute() for file in files)
+        return files
+
+    config["dataset_kwargs"] = {**options, "data_files": whole(options["data_files"])}
+    return found
+
+
+def functions(value: Any) -> Iterator[Any]:
+    """The functions that a configuration names."""
+    for one in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        if inspect.isfunction(one) or inspect.isclass(one):
+            yield one
+        yield from functions(one)
+
+
+def included(path: Path) -> list[Path]:
+    """A task's file and those that it includes."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    more = load_yaml(path, resolve_func=False, recursive=False).get("include") or []
+    return [path, *(file for one in (more if isinstance(more, list) else [more]) for file in included((path.parent / one).resolve()))]
+
+
+@contextlib.contextmanager
+def loaded(files: list[TaskFile], shots: int | None) -> Iterator[dict[str, Any]]:
+    """The harness's task of each file by its name, for the block: data sets are kept in a folder that goes with it. Raises InputError."""
+    from datasets import disable_progress_bars
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.defaults import DEFAULT_RANDOM_SEED
+
+    disable_progress_bars()
+    random.seed(DEFAULT_RANDOM_SEED)
+    np.random.seed(FEWSHOT_SEED)
+    with tempfile.TemporaryDirectory(prefix="distlm-tasks-") as cache:
+        tasks: dict[str, Any] = {}
+        for file in files:
+            with refused(file.where):
+                task = ConfigurableTask(config={**file.config, "dataset_kwargs": {**(file.config.get("dataset_kwargs") or {}), **(
+                    {} if "custom_dataset" in file.config else {"cache_dir": cache})}})
+                task.set_config(key="num_fewshot", value=task.config.num_fewshot or 0 if shots is None else shots)
+                task.set_fewshot_seed(seed=FEWSHOT_SEED)
+            tasks[file.config["task"]] = task
+        yield tasks
