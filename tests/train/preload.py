@@ -2,7 +2,7 @@
 
 import os
 
-os.environ["DS_ACCELERATOR"] = "cpu"
+os.environ |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}            # CUDA is for no process that is forked
 
 import deepspeed  # noqa: F401
 from transformers import AutoModelForCausalLM  # noqa: F401
