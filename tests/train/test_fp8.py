@@ -35,8 +35,8 @@ def fp8(corpus: Path, **sections: Any) -> TrainSpec:
 @compiler
 def test_losses_follow_bf16_s_and_the_export_is_any_other_s(tmp_path: Path) -> None:
     corpus = make_corpus(tmp_path / "c")
-    run_ranks({tmp_path / "bf16": fp8(corpus, precision="bf16"), tmp_path / "fp8": fp8(corpus),
-               tmp_path / "again": fp8(corpus, activation_checkpointing=1)})
+    run_ranks({tmp_path / "bf16": fp8(corpus, precision="bf16"), tmp_path / "fp8": fp8(corpus)})
+    run_ranks({tmp_path / "again": fp8(corpus, activation_checkpointing=1)})               # a third in one process would not be compiled
     found, wanted = losses(tmp_path / "fp8"), losses(tmp_path / "bf16")
     assert len(found) == 20 and found[-1] < found[0] - 0.3 and found != wanted, "nothing was rounded"
     np.testing.assert_allclose(found, wanted, rtol=1e-2)
