@@ -27,8 +27,9 @@ from pathlib import Path
 from typing import Any
 
 WARM_UP = 3
-SIDES = {"distlm": "distlm run", "compiled": "distlm run, compile: true", "workers": "distlm run, a worker a core",
-         "workers-zero2": "the same, ZeRO-2", "workers-compiled": "the same, compile: true",
+SIDES = {"distlm": "distlm run", "compiled": "distlm run, compile: true", "fp8": "the same in fp8",
+         "workers": "distlm run, a worker a core", "workers-zero2": "the same, ZeRO-2",
+         "workers-compiled": "the same, compile: true",
          "bare": "bare loop, pure bf16", "kept": "bare loop, memory kept", "twin": "bare loop, distlm's parts",
          "trainer": "transformers Trainer, bf16"}
 
@@ -44,7 +45,7 @@ def main() -> None:
     parser.add_argument("--micro", type=int, help="sequences of one forward pass; default: all of a step")
     parser.add_argument("--vocab", type=int, default=4096)
     parser.add_argument("--threads", type=int, default=2, help="threads of matrix products on CPU")
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=[side for side in SIDES if side != "kept" or device() == "cpu"])
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=default_sides())
     parser.add_argument("--json", action="store_true", help="print figures, not a table")
     parser.add_argument("--side", choices=[*SIDES, "corpus"], help=argparse.SUPPRESS)
     parser.add_argument("--storage", type=Path, help=argparse.SUPPRESS)
@@ -126,10 +127,11 @@ def run_distlm(options: argparse.Namespace) -> list[float]:
     workers = options.threads if options.side.startswith("workers") else 1
     spec = {"kind": "train", "name": name, "corpus": "bench", "model": {"preset": options.preset},
             "batch": {"global_sequences": options.sequences, "micro_sequences": options.micro // workers},
-            "duration": {"steps": options.steps}, "compile": options.side.endswith("compiled"),
+            "duration": {"steps": options.steps}, "compile": options.side == "fp8" or options.side.endswith("compiled"),
             "sharding": {"zero": 2 if options.side == "workers-zero2" else 0},
             "scale": {"workers": workers, "threads_per_worker": options.threads // workers, "gpus_per_worker": int(device() == "cuda")},
-            "evaluate": {"every_steps": options.steps}, "checkpoint": {"every_steps": options.steps}, "precision": "bf16"}
+            "evaluate": {"every_steps": options.steps}, "checkpoint": {"every_steps": options.steps},
+            "precision": "fp8" if options.side == "fp8" else "bf16"}
     distlm.run(spec, storage=options.storage, progress=quiet())
     lines = (options.storage / "runs" / name / "metrics.jsonl").read_text().splitlines()
     return intervals([record["time"] for record in map(json.loads, lines) if "loss" in record][:-1])
@@ -250,6 +252,16 @@ def intervals(ends: list[float]) -> list[float]:
     return [after - before for before, after in itertools.pairwise(ends)]
 
 
+def default_sides() -> list[str]:
+    """Those that this machine can run, and that tell something there."""
+    import torch
+
+    from distlm.model.float8 import CAPABILITY
+
+    no = "kept" if device() == "cuda" else "fp8"
+    return [side for side in SIDES if side != no and (side != "fp8" or torch.cuda.get_device_capability() >= CAPABILITY)]
+
+
 def device() -> str:
     import torch
 
@@ -263,7 +275,8 @@ def quiet() -> Any:
 
 
 SIDE: dict[str, Callable[[argparse.Namespace], list[float]]] = {
-    "corpus": prepare_corpus, "distlm": run_distlm, "compiled": run_distlm, "workers": run_distlm, "workers-zero2": run_distlm,
+    "corpus": prepare_corpus, "distlm": run_distlm, "compiled": run_distlm, "fp8": run_distlm, "workers": run_distlm,
+    "workers-zero2": run_distlm,
     "workers-compiled": run_distlm, "bare": run_bare, "kept": run_bare, "twin": run_twin,
     "trainer": run_trainer}
 

@@ -11,6 +11,8 @@ class Gpu:
     bf16_flops: float
     fp32_flops: float
     memory_gib: int
+    fp8: bool = True
+    """It multiplies in float8: compute capability 8.9 and later."""
 
 
 GPUS = {
@@ -22,14 +24,14 @@ GPUS = {
     "H100": Gpu(989e12, 67e12, 80),
     "L40S": Gpu(362e12, 91.6e12, 48),
     "L4": Gpu(121e12, 30.3e12, 24),
-    "A100-SXM4-80GB": Gpu(312e12, 19.5e12, 80),
-    "A100 80GB": Gpu(312e12, 19.5e12, 80),
-    "A100": Gpu(312e12, 19.5e12, 40),
-    "A10G": Gpu(70e12, 35e12, 24),
-    "V100-SXM2-32GB": Gpu(125e12, 15.7e12, 32),
-    "V100": Gpu(125e12, 15.7e12, 16),
+    "A100-SXM4-80GB": Gpu(312e12, 19.5e12, 80, fp8=False),
+    "A100 80GB": Gpu(312e12, 19.5e12, 80, fp8=False),
+    "A100": Gpu(312e12, 19.5e12, 40, fp8=False),
+    "A10G": Gpu(70e12, 35e12, 24, fp8=False),
+    "V100-SXM2-32GB": Gpu(125e12, 15.7e12, 32, fp8=False),
+    "V100": Gpu(125e12, 15.7e12, 16, fp8=False),
     "RTX 4090": Gpu(165.2e12, 82.6e12, 24),
-    "RTX 3090": Gpu(71e12, 35.6e12, 24),
+    "RTX 3090": Gpu(71e12, 35.6e12, 24, fp8=False),
 }
 """Part of a GPU's name, as `torch.cuda.get_device_name` says it -> what NVIDIA's data sheet of it says, without sparsity: of B200 (HGX),
 H200 and H100 (SXM, NVL, PCIe), L40S, L4, A100, A10G (as AWS states it), V100 SXM2 (its tensor cores take fp16: bfloat16 is slower there),

@@ -242,8 +242,10 @@ class TrainSpec(Job):
     """Dropout, label smoothing, z-loss."""
     duration: Duration
     """How long."""
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    """bf16 computes in bfloat16 and keeps fp32 master weights; fp16 does so in float16 with a scaled loss, for GPUs without bfloat16."""
+    precision: Literal["fp32", "bf16", "fp16", "fp8"] = "bf16"
+    """bf16 computes in bfloat16 and keeps fp32 master weights; fp16 does so in float16 with a scaled loss, for GPUs without bfloat16. fp8
+    is bf16 with the matrix products of the hidden layers in float8 while it trains (Micikevicius et al. 2022): faster steps of wide models,
+    on GPUs of compute capability 8.9 and later such as L4 and H100, with compile and the extra `distlm[compress]`."""
     loss_scale: LossScale = LossScale()
     """With fp16: what the loss is multiplied by, so that small gradients are not 0."""
     activation_checkpointing: Annotated[int, Field(ge=0)] = 0
@@ -297,18 +299,10 @@ class TrainSpec(Job):
             raise Rule("evaluate.prompts", "cannot be with sharding.sequence_parallel, which divides sequences of one length alone; leave "
                                            "them out, and evaluate the run with kind: evaluate")
         check_fold(self)
-        if self.compile and self.sharding.zero == 3:
-            raise Rule("compile", "true cannot be with ZeRO stage 3, which gathers weights in the midst of a layer; leave it out, or set "
-                                  "sharding.zero: 2")
+        check_precision(self)
+        check_compile(self, self.sharding.zero)
         if self.model.mup and self.optimizer.name not in ("adamw", "lion"):
             raise Rule("model.mup", f"its rules are for adamw and lion, not for {self.optimizer.name}; leave it out, or take adamw")
-        if self.precision != "fp16":
-            without_effect(self, f"with {self.precision}", "loss_scale")
-        elif not self.scale.gpus_per_worker:
-            raise Rule("precision", "fp16 needs GPUs, and scale.gpus_per_worker is 0; take bf16 or fp32")
-        elif not self.sharding.zero:
-            raise Rule("sharding.zero", "0 cannot be with fp16, whose loss scale DeepSpeed handles rightly under ZeRO alone; set zero: 1, "
-                                        "or take bf16")
         if self.ema and self.checkpoint.average > 1:
             raise Rule("checkpoint.average", f"{self.checkpoint.average} stands beside ema, which is exported; leave one of them out")
         if self.optimizer.name == "muon" and self.sharding.zero and self.guard.spike and self.guard.spike.action == "skip":
@@ -333,6 +327,42 @@ def check_adapter(spec: TrainSpec) -> None:
             raise Rule(where, "is not proved to make the same steps with an adapter; leave one of them out")
     if spec.optimizer.name == "muon":
         raise Rule("optimizer.name", "muon would make an adapter's narrow matrices orthogonal, which lifts their rank; take adamw")
+
+
+def check_precision(spec: TrainSpec) -> None:
+    """Raises Rule where the workers, or what else the spec asks for, cannot be with the precision."""
+    if spec.precision != "fp16":
+        without_effect(spec, f"with {spec.precision}", "loss_scale")
+    if spec.precision in ("fp16", "fp8") and not spec.scale.gpus_per_worker:
+        raise Rule("precision", f"{spec.precision} needs GPUs, and scale.gpus_per_worker is 0; take bf16 or fp32")
+    if spec.precision == "fp16" and not spec.sharding.zero:
+        raise Rule("sharding.zero", "0 cannot be with fp16, whose loss scale DeepSpeed handles rightly under ZeRO alone; set zero: 1, "
+                                    "or take bf16")
+    if spec.precision != "fp8":
+        return
+    gpu = find_gpu(spec.scale.gpu) if spec.scale.gpu else None
+    if gpu and not gpu.fp8:
+        able = ", ".join(name for name, one in GPUS.items() if one.fp8)
+        raise Rule("precision", f"fp8 is not in the hardware of {spec.scale.gpu}; take bf16, or one of {able}")
+    for where, given in (("sharding.zero", spec.sharding.zero == 3), ("sharding.tensor_parallel", spec.sharding.tensor_parallel > 1),
+                         ("sharding.sequence_parallel", spec.sharding.sequence_parallel > 1)):
+        if given:
+            raise Rule(where, f"{'3 ' * (where == 'sharding.zero')}cannot be with layers that are compiled, as fp8's are; leave it out, or "
+                              "take bf16")
+    if spec.adapter:
+        raise Rule("adapter", "is not proved with fp8; leave it out, or take bf16")
+    if spec.objective == "dpo":
+        raise Rule("precision", "fp8 is not proved with objective: dpo, whose log-probabilities of whole answers add its rounding up; take "
+                                "bf16")
+    if not spec.compile:
+        raise Rule("compile", "fp8 is slower than bf16 where layers are not compiled; set compile: true, or take bf16")
+
+
+def check_compile(spec: TrainSpec, zero: int) -> None:
+    """Raises Rule where compiled layers cannot be under a ZeRO stage."""
+    if spec.compile and zero == 3:
+        raise Rule("compile", "true cannot be with ZeRO stage 3, which gathers weights in the midst of a layer; leave it out, or set "
+                              "sharding.zero: 2")
 
 
 def check_zeros(spec: TrainSpec) -> None:

@@ -11,7 +11,8 @@ from distlm.spec.gpus import find_gpu
 
 
 def peak_flops(name: str, precision: str = "bf16") -> float | None:
-    """Operations a second of a GPU by its name, None where the table does not know it."""
+    """Operations a second of a GPU by its name, None where the table does not know it. For fp8 they are those of bf16, in which attention
+    and the last layer compute: so MFU tells what fp8 gains."""
     gpu = find_gpu(name)
     return None if gpu is None else gpu.fp32_flops if precision == "fp32" else gpu.bf16_flops
 

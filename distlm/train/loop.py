@@ -22,6 +22,7 @@ from distlm.model.attention import use_cpu_attention
 from distlm.model.build import buffers, build_model, compile_layers, model_config, recompute, restore_buffers
 from distlm.model.documents import check_documents_apart
 from distlm.model.export import export_model
+from distlm.model.float8 import use_float8
 from distlm.model.sequence import exchange_in_attention
 from distlm.model.tensor import dimension
 from distlm.runs import RunFolder
@@ -67,6 +68,8 @@ def fit(recipe: Recipe, folder: RunFolder, steps: Iterator[NDArray[np.int64]], *
         exchange_in_attention(model, distributed.new_subgroups(spec.sharding.sequence_parallel)[0], recipe.mask_documents)
     if spec.activation_checkpointing:
         recompute(model, spec.activation_checkpointing)
+    if spec.precision == "fp8":
+        use_float8(model, emulate=device.type == "cpu")   # no spec asks that of a CPU, tests do
     if spec.compile:
         compile_layers(model)
     kept = buffers(model)

@@ -24,7 +24,7 @@ from distlm.spec.base import Rule
 from distlm.spec.gpus import find_gpu
 from distlm.spec.optimizer import check_optimizer
 from distlm.spec.sharding import check_tensor_parallel
-from distlm.spec.train import TrainSpec
+from distlm.spec.train import TrainSpec, check_compile
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -164,6 +164,7 @@ def advice(load: Load, limit: int) -> str:
         try:
             check_optimizer(spec.optimizer, zero)
             check_tensor_parallel(spec, zero)
+            check_compile(spec, zero)
         except Rule:
             continue
         recomputing = dict.fromkeys((spec.activation_checkpointing, *((1,) if load.recomputable else ())))
@@ -201,8 +202,8 @@ def check_states(load: Load) -> None:
 def peak_memory(load: Load) -> Memory:
     """The most that a worker holds, which is either as a backward pass begins or as the optimizer steps.
 
-    Model states: Rajbhandari et al. 2020, section 3, with p bytes of a weight: in bf16 and fp16 p = 2 and the optimizer has the
-    float32 weights too.
+    Model states: Rajbhandari et al. 2020, section 3, with p bytes of a weight: in fp32 p = 4, else p = 2 and the optimizer has the
+    float32 weights too. In fp8 weights and activations are kept in bf16 all the same.
     Activations: measured on the meta device (`measure_activations`), where Korthikanti et al. 2022, equation 2, counts by hand.
     """
     spec, n, zero = load.spec, load.parameters - load.frozen, load.spec.sharding.zero

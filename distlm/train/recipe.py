@@ -19,7 +19,8 @@ from distlm.errors import InputError, SpecError
 from distlm.model.adapter import adapter_sizes
 from distlm.model.build import Shape, model_config, parameter_sizes, recompute, skeleton
 from distlm.model.complete import check_prompts, encode_prompts
-from distlm.model.find import find_model
+from distlm.model.find import check_torchao, find_model
+from distlm.model.float8 import check_float8
 from distlm.model.sequence import check_sequence
 from distlm.model.tensor import check_tensor
 from distlm.spec.base import Rule
@@ -182,6 +183,9 @@ def make_recipe(spec: TrainSpec, storage: Storage) -> Recipe:
     trained = adapter_sizes(config, spec.adapter) if spec.adapter else sizes
     if spec.sharding.tensor_parallel > 1:
         check_tensor(config, spec.sharding.tensor_parallel)
+    if spec.precision == "fp8":
+        check_torchao("precision")
+        check_float8(config)
     if spec.activation_checkpointing:
         recompute(skeleton(config), spec.activation_checkpointing)
     try:

@@ -3,6 +3,8 @@
 from typing import TYPE_CHECKING, Any
 
 from distlm.errors import SpecError, TrainError
+from distlm.model.find import TORCHAO
+from distlm.model.float8 import CAPABILITY
 from distlm.model.tensor import layer_specs
 from distlm.spec.load import nearest
 from distlm.spec.sharding import ZEROPP_KEYS
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
 def deepspeed_config(spec: TrainSpec, micro_sequences: int, accumulation: int) -> dict[str, Any]:
     """The configuration for `deepspeed.initialize`."""
     config: dict[str, Any] = {"train_micro_batch_size_per_gpu": micro_sequences, "gradient_accumulation_steps": accumulation,
-              "gradient_clipping": spec.optimizer.clip, "bf16": {"enabled": spec.precision == "bf16"},
+              "gradient_clipping": spec.optimizer.clip, "bf16": {"enabled": spec.precision in ("bf16", "fp8")},
               "fp16": {"enabled": spec.precision == "fp16", "initial_scale_power": spec.loss_scale.initial_power,
                        "loss_scale_window": 2**31 - 1},   # `update` looks after that
               "zero_optimization": {"stage": spec.sharding.zero}, "steps_per_print": 2**31 - 1,
@@ -84,12 +86,27 @@ def check_node(spec: TrainSpec) -> None:
     if spec.compile and not spec.scale.gpus_per_worker and not shutil.which(os.environ.get("CXX", "g++")):
         raise TrainError("there is no C++ compiler on a worker's node", where="compile", cause="bad_input",
                          remedy="install g++ there (Debian and Ubuntu: apt install g++), or leave compile out")
+    if spec.precision == "fp8":
+        check_fp8()
     if spec.sharding.offload and "nvme" in (spec.sharding.offload.optimizer, spec.sharding.offload.parameters):
         from deepspeed.ops.op_builder import AsyncIOBuilder
 
         if not AsyncIOBuilder().is_compatible(verbose=False):
             raise TrainError("a worker's node lacks libaio, with which DeepSpeed reads and writes disks", where="sharding.offload",
                              cause="bad_input", remedy="install it there (Debian and Ubuntu: apt install libaio-dev), or take cpu")
+
+
+def check_fp8() -> None:
+    """Raises TrainError where this worker's node lacks torchao, or its GPU products in float8."""
+    import importlib.util
+
+    import torch
+
+    if importlib.util.find_spec("torchao") is None:
+        raise TrainError("the package torchao is not installed on a worker's node", where="precision", cause="bad_input", remedy=TORCHAO)
+    if torch.cuda.is_available() and (has := torch.cuda.get_device_capability()) < CAPABILITY:
+        raise TrainError(f"fp8 needs a GPU of compute capability {CAPABILITY[0]}.{CAPABILITY[1]}, and a worker's "
+                         f"{torch.cuda.get_device_name()} has {has[0]}.{has[1]}", where="precision", cause="bad_input", remedy="take bf16")
 
 
 def make_engine(spec: TrainSpec, module: "torch.nn.Module", config: dict[str, Any]) -> Any:

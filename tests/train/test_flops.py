@@ -48,7 +48,7 @@ def test_of_a_mixture_of_experts_those_that_a_token_goes_to_count() -> None:
     ("NVIDIA GeForce RTX 4090", 165.2e12, 24), ("NVIDIA B200", 2250e12, 180)])
 def test_a_gpu_is_known_by_its_name(name: str, peak: float, memory: int) -> None:
     gpu = find_gpu(name)
-    assert gpu and flops.peak_flops(name) == peak and gpu.memory_gib == memory
+    assert gpu and flops.peak_flops(name) == flops.peak_flops(name, "fp8") == peak and gpu.memory_gib == memory
 
 
 def test_a_gpu_that_the_table_does_not_know_has_no_peak() -> None:

@@ -2,12 +2,14 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from deepspeed.ops.op_builder import AsyncIOBuilder
 
+from distlm.model.float8 import CAPABILITY
 from distlm.train.saver import on_host
 from tests.train.ranks import losses, make_corpus, make_packed_corpus, metrics, run_ranks, spec
 
@@ -93,3 +95,20 @@ def test_documents_are_kept_apart_as_on_a_cpu(tmp_path: Path) -> None:
                tmp_path / "compiled": spec(corpus, model=MODEL, duration={"steps": 6}, scale=GPU, compile=True)}, device="cuda")
     for name in ("gpu", "compiled"):
         np.testing.assert_allclose(losses(tmp_path / name), losses(tmp_path / "cpu"), rtol=1e-4, err_msg=name)
+
+
+@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() < CAPABILITY, reason="this GPU has no float8")
+def test_fp8_gives_the_losses_of_a_cpu_that_emulates_it_and_goes_on_bit_equal(corpus: Path, tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+    sections: dict[str, Any] = {"model": MODEL, "scale": GPU, "precision": "fp8", "compile": True, "sharding": {"zero": 2},
+                                "optimizer": {"lr": 0.003}}
+    given = spec(corpus, **sections)
+    run_ranks({tmp_path / "cpu": given, tmp_path / "bf16": spec(corpus, **{**sections, "precision": "bf16"})})
+    run_ranks({tmp_path / "gpu": given, tmp_path / "again": spec(corpus, **sections, activation_checkpointing=1)}, device="cuda")
+    found = losses(tmp_path / "gpu")
+    for other in ("cpu", "again", "bf16"):
+        np.testing.assert_allclose(found, losses(tmp_path / other), rtol=1e-2, err_msg=other)
+    assert found[-1] < found[0] - 1
+    run_ranks({tmp_path / "stopped": given}, device="cuda", kill_before_step=13)
+    run_ranks({tmp_path / "stopped": given}, device="cuda")
+    assert losses(tmp_path / "stopped") == found

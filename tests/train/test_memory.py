@@ -93,6 +93,10 @@ def test_advice_is_the_cheapest_change_that_fits() -> None:
     assert "activation_checkpointing: 1" in advice(load(parameters=10**8), 4 * GIB)
     assert advice(one, GIB) == ""
     assert advice(load(optimizer={"name": "adafactor"}), 12 * GIB).startswith("batch.micro_sequences"), "adafactor has no ZeRO"
+    assert advice(load(parameters=8 * 10**9), 36 * GIB).startswith("sharding.zero: 3")
+    for precision in ("bf16", "fp8"):
+        compiled = load(parameters=8 * 10**9, compile=True, precision=precision)
+        assert advice(compiled, 36 * GIB).startswith("sharding.zero: 2 and batch.micro_sequences: 4 and activation"), "no stage 3"
 
 
 def test_a_load_is_made_of_a_spec_and_half_a_batch_takes_half_the_activations() -> None:

@@ -33,7 +33,7 @@ def module(model: "PreTrainedModel", recipe: "Recipe") -> "DistillationLoss":
 
     spec = recipe.spec
     assert spec.distill
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[spec.precision]
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}[spec.precision]
     teacher = Teacher(load_teacher(spec.distill.teacher, recipe.shape, dtype, recipe.mask_documents))
     return DistillationLoss(model, teacher, spec.distill.temperature, spec.distill.alpha, spec.regularization.label_smoothing,
                             spec.regularization.z_loss)
