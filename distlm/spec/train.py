@@ -289,6 +289,7 @@ class TrainSpec(Job):
         check_tensor_parallel(self, self.sharding.zero)
         check_sequence_parallel(self)
         check_adapter(self)
+        check_base(self, self.sharding.zero)
         check_zeros(self)
         check_distill(self)
         check_dpo(self)
@@ -333,6 +334,13 @@ def check_adapter(spec: TrainSpec) -> None:
             raise Rule(where, "is not proved to make the same steps with an adapter; leave one of them out")
     if spec.optimizer.name == "muon":
         raise Rule("optimizer.name", "muon would make an adapter's narrow matrices orthogonal, which lifts their rank; take adamw")
+
+
+def check_base(spec: TrainSpec, zero: int) -> None:
+    """Raises Rule where an adapter's base cannot be held as the spec asks, under a ZeRO stage."""
+    if spec.adapter and spec.adapter.base and zero == 3:
+        raise Rule("sharding.zero", f"3 divides weights, and those in {spec.adapter.base} have scales beside them that DeepSpeed does not "
+                                    "divide; set zero: 2, or leave adapter.base out")
 
 
 def check_zeros(spec: TrainSpec) -> None:
