@@ -2,18 +2,21 @@
 
     python benchmarks/finetune.py              # 12.2 M parameters, 256 tokens of context, 32 sequences a step, bf16, 2 threads
     python benchmarks/finetune.py --quick      # one round of a few steps: does it work
-    python benchmarks/finetune.py --preset llama-1b --vocab 32000 --context 2048 --micro 8                  # on a GPU
+    python benchmarks/finetune.py --preset llama-8b --vocab 32000 --context 2048 --sequences 8 --micro 4 --sides lora peft qlora   # a GPU
 
 All sides train the same model on the same windows in the same order: conversations packed by best-fit, with the positions that keep them
 apart and loss on the answers alone. Each side runs in a process of its own, in turn, several rounds. A side's figure is the median over
 its steps of the step's tokens, without padding, over the time from the end of the step before to its own; the first steps, and those
-that evaluate or save, are left out. Of these tokens so many give loss as the table's head says.
+that evaluate or save, are left out. Of these tokens so many give loss as the table's head says. Where an adapter is trained, each side
+holds the base in bf16, or in NF4. On a GPU the base model is made there, in bf16, and the table has the most of its memory that each side's
+process had allocated at once.
 """
 
 import argparse
 import itertools
 import json
 import random
+import shutil
 import statistics
 import sys
 import tempfile
@@ -25,8 +28,10 @@ from typing import Any
 from train import WARM_UP, device, intervals, made_up, quiet, run_side
 
 SIDES = {"sft": "distlm run, objective: sft", "trainer": "transformers Trainer", "trl": "trl SFTTrainer",
-         "lora": "distlm run, adapter", "peft": "transformers Trainer, peft", "trl-lora": "trl SFTTrainer, peft"}
-WHOLE, ADAPTED = ("sft", "trainer", "trl"), ("lora", "peft", "trl-lora")
+         "lora": "distlm run, adapter", "peft": "transformers Trainer, peft", "trl-lora": "trl SFTTrainer, peft",
+         "qlora": "distlm run, adapter on NF4", "peft-qlora": "transformers Trainer, on NF4"}
+WHOLE, QUANTIZED = ("sft", "trainer", "trl"), ("qlora", "peft-qlora")
+ADAPTED = ("lora", "peft", "trl-lora", *QUANTIZED)
 SETTINGS = ("steps", "preset", "context", "sequences", "micro", "vocab", "threads", "rank")
 
 
@@ -55,39 +60,49 @@ def main() -> None:
         return
     settings = {name: getattr(options, name) for name in SETTINGS}
     found: dict[str, list[float]] = {side: [] for side in options.sides}
+    memory: dict[str, int] = dict.fromkeys(options.sides, 0)
     with tempfile.TemporaryDirectory(prefix="distlm-bench-") as folder:
         counts = run_side(__file__, "corpus", folder, settings)
         for number, side in itertools.product(range(options.rounds), options.sides):
-            seconds = run_side(__file__, side, folder, settings)["seconds"]
-            paces = [tokens / each for tokens, each in zip(counts["tokens"][1:], seconds, strict=False)][WARM_UP:]
+            taken = run_side(__file__, side, folder, settings)
+            paces = [tokens / each for tokens, each in zip(counts["tokens"][1:], taken["seconds"], strict=False)][WARM_UP:]
             found[side].append(statistics.median(paces))
-            print(f"round {number + 1}: {SIDES[side]} {found[side][-1]:,.0f} tokens/s", file=sys.stderr, flush=True)
+            memory[side] = max(memory[side], taken["bytes"])
+            print(f"round {number + 1}: {SIDES[side]} {found[side][-1]:,.0f} tokens/s{gib(memory[side])}", file=sys.stderr, flush=True)
     if options.json:
-        print(json.dumps(found))
+        print(json.dumps({side: {"tokens_per_s": found[side], "gpu_bytes": memory[side] or None} for side in found}))
         return
     share = sum(counts["loss"]) / sum(counts["tokens"])
     padding = 1 - sum(counts["tokens"]) / len(counts["tokens"]) / options.sequences / (options.context + 1)
     print(f"{options.preset}, {options.sequences} windows of {options.context} tokens a step, {padding:.1%} of them padding, "
           f"{share:.0%} of the rest give loss, {options.threads} threads, {options.rounds} rounds of {options.steps} steps; medians")
-    print(f"{'':28} {'tokens/s':>10} {'lowest':>10} {'highest':>10} {'ratio':>7}")
+    print(f"{'':28} {'tokens/s':>10} {'lowest':>10} {'highest':>10} {'ratio':>7}{', GPU memory' * any(memory.values())}")
     for group in (WHOLE, ADAPTED):
         first = next((side for side in group if side in found), "")
         for side in (side for side in group if side in found):
             middle = statistics.median(found[side])
             print(f"{SIDES[side]:28} {middle:10,.0f} {min(found[side]):10,.0f} {max(found[side]):10,.0f} "
-                  f"{statistics.median(found[first]) / middle:7.2f}")
+                  f"{statistics.median(found[first]) / middle:7.2f}{gib(memory[side])}")
     print("ratio: distlm over this one, of the same kind")
+
+
+def gib(size: int) -> str:
+    """A GPU's memory, to end a line; nothing of a CPU's."""
+    return f", {size / 2**30:.1f} GiB" if size else ""
 
 
 def is_there(side: str) -> bool:
     """Whether what the side needs is installed."""
     from importlib.util import find_spec
 
-    return all(find_spec(name) for name in (["peft"] * (side in ADAPTED) + ["trl", "datasets"] * side.startswith("trl")))
+    return all(find_spec(name) for name in (["peft"] * (side in ADAPTED) + ["bitsandbytes"] * (side in QUANTIZED)
+                                           + ["trl", "datasets"] * side.startswith("trl")))
 
 
 def prepare(options: argparse.Namespace) -> dict[str, list[int]]:
     """Conversations of made-up words, enough of them for every step, and a base model; of each step the tokens, and those with loss."""
+    import torch
+
     import distlm
     from distlm.corpus.manifest import read_manifest
     from distlm.corpus.stream import NO_LOSS
@@ -104,7 +119,8 @@ def prepare(options: argparse.Namespace) -> dict[str, list[int]]:
                 "conversations": {"prompt_key": "prompt", "completion_key": "completion"},
                 "tokenizer": {"vocab_size": options.vocab}}, storage=options.storage, progress=quiet())
     manifest, spec = read_manifest(options.storage / "corpora" / "bench"), ModelSpec(preset=options.preset)
-    model = build_model(spec, model_config(spec, Shape(manifest.vocab_size, options.context, manifest.eos_id)), 0)
+    place = (torch.bfloat16, torch.device("cuda")) if device() == "cuda" else ()
+    model = build_model(spec, model_config(spec, Shape(manifest.vocab_size, options.context, manifest.eos_id)), 0, *place)
     export_model(model, None, manifest.tokenizer, options.storage / "base", {})
     tokens, loss = [], []
     for rows, marks in steps(options):
@@ -133,24 +149,32 @@ def steps(options: argparse.Namespace) -> list[tuple[Any, Any]]:
     return [(read_samples(plan, own), read_marks(plan, own)) for step in range(options.steps) for own in [plan.samples(step, 0)]]
 
 
-def run_distlm(options: argparse.Namespace) -> dict[str, list[float]]:
-    """Step ends as rank 0 writes them to metrics.jsonl."""
+def run_distlm(options: argparse.Namespace) -> dict[str, Any]:
+    """Step ends and memory as rank 0 writes them to metrics.jsonl. The run goes: its export is as large as the base."""
     import distlm
 
     name = f"bench-{time.time_ns()}"
-    adapter = {"adapter": {"rank": options.rank}} if options.side == "lora" else {}
+    held = {"base": "nf4"} if options.side in QUANTIZED else {}
+    adapter = {"adapter": {"rank": options.rank, **held}} if options.side in ADAPTED else {}
     distlm.run(spec_of(options, name, **adapter), storage=options.storage, progress=quiet())
-    lines = (options.storage / "runs" / name / "metrics.jsonl").read_text().splitlines()
-    return {"seconds": intervals([record["time"] for record in map(json.loads, lines) if "loss" in record][:-1])}
+    folder = options.storage / "runs" / name
+    records = [record for record in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if "loss" in record]
+    shutil.rmtree(folder)
+    return {"seconds": intervals([record["time"] for record in records][:-1]),
+            "bytes": max(record["memory_bytes"] for record in records) if device() == "cuda" else 0}
 
 
-def run_trainer(options: argparse.Namespace) -> dict[str, list[float]]:
+def run_trainer(options: argparse.Namespace) -> dict[str, Any]:
     """transformers' Trainer, or trl's, with its bf16, nothing logged or saved."""
     import torch
-    from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, default_data_collator
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
     torch.set_num_threads(options.threads)
-    model: Any = AutoModelForCausalLM.from_pretrained(options.storage / "base", dtype=torch.float32)
+    given: dict[str, Any] = {"dtype": torch.bfloat16 if options.side in ADAPTED else torch.float32, "device_map": device()}
+    if options.side in QUANTIZED:
+        given["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                                                          bnb_4bit_compute_dtype=torch.bfloat16)
+    model: Any = AutoModelForCausalLM.from_pretrained(options.storage / "base", **given)
     if options.side in ADAPTED:
         from peft import LoraConfig, get_peft_model
 
@@ -180,7 +204,7 @@ def run_trainer(options: argparse.Namespace) -> dict[str, list[float]]:
                          use_cpu=device() == "cpu", report_to=[], save_strategy="no", logging_strategy="no", optim="adamw_torch_fused",
                          learning_rate=1e-3, disable_tqdm=True, train_sampling_strategy="sequential", **more)
     kind(model=model, args=arguments, train_dataset=data, data_collator=default_data_collator, callbacks=[Clock()]).train()
-    return {"seconds": intervals(ends)}
+    return {"seconds": intervals(ends), "bytes": torch.cuda.max_memory_allocated() if device() == "cuda" else 0}
 
 
 def samples(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -203,7 +227,7 @@ def samples(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 SIDE: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "corpus": prepare, "sft": run_distlm, "lora": run_distlm, "trainer": run_trainer, "peft": run_trainer, "trl": run_trainer,
-    "trl-lora": run_trainer}
+    "trl-lora": run_trainer, "qlora": run_distlm, "peft-qlora": run_trainer}
 
 if __name__ == "__main__":
     main()

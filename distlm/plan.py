@@ -137,7 +137,7 @@ def of_model(spec: TrainSpec, shape: Any, tokens: int | None, cut: tuple[int, in
         teacher = [("teacher", f"{spec.distill.teacher}, {load.teacher:,} parameters")]
     memory = peak_memory(load)
     total = f"{flops * tokens:.2e} FLOPs, " if tokens else ""
-    own = f", {trained:,} of them trained" if trained else ""
+    own = (f", {trained:,} of them trained" if trained else "") + (f", {load.nf4:,} held in 4 bits" if load.nf4 else "")
     return [("parameters", f"{parameters:,}{own}"), *teacher, ("arithmetic", f"{total}{flops:.2e} FLOPs a token"),
             *of_speed(spec, flops, tokens),
             ("memory a worker", summed(memory.parts()) + (", before what is offloaded" if offloads(spec) else "")),

@@ -2,6 +2,7 @@
 
     add_adapter(model, spec.adapter, seed=0)               # in place; the base no longer wants gradients
     save_adapter(model, weights, source, folder)           # what PeftModel.from_pretrained loads
+    put_adapter(model, weights)                            # those that were trained
     merge(model)                                           # in place: the model is a plain one again
 """
 
@@ -51,14 +52,25 @@ def adapter_sizes(config: "PreTrainedConfig", adapter: Adapter) -> dict[str, int
     return {name: parameter.numel() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
+def put_adapter(model: "PreTrainedModel", weights: "dict[str, torch.Tensor]") -> None:
+    """Give the adapter of a model these `weights`, in the precision that they have, whatever that of the model is."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.data = weights[name].to(parameter.device)
+
+
 def merge(model: "PreTrainedModel") -> None:
-    """Add the adapter to the matrices that it changes, and take it out. In the model's precision: float32 loses nothing."""
+    """Add the adapter to the matrices that it changes, and take it out. A sum is made in float32 and rounded once, to what the matrix is
+    held in."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    for name, module in list(model.named_modules()):
-        if isinstance(module, BaseTunerLayer):
-            module.merge()
-            model.set_submodule(name, module.get_base_layer())
+    layers: list[tuple[str, Any]] = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    for name, module in layers:
+        base = module.get_base_layer()
+        dtype = base.weight.dtype
+        module.float()
+        module.merge()
+        model.set_submodule(name, base.to(dtype))
     vars(model).pop("peft_config", None)
 
 

@@ -180,25 +180,30 @@ def last_line(error: BaseException) -> str:
     return (lines[0] if len(lines) == 1 else f"{lines[0]} {lines[-1]}" if lines else type(error).__name__)[:300]
 
 
-def build_model(spec: ModelSpec, config: "PreTrainedConfig", seed: int) -> "PreTrainedModel":
-    """The model in fp32 on the CPU, with weights drawn from `seed`, or those of the checkpoint."""
+def build_model(spec: ModelSpec, config: "PreTrainedConfig", seed: int, dtype: "torch.dtype | None" = None,
+                device: "torch.device | None" = None, nf4: bool = False) -> "PreTrainedModel":
+    """The model in `dtype`, fp32 unless given, on `device`, the CPU unless given, with weights drawn from `seed`, or those of the
+    checkpoint, with `nf4` in 4 bits. Weights that are drawn on a GPU are others than those of a CPU."""
     import torch
 
+    dtype = dtype or torch.float32
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if spec.source is not None:
-            return load_model(spec.source, f"model.from: {spec.source}", torch.float32, config)
-        model = _auto_class(config).from_config(copy.deepcopy(config), dtype=torch.float32)
+            return load_model(spec.source, f"model.from: {spec.source}", dtype, config, device=device, nf4=nf4)
+        with torch.device(device or "cpu"):
+            model = _auto_class(config).from_config(copy.deepcopy(config), dtype=dtype)
     if spec.mup:
         scale_weights(model, spec.mup.base_width)
     return cast("PreTrainedModel", model)
 
 
-def load_model(source: str | Path, where: str, dtype: "torch.dtype", config: "PreTrainedConfig | None" = None, *,
-               exact: bool = True) -> "PreTrainedModel":
-    """The model of a checkpoint. Raises InputError, which says `where`, for one that does not hold every weight of the model: the rest
-    would be drawn at random. Unless `exact` it may hold more. Where `config` is a classifier's and the checkpoint a language model's, the
-    last layer is drawn at random in the place of the other."""
+def load_model(source: str | Path, where: str, dtype: "torch.dtype | None", config: "PreTrainedConfig | None" = None, *,
+               exact: bool = True, device: "torch.device | None" = None, nf4: bool = False) -> "PreTrainedModel":
+    """The model of a checkpoint, in the precision that it is stored in where `dtype` is None, with `nf4` as `model/nf4.py` has it. To a GPU
+    each weight is copied by itself, and rounded there: neither it nor the CPU ever holds them all as they were. Raises InputError, which
+    says `where`, for one that does not hold every weight of the model: the rest would be drawn at random. Unless `exact` it may hold more.
+    Where `config` is a classifier's and the checkpoint a language model's, the last layer is drawn at random in the place of the other."""
     from safetensors import SafetensorError
 
     of = read_config(source, where)
@@ -208,8 +213,17 @@ def load_model(source: str | Path, where: str, dtype: "torch.dtype", config: "Pr
     loader: Any = _auto_class(config)
     head, replaced = ({HEAD}, LM_HEADS) if config.problem_type and not has_classifier(of) else (set(), frozenset())
     remedy = "copy the checkpoint again, or mend its config.json"
+    options: dict[str, Any] = {}
+    if nf4 or (device and device.type != "cpu"):
+        options["device_map"] = {"": device or "cpu"}      # needs accelerate, which peft brings
+    if nf4:
+        from distlm.model.nf4 import nf4_options, settle
+
+        assert dtype
+        options |= nf4_options(dtype)
     try:
-        model, report = loader.from_pretrained(source, config=config, dtype=dtype, local_files_only=True, output_loading_info=True)
+        model, report = loader.from_pretrained(source, config=config, dtype=dtype or "auto", local_files_only=True,
+                                               output_loading_info=True, **options)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise InputError(f"transformers cannot load the weights: {last_line(error)}", where=where, remedy=remedy) from None
     for what, names in (("has no weights for", set(report["missing_keys"]) - head), ("has other shapes for", report["mismatched_keys"]),
@@ -218,11 +232,20 @@ def load_model(source: str | Path, where: str, dtype: "torch.dtype", config: "Pr
             first = sorted(map(str, names))[:3]
             raise InputError(f"the checkpoint {what} {', '.join(first)}{f' and {len(names) - 3} more' if len(names) > 3 else ''}",
                              where=where, remedy=remedy)
-    if getattr(model, "hf_quantizer", None) is not None:
+    if nf4:
+        settle(model)
+    elif getattr(model, "hf_quantizer", None) is not None:
         from distlm.model.quantize import use_kernels
 
         use_kernels(model)
     return cast("PreTrainedModel", model)
+
+
+def precision_dtype(precision: str) -> "torch.dtype":
+    """What a run of this `precision` computes in."""
+    import torch
+
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}[precision]
 
 
 def buffers(model: "torch.nn.Module") -> dict[str, "torch.Tensor"]:

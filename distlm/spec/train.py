@@ -291,6 +291,7 @@ class TrainSpec(Job):
         check_tensor_parallel(self, self.sharding.zero)
         check_sequence_parallel(self)
         check_adapter(self)
+        check_base(self, self.sharding.zero)
         check_zeros(self)
         check_distill(self)
         check_dpo(self)
@@ -363,6 +364,13 @@ def check_compile(spec: TrainSpec, zero: int) -> None:
     if spec.compile and zero == 3:
         raise Rule("compile", "true cannot be with ZeRO stage 3, which gathers weights in the midst of a layer; leave it out, or set "
                               "sharding.zero: 2")
+
+
+def check_base(spec: TrainSpec, zero: int) -> None:
+    """Raises Rule where an adapter's base cannot be held as the spec asks, under a ZeRO stage."""
+    if spec.adapter and spec.adapter.base and zero == 3:
+        raise Rule("sharding.zero", f"3 divides weights, and those in {spec.adapter.base} have scales beside them that DeepSpeed does not "
+                                    "divide; set zero: 2, or leave adapter.base out")
 
 
 def check_zeros(spec: TrainSpec) -> None:

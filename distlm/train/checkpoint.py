@@ -175,7 +175,7 @@ def facts(recipe: Recipe) -> dict[str, Any]:
     return {"workers": recipe.world, "zero": recipe.spec.sharding.zero, "tensor_parallel": recipe.spec.sharding.tensor_parallel,
             "partition": _partition(recipe.spec), "precision": recipe.spec.precision,
             "global_sequences": recipe.global_sequences, "batch_warmup": [list(stage) for stage in recipe.warmup], "seed": recipe.spec.seed,
-            "corpus_hash": recipe.corpus_hash, "adapter": recipe.spec.adapter and recipe.spec.adapter.model_dump()}
+            "corpus_hash": recipe.corpus_hash, "adapter": recipe.spec.adapter and recipe.spec.adapter.model_dump(exclude_none=True)}
 
 
 def base_of(recipe: Recipe) -> dict[str, str | None]:

@@ -17,9 +17,18 @@ from torch import distributed
 
 from distlm.corpus.manifest import read_manifest
 from distlm.errors import TrainError
-from distlm.model.adapter import add_adapter, base_hash, merge, save_adapter
+from distlm.model.adapter import add_adapter, base_hash, merge, put_adapter, save_adapter
 from distlm.model.attention import use_cpu_attention
-from distlm.model.build import buffers, build_model, compile_layers, model_config, recompute, restore_buffers
+from distlm.model.build import (
+    buffers,
+    build_model,
+    compile_layers,
+    load_model,
+    model_config,
+    precision_dtype,
+    recompute,
+    restore_buffers,
+)
 from distlm.model.documents import check_documents_apart
 from distlm.model.export import export_model
 from distlm.model.float8 import use_float8
@@ -55,9 +64,13 @@ def fit(recipe: Recipe, folder: RunFolder, steps: Iterator[NDArray[np.int64]], *
     """
     spec, objective = recipe.spec, objective_of(recipe.spec)
     check_node(spec)
-    model = build_model(spec.model, model_config(spec.model, recipe.shape, spec.regularization.dropout), spec.seed)
-    if spec.adapter:
+    config = model_config(spec.model, recipe.shape, spec.regularization.dropout)
+    if spec.adapter:                                       # what stands still is held once, in the precision that it is computed with
+        place = None if spec.sharding.zero == 3 else device                    # stage 3 divides it first
+        model = build_model(spec.model, config, spec.seed, precision_dtype(spec.precision), place, spec.adapter.base == "nf4")
         add_adapter(model, spec.adapter, spec.seed)
+    else:
+        model = build_model(spec.model, config, spec.seed)
     if spec.keep_zeros:
         keep_zeros(model)
     if device.type == "cpu":
@@ -258,22 +271,24 @@ def gather_weights(engine: Any, rank: int, trained: bool = False) -> dict[str, t
 
 
 def export(recipe: Recipe, model: Any, weights: dict[str, torch.Tensor], folder: Path, lineage: dict[str, Any]) -> None:
-    """Write the model, or an adapter's `weights` merged into the base as it is in float32, and the adapter alone beside it."""
+    """Write the model, or an adapter's `weights` merged into the base in the precision of its checkpoint, and the adapter alone beside
+    it."""
     spec, tokenizer = recipe.spec, manifest_of(recipe).tokenizer
     if spec.adapter is None:
         export_model(model, weights, tokenizer, folder, lineage)
         return
-    whole = build_model(spec.model, model_config(spec.model, recipe.shape, spec.regularization.dropout), spec.seed)
+    source, config = str(spec.model.source), model_config(spec.model, recipe.shape, spec.regularization.dropout)
+    whole = load_model(source, f"model.from: {source}", None, config)
     add_adapter(whole, spec.adapter, spec.seed)
     weights = {name: value.float() for name, value in weights.items()}
-    whole.load_state_dict(weights, strict=False)
-    source = str(spec.model.source)
+    put_adapter(whole, weights)
 
     def adapter(place: Path) -> None:
         save_adapter(whole, weights, source, place / "adapter")
         merge(whole)
 
-    export_model(whole, None, tokenizer, folder, {**lineage, "base": source, "base_hash": base_hash(source)}, adapter)
+    held = {"base_held_in": spec.adapter.base} if spec.adapter.base else {}
+    export_model(whole, None, tokenizer, folder, {**lineage, "base": source, "base_hash": base_hash(source), **held}, adapter)
 
 
 def export_lineage(recipe: Recipe, folder: RunFolder) -> dict[str, Any]:

@@ -18,13 +18,14 @@ from distlm.model.adapter import adapter_sizes, add_adapter
 from distlm.model.build import Shape, decoder_layers, num_parameters, recomputable, skeleton
 from distlm.model.distill import teacher_config
 from distlm.model.loss import BLOCK_ELEMENTS, CHUNK_ELEMENTS, PLAIN_HEADS
+from distlm.model.nf4 import BITS, nf4_elements
 from distlm.model.tensor import divide
 from distlm.spec.adapter import Adapter
 from distlm.spec.base import Rule
 from distlm.spec.gpus import find_gpu
 from distlm.spec.optimizer import check_optimizer
 from distlm.spec.sharding import check_tensor_parallel
-from distlm.spec.train import TrainSpec, check_compile
+from distlm.spec.train import TrainSpec, check_base, check_compile
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -107,6 +108,8 @@ class Load:
     """Layers of the family can be computed again."""
     frozen: int = 0
     """Of the parameters, those that are not trained."""
+    nf4: int = 0
+    """Of these, those that are held in 4 bits."""
     teacher: int = 0
     """Parameters of a teacher, which each worker holds whole beside them."""
 
@@ -127,12 +130,13 @@ def make_load(spec: TrainSpec, config: "PreTrainedConfig", shape: Shape, paramet
     if tensor > 1:
         parameters = sum(part.numel() for part in divide(skeleton(config), tensor).parameters())
     frozen = parameters - sum(adapter_sizes(config, spec.adapter).values()) if spec.adapter else 0
+    nf4 = nf4_elements(config) if spec.adapter and spec.adapter.base else 0
     teacher = num_parameters(teacher_config(spec.distill.teacher, shape)) if spec.distill else 0
     return Load(spec, parameters, measure_activations(config, shape, spec.precision, bool(spec.scale.gpus_per_worker), masked, tensor,
                                                       spec.adapter),
                 text.hidden_size, (config.num_labels or 0) if config.problem_type else text.vocab_size, shape.context, micro_sequences,
                 accumulation, config.model_type in PLAIN_HEADS and not config.problem_type,
-                bool(recomputable(skeleton(config))), frozen, teacher)
+                bool(recomputable(skeleton(config))), frozen, nf4, teacher)
 
 
 def memory_limit(spec: TrainSpec) -> int | None:
@@ -165,6 +169,7 @@ def advice(load: Load, limit: int) -> str:
             check_optimizer(spec.optimizer, zero)
             check_tensor_parallel(spec, zero)
             check_compile(spec, zero)
+            check_base(spec, zero)
         except Rule:
             continue
         recomputing = dict.fromkeys((spec.activation_checkpointing, *((1,) if load.recomputable else ())))
@@ -203,7 +208,8 @@ def peak_memory(load: Load) -> Memory:
     """The most that a worker holds, which is either as a backward pass begins or as the optimizer steps.
 
     Model states: Rajbhandari et al. 2020, section 3, with p bytes of a weight: in fp32 p = 4, else p = 2 and the optimizer has the
-    float32 weights too. In fp8 weights and activations are kept in bf16 all the same.
+    float32 weights too. In fp8 weights and activations are kept in bf16 all the same. What an adapter leaves as it is has its weights
+    alone, in p bytes or in NF4.
     Activations: measured on the meta device (`measure_activations`), where Korthikanti et al. 2022, equation 2, counts by hand.
     """
     spec, n, zero = load.spec, load.parameters - load.frozen, load.spec.sharding.zero
@@ -227,8 +233,8 @@ def peak_memory(load: Load) -> Memory:
     else:
         live = min(load.parameters, int(raw.get("stage3_max_live_parameters", MAX_LIVE)))
         buffers, step = reserved + live * p + 4 * part, 0
-    weights, optimizer = states["weights"] + -(-load.frozen * p // (world if zero == 3 else 1)), states["optimizer"]
-    weights += load.teacher * p
+    weights, optimizer = states["weights"] + -(-(load.frozen - load.nf4) * p // (world if zero == 3 else 1)), states["optimizer"]
+    weights += math.ceil(load.nf4 * BITS / 8) + load.teacher * p
     group = int(raw.get("zero_hpz_partition_size", spec.sharding.zeropp.hierarchical_partition))
     if zero == 3 and group > 1:                            # ZeRO++ keeps the weights once more, over the ranks of a node
         weights += -(-load.parameters * p // group)

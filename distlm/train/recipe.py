@@ -21,6 +21,7 @@ from distlm.model.build import Shape, model_config, parameter_sizes, recompute, 
 from distlm.model.complete import check_prompts, encode_prompts
 from distlm.model.find import check_torchao, find_model
 from distlm.model.float8 import check_float8
+from distlm.model.nf4 import check_nf4
 from distlm.model.sequence import check_sequence
 from distlm.model.tensor import check_tensor
 from distlm.spec.base import Rule
@@ -181,6 +182,8 @@ def make_recipe(spec: TrainSpec, storage: Storage) -> Recipe:
     config = model_config(spec.model, shape, spec.regularization.dropout)
     sizes = parameter_sizes(config)
     trained = adapter_sizes(config, spec.adapter) if spec.adapter else sizes
+    if spec.adapter and spec.adapter.base:
+        check_nf4(config)
     if spec.sharding.tensor_parallel > 1:
         check_tensor(config, spec.sharding.tensor_parallel)
     if spec.precision == "fp8":

@@ -134,7 +134,8 @@ def spec(corpus: Path, **sections: object) -> TrainSpec:
 
 def run_ranks(runs: dict[Path, TrainSpec], *, device: str = "cpu", kill_before_step: int | None = None,
               full_before_step: int | None = None, preempt_before_step: int | None = None, stop_before_step: int | None = None,
-              poison: dict[str, object] | None = None, hold: tuple[int, int] | None = None, slow_s: float = 0) -> str:
+              poison: dict[str, object] | None = None, hold: tuple[int, int] | None = None, slow_s: float = 0,
+              watch: bool = False) -> str:
     """Train each run, one after the other in one group of `scale.workers` processes on `device`, from its last committed checkpoint.
 
     `kill_before_step`: the last rank is sent SIGKILL when it asks for that step. `full_before_step`: from
@@ -142,7 +143,8 @@ def run_ranks(runs: dict[Path, TrainSpec], *, device: str = "cpu", kill_before_s
     SIGTERM when it asks for that step, and the ranks must fail. `stop_before_step`: the same with SIGSTOP, and it must end by SIGKILL,
     which nobody here sends. `slow_s`: the last rank is so many seconds late with each step. `poison`: what `add_poison` takes; every run
     goes on to the next one after the error that it then ends with. `hold`: (step, until): what is written of that step's checkpoint beside
-    the steps is not, on any rank, before that rank asks for step `until`, or its run ends. Returns what the ranks printed."""
+    the steps is not, on any rank, before that rank asks for step `until`, or its run ends. `watch`: every rank prints what `watch_base`
+    says. Returns what the ranks printed."""
     for run, spec in runs.items():
         run.mkdir(parents=True, exist_ok=True)
         (run / "spec.yaml").write_text(to_yaml(dump(spec)))
@@ -161,7 +163,8 @@ def run_ranks(runs: dict[Path, TrainSpec], *, device: str = "cpu", kill_before_s
                                "LOCAL_RANK": str(rank), "DS_ACCELERATOR": device}
                 ranks.append(context.Process(
                     target=rank_process, args=(list(runs), environment, Path(folder, str(rank))),
-                    kwargs={**(alone if rank == world - 1 else {}), "full": full_before_step, "poison": poison, "hold": hold}))
+                    kwargs={**(alone if rank == world - 1 else {}), "full": full_before_step, "poison": poison, "hold": hold,
+                            "watch": watch}))
                 ranks[-1].start()
             deadline = time.monotonic() + 240
             for one in ranks:
@@ -204,7 +207,8 @@ def losses_by_hand(given: TrainSpec, corpus: Path) -> list[float]:
     from distlm.train.schedule import learning_rate
 
     recipe = make_recipe(given, Storage(corpus.parent))
-    model = build_model(given.model, model_config(given.model, recipe.shape), given.seed)
+    nf4 = given.adapter is not None and given.adapter.base == "nf4"
+    model = build_model(given.model, model_config(given.model, recipe.shape), given.seed, torch.float32, nf4=nf4)
     if given.adapter:
         add_adapter(model, given.adapter, given.seed)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -295,6 +299,41 @@ def watch_poisoned(poison: dict[str, Any]) -> Callable[[Exception], None]:
     return report
 
 
+def watch_base() -> Callable[[], str]:
+    """Returns what says of the last run in which precisions its model was loaded and its base is held, whether that is to the bit as it was
+    when DeepSpeed had taken it, scales too, and how many parameters the optimizer has on this rank."""
+    import torch
+
+    from distlm.train import loop
+
+    build, make, state = loop.build_model, loop.make_engine, dict[str, Any]()
+
+    def built(*args: Any) -> Any:
+        model = build(*args)
+        state["loaded"] = {str(one.dtype) for one in model.parameters()}
+        return model
+
+    def made(*args: Any) -> Any:
+        state["engine"] = make(*args)
+        state["before"] = frozen()
+        return state["engine"]
+
+    def frozen() -> list[torch.Tensor]:
+        base = [one for one in state["engine"].module.parameters() if not one.requires_grad]
+        scales = [one.quant_state for one in base if getattr(one, "quant_state", None)]
+        return [one.detach().clone() for one in [*base, *(scale.absmax for scale in scales), *(scale.state2.absmax for scale in scales)]]
+
+    def report() -> str:
+        now, optimizer = frozen(), state["engine"].optimizer
+        same = all(torch.equal(*pair) for pair in zip(state["before"], now, strict=True))
+        trained = sum(one.numel() for group in optimizer.param_groups for one in group["params"])
+        held = {str(one.dtype) for one in state["engine"].module.parameters() if not one.requires_grad}
+        return f"loaded {sorted(state['loaded'])} held {sorted(held)} {'kept' if same else 'changed'}, {trained} in the optimizer"
+
+    loop.build_model, loop.make_engine = built, made
+    return report
+
+
 def hold_writes(step: int, released: threading.Event) -> None:
     """Let the thread that writes a step's checkpoint wait."""
     from distlm.train import saver
@@ -311,7 +350,7 @@ def hold_writes(step: int, released: threading.Event) -> None:
 
 def rank_process(runs: list[Path], environment: dict[str, str], output: Path, *, kill: int | None = None, preempt: int | None = None,
                  stop: int | None = None, full: int | None = None, poison: dict[str, Any] | None = None,
-                 hold: tuple[int, int] | None = None, slow_s: float = 0) -> None:
+                 hold: tuple[int, int] | None = None, slow_s: float = 0, watch: bool = False) -> None:
     """One rank. What it prints goes to `output`."""
     os.environ |= environment
     log = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -336,6 +375,7 @@ def rank_process(runs: list[Path], environment: dict[str, str], output: Path, *,
     device = torch.device(environment["DS_ACCELERATOR"])
     distributed.init_process_group("gloo" if device.type == "cpu" else "nccl")
     report = watch_poisoned(poison) if poison else None
+    watched = watch_base() if watch else None
     held, until = hold or (-1, -1)
     hold_writes(held, released := threading.Event())
     for run in runs:
@@ -378,6 +418,8 @@ def rank_process(runs: list[Path], environment: dict[str, str], output: Path, *,
             report(error)
         finally:
             released.set()
+        if watched:
+            print(f"rank {rank} {run.name}: {watched()}")
     distributed.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()

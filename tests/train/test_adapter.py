@@ -99,6 +99,29 @@ def test_a_run_goes_on_bit_equal(root: Path, tmp_path: Path, names: tuple[str, .
         assert losses(run) == steps and exported(run) == files, run.name
 
 
+def test_a_base_in_bf16_is_loaded_and_held_so_and_the_optimizer_has_the_adapter_alone(root: Path, tmp_path: Path) -> None:
+    zeros = (0, 1, 2)
+    runs = {tmp_path / f"zero{zero}": tuned(root, precision="bf16", sharding={"zero": zero}, duration={"steps": 2}, schedule={},
+                                           evaluate={"every_steps": 2}, checkpoint={"every_steps": 2}) for zero in zeros}
+    printed = run_ranks(runs, watch=True)
+    size = sum(value.numel() for value in load_file(tmp_path / "zero0" / ADAPTER).values())
+    for run in runs:
+        assert f"{run.name}: loaded ['torch.bfloat16'] held ['torch.bfloat16'] kept, {size} in the optimizer" in printed, printed[-2000:]
+
+
+def test_an_adapter_is_added_in_float32_to_a_base_that_keeps_its_precision(root: Path, tmp_path: Path) -> None:
+    given = spec(root / "c")
+    half = build_model(given.model, model_config(given.model, make_recipe(given, Storage(root)).shape), 3, torch.bfloat16)
+    export_model(half, None, root / "c" / "tokenizer", tmp_path / "half", {})
+    run_ranks({tmp_path / "run": tuned(root, str(tmp_path / "half"), {"alpha": 64}, precision="bf16", ema={"decay": 0.9})})
+    base, merged, found = (load_file(path) for path in (tmp_path / "half" / "model.safetensors", tmp_path / "run" / "export" /
+                                                        "model.safetensors", tmp_path / "run" / ADAPTER))
+    name = "model.layers.0.mlp.up_proj"
+    a, b = (found[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
+    assert torch.equal(merged[f"{name}.weight"], (base[f"{name}.weight"].float() + 16 * (b @ a)).bfloat16())
+    assert {value.dtype for value in merged.values()} == {torch.bfloat16}
+
+
 def test_an_adapter_belongs_to_its_base(root: Path, tmp_path: Path) -> None:
     run_ranks({tmp_path / "run": tuned(root, adapter={"rank": 1}, duration={"steps": 1}, evaluate={}, checkpoint={}, schedule={})})
     start, _ = checkpoint.latest(tmp_path / "run")

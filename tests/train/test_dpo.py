@@ -1,6 +1,7 @@
 """Preferences are trained on as the paper has it: the same on any number of ranks, from the model as it was at first, bit-equal when a run
 goes on."""
 
+import importlib.util
 import json
 import math
 import shutil
@@ -152,6 +153,14 @@ def test_the_reference_tells_how_far_it_is(root: Path, tmp_path: Path, monkeypat
     table = dpo._score(Engine(), make_recipe(tuned(root), Storage(root)), folder, 0, torch.device("cpu"))
     assert table is not None and len(table[0]) == sum(PAIRS.values()) == 31
     assert [event["message"] for event in folder.events()] == [f"the reference: {count} of 31 pairs" for count in counts]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
+def test_preferences_are_learnt_through_a_base_in_4_bits(root: Path, tmp_path: Path) -> None:
+    given = tuned(root, scale=TWO, adapter={"rank": 4, "base": "nf4"}, duration={"steps": 12})
+    printed = run_ranks({tmp_path / "run": given}, watch=True)
+    found = losses(tmp_path / "run")
+    assert found[0] == pytest.approx(math.log(2), abs=1e-3) and found[-1] < found[0] - 0.02 and printed.count("kept, ") == 2
 
 
 def test_a_run_goes_on_bit_equal_from_the_reference_that_it_has_kept(root: Path, tmp_path: Path) -> None:

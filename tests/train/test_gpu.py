@@ -1,5 +1,6 @@
 """On one GPU: each step is the CPU's within rounding, and a run that goes on is bit-equal to one that was not stopped."""
 
+import importlib.util
 import math
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,11 @@ import pytest
 import torch
 from deepspeed.ops.op_builder import AsyncIOBuilder
 
+from distlm.model.build import build_model, model_config
+from distlm.model.export import export_model
 from distlm.model.float8 import CAPABILITY
+from distlm.storage import Storage
+from distlm.train.recipe import make_recipe
 from distlm.train.saver import on_host
 from tests.train.ranks import losses, make_corpus, make_packed_corpus, metrics, run_ranks, spec
 
@@ -52,6 +57,22 @@ def test_every_stage_in_half_precision_learns_the_same(corpus: Path, on_cpu: Pat
             np.testing.assert_allclose(kept, losses(on_cpu / "bf16"), rtol=1e-2, err_msg=run.name)
         else:
             assert kept[-1] < kept[0] - 0.3, run.name
+
+
+@pytest.mark.parametrize("base", [None, "nf4"])
+def test_an_adapter_learns_as_on_a_cpu_beside_a_base_that_stays(corpus: Path, tmp_path: Path, base: str | None) -> None:
+    if base and importlib.util.find_spec("bitsandbytes") is None:
+        pytest.skip("bitsandbytes is not installed")
+    given = spec(corpus, model=MODEL)
+    model = build_model(given.model, model_config(given.model, make_recipe(given, Storage(tmp_path)).shape), 3, torch.bfloat16)
+    export_model(model, None, corpus / "tokenizer", tmp_path / "base", {})
+    sections = {"model": {"from": str(tmp_path / "base")}, "adapter": {"rank": 4, "base": base}, "precision": "bf16"}
+    run_ranks({tmp_path / "cpu": spec(corpus, **sections)})
+    runs = {tmp_path / f"zero{zero}": spec(corpus, scale=GPU, sharding={"zero": zero}, **sections) for zero in range(3)}
+    printed = run_ranks(runs, device="cuda", watch=True)
+    assert printed.count("kept, ") == 3
+    for run in runs:
+        np.testing.assert_allclose(losses(run), losses(tmp_path / "cpu"), rtol=1e-2, err_msg=run.name)
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon", "lion", "adafactor", "sgd", "offload", "nvme", "dropout", "compiled"])

@@ -27,13 +27,11 @@ METRICS: Mapping[str, Metric] = {
 
 
 def module(model: "PreTrainedModel", recipe: "Recipe") -> "DistillationLoss":
-    import torch
-
+    from distlm.model.build import precision_dtype
     from distlm.model.distill import DistillationLoss, Teacher, load_teacher
 
     spec = recipe.spec
     assert spec.distill
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}[spec.precision]
-    teacher = Teacher(load_teacher(spec.distill.teacher, recipe.shape, dtype, recipe.mask_documents))
+    teacher = Teacher(load_teacher(spec.distill.teacher, recipe.shape, precision_dtype(spec.precision), recipe.mask_documents))
     return DistillationLoss(model, teacher, spec.distill.temperature, spec.distill.alpha, spec.regularization.label_smoothing,
                             spec.regularization.z_loss)
