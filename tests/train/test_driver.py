@@ -28,7 +28,8 @@ from distlm.storage import Storage
 from distlm.train import checkpoint
 from distlm.train.driver import KEEP_MEMORY, gauges, train
 from tests.records import Records
-from tests.train.ranks import VOCABULARY, losses, make_corpus, metrics, run_ranks, spec
+from tests.train.ranks import VOCABULARY, losses, make_corpus, make_labelled_corpus, metrics, run_ranks, spec
+from tests.train.test_dpo import make_pairs
 
 LONG = {"duration": {"steps": 120}, "checkpoint": {"every_steps": 20}, "evaluate": {"every_steps": 40}, "scale": {"workers": 2},
         "sharding": {"zero": 2}}
@@ -307,6 +308,27 @@ def test_what_is_divided_over_workers_trains_as_by_plain_processes(cluster: str,
     ours, theirs = ((run / "export" / "model.safetensors").read_bytes() for run in (folder.path, tmp_path / "plain"))
     assert ours == theirs
     assert any("4 workers in groups of 2 under ZeRO-2" in note for note in shown.notes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["dpo", "distill", "classify"])
+def test_other_objectives_train_as_by_plain_processes(cluster: str, corpus: Path, tmp_path: Path, objective: str) -> None:
+    run_ranks({tmp_path / "base": spec(corpus, duration={"steps": 4})})
+    base = str(tmp_path / "base" / "export")
+    of, sections = {"dpo": (make_pairs, {"model": {"from": base}}), "distill": (make_corpus, {"distill": {"teacher": base}}),
+                    "classify": (make_labelled_corpus, {})}[objective]
+    given = spec(of(tmp_path / "c"), objective=objective, duration={"steps": 8}, evaluate={"every_steps": 4}, checkpoint={"every_steps": 4},
+                 scale={"workers": 2}, sharding={"zero": 2}, **sections)
+    run_ranks({tmp_path / "plain": given})
+    folder = make_run(tmp_path, given)
+    with folder.running():
+        outputs = train(given, folder, Storage(tmp_path), Records())
+    assert losses(folder.path) == losses(tmp_path / "plain")
+    ours, theirs = ((run / "export" / "model.safetensors").read_bytes() for run in (folder.path, tmp_path / "plain"))
+    assert ours == theirs and outputs["steps"] == 8
+    ours, theirs = ([{name: value for name, value in record.items() if name.startswith("val_")} for record in metrics(run)]
+                    for run in (folder.path, tmp_path / "plain"))
+    assert ours == theirs and sum(map(bool, ours)) == 3
 
 
 @pytest.mark.parametrize(("world", "group", "marked"), [(1, 1, False), (2, 1, True), (3, 1, False), (4, 2, False)])
