@@ -60,17 +60,14 @@ def put_adapter(model: "PreTrainedModel", weights: "dict[str, torch.Tensor]") ->
 
 
 def merge(model: "PreTrainedModel") -> None:
-    """Add the adapter to the matrices that it changes, and take it out. A sum is made in float32 and rounded once, to what the matrix is
-    held in."""
+    """Add the adapter to the matrices that it changes, and take it out. With an adapter in float32 a sum is made in float32, and rounded
+    once to what the matrix is held in."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    layers: list[tuple[str, Any]] = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
-    for name, module in layers:
-        base = module.get_base_layer()
-        dtype = base.weight.dtype
-        module.float()
-        module.merge()
-        model.set_submodule(name, base.to(dtype))
+    for name, module in list(model.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            module.merge()
+            model.set_submodule(name, module.get_base_layer())
     vars(model).pop("peft_config", None)
 
 
