@@ -30,7 +30,7 @@ from distlm.train import checkpoint, preempt
 from distlm.train import profile as profiles
 from distlm.train.dryrun import FOLDER as DRY_RUN
 from distlm.train.dryrun import choose_micro
-from distlm.train.failures import diagnose
+from distlm.train.failures import alive_nodes, diagnose, lost_nodes
 from distlm.train.objectives import objective_of
 from distlm.train.recipe import Recipe, make_recipe, read_corpora, without_val
 from distlm.train.track import tracked
@@ -166,11 +166,14 @@ def _launch(recipe: Recipe, folder: RunFolder, first_step: int, resume_from: Pat
                              worker_runtime_env={"env_vars": environment}))
     shutil.rmtree(folder.path / FOLDER, ignore_errors=True)
     folder.event("running", message=f"from step {first_step}")
+    nodes = alive_nodes()
     try:
         with _sigint_kept(), contextlib.nullcontext() if look else _sigterm_passed_on(folder):
             trainer.fit()
     except TrainingFailedError as error:
-        return verdict(folder.path) or diagnose(error, folder.path)
+        found = verdict(folder.path) or diagnose(error, folder.path)
+        lost = lost_nodes(nodes) if found.cause == "worker_died" else []       # what took the worker along
+        return TrainError(f"a node was lost: {', '.join(lost)}", cause="node_lost") if lost else found
     done = {"": lambda: exported(recipe, folder), "profile": (folder.path / "profile" / "profile.json").exists,
             "dry_run": lambda: len([*(folder.path / DRY_RUN).iterdir()]) == scale.workers}[look]()
     if not done:                                           # Ray returns normally from an abort

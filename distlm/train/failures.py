@@ -1,6 +1,9 @@
 """Why a worker group ended: Ray's exceptions to one error with a cause."""
 
+import socket
+from collections.abc import Container
 from pathlib import Path
+from typing import Any
 
 from distlm.errors import ClusterError, DistlmError, TrainError
 from distlm.train.worker import worker_log
@@ -8,6 +11,8 @@ from distlm.train.worker import worker_log
 PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused", "remote process exited",
              "NCCL communicator was aborted")
 RAYS_LOG = "its log is in Ray's log folder"
+ANSWER_S = 2
+"""Within which a node's raylet takes a connection, if there is one."""
 
 
 def diagnose(error: BaseException, folder: Path | None = None) -> DistlmError:
@@ -22,6 +27,30 @@ def diagnose(error: BaseException, folder: Path | None = None) -> DistlmError:
     if folder and explained.remedy == RAYS_LOG and (log := worker_log(folder, rank)).exists():
         explained.remedy = f"its log is {log}"
     return explained
+
+
+def alive_nodes() -> set[str]:
+    """The ids of the nodes that Ray takes for alive."""
+    import ray
+
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+
+
+def lost_nodes(before: Container[str]) -> list[str]:
+    """Addresses of the nodes that were alive `before`, or that Ray still takes for alive, and are no more: it notices after many seconds
+    what a connection that is refused tells at once."""
+    import ray
+
+    return [node["NodeManagerAddress"] for node in ray.nodes()
+            if (node["Alive"] or node["NodeID"] in before) and not (node["Alive"] and _answers(node))]
+
+
+def _answers(node: dict[str, Any]) -> bool:
+    try:
+        socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), ANSWER_S).close()
+    except OSError:
+        return False
+    return True
 
 
 def peer_lost(error: BaseException) -> bool:

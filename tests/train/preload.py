@@ -5,6 +5,7 @@ import os
 os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""                    # as Ray has it for a worker without GPUs; CUDA does not live through a fork
 
+import distlm  # noqa: I001                                # first: it quiets what transformers imports
 import deepspeed  # noqa: F401
 from transformers import AutoModelForCausalLM  # noqa: F401
 from transformers.models.llama import modeling_llama  # noqa: F401

@@ -55,10 +55,10 @@ def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-def workers() -> list[psutil.Process]:
-    """The training workers of the Ray that this process has started, and of no other."""
+def workers(pid: int | None = None) -> list[psutil.Process]:
+    """The training workers of the Ray that this process, or the one of that number, has started, and of no other."""
     found = []
-    for process in psutil.Process().children(recursive=True):
+    for process in psutil.Process(pid).children(recursive=True):
         with contextlib.suppress(psutil.Error):            # it may end while it is looked at
             if "RayTrainWorker" in " ".join(process.cmdline()):
                 found.append(process)

@@ -1,0 +1,89 @@
+"""A run over nodes of which one is lost: each a raylet of its own, with workers and an object store, on an address of its own."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from distlm.head import Head, LocalCluster, client, down, up
+from distlm.runs import RunFolder
+from distlm.spec.load import dump, to_yaml
+from distlm.storage import Storage
+from tests.train.ranks import losses, make_corpus, run_ranks, spec
+from tests.train.test_driver import start_of, steps_done, wait_for, workers
+
+pytestmark = pytest.mark.slow
+
+
+@dataclass
+class Nodes:
+    """A head that has room for one worker, and nodes that join it."""
+
+    head: Head
+    environment: dict[str, str]
+
+    def join(self, address: str) -> "subprocess.Popen[bytes]":
+        """One more node that has room for one worker, when it is alive: two that start at once may choose the same ports."""
+        before = self.alive()
+        node = subprocess.Popen(
+            [sys.executable, "-m", "ray.scripts.scripts", "start", f"--address={self.head.address}", f"--node-ip-address={address}",
+             "--num-cpus=1", "--object-store-memory=100000000", "--block", "--disable-usage-stats"],
+            env=self.environment, start_new_session=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        wait_for(lambda: self.alive() > before, f"the start of the node {address}")
+        return node
+
+    def alive(self) -> int:
+        with client(self.head.dashboard_url, self.head.token_file) as http:
+            found = http.get("/nodes", params={"view": "summary"}).json()["data"]["summary"]
+        return [node["raylet"].get("state") for node in found].count("ALIVE")
+
+
+@pytest.fixture
+def nodes(tmp_path: Path) -> Iterator[Nodes]:
+    head, _ = up(LocalCluster(name="nodes", cpus=1, object_store_bytes=100_000_000), Storage(tmp_path))
+    try:
+        marked = psutil.Process(head.pid).environ()        # what joins is ended with it
+        yield Nodes(head, {**marked, "PYTHONPATH": os.environ.get("PYTHONPATH", "")})
+    finally:
+        down(head)
+
+
+def lose(node: "subprocess.Popen[bytes]") -> None:
+    """All of its processes at once, as when a machine loses its power."""
+    processes = [psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)]
+    for process in processes:
+        process.suspend()                                  # none may tell that another has gone
+    for process in processes:
+        process.kill()
+    psutil.wait_procs(processes)
+
+
+def test_a_node_that_is_lost_costs_the_steps_since_the_last_checkpoint(nodes: Nodes, tmp_path: Path) -> None:
+    given = spec(make_corpus(tmp_path / "c"), duration={"steps": 120}, checkpoint={"every_steps": 20}, evaluate={"every_steps": 40},
+                 scale={"workers": 2}, sharding={"zero": 2})
+    run_ranks({tmp_path / "undisturbed": given})
+    joined = [nodes.join("127.0.0.2"), nodes.join("127.0.0.3")]
+    file, folder = tmp_path / "run.yaml", RunFolder(Storage(tmp_path).run(given.name))
+    file.write_text(to_yaml(dump(given)))
+    job = subprocess.Popen([sys.executable, "-m", "distlm", "run", str(file)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                           env={**nodes.environment, "RAY_ADDRESS": nodes.head.address, "DISTLM_STORAGE": str(tmp_path)})
+    wait_for(lambda: steps_done(folder.path) >= 25 or job.poll() is not None, "step 25")
+    assert job.poll() is None, job.communicate()[0].decode()
+    lose(next(node for node in joined if workers(node.pid)))
+    wait_for(lambda: nodes.alive() == 2, "the loss of a node")
+    nodes.join("127.0.0.4")
+    output = job.communicate(timeout=200)[0].decode()
+    assert job.returncode == 0, output
+    failures = [event["cause"] for event in folder.events() if event["state"] == "note" and event["cause"]]
+    assert failures == ["node_lost"], output
+    assert folder.state() == ("succeeded", "completed")
+    assert len(began := start_of(folder)) == 2 and began[1] >= 20
+    assert losses(folder.path) == losses(tmp_path / "undisturbed")
+    ours, theirs = ((run / "export" / "model.safetensors").read_bytes() for run in (folder.path, tmp_path / "undisturbed"))
+    assert ours == theirs
+
