@@ -72,12 +72,12 @@ def test_a_node_that_is_lost_costs_the_steps_since_the_last_checkpoint(nodes: No
     file.write_text(to_yaml(dump(given)))
     job = subprocess.Popen([sys.executable, "-m", "distlm", "run", str(file)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                            env={**nodes.environment, "RAY_ADDRESS": nodes.head.address, "DISTLM_STORAGE": str(tmp_path)})
-    wait_for(lambda: steps_done(folder.path) >= 25 or job.poll() is not None, "step 25")
+    wait_for(lambda: steps_done(folder.path) >= 25 or job.poll() is not None, "step 25", 240)
     assert job.poll() is None, job.communicate()[0].decode()
     lose(next(node for node in joined if workers(node.pid)))
     wait_for(lambda: nodes.alive() == 2, "the loss of a node")
     nodes.join("127.0.0.4")
-    output = job.communicate(timeout=200)[0].decode()
+    output = job.communicate(timeout=300)[0].decode()
     assert job.returncode == 0, output
     failures = [event["cause"] for event in folder.events() if event["state"] == "note" and event["cause"]]
     assert failures == ["node_lost"], output
