@@ -35,6 +35,8 @@ MARK = "DISTLM_CLUSTER_ID"
 LONGEST_RAY_FOLDER = 40
 """Bytes. Ray puts sockets some 64 bytes below its folder, and the path of a socket may have 107."""
 START_TIMEOUT_S = 90
+NOT_IN_TIME = "node timed out during startup"
+"""What Ray says of a raylet that did not come up in 30 s, which no setting of Ray's changes."""
 STOP_GRACE_S = 5
 KILL_GRACE_S = 30
 """So long what was killed is waited for: one that waits for a disk does not end before that answers."""
@@ -129,7 +131,12 @@ def up(config: LocalCluster, storage: Storage) -> tuple[Head, bool]:
     Of several at once one starts it, and the others find it up.
     """
     with locked(storage.root / "clusters" / f".{config.name}.lock"):
-        return _up(config, storage)
+        try:
+            return _up(config, storage)
+        except ClusterError as error:
+            if NOT_IN_TIME not in error.message:
+                raise
+            return _up(config, storage)                    # on other ports: a raylet that does not come up may have found one taken
 
 
 def _up(config: LocalCluster, storage: Storage) -> tuple[Head, bool]:

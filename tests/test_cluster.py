@@ -312,6 +312,28 @@ def test_a_head_that_cannot_start_says_why_and_leaves_nothing(storage, monkeypat
     assert "slow" not in [one.name for one in head.recorded(storage)]
 
 
+def test_a_raylet_that_does_not_come_up_in_time_is_started_once_more(tmp_path, monkeypatch):
+    started = []
+
+    def start(_: Any, **more: Any) -> "subprocess.Popen[bytes]":
+        started.append(subprocess.Popen(["sleep", "600"], start_new_session=True, env=more["env"]))
+        return started[-1]
+
+    def wait(*_: Any) -> None:
+        if len(started) == 1:
+            raise ClusterError(f"Ray ended while it started: Exception: The current {head.NOT_IN_TIME}. This could happen")
+
+    monkeypatch.setattr(head, "subprocess", SimpleNamespace(Popen=start, DEVNULL=subprocess.DEVNULL, STDOUT=subprocess.STDOUT))
+    monkeypatch.setattr(head, "_wait_until_ready", wait)
+    found, fresh = head.up(head.LocalCluster(), Storage(tmp_path))
+    try:
+        first, second = started
+        assert fresh and found.pid == second.pid and first.wait(10) < 0 and second.poll() is None
+    finally:
+        head.down(found)
+        second.wait(10)
+
+
 def test_a_record_from_before_a_reboot_is_not_taken_for_a_cluster(up, tmp_path, monkeypatch):
     stale = replace(up, pid=os.getpid(), started=1.0, id="0" * 32, folder=str(tmp_path / "clusters" / "local"),
                     ray_folder=str(tmp_path / "clusters" / "local" / "ray"))
