@@ -189,9 +189,11 @@ def inputs(spec: Spec, storage: Storage) -> dict[str, Any]:
         found["model"] = str(find_model(spec.model, storage))
         check_loadable(Path(found["model"]))
         if spec.adapters:
-            from distlm.model.adapter_folder import find_adapters
+            from distlm.model.adapter_folder import check_adapters, find_adapters
 
-            found["adapters"] = {name: str(folder) for name, folder in find_adapters(spec.adapters, Path(found["model"]), storage).items()}
+            folders = find_adapters(spec.adapters, storage)
+            check_adapters(folders, Path(found["model"]))
+            found["adapters"] = {name: str(folder) for name, folder in folders.items()}
         if spec.api_key_file:
             from distlm.serve.guard import read_key
 

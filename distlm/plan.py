@@ -335,7 +335,8 @@ def of_adapters(spec: ServeSpec, model: Path | None, storage: Storage) -> Rows:
             rows.append((key, "what another step makes" if "${" in text else f"{text}: not there yet ({error.message})"))
             continue
         adapter = AdapterFolder.read(folders[name], f"{key}: {folders[name]}")
-        rows.append((key, f"{folders[name]}, rank {adapter.rank}, {size(each * adapter.num_parameters)} of memory in a replica"))
+        rows.append((key, f"{folders[name]}, rank {adapter.rank}, {size(each * adapter.num_parameters)} of memory in a replica"
+                          + (f"; {adapter.caveat}" if adapter.caveat else "")))
     if model is not None:
         check_adapters(folders, model)
     return rows

@@ -26,7 +26,7 @@ from distlm.model.find import find_model
 from distlm.model.vocabulary import FILE, vocabulary_hash
 from distlm.progress import Progress
 from distlm.runs import RunFolder
-from distlm.serve.client import gone, healthy
+from distlm.serve.client import ADAPTERS, gone, healthy
 from distlm.serve.guard import read_key
 from distlm.spec import EvaluateSpec
 from distlm.spec.load import nearest
@@ -60,19 +60,23 @@ class Endpoint:
     def told(self) -> dict[str, Any]:
         """For the lineage of an evaluation. The version of one of ours changes whenever it is replaced."""
         of_ours = {key: self.record.get(key) for key in ("version", "source", "lineage")} if self.record else {}
+        if self.record and self.model in self.record.get("adapters", {}):
+            of_ours["lineage"] = self.record["adapters"][self.model]
         return {"endpoint": self.url, **({"endpoint_model": self.model} if self.model else {}), **of_ours}
 
 
 def find_endpoint(spec: EvaluateSpec, storage: Storage) -> Endpoint:
-    """Raises InputError for one that is not there, or whose key cannot be read."""
+    """Raises InputError for one that is not there, or whose key cannot be read. An address is that of one of ours where its key file is."""
     given = spec.endpoint
     assert given is not None
-    if not isinstance(given, str):
-        key_file = Path(given.api_key_file).expanduser().absolute()
-        read_key(key_file)
-        return Endpoint(f"{given.url.rstrip('/').removesuffix('/v1')}/v1", key_file, given.model)
     folder = storage.root / "endpoints"
     records = {path.parent.name: read_json(path) for path in folder.glob("*/endpoint.json")}
+    if not isinstance(given, str):
+        key_file, url = Path(given.api_key_file).expanduser().absolute(), f"{given.url.rstrip('/').removesuffix('/v1')}/v1"
+        read_key(key_file)
+        ours = next((record for record in records.values()
+                     if record["url"] == url and Path(record["api_key_file"]).resolve() == key_file.resolve()), None)
+        return Endpoint(url, key_file, given.model or (ours["model"] if ours else None), ours)
     name = next((name for name, record in records.items() if given in (name, record["url"])), None)
     if name is None:
         near = nearest(given, records)
@@ -92,8 +96,9 @@ def find_tokenizer(spec: EvaluateSpec, task: Task, endpoint: Endpoint, storage: 
         return given if (given / FILE).is_file() else find_model(spec.tokenizer, storage, "tokenizer")
     if task.parts:
         return read_manifest(task.parts[0].corpus).tokenizer
-    source = Path(str((endpoint.record or {}).get("source")))
-    if (source / FILE).is_file():
+    record = endpoint.record or {}
+    own = Path(str(record.get("folder"))) / ADAPTERS / str(endpoint.model)     # of an adapter
+    if source := next((place for place in (own, Path(str(record.get("source")))) if (place / FILE).is_file()), None):
         return source
     raise InputError("it is not known by which tokenizer the endpoint is to be asked of tasks", where="tokenizer",
                      remedy="name a folder with its tokenizer.json, or a run")

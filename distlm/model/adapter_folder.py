@@ -1,16 +1,20 @@
 """An adapter as peft writes it, for a model that is served as it is: found, read, and held against its base.
 
-    folders = find_adapters({"poems": "my-run"}, model, storage)       # InputError where one cannot be served over this model
+    folders = find_adapters({"poems": "my-run"}, storage)
+    check_adapters(folders, model)                         # InputError where one cannot be served over this model
     for module, a, b, magnitude in AdapterFolder.read(folders["poems"]).matrices(): ...
 """
 
 import contextlib
 import functools
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import xxhash
 
 from distlm.errors import InputError, StorageError
 from distlm.model.adapter import base_hash
@@ -36,14 +40,12 @@ PREFIX = "base_model.model."
 PART = re.compile(r"(.+)\.(?:(lora_A|lora_B)\.weight|(lora_magnitude_vector)(?:\.weight)?)")
 TOKENIZER_ENDINGS = (".json", ".jinja", ".model", ".txt")
 MERGED = "serve the model that it makes, merged, by itself"
+AGAIN = "copy the adapter again"
 
 
-def find_adapters(named: Mapping[str, str], model: Path, storage: Storage) -> dict[str, Path]:
-    """The folder of each adapter of an endpoint of `model`. Raises InputError for one that is not there, that cannot be served beside
-    others, or that belongs to another model."""
-    folders = {name: find_adapter(text, storage, f"adapters.{name}") for name, text in named.items()}
-    check_adapters(folders, model)
-    return folders
+def find_adapters(named: Mapping[str, str], storage: Storage) -> dict[str, Path]:
+    """The folder of each adapter of an endpoint. Raises InputError for one that is not there."""
+    return {name: find_adapter(text, storage, f"adapters.{name}") for name, text in named.items()}
 
 
 def find_adapter(text: str, storage: Storage, key: str) -> Path:
@@ -75,8 +77,30 @@ def tokenizer_files(home: Path) -> list[Path]:
     return found if any(file.name == "tokenizer_config.json" for file in found) else []
 
 
+def load_tokenizers(folders: Mapping[str, Path], model: Path, own: Any, vocabulary: int) -> dict[str, tuple[Path, Any]]:
+    """Of each adapter the folder of its tokenizer, beside it or else `model`, and the tokenizer, which is `own` where it is the model's;
+    equal ones are loaded once. Raises InputError for one that cannot be read, or that has tokens which the model has not."""
+    from transformers import AutoTokenizer
+
+    found, loaded = dict[str, tuple[Path, Any]](), {_files_of_tokenizer(model): own}
+    for name, folder in folders.items():
+        home = home_of(folder) if tokenizer_files(home_of(folder)) else model
+        files, where = _files_of_tokenizer(home), f"adapters.{name}: {home}"
+        if files not in loaded:
+            try:
+                loaded[files] = AutoTokenizer.from_pretrained(home, local_files_only=True)
+            except Exception as error:                     # of no narrower kind where tokenizer.json is torn
+                raise InputError(f"its tokenizer cannot be read: {last_line(error)}", where=where,
+                                 remedy="copy its files again, or take tokenizer_config.json away for the model's own") from None
+            if len(loaded[files]) > vocabulary:
+                raise InputError(f"its tokenizer has {len(loaded[files])} tokens, and the model {vocabulary}", where=where, remedy=MERGED)
+        found[name] = home, loaded[files]
+    return found
+
+
 def check_adapters(folders: Mapping[str, Path], model: Path) -> None:
-    """Raises InputError where one cannot be served over `model`. Reads the model's weights once, where an adapter tells its base's."""
+    """Raises InputError where one cannot be served over `model`. Reads the adapters' weights, and the model's once, where an adapter tells
+    its base's."""
     if not folders:
         return
     check_whole(model)
@@ -85,19 +109,19 @@ def check_adapters(folders: Mapping[str, Path], model: Path) -> None:
         raise InputError("the model is a classifier, and adapters are served over language models", where="adapters",
                          remedy="leave them out")
     config.problem_type = None
-    modules = dict(skeleton(config).named_modules())
+    meta: Any = skeleton(config)
+    modules = dict(meta.named_modules())
     hash_of = functools.cache(base_hash)
     for name, folder in folders.items():
-        where, home = f"adapters.{name}: {folder}", home_of(folder)
+        where = f"adapters.{name}: {folder}"
         adapter = AdapterFolder.read(folder, where)
-        source = str(adapter.config.get("base_model_name_or_path") or "")
-        recorded = read_json(home / "distlm.json").get("base_hash") if (home / "distlm.json").is_file() else None
-        if recorded is None and source and any(Path(source).glob("*.safetensors")):
-            recorded = hash_of(str(Path(source).resolve()))
+        recorded = adapter.base_hash or (hash_of(str(Path(adapter.base).resolve())) if adapter.has_base_here else "")
         if recorded and recorded != hash_of(str(model.resolve())):
-            raise InputError(f"was trained on {source}, whose weights are not those of {model}", where=where,
-                             remedy="serve it over the model that it was trained on")
+            raise InputError(f"was trained on {adapter.base}, whose weights are not those of {model}", where=where,
+                             remedy="serve it over the model that it was trained on; its files are compared by name and content")
         adapter.check_fits(modules, where)
+        adapter.check_finite(where)
+    load_tokenizers(folders, model, None, meta.get_input_embeddings().num_embeddings)
 
 
 @dataclass(frozen=True)
@@ -118,6 +142,8 @@ class AdapterFolder:
 
         where = where or str(folder)
         config = read_json(folder / CONFIG)
+        if wrong := _malformed(config):
+            raise InputError(f"{CONFIG}: {wrong}", where=where, remedy=AGAIN)
         for key, value in config.items():
             if wrong := _refused(key, value):
                 raise InputError(f"{CONFIG}: {key}: {wrong}", where=where, remedy=MERGED)
@@ -127,7 +153,7 @@ class AdapterFolder:
             with safe_open(folder / WEIGHTS, framework="pt") as file:
                 shapes = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}     # noqa: SIM118
         except (OSError, SafetensorError) as error:
-            raise InputError(f"{WEIGHTS} cannot be read: {last_line(error)}", where=where, remedy="copy the adapter again") from None
+            raise InputError(f"{WEIGHTS} cannot be read: {last_line(error)}", where=where, remedy=AGAIN) from None
         names: dict[str, dict[str, str]] = {}
         for name in shapes:
             found = PART.fullmatch(name.removeprefix(PREFIX))
@@ -136,8 +162,12 @@ class AdapterFolder:
             names.setdefault(found[1], {})[found[2] or found[3]] = name
         wanted = {"lora_A", "lora_B", *(["lora_magnitude_vector"] if config.get("use_dora") else [])}
         if wrong := next((module for module, parts in names.items() if set(parts) != wanted), "" if names else "every layer"):
-            raise InputError(f"{WEIGHTS} does not hold {', '.join(sorted(wanted))} of {wrong}", where=where,
-                             remedy="copy the adapter again")
+            raise InputError(f"{WEIGHTS} does not hold {', '.join(sorted(wanted))} of {wrong}", where=where, remedy=AGAIN)
+        for module, parts in names.items():
+            a, b, *magnitude = (shapes[parts[part]] for part in sorted(parts))
+            if not (len(a) == len(b) == 2 and a[0] == b[1] > 0 and all(one == b[:1] for one in magnitude)):
+                raise InputError(f"{WEIGHTS}: {module} has tensors of the shapes {', '.join(map(str, (a, b, *magnitude)))}, which are not "
+                                 f"[rank, inputs], [outputs, rank]{' and [outputs]' * bool(magnitude)}", where=where, remedy=AGAIN)
         return cls(folder, config, names, shapes)
 
     def check_fits(self, modules: Mapping[str, Any], where: str) -> None:
@@ -151,6 +181,33 @@ class AdapterFolder:
             if found != sizes:
                 raise InputError(f"{name} takes {found[0]} and gives {found[1]} numbers, and {sizes[0]} and {sizes[1]} in the model",
                                  where=where, remedy="serve it over the model that it was trained on")
+
+    def check_finite(self, where: str) -> None:
+        """Raises InputError where a weight is no finite number. Reads them all."""
+        for name, *matrices in self.matrices():
+            if not all(matrix is None or matrix.isfinite().all() for matrix in matrices):
+                raise InputError(f"{WEIGHTS}: {name} has weights that are not finite", where=where, remedy="train it again")
+
+    @property
+    def base(self) -> str:
+        """The base as the adapter names it: a folder, a name elsewhere, or ""."""
+        return str(self.config.get("base_model_name_or_path") or "")
+
+    @property
+    def base_hash(self) -> str:
+        """That of the base's weights where it is on record, as it is for a run of ours; else ""."""
+        path = home_of(self.folder) / "distlm.json"
+        return str(read_json(path).get("base_hash") or "") if path.is_file() else ""
+
+    @property
+    def has_base_here(self) -> bool:
+        return bool(self.base) and any(Path(self.base).glob("*.safetensors"))
+
+    @property
+    def caveat(self) -> str:
+        """What is to be told where nothing says whether the adapter belongs to the model; "" where it is known."""
+        known = self.base_hash or self.has_base_here
+        return "" if known else f"its base {self.base or '(it names none)'} is not here: only the shapes were compared"
 
     @property
     def rank(self) -> int:
@@ -189,6 +246,28 @@ def layer_sizes(module: Any) -> tuple[int, int] | None:
     return (module.in_features, module.out_features) if isinstance(module, torch.nn.Linear) else None
 
 
+def _files_of_tokenizer(folder: Path) -> frozenset[tuple[str, str]]:
+    """Name and hash of each file that a tokenizer is made of."""
+    return frozenset((file.name, xxhash.xxh3_128_hexdigest(file.read_bytes())) for file in tokenizer_files(folder))
+
+
+def _malformed(config: Any) -> str:
+    """What in an adapter_config.json is of no use to anybody; "" where there is nothing."""
+    if not isinstance(config, dict):
+        return "is no mapping"
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        return f"alpha_pattern: {patterns!r} is no mapping"
+    for key, alpha in {"lora_alpha": config.get("lora_alpha", 8), **patterns}.items():
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+            return f"{key}: {alpha!r} is no number"
+        try:
+            re.compile(key)
+        except re.error as error:
+            return f"alpha_pattern: {key!r} is no regular expression: {error}"
+    return ""
+
+
 def _refused(key: str, value: Any) -> str:
     """Why a value of adapter_config.json cannot be served beside other adapters; "" where it can."""
     if key == "peft_type":
@@ -196,7 +275,7 @@ def _refused(key: str, value: Any) -> str:
     if key == "init_lora_weights":
         return "" if value in INITIAL else f"{value} changes the base's own weights"
     if key == "modules_to_save" and value:
-        return f"{', '.join(value)} would be whole layers of its own"
+        return f"{', '.join(map(str, value)) if isinstance(value, list) else value} would be whole layers of its own"
     if key == "bias" and value != "none":
         return f"{value} trains what is the base's"
     return "" if key in READ | UNNEEDED or not value or value == "none" else f"{value} is not supported"

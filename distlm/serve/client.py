@@ -20,6 +20,8 @@ from distlm.serve.guard import proof, read_key
 
 MODELS = "models"
 """In an endpoint's folder: the files that its replicas load, a folder for each version."""
+ADAPTERS = "adapters"
+"""In that of a version: a folder for each adapter."""
 
 
 def query(url: str, api_key: str, prompt: str, max_tokens: int | None = None, *, model: str | None = None, chat: bool = False,

@@ -25,20 +25,18 @@ from ray.serve.exceptions import RayServeException
 
 from distlm.autoscale import require, serve_bundles
 from distlm.errors import DistlmError, InputError, ServeError
-from distlm.model.adapter_folder import CONFIG, WEIGHTS, find_adapters, home_of, tokenizer_files
+from distlm.model.adapter_folder import CONFIG, WEIGHTS, AdapterFolder, find_adapters, home_of, tokenizer_files
 from distlm.model.find import find_model
 from distlm.progress import Progress
 from distlm.runs import RunFolder
 from distlm.serve.api import Card, create_app
-from distlm.serve.client import MODELS, forget
+from distlm.serve.client import ADAPTERS, MODELS, forget
 from distlm.serve.guard import make_key, read_key
 from distlm.serve.metrics import Metrics
 from distlm.spec import ServeSpec
 from distlm.spec.load import dump, nearest
 from distlm.storage import Storage, read_json, write_json, writing
 
-ADAPTERS = "adapters"
-"""In the folder of an endpoint's model: a folder for each adapter."""
 START_TIMEOUT_S = 900
 COPIED_BYTES = 1 << 20
 """Larger files are linked."""
@@ -77,11 +75,14 @@ def serve(spec: ServeSpec, folder: RunFolder, storage: Storage, progress: Progre
     Raises InputError (no such model, adapter or key file), ClusterError (too few CPUs or GPUs) and ServeError (port taken, replica fails).
     """
     model = find_model(spec.model, storage)
-    adapters = find_adapters(spec.adapters, model, storage)
+    adapters = find_adapters(spec.adapters, storage)       # `execute.inputs` has held them against the model
     key_file = Path(spec.api_key_file).expanduser().absolute() if spec.api_key_file else make_key(folder.path / "api_key")
     read_key(key_file)
     for name, value in ignored_settings(model).items():
         progress.note(f"generation_config.json: {name}: {value} is not applied, the API has no field for it")
+    for name, adapter in adapters.items():
+        if caveat := AdapterFolder.read(adapter).caveat:
+            progress.note(f"adapters.{name}: {caveat}")
     require(serve_bundles(spec), f"{spec.replicas} replica{'s' * (spec.replicas > 1)}", progress, where="replicas",
             remedy="lower replicas, cpus_per_replica or gpus_per_replica, or take a larger cluster")
     host, port = start(spec)

@@ -103,6 +103,8 @@ class Variant:
 
     tokenizer: Any
     vocabulary_hash: str | None
+    ends: frozenset[int] = frozenset()
+    """Tokens that end a sequence, beside those that end the model's."""
 
 
 class Engine(Protocol):

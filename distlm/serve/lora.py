@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from distlm.model.adapter_folder import AdapterFolder, layer_sizes
+from distlm.model.adapter_folder import AdapterFolder
 
 
 class Adapters:
@@ -23,11 +23,11 @@ class Adapters:
     def __init__(self, model: Any, folders: Mapping[str, Path]) -> None:
         self.rows: list[str] = []
         self._chosen: dict[tuple[str, ...], tuple[Any, Any] | None] = {}       # of layers that the same adapters have
-        found: dict[str, dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]] = {}
+        found: dict[tuple[str, int, bool], dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]] = {}
         for name, folder in folders.items():
-            for module, *matrices in AdapterFolder.read(folder).matrices():
-                found.setdefault(module, {})[name] = tuple(matrices)       # type: ignore[assignment]
-        for module, of in found.items():
+            for module, a, b, magnitude in AdapterFolder.read(folder).matrices():
+                found.setdefault((module, len(a), magnitude is not None), {})[name] = a, b, magnitude
+        for (module, _, _), of in found.items():
             layer = model.get_submodule(module)
             layer.register_forward_hook(Addition(self, layer, of))
 
@@ -48,23 +48,15 @@ class Adapters:
 
 
 class Addition:
-    """What the adapters that have it add to one layer. Ranks are padded with zeros to the largest."""
+    """What the adapters of one rank add to one layer, those with a magnitude apart: nothing is padded."""
 
     def __init__(self, adapters: Adapters, layer: Any, of: Mapping[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]) -> None:
         self.adapters, self.names = adapters, tuple(of)
-        sizes = layer_sizes(layer)
-        assert sizes is not None, "the folder was checked against the model"
-        rank = max(len(a) for a, _, _ in of.values())
         where = {"dtype": layer.weight.dtype, "device": layer.weight.device}
-        self.a = torch.zeros(len(of), rank, sizes[0], **where)             # [adapters, rank, in]
-        self.b = torch.zeros(len(of), sizes[1], rank, **where)             # [adapters, out, rank]
-        self.gain: torch.Tensor | None = None                              # [adapters, 1, out]
-        if any(magnitude is not None for _, _, magnitude in of.values()):
-            self.gain = torch.ones(len(of), 1, sizes[1], **where)
-        for place, (a, b, magnitude) in enumerate(of.values()):
-            self.a[place, :len(a)], self.b[place, :, :len(a)] = a, b
-            if self.gain is not None and magnitude is not None:
-                self.gain[place, 0] = magnitude.to(layer.weight.device) / row_lengths(layer, a, b)
+        self.a = torch.stack([a for a, _, _ in of.values()]).to(**where)   # [adapters, rank, in]
+        self.b = torch.stack([b for _, b, _ in of.values()]).to(**where)   # [adapters, out, rank]
+        gains = [magnitude.to(layer.weight.device) / row_lengths(layer, a, b) for a, b, magnitude in of.values() if magnitude is not None]
+        self.gain = torch.stack(gains)[:, None].to(**where) if gains else None         # [adapters, 1, out]
 
     def __call__(self, layer: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         """In place: `output` is the layer's own and new. With DoRA W' = m (W + B A) / |W + B A| by rows (Liu et al. 2024, equation 5), and

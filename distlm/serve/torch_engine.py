@@ -22,12 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from transformers import AutoTokenizer, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from distlm.errors import InputError, ServeError
-from distlm.model.adapter_folder import MERGED, home_of, tokenizer_files
+from distlm.errors import ServeError
+from distlm.model.adapter_folder import load_tokenizers
 from distlm.model.build import load_model
 from distlm.model.quantize import rounds_inputs
 from distlm.model.vocabulary import vocabulary_hash
@@ -281,7 +280,8 @@ class TorchEngine:
         metrics.generation_tokens.inc()
         running.last_time, running.last_token = now, token
         running.num_tokens += 1
-        reason = "stop" if token in self.ends else None
+        own = self.adapters[request.adapter].ends if request.adapter else ()
+        reason = "stop" if token in self.ends or token in own else None
         text = running.text.push(token) if not reason else ""
         if running.text.stopped:
             reason = "stop"
@@ -344,18 +344,12 @@ class TorchEngine:
         return self.adapters[request.adapter].tokenizer if request.adapter else self.tokenizer
 
     def _variants(self, model: Path, folders: Mapping[str, Path]) -> dict[str, Variant]:
-        """The tokenizer that lies beside an adapter, or else the model's; equal ones are loaded once. Raises InputError for one with tokens
-        that the model has not."""
-        found, loaded = dict[str, Variant](), {files_of_tokenizer(model): self.tokenizer}
-        for name, folder in folders.items():
-            home = home_of(folder) if tokenizer_files(home_of(folder)) else model
-            files = files_of_tokenizer(home)
-            tokenizer: Any = loaded.get(files) or AutoTokenizer.from_pretrained(home, local_files_only=True)
-            loaded[files] = tokenizer
-            if len(tokenizer) > self.vocabulary:
-                raise InputError(f"its tokenizer has {len(tokenizer)} tokens, and the model {self.vocabulary}",
-                                 where=f"adapters.{name}: {home}", remedy=MERGED)
-            found[name] = Variant(tokenizer, vocabulary_hash(home))
+        """Raises InputError as `load_tokenizers`. A tokenizer of an adapter's own says by itself what ends a sequence, beside what ends the
+        model's."""
+        found = dict[str, Variant]()
+        for name, (home, tokenizer) in load_tokenizers(folders, model, self.tokenizer, self.vocabulary).items():
+            end = None if tokenizer is self.tokenizer else tokenizer.eos_token_id
+            found[name] = Variant(tokenizer, vocabulary_hash(home), frozenset() if end is None else frozenset([end]))
         return found
 
     def _forward(self, ids: Sequence[int], keep: int, adapter: str = "") -> tuple[DynamicCache, torch.Tensor]:
@@ -371,12 +365,15 @@ class TorchEngine:
         """A slot cache that gives this model the logits which it has without one, with each adapter too, beside a row that has none.
         Families differ; this finds those that do not fit."""
         family = self.model.config.model_type
-        with _family(family):
+        subject = f"models of the family {family}"
+        with _decoded(subject):
             samples = [tuple(n * 7 % self.vocabulary for n in range(1, length)) for length in (4, 7, 3)]
             first, _ = self._forward(samples[0], keep=1)
             if any(type(layer) is not DynamicLayer for layer in first.layers):
                 raise ValueError("not every layer has a plain attention cache")
-            for name in ("", *self.adapters):
+            self._prove(samples, "", len(first.layers))
+        for name in self.adapters:
+            with _decoded(f"{subject} with the adapter {name}"):
                 self._prove(samples, name, len(first.layers))
         return SlotCache(len(first.layers), self.max_sequences, self.context)
 
@@ -395,11 +392,6 @@ class TorchEngine:
             error = (found[row, -1].float() - wanted).abs().max() / wanted.abs().max()
             if not error < (1e-3 if self.model.dtype == torch.float32 and not rounds_inputs(self.model) else 0.1):
                 raise ValueError(f"logits are off by {float(error):.2g} of their size")
-
-
-def files_of_tokenizer(folder: Path) -> frozenset[tuple[str, str]]:
-    """Name and hash of each file that a tokenizer is made of."""
-    return frozenset((file.name, xxhash.xxh3_128_hexdigest(file.read_bytes())) for file in tokenizer_files(folder))
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -425,11 +417,11 @@ def context_of(config: Any) -> int:
 
 
 @contextlib.contextmanager
-def _family(name: str) -> Iterator[None]:
+def _decoded(subject: str) -> Iterator[None]:
     try:
         yield
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
-        raise ServeError(f"models of the family {name} cannot be decoded in slots: {error}", cause="bad_input",
+        raise ServeError(f"{subject} cannot be decoded in slots: {error}", cause="bad_input",
                          remedy="llama, gpt2, qwen and others with plain attention caches can") from error
 
 

@@ -24,7 +24,7 @@ class Address(Part):
     api_key_file: str
     """A file of mode 600 with the key that it takes."""
     model: str | None = None
-    """The name under which it serves the model. Default: that of the first model that it tells of."""
+    """The name under which it serves the model, or an adapter. Default: that of the first model that it tells of."""
 
 
 def address(value: Any) -> Any:

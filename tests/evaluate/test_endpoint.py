@@ -11,7 +11,8 @@ import pytest
 from distlm.errors import DistlmError, InputError, ServeError
 from distlm.evaluate import endpoint as endpoints
 from distlm.evaluate.driver import evaluate
-from distlm.evaluate.endpoint import find_endpoint
+from distlm.evaluate.endpoint import find_endpoint, find_tokenizer
+from distlm.evaluate.task import Task
 from distlm.runs import RunFolder
 from distlm.spec import EvaluateSpec
 from distlm.storage import Storage, write_json
@@ -45,8 +46,8 @@ def servers(root: Path) -> Iterator[dict[str, Server]]:
         server.close()
 
 
-def asked(root: Path, url: str, corpus: str = "two", **keys: Any) -> EvaluateSpec:
-    return EvaluateSpec.model_validate({"name": "e", "corpus": str(root / corpus), "batch_windows": 3,
+def asked(root: Path, url: str, corpus: str | None = "two", **keys: Any) -> EvaluateSpec:
+    return EvaluateSpec.model_validate({"name": "e", "corpus": corpus and str(root / corpus), "batch_windows": 3,
                                         "endpoint": {"url": url, "api_key_file": str(root / "key")}, **keys})
 
 
@@ -87,6 +88,26 @@ def test_an_endpoint_of_ours_is_found_by_name_and_by_url(root: Path, servers: di
     write_json(storage.endpoint("py") / "endpoint.json", {**record, "model": "another"})
     with pytest.raises(ServeError, match="does not prove that it knows its key and serves its model; `distlm status py`"):
         run(asked(root, "http://x", endpoint="py"), tmp_path, tmp_path / "e")
+
+
+def test_an_adapter_of_an_endpoint_of_ours_is_known_by_address_and_key(root: Path, servers: dict[str, Server], tmp_path: Path) -> None:
+    server, storage = servers["model"], Storage(tmp_path)
+    record = {"url": f"{server.url}/v1", "model": "tiny", "api_key_file": str(root / "key"), "app": "py", "version": "v1", "source": "s",
+              "folder": str(tmp_path / "own"), "lineage": {"run": "base"}, "adapters": {"poems": {"run": "poems"}}}
+    write_json(storage.endpoint("py") / "endpoint.json", record)
+    given = {"url": server.url, "api_key_file": str(root / "key")}
+    for model, lineage in (("poems", {"run": "poems"}), (None, {"run": "base"})):
+        found = find_endpoint(asked(root, "", endpoint={**given, "model": model}), storage)
+        assert found.told() == {"endpoint": record["url"], "endpoint_model": model or "tiny", "version": "v1", "source": "s",
+                                "lineage": lineage}
+    for other in ({"url": "http://127.0.0.1:9"}, {"api_key_file": str(root / "wrong")}):
+        assert find_endpoint(asked(root, "", endpoint={**given, **other}), storage).told().keys() == {"endpoint"}, "it is somebody else's"
+    questions, own = asked(root, "", corpus=None, tasks=["t.yaml"], endpoint={**given, "model": "poems"}), tmp_path / "own" / "adapters"
+    write_json(own / "poems" / "tokenizer.json", {})
+    assert find_tokenizer(questions, Task("val", (), 8, 15), find_endpoint(questions, storage), storage) == own / "poems"
+    write_json(storage.endpoint("py") / "endpoint.json", {**record, "model": "another"})
+    with pytest.raises(ServeError, match="does not prove that it knows its key"):
+        run(asked(root, "", endpoint={**given, "model": "poems"}), tmp_path, tmp_path / "e")
 
 
 def test_what_is_wrong_with_an_endpoint_is_said(root: Path, servers: dict[str, Server], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,11 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distlm import execute, plan
-from distlm.errors import InputError, SpecError
-from distlm.model.adapter_folder import AdapterFolder, check_adapters, find_adapter, find_adapters
+from distlm.errors import InputError, ServeError, SpecError
+from distlm.model.adapter_folder import AdapterFolder, check_adapters, find_adapter
 from distlm.serve.engine import Request
 from distlm.serve.metrics import Metrics
 from distlm.serve.torch_engine import TorchEngine
@@ -161,8 +162,8 @@ def test_memory_grows_by_the_adapters_alone(llamas: Made) -> None:
         assert sum(parameter.numel() for parameter in engine.model.parameters()) == sum(
             value.numel() for value in load_file(llamas.base / "model.safetensors").values())
         hooks = [hook for module in engine.model.modules() for hook in module._forward_hooks.values()]
-        held = sum(hook.a.numel() + hook.b.numel() for hook in hooks)
-        assert held <= sum(len(hook.names) * hook.a.shape[1] * (hook.a.shape[2] + hook.b.shape[1]) for hook in hooks)
+        held = sum(tensor.numel() for hook in hooks for tensor in (hook.a, hook.b, hook.gain) if tensor is not None)
+        assert held == sum(AdapterFolder.read(folder).num_parameters for folder in llamas.adapters.values()), "as the plan says"
         assert len({id(variant.tokenizer) for variant in engine.adapters.values()} | {id(engine.tokenizer)}) == 1, "equal tokenizers once"
     finally:
         engine.close()
@@ -176,7 +177,14 @@ def with_tensors(folder: Path, change: Any) -> None:
     save_file(change(load_file(folder / "adapter_model.safetensors")), folder / "adapter_model.safetensors")
 
 
+def with_tokenizer(folder: Path, change: Any) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(read_json(folder / "adapter_config.json")["base_model_name_or_path"], local_files_only=True)
+    change(tokenizer)
+    tokenizer.save_pretrained(folder)
+
+
 Q = "base_model.model.model.layers.0.self_attn.q_proj.lora"
+Q_A, Q_B = f"{Q}_A.weight", f"{Q}_B.weight"
 CASES: dict[str, tuple[Any, str]] = {
     "modules": (lambda f: with_config(f, modules_to_save=["lm_head"]), "modules_to_save: lm_head would be whole layers of its own; serve"),
     "bias": (lambda f: with_config(f, bias="all"), "bias: all trains what is the base's; serve the model that it makes, merged"),
@@ -189,8 +197,25 @@ CASES: dict[str, tuple[Any, str]] = {
     "half": (lambda f: with_tensors(f, lambda t: {name: value for name, value in t.items() if name != f"{Q}_B.weight"}),
              "does not hold lora_A, lora_B of model.layers.0.self_attn.q_proj; copy the adapter again"),
     "dora": (lambda f: with_config(f, use_dora=True), "does not hold lora_A, lora_B, lora_magnitude_vector of model.layers"),
+    "list": (lambda f: write_json(f / "adapter_config.json", [1]), "adapter_config.json: is no mapping; copy the adapter again"),
+    "modules by text": (lambda f: with_config(f, modules_to_save="lm_head"), "modules_to_save: lm_head would be whole layers"),
+    "no alpha": (lambda f: with_config(f, lora_alpha=None), "lora_alpha: None is no number; copy"),
+    "alpha": (lambda f: with_config(f, lora_alpha="x"), "lora_alpha: 'x' is no number; copy"),
+    "pattern": (lambda f: with_config(f, alpha_pattern={"(q": 1}), r"alpha_pattern: '\(q' is no regular expression: missing \)"),
+    "patterns": (lambda f: with_config(f, alpha_pattern=["q"]), r"alpha_pattern: \['q'\] is no mapping"),
+    **{f"{a} and {b}": (lambda f, a=a, b=b: with_tensors(f, lambda t: {**t, Q_A: torch.zeros(a), Q_B: torch.zeros(b)}),
+                        f"q_proj has tensors of the shapes {re.escape(f'{a}, {b}')}, which are not .rank, inputs., .outputs, rank.; copy")
+       for a, b in (([4, 64], [64, 1]), ([4, 64], [64, 3]), ([0, 64], [64, 0]), ([64], [64, 4]), ([4, 64, 1], [64, 4]), ([], [64, 4]))},
+    "magnitude": (lambda f: (with_config(f, use_dora=True), with_tensors(f, lambda t: t | {
+        name.replace("lora_A.weight", "lora_magnitude_vector"): torch.ones(1) for name in t if "lora_A" in name})),
+        r"has tensors of the shapes \[4, 128\], \[64, 4\], \[1\], which are not .rank, inputs., .outputs, rank. and .outputs."),
     "shape": (lambda f: with_tensors(f, lambda t: {**t, f"{Q}_A.weight": torch.zeros(4, 65)}),
               "q_proj takes 65 and gives 64 numbers, and 64 and 64 in the model; serve it over the model that it was trained on"),
+    "not finite": (lambda f: with_tensors(f, lambda t: {**t, Q_B: t[Q_B] / 0}), "q_proj has weights that are not finite; train it again"),
+    "tokens": (lambda f: with_tokenizer(f, lambda one: one.add_tokens(["<a>", "<b>"])),
+               "its tokenizer has 302 tokens, and the model 300; serve the model that it makes, merged"),
+    "no tokenizer.json": (lambda f: write_json(f / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"}),
+                          "its tokenizer cannot be read: .*; copy its files again"),
     "layer": (lambda f: with_tensors(f, lambda t: {name.replace("layers.1", "layers.9"): value for name, value in t.items()}),
               "the model has no linear layer model.layers.9"),
     "empty": (lambda f: with_tensors(f, lambda t: {}), "does not hold lora_A, lora_B of every layer"),
@@ -225,11 +250,47 @@ def test_an_adapter_of_another_base_is_refused_by_plan_and_before_a_deployment(l
     with pytest.raises(InputError, match=said):
         execute.inputs(load_spec(wrong).spec, storage)
     alone = shutil.copytree(llamas.adapters["lora"], tmp_path / "alone")       # of peft's: it names its base, by a path
-    find_adapters({"x": str(alone)}, storage.run("base") / "export", storage)
-    with pytest.raises(InputError, match="whose weights are not those of"):
-        find_adapters({"x": str(alone)}, storage.run("other") / "export", storage)
-    with_config(alone, base_model_name_or_path="somebody/a-model")             # or by a name, which tells nothing
-    find_adapters({"x": str(alone)}, storage.run("other") / "export", storage)
+    check_adapters({"x": alone}, storage.run("base") / "export")
+    with pytest.raises(InputError, match=r"whose weights are not those of .*; its files are compared by name and content"):
+        check_adapters({"x": alone}, storage.run("other") / "export")
+    assert "only the shapes" not in rows["adapters.a"] + rows["adapters.b"] and not AdapterFolder.read(alone).caveat
+
+
+@pytest.mark.parametrize(("base", "said"), [("somebody/a-model", "somebody/a-model"), (None, r"(it names none)")])
+def test_an_adapter_whose_base_is_not_here_is_served_and_that_is_said(base: str | None, said: str, llamas: Made, tmp_path: Path) -> None:
+    storage, alone = Storage(tmp_path), shutil.copytree(llamas.adapters["lora"], tmp_path / "alone")
+    with_config(alone, base_model_name_or_path=base)
+    spec = {"kind": "serve", "name": "e", "model": str(llamas.base), "adapters": {"x": str(alone)}}
+    [row] = [how_much for what, how_much in plan.needs(execute.resolve(spec), storage) if what == "adapters.x"]
+    assert row.endswith(f" of memory in a replica; its base {said} is not here: only the shapes were compared")
+
+
+def test_a_tokenizer_of_an_adapters_own_says_what_ends_its_rows(llamas: Made, tmp_path: Path) -> None:
+    own = shutil.copytree(llamas.adapters["lora"], tmp_path / "own")
+    wishes = [Request(prompts(1)[0], 8, adapter=name) for name in ("own", "lora")]
+    whole = reference(llamas.export("lora"), wishes[0].prompt, 8)
+    end = next(place for place, token in enumerate(whole) if place and token not in whole[:place])
+    with_tokenizer(own, lambda one: setattr(one, "eos_token", one.convert_ids_to_tokens(whole[end])))
+    engine = TorchEngine(llamas.base, threads=1, adapters={"own": own, "lora": llamas.adapters["lora"]})
+    try:
+        found = run(collect(engine, *wishes))
+        assert [ids(chunks) for chunks in found] == [whole[:end + 1], whole]
+        assert found[0][-1].finish_reason == "stop"
+    finally:
+        engine.close()
+
+
+def test_an_adapter_that_cannot_be_decoded_is_named(llamas: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    prove = TorchEngine._prove
+
+    def fail(self: TorchEngine, samples: Any, adapter: str, num_layers: int) -> None:
+        prove(self, samples, adapter, num_layers)
+        if adapter == "wide":
+            raise ValueError("logits are off")
+
+    monkeypatch.setattr(TorchEngine, "_prove", fail)
+    with pytest.raises(ServeError, match="models of the family llama with the adapter wide cannot be decoded in slots: logits are off"):
+        llamas.engine("lora", "wide")
 
 
 def test_where_an_adapter_is_looked_for(llamas: Made, tmp_path: Path) -> None:

@@ -18,9 +18,10 @@ import pytest
 import ray
 from typer.testing import CliRunner
 
-from distlm import jobs, summary
+from distlm import execute, jobs, summary
 from distlm.cli import app
 from distlm.errors import ClusterError, InputError, ServeError, StorageError
+from distlm.model import adapter_folder
 from distlm.progress import Progress
 from distlm.runs import RunFolder
 from distlm.serve import deploy
@@ -411,7 +412,9 @@ def test_adapters_come_and_go_by_replacing_their_endpoint(cluster: None, storage
     try:
         key = Path(outputs["api_key_file"]).read_text().strip()
         with asking(outputs) as answers:
+            monkeypatch.delattr(adapter_folder, "base_hash")           # the weights were read before: once is enough
             assert again(storage, adapters=named) == {**outputs, "adapters": ["poems", "dora"]}
+            monkeypatch.undo()
         assert answers and set(answers) == {200}, "the model itself answers all the while"
         folder = Path(read_json(storage.endpoint("voices") / "endpoint.json")["folder"])
         assert sorted(path.name for path in (folder / "adapters").iterdir()) == ["dora", "poems"]
@@ -442,10 +445,8 @@ def test_adapters_come_and_go_by_replacing_their_endpoint(cluster: None, storage
         text = httpx.get(outputs["url"].removesuffix("/v1") + "/metrics", headers={"Authorization": f"Bearer {key}"}).text
         assert re.search(r'vllm:generation_tokens_total\{model_name="poems",replica="\w+"\} [1-9]', text)
 
-        before, replica = read_json(storage.endpoint("voices") / "endpoint.json"), replica_of(outputs)
         with pytest.raises(InputError, match=r"adapters.poems: .* was trained on .*tiny/export, whose weights are not those of .*stranger"):
-            again(storage, model="stranger", adapters=named)
-        assert read_json(storage.endpoint("voices") / "endpoint.json") == before and replica_of(outputs) == replica
+            execute.inputs(ServeSpec(name="voices", model="stranger", adapters=named), storage)
 
         again(storage, adapters={"dora": named["dora"]})
         assert [card.id for card in client.models.list().data] == ["voices", "dora"]
