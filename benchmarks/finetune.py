@@ -30,7 +30,7 @@ from train import WARM_UP, device, intervals, made_up, quiet, run_side
 SIDES = {"sft": "distlm run, objective: sft", "trainer": "transformers Trainer", "trl": "trl SFTTrainer",
          "lora": "distlm run, adapter", "peft": "transformers Trainer, peft", "trl-lora": "trl SFTTrainer, peft",
          "qlora": "distlm run, adapter on NF4", "peft-qlora": "transformers Trainer, on NF4"}
-WHOLE, HALF, QUANTIZED = GROUPS = (("sft", "trainer", "trl"), ("lora", "peft", "trl-lora"), ("qlora", "peft-qlora"))
+_, HALF, QUANTIZED = GROUPS = (("sft", "trainer", "trl"), ("lora", "peft", "trl-lora"), ("qlora", "peft-qlora"))
 """Sides of one kind, distlm's first: full fine-tuning, and adapters on a base in bf16 and in NF4."""
 ADAPTED = (*HALF, *QUANTIZED)
 SETTINGS = ("steps", "preset", "context", "sequences", "micro", "vocab", "threads", "rank")
