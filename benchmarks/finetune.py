@@ -30,8 +30,9 @@ from train import WARM_UP, device, intervals, made_up, quiet, run_side
 SIDES = {"sft": "distlm run, objective: sft", "trainer": "transformers Trainer", "trl": "trl SFTTrainer",
          "lora": "distlm run, adapter", "peft": "transformers Trainer, peft", "trl-lora": "trl SFTTrainer, peft",
          "qlora": "distlm run, adapter on NF4", "peft-qlora": "transformers Trainer, on NF4"}
-WHOLE, QUANTIZED = ("sft", "trainer", "trl"), ("qlora", "peft-qlora")
-ADAPTED = ("lora", "peft", "trl-lora", *QUANTIZED)
+_, HALF, QUANTIZED = GROUPS = (("sft", "trainer", "trl"), ("lora", "peft", "trl-lora"), ("qlora", "peft-qlora"))
+"""Sides of one kind, distlm's first: full fine-tuning, and adapters on a base in bf16 and in NF4."""
+ADAPTED = (*HALF, *QUANTIZED)
 SETTINGS = ("steps", "preset", "context", "sequences", "micro", "vocab", "threads", "rank")
 
 
@@ -77,12 +78,11 @@ def main() -> None:
     print(f"{options.preset}, {options.sequences} windows of {options.context} tokens a step, {padding:.1%} of them padding, "
           f"{share:.0%} of the rest give loss, {options.threads} threads, {options.rounds} rounds of {options.steps} steps; medians")
     print(f"{'':28} {'tokens/s':>10} {'lowest':>10} {'highest':>10} {'ratio':>7}{', GPU memory' * any(memory.values())}")
-    for group in (WHOLE, ADAPTED):
-        first = next((side for side in group if side in found), "")
+    for group in GROUPS:
         for side in (side for side in group if side in found):
             middle = statistics.median(found[side])
-            print(f"{SIDES[side]:28} {middle:10,.0f} {min(found[side]):10,.0f} {max(found[side]):10,.0f} "
-                  f"{statistics.median(found[first]) / middle:7.2f}{gib(memory[side])}")
+            ratio = f"{statistics.median(found[group[0]]) / middle:.2f}" if group[0] in found else ""
+            print(f"{SIDES[side]:28} {middle:10,.0f} {min(found[side]):10,.0f} {max(found[side]):10,.0f} {ratio:>7}{gib(memory[side])}")
     print("ratio: distlm over this one, of the same kind")
 
 

@@ -254,12 +254,15 @@ def intervals(ends: list[float]) -> list[float]:
 
 def default_sides() -> list[str]:
     """Those that this machine can run, and that tell something there."""
+    from importlib.util import find_spec
+
     import torch
 
     from distlm.model.float8 import CAPABILITY
 
     no = "kept" if device() == "cuda" else "fp8"
-    return [side for side in SIDES if side != no and (side != "fp8" or torch.cuda.get_device_capability() >= CAPABILITY)]
+    return [side for side in SIDES if side != no and (side != "fp8" or (find_spec("torchao") is not None
+                                                                        and torch.cuda.get_device_capability() >= CAPABILITY))]
 
 
 def device() -> str:

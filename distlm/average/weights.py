@@ -4,7 +4,6 @@
     write_mean(folders, run / "export", lineage)
 """
 
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 from distlm.corpus.manifest import TOKENIZER_FILES
 from distlm.errors import InputError
 from distlm.model.build import DROPOUTS
-from distlm.model.export import HEAD_BYTES
+from distlm.model.export import INDEX, tensors_of, weight_files
 from distlm.model.vocabulary import vocabulary_hash
 from distlm.storage import read_json, write_json, writing
 
@@ -21,7 +20,6 @@ IDLE = ("_name_or_path", "transformers_version", "use_cache", "dtype", "torch_dt
 """Keys of a config.json that do not decide what a model computes of its weights."""
 FLOATS = ("F64", "F32", "F16", "BF16")
 """What of the types of safetensors has a mean."""
-INDEX = "model.safetensors.index.json"
 COPIED = ("config.json", "generation_config.json", *TOKENIZER_FILES)
 
 
@@ -51,8 +49,7 @@ def _settings(folder: Path) -> dict[str, Any]:
 
 def files_of(folder: Path, where: str) -> list[Path]:
     """The files of weights of a checkpoint. Raises InputError where they are no safetensors."""
-    index = folder / INDEX
-    names = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    names = weight_files(folder)
     if missing := next((name for name in names if not (folder / name).is_file()), ""):
         raise InputError(f"there is no {missing}", where=where, remedy="name a run, or a checkpoint with safetensors")
     return [folder / name for name in names]
@@ -63,11 +60,10 @@ def weights_of(folder: Path, where: str) -> dict[str, str]:
     found: dict[str, str] = {}
     for file in files_of(folder, where):
         try:
-            with file.open("rb") as stream:
-                head = json.loads(stream.read(min(int.from_bytes(stream.read(8), "little"), HEAD_BYTES)))
+            _, tensors = tensors_of(file)
         except (OSError, ValueError) as error:
             raise InputError(f"{file.name} cannot be read: {error}", where=where, remedy="copy the checkpoint again") from None
-        found |= {name: f"{tensor['dtype']}{tensor['shape']}" for name, tensor in head.items() if name != "__metadata__"}
+        found |= {name: f"{tensor['dtype']}{tensor['shape']}" for name, tensor in tensors.items()}
     return found
 
 

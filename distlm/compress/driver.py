@@ -64,5 +64,6 @@ def lineage_of(source: Path, folder: RunFolder) -> dict[str, Any]:
     """What the export says that it was made of: the corpora of its parent, and under `parent` all that the parent says of itself."""
     told = source / "distlm.json"
     parent = read_json(told) if told.is_file() else {}
-    own = {key: value for key, value in parent.items() if key not in ("trial", "step", "checkpoint", "val_loss", "parent")}
+    its = ("trial", "step", "checkpoint", "val_loss", "val_loss_as_held", "parent")
+    own = {key: value for key, value in parent.items() if key not in its}
     return {**own, "run": folder.name, "parent": {"model": str(source), **parent}}

@@ -34,6 +34,8 @@ MIN_WORDS = 8
 MAX_TEXT_BYTES = 100_000_000
 RECORDS = ("json", "jsonl", "parquet")
 """The formats that have fields: a file of another is read once, however many fields count."""
+NO_PAGES = ("http_status", "no_main_text")
+"""Why records of any archive are no texts: errors and redirects, and pages of links alone."""
 BATCH_CHARS = 1 << 19
 LETTER, ALONE, INVISIBLE = 1, 2, 3
 WORD_CHARACTER = regex.compile(r"[\p{L}\p{M}\p{N}]+")
@@ -225,7 +227,7 @@ def _texts(named: _Named, text_keys: tuple[str, ...]) -> list[str]:
                 records += record.documents
                 if not record.reason and record.documents:
                     texts.append(record.text)
-                elif record.reason and record.reason != "missing_field":
+                elif record.reason and record.reason not in ("missing_field", *(NO_PAGES if file.format == "warc" else ())):
                     raise InputError(f"record {record.number} is {record.reason}: {record.detail}", where=f"{named.where}: {file.name}",
                                      remedy="mend the file: what cannot be read cannot be looked for")
             keys = keys or reader.keys

@@ -41,7 +41,7 @@ def make_shards(job: Job, curated: Curated) -> Sharded:
     """Raises CorpusError where the documents fill no window or have no labels to tell apart, StorageError."""
     stages = _Shards(job, curated)
     vocabulary = stages.make_vocabulary()
-    splits = stages.pack(vocabulary, stages.encode(vocabulary))
+    splits = stages.pack(vocabulary, *stages.encode(vocabulary))
     return Sharded(vocabulary, splits, [Path(f"{stages.tokens(i)}-documents.arrow") for i in range(len(curated.partitions))])
 
 
@@ -61,8 +61,8 @@ class _Shards:
                               "text")
         return vocabulary
 
-    def encode(self, vocabulary: Vocabulary) -> list[dict[str, Encoded]]:
-        """Every partition's documents to tokens."""
+    def encode(self, vocabulary: Vocabulary) -> tuple[list[dict[str, Encoded]], tuple[str, ...]]:
+        """Every partition's documents to tokens. Returns what became of them, and the labels by their numbers."""
         job, spec = self.job, self.job.spec
         tasks = [EncodeTask(i, path, self.curated.rule, vocabulary.folder, vocabulary.eos_id, vocabulary.dtype, self.tokens(i),
                             spec.conversations, spec.context + 1, spec.labels) for i, path in enumerate(self.curated.partitions)]
@@ -81,11 +81,13 @@ class _Shards:
             job.books.sample([one.samples for result in encoded for one in result.values()], self.curated.partitions)
             job.books.write_samples()
             job.books.check_left(tokenize)
+        labels: tuple[str, ...] = ()
         if spec.labels:
-            job.figures["labels"] = self._labels(spec.labels, encoded)
+            job.figures["labels"] = figures = self._labels(spec.labels, encoded)
+            labels = tuple(figures["names"])
         if spec.conversations:
             job.figures["conversations"] = self._conversations(spec.conversations, encoded, tokenize)
-        return encoded
+        return encoded, labels
 
     def tokens(self, partition: int) -> Path:
         """What the names of the files begin with that encoding makes of a partition."""
@@ -119,7 +121,7 @@ class _Shards:
             note(f"{split:,} conversation{'s' if split != 1 else ''} longer than a window became {parts:,} parts")
         return found
 
-    def pack(self, vocabulary: Vocabulary, encoded: list[dict[str, Encoded]]) -> dict[str, dict[str, Any]]:
+    def pack(self, vocabulary: Vocabulary, encoded: list[dict[str, Encoded]], labels: tuple[str, ...]) -> dict[str, dict[str, Any]]:
         """Tokens to shards: the manifest's `splits`."""
         splits, parts = dict[str, dict[str, Any]](), Parts()
         for name in self.curated.rule.names:
@@ -132,7 +134,7 @@ class _Shards:
             splits[name] = {**counts, **({"rejected": dict(sorted(lost.items()))} if lost else {}), "tokens": tokens}
             self.job.made(name)
         if self.job.spec.padded:
-            self._fill(vocabulary, splits, parts)
+            self._fill(vocabulary, splits, parts, labels)
         else:
             self._cut(vocabulary, splits, parts)
         return splits
@@ -154,10 +156,9 @@ class _Shards:
         for _, one in sorted(shards.items()):
             splits[one.file.split("/")[0]]["shards"].append(vars(one))
 
-    def _fill(self, vocabulary: Vocabulary, splits: dict[str, dict[str, Any]], parts: Parts) -> None:
+    def _fill(self, vocabulary: Vocabulary, splits: dict[str, dict[str, Any]], parts: Parts, labels: tuple[str, ...]) -> None:
         """Fill windows up, by best-fit or with a document each, and say what padding it takes."""
         job, spec, tasks = self.job, self.job.spec, list[BestFitTask]()
-        labels = tuple(job.figures.get("labels", {}).get("names", ()))
         pairs = spec.conversations is not None and spec.conversations.pairs
         for name, split in splits.items():
             split |= {"dropped_tokens": 0, "windows": 0, "padding_tokens": 0, "repeated_tokens": 0, "shards": []}

@@ -31,6 +31,8 @@ COMMON = ("vocab_size", "max_position_embeddings", "use_cache", "bos_token_id", 
 HEAD = "score.weight"
 """The last layer of transformers' classifiers of whole texts by causal families."""
 LM_HEADS = frozenset({"lm_head.weight", "lm_head.bias", "embed_out.weight"})
+MAX_VARIANTS = 64
+"""Of a compiled layer: with a sliding window or without, computed again or not, in training and in evaluation, for every size of batch."""
 CAUSAL_REMEDY = "take a causal family such as llama, qwen3 or gpt2"
 
 
@@ -306,12 +308,16 @@ def recompute(model: "PreTrainedModel", every: int) -> None:
 
 
 def compile_layers(model: "PreTrainedModel") -> None:
-    """Let each layer be compiled when it first runs; layers of one shape share what is made. Raises SpecError where the family's are not
+    """Let each layer be compiled when it first runs; layers of one shape share what is made, and all variants of theirs are kept: past
+    torch's own limit of 8 a layer would not be compiled, and be slower without a word. Raises SpecError where the family's are not
     known."""
+    import torch
+
     layers = decoder_layers(model)
     if not layers:
         raise SpecError(f"the layers of the {model.config.model_type} family cannot be told from the rest of it", where="compile",
                         remedy="leave it out")
+    torch._dynamo.config.recompile_limit = MAX_VARIANTS
     for layer in layers:
         layer.compile()
 

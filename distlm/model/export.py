@@ -1,5 +1,6 @@
 """A trained model as a folder that transformers and vLLM load with nothing of distlm installed."""
 
+import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+INDEX = "model.safetensors.index.json"
 HEAD_BYTES = 100 << 20
 """The most that the head of a safetensors file may have."""
 MODEL_FILES = ("config.json", "generation_config.json", "distlm.json")
@@ -57,9 +59,8 @@ def of_a_model(path: Path) -> bool:
 
 def export_lacks(folder: Path) -> str:
     """Which of config, tokenizer and the files of weights is not there, or not as long as its head says; "" where all are."""
-    index = folder / "model.safetensors.index.json"
     try:
-        weights = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+        weights = weight_files(folder)
         for name in ("config.json", "tokenizer.json", *weights):
             path = folder / name
             if wrong := file_lacks(path, _safetensors_bytes(path) if name in weights and path.is_file() else None):
@@ -71,10 +72,34 @@ def export_lacks(folder: Path) -> str:
 
 def _safetensors_bytes(path: Path) -> int:
     """The length of a safetensors file by its own head."""
+    length, tensors = tensors_of(path)
+    return 8 + length + max((tensor["data_offsets"][1] for tensor in tensors.values()), default=0)
+
+
+def weight_files(folder: Path) -> list[str]:
+    """The names of the files of weights that a checkpoint of safetensors has, or should have."""
+    index = folder / INDEX
+    return sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+
+
+def tensors_of(path: Path) -> tuple[int, dict[str, Any]]:
+    """The bytes of a safetensors file's head, and what it says of each tensor, by name. Raises OSError, and ValueError for no such
+    file."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         head = json.loads(file.read(min(length, HEAD_BYTES)))
-    return 8 + length + max((tensor["data_offsets"][1] for name, tensor in head.items() if name != "__metadata__"), default=0)
+    return length, {name: tensor for name, tensor in head.items() if name != "__metadata__"}
+
+
+def stored_dtype(folder: Path) -> "torch.dtype | None":
+    """The narrowest type that holds every weight of a checkpoint as its files have it, whatever its config.json says; None where they are
+    no safetensors."""
+    import torch
+
+    kinds = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    files = [folder / name for name in weight_files(folder)]
+    names = {tensor["dtype"] for file in files if file.is_file() for tensor in tensors_of(file)[1].values()} & kinds.keys()
+    return functools.reduce(torch.promote_types, [kinds[name] for name in names]) if names else None
 
 
 def file_lacks(path: Path, size: int | None) -> str:

@@ -42,6 +42,9 @@ def check_float8(config: "PreTrainedConfig") -> None:
     from torch import nn
 
     model = skeleton(config)
+    if not decoder_layers(model):
+        raise SpecError(f"the layers of the {config.model_type} family cannot be told from the rest of it", where="precision",
+                        remedy="take bf16")
     others = [f"{name}.{key}" if name else key for layer in decoder_layers(model) for name, module in layer.named_modules()
               if type(module) is not nn.Linear for key, weight in module.named_parameters(recurse=False) if weight.dim() > 1]
     if others:

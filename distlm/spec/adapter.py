@@ -23,7 +23,7 @@ class Adapter(Part):
     """How the base's matrices are held, but for the embeddings and the last layer: nf4 for 4-bit NormalFloat with scales of 8 bits (QLoRA:
     Dettmers et al. 2023), 4.13 bits a parameter, computed with in the run's precision; with the extra `distlm[qlora]`. Left out, they are
     held in the run's precision. The export is the base of the checkpoint with the adapter, which differs from what was trained by the
-    rounding."""
+    rounding: distlm.json has the loss of that as val_loss_as_held."""
     target_modules: Literal["all-linear"] | list[Annotated[str, Field(min_length=1)]] = "all-linear"
     """all-linear for every linear layer but the last, or the ends of modules' names, such as q_proj and v_proj."""
 

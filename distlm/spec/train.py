@@ -345,11 +345,10 @@ def check_precision(spec: TrainSpec) -> None:
     if gpu and not gpu.fp8:
         able = ", ".join(name for name, one in GPUS.items() if one.fp8)
         raise Rule("precision", f"fp8 is not in the hardware of {spec.scale.gpu}; take bf16, or one of {able}")
-    for where, given in (("sharding.zero", spec.sharding.zero == 3), ("sharding.tensor_parallel", spec.sharding.tensor_parallel > 1),
+    for where, given in (("sharding.tensor_parallel", spec.sharding.tensor_parallel > 1),
                          ("sharding.sequence_parallel", spec.sharding.sequence_parallel > 1)):
         if given:
-            raise Rule(where, f"{'3 ' * (where == 'sharding.zero')}cannot be with layers that are compiled, as fp8's are; leave it out, or "
-                              "take bf16")
+            raise Rule(where, "cannot be with layers that are compiled, as fp8's are; leave it out, or take bf16")
     if spec.adapter:
         raise Rule("adapter", "is not proved with fp8; leave it out, or take bf16")
     if spec.objective == "dpo":

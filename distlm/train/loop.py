@@ -30,7 +30,7 @@ from distlm.model.build import (
     restore_buffers,
 )
 from distlm.model.documents import check_documents_apart
-from distlm.model.export import export_model
+from distlm.model.export import export_model, stored_dtype
 from distlm.model.float8 import use_float8
 from distlm.model.sequence import exchange_in_attention
 from distlm.model.tensor import dimension
@@ -271,14 +271,14 @@ def gather_weights(engine: Any, rank: int, trained: bool = False) -> dict[str, t
 
 
 def export(recipe: Recipe, model: Any, weights: dict[str, torch.Tensor], folder: Path, lineage: dict[str, Any]) -> None:
-    """Write the model, or an adapter's `weights` merged into the base in the precision of its checkpoint, and the adapter alone beside
-    it."""
+    """Write the model, or an adapter's `weights` merged into the base in the precision of its checkpoint's files, and the adapter alone
+    beside it. The val_loss of a model that was trained through a rounded base is not the export's, and is named so."""
     spec, tokenizer = recipe.spec, manifest_of(recipe).tokenizer
     if spec.adapter is None:
         export_model(model, weights, tokenizer, folder, lineage)
         return
     source, config = str(spec.model.source), model_config(spec.model, recipe.shape, spec.regularization.dropout)
-    whole = load_model(source, f"model.from: {source}", None, config)
+    whole = load_model(source, f"model.from: {source}", stored_dtype(Path(source)), config)
     add_adapter(whole, spec.adapter, spec.seed)
     weights = {name: value.float() for name, value in weights.items()}
     put_adapter(whole, weights)
@@ -287,7 +287,7 @@ def export(recipe: Recipe, model: Any, weights: dict[str, torch.Tensor], folder:
         save_adapter(whole, weights, source, place / "adapter")
         merge(whole)
 
-    held = {"base_held_in": spec.adapter.base} if spec.adapter.base else {}
+    held = {"base_held_in": spec.adapter.base, "val_loss": None, "val_loss_as_held": lineage["val_loss"]} if spec.adapter.base else {}
     export_model(whole, None, tokenizer, folder, {**lineage, "base": source, "base_hash": base_hash(source), **held}, adapter)
 
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from distlm.errors import SpecError, TrainError
 from distlm.model.find import TORCHAO
 from distlm.model.float8 import CAPABILITY
+from distlm.model.nf4 import BITSANDBYTES
 from distlm.model.tensor import layer_specs
 from distlm.spec.load import nearest
 from distlm.spec.sharding import ZEROPP_KEYS
@@ -79,7 +80,8 @@ def _merge(base: dict[str, Any], raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_node(spec: TrainSpec) -> None:
-    """Raises TrainError where this worker's node lacks what the spec needs to be compiled there."""
+    """Raises TrainError where this worker's node lacks what the spec needs there."""
+    import importlib.util
     import os
     import shutil
 
@@ -88,6 +90,9 @@ def check_node(spec: TrainSpec) -> None:
                          remedy="install g++ there (Debian and Ubuntu: apt install g++), or leave compile out")
     if spec.precision == "fp8":
         check_fp8()
+    if spec.adapter and spec.adapter.base and importlib.util.find_spec("bitsandbytes") is None:
+        raise TrainError("the package bitsandbytes is not installed on a worker's node", where="adapter.base", cause="bad_input",
+                         remedy=BITSANDBYTES)
     if spec.sharding.offload and "nvme" in (spec.sharding.offload.optimizer, spec.sharding.offload.parameters):
         from deepspeed.ops.op_builder import AsyncIOBuilder
 

@@ -217,6 +217,29 @@ def test_a_set_that_cannot_be_read_whole_is_an_error_before_any_work(tmp_path: P
     assert "decontaminate.against.mmlu" in str(caught.value)
 
 
+def test_a_set_of_an_archive_is_its_pages_and_one_without_a_page_is_an_error(tmp_path: Path) -> None:
+    pytest.importorskip("trafilatura", exc_type=ImportError)
+    pytest.importorskip("warcio")
+
+    def answer(status: str, body: str) -> str:
+        block = f"HTTP/1.1 {status}\r\nContent-Type: text/html; charset=utf-8\r\n\r\n{body}"
+        return ("WARC/1.0\r\nWARC-Type: response\r\nContent-Type: application/http; msgtype=response\r\n"
+                f"WARC-Record-ID: <urn:uuid:1>\r\nContent-Length: {len(block)}\r\n\r\n{block}\r\n\r\n")
+
+    page = f"<html><body><main><p>{LONG}</p></main></body></html>"
+    others = answer("404 Not Found", "gone") + answer("200 OK", "<html></html>")
+    path, rules = tmp_path / "set.warc", Decontaminate(against={"pages": str(tmp_path / "set.warc")})
+    path.write_text(answer("200 OK", page) + others)
+    found = Evaluations.read(rules)
+    assert found.sets["pages"].texts == 1 and found.hits(LONG)
+    path.write_text(others)
+    with pytest.raises(InputError, match="there is no text in it"):
+        Evaluations.read(rules)
+    path.write_text(answer("200 OK", page) + answer("200 OK", page)[:-50])
+    with pytest.raises(InputError, match="record 1 is"):
+        Evaluations.read(rules)
+
+
 def test_it_keeps_up_with_reading(tmp_path: Path) -> None:
     """A floor far below what it does, so that a loop over words in Python is noticed."""
     evaluations = read(tmp_path, [padding(i, 60) for i in range(200)])

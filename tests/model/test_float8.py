@@ -77,7 +77,8 @@ def test_a_product_is_that_of_matrices_rounded_by_one_scale_each() -> None:
     ({"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4}, r"the gpt2 family has weights .* such as attn.c_attn.weight"),
     ({"model_type": "mixtral", **SIZES, "num_local_experts": 2}, r"the mixtral family has weights .* not of linear layers"),
     ({"model_type": "llama", "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 1, "num_attention_heads": 2},
-     r"no linear layer of this model has sizes that are multiples of 16")])
+     r"no linear layer of this model has sizes that are multiples of 16"),
+    ({"model_type": "ctrl", "n_embd": 32, "n_layer": 2, "n_head": 4, "dff": 64}, r"the layers of the ctrl family cannot be told")])
 def test_a_family_without_such_matrices_is_refused(config: dict[str, Any], message: str) -> None:
     with pytest.raises(SpecError, match=f"precision: .*{message}.*; take bf16"):
         check_float8(model_config(ModelSpec(config=config), SHAPE))

@@ -17,6 +17,7 @@ NEEDS = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, rea
 LLAMA = {"model_type": "llama", "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1, "num_attention_heads": 4,
          "num_key_value_heads": 4, "tie_word_embeddings": False}
 GPT2 = {"model_type": "gpt2", "n_embd": 256, "n_layer": 1, "n_head": 4}
+FALCON = {"model_type": "falcon", "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
 CODES = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
          -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
          0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0]
@@ -89,6 +90,13 @@ def test_gradients_pass_after_an_evaluation_and_nothing_of_it_is_in_a_state_dict
     assert not [name for name in model.state_dict() if "quant" in name or "absmax" in name]
 
 
+@NEEDS
+def test_a_base_that_was_left_whole_is_not_trained_on(tmp_path: Path) -> None:
+    saved(tmp_path, FALCON)
+    with pytest.raises(SpecError, match=r"adapter.base: transformers rounds no layer of the kind of transformer.h.0"):
+        load_model(tmp_path, "x", torch.bfloat16, nf4=True)
+
+
 def test_what_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
     experts = {"model_type": "mixtral", "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4,
                "num_key_value_heads": 4, "num_local_experts": 2}
@@ -96,6 +104,8 @@ def test_what_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: object() if name == "bitsandbytes" else find(name, *more))
     with pytest.raises(SpecError, match=r"adapter.base: the mixtral family has weights that are no matrices"):
         check_nf4(model_config(ModelSpec(config=experts), Shape(300, 16, 0)))
+    with pytest.raises(SpecError, match=r"adapter.base: .* no layer of the kind of transformer.h.0.self_attention.query_key_value"):
+        check_nf4(model_config(ModelSpec(config=FALCON), Shape(300, 16, 0)))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "bitsandbytes" else find(name, *more))
     with pytest.raises(SpecError, match=r"adapter.base: the package bitsandbytes is not installed; pip install 'distlm\[qlora\]'"):
         check_nf4(model_config(ModelSpec(config=LLAMA), Shape(300, 16, 0)))

@@ -7,15 +7,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from distlm.errors import CheckpointError, SpecError
+from distlm.model.adapter import add_adapter
 from distlm.model.build import build_model, model_config
-from distlm.model.export import export_model
+from distlm.model.export import export_model, stored_dtype
 from distlm.spec import TrainSpec, load_spec
 from distlm.spec.load import dump
-from distlm.storage import Storage, read_json
+from distlm.storage import Storage, read_json, write_json
 from distlm.train import checkpoint
+from distlm.train.loop import export
 from distlm.train.memory import make_load, peak_memory
 from distlm.train.recipe import make_recipe
 from tests.train.ranks import losses, losses_by_hand, make_corpus, run_ranks, spec
@@ -125,6 +127,30 @@ def test_an_adapter_is_added_in_float32_to_a_base_that_keeps_its_precision(root:
         expected *= (found[f"base_model.model.{name}.lora_magnitude_vector"] / expected.norm(dim=1))[:, None]
     assert (merged[f"{name}.weight"] != expected.bfloat16()).float().mean() <= 0.01 * (method == "dora"), "but for a last bit of a norm"
     assert {value.dtype for value in merged.values()} == {torch.bfloat16}
+
+
+def test_what_no_adapter_changes_is_exported_as_the_files_have_it_whatever_the_config_says(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root / "base", tmp_path / "base")
+    config = read_json(tmp_path / "base" / "config.json")
+    write_json(tmp_path / "base" / "config.json", {**config, "dtype": "bfloat16"})
+    recipe = make_recipe(tuned(root, str(tmp_path / "base"), {"target_modules": ["q_proj"]}), Storage(root))
+    assert recipe.spec.adapter
+    model = build_model(recipe.spec.model, model_config(recipe.spec.model, recipe.shape), 0)
+    add_adapter(model, recipe.spec.adapter, 0)
+    export(recipe, model, {name: one.detach() for name, one in model.named_parameters() if one.requires_grad}, tmp_path / "export", {})
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "export"))
+    assert all(torch.equal(after[name], weight) and after[name].dtype == weight.dtype for name, weight in before.items())
+    assert read_json(tmp_path / "export" / "config.json")["dtype"] == "float32"
+
+
+@pytest.mark.parametrize(("kinds", "dtype"), [((torch.bfloat16, torch.bfloat16), torch.bfloat16),
+                                              ((torch.bfloat16, torch.float32), torch.float32),
+                                              ((torch.bfloat16, torch.float16), torch.float32), ((torch.int8,), None), ((), None)])
+def test_a_checkpoint_is_of_the_type_that_holds_all_its_weights(kinds: tuple[torch.dtype, ...], dtype: Any, tmp_path: Path) -> None:
+    for i, kind in enumerate(kinds):
+        save_file({str(i): torch.ones(1).to(kind)}, tmp_path / f"{i}.safetensors")
+    write_json(tmp_path / "model.safetensors.index.json", {"weight_map": {str(i): f"{i}.safetensors" for i in range(len(kinds))}})
+    assert stored_dtype(tmp_path) == dtype
 
 
 def test_an_adapter_belongs_to_its_base(root: Path, tmp_path: Path) -> None:

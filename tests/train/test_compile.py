@@ -1,13 +1,17 @@
 """Layers that are compiled make the same steps, and a run of theirs goes on bit-equal."""
 
+import functools
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from distlm.errors import SpecError, TrainError
+from distlm.model.build import Shape, build_model, compile_layers, model_config, recompute
 from distlm.spec import load_spec
+from distlm.spec.train import ModelSpec
 from distlm.train.zero import check_node
 from tests.train.ranks import losses, make_corpus, run_ranks, spec
 
@@ -36,6 +40,28 @@ def test_a_compiled_run_goes_on_bit_equal(sections: dict[str, object], tmp_path:
     assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
     ours, theirs = ((tmp_path / run / "export" / "model.safetensors").read_bytes() for run in names)
     assert ours == theirs
+
+
+def test_every_variant_of_a_layer_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers with and without a sliding window, computed again or not, in training and evaluation, for batches of two sizes."""
+    monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(torch.nn.Module.compile, backend="eager"))
+    given = ModelSpec(config={"model_type": "gemma3_text", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4,
+                              "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "sliding_window": 8,
+                              "layer_types": ["sliding_attention", "full_attention", "full_attention", "sliding_attention"]})
+    model = build_model(given, model_config(given, Shape(64, 16, 0)), 0)
+    recompute(model, 2)
+    before = torch._dynamo.config.recompile_limit
+    try:
+        compile_layers(model)
+        with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+            for sequences in (3, 2):
+                with torch.no_grad():
+                    model.eval()(input_ids=torch.zeros(sequences, 16, dtype=torch.int64))
+            for sequences in (3, 2):
+                model.train()(input_ids=torch.zeros(sequences, 16, dtype=torch.int64)).logits.sum().backward()
+    finally:
+        torch._dynamo.reset()
+        torch._dynamo.config.recompile_limit = before
 
 
 def test_a_node_without_a_compiler_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

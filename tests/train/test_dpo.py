@@ -23,7 +23,7 @@ from distlm.model.build import build_model, model_config
 from distlm.model.export import export_model
 from distlm.runs import RunFolder
 from distlm.spec import TrainSpec, load_spec
-from distlm.storage import Storage
+from distlm.storage import Storage, read_json
 from distlm.train import checkpoint
 from distlm.train.driver import outcome
 from distlm.train.objectives import dpo
@@ -161,6 +161,7 @@ def test_preferences_are_learnt_through_a_base_in_4_bits(root: Path, tmp_path: P
     printed = run_ranks({tmp_path / "run": given}, watch=True)
     found = losses(tmp_path / "run")
     assert found[0] == pytest.approx(math.log(2), abs=1e-3) and found[-1] < found[0] - 0.02 and printed.count("kept, ") == 2
+    assert read_json(tmp_path / "run" / "reference" / "reference.json")["base"] == "nf4", "of which the reference is"
 
 
 def test_a_run_goes_on_bit_equal_from_the_reference_that_it_has_kept(root: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch.nn import functional
 
 from distlm.corpus.stream import Windows
-from distlm.errors import SpecError
+from distlm.errors import SpecError, TrainError
 from distlm.model.adapter import add_adapter, put_adapter
 from distlm.model.build import build_model, load_model, model_config
 from distlm.model.export import export_model
@@ -25,6 +25,7 @@ from distlm.spec.load import dump
 from distlm.storage import Storage, read_json
 from distlm.train.memory import advice, make_load, peak_memory
 from distlm.train.recipe import make_recipe
+from distlm.train.zero import check_node
 from tests.train.ranks import losses, losses_by_hand, make_corpus, make_packed_corpus, run_ranks, spec
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
@@ -129,7 +130,8 @@ def test_the_export_is_the_base_as_it_was_with_the_adapter(root: Path, tmp_path:
             assert torch.equal(merged[name], (weight.float() + b @ a).to(weight.dtype)), name
             changed += 1
     assert changed == 14 and read_json(run / "export" / "adapter" / "adapter_config.json")["base_model_name_or_path"] == str(root / base)
-    assert read_json(run / "export" / "distlm.json")["base_held_in"] == "nf4"
+    told = read_json(run / "export" / "distlm.json")
+    assert told["base_held_in"] == "nf4" and told["val_loss"] is None, "which is not that of what was trained"
     windows = [Windows(root / "c"), Windows(root / "c", "val")]
     trained_on, held_out = (torch.from_numpy(one.read(*one.first(len(one))).astype(np.int64)) for one in windows)
 
@@ -148,7 +150,7 @@ def test_the_export_is_the_base_as_it_was_with_the_adapter(root: Path, tmp_path:
     applied = loss(PeftModel.from_pretrained(plain, run / "export" / "adapter"))
     assert loss(ours) == pytest.approx(applied, rel=1e-6 if base == "base" else 3e-3)
     assert loss(ours) == pytest.approx(loss(trained), rel=0.02) and loss(trained) < first - 0.02
-    assert loss(trained, held_out) == pytest.approx(read_json(run / "export" / "distlm.json")["val_loss"], rel=1e-4)
+    assert loss(trained, held_out) == pytest.approx(told["val_loss_as_held"], rel=1e-4)
 
 
 def test_plan_counts_the_bits_of_the_base(root: Path) -> None:
@@ -182,3 +184,12 @@ def test_a_run_without_the_package_is_refused_at_plan(root: Path, monkeypatch: p
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "bitsandbytes" else find(name, *more))
     with pytest.raises(SpecError, match=r"adapter.base: the package bitsandbytes is not installed; pip install 'distlm\[qlora\]'"):
         make_recipe(tuned(root), Storage(root))
+
+
+def test_a_node_without_the_package_is_told(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_node(tuned(root))
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "bitsandbytes" else find(name, *more))
+    check_node(tuned(root, adapter={"base": None}))
+    with pytest.raises(TrainError, match=r"adapter.base: the package bitsandbytes is not installed on a worker's node; pip install"):
+        check_node(tuned(root))

@@ -127,8 +127,10 @@ def begin(engine: Any, recipe: "Recipe", folder: RunFolder, rank: int, device: "
 
     from distlm.model.preference import Reference
 
+    adapter = recipe.spec.adapter
     identity = {"corpus_hash": recipe.corpus_hash, "samples": min(recipe.num_samples, sum(map(len, _train(recipe)))),
-                "val": [part.windows for part in recipe.val], "precision": recipe.spec.precision, "model": _model_hash(recipe, rank)}
+                "val": [part.windows for part in recipe.val], "precision": recipe.spec.precision, "model": _model_hash(recipe, rank),
+                "base": adapter.base if adapter else None}
     place = folder.path / FOLDER
     known = [rank == 0 and _is_whole(place, identity)]
     distributed.broadcast_object_list(known)
