@@ -53,6 +53,7 @@ def test_losses_follow_bf16_s_and_the_export_is_any_other_s(tmp_path: Path) -> N
 
 
 @compiler
+@pytest.mark.slow
 def test_a_run_goes_on_bit_equal_under_zero(tmp_path: Path) -> None:
     corpus = make_corpus(tmp_path / "c")
     check_going_on({tmp_path / f"zero{zero}": case(corpus, "adamw", "fp8", zero, scale=ON_GPUS, compile=True, **sections)
