@@ -1,7 +1,7 @@
 """Task files of the lm-evaluation-harness: what they must hold so that nothing is downloaded, and the harness's tasks made of them.
 
     files = read_tasks(spec)                               # checked, nothing loaded
-    with loaded(files, shots=None) as tasks: ...           # name -> the harness's own task, with its documents
+    with loaded(files, shots=None, limit=None) as tasks: ...                   # name -> the harness's own task, with its questions
 
 Only what the user has is read: data sets from local files, metrics that the harness brings. A function that a file names by `!function`
 is the user's own code, and runs.
@@ -152,8 +152,14 @@ def max_tokens(options: Mapping[str, Any]) -> int:
     return int(next((options[name] for name in LIMITS if options.get(name) is not None), DEFAULT_MAX_GEN_TOKS))
 
 
-def check_room(files: list[TaskFile], context: int | None) -> None:
-    """Raises InputError for a task whose answers leave no room for a question."""
+def check_answers(files: list[TaskFile], context: int | None, tokenizer: Path | None) -> None:
+    """Raises InputError for a task whose answers leave no room for a question, or that no token of a folder's tokenizer can end."""
+    if files and tokenizer:
+        from transformers import AutoTokenizer
+
+        if AutoTokenizer.from_pretrained(tokenizer, local_files_only=True).eos_token_id is None:
+            raise InputError("the tokenizer has no token that ends a text", where=f"tasks: {tokenizer}",
+                             remedy="name it in tokenizer_config.json: eos_token")
     for file in files:
         limit = max_tokens(file.config.get("generation_kwargs") or {})
         if file.config.get("output_type", "generate_until") == "generate_until" and context is not None and limit >= context:
@@ -215,8 +221,12 @@ def included(path: Path) -> list[Path]:
 
 
 @contextlib.contextmanager
-def loaded(files: list[TaskFile], shots: int | None) -> Iterator[dict[str, Any]]:
-    """The harness's task of each file by its name, for the block: data sets are kept in a folder that goes with it. Raises InputError."""
+def loaded(files: list[TaskFile], shots: int | None, limit: int | None) -> Iterator[dict[str, Any]]:
+    """The harness's task of each file by its name, with the questions of its first `limit` documents, for the block: data sets are kept in
+    a folder that goes with it. Raises InputError."""
+    if not files:
+        yield {}
+        return
     from datasets import disable_progress_bars
     from lm_eval.api.task import ConfigurableTask
     from lm_eval.defaults import DEFAULT_RANDOM_SEED
@@ -232,5 +242,7 @@ def loaded(files: list[TaskFile], shots: int | None) -> Iterator[dict[str, Any]]
                     {} if "custom_dataset" in file.config else {"cache_dir": cache})}})
                 task.set_config(key="num_fewshot", value=task.config.num_fewshot or 0 if shots is None else shots)
                 task.set_fewshot_seed(seed=FEWSHOT_SEED)
+                task.build_all_requests(limit=limit)
+                task.build_all_requests = lambda **_: None  # the harness would draw other examples when it makes them again
             tasks[file.config["task"]] = task
         yield tasks

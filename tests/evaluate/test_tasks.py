@@ -202,6 +202,35 @@ def test_tasks_go_beside_corpora_and_take_shots_and_a_limit(root: Path, server: 
 
 
 @needs_harness
+def test_what_was_measured_before_a_task_fails_is_kept_and_its_file_is_named(root: Path, server: Server, tmp_path: Path) -> None:
+    (tmp_path / "late.py").write_text("def count(doc, results):\n    return {'acc': 1 / (doc['question'] != 'what is 8?')}\n")
+    path = Path(write(tmp_path, {**CHOICE, "task": "late", "metric_list": [CHOICE["metric_list"][0]], "dataset_kwargs": {
+        "data_files": {"test": str(root / "tasks" / "pick.jsonl"), "train": str(root / "tasks" / "shots.jsonl")}}}))
+    path.write_text(path.read_text() + "process_results: !function late.count\n")
+    given = asked(root, server, corpus=str(root / "corpora" / "two"), windows=2, tasks=[str(root / "tasks" / "pick.yaml"), str(path)])
+    with pytest.raises(InputError, match=r"late\.yaml: ZeroDivisionError"):
+        evaluate(given, RunFolder(tmp_path), Storage(root), Records())
+    kept = RunFolder(tmp_path).read_result()
+    assert kept["loss"] > 0 and [*kept["tasks"]] == ["pick"] and len(lines(tmp_path, "pick")) == 9
+    assert f"{kept['tasks']['pick']['metrics']['acc']['value']:.4f}" in (tmp_path / "report.html").read_text()
+
+
+@needs_harness
+def test_what_can_be_known_of_a_task_is_checked_before_an_endpoint_scores(root: Path, server: Server, tmp_path: Path) -> None:
+    keys = {"corpus": str(root / "corpora" / "two"), "windows": 2}
+    long = write(root / "tasks", {**ANSWER, "task": "long", "generation_kwargs": {"max_gen_toks": CONTEXT}})
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "tokenizer.json").write_bytes((root / "runs" / "m" / "tokenizer.json").read_bytes())
+    for given, message in [(asked(root, server, "pick", shots=50, **keys), r"pick\.yaml: ValueError: Sample larger"),
+                           (asked(root, server, tasks=[long], **keys), r"long\.yaml: an answer of 96 tokens leaves no room"),
+                           (asked(root, server, "say", tokenizer=str(bare), **keys), "no token that ends a text")]:
+        with pytest.raises(InputError, match=message):
+            evaluate(given, RunFolder(tmp_path), Storage(root), Records())
+        assert not (tmp_path / "result.json").exists()
+
+
+@needs_harness
 def test_a_worker_says_of_a_text_what_whole_logits_do(root: Path) -> None:
     from distlm.evaluate.task import make_task
 
