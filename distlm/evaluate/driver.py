@@ -18,7 +18,7 @@ from distlm.evaluate.task import Task, context_of, make_task
 from distlm.evaluate.tasks import TaskFile, check_answers, loaded, read_tasks
 from distlm.evaluate.totals import Sums, measures
 from distlm.evaluate.worker import Asked, Said, Worker, default_threads
-from distlm.model.complete import check_prompts, encode_prompts
+from distlm.model.complete import check_prompts, encode_prompts, unheeded
 from distlm.model.find import find_model
 from distlm.progress import Progress
 from distlm.runs import RunFolder
@@ -76,6 +76,9 @@ def by_model(spec: EvaluateSpec, task: Task, files: list[TaskFile], model: Path,
     context = context_of(model)
     check_prompts(prompts, spec.max_tokens, context)
     check_answers(files, context, model)
+    if prompts or files:
+        for name, value in unheeded(model).items():
+            progress.note(f"generation_config.json: {name}: {value} is not applied: the likeliest token is taken")
     with Workers(spec, task, folder, progress) as workers:
         scored(workers, str(model), model, workers.score(model), workers.complete(prompts, spec.max_tokens))
 
