@@ -272,6 +272,9 @@ class Client:
         while True:
             try:
                 answer = self.http.request(method, f"{self.endpoint.url}/{path}", json=body)
+            except httpx.ReadTimeout:
+                raise ServeError(f"the endpoint has not answered a request in {ANSWER_S} s", where=self.where, cause="timeout",
+                                 remedy="lower concurrent, batch_windows or what is asked of it") from None
             except httpx.HTTPError as error:
                 raise ServeError(f"the endpoint cannot be reached: {error or type(error).__name__}", where=self.where,
                                  remedy="`distlm runs` shows what is up") from None

@@ -11,11 +11,11 @@ too long loses its beginning, as in the harness's own `HFLM`.
 import json
 import math
 import os
-import re
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
+from urllib.parse import quote
 
 import numpy as np
 from lm_eval.api.model import TemplateLM
@@ -186,7 +186,7 @@ def run_tasks(files: list[TaskFile], tasks: dict[str, Any], spec: EvaluateSpec, 
 def answers_file(folder: RunFolder, task: str) -> Path:
     place = folder.path / ANSWERS
     place.mkdir(exist_ok=True)
-    return place / f"{re.sub(r'[^A-Za-z0-9._-]', '_', task)}.jsonl"
+    return place / f"{quote(task, safe='')}.jsonl"
 
 
 def metrics(found: dict[str, Any], higher: dict[str, Any]) -> dict[str, dict[str, Any]]:
