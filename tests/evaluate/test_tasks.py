@@ -208,11 +208,13 @@ def test_what_was_measured_before_a_task_fails_is_kept_and_its_file_is_named(roo
     path = Path(write(tmp_path, {**CHOICE, "task": "late", "metric_list": [CHOICE["metric_list"][0]], "dataset_kwargs": {
         "data_files": {"test": str(root / "tasks" / "pick.jsonl"), "train": str(root / "tasks" / "shots.jsonl")}}}))
     path.write_text(path.read_text() + "process_results: !function late.count\n")
-    given = asked(root, server, corpus=str(root / "corpora" / "two"), windows=2, tasks=[str(root / "tasks" / "pick.yaml"), str(path)])
-    with pytest.raises(InputError, match=r"late\.yaml: ZeroDivisionError"):
-        evaluate(given, RunFolder(tmp_path), Storage(root), Records())
-    kept = RunFolder(tmp_path).read_result()
-    assert kept["loss"] > 0 and [*kept["tasks"]] == ["pick"] and len(lines(tmp_path, "pick")) == 9
+    for before in [], [str(root / "tasks" / "pick.yaml")]:
+        given = asked(root, server, corpus=str(root / "corpora" / "two"), windows=2, tasks=[*before, str(path)])
+        with pytest.raises(InputError, match=r"late\.yaml: ZeroDivisionError"):
+            evaluate(given, RunFolder(tmp_path), Storage(root), Records())
+        kept = RunFolder(tmp_path).read_result()
+        assert kept["loss"] > 0 and [*kept.get("tasks", {})] == ["pick"] * len(before)
+    assert len(lines(tmp_path, "pick")) == 9
     assert f"{kept['tasks']['pick']['metrics']['acc']['value']:.4f}" in (tmp_path / "report.html").read_text()
 
 
