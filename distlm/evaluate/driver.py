@@ -4,8 +4,7 @@ A batch has the same windows whoever takes it, and sums of batches are added in 
 workers.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,10 @@ from distlm.corpus.manifest import read_manifest
 from distlm.errors import EvaluationError, InputError, TrainError
 from distlm.evaluate.report import write_report
 from distlm.evaluate.task import Task, context_of, make_task
-from distlm.evaluate.tasks import TaskFile, loaded, read_tasks
+from distlm.evaluate.tasks import TaskFile, check_answers, loaded, read_tasks
 from distlm.evaluate.totals import Sums, measures
 from distlm.evaluate.worker import Asked, Said, Worker, default_threads
-from distlm.model.complete import check_prompts, encode_prompts
+from distlm.model.complete import check_prompts, encode_prompts, unheeded
 from distlm.model.find import find_model
 from distlm.progress import Progress
 from distlm.runs import RunFolder
@@ -28,56 +27,60 @@ from distlm.storage import Storage
 
 AHEAD = 2
 """Batches that a worker has been given and has not answered."""
-Found = tuple[list[Sums], list[str], dict[str, Any]]
-"""The sums of every batch, in order, what was added to each prompt, and what came of the tasks."""
-Ask = Callable[[Any, Path], dict[str, Any]]
-"""Asks an evaluate.harness.Answering of the tasks, in the tokens of a folder's tokenizer, and returns what came of them."""
+Scored = Callable[[Any, str, Path | None, list[Sums], list[str]], None]
+"""Takes an evaluate.harness.Answering, what it is, the folder of its tokenizer, the sums of every batch, in order, and what it added to
+each prompt; asks it of the tasks."""
 
 
 def evaluate(spec: EvaluateSpec, folder: RunFolder, storage: Storage, progress: Progress) -> dict[str, Any]:
-    """Measure a model or an endpoint on corpora and in tasks; write report.html. Ray is initialised. Raises SpecError, InputError,
-    ClusterError, CorpusError, EvaluationError, ServeError."""
+    """Measure a model or an endpoint on corpora and in tasks; write report.html. What is measured is kept at once, also where a task fails
+    after it. Ray is initialised. Raises SpecError, InputError, ClusterError, CorpusError, EvaluationError, ServeError."""
     task, files = make_task(spec, storage), read_tasks(spec)
     for part in task.parts:
         if not part.by_source:
             progress.note(f"{part.name} does not tell the sources of its documents: it is measured as a whole")
     prompts = encode_prompts(read_manifest(task.parts[0].corpus).tokenizer, spec.prompts) if spec.prompts else []
     folder.event("running", message=", ".join([f"{task.windows:,} windows"] * bool(task.parts) + [f"{len(files):,} tasks"] * bool(files)))
-    with questions(files, spec, folder, progress) as ask:
+    outputs: dict[str, Any] = {"": str(folder.path)}
+
+    def keep(found: dict[str, Any]) -> None:
+        outputs.update(found)
+        folder.result(outputs)
+        write_report(folder, outputs)
+
+    with loaded(files, spec.shots, spec.limit) as tasks:
+        def scored(answering: Any, made_by: str, tokenizer: Path | None, sums: list[Sums], texts: list[str]) -> None:
+            found = {"evaluated": made_by, **(outcome(task, made_by, sums) if task.parts else {}),
+                     "samples": [{"prompt": prompt, "completion": text} for prompt, text in zip(spec.prompts, texts, strict=True)]}
+            if task.parts and not found["tokens"]:
+                raise InputError(f"no token of the {task.windows:,} windows gives loss", where="windows",
+                                 remedy="take more windows, or other corpora")
+            keep(found)
+            if files and tokenizer:
+                from distlm.evaluate.harness import run_tasks
+
+                run_tasks(files, tasks, spec, tokenizer, answering, folder, progress, keep)
+
         if spec.model is not None:
-            made_by = str(find_model(spec.model, storage))
-            sums, texts, tasks = by_model(spec, task, Path(made_by), prompts, ask, folder, progress)
+            by_model(spec, task, files, find_model(spec.model, storage), prompts, scored, folder, progress)
         else:
             from distlm.evaluate.endpoint import by_endpoint
 
-            made_by, sums, texts, tasks = by_endpoint(spec, task, prompts, ask, storage, folder, progress)
-    outputs = {"": str(folder.path), "evaluated": made_by, **(outcome(task, made_by, sums) if task.parts else {}), **tasks}
-    if task.parts and not outputs["tokens"]:
-        raise InputError(f"no token of the {task.windows:,} windows gives loss", where="windows",
-                         remedy="take more windows, or other corpora")
-    outputs["samples"] = [{"prompt": prompt, "completion": text} for prompt, text in zip(spec.prompts, texts, strict=True)]
-    write_report(folder, outputs)
+            by_endpoint(spec, task, files, prompts, scored, storage, folder, progress)
     return outputs
 
 
-@contextlib.contextmanager
-def questions(files: list[TaskFile], spec: EvaluateSpec, folder: RunFolder, progress: Progress) -> Iterator[Ask]:
-    """The tasks, loaded for the block, as one function. Raises InputError for a file that cannot be used."""
-    if not files:
-        yield lambda answering, tokenizer: {}
-        return
-    from distlm.evaluate.harness import run_tasks
-
-    with loaded(files, spec.shots) as tasks:
-        yield lambda answering, tokenizer: run_tasks(files, tasks, spec, tokenizer, answering, folder, progress)
-
-
-def by_model(spec: EvaluateSpec, task: Task, model: Path, prompts: list[list[int]], ask: Ask, folder: RunFolder,
-             progress: Progress) -> Found:
+def by_model(spec: EvaluateSpec, task: Task, files: list[TaskFile], model: Path, prompts: list[list[int]], scored: Scored,
+             folder: RunFolder, progress: Progress) -> None:
     """Let workers score the batches. Raises ClusterError where the cluster does not hold them, and what a worker raises."""
-    check_prompts(prompts, spec.max_tokens, context_of(model))
+    context = context_of(model)
+    check_prompts(prompts, spec.max_tokens, context)
+    check_answers(files, context, model)
+    if prompts or files:
+        for name, value in unheeded(model).items():
+            progress.note(f"generation_config.json: {name}: {value} is not applied: the likeliest token is taken")
     with Workers(spec, task, folder, progress) as workers:
-        return workers.score(model), workers.complete(prompts, spec.max_tokens), ask(workers, model)
+        scored(workers, str(model), model, workers.score(model), workers.complete(prompts, spec.max_tokens))
 
 
 class Workers:

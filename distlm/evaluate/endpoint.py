@@ -19,6 +19,7 @@ from distlm.corpus.manifest import read_manifest
 from distlm.corpus.stream import START
 from distlm.errors import InputError, ServeError
 from distlm.evaluate.task import Reader, Rows, Task
+from distlm.evaluate.tasks import TaskFile, check_answers
 from distlm.evaluate.totals import Sums
 from distlm.evaluate.worker import Asked, Said, Scores, said, sums
 from distlm.model.complete import check_prompts
@@ -104,15 +105,16 @@ def find_tokenizer(spec: EvaluateSpec, task: Task, endpoint: Endpoint, storage: 
                      remedy="name a folder with its tokenizer.json, or a run")
 
 
-def by_endpoint(spec: EvaluateSpec, task: Task, prompts: list[list[int]], ask: Callable[[Any, Path], dict[str, Any]], storage: Storage,
-                folder: RunFolder, progress: Progress) -> tuple[str, list[Sums], list[str], dict[str, Any]]:
-    """(its address and model, the sums of every batch, what it adds to each prompt, what came of the tasks). Raises InputError for an
-    endpoint that is not that of the corpora or refuses the key, ServeError for one that does not answer."""
+def by_endpoint(spec: EvaluateSpec, task: Task, files: list[TaskFile], prompts: list[list[int]],
+                scored: Callable[["Client", str, Path | None, list[Sums], list[str]], None], storage: Storage, folder: RunFolder,
+                progress: Progress) -> None:
+    """Let an endpoint score the batches; `scored` is as in the driver. Raises InputError for an endpoint that is not that of the corpora or
+    refuses the key, ServeError for one that does not answer."""
     endpoint = find_endpoint(spec, storage)
     if endpoint.record is not None and not healthy(endpoint.record):     # anybody may listen there: the key is not sent
         why = "nobody listens there" if gone(endpoint.record) else "it does not prove that it knows its key and serves its model"
         raise ServeError(why, where=f"endpoint: {endpoint.url}", remedy=f"`distlm status {endpoint.record['app']}` shows how it stands")
-    return Client(endpoint, spec, task, progress, folder).measure(prompts, ask, find_tokenizer(spec, task, endpoint, storage))
+    Client(endpoint, spec, task, progress, folder).measure(prompts, files, find_tokenizer(spec, task, endpoint, storage), scored)
 
 
 class Client:
@@ -123,24 +125,22 @@ class Client:
         self.where, self.model, self.again = f"endpoint: {endpoint.url}", endpoint.model, 0
         self.context: int | None = None
 
-    def measure(self, prompts: list[list[int]], ask: Callable[[Any, Path], dict[str, Any]],
-                tokenizer: Path | None) -> tuple[str, list[Sums], list[str], dict[str, Any]]:
-        """What `by_endpoint` returns."""
+    def measure(self, prompts: list[list[int]], files: list[TaskFile], tokenizer: Path | None,
+                scored: Callable[["Client", str, Path | None, list[Sums], list[str]], None]) -> None:
+        """As `by_endpoint`."""
         key, limits = read_key(self.endpoint.key_file), httpx.Limits(max_connections=self.spec.concurrent)
         with httpx.Client(headers={"Authorization": f"Bearer {key}"}, timeout=httpx.Timeout(ANSWER_S, connect=10), limits=limits,
                           trust_env=False) as self.http:
             card = self.card()
             self.model, self.context = str(card["id"]), card.get("max_model_len")
             self.check(card, prompts, tokenizer)
+            check_answers(files, self.context, tokenizer)
             self.progress.note(f"{self.task.windows:,} windows in {len(self.task.batches):,} requests, " * bool(self.task.parts)
                                + f"{self.spec.concurrent} at once")
-            found = self.score_all()
-            texts = [self.complete(prompt) for prompt in prompts]
-            tasks = ask(self, tokenizer) if tokenizer else {}
+            scored(self, f"{self.model} at {self.endpoint.url}", tokenizer, self.score_all(), [self.complete(prompt) for prompt in prompts])
         if self.again:
             self.progress.note(said := f"the endpoint was full, and requests were sent {self.again:,} times again")
             self.folder.event("note", message=said)
-        return f"{self.model} at {self.endpoint.url}", found, texts, tasks
 
     def card(self) -> dict[str, Any]:
         """What the endpoint tells of the model."""
@@ -277,6 +277,9 @@ class Client:
         while True:
             try:
                 answer = self.http.request(method, f"{self.endpoint.url}/{path}", json=body)
+            except httpx.ReadTimeout:
+                raise ServeError(f"the endpoint has not answered a request in {ANSWER_S} s", where=self.where, cause="timeout",
+                                 remedy="lower concurrent, batch_windows or what is asked of it") from None
             except httpx.HTTPError as error:
                 raise ServeError(f"the endpoint cannot be reached: {error or type(error).__name__}", where=self.where,
                                  remedy="`distlm runs` shows what is up") from None

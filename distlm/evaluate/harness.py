@@ -1,7 +1,7 @@
 """The lm-evaluation-harness over a model or an endpoint: it makes the questions and counts, and what answers is ours.
 
-    with loaded(files, spec.shots) as tasks:
-        measured = run_tasks(files, tasks, spec, tokenizer_folder, answering, folder, progress)
+    with loaded(files, spec.shots, spec.limit) as tasks:
+        run_tasks(files, tasks, spec, tokenizer_folder, answering, folder, progress, keep)     # keep(measured) after each task
     measured["tasks"]["arc"]["metrics"]["acc"]["value"]
 
 Whoever answers is asked for tokens, so that a checkpoint and its endpoint are asked for the same. Texts become tokens, and a text that is
@@ -11,11 +11,11 @@ too long loses its beginning, as in the harness's own `HFLM`.
 import json
 import math
 import os
-import re
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
+from urllib.parse import quote
 
 import numpy as np
 from lm_eval.api.model import TemplateLM
@@ -23,8 +23,8 @@ from lm_eval.defaults import DEFAULT_MAX_LENGTH
 from lm_eval.evaluator import evaluate
 from lm_eval.utils import get_rolling_token_windows, handle_non_serializable, make_disjoint_window
 
-from distlm.errors import EvaluationError, InputError
-from distlm.evaluate.tasks import FEWSHOT_SEED, TaskFile, check_room, file_hash, max_tokens, refused
+from distlm.errors import EvaluationError
+from distlm.evaluate.tasks import FEWSHOT_SEED, TaskFile, file_hash, max_tokens, refused
 from distlm.evaluate.worker import Asked, Said
 from distlm.progress import Progress
 from distlm.runs import RunFolder
@@ -63,6 +63,8 @@ class Model(TemplateLM):  # type: ignore[misc, unused-ignore]
         self.max_length = answering.context or DEFAULT_MAX_LENGTH
         self.truncated = 0
         """Texts that have lost their beginning."""
+        self.where = "tasks"
+        """The file that is asked of, for errors."""
 
     @property
     def eot_token_id(self) -> int:
@@ -87,7 +89,7 @@ class Model(TemplateLM):  # type: ignore[misc, unused-ignore]
         for _name, before, after in requests:
             if not after or len(after) > self.max_length:
                 raise EvaluationError(f"an answer has {len(after)} tokens, and the model takes 1 to {self.max_length}", cause="bad_input",
-                                      where="tasks", remedy="change the task's choices")
+                                      where=self.where, remedy="change the task's choices")
             tokens = (before + after)[-(self.max_length + 1):]
             self.truncated += len(before) + len(after) > len(tokens)
             asked.append((tokens, len(tokens) - len(after)))
@@ -154,39 +156,37 @@ class Model(TemplateLM):  # type: ignore[misc, unused-ignore]
 
 
 def run_tasks(files: list[TaskFile], tasks: dict[str, Any], spec: EvaluateSpec, tokenizer: Path, answering: Answering,
-              folder: RunFolder, progress: Progress) -> dict[str, Any]:
-    """`tasks`, the metrics of each, and `harness`, what else decides them; answers/ in the folder has a line for each document and filter.
-    Raises InputError, and what `answering` raises."""
+              folder: RunFolder, progress: Progress, keep: Callable[[dict[str, Any]], None]) -> None:
+    """Ask of one task after the other. `keep` is given after each `tasks`, the metrics of those that have been asked, and `harness`, what
+    else decides them; answers/ in the folder has a line for each document and filter. Raises InputError, and what `answering` raises."""
     from transformers import AutoTokenizer
 
-    check_room(files, answering.context)
     model = Model(AutoTokenizer.from_pretrained(tokenizer, local_files_only=True), answering, spec.batch_windows, progress)
-    if model.tokenizer.eos_token_id is None:
-        raise InputError("the tokenizer has no token that ends a text", where=f"tasks: {tokenizer}",
-                         remedy="name it in tokenizer_config.json: eos_token")
     os.environ["DISABLE_MULTIPROC"] = "1"                  # the harness would fork this process, which Ray's threads are in
-    with refused("tasks"):
-        found: Any = evaluate(lm=model, task_dict={"tasks": tasks}, limit=spec.limit, bootstrap_iters=BOOTSTRAP)
+    made: dict[str, Any] = {}
+    for file in files:
+        name, model.where = file.config["task"], file.where
+        with refused(file.where):
+            found: Any = evaluate(lm=model, task_dict={"tasks": {name: tasks[name]}}, limit=spec.limit, bootstrap_iters=BOOTSTRAP)
+        answers = answers_file(folder, name)
+        lines = "".join(json.dumps(one, default=handle_non_serializable, ensure_ascii=False) + "\n" for one in found["samples"][name])
+        write_atomic(answers, lines.encode("utf-8", "replace"))
+        made[name] = {
+            "file": str(file.path), "hash": file_hash(file.path), "version": found["versions"].get(name), "shots": found["n-shot"][name],
+            "documents": found["n-samples"][name]["effective"], "answers": str(answers.relative_to(folder.path)),
+            "metrics": metrics(found["results"][name], found["higher_is_better"].get(name) or {})}
+        keep({"tasks": made, "harness": {"version": version("lm_eval"), "context": model.max_length, "truncated": model.truncated,
+                                         "fewshot_seed": FEWSHOT_SEED, "bootstrap": BOOTSTRAP}})
     if model.truncated:
         progress.note(told := f"{model.truncated:,} texts of tasks are longer than the context of {model.max_length:,} tokens, and lost "
                       "their beginning")
         folder.event("note", message=told)
-    for name, samples in found["samples"].items():
-        lines = "".join(json.dumps(one, default=handle_non_serializable, ensure_ascii=False) + "\n" for one in samples)
-        write_atomic(answers_file(folder, name), lines.encode("utf-8", "replace"))
-    made = {name: {
-        "file": str(file.path), "hash": file_hash(file.path), "version": found["versions"].get(name), "shots": found["n-shot"][name],
-        "documents": found["n-samples"][name]["effective"], "answers": str(answers_file(folder, name).relative_to(folder.path)),
-        "metrics": metrics(found["results"][name], found["higher_is_better"].get(name) or {})}
-        for file in files for name in [file.config["task"]]}
-    return {"tasks": made, "harness": {"version": version("lm_eval"), "context": model.max_length, "truncated": model.truncated,
-                                       "fewshot_seed": FEWSHOT_SEED, "bootstrap": BOOTSTRAP}}
 
 
 def answers_file(folder: RunFolder, task: str) -> Path:
     place = folder.path / ANSWERS
     place.mkdir(exist_ok=True)
-    return place / f"{re.sub(r'[^A-Za-z0-9._-]', '_', task)}.jsonl"
+    return place / f"{quote(task, safe='')}.jsonl"
 
 
 def metrics(found: dict[str, Any], higher: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -17,7 +17,7 @@ from distlm.corpus.manifest import Manifest, manifest_hash, read_manifest
 from distlm.corpus.stream import Windows, silent
 from distlm.corpus.tokenizer import token_bytes
 from distlm.errors import CorpusError, InputError
-from distlm.evaluate.tasks import check_room, read_tasks
+from distlm.evaluate.tasks import check_answers, read_tasks
 from distlm.model.build import Shape, checkpoint_config, has_classifier
 from distlm.model.find import find_model
 from distlm.model.vocabulary import vocabulary_hash
@@ -198,10 +198,11 @@ def inputs_of(spec: EvaluateSpec, storage: Storage) -> dict[str, Any]:
         corpora["tasks"] = {file.config["task"]: file.hashes for file in files}
     if spec.model is not None:
         model = find_model(spec.model, storage)
-        check_room(files, context_of(model))
+        check_answers(files, context_of(model), model)
         return {"model": str(model), **corpora}
     from distlm.evaluate.endpoint import find_endpoint, find_tokenizer
 
     endpoint = find_endpoint(spec, storage)
     tokenizer = find_tokenizer(spec, task, endpoint, storage)
+    check_answers(files, None, tokenizer)
     return {**endpoint.told(), **corpora, **({"tokenizer": {str(tokenizer): vocabulary_hash(tokenizer)}} if tokenizer else {})}

@@ -1,15 +1,16 @@
 """Task files of the lm-evaluation-harness: what they must hold so that nothing is downloaded, and the harness's tasks made of them.
 
     files = read_tasks(spec)                               # checked, nothing loaded
-    with loaded(files, shots=None) as tasks: ...           # name -> the harness's own task, with its documents
+    with loaded(files, shots=None, limit=None) as tasks: ...                   # name -> the harness's own task, with its questions
 
-Only what the user has is read: data sets from local files, metrics that the harness brings. A function that a file names by `!function`
-is the user's own code, and runs.
+Only what the user has is read: data sets from local files, metrics that the harness brings. A task's file is code: the functions that it
+names by `!function` and its templates run.
 """
 
 import contextlib
 import importlib.util
 import inspect
+import logging
 import os
 import random
 import tempfile
@@ -80,11 +81,16 @@ def read_tasks(spec: EvaluateSpec) -> list[TaskFile]:
 
 def read_task(path: Path, where: str) -> TaskFile:
     """Raises InputError for a file that is no task, has an unknown key, samples, or needs what is not local."""
+    with refused(where):
+        return checked(path, where)
+
+
+def checked(path: Path, where: str) -> TaskFile:
+    """`read_task`, which makes an error of a value of the wrong type one line."""
     from lm_eval.config.task import TaskConfig
     from lm_eval.tasks._yaml_loader import load_yaml
 
-    with refused(where):
-        config = load_yaml(path)
+    config = load_yaml(path)
     for key in ("tag", "task_list"):                       # by which the harness finds its own tasks
         config.pop(key, None)
     known = [field.name for field in fields(TaskConfig)]
@@ -108,7 +114,7 @@ def refused(where: str) -> Iterator[None]:
         yield
     except DistlmError:
         raise
-    except Exception as error:                             # the user's functions and templates raise what they like
+    except (Exception, SystemExit) as error:               # the user's functions and templates raise what they like
         text = " ".join(str(error).split())[:300]
         raise InputError(f"{type(error).__name__}: {text}" if text else type(error).__name__, where=where,
                          remedy="the harness cannot use the file as it is") from error
@@ -135,6 +141,8 @@ def check_scoring(config: Mapping[str, Any], where: str) -> None:
     if strange := sorted(set(options) - {"do_sample", "temperature", "until", *LIMITS}):
         raise InputError(f"generation_kwargs: {strange[0]} is not supported", where=where,
                          remedy=f"there are until, {', '.join(LIMITS)}")
+    if (limit := max_tokens(options)) < 1:
+        raise InputError(f"generation_kwargs: an answer of {limit} tokens", where=where, remedy="set max_gen_toks: 1 or more")
     if config.get("doc_to_image") or config.get("doc_to_audio"):
         raise InputError("it asks of images or sounds", where=where, remedy="models here read text alone")
     if config.get("unsafe_code"):
@@ -152,8 +160,14 @@ def max_tokens(options: Mapping[str, Any]) -> int:
     return int(next((options[name] for name in LIMITS if options.get(name) is not None), DEFAULT_MAX_GEN_TOKS))
 
 
-def check_room(files: list[TaskFile], context: int | None) -> None:
-    """Raises InputError for a task whose answers leave no room for a question."""
+def check_answers(files: list[TaskFile], context: int | None, tokenizer: Path | None) -> None:
+    """Raises InputError for a task whose answers leave no room for a question, or that no token of a folder's tokenizer can end."""
+    if files and tokenizer:
+        from transformers import AutoTokenizer
+
+        if AutoTokenizer.from_pretrained(tokenizer, local_files_only=True).eos_token_id is None:
+            raise InputError("the tokenizer has no token that ends a text", where=f"tasks: {tokenizer}",
+                             remedy="name it in tokenizer_config.json: eos_token")
     for file in files:
         limit = max_tokens(file.config.get("generation_kwargs") or {})
         if file.config.get("output_type", "generate_until") == "generate_until" and context is not None and limit >= context:
@@ -169,14 +183,15 @@ def local_data(config: dict[str, Any], folder: Path, where: str) -> list[Path]:
     source = config.get("dataset_path")
     remedy = "write `dataset_path: json` and `dataset_kwargs: {data_files: {test: FILE}}`; nothing is downloaded"
     options = dict(config.get("dataset_kwargs") or {})
+    bases, files = (folder, Path.cwd()), options.get("data_files")
     if source not in FORMATS:
-        place = next((place for base in (folder, Path.cwd()) if source and (place := base / str(source)).is_dir()), None)
+        place = next((place for base in bases if source and (place := base / str(source)).is_dir()), None)
         if place is None or (place / "dataset_info.json").exists():
             raise InputError(f"its data set {source} is not local" if place is None else f"{place} is a data set of save_to_disk",
                              where=f"{where}: dataset_path", remedy=remedy)
-        config["dataset_path"] = str(place)
-        return sorted(file for file in place.rglob("*") if file.is_file())
-    if not options.get("data_files"):
+        check_folder(place, f"{where}: dataset_path")
+        config["dataset_path"], bases = str(place), (place, place)
+    elif not files:
         raise InputError("it names no files", where=f"{where}: dataset_kwargs.data_files", remedy=remedy)
     found: list[Path] = []
 
@@ -186,16 +201,32 @@ def local_data(config: dict[str, Any], folder: Path, where: str) -> list[Path]:
         if isinstance(value, list):
             return [path for one in value for path in whole(one)]
         pattern = Path(str(value)).expanduser()
-        places = [] if "://" in str(value) else [base / pattern for base in (Path(escape(str(place))) for place in (folder, Path.cwd()))]
-        files = next((files for place in places if (files := sorted(glob(str(place), recursive=True)))), [])
-        if not files:
-            raise InputError(f"there is no local file {value}", where=f"{where}: dataset_kwargs.data_files",
-                             remedy=f"it is looked for in {folder} and in {Path.cwd()}")
-        found.extend(Path(file).absolute() for file in files)
-        return files
+        for base in () if "://" in str(value) else bases:
+            plain, matching = base / pattern, Path(escape(str(base))) / pattern
+            if files := [str(plain)] if plain.is_file() else sorted(glob(str(matching), recursive=True)):
+                found.extend(Path(file).absolute() for file in files)
+                return [escape(file) for file in files]
+        raise InputError(f"there is no local file {value}", where=f"{where}: dataset_kwargs.data_files",
+                         remedy=f"it is looked for in {' and in '.join(dict.fromkeys(map(str, bases)))}")
 
-    config["dataset_kwargs"] = {**options, "data_files": whole(options["data_files"])}
-    return found
+    if files:
+        config["dataset_kwargs"] = {**options, "data_files": whole(files)}
+    return found if source in FORMATS else sorted(file for file in bases[0].rglob("*") if file.is_file())
+
+
+def check_folder(place: Path, where: str) -> None:
+    """Raises InputError for a data set's folder that names what is not local, or whose own name would be taken for a pattern."""
+    from huggingface_hub import DatasetCard
+    from ruamel.yaml import YAML
+
+    if escape(str(place)) != str(place):
+        raise InputError(f"{place} would be taken for a pattern", where=where, remedy="rename it: no *, ? or [")
+    card, alone = place / "README.md", place / ".huggingface.yaml"
+    told = [DatasetCard.load(card).data.to_dict()] if card.is_file() else []
+    told += [YAML(typ="safe").load(alone.read_text("utf-8")) or {}] if alone.is_file() else []
+    if any("://" in str(one.get("configs")) for one in told):
+        raise InputError(f"{place} names data that are not local", where=where,
+                         remedy="take the addresses out of `configs` of its README.md")
 
 
 def functions(value: Any) -> Iterator[Any]:
@@ -215,22 +246,30 @@ def included(path: Path) -> list[Path]:
 
 
 @contextlib.contextmanager
-def loaded(files: list[TaskFile], shots: int | None) -> Iterator[dict[str, Any]]:
-    """The harness's task of each file by its name, for the block: data sets are kept in a folder that goes with it. Raises InputError."""
+def loaded(files: list[TaskFile], shots: int | None, limit: int | None) -> Iterator[dict[str, Any]]:
+    """The harness's task of each file by its name, with the questions of its first `limit` documents, for the block: data sets are kept in
+    a folder that goes with it. Raises InputError."""
+    if not files:
+        yield {}
+        return
     from datasets import disable_progress_bars
-    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.api import task as harness
     from lm_eval.defaults import DEFAULT_RANDOM_SEED
 
     disable_progress_bars()
+    harness.tqdm = lambda documents, **_: documents
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     random.seed(DEFAULT_RANDOM_SEED)
     np.random.seed(FEWSHOT_SEED)
     with tempfile.TemporaryDirectory(prefix="distlm-tasks-") as cache:
         tasks: dict[str, Any] = {}
         for file in files:
             with refused(file.where):
-                task = ConfigurableTask(config={**file.config, "dataset_kwargs": {**(file.config.get("dataset_kwargs") or {}), **(
+                task = harness.ConfigurableTask(config={**file.config, "dataset_kwargs": {**(file.config.get("dataset_kwargs") or {}), **(
                     {} if "custom_dataset" in file.config else {"cache_dir": cache})}})
                 task.set_config(key="num_fewshot", value=task.config.num_fewshot or 0 if shots is None else shots)
                 task.set_fewshot_seed(seed=FEWSHOT_SEED)
+                task.build_all_requests(limit=limit)
+                task.build_all_requests = lambda **_: None  # the harness would draw other examples when it makes them again
             tasks[file.config["task"]] = task
         yield tasks

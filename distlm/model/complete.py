@@ -11,6 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from distlm.errors import InputError
+from distlm.storage import read_json
+
+UNHEEDED = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "encoder_repetition_penalty": 1.0, "min_new_tokens": 0, "min_length": 0,
+            "num_beams": 1, "suppress_tokens": None, "begin_suppress_tokens": None, "bad_words_ids": None, "sequence_bias": None,
+            "forced_eos_token_id": None, "exponential_decay_length_penalty": None}
+"""Settings of generation_config.json by which another token than the likeliest is taken, with what turns them off. Neither what is here nor
+an endpoint applies them: a model completes a text in the same way everywhere."""
+
+
+def unheeded(model: Path) -> dict[str, Any]:
+    """Those of UNHEEDED that a model's folder sets."""
+    path = model / "generation_config.json"
+    settings = read_json(path) if path.exists() else {}
+    return {name: settings[name] for name, off in UNHEEDED.items() if settings.get(name) not in (None, off)}
 
 
 def encode_prompts(tokenizer: Path, texts: Sequence[str]) -> list[list[int]]:
@@ -40,7 +54,7 @@ def complete(model: Any, tokenizer: Any, prompts: list[list[int]], max_tokens: i
     for prompt in prompts:
         tokens = torch.tensor([prompt], device=model.device)
         made = model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=max_tokens, do_sample=False, use_cache=True,
-                              synced_gpus=together)
+                              synced_gpus=together, **UNHEEDED)
         texts.append(str(tokenizer.decode(made[0, len(prompt):], skip_special_tokens=True)))
     return texts
 
@@ -64,5 +78,5 @@ def generate(model: Any, tokenizer: Any, prompts: list[list[int]], max_tokens: i
 
     made = model.generate(tokens, attention_mask=mask, max_new_tokens=max_tokens, do_sample=False, use_cache=True,
                           eos_token_id=ends or None, pad_token_id=ends[0] if ends else 0,
-                          stopping_criteria=StoppingCriteriaList([Stopped()]))[:, width:].tolist()
+                          stopping_criteria=StoppingCriteriaList([Stopped()]), **UNHEEDED)[:, width:].tolist()
     return [row[:next((i for i, token in enumerate(row) if token in ends), len(row))] for row in made]

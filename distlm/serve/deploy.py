@@ -26,6 +26,7 @@ from ray.serve.exceptions import RayServeException
 from distlm.autoscale import require, serve_bundles
 from distlm.errors import DistlmError, InputError, ServeError
 from distlm.model.adapter_folder import CONFIG, WEIGHTS, AdapterFolder, find_adapters, home_of, tokenizer_files
+from distlm.model.complete import unheeded
 from distlm.model.find import find_model
 from distlm.progress import Progress
 from distlm.runs import RunFolder
@@ -40,9 +41,6 @@ from distlm.storage import Storage, read_json, write_json, writing
 START_TIMEOUT_S = 900
 COPIED_BYTES = 1 << 20
 """Larger files are linked."""
-IGNORED = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "encoder_repetition_penalty": 1.0, "min_new_tokens": 0,
-           "suppress_tokens": None, "bad_words_ids": None, "sequence_bias": None, "forced_eos_token_id": None}
-"""Settings of generation_config.json that change what `generate` gives and that the API has no field for, with what turns them off."""
 
 
 class Replica:
@@ -78,7 +76,7 @@ def serve(spec: ServeSpec, folder: RunFolder, storage: Storage, progress: Progre
     adapters = find_adapters(spec.adapters, storage)       # `execute.inputs` has held them against the model
     key_file = Path(spec.api_key_file).expanduser().absolute() if spec.api_key_file else make_key(folder.path / "api_key")
     read_key(key_file)
-    for name, value in ignored_settings(model).items():
+    for name, value in unheeded(model).items():
         progress.note(f"generation_config.json: {name}: {value} is not applied, the API has no field for it")
     for name, adapter in adapters.items():
         if caveat := AdapterFolder.read(adapter).caveat:
@@ -209,12 +207,6 @@ def undeploy(name: str, storage: Storage) -> None:
         raise InputError(f"there is no endpoint {name}", where=str(record.parent), remedy=f"did you mean {near}?" if near else "")
     remove(read_json(record)["app"])
     forget(record.parent)
-
-
-def ignored_settings(model: Path) -> dict[str, Any]:
-    path = model / "generation_config.json"
-    settings = read_json(path) if path.exists() else {}
-    return {name: settings[name] for name, off in IGNORED.items() if settings.get(name) not in (None, off)}
 
 
 def start(spec: ServeSpec) -> tuple[str, int]:

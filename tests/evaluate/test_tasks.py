@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,10 @@ from ruamel.yaml import YAML
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distlm import cluster, execute, plan
-from distlm.errors import DistlmError, InputError, SpecError
+from distlm.errors import DistlmError, InputError, ServeError, SpecError
 from distlm.evaluate.driver import evaluate
 from distlm.evaluate.task import inputs_of
-from distlm.evaluate.tasks import file_hash, read_tasks
+from distlm.evaluate.tasks import file_hash, loaded, read_tasks
 from distlm.evaluate.worker import Worker
 from distlm.model.complete import generate
 from distlm.runs import RunFolder
@@ -202,6 +203,37 @@ def test_tasks_go_beside_corpora_and_take_shots_and_a_limit(root: Path, server: 
 
 
 @needs_harness
+def test_what_was_measured_before_a_task_fails_is_kept_and_its_file_is_named(root: Path, server: Server, tmp_path: Path) -> None:
+    (tmp_path / "late.py").write_text("def count(doc, results):\n    return {'acc': 1 / (doc['question'] != 'what is 8?')}\n")
+    path = Path(write(tmp_path, {**CHOICE, "task": "late", "metric_list": [CHOICE["metric_list"][0]], "dataset_kwargs": {
+        "data_files": {"test": str(root / "tasks" / "pick.jsonl"), "train": str(root / "tasks" / "shots.jsonl")}}}))
+    path.write_text(path.read_text() + "process_results: !function late.count\n")
+    for before in [], [str(root / "tasks" / "pick.yaml")]:
+        given = asked(root, server, corpus=str(root / "corpora" / "two"), windows=2, tasks=[*before, str(path)])
+        with pytest.raises(InputError, match=r"late\.yaml: ZeroDivisionError"):
+            evaluate(given, RunFolder(tmp_path), Storage(root), Records())
+        kept = RunFolder(tmp_path).read_result()
+        assert kept["loss"] > 0 and [*kept.get("tasks", {})] == ["pick"] * len(before)
+    assert len(lines(tmp_path, "pick")) == 9
+    assert f"{kept['tasks']['pick']['metrics']['acc']['value']:.4f}" in (tmp_path / "report.html").read_text()
+
+
+@needs_harness
+def test_what_can_be_known_of_a_task_is_checked_before_an_endpoint_scores(root: Path, server: Server, tmp_path: Path) -> None:
+    keys = {"corpus": str(root / "corpora" / "two"), "windows": 2}
+    long = write(root / "tasks", {**ANSWER, "task": "long", "generation_kwargs": {"max_gen_toks": CONTEXT}})
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "tokenizer.json").write_bytes((root / "runs" / "m" / "tokenizer.json").read_bytes())
+    for given, message in [(asked(root, server, "pick", shots=50, **keys), r"pick\.yaml: ValueError: Sample larger"),
+                           (asked(root, server, tasks=[long], **keys), r"long\.yaml: an answer of 96 tokens leaves no room"),
+                           (asked(root, server, "say", tokenizer=str(bare), **keys), "no token that ends a text")]:
+        with pytest.raises(InputError, match=message):
+            evaluate(given, RunFolder(tmp_path), Storage(root), Records())
+        assert not (tmp_path / "result.json").exists()
+
+
+@needs_harness
 def test_a_worker_says_of_a_text_what_whole_logits_do(root: Path) -> None:
     from distlm.evaluate.task import make_task
 
@@ -230,6 +262,10 @@ def test_a_worker_says_of_a_text_what_whole_logits_do(root: Path) -> None:
     ({"generation_kwargs": {"do_sample": True}}, "would be drawn at random; set do_sample: false"),
     ({"generation_kwargs": {"num_beams": 3}}, "generation_kwargs: num_beams is not supported"),
     ({"output_type": "generate_until", "generation_kwargs": {"max_gen_toks": CONTEXT}}, "an answer of 96 tokens leaves no room"),
+    ({"generation_kwargs": {"max_gen_toks": -5}}, "generation_kwargs: an answer of -5 tokens"),
+    ({"metric_list": 5}, r"task\.yaml: TypeError"), ({"generation_kwargs": ["a"]}, r"task\.yaml: AttributeError"),
+    ({"generation_kwargs": {"temperature": "hot"}}, r"task\.yaml: ValueError"), ({"dataset_kwargs": "x"}, r"task\.yaml: ValueError"),
+    ({"metadata": 3}, r"task\.yaml: TypeError"),
     ({"include": "nowhere.yaml"}, "task.yaml: FileNotFoundError: .*nowhere.yaml")])
 def test_a_file_that_cannot_be_used_is_one_line_before_any_work(change: dict[str, Any], message: str, root: Path, tmp_path: Path) -> None:
     path = write(root / "tasks", {**CHOICE, **change, **({} if "task" in change else {"task": "task"})})
@@ -264,6 +300,65 @@ def test_what_a_file_includes_and_its_functions_are_on_record(root: Path, tmp_pa
     before = inputs_of(spec(root, tasks=[str(tmp_path / "t.yaml")]), Storage(root))
     (tmp_path / "data.jsonl").write_text((root / "tasks" / "shots.jsonl").read_text())
     assert inputs_of(spec(root, tasks=[str(tmp_path / "t.yaml")]), Storage(root)) != before
+
+
+@needs_harness
+@pytest.mark.parametrize(("source", "card", "files", "message"), [
+    ("web", "", {"test": "https://x.org/a.jsonl"}, "there is no local file https://x.org/a.jsonl; it is looked for in .*/web"),
+    ("carded", "---\nconfigs:\n- config_name: default\n  data_files: https://x.org/a.jsonl\n---\n", None, "names data that are not local"),
+    ("d[1]", "", None, "would be taken for a pattern")])
+def test_a_folder_that_names_data_elsewhere_is_refused(source: str, card: str, files: Any, message: str, root: Path,
+                                                       tmp_path: Path) -> None:
+    (tmp_path / source).mkdir()
+    (tmp_path / source / "test.jsonl").write_bytes((root / "tasks" / "pick.jsonl").read_bytes())
+    (tmp_path / source / "README.md").write_text(card)
+    path = write(tmp_path, {**CHOICE, "dataset_path": source, "dataset_kwargs": {"data_files": files} if files else {}})
+    with pytest.raises(InputError, match=message):
+        read_tasks(spec(root, tasks=[path]))
+
+
+@needs_harness
+def test_signs_of_patterns_in_names_and_folders_of_files_are_read_as_they_are(root: Path, tmp_path: Path) -> None:
+    data = (root / "tasks" / "pick.jsonl").read_bytes()
+    (tmp_path / "a[1]").mkdir()
+    (tmp_path / "a[1]" / "pick[2].jsonl").write_bytes(data)
+    (tmp_path / "a[1]" / "data").mkdir()
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "test.jsonl").write_bytes(data)
+    (tmp_path / "data" / "README.md").write_text("---\nlicense_link: https://x.org\n---\n")
+    common = {**CHOICE, "fewshot_split": "test"}
+    files = read_tasks(spec(root, tasks=[
+        write(tmp_path / "a[1]", {**common, "task": "signs", "dataset_kwargs": {"data_files": {"test": "pick[2].jsonl"}}}),
+        write(tmp_path, {**common, "task": "folder", "dataset_path": "data", "dataset_kwargs": {}}),
+        write(tmp_path, {**common, "task": "named", "dataset_path": "data", "dataset_kwargs": {"data_files": {"test": "t*.jsonl"}}})]))
+    with loaded(files, None, None) as tasks:
+        assert [len(task.eval_docs) for task in tasks.values()] == [9, 9, 9]
+
+
+@needs_harness
+def test_tasks_of_like_names_have_answers_of_their_own(root: Path, tmp_path: Path) -> None:
+    from distlm.evaluate.harness import answers_file
+
+    assert len({answers_file(RunFolder(tmp_path), name) for name in ("a b", "a_b", "a/b", "a%20b")}) == 4
+
+
+@needs_harness
+def test_a_function_that_ends_the_program_is_an_error_of_its_file(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "ends.py").write_text("raise SystemExit(0)\n")
+    path = Path(write(tmp_path, CHOICE))
+    path.write_text(path.read_text() + "process_results: !function ends.count\n")
+    with pytest.raises(InputError, match=r"pick\.yaml: SystemExit"):
+        read_tasks(spec(root, tasks=[str(path)]))
+
+
+def test_an_endpoint_that_does_not_answer_is_told_from_one_that_is_not_there(root: Path, tmp_path: Path,
+                                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distlm.evaluate.endpoint.ANSWER_S", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        given = EvaluateSpec.model_validate({"name": "e", "corpus": str(root / "corpora" / "two"), "endpoint": {
+            "url": f"http://127.0.0.1:{silent.getsockname()[1]}", "api_key_file": str(root / "key")}})
+        with pytest.raises(ServeError, match=r"has not answered a request in 0\.1 s"):
+            evaluate(given, RunFolder(tmp_path), Storage(root), Records())
 
 
 @needs_harness

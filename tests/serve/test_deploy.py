@@ -64,11 +64,6 @@ def test_a_taken_port_is_an_error_with_a_remedy() -> None:
         deploy.free_port("192.0.2.1", port)
 
 
-def test_settings_of_generate_that_the_api_does_not_know_are_noted(tmp_path: Path) -> None:
-    (tmp_path / "generation_config.json").write_text(json.dumps({"repetition_penalty": 1.1, "no_repeat_ngram_size": 0, "top_k": 5}))
-    assert deploy.ignored_settings(tmp_path) == {"repetition_penalty": 1.1}
-
-
 class FakeServe:
     """Ray Serve as `deploy.serve` sees it. `fails` is raised by what `at` names, after a deployment of what is not `kept`."""
 
