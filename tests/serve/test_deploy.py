@@ -397,6 +397,7 @@ def again(storage: Storage, **fields: Any) -> dict[str, Any]:
     return deploy.serve(*endpoint(storage, name="voices", **fields))
 
 
+@pytest.mark.slow
 def test_adapters_come_and_go_by_replacing_their_endpoint(cluster: None, storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     base = storage.run("tiny") / "export"
     make_adapter(storage.run("poems"), base, chat=True)

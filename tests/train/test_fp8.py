@@ -33,6 +33,7 @@ def fp8(corpus: Path, **sections: Any) -> TrainSpec:
 
 
 @compiler
+@pytest.mark.slow
 def test_losses_follow_bf16_s_and_the_export_is_any_other_s(tmp_path: Path) -> None:
     corpus = make_corpus(tmp_path / "c")
     run_ranks({tmp_path / "bf16": fp8(corpus, precision="bf16"), tmp_path / "fp8": fp8(corpus),
