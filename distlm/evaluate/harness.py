@@ -23,8 +23,9 @@ from lm_eval.defaults import DEFAULT_MAX_LENGTH
 from lm_eval.evaluator import evaluate
 from lm_eval.utils import get_rolling_token_windows, handle_non_serializable, make_disjoint_window
 
+from distlm.corpus.manifest import file_xxh3
 from distlm.errors import EvaluationError
-from distlm.evaluate.tasks import FEWSHOT_SEED, TaskFile, file_hash, max_tokens, refused
+from distlm.evaluate.tasks import FEWSHOT_SEED, TaskFile, max_tokens, refused
 from distlm.evaluate.worker import Asked, Said
 from distlm.progress import Progress
 from distlm.runs import RunFolder
@@ -172,7 +173,7 @@ def run_tasks(files: list[TaskFile], tasks: dict[str, Any], spec: EvaluateSpec, 
         lines = "".join(json.dumps(one, default=handle_non_serializable, ensure_ascii=False) + "\n" for one in found["samples"][name])
         write_atomic(answers, lines.encode("utf-8", "replace"))
         made[name] = {
-            "file": str(file.path), "hash": file_hash(file.path), "version": found["versions"].get(name), "shots": found["n-shot"][name],
+            "file": str(file.path), "hash": file_xxh3(file.path), "version": found["versions"].get(name), "shots": found["n-shot"][name],
             "documents": found["n-samples"][name]["effective"], "answers": str(answers.relative_to(folder.path)),
             "metrics": metrics(found["results"][name], found["higher_is_better"].get(name) or {})}
         keep({"tasks": made, "harness": {"version": version("lm_eval"), "context": model.max_length, "truncated": model.truncated,

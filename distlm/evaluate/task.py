@@ -18,7 +18,7 @@ from distlm.corpus.stream import Windows, silent
 from distlm.corpus.tokenizer import token_bytes
 from distlm.errors import CorpusError, InputError
 from distlm.evaluate.tasks import check_answers, read_tasks
-from distlm.model.build import Shape, checkpoint_config, has_classifier
+from distlm.model.build import Shape, checkpoint_config, has_classifier, read_config
 from distlm.model.find import find_model
 from distlm.model.vocabulary import vocabulary_hash
 from distlm.spec import EvaluateSpec
@@ -145,9 +145,7 @@ def make_task(spec: EvaluateSpec, storage: Storage) -> Task:
 
 def context_of(model: Path) -> int | None:
     """The positions that a model takes; None where its configuration does not say."""
-    from transformers import AutoConfig
-
-    return getattr(AutoConfig.from_pretrained(model, local_files_only=True).get_text_config(), "max_position_embeddings", None)
+    return getattr(read_config(model, f"model: {model}").get_text_config(), "max_position_embeddings", None)
 
 
 def read_corpora(spec: EvaluateSpec, storage: Storage) -> list[Manifest]:
@@ -172,9 +170,7 @@ def read_corpora(spec: EvaluateSpec, storage: Storage) -> list[Manifest]:
 
 def check_generates(folder: Path) -> None:
     """Raises InputError for a classifier."""
-    from transformers import AutoConfig
-
-    if has_classifier(AutoConfig.from_pretrained(folder, local_files_only=True)):
+    if has_classifier(read_config(folder, f"model: {folder}")):
         raise InputError("it is a classifier, and what is measured here is a language model", where=f"model: {folder}",
                          remedy="its own measures are in the report of its run")
 

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xxhash
 
+from distlm.corpus.manifest import file_xxh3
 from distlm.errors import DistlmError, InputError, SpecError
 from distlm.spec import EvaluateSpec
 from distlm.spec.load import nearest
@@ -48,15 +48,7 @@ class TaskFile:
     @property
     def hashes(self) -> dict[str, str]:
         """XXH3 of each file that it reads, by path."""
-        return {str(path): file_hash(path) for path in self.reads}
-
-
-def file_hash(path: Path) -> str:
-    hashed = xxhash.xxh3_64()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            hashed.update(block)
-    return hashed.hexdigest()
+        return {str(path): file_xxh3(path) for path in self.reads}
 
 
 def read_tasks(spec: EvaluateSpec) -> list[TaskFile]:

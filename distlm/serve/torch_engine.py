@@ -199,6 +199,7 @@ class TorchEngine:
             left = [running for running in self._waiting if running.channel in gone]
             if gone:
                 self._waiting = deque(running for running in self._waiting if running.channel not in gone)
+                self._gauge_waiting()
         for running in left:
             self._metrics(running).finished("abort")
 
@@ -209,6 +210,7 @@ class TorchEngine:
                     break
                 running = self._waiting.popleft()
                 self._started.add(running.channel)
+                self._gauge_waiting()
             try:
                 self._prefill(running)
                 continue
@@ -218,7 +220,6 @@ class TorchEngine:
             self._refuse(running)                          # the error is gone, and what it held with it
         with self._wake:
             self._started &= {running.channel for running in self._waiting}
-            self._gauge_waiting()
 
     def _prefill(self, running: Running) -> None:
         """Run the prompt, and take the first token from its last logits. Where none is to follow, its last token is not run."""

@@ -15,10 +15,11 @@ from ruamel.yaml import YAML
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distlm import cluster, execute, plan
+from distlm.corpus.manifest import file_xxh3
 from distlm.errors import DistlmError, InputError, ServeError, SpecError
 from distlm.evaluate.driver import evaluate
-from distlm.evaluate.task import inputs_of
-from distlm.evaluate.tasks import file_hash, loaded, read_tasks
+from distlm.evaluate.task import check_generates, context_of, inputs_of
+from distlm.evaluate.tasks import loaded, read_tasks
 from distlm.evaluate.worker import Worker
 from distlm.model.complete import generate
 from distlm.runs import RunFolder
@@ -177,7 +178,7 @@ def test_a_job_leaves_the_numbers_the_answers_and_what_it_read(root: Path, stora
     assert folder.state() == ("succeeded", "completed") and folder.read_result() == by_checkpoint and "loss" not in by_checkpoint
     pick = by_checkpoint["tasks"]["pick"]
     assert {key: pick[key] for key in ("file", "hash", "version", "documents", "shots", "answers")} == {
-        "file": str(root / "tasks" / "pick.yaml"), "hash": file_hash(root / "tasks" / "pick.yaml"), "version": 2.0, "documents": 9,
+        "file": str(root / "tasks" / "pick.yaml"), "hash": file_xxh3(root / "tasks" / "pick.yaml"), "version": 2.0, "documents": 9,
         "shots": 1, "answers": "answers/pick.jsonl"}
     acc = pick["metrics"]["acc"]
     assert acc["stderr"] == pytest.approx(math.sqrt(acc["value"] * (1 - acc["value"]) / 8)) and acc["higher_is_better"]
@@ -388,3 +389,10 @@ def test_a_harness_that_is_not_there_and_a_file_that_is_not_there_are_told(root:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: find("json" if name == "lm_eval" else name))
     with pytest.raises(DistlmError, match=r"tasks.0: there is no file .*pikc.yaml; did you mean .*/pick.yaml\?"):
         read_tasks(given)
+
+
+def test_a_model_whose_configuration_cannot_be_read_is_told_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{")
+    for ask in (check_generates, context_of):
+        with pytest.raises(InputError, match=r"cannot read its config\.json"):
+            ask(tmp_path)
