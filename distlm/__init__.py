@@ -24,30 +24,33 @@ if TYPE_CHECKING:
     from distlm.corpus.inspect import windows as corpus_windows
     from distlm.corpus.verify import verify as corpus_verify
     from distlm.dashboard import serve as tensorboard
+    from distlm.endpoints import classify, query
     from distlm.execute import profile, resolve, run
     from distlm.head import LocalCluster
     from distlm.head import down as cluster_down
     from distlm.head import recorded as local_clusters
     from distlm.head import up as cluster_up
     from distlm.init import init as write_starters
-    from distlm.jobs import classify, load_run, query, stop, submit
     from distlm.jobs import jobs as list_jobs
+    from distlm.jobs import load_run
     from distlm.jobs import locate as status
     from distlm.logs import driver_log, follow
     from distlm.plan import needs
+    from distlm.stopping import stop
     from distlm.storage import Storage
+    from distlm.submitting import submit
     from distlm.train.recipe import find_corpus
 
 __version__ = "0.1.0"
 _HOMES = {
-    "LocalCluster": "head:LocalCluster", "Storage": "storage:Storage", "classify": "jobs:classify", "cluster_down": "head:down",
+    "LocalCluster": "head:LocalCluster", "Storage": "storage:Storage", "classify": "endpoints:classify", "cluster_down": "head:down",
     "cluster_status": "cluster:status", "cluster_up": "head:up", "corpus_diff": "corpus.diff:diff",
     "corpus_documents": "corpus.inspect:documents", "corpus_find": "corpus.inspect:find", "corpus_summary": "corpus.inspect:summary",
     "corpus_verify": "corpus.verify:verify", "corpus_windows": "corpus.inspect:windows", "driver_log": "logs:driver_log",
     "explain": "attribution:explain", "find_cluster": "cluster:require", "find_corpus": "train.recipe:find_corpus", "follow": "logs:follow",
     "list_jobs": "jobs:jobs", "load_run": "jobs:load_run", "local_clusters": "head:recorded", "needs": "plan:needs",
-    "profile": "execute:profile", "query": "jobs:query", "read_cluster_file": "clusterfile:read", "resolve": "execute:resolve",
-    "run": "execute:run", "status": "jobs:locate", "stop": "jobs:stop", "submit": "jobs:submit", "tensorboard": "dashboard:serve",
+    "profile": "execute:profile", "query": "endpoints:query", "read_cluster_file": "clusterfile:read", "resolve": "execute:resolve",
+    "run": "execute:run", "status": "jobs:locate", "stop": "stopping:stop", "submit": "submitting:submit", "tensorboard": "dashboard:serve",
     "write_starters": "init:init"}
 """Name here -> module and name there."""
 __all__ = [

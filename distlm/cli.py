@@ -214,9 +214,10 @@ def submit(spec: SpecFile, set_: Sets = None, resume: Resume = False,
 
     Example: distlm submit train.yaml --follow
     """
-    from distlm import cluster, jobs
+    from distlm import cluster
+    from distlm.submitting import submit as send
 
-    submission = jobs.submit(spec, overrides=set_ or [], resume=resume, working_dir=working_dir)
+    submission = send(spec, overrides=set_ or [], resume=resume, working_dir=working_dir)
     print(f"submitted {submission.id}\ndashboard {cluster.shown(submission.dashboard_url, submission.token_file)}")
     if submission.left_out:
         more = len(submission.left_out) - 4
@@ -279,10 +280,9 @@ def stop(name: Name, force: Annotated[bool, typer.Option("--force", help="Record
 
     Example: distlm stop my-run
     """
-    from distlm import jobs
+    from distlm.stopping import stop as end
 
-    storage = _storage()
-    job = jobs.stop(jobs.locate(name, storage), storage, force=force)
+    job = end(name, _storage(), force=force)
     print(f"{job.kind} {job.name} {job.state} ({job.cause}){'' if job.message in ('', 'stopped') else ': ' + job.message}")
 
 
@@ -317,20 +317,20 @@ def query(name: Name, prompt: Annotated[str, typer.Argument(help="The text to co
 
     Example: distlm query my-model "def parse(" --max-tokens 32
     """
-    from distlm import jobs
+    from distlm import endpoints
 
-    if jobs.serves_classifier(name, _storage()):
+    if endpoints.serves_classifier(name, _storage()):
         if chat or temperature or max_tokens is not None or model is not None:
             raise InputError(f"{name} is a classifier and completes no text",
                              remedy="leave out --chat, --max-tokens, --temperature and --model")
         from distlm.progress import PlainProgress
 
-        [found] = jobs.classify(name, [prompt])
+        [found] = endpoints.classify(name, [prompt])
         chances = sorted(found["probabilities"].items(), key=lambda one: -one[1])
         PlainProgress().table("", [(label, f"{chance:.2%}") for label, chance in chances], ("label", "probability"))
         _show_rows([("label", found["label"]) if found["label"] is not None else ("labels", ", ".join(found["labels"]) or "none")])
         return
-    for piece in jobs.query(name, prompt, max_tokens, model=model, temperature=temperature, chat=chat):
+    for piece in endpoints.query(name, prompt, max_tokens, model=model, temperature=temperature, chat=chat):
         print(piece, end="", flush=True)
     print()
 
@@ -502,7 +502,7 @@ def cluster_down(file: ClusterFile = None, name: Annotated[str, typer.Option(hel
 
     Example: distlm cluster down
     """
-    from distlm import clusterfile, head, jobs
+    from distlm import clusterfile, head, stopping
 
     config = clusterfile.read(file) if file else clusterfile.named(name)
     if isinstance(config, clusterfile.RayUpFile):
@@ -519,15 +519,15 @@ def cluster_down(file: ClusterFile = None, name: Annotated[str, typer.Option(hel
         head.forget(found[0])
         print(f"the record of cluster {config.name} was removed; its processes on {found[0].host} were not reached")
         return
-    ending = jobs.in_cluster(found[0], _storage()) if found[0].here() else []
-    others = jobs.others_in_cluster(found[0], ending) if found[0].alive() else []
+    ending = stopping.in_cluster(found[0], _storage()) if found[0].here() else []
+    others = stopping.others_in_cluster(found[0], ending) if found[0].alive() else []
     if (ending or others) and found[0].alive() and not yes:
         _confirm(f"{', '.join([*(job.name for job in ending), *others])} would end with it. Go on?")
     for job in ending:
-        jobs.end_with_cluster(job)
+        stopping.end_with_cluster(job)
     print(f"cluster {config.name} is down: {head.down(found[0])} processes ended")
     for job in ending:
-        jobs.ended_with_cluster(job)
+        stopping.ended_with_cluster(job)
         print(f"{job.kind} {job.name} ended with it")
     for other in others:
         print(f"{other} ended with it")

@@ -18,8 +18,9 @@ import psutil
 import pytest
 from typer.testing import CliRunner
 
-from distlm import cluster, execute, jobs, logs
+from distlm import cluster, execute, jobs, logs, stopping, submitting
 from distlm.cli import app
+from distlm.endpoints import query
 from distlm.errors import ClusterError, InputError, ServeError
 from distlm.runs import RunFolder
 from distlm.serve.client import healthy
@@ -79,7 +80,7 @@ def test_whoever_has_taken_an_endpoints_port_is_not_told_its_key(tmp_path: Path)
         write_json(folder.path / "endpoint.json", {"url": f"{url}/v1", "model": "py", "api_key_file": str(key), "app": "py"})
         job = jobs.locate("py", tmp_path)
         with pytest.raises(ServeError, match="no endpoint answers there that knows the key"):
-            next(jobs.query("py", "secret prompt", storage=tmp_path))
+            next(query("py", "secret prompt", storage=tmp_path))
     assert (job.state, job.cause) == ("failed", "head_lost") and told
     assert not [text for text in told if key.read_text().strip() in text or "Authorization" in text or "secret" in text]
 
@@ -193,9 +194,9 @@ def test_a_cluster_that_does_not_answer_ends_no_job_and_stop_frees_the_name(tmp_
     assert job.state == "queued" and "`distlm stop x` frees the name" in job.message and len(folder.events()) == 1
     with pytest.raises(InputError, match="x is queued"):
         RunFolder.create(folder.path, "", {}, resume=True)
-    job = jobs.stop("x", tmp_path)
+    job = stopping.stop("x", tmp_path)
     assert (job.state, job.cause) == ("stopped", "user") and "never began" in job.message
-    jobs._check_name(folder, resume=False)
+    submitting._check_name(folder, resume=False)
 
 
 @pytest.mark.parametrize("status", ["FAILED", "STOPPED", ""])
@@ -232,8 +233,8 @@ def test_a_job_whose_machine_is_gone_ends_by_force(tmp_path: Path) -> None:
     folder = RunFolder(Storage(tmp_path).run("x"))
     elsewhere(folder)
     with pytest.raises(ClusterError, match=r"x runs on elsewhere, not here; .*--force"):
-        jobs.stop("x", tmp_path)
-    job = jobs.stop("x", tmp_path, force=True)
+        stopping.stop("x", tmp_path)
+    job = stopping.stop("x", tmp_path, force=True)
     assert (job.state, job.cause) == ("stopped", "user") and "its process was not reached" in job.message
     RunFolder.create(folder.path, "", {}, resume=True)
 
@@ -252,7 +253,7 @@ def test_an_endpoint_whose_cluster_is_gone_is_struck_off_without_a_new_one(held:
         pass
     write_json(folder.path / "endpoint.json", {"url": "http://127.0.0.1:1/v1", "app": "py", "cluster": "127.0.0.1:3"})
     (folder.path / "models" / "1").mkdir(parents=True)     # what its replicas loaded
-    job = jobs.stop("py", tmp_path)
+    job = stopping.stop("py", tmp_path)
     assert (job.state, job.cause) == ("stopped", "user") and "its record was removed" in job.message
     assert not (folder.path / "endpoint.json").exists() and not (folder.path / "models").exists()
 
@@ -265,10 +266,10 @@ def test_an_endpoint_that_answers_is_not_forgotten(tmp_path: Path, monkeypatch: 
     with fake_endpoint(folder.path, "py") as record:
         write_json(folder.path / "endpoint.json", {**record, "cluster": "10.0.0.1:3"})
         with pytest.raises(ClusterError, match=r"py answers, and the cluster .*--force"):
-            jobs.stop("py", tmp_path)
+            stopping.stop("py", tmp_path)
         assert (folder.path / "endpoint.json").exists() and jobs.locate("py", tmp_path).state == "running"
         (folder.path / "models" / "1").mkdir(parents=True)
-        assert jobs.stop("py", tmp_path, force=True).state == "stopped"
+        assert stopping.stop("py", tmp_path, force=True).state == "stopped"
         assert (folder.path / "models" / "1").exists(), "it runs on, and a replica may start again"
 
 
@@ -281,8 +282,8 @@ def test_what_ended_with_its_cluster_is_recorded(tmp_path: Path) -> None:
     endpoint.event("running")
     write_json(endpoint.path / "endpoint.json", {"cluster": "127.0.0.1:7"})
     (endpoint.path / "models" / "1").mkdir(parents=True)
-    for job in jobs.in_cluster(mine, storage):
-        jobs.ended_with_cluster(job)
+    for job in stopping.in_cluster(mine, storage):
+        stopping.ended_with_cluster(job)
     assert endpoint.state() == ("stopped", "user") and [path.name for path in endpoint.path.iterdir()] == ["events.jsonl"]
     assert RunFolder(storage.run("x")).state() == ("stopped", "user") and RunFolder(storage.run("y")).state() == ("queued", "")
 
@@ -303,7 +304,7 @@ def test_a_cluster_is_looked_for_under_the_callers_root_and_not_the_specs(verb: 
     (tmp_path / "a.txt").write_text("text")
     spec = {"kind": "prepare", "name": "x", "sources": [str(tmp_path / "a.txt")], "storage": str(tmp_path / "own")}
     with pytest.raises(ClusterError, match="enough"):
-        (execute.run if verb == "run" else jobs.submit)(spec, storage=tmp_path / "given" if given else None)
+        (execute.run if verb == "run" else submitting.submit)(spec, storage=tmp_path / "given" if given else None)
     assert looked == [Storage(tmp_path / ("given" if given else "default"))]
     assert verb == "submit" or Storage(tmp_path / ("given" if given else "own")).corpus("x").exists()
 
@@ -403,10 +404,10 @@ def test_a_spec_that_names_files_travels_whole(kind: str, tmp_path: Path, monkey
         with zipfile.ZipFile(archive) as packed:
             sent.update(entrypoint=entrypoint, variables=variables, files={n: packed.read(n).decode() for n in packed.namelist()})
 
-    monkeypatch.setattr(jobs, "send", send)
+    monkeypatch.setattr(submitting, "send", send)
     with dashboard() as url:
         monkeypatch.setattr(cluster, "require", lambda *_: cluster.Cluster("c", "127.0.0.1:1", url))
-        submission = jobs.submit(here / "job.yaml", storage=str(tmp_path / "store"), working_dir=here)
+        submission = submitting.submit(here / "job.yaml", storage=str(tmp_path / "store"), working_dir=here)
     assert sent["variables"]["DISTLM_SUBMISSION"] == submission.id
     if kind == "prepare":
         assert "run job.yaml" in sent["entrypoint"]
@@ -415,19 +416,19 @@ def test_a_spec_that_names_files_travels_whole(kind: str, tmp_path: Path, monkey
 
 
 def test_a_name_that_was_taken_while_its_files_were_packed_is_not_queued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    storage, pack = Storage(tmp_path / "store"), jobs.upload.pack
+    storage, pack = Storage(tmp_path / "store"), submitting.upload.pack
     spec = {"kind": "prepare", "name": "x", "sources": ["stdlib"]}
 
     def taken(*given: Any) -> int:
         RunFolder.create(storage.corpus("x"), "kind: prepare\n", {}).event("starting")
         return pack(*given)
 
-    monkeypatch.setattr(jobs.upload, "pack", taken)
-    monkeypatch.setattr(jobs, "send", lambda *_: pytest.fail("it is sent"))
+    monkeypatch.setattr(submitting.upload, "pack", taken)
+    monkeypatch.setattr(submitting, "send", lambda *_: pytest.fail("it is sent"))
     with dashboard() as url:
         monkeypatch.setattr(cluster, "require", lambda *_: cluster.Cluster("c", "127.0.0.1:1", url))
         with pytest.raises(InputError, match="x is starting; `distlm status x` shows it"):
-            jobs.submit(spec, storage=storage, working_dir=tmp_path)
+            submitting.submit(spec, storage=storage, working_dir=tmp_path)
     assert RunFolder(storage.corpus("x")).state() == ("starting", "")
 
 
@@ -436,11 +437,11 @@ def test_an_interrupted_submit_is_stopped_by_the_user_and_does_not_run(tmp_path:
         raise KeyboardInterrupt
 
     asked: list[str] = []
-    monkeypatch.setattr(jobs, "send", interrupted)
+    monkeypatch.setattr(submitting, "send", interrupted)
     with dashboard(asked) as url:
         monkeypatch.setattr(cluster, "require", lambda *_: cluster.Cluster("c", "127.0.0.1:1", url))
         with pytest.raises(KeyboardInterrupt):
-            jobs.submit({"kind": "prepare", "name": "x", "sources": ["stdlib"]}, storage=tmp_path / "store", working_dir=tmp_path)
+            submitting.submit({"kind": "prepare", "name": "x", "sources": ["stdlib"]}, storage=tmp_path / "store", working_dir=tmp_path)
     job = jobs.locate("x", tmp_path / "store")
     assert (job.state, job.cause) == ("stopped", "user") and "interrupted" in job.message
     [submission] = [event["submission"] for event in RunFolder(job.folder).events() if event["state"] == "queued"]
@@ -455,7 +456,7 @@ def test_what_a_job_does_not_take_along_is_told(tmp_path: Path, monkeypatch: pyt
     (here / "job.yaml").write_text("kind: prepare\nname: x\nsources: [stdlib]\n")
     monkeypatch.chdir(here)
     monkeypatch.setenv("DISTLM_STORAGE", str(tmp_path / "store"))
-    monkeypatch.setattr(jobs, "send", lambda *_: None)
+    monkeypatch.setattr(submitting, "send", lambda *_: None)
     with dashboard() as url:
         monkeypatch.setattr(cluster, "require", lambda *_: cluster.Cluster("c", "127.0.0.1:1", url))
         done = CliRunner().invoke(app, ["submit", "job.yaml", "--no-follow"])

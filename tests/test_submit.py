@@ -13,7 +13,7 @@ import httpx
 import psutil
 import pytest
 
-from distlm import cluster, head, jobs, logs, upload
+from distlm import cluster, head, jobs, logs, stopping, submitting, upload
 from distlm.errors import InputError
 from distlm.runs import RunFolder
 from distlm.serve.client import healthy
@@ -69,7 +69,7 @@ def send(up, storage, tmp_path):
         submission = jobs.Submission(f"train-{name}-{os.urandom(4).hex()}", up.dashboard_url, up.token_file, folder.path)
         upload.pack(here, tmp_path / f"{name}.zip", storage.root)
         folder.event("queued", submission=submission.id, dashboard=up.dashboard_url, token_file=up.token_file)
-        jobs.send(submission, f"python script.py {folder.path}", tmp_path / f"{name}.zip", {"PYTHONUNBUFFERED": "1"}, {})
+        submitting.send(submission, f"python script.py {folder.path}", tmp_path / f"{name}.zip", {"PYTHONUNBUFFERED": "1"}, {})
         return submission
 
     return call
@@ -148,7 +148,7 @@ def test_a_followed_endpoint_is_a_success_and_stop_takes_it_down(up, storage, tm
     sent = distlm("submit", "ask.yaml", "--follow", cwd=tmp_path)
     assert sent.returncode == 0 and "`distlm query ask PROMPT`" in sent.stdout, sent.stdout + sent.stderr
     record = read_json(storage.endpoint("ask") / "endpoint.json")
-    assert healthy(record) and [job.name for job in jobs.in_cluster(up, storage)] == ["ask"]
+    assert healthy(record) and [job.name for job in stopping.in_cluster(up, storage)] == ["ask"]
     asked = subprocess.run([sys.executable, "-m", "distlm", "cluster", "down"], input="n\n", capture_output=True, text=True, timeout=60)
     assert "ask would end with it" in asked.stdout and asked.returncode != 0 and healthy(record)
     done = distlm("stop", "ask")
@@ -220,8 +220,8 @@ def test_down_asks_about_what_the_cluster_runs_for_others_too_and_cannot_ask_nob
         joined.stdin.close()
     with cluster.authenticated(up.token_file):
         for submission in (mine, foreign):
-            jobs._stop_ray_job(submission, 10)
-    assert jobs.others_in_cluster(up, []) == []
+            stopping._stop_ray_job(submission, 10)
+    assert stopping.others_in_cluster(up, []) == []
 
 
 def test_a_job_that_failed_before_it_began_is_seen_and_its_name_is_free(send, storage):
@@ -229,14 +229,14 @@ def test_a_job_that_failed_before_it_began_is_seen_and_its_name_is_free(send, st
     assert "no luck" in list(logs.follow(submission))
     job = jobs.locate("early", storage)
     assert (job.state, job.cause) == ("failed", "internal") and "FAILED" in job.message
-    jobs._check_name(RunFolder(storage.run("early")), resume=False)
+    submitting._check_name(RunFolder(storage.run("early")), resume=False)
 
 
 def test_a_job_that_is_queued_holds_its_name(send, storage):
     send("held", SLOW)
     with pytest.raises(InputError, match="held is"):
-        jobs._check_name(RunFolder(storage.run("held")), resume=True)
-    assert jobs.stop(jobs.locate("held", storage), storage).state == "stopped"
+        submitting._check_name(RunFolder(storage.run("held")), resume=True)
+    assert stopping.stop(jobs.locate("held", storage), storage).state == "stopped"
 
 
 def test_a_job_that_the_cluster_has_forgotten_has_failed(up, storage):
@@ -251,10 +251,10 @@ def test_stop_ends_a_local_process_and_records_it(deaf, storage):
     script = SLOW.replace("with Run", "signal.signal(signal.SIGINT, signal.SIG_IGN)\nwith Run") if deaf else SLOW
     process = subprocess.Popen([sys.executable, "-c", script, str(storage.run(name))], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "began\n"
-    job = jobs.stop(jobs.locate(name, storage), storage, grace_s=1.0 if deaf else 20.0)
+    job = stopping.stop(jobs.locate(name, storage), storage, grace_s=1.0 if deaf else 20.0)
     assert (job.state, job.cause) == ("stopped", "user") and not psutil.pid_exists(process.pid)
     with pytest.raises(InputError, match="has already stopped"):
-        jobs.stop(job, storage)
+        stopping.stop(job, storage)
 
 
 def test_logs_of_a_local_job_are_followed_to_its_end(storage):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from distlm import cli, jobs
+from distlm import cli, endpoints
 from distlm.errors import InputError, ServeError
 from distlm.serve.api import Card, create_app
 from distlm.serve.classifier import TorchClassifier
@@ -178,7 +178,7 @@ def test_query_shows_the_labels_that_the_endpoint_names(tmp_path: Path, monkeypa
         folder.mkdir(parents=True)
         write_json(folder / "endpoint.json", {"url": f"{server.url}/v1", "model": "tiny", "api_key_file": str(key), "classifier": True})
         monkeypatch.setenv("DISTLM_STORAGE", str(tmp_path))
-        [found] = jobs.classify("c", TEXTS[1:2])
+        [found] = endpoints.classify("c", TEXTS[1:2])
         assert found["probabilities"] == pytest.approx(chances, abs=1e-6)
         assert [found] == classify(server.url, KEY, [TEXTS[1]])
         cli.query("c", TEXTS[1])
@@ -190,7 +190,7 @@ def test_query_shows_the_labels_that_the_endpoint_names(tmp_path: Path, monkeypa
         with pytest.raises(InputError, match="c is a classifier and completes no text; leave out --chat"):
             cli.query("c", "x", chat=True)
         with pytest.raises(ServeError, match=r"an empty text has no label \(status 400\)"):
-            jobs.classify("c", [""])
+            endpoints.classify("c", [""])
     finally:
         server.close()
 

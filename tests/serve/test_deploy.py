@@ -18,7 +18,7 @@ import pytest
 import ray
 from typer.testing import CliRunner
 
-from distlm import execute, jobs, summary
+from distlm import endpoints, execute, jobs, summary
 from distlm.cli import app
 from distlm.errors import ClusterError, InputError, ServeError, StorageError
 from distlm.model import adapter_folder
@@ -382,8 +382,8 @@ def test_a_classifier_is_served_on_ray_serve(cluster: None, storage: Storage) ->
         text = summary.ask(outputs, "the cat sat")
         assert text.split(", ") == [f"{name} {chance:.3f}" for chance, name in sorted(
             zip(wanted, ("ham", "spam", "eggs"), strict=True), reverse=True)]
-        [found] = jobs.classify("sorter", ["the cat sat"], storage=storage)
-        assert jobs.serves_classifier("sorter", storage) and [*found["probabilities"].values()] == pytest.approx(wanted, abs=1e-6)
+        [found] = endpoints.classify("sorter", ["the cat sat"], storage=storage)
+        assert endpoints.serves_classifier("sorter", storage) and [*found["probabilities"].values()] == pytest.approx(wanted, abs=1e-6)
         assert "/v1/classify -H" in summary.curl(outputs, "the cat sat")
         with pytest.raises(ServeError, match="'sorter' is a classifier and completes no text; use /v1/classify"):
             list(query(outputs["url"], Path(outputs["api_key_file"]).read_text().strip(), "hi", 4))
@@ -430,14 +430,14 @@ def test_adapters_come_and_go_by_replacing_their_endpoint(cluster: None, storage
         assert [[int(text.removeprefix("token_id:")) for text in tokens] for tokens in found] == wanted
         assert wanted[0] != wanted[1] != wanted[2] != wanted[0]
 
-        assert "".join(jobs.query("voices", "hi", 8, model="poems", chat=True, storage=storage)) == client.chat.completions.create(
+        assert "".join(endpoints.query("voices", "hi", 8, model="poems", chat=True, storage=storage)) == client.chat.completions.create(
             model="poems", messages=[{"role": "user", "content": "hi"}], max_tokens=8, temperature=0).choices[0].message.content
         monkeypatch.setenv("DISTLM_STORAGE", str(storage.root))
         asked = CliRunner().invoke(app, ["query", "voices", "hi", "--max-tokens", "6", "--model", "dora"])
         assert asked.exit_code == 0 and asked.output == client.completions.create(
             model="dora", prompt="hi", max_tokens=6, temperature=0).choices[0].text + "\n"
         with pytest.raises(ServeError, match="the model 'prose' does not exist; this endpoint serves 'voices', 'poems', 'dora'"):
-            list(jobs.query("voices", "hi", 8, model="prose", storage=storage))
+            list(endpoints.query("voices", "hi", 8, model="prose", storage=storage))
         text = httpx.get(outputs["url"].removesuffix("/v1") + "/metrics", headers={"Authorization": f"Bearer {key}"}).text
         assert re.search(r'vllm:generation_tokens_total\{model_name="poems",replica="\w+"\} [1-9]', text)
 
