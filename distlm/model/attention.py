@@ -1,10 +1,10 @@
-"""Causal self-attention for training on CPU: PyTorch's flash kernel forward, and a backward pass of large matrix products.
-
-PyTorch's own backward kernel leaves a CPU's matrix units idle (docs/experiments.md).
+"""Causal self-attention for training on CPU, made of large matrix products: PyTorch's flash kernel leaves a CPU's matrix units idle
+(docs/experiments.md).
 
     use_cpu_attention(model)        # a transformers model that would have used "sdpa"
 """
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,8 +13,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 NAME = "distlm_cpu"
-BLOCK_ELEMENTS = 1 << 20
-"""Probabilities that are there at once: sequences, or else queries, are taken by as many as that."""
+BLOCK_QUERIES = 128
+"""So many queries of a sequence are taken at once, with the keys up to the last of them: what lies beyond the diagonal is left out."""
+BLOCK_ELEMENTS = 1 << 19
+"""Probabilities in float32 that are there at once, of as many heads and sequences as that."""
 
 
 def use_cpu_attention(model: "PreTrainedModel") -> None:
@@ -46,81 +48,94 @@ def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
                      mask: torch.Tensor | None = None) -> torch.Tensor:
     """softmax(scale · QKᵀ + causal mask) V. All [batch, heads, tokens, width] of one float type, on the CPU; so is the result. mask:
     bool[batch, 1, tokens, tokens], in place of the causal one, whether a query (row) sees a key."""
-    return _attend(query, key, value, scale, mask).transpose(1, 2)
+    out, _ = _attend(*(one.reshape(-1, *one.shape[2:]) for one in (query, key, value)), scale, mask)
+    return out.view(query.shape)
 
 
 @torch.library.custom_op("distlm::causal_attention", mutates_args=())
-def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, mask: torch.Tensor | None) -> torch.Tensor:
-    """[batch, tokens, heads, width]. An operator of PyTorch's, so that a compiled layer takes it as it is."""
-    out = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, scale=scale)
-    return out.transpose(1, 2).contiguous()
+def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, mask: torch.Tensor | None) \
+        -> tuple[torch.Tensor, torch.Tensor]:
+    """The output, [batch · heads, tokens, width] as the arguments are, and the probabilities where the backward pass is given them. An
+    operator of PyTorch's, so that a compiled layer takes it as it is."""
+    out, kept = torch.empty_like(query), _kept(query)
+    for part, rows, seen in _blocks(query, mask):
+        p = _probabilities(query, key, scale, mask, part, rows, seen)
+        if len(kept):
+            kept[part, rows, seen] = p
+        out[part, rows] = torch.bmm(p, value[part, seen])
+    return out, kept
 
 
 @torch.library.custom_op("distlm::causal_attention_backward", mutates_args=())
-def _attend_backward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, outer: torch.Tensor, scale: float,
+def _attend_backward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kept: torch.Tensor, outer: torch.Tensor, scale: float,
                      mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The gradients of query, key and value, [batch, tokens, heads, width]; `outer`: the output's gradient, in the same layout.
+    """The gradients of query, key and value; `outer`: the output's gradient; all [batch · heads, tokens, width].
 
-    Probabilities are computed again, in float32 as the kernel does, block by block: memory grows with the tokens, not with their square.
     Equations: FlashAttention, arXiv:2205.14135, appendix B.2."""
-    batch, heads, length, width = query.shape
-    sequences = max(1, BLOCK_ELEMENTS // (heads * length * length))
-    gradients = [query.new_empty(batch, length, heads, width) for _ in range(3)]
-    for start in range(0, batch, sequences):
-        part = slice(start, start + sequences)
-        flat = [one[part].reshape(-1, length, width) for one in (query, key, value, outer.transpose(1, 2))]
-        for one, gradient in zip(gradients, _flat_backward(scale, None if mask is None else mask[part], *flat), strict=True):
-            one[part] = gradient.view(-1, heads, length, width).transpose(1, 2)
-    return gradients[0], gradients[1], gradients[2]
+    dq = torch.empty_like(query)
+    dk, dv = (torch.zeros_like(one, dtype=torch.float32) for one in (key, value))
+    for part, rows, seen in _blocks(query, mask):
+        p = kept[part, rows, seen] if len(kept) else _probabilities(query, key, scale, mask, part, rows, seen)
+        dp = torch.bmm(outer[part, rows], value[part, seen].transpose(1, 2))
+        ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
+        dq[part, rows] = torch.bmm(ds, key[part, seen])
+        dk[part, seen] += torch.bmm(ds.transpose(1, 2), query[part, rows])
+        dv[part, seen] += torch.bmm(p.transpose(1, 2), outer[part, rows])
+    return dq.mul_(scale), dk.mul_(scale).to(key.dtype), dv.to(value.dtype)
+
+
+def _kept(query: torch.Tensor) -> torch.Tensor:
+    """Room for the probabilities, [batch · heads, tokens, tokens], of short sequences: there they take no more than query, key, value and
+    output do. Longer ones have theirs computed again, so that memory grows with the tokens, not with their square."""
+    matrices, length, width = query.shape
+    return query.new_empty((matrices, length, length) if length <= 4 * width else (0, 0, 0))
+
+
+def _blocks(query: torch.Tensor, mask: torch.Tensor | None) -> Iterator[tuple[slice, slice, slice]]:
+    """Which heads of which sequences, which queries, and the keys that those may see."""
+    matrices, length, _ = query.shape
+    ahead = mask is not None and bool(mask.triu(1).any())
+    rows = min(BLOCK_QUERIES, length)
+    size = max(1, BLOCK_ELEMENTS // (rows * length))
+    for first in range(0, matrices, size):
+        for start in range(0, length, rows):
+            end = min(start + rows, length)
+            yield slice(first, min(first + size, matrices)), slice(start, end), slice(0, length if ahead else end)
+
+
+def _probabilities(query: torch.Tensor, key: torch.Tensor, scale: float, mask: torch.Tensor | None, part: slice, rows: slice,
+                   seen: slice) -> torch.Tensor:
+    """Of a block, in the type of the query; scores are products in float32, without which large ones are four times less exact."""
+    scores = torch.bmm(query[part, rows].float() * scale, key[part, seen].float().transpose(1, 2))
+    if mask is None:
+        scores[..., rows] += torch.full((rows.stop - rows.start,) * 2, -torch.inf).triu_(1)
+    else:
+        sequences = torch.arange(part.start, part.stop) // (len(query) // len(mask))
+        scores.masked_fill_(~mask[sequences, 0, rows, seen], -torch.inf)
+    return torch.softmax(scores, -1).to(query.dtype)
 
 
 @_attend.register_fake
-def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, mask: torch.Tensor | None) -> torch.Tensor:
-    return torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format)
+def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, mask: torch.Tensor | None) \
+        -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty_like(query), _kept(query)
 
 
 @_attend_backward.register_fake
-def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, outer: torch.Tensor, scale: float,
+def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kept: torch.Tensor, outer: torch.Tensor, scale: float,
       mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    dq, dk, dv = (torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format) for _ in range(3))
-    return dq, dk, dv
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    ctx.save_for_backward(*inputs[:3], inputs[4])
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:3], output[1], inputs[4])
+    ctx.mark_non_differentiable(output[1])
     ctx.scale = inputs[3]
 
 
-def _backward(ctx: Any, outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+def _backward(ctx: Any, outer: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     *kept, mask = ctx.saved_tensors
-    dq, dk, dv = _attend_backward(*kept, outer, ctx.scale, mask)
-    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2), None, None
+    return *_attend_backward(*kept, outer, ctx.scale, mask), None, None
 
 
 _attend.register_autograd(_backward, setup_context=_keep)
-
-
-def _flat_backward(scale: float, seen_by: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-                   outer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of query, key and value, all [batch · heads, tokens, width], by blocks of queries. outer: the output's gradient.
-    seen_by: bool[batch, 1, tokens, tokens], which keys a query sees; default: those up to its own."""
-    length, dtype = query.shape[1], query.dtype
-    rows = max(64, min(length, BLOCK_ELEMENTS // (len(query) * length)))
-    precise_key = key.float().transpose(1, 2)
-    dq, dk, dv = torch.empty_like(query), torch.zeros_like(key, dtype=torch.float32), torch.zeros_like(value, dtype=torch.float32)
-    for start in range(0, length, rows):
-        end = min(start + rows, length)
-        part, seen = slice(start, end), slice(0, end if seen_by is None else length)
-        if seen_by is None:
-            mask = torch.full((end - start, end), -torch.inf).triu_(start + 1)
-        else:
-            mask = torch.zeros(len(seen_by), 1, end - start, length).masked_fill_(~seen_by[:, :, part], -torch.inf)
-            mask = mask.expand(-1, len(query) // len(seen_by), -1, -1).reshape(len(query), end - start, length)
-        scores = torch.baddbmm(mask, query[:, part].float(), precise_key[..., seen], alpha=scale)
-        p = torch.softmax(scores, -1).to(dtype)
-        dp = torch.bmm(outer[:, part], value[:, seen].transpose(1, 2))
-        ds = torch._softmax_backward_data(dp, p, -1, dtype).mul_(scale)
-        dq[:, part] = torch.bmm(ds, key[:, seen])
-        dk[:, seen] += torch.bmm(ds.transpose(1, 2), query[:, part])
-        dv[:, seen] += torch.bmm(p.transpose(1, 2), outer[:, part])
-    return dq, dk, dv

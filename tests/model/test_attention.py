@@ -19,30 +19,37 @@ def pytorch(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torc
     return functional.scaled_dot_product_attention(query, key, value, is_causal=True)
 
 
-@pytest.mark.parametrize("elements", [1, 3 * 200 * 200 * 2, 1 << 20])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("elements", [1, 3 * 200 * 16 * 2, 1 << 20])
+@pytest.mark.parametrize(("dtype", "width"), [(torch.float32, 16), (torch.bfloat16, 16), (torch.bfloat16, 64)])
 @pytest.mark.parametrize("sharpness", [1, 4])
-def test_gradients_are_about_as_exact_as_pytorchs(dtype: torch.dtype, elements: int, sharpness: int,
-                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outputs_and_gradients_are_about_as_exact_as_pytorchs(dtype: torch.dtype, width: int, elements: int, sharpness: int,
+                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where heads are narrow for so many tokens the probabilities are computed again."""
     monkeypatch.setattr(attention, "BLOCK_ELEMENTS", elements)
+    monkeypatch.setattr(attention, "BLOCK_QUERIES", 16 if elements > 1 else 64)
     torch.manual_seed(0)
-    tensors = [torch.randn(4, 3, 200, 16).to(dtype) for _ in range(4)]
+    tensors = [torch.randn(4, 3, 200, width).to(dtype) for _ in range(4)]
     tensors[0] *= sharpness                                # scores of a trained model are not small
     exact = gradients(pytorch, torch.float64, tensors)
     theirs = gradients(pytorch, dtype, tensors)
-    ours = gradients(lambda q, k, v: causal_attention(q, k, v, 0.25), dtype, tensors)
+    ours = gradients(lambda q, k, v: causal_attention(q, k, v, width ** -0.5), dtype, tensors)
     for a, b, c in zip(ours, theirs, exact, strict=True):
         assert (a - c).norm() <= 1.5 * (b - c).norm() + 1e-7 * c.norm()
 
 
-@pytest.mark.parametrize("elements", [1, 3 * 60 * 60 * 2, 1 << 20])
-def test_with_documents_apart_gradients_are_pytorchs(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("elements", [1, 3 * 60 * 16 * 2, 1 << 20])
+@pytest.mark.parametrize("width", [8, 16])
+@pytest.mark.parametrize("ahead", [False, True])
+def test_with_documents_apart_gradients_are_pytorchs(elements: int, width: int, ahead: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`ahead`: of its own document a token sees what comes after it, too."""
     monkeypatch.setattr(attention, "BLOCK_ELEMENTS", elements)
+    monkeypatch.setattr(attention, "BLOCK_QUERIES", 16)
     torch.manual_seed(0)
-    tensors = [torch.randn(4, 3, 60, 16, dtype=torch.float64) for _ in range(4)]
+    tensors = [torch.randn(4, 3, 60, width, dtype=torch.float64) for _ in range(4)]
     documents = torch.sort(torch.randint(0, 4, (4, 60)), 1).values
-    mask = (documents[:, None, :, None] == documents[:, None, None, :]).tril()
-    ours = gradients(lambda q, k, v: causal_attention(q, k, v, 0.25, mask), torch.float32, tensors)
+    mask = documents[:, None, :, None] == documents[:, None, None, :]
+    mask = mask if ahead else mask.tril()
+    ours = gradients(lambda q, k, v: causal_attention(q, k, v, width ** -0.5, mask), torch.float32, tensors)
     theirs = gradients(lambda q, k, v: functional.scaled_dot_product_attention(q, k, v, mask), torch.float32, tensors)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
