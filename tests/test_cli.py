@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import typer
 
-from distlm import cli, execute
+from distlm import execute
+from distlm.cli import jobs, terminal
 from distlm.errors import InputError
 from distlm.progress import Logged, Progress
 from distlm.runs import RunFolder
@@ -132,7 +133,7 @@ def test_a_hang_up_stops_a_job_unless_it_is_ignored(number, handler, ends, tmp_p
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
         signal.signal(number, handler)
         with pytest.raises(KeyboardInterrupt) if ends else contextlib.nullcontext():
-            cli.run(tmp_path / "words.yaml")
+            jobs.run(tmp_path / "words.yaml")
     finally:
         for one, was in before.items():
             signal.signal(one, was)
@@ -151,7 +152,7 @@ class Interrupted(io.StringIO):
 def test_a_question_that_nobody_can_answer_is_a_mistake_and_no_interrupt(stdin, error, said, monkeypatch):
     monkeypatch.setattr(sys, "stdin", stdin)
     with pytest.raises(error, match=said):
-        cli._confirm("Go on?")
+        terminal.confirm("Go on?")
 
 
 def test_no_cluster_and_no_storage_exit_4(distlm, tmp_path):
@@ -289,7 +290,7 @@ def test_an_interrupt_says_which_endpoints_go_on_and_how_to_stop_them(kind, tmp_
     before = {one: signal.getsignal(one) for one in (signal.SIGHUP, signal.SIGTERM)}
     try:
         with pytest.raises(KeyboardInterrupt):
-            cli.run(tmp_path / "way.yaml")
+            jobs.run(tmp_path / "way.yaml")
     finally:
         for one, was in before.items():
             signal.signal(one, was)

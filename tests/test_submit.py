@@ -31,9 +31,9 @@ workers: 1
 COUNT = "import time\nfor i in range(300):\n    print(f'line {i:04}', flush=True)\n    time.sleep(0.01)\n"
 SLOW = """import signal, sys, time
 from pathlib import Path
-from distlm.cli import _interrupt
+from distlm.cli.terminal import interrupt
 from distlm.runs import RunFolder
-signal.signal(signal.SIGTERM, _interrupt)
+signal.signal(signal.SIGTERM, interrupt)
 with RunFolder(Path(sys.argv[1])).running():
     print("began", flush=True)
     time.sleep(600)

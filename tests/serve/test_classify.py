@@ -12,7 +12,8 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from distlm import cli, endpoints
+from distlm import endpoints
+from distlm.cli import jobs
 from distlm.errors import InputError, ServeError
 from distlm.serve.api import Card, create_app
 from distlm.serve.classifier import TorchClassifier
@@ -181,14 +182,14 @@ def test_query_shows_the_labels_that_the_endpoint_names(tmp_path: Path, monkeypa
         [found] = endpoints.classify("c", TEXTS[1:2])
         assert found["probabilities"] == pytest.approx(chances, abs=1e-6)
         assert [found] == classify(server.url, KEY, [TEXTS[1]])
-        cli.query("c", TEXTS[1])
+        jobs.query("c", TEXTS[1])
         *rows, last = [line.split() for line in capsys.readouterr().out.splitlines()]
         assert rows == [["label", "probability"], *([label, f"{chance:.2%}"] for label, chance in
                                                     sorted(chances.items(), key=lambda one: -one[1]))]
         over = [label for label, chance in chances.items() if chance > 0.5]
         assert last == (["labels", *", ".join(over or ["none"]).split()] if multiple else ["label", rows[1][0]])
         with pytest.raises(InputError, match="c is a classifier and completes no text; leave out --chat"):
-            cli.query("c", "x", chat=True)
+            jobs.query("c", "x", chat=True)
         with pytest.raises(ServeError, match=r"an empty text has no label \(status 400\)"):
             endpoints.classify("c", [""])
     finally:
