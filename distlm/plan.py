@@ -263,7 +263,7 @@ def of_evaluate(spec: EvaluateSpec, storage: Storage) -> Rows:
         rows += [("tokens", f"{tokens:,}")] if task.parts else []
         rows += of_forward(model, tokens) if model and task.parts else []
     if spec.tasks and not any("${" in name for name in spec.tasks):
-        rows += [("tasks", ", ".join(file.config["task"] for file in read_tasks(spec)))]
+        rows += [("tasks", ", ".join(file.config["task"] for file in read_tasks(spec.tasks)))]
     need = total(evaluate_bundles(spec))
     if spec.endpoint is not None:
         place = spec.endpoint if isinstance(spec.endpoint, str) else spec.endpoint.url

@@ -35,7 +35,7 @@ each prompt; asks it of the tasks."""
 def evaluate(spec: EvaluateSpec, folder: RunFolder, storage: Storage, progress: Progress) -> dict[str, Any]:
     """Measure a model or an endpoint on corpora and in tasks; write report.html. What is measured is kept at once, also where a task fails
     after it. Ray is initialised. Raises SpecError, InputError, ClusterError, CorpusError, EvaluationError, ServeError."""
-    task, files = make_task(spec, storage), read_tasks(spec)
+    task, files = make_task(spec, storage), read_tasks(spec.tasks)
     for part in task.parts:
         if not part.by_source:
             progress.note(f"{part.name} does not tell the sources of its documents: it is measured as a whole")

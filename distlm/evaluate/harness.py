@@ -25,7 +25,7 @@ from lm_eval.utils import get_rolling_token_windows, handle_non_serializable, ma
 
 from distlm.corpus.manifest import file_xxh3
 from distlm.errors import EvaluationError
-from distlm.evaluate.tasks import FEWSHOT_SEED, TaskFile, max_tokens, refused
+from distlm.evaluate.tasks import FEWSHOT_SEED, TaskFile, max_tokens, named, refused
 from distlm.evaluate.worker import Asked, Said
 from distlm.progress import Progress
 from distlm.runs import RunFolder
@@ -196,7 +196,7 @@ def metrics(found: dict[str, Any], higher: dict[str, Any]) -> dict[str, dict[str
     for key, value in found.items():
         name, comma, chosen = key.partition(",")
         if comma and not name.endswith("_stderr"):
-            made[name if chosen == "none" else key] = {"value": number(value), "stderr": number(found.get(f"{name}_stderr,{chosen}")),
+            made[named(name, chosen)] = {"value": number(value), "stderr": number(found.get(f"{name}_stderr,{chosen}")),
                                                        "higher_is_better": higher.get(name)}
     return made
 
