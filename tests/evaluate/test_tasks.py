@@ -290,6 +290,28 @@ def test_what_the_harness_itself_refuses_is_one_line_before_the_model_is_loaded(
 
 
 @needs_harness
+def test_a_choice_that_is_longer_than_the_context_is_told_before_anything_is_asked(root: Path, server: Server, tmp_path: Path) -> None:
+    questions = [{"question": "which?", "choices": ["this", "that", "y" * length], "answer": 0} for length in (9, CONTEXT - 2, CONTEXT + 4)]
+    rows(tmp_path / "long.jsonl", questions)
+    path = write(tmp_path, {**CHOICE, "task": "long", "num_fewshot": 0, "dataset_kwargs": {"data_files": {"test": "long.jsonl"}},
+                            "fewshot_split": "test"})
+    said = rf"{path}: document 2 of the task long has an answer of 101 tokens, and the model takes 1 to {CONTEXT}; change"
+    corpus = str(root / "corpora" / "two")
+    for given in (spec(root, corpus=corpus, windows=2, tasks=[path]), asked(root, server, corpus=corpus, windows=2, tasks=[path])):
+        folder = RunFolder(tmp_path / str(given.endpoint is None))
+        folder.path.mkdir()
+        with pytest.raises(InputError, match=said):
+            evaluate(given, folder, Storage(root), Records())
+        assert not (folder.path / "result.json").exists(), "nothing was measured, not the corpus either"
+    kept = evaluate(asked(root, server, tasks=[path], limit=2), RunFolder(tmp_path), Storage(root), Records())
+    assert kept["tasks"]["long"]["documents"] == 2, "one that just fits is taken"
+    rows(tmp_path / "long.jsonl", [*questions[:1], {**questions[0], "choices": ["this", ""]}])
+    Path(path).write_text(f"{Path(path).read_text()}target_delimiter: ''\n")
+    with pytest.raises(InputError, match="document 1 of the task long has an answer of 0 tokens"):
+        evaluate(asked(root, server, tasks=[path]), RunFolder(tmp_path), Storage(root), Records())
+
+
+@needs_harness
 def test_what_a_file_includes_and_its_functions_are_on_record(root: Path, tmp_path: Path) -> None:
     (tmp_path / "data.jsonl").write_text((root / "tasks" / "pick.jsonl").read_text())
     (tmp_path / "mine.py").write_text("def ask(doc):\n    return 'Q! ' + doc['question']\n")
