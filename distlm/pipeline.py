@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from distlm import execute
-from distlm.errors import InputError, ServeError, SpecError
+from distlm.errors import DistlmError, InputError, ServeError, SpecError
 from distlm.progress import Progress
 from distlm.reads import missing, reads
 from distlm.runs import RunFolder
@@ -39,9 +39,12 @@ OUTPUTS = {
     "compress": ("export", "loss", "loss_before", "bytes", "bytes_before"),
     "serve": ("url", "api_key_file", "model"),
 }
-"""Kind -> what `${step.output}` may name; a sweep also has `best.<key>` for every key of its space."""
+"""Kind -> what `${step.output}` may name; a sweep also has `best.<key>` for every key of its space, and an evaluation what `task_outputs`
+names."""
 TEXTS = ("", "manifest_hash", "export", "checkpoint", "best", "best_spec", "metric", "url", "api_key_file", "model")
 """The outputs that are text; "" is the step itself, a folder. All others are numbers, but for `best.<key>`, which is what its key takes."""
+STDERR = "_stderr"
+"""Behind the name of a task's metric, its standard error."""
 MAKERS: dict[str, dict[str, tuple[str, ...]]] = {
     "corpus": {"prepare": ("",)}, "endpoint": {"serve": ("", "url", "model")},
     "model": {"train": ("", "export"), "tune": ("best",), "average": ("", "export"), "compress": ("", "export")}}
@@ -224,6 +227,9 @@ def output(steps: Mapping[str, Any], reference: str, where: str) -> tuple[str, s
         raise SpecError(f"${{{reference}}}: there is no such step", where=where,
                         remedy=f"did you mean {near}?" if near else f"there are {', '.join(steps)}")
     kind = str(steps[step].get("kind"))
+    if kind == "evaluate" and name.split(".")[0] == "tasks":
+        check_metric(steps[step], step, name, where)
+        return step, name
     known = [*OUTPUTS.get(kind, ()), *(f"best.{key}" for key in space_of(steps[step]))]
     if kind == "tune" and name.startswith("best.") and not space_of(steps[step]):
         return step, name                                  # the sweep has no space: told there
@@ -232,6 +238,35 @@ def output(steps: Mapping[str, Any], reference: str, where: str) -> tuple[str, s
         raise SpecError(f"${{{reference}}}: {with_article(kind)} step has no output {name}", where=where,
                         remedy=f"did you mean {near}?" if near else f"there are {', '.join(known)}")
     return step, name
+
+
+def check_metric(evaluation: Mapping[str, Any], step: str, name: str, where: str) -> None:
+    """Raises SpecError where the tasks of an evaluation come to no metric of this `name`, as far as their files tell."""
+    from distlm.evaluate.tasks import metric_names, read_tasks
+
+    given = evaluation.get("tasks") or []
+    if not isinstance(given, list) or not all(isinstance(path, str) and "${" not in path for path in given):
+        return                                             # told where they are read
+    try:
+        metrics = {file.config["task"]: metric_names(file) for file in read_tasks(given)}
+    except DistlmError as error:
+        raise SpecError(error.message, where=f"steps.{step}.{error.where}", remedy=error.remedy) from None
+    if meant := max((task for task in metrics if name.startswith(f"tasks.{task}.")), key=len, default=""):
+        metrics = {meant: metrics[meant]}
+        if metrics[meant] is None:
+            return                                         # functions of the file decide
+    known = [f"tasks.{task}.{metric}{more}" for task, found in metrics.items() for metric in found or ["METRIC"] for more in ("", STDERR)]
+    if name not in known:
+        near = "" if meant else nearest(name, known)
+        raise SpecError(f"${{{step}.{name}}}: the tasks of {step} do not come to it", where=where,
+                        remedy=f"did you mean {near}?" if near else f"there are {', '.join(known)}" if known else "it has no tasks")
+
+
+def task_outputs(made: Mapping[str, Any]) -> dict[str, Any]:
+    """The metrics of an evaluation's tasks by the names that references have for them, `tasks.<task>.<metric>`, and their standard
+    errors; empty for what another kind of step made."""
+    return {f"tasks.{task}.{metric}{more}": one[key] for task, found in made.get("tasks", {}).items()
+            for metric, one in found["metrics"].items() for more, key in (("", "value"), (STDERR, "stderr"))}
 
 
 def space_of(step: Mapping[str, Any]) -> dict[str, Any]:
@@ -291,11 +326,14 @@ def fill(value: Any, steps: Mapping[str, Any], made: Mapping[str, dict[str, Any]
 
     def lookup(reference: str) -> Any:
         step, name = split(steps, reference)
-        if name not in made[step]:
-            near = nearest(name, made[step])
+        found = {**made[step], **task_outputs(made[step])}
+        if name not in found:
+            near = nearest(name, found)
             raise SpecError(f"${{{reference}}}: the step {step} made no {name}", remedy=f"did you mean {near}?" if near else
-                            f"there are {', '.join(k for k in made[step] if k)}")
-        return made[step][name]
+                            f"there are {', '.join(k for k in found if k)}")
+        if found[name] is None:
+            raise SpecError(f"${{{reference}}}: the step {step} came to no number for it", remedy=f"result.json of {step} says more")
+        return found[name]
 
     whole = REFERENCE.fullmatch(value)
     return lookup(whole[1]) if whole else REFERENCE.sub(lambda match: str(lookup(match[1])), value)
@@ -321,7 +359,8 @@ def pipeline(spec: PipelineSpec, folder: RunFolder, storage: Storage, progress: 
     from distlm import summary
 
     summary.show(spec.prompt, {step: (kinds[step], folders[step], made[step]) for step in steps}, progress, spec.chat)
-    flat = {f"{step}.{name}" if name else step: value for step in steps for name, value in made[step].items()}
+    flat = {f"{step}.{name}" if name else step: value for step in steps
+            for name, value in {**made[step], **task_outputs(made[step])}.items()}
     return {"": str(folder.path), "endpoints": {folders[step].name: made[step]["url"] for step in steps if kinds[step] == "serve"}, **flat}
 
 

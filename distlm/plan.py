@@ -127,8 +127,8 @@ def of_model(spec: TrainSpec, shape: Any, tokens: int | None, cut: tuple[int, in
 
     config = model_config(spec.model, shape, spec.regularization.dropout)
     sizes = parameter_sizes(config)
-    trained = sum(adapter_sizes(config, spec.adapter).values()) if spec.adapter else None
-    parameters, flops = sum(sizes.values()) + (trained or 0), config_flops(config, sizes, shape.context, trained)
+    trained = adapter_sizes(config, spec.adapter) if spec.adapter else None
+    parameters, flops = sum({**sizes, **(trained or {})}.values()), config_flops(config, sizes, shape.context, trained)
     load = make_load(spec, config, shape, parameters, *cut, masked)
     teacher: Rows = []
     if spec.distill:
@@ -137,7 +137,7 @@ def of_model(spec: TrainSpec, shape: Any, tokens: int | None, cut: tuple[int, in
         teacher = [("teacher", f"{spec.distill.teacher}, {load.teacher:,} parameters")]
     memory = peak_memory(load)
     total = f"{flops * tokens:.2e} FLOPs, " if tokens else ""
-    own = (f", {trained:,} of them trained" if trained else "") + (f", {load.nf4:,} held in 4 bits" if load.nf4 else "")
+    own = (f", {sum(trained.values()):,} of them trained" if trained else "") + (f", {load.nf4:,} held in 4 bits" if load.nf4 else "")
     return [("parameters", f"{parameters:,}{own}"), *teacher, ("arithmetic", f"{total}{flops:.2e} FLOPs a token"),
             *of_speed(spec, flops, tokens),
             ("memory a worker", summed(memory.parts()) + (", before what is offloaded" if offloads(spec) else "")),
@@ -263,7 +263,7 @@ def of_evaluate(spec: EvaluateSpec, storage: Storage) -> Rows:
         rows += [("tokens", f"{tokens:,}")] if task.parts else []
         rows += of_forward(model, tokens) if model and task.parts else []
     if spec.tasks and not any("${" in name for name in spec.tasks):
-        rows += [("tasks", ", ".join(file.config["task"] for file in read_tasks(spec)))]
+        rows += [("tasks", ", ".join(file.config["task"] for file in read_tasks(spec.tasks)))]
     need = total(evaluate_bundles(spec))
     if spec.endpoint is not None:
         place = spec.endpoint if isinstance(spec.endpoint, str) else spec.endpoint.url

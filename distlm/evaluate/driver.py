@@ -15,7 +15,7 @@ from distlm.corpus.manifest import read_manifest
 from distlm.errors import EvaluationError, InputError, TrainError
 from distlm.evaluate.report import write_report
 from distlm.evaluate.task import Task, context_of, make_task
-from distlm.evaluate.tasks import TaskFile, check_answers, loaded, read_tasks
+from distlm.evaluate.tasks import check_answers, loaded, read_tasks
 from distlm.evaluate.totals import Sums, measures
 from distlm.evaluate.worker import Asked, Said, Worker, default_threads
 from distlm.model.complete import check_prompts, encode_prompts, unheeded
@@ -27,6 +27,8 @@ from distlm.storage import Storage
 
 AHEAD = 2
 """Batches that a worker has been given and has not answered."""
+Check = Callable[[int | None, Path | None], None]
+"""Takes the context of what is asked and the folder of its tokenizer; raises InputError where the tasks are not for it."""
 Scored = Callable[[Any, str, Path | None, list[Sums], list[str]], None]
 """Takes an evaluate.harness.Answering, what it is, the folder of its tokenizer, the sums of every batch, in order, and what it added to
 each prompt; asks it of the tasks."""
@@ -35,7 +37,7 @@ each prompt; asks it of the tasks."""
 def evaluate(spec: EvaluateSpec, folder: RunFolder, storage: Storage, progress: Progress) -> dict[str, Any]:
     """Measure a model or an endpoint on corpora and in tasks; write report.html. What is measured is kept at once, also where a task fails
     after it. Ray is initialised. Raises SpecError, InputError, ClusterError, CorpusError, EvaluationError, ServeError."""
-    task, files = make_task(spec, storage), read_tasks(spec)
+    task, files = make_task(spec, storage), read_tasks(spec.tasks)
     for part in task.parts:
         if not part.by_source:
             progress.note(f"{part.name} does not tell the sources of its documents: it is measured as a whole")
@@ -49,6 +51,13 @@ def evaluate(spec: EvaluateSpec, folder: RunFolder, storage: Storage, progress: 
         write_report(folder, outputs)
 
     with loaded(files, spec.shots, spec.limit) as tasks:
+        def check(context: int | None, tokenizer: Path | None) -> None:
+            check_answers(files, context, tokenizer)
+            if files and tokenizer:
+                from distlm.evaluate.harness import check_choices
+
+                check_choices(files, tasks, tokenizer, context)
+
         def scored(answering: Any, made_by: str, tokenizer: Path | None, sums: list[Sums], texts: list[str]) -> None:
             found = {"evaluated": made_by, **(outcome(task, made_by, sums) if task.parts else {}),
                      "samples": [{"prompt": prompt, "completion": text} for prompt, text in zip(spec.prompts, texts, strict=True)]}
@@ -62,21 +71,21 @@ def evaluate(spec: EvaluateSpec, folder: RunFolder, storage: Storage, progress: 
                 run_tasks(files, tasks, spec, tokenizer, answering, folder, progress, keep)
 
         if spec.model is not None:
-            by_model(spec, task, files, find_model(spec.model, storage), prompts, scored, folder, progress)
+            by_model(spec, task, check, find_model(spec.model, storage), prompts, scored, folder, progress)
         else:
             from distlm.evaluate.endpoint import by_endpoint
 
-            by_endpoint(spec, task, files, prompts, scored, storage, folder, progress)
+            by_endpoint(spec, task, check, prompts, scored, storage, folder, progress)
     return outputs
 
 
-def by_model(spec: EvaluateSpec, task: Task, files: list[TaskFile], model: Path, prompts: list[list[int]], scored: Scored,
+def by_model(spec: EvaluateSpec, task: Task, check: Check, model: Path, prompts: list[list[int]], scored: Scored,
              folder: RunFolder, progress: Progress) -> None:
     """Let workers score the batches. Raises ClusterError where the cluster does not hold them, and what a worker raises."""
     context = context_of(model)
     check_prompts(prompts, spec.max_tokens, context)
-    check_answers(files, context, model)
-    if prompts or files:
+    check(context, model)
+    if prompts or spec.tasks:
         for name, value in unheeded(model).items():
             progress.note(f"generation_config.json: {name}: {value} is not applied: the likeliest token is taken")
     with Workers(spec, task, folder, progress) as workers:

@@ -19,7 +19,6 @@ from distlm.corpus.manifest import read_manifest
 from distlm.corpus.stream import START
 from distlm.errors import InputError, ServeError
 from distlm.evaluate.task import Reader, Rows, Task
-from distlm.evaluate.tasks import TaskFile, check_answers
 from distlm.evaluate.totals import Sums
 from distlm.evaluate.worker import Asked, Said, Scores, said, sums
 from distlm.model.complete import check_prompts
@@ -105,16 +104,16 @@ def find_tokenizer(spec: EvaluateSpec, task: Task, endpoint: Endpoint, storage: 
                      remedy="name a folder with its tokenizer.json, or a run")
 
 
-def by_endpoint(spec: EvaluateSpec, task: Task, files: list[TaskFile], prompts: list[list[int]],
+def by_endpoint(spec: EvaluateSpec, task: Task, check: Callable[[int | None, Path | None], None], prompts: list[list[int]],
                 scored: Callable[["Client", str, Path | None, list[Sums], list[str]], None], storage: Storage, folder: RunFolder,
                 progress: Progress) -> None:
-    """Let an endpoint score the batches; `scored` is as in the driver. Raises InputError for an endpoint that is not that of the corpora or
-    refuses the key, ServeError for one that does not answer."""
+    """Let an endpoint score the batches; `check` and `scored` are as in the driver. Raises InputError for an endpoint that is not that of
+    the corpora or refuses the key, ServeError for one that does not answer."""
     endpoint = find_endpoint(spec, storage)
     if endpoint.record is not None and not healthy(endpoint.record):     # anybody may listen there: the key is not sent
         why = "nobody listens there" if gone(endpoint.record) else "it does not prove that it knows its key and serves its model"
         raise ServeError(why, where=f"endpoint: {endpoint.url}", remedy=f"`distlm status {endpoint.record['app']}` shows how it stands")
-    Client(endpoint, spec, task, progress, folder).measure(prompts, files, find_tokenizer(spec, task, endpoint, storage), scored)
+    Client(endpoint, spec, task, progress, folder).measure(prompts, check, find_tokenizer(spec, task, endpoint, storage), scored)
 
 
 class Client:
@@ -125,7 +124,7 @@ class Client:
         self.where, self.model, self.again = f"endpoint: {endpoint.url}", endpoint.model, 0
         self.context: int | None = None
 
-    def measure(self, prompts: list[list[int]], files: list[TaskFile], tokenizer: Path | None,
+    def measure(self, prompts: list[list[int]], check: Callable[[int | None, Path | None], None], tokenizer: Path | None,
                 scored: Callable[["Client", str, Path | None, list[Sums], list[str]], None]) -> None:
         """As `by_endpoint`."""
         key, limits = read_key(self.endpoint.key_file), httpx.Limits(max_connections=self.spec.concurrent)
@@ -134,7 +133,7 @@ class Client:
             card = self.card()
             self.model, self.context = str(card["id"]), card.get("max_model_len")
             self.check(card, prompts, tokenizer)
-            check_answers(files, self.context, tokenizer)
+            check(self.context, tokenizer)
             self.progress.note(f"{self.task.windows:,} windows in {len(self.task.batches):,} requests, " * bool(self.task.parts)
                                + f"{self.spec.concurrent} at once")
             scored(self, f"{self.model} at {self.endpoint.url}", tokenizer, self.score_all(), [self.complete(prompt) for prompt in prompts])

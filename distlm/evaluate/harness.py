@@ -1,6 +1,7 @@
 """The lm-evaluation-harness over a model or an endpoint: it makes the questions and counts, and what answers is ours.
 
     with loaded(files, spec.shots, spec.limit) as tasks:
+        check_choices(files, tasks, tokenizer_folder, context)
         run_tasks(files, tasks, spec, tokenizer_folder, answering, folder, progress, keep)     # keep(measured) after each task
     measured["tasks"]["arc"]["metrics"]["acc"]["value"]
 
@@ -22,10 +23,11 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.defaults import DEFAULT_MAX_LENGTH
 from lm_eval.evaluator import evaluate
 from lm_eval.utils import get_rolling_token_windows, handle_non_serializable, make_disjoint_window
+from transformers import AutoTokenizer
 
 from distlm.corpus.manifest import file_xxh3
-from distlm.errors import EvaluationError
-from distlm.evaluate.tasks import FEWSHOT_SEED, TaskFile, max_tokens, refused
+from distlm.errors import EvaluationError, InputError
+from distlm.evaluate.tasks import FEWSHOT_SEED, TaskFile, max_tokens, named, refused
 from distlm.evaluate.worker import Asked, Said
 from distlm.progress import Progress
 from distlm.runs import RunFolder
@@ -56,12 +58,14 @@ class Answering(Protocol):
 
 
 class Model(TemplateLM):  # type: ignore[misc, unused-ignore]
-    """What the harness asks, in batches of texts of like length."""
+    """What the harness asks, in batches of texts of like length. Without who answers, texts become tokens and no more."""
 
-    def __init__(self, tokenizer: Any, answering: Answering, batch: int, progress: Progress) -> None:
+    def __init__(self, tokenizer: Path, context: int | None, answering: Answering | None = None, batch: int = 1,
+                 progress: Progress | None = None) -> None:
         super().__init__()
-        self.tokenizer, self.answering, self.batch, self.progress = tokenizer, answering, batch, progress
-        self.max_length = answering.context or DEFAULT_MAX_LENGTH
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+        self.answering, self.batch, self.progress = answering, batch, progress
+        self.max_length = context or DEFAULT_MAX_LENGTH
         self.truncated = 0
         """Texts that have lost their beginning."""
         self.where = "tasks"
@@ -85,6 +89,10 @@ class Model(TemplateLM):  # type: ignore[misc, unused-ignore]
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[Said]:
         return list(super().loglikelihood(requests, disable_tqdm=True))
 
+    def length_of(self, before: str, after: str) -> int:
+        """Tokens of an answer that is scored behind a text, as `loglikelihood` has them."""
+        return len(self._encode_pair(before, after)[1] if before else self.tok_encode(after, add_special_tokens=False))
+
     def _loglikelihood_tokens(self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any) -> list[Said]:
         asked: list[Asked] = []
         for _name, before, after in requests:
@@ -94,6 +102,7 @@ class Model(TemplateLM):  # type: ignore[misc, unused-ignore]
             tokens = (before + after)[-(self.max_length + 1):]
             self.truncated += len(before) + len(after) > len(tokens)
             asked.append((tokens, len(tokens) - len(after)))
+        assert self.answering
         return self.by_length(asked, lambda one: len(one[0]), self.answering.continuations, "texts")
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
@@ -104,6 +113,8 @@ class Model(TemplateLM):  # type: ignore[misc, unused-ignore]
         return [sum(next(said)[0] for _ in each) for each in windows]
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
+        answering = self.answering
+        assert answering
         kinds: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
             kinds.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(i)
@@ -118,7 +129,7 @@ class Model(TemplateLM):  # type: ignore[misc, unused-ignore]
 
             def ask(batches: list[list[list[int]]], done: Callable[[int], None], limit: int = limit,
                     stops: list[str] = stops) -> list[list[list[int]]]:
-                return self.answering.generations(batches, limit, stops, done)
+                return answering.generations(batches, limit, stops, done)
 
             for i, made in zip(places, self.by_length(prompts, len, ask, "answers"), strict=True):
                 texts[i] = self.text(made, stops)
@@ -148,6 +159,7 @@ class Model(TemplateLM):  # type: ignore[misc, unused-ignore]
 
         def done(batch: int) -> None:
             nonlocal count
+            assert self.progress
             count += len(places[batch])
             self.progress.update(what, count, len(asked))
 
@@ -156,13 +168,29 @@ class Model(TemplateLM):  # type: ignore[misc, unused-ignore]
         return [by_place[i] for i in range(len(asked))]
 
 
+def check_choices(files: list[TaskFile], tasks: dict[str, Any], tokenizer: Path, context: int | None) -> None:
+    """Raises InputError for a choice of a task, or another answer that is scored, that has no token or more than a model of this `context`
+    takes, before anybody is asked. One that tokens before it swallow is told when it is asked."""
+    model = Model(tokenizer, context)
+    for file in files:
+        name = file.config["task"]
+        with refused(file.where):
+            for one in tasks[name].instances:
+                if one.request_type != "loglikelihood":
+                    continue
+                before, after = one.args
+                if after and 4 * len(after.encode()) < model.max_length:           # no token is less than a quarter of a byte
+                    continue
+                if not 0 < (length := model.length_of(before, after)) <= model.max_length:
+                    raise InputError(f"document {one.doc_id} of the task {name} has an answer of {length:,} tokens, and the model takes "
+                                     f"1 to {model.max_length:,}", where=file.where, remedy="change the task's choices")
+
+
 def run_tasks(files: list[TaskFile], tasks: dict[str, Any], spec: EvaluateSpec, tokenizer: Path, answering: Answering,
               folder: RunFolder, progress: Progress, keep: Callable[[dict[str, Any]], None]) -> None:
     """Ask of one task after the other. `keep` is given after each `tasks`, the metrics of those that have been asked, and `harness`, what
     else decides them; answers/ in the folder has a line for each document and filter. Raises InputError, and what `answering` raises."""
-    from transformers import AutoTokenizer
-
-    model = Model(AutoTokenizer.from_pretrained(tokenizer, local_files_only=True), answering, spec.batch_windows, progress)
+    model = Model(tokenizer, answering.context, answering, spec.batch_windows, progress)
     os.environ["DISABLE_MULTIPROC"] = "1"                  # the harness would fork this process, which Ray's threads are in
     made: dict[str, Any] = {}
     for file in files:
@@ -196,7 +224,7 @@ def metrics(found: dict[str, Any], higher: dict[str, Any]) -> dict[str, dict[str
     for key, value in found.items():
         name, comma, chosen = key.partition(",")
         if comma and not name.endswith("_stderr"):
-            made[name if chosen == "none" else key] = {"value": number(value), "stderr": number(found.get(f"{name}_stderr,{chosen}")),
+            made[named(name, chosen)] = {"value": number(value), "stderr": number(found.get(f"{name}_stderr,{chosen}")),
                                                        "higher_is_better": higher.get(name)}
     return made
 

@@ -190,7 +190,7 @@ def inputs_of(spec: EvaluateSpec, storage: Storage) -> dict[str, Any]:
     """What an evaluation reads, by path and hash, for its lineage. Raises SpecError and InputError, before any work."""
     task = make_task(spec, storage)
     corpora: dict[str, Any] = {"corpora": {part.corpus: manifest_hash(part.corpus) for part in task.parts}} if task.parts else {}
-    if files := read_tasks(spec):
+    if files := read_tasks(spec.tasks):
         corpora["tasks"] = {file.config["task"]: file.hashes for file in files}
     if spec.model is not None:
         model = find_model(spec.model, storage)

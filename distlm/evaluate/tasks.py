@@ -1,6 +1,6 @@
 """Task files of the lm-evaluation-harness: what they must hold so that nothing is downloaded, and the harness's tasks made of them.
 
-    files = read_tasks(spec)                               # checked, nothing loaded
+    files = read_tasks(spec.tasks)                         # checked, nothing loaded
     with loaded(files, shots=None, limit=None) as tasks: ...                   # name -> the harness's own task, with its questions
 
 Only what the user has is read: data sets from local files, metrics that the harness brings. A task's file is code: the functions that it
@@ -14,7 +14,7 @@ import logging
 import os
 import random
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from glob import escape, glob
 from pathlib import Path
@@ -24,7 +24,6 @@ import numpy as np
 
 from distlm.corpus.manifest import file_xxh3
 from distlm.errors import DistlmError, InputError, SpecError
-from distlm.spec import EvaluateSpec
 from distlm.spec.load import nearest
 
 EXTRA = "pip install 'distlm[lm-eval]'"
@@ -51,15 +50,15 @@ class TaskFile:
         return {str(path): file_xxh3(path) for path in self.reads}
 
 
-def read_tasks(spec: EvaluateSpec) -> list[TaskFile]:
-    """The tasks of a spec. Raises SpecError where the harness is not installed, InputError for a file that cannot be used."""
-    if not spec.tasks:
+def read_tasks(tasks: Sequence[str]) -> list[TaskFile]:
+    """The `tasks` of a spec. Raises SpecError where the harness is not installed, InputError for a file that cannot be used."""
+    if not tasks:
         return []
     if importlib.util.find_spec("lm_eval") is None:
         raise SpecError("the package lm-eval is not installed", where="tasks", remedy=EXTRA)
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}      # read where the harness is first imported
     found: list[TaskFile] = []
-    for i, given in enumerate(spec.tasks):
+    for i, given in enumerate(tasks):
         path = Path(given).expanduser().absolute()
         if not path.is_file():
             near = nearest(path.name, [one.name for one in path.parent.glob("*.y*ml")]) if path.parent.is_dir() else ""
@@ -139,6 +138,25 @@ def check_scoring(config: Mapping[str, Any], where: str) -> None:
         raise InputError("it asks of images or sounds", where=where, remedy="models here read text alone")
     if config.get("unsafe_code"):
         raise InputError("unsafe_code: it would run code that the model writes", where=where, remedy="leave it out")
+
+
+def metric_names(file: TaskFile) -> list[str] | None:
+    """The metrics that a task comes to, as its results name them: a filter that has a name stands behind the metric's, after a comma. None
+    where functions of its file decide them."""
+    from lm_eval.api.registry import DEFAULT_METRIC_REGISTRY
+
+    listed = file.config.get("metric_list")
+    names = DEFAULT_METRIC_REGISTRY.get(file.config.get("output_type", "generate_until"), []) if listed is None else [
+        entry["metric"] for entry in listed]
+    if file.config.get("process_results") is not None or not all(isinstance(name, str) for name in names):
+        return None
+    filters = [one["name"] for one in file.config.get("filter_list") or [{"name": "none"}]]
+    return [named(name, chosen) for name in names for chosen in filters]
+
+
+def named(metric: str, chosen: str) -> str:
+    """A metric by the filter that chose the answers."""
+    return metric if chosen == "none" else f"{metric},{chosen}"
 
 
 LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 from distlm.errors import SpecError
-from distlm.model.build import last_line, skeleton
+from distlm.model.build import HEAD, last_line, skeleton
 from distlm.spec.adapter import Adapter
 
 if TYPE_CHECKING:
@@ -23,18 +23,21 @@ if TYPE_CHECKING:
 
 NAME = "default"
 """peft's own name for an adapter of which there is one."""
+HEAD_LAYER = HEAD.removesuffix(".weight")
 
 
 def add_adapter(model: "PreTrainedModel", adapter: Adapter, seed: int) -> None:
-    """Put an adapter that changes nothing yet into the model, which then has it alone to train. A is drawn from `seed`. Raises SpecError
-    where peft is not installed, or no module is the target."""
+    """Put an adapter that changes nothing yet into the model, which then has it alone to train; a classifier's last layer, which may be
+    drawn at random, is trained whole beside it. A is drawn from `seed`. Raises SpecError where peft is not installed, no module is the
+    target, or that layer is one."""
     if importlib.util.find_spec("peft") is None:
         raise SpecError("the package peft is not installed", where="adapter", remedy="pip install 'distlm[adapters]'")
     import torch
     from peft import LoraConfig, inject_adapter_in_model
 
-    options: dict[str, Any] = {"lora_alpha": adapter.alpha, "target_modules": adapter.target_modules}
-    config = LoraConfig(r=adapter.rank, lora_dropout=adapter.dropout, use_dora=adapter.method == "dora", task_type="CAUSAL_LM", **options)
+    options: dict[str, Any] = {"lora_alpha": adapter.alpha, "target_modules": adapter.target_modules,
+                               "task_type": "SEQ_CLS" if model.config.problem_type else "CAUSAL_LM"}
+    config = LoraConfig(r=adapter.rank, lora_dropout=adapter.dropout, use_dora=adapter.method == "dora", **options)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
@@ -43,17 +46,22 @@ def add_adapter(model: "PreTrainedModel", adapter: Adapter, seed: int) -> None:
             names = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)})
             raise SpecError(f"peft cannot put an adapter there: {last_line(error)}", where="adapter.target_modules",
                             remedy=f"the model's linear layers are {', '.join(names)}" if names else "") from None
+    if model.config.problem_type:
+        if HEAD not in dict(model.named_parameters()):
+            raise SpecError(f"the last layer of a classifier, {HEAD_LAYER}, is trained whole", where="adapter.target_modules",
+                            remedy="name other layers")
+        model.get_parameter(HEAD).requires_grad_(True)
 
 
 def adapter_sizes(config: "PreTrainedConfig", adapter: Adapter) -> dict[str, int]:
-    """The elements of each parameter of an adapter for a model of this configuration, by name. Raises SpecError."""
+    """The elements of each parameter that is trained with an adapter for a model of this configuration, by name. Raises SpecError."""
     model = skeleton(config)
     add_adapter(model, adapter, 0)
     return {name: parameter.numel() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def put_adapter(model: "PreTrainedModel", weights: "dict[str, torch.Tensor]") -> None:
-    """Give the adapter of a model these `weights`, in the precision that they have, whatever that of the model is."""
+    """Give what is trained of a model these `weights`, in the precision that they have, whatever that of the model is."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             parameter.data = weights[name].to(parameter.device)
@@ -61,27 +69,32 @@ def put_adapter(model: "PreTrainedModel", weights: "dict[str, torch.Tensor]") ->
 
 def merge(model: "PreTrainedModel") -> None:
     """Add the adapter to the matrices that it changes, and take it out. With an adapter in float32 a sum is made in float32, and rounded
-    once to what the matrix is held in."""
+    once to what the matrix is held in, as is the last layer of a classifier."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for name, module in list(model.named_modules()):
         if isinstance(module, BaseTunerLayer):
             module.merge()
             model.set_submodule(name, module.get_base_layer())
+    if model.config.problem_type:
+        embeddings: Any = model.get_input_embeddings()
+        model.get_submodule(HEAD_LAYER).to(embeddings.weight.dtype)
     vars(model).pop("peft_config", None)
 
 
 def save_adapter(model: "PreTrainedModel", weights: "dict[str, torch.Tensor]", source: str, folder: Path) -> None:
     """Write an adapter's `weights`, by their names in the model that has it, as peft does: adapter_config.json and
-    adapter_model.safetensors."""
+    adapter_model.safetensors. The last layer of a classifier is among them."""
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True)
     config: Any = model.peft_config[NAME]
     config.base_model_name_or_path, config.inference_mode = source, True
+    head = {HEAD: weights[HEAD]} if HEAD in weights else {}
+    config.modules_to_save = [HEAD_LAYER] if head else None
     config.save_pretrained(str(folder))
-    found = get_peft_model_state_dict(model, state_dict=weights, adapter_name=NAME)
+    found = {**get_peft_model_state_dict(model, state_dict=weights, adapter_name=NAME), **head}
     save_file({f"base_model.model.{name}": value.contiguous() for name, value in found.items()}, folder / "adapter_model.safetensors",
               metadata={"format": "pt"})
 

@@ -16,13 +16,13 @@ from distlm.model.build import Shape, buffers, checkpoint_config, load_model, re
 from distlm.model.documents import check_documents_apart
 from distlm.model.find import check_whole
 from distlm.model.loss import (
-    BLOCK_ELEMENTS,
     CHUNK_ELEMENTS,
     PLAIN_HEADS,
     CausalLoss,
     LossHead,
     cross_entropy,
     device_kind,
+    linear_by_blocks,
     loss_inputs,
     scaled,
 )
@@ -190,30 +190,14 @@ def _by_chunks(logits: torch.Tensor, taught: torch.Tensor, targets: torch.Tensor
 
 
 class _LinearDistillation(torch.autograd.Function):
-    """As `_LinearCrossEntropy` of model/loss.py, with a second block of logits beside the first."""
+    """The student's last linear layer and the loss, by `linear_by_blocks`, with the teacher's logits of each block beside."""
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, targets: torch.Tensor,
                 soft: SoftTargets, mix: Mix, wanted: bool, trained: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """`wanted`: the gradients; `trained`: those of weight and bias too."""
-        width = hidden.shape[1] if weight is None else len(weight)
-        rows = max(1, BLOCK_ELEMENTS[device_kind(hidden)] // width)
         sums = torch.zeros(2, dtype=torch.float32, device=hidden.device)
-        by_hidden = torch.empty_like(hidden) if wanted else None
-        by_weight = torch.zeros_like(weight, dtype=torch.float32) if trained and weight is not None else None
-        by_bias = torch.zeros_like(bias, dtype=torch.float32) if trained and bias is not None else None
-        for start in range(0, len(hidden), rows):
-            part = slice(start, start + rows)
-            logits = hidden[part] if weight is None else functional.linear(hidden[part], weight, bias)
-            gradient = None if by_hidden is None else by_hidden[part] if weight is None else logits
-            sums += _by_chunks(logits, soft.logits(part), targets[part], gradient, mix)
-            if by_hidden is not None and weight is not None:
-                by_hidden[part] = logits @ weight          # the logits' gradient by now
-            if by_weight is not None:
-                by_weight += logits.T @ hidden[part]
-            if by_bias is not None:
-                by_bias += logits.sum(0, dtype=torch.float32)
-        ctx.save_for_backward(by_hidden, by_weight, by_bias)
+        ctx.save_for_backward(*linear_by_blocks(hidden, weight, bias, sums, wanted, trained, lambda part, logits, gradient: _by_chunks(
+            logits, soft.logits(part), targets[part], gradient, mix)))
         ctx.dtype = hidden.dtype
         ctx.mark_non_differentiable(sums)
         return (1 - mix.alpha) * sums[0] + mix.alpha * mix.temperature**2 * sums[1], sums

@@ -1,6 +1,7 @@
 """What a model is trained on: the cross-entropy of the next token, or of labels, summed, so that the caller divides by the global count
 once; and what a model says of each token by itself."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -213,6 +214,33 @@ def scaled(gradient: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> t
     return (gradient * scale).to(dtype)
 
 
+def linear_by_blocks(hidden: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, sums: torch.Tensor, wanted: bool,
+                     trained: bool, score: Callable[[slice, torch.Tensor, torch.Tensor | None], torch.Tensor]) \
+        -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """The last linear layer and a loss by blocks of rows, with all gradients in the same pass: whole logits are never there, in any
+    precision. The idea is Liger Kernel's (arXiv:2410.10989, section 3.2).
+
+    hidden: [rows, width], or logits where there is no `weight`. `score` is called with the rows of a block, its logits, and a place for
+    their gradient, which may be theirs, or None; what it returns is added to `sums`. `wanted`: the gradients; `trained`: those of weight
+    and bias too, in float32. Returns them by hidden, weight and bias."""
+    rows = max(1, BLOCK_ELEMENTS[device_kind(hidden)] // (hidden.shape[1] if weight is None else len(weight)))
+    by_hidden = torch.empty_like(hidden) if wanted else None
+    by_weight = torch.zeros_like(weight, dtype=torch.float32) if trained and weight is not None else None
+    by_bias = torch.zeros_like(bias, dtype=torch.float32) if trained and bias is not None else None
+    for start in range(0, len(hidden), rows):
+        part = slice(start, start + rows)
+        logits = hidden[part] if weight is None else functional.linear(hidden[part], weight, bias)
+        gradient = None if by_hidden is None else by_hidden[part] if weight is None else logits
+        sums += score(part, logits, gradient)
+        if by_hidden is not None and weight is not None:
+            by_hidden[part] = logits @ weight              # the logits' gradient by now
+        if by_weight is not None:
+            by_weight += logits.T @ hidden[part]
+        if by_bias is not None:
+            by_bias += logits.sum(0, dtype=torch.float32)
+    return by_hidden, by_weight, by_bias
+
+
 class _SummedCrossEntropy(torch.autograd.Function):
     """Whole float32 logits cost more time than the products around them: neither they nor their gradient are ever there."""
 
@@ -229,29 +257,14 @@ class _SummedCrossEntropy(torch.autograd.Function):
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """The last linear layer and the loss by blocks of rows, with all gradients in the same pass: whole logits are never there, in any
-    precision. The idea is Liger Kernel's (arXiv:2410.10989, section 3.2)."""
+    """The last linear layer and the loss, by `linear_by_blocks`."""
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor,
                 wanted: bool, trained: bool, penalties: tuple[float, float]) -> torch.Tensor:
-        """`wanted`: the gradients; `trained`: those of weight and bias too."""
-        rows = max(1, BLOCK_ELEMENTS[device_kind(hidden)] // len(weight))
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        by_hidden = torch.empty_like(hidden) if wanted else None
-        by_weight = torch.zeros_like(weight, dtype=torch.float32) if trained else None
-        by_bias = torch.zeros_like(bias, dtype=torch.float32) if trained and bias is not None else None
-        for start in range(0, len(hidden), rows):
-            part = slice(start, start + rows)
-            logits = functional.linear(hidden[part], weight, bias)
-            total += _by_chunks(logits, targets[part], logits if wanted else None, penalties)
-            if by_hidden is not None:
-                by_hidden[part] = logits @ weight          # the logits' gradient by now
-            if by_weight is not None:
-                by_weight += logits.T @ hidden[part]
-            if by_bias is not None:
-                by_bias += logits.sum(0, dtype=torch.float32)
-        ctx.save_for_backward(by_hidden, by_weight, by_bias)
+        ctx.save_for_backward(*linear_by_blocks(hidden, weight, bias, total, wanted, trained, lambda part, logits, gradient: _by_chunks(
+            logits, targets[part], gradient, penalties)))
         ctx.dtype = weight.dtype
         return total
 

@@ -46,11 +46,11 @@ def nf4_elements(config: "PreTrainedConfig") -> int:
 
 
 def _layers(model: Any) -> dict[str, Any]:
-    """The linear layers but for the last one, by name, whether or not they are rounded."""
+    """The linear layers but for the last one, a classifier's too, by name, whether or not they are rounded."""
     import torch
     from transformers.pytorch_utils import Conv1D
 
-    embeddings, last = model.get_input_embeddings().weight, model.get_output_embeddings()
+    embeddings, last = model.get_input_embeddings().weight, model.get_output_embeddings() or model.score
     return {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | Conv1D) and module is not last
             and module.weight is not embeddings}
 

@@ -9,7 +9,8 @@ from distlm.spec.base import Part, Rule
 
 class Adapter(Part):
     """A low-rank update of matrices, W + alpha / rank · B A, of which A and B alone are trained (Hu et al. 2021): the base stays as it is.
-    The export is the merged model; the adapter alone lies in its folder `adapter`, as peft reads it."""
+    A classifier's last layer is trained whole beside them. The export is the merged model; the adapter alone lies in its folder `adapter`,
+    as peft reads it, with that layer."""
 
     method: Literal["lora", "dora"] = "lora"
     """lora; dora trains the length of each row beside its direction (Liu et al. 2024)."""

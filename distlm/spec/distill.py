@@ -34,7 +34,6 @@ def check_distill(spec: "TrainSpec") -> None:
     if spec.distill is None:
         raise Rule("objective", "distill needs a teacher; set distill.teacher")
     for where, given in (("sharding.tensor_parallel", spec.sharding.tensor_parallel > 1),
-                         ("sharding.sequence_parallel", spec.sharding.sequence_parallel > 1), ("adapter", spec.adapter),
-                         ("model.mup", spec.model.mup)):
+                         ("sharding.sequence_parallel", spec.sharding.sequence_parallel > 1), ("model.mup", spec.model.mup)):
         if given:
             raise Rule(where, "is not proved with objective: distill; leave one of them out")

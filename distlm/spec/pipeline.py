@@ -20,7 +20,8 @@ def _step(data: dict[str, Any]) -> dict[str, Any]:
 
 
 class PipelineSpec(Job):
-    """Steps by name. `${step}` and `${step.output}` stand for what another step made."""
+    """Steps by name. `${step}` and `${step.output}` stand for what another step made, `${step.tasks.NAME.METRIC}` for what a task of an
+    evaluation came to."""
 
     kind: Literal["pipeline"] = "pipeline"
     """The kind of the job."""

@@ -392,7 +392,7 @@ def check_classify(spec: TrainSpec) -> None:
     if spec.objective != "classify":
         without_effect(spec, f"with objective: {spec.objective}", "class_weights")
         return
-    for where, given in (("sharding.tensor_parallel", spec.sharding.tensor_parallel > 1), ("adapter", spec.adapter),
+    for where, given in (("sharding.tensor_parallel", spec.sharding.tensor_parallel > 1),
                          ("sharding.sequence_parallel", spec.sharding.sequence_parallel > 1), ("model.mup", spec.model.mup)):
         if given:
             raise Rule(where, "is not proved with objective: classify; leave one of them out")

@@ -23,11 +23,12 @@ def flops_per_token(parameters: float, layers: int, width: int, context: int) ->
     return 6.0 * parameters + 6.0 * layers * context * width
 
 
-def config_flops(config: Any, sizes: dict[str, int], context: int, adapter: int | None = None) -> float:
-    """`flops_per_token` of a model by its configuration and its parameters' sizes. Where an adapter of so many parameters is trained, the
+def config_flops(config: Any, sizes: dict[str, int], context: int, trained: dict[str, int] | None = None) -> float:
+    """`flops_per_token` of a model by its configuration and its parameters' sizes. Where those `trained` with an adapter are given, the
     others have no gradient, which is a third of their arithmetic."""
-    text, held = config.get_text_config(), multiplied(config, sizes)
-    parameters = held if adapter is None else held * 2 / 3 + adapter
+    text, parameters = config.get_text_config(), float(multiplied(config, sizes))
+    if trained is not None:
+        parameters = parameters * 2 / 3 + sum(size / 3 if name in sizes else size for name, size in trained.items())
     return flops_per_token(parameters, text.num_hidden_layers, text.hidden_size, context)
 
 

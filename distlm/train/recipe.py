@@ -216,7 +216,7 @@ def make_recipe(spec: TrainSpec, storage: Storage) -> Recipe:
                     micro, steps, spec.evaluate.every_steps or max(1, steps // 10),
                     spec.checkpoint.every_steps or max(1, min(1000, steps // 4)), (), 0.0,
                     make_mix(spec, manifests, batches.before(steps)), masked, masked or padded,
-                    config_flops(config, sizes, context, sum(trained.values()) if spec.adapter else None) + taught, warmup)
+                    config_flops(config, sizes, context, trained if spec.adapter else None) + taught, warmup)
     if spec.checkpoint.average > (saved := math.ceil(steps / recipe.checkpoint_every)):
         raise SpecError(f"{spec.checkpoint.average} checkpoints are averaged, and {steps:,} steps save {saved}", where="checkpoint.average",
                         remedy=f"set it to {saved}, or lower checkpoint.every_steps")

@@ -14,7 +14,7 @@ import torch
 from ruamel.yaml import YAML
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from distlm import cluster, execute, plan
+from distlm import cluster, execute, pipeline, plan
 from distlm.corpus.manifest import file_xxh3
 from distlm.errors import DistlmError, InputError, ServeError, SpecError
 from distlm.evaluate.driver import evaluate
@@ -290,13 +290,35 @@ def test_what_the_harness_itself_refuses_is_one_line_before_the_model_is_loaded(
 
 
 @needs_harness
+def test_a_choice_that_is_longer_than_the_context_is_told_before_anything_is_asked(root: Path, server: Server, tmp_path: Path) -> None:
+    questions = [{"question": "which?", "choices": ["this", "that", "y" * length], "answer": 0} for length in (9, CONTEXT - 2, CONTEXT + 4)]
+    rows(tmp_path / "long.jsonl", questions)
+    path = write(tmp_path, {**CHOICE, "task": "long", "num_fewshot": 0, "dataset_kwargs": {"data_files": {"test": "long.jsonl"}},
+                            "fewshot_split": "test"})
+    said = rf"{path}: document 2 of the task long has an answer of 101 tokens, and the model takes 1 to {CONTEXT}; change"
+    corpus = str(root / "corpora" / "two")
+    for given in (spec(root, corpus=corpus, windows=2, tasks=[path]), asked(root, server, corpus=corpus, windows=2, tasks=[path])):
+        folder = RunFolder(tmp_path / str(given.endpoint is None))
+        folder.path.mkdir()
+        with pytest.raises(InputError, match=said):
+            evaluate(given, folder, Storage(root), Records())
+        assert not (folder.path / "result.json").exists(), "nothing was measured, not the corpus either"
+    kept = evaluate(asked(root, server, tasks=[path], limit=2), RunFolder(tmp_path), Storage(root), Records())
+    assert kept["tasks"]["long"]["documents"] == 2, "one that just fits is taken"
+    rows(tmp_path / "long.jsonl", [*questions[:1], {**questions[0], "choices": ["this", ""]}])
+    Path(path).write_text(f"{Path(path).read_text()}target_delimiter: ''\n")
+    with pytest.raises(InputError, match="document 1 of the task long has an answer of 0 tokens"):
+        evaluate(asked(root, server, tasks=[path]), RunFolder(tmp_path), Storage(root), Records())
+
+
+@needs_harness
 def test_what_a_file_includes_and_its_functions_are_on_record(root: Path, tmp_path: Path) -> None:
     (tmp_path / "data.jsonl").write_text((root / "tasks" / "pick.jsonl").read_text())
     (tmp_path / "mine.py").write_text("def ask(doc):\n    return 'Q! ' + doc['question']\n")
     (tmp_path / "base.yaml").write_text((root / "tasks" / "pick.yaml").read_text())
     (tmp_path / "t.yaml").write_text("include: base.yaml\ntask: t\ndoc_to_text: !function mine.ask\nfewshot_split: test\n"
                                      "dataset_kwargs: {data_files: {test: 'd*.jsonl'}}\n")
-    [file] = read_tasks(spec(root, tasks=[str(tmp_path / "t.yaml")]))
+    [file] = read_tasks(spec(root, tasks=[str(tmp_path / "t.yaml")]).tasks)
     assert [path.name for path in file.reads] == ["t.yaml", "base.yaml", "mine.py", "data.jsonl"]
     before = inputs_of(spec(root, tasks=[str(tmp_path / "t.yaml")]), Storage(root))
     (tmp_path / "data.jsonl").write_text((root / "tasks" / "shots.jsonl").read_text())
@@ -315,7 +337,7 @@ def test_a_folder_that_names_data_elsewhere_is_refused(source: str, card: str, f
     (tmp_path / source / "README.md").write_text(card)
     path = write(tmp_path, {**CHOICE, "dataset_path": source, "dataset_kwargs": {"data_files": files} if files else {}})
     with pytest.raises(InputError, match=message):
-        read_tasks(spec(root, tasks=[path]))
+        read_tasks(spec(root, tasks=[path]).tasks)
 
 
 @needs_harness
@@ -328,12 +350,71 @@ def test_signs_of_patterns_in_names_and_folders_of_files_are_read_as_they_are(ro
     (tmp_path / "data" / "test.jsonl").write_bytes(data)
     (tmp_path / "data" / "README.md").write_text("---\nlicense_link: https://x.org\n---\n")
     common = {**CHOICE, "fewshot_split": "test"}
-    files = read_tasks(spec(root, tasks=[
+    given = spec(root, tasks=[
         write(tmp_path / "a[1]", {**common, "task": "signs", "dataset_kwargs": {"data_files": {"test": "pick[2].jsonl"}}}),
         write(tmp_path, {**common, "task": "folder", "dataset_path": "data", "dataset_kwargs": {}}),
-        write(tmp_path, {**common, "task": "named", "dataset_path": "data", "dataset_kwargs": {"data_files": {"test": "t*.jsonl"}}})]))
-    with loaded(files, None, None) as tasks:
+        write(tmp_path, {**common, "task": "named", "dataset_path": "data", "dataset_kwargs": {"data_files": {"test": "t*.jsonl"}}})])
+    with loaded(read_tasks(given.tasks), None, None) as tasks:
         assert [len(task.eval_docs) for task in tasks.values()] == [9, 9, 9]
+
+
+@needs_harness
+def test_a_later_step_of_a_pipeline_takes_a_tasks_metric(root: Path, storage: Storage, tmp_path: Path) -> None:
+    rows(tmp_path / "texts.jsonl", [{"text": f"{i} is the number of a text that is one of a few"} for i in range(40)])
+    made = execute.run({"kind": "pipeline", "name": "gated", "steps": {
+        "e": {"kind": "evaluate", "model": "m", "tasks": [str(root / "tasks" / "pick.yaml")]},
+        "p": {"kind": "prepare", "sources": [str(tmp_path / "texts.jsonl")], "context": 16,
+              "split": {"val_fraction": "${e.tasks.pick.acc}"}, "tokenizer": {"from": str(root / "runs" / "m")}}}},
+        storage=storage, progress=Records())
+    result = RunFolder(Path(made["e"])).read_result()
+    acc = result["tasks"]["pick"]["metrics"]["acc"]
+    assert load_spec(Path(made["p"]) / "spec.yaml").spec.model_dump()["split"]["val_fraction"] == acc["value"]
+    assert made["e.tasks.pick.acc"] == acc["value"] and made["e.tasks.pick.acc_stderr"] == acc["stderr"]
+
+
+@needs_harness
+def test_a_metric_that_no_task_comes_to_is_refused_before_any_work(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text("def count(doc, results):\n    return {'seen': 1}\n")
+    own = Path(write(tmp_path, {**CHOICE, "task": "own", "fewshot_split": "test", "dataset_kwargs": {
+        "data_files": {"test": str(root / "tasks" / "pick.jsonl")}}}))
+    own.write_text(own.read_text() + "process_results: !function own.count\n")
+    filtered = write(root / "tasks", {**ANSWER, "task": "filtered", "filter_list": [
+        {"name": name, "filter": [{"function": "take_first"}]} for name in ("none", "first")]})
+    plain = write(root / "tasks", {key: value for key, value in LAST.items() if key != "metric_list"} | {"task": "plain"})
+
+    def check(reference: str, *tasks: str) -> None:
+        execute.resolve({"kind": "pipeline", "name": "p", "steps": {
+            "e": {"kind": "evaluate", "model": "m", **({"tasks": [*tasks]} if tasks else {"corpus": "c"})},
+            "o": {"kind": "prepare", "sources": ["stdlib"]},
+            "q": {"kind": "prepare", "sources": ["stdlib"], "split": {"val_fraction": f"${{{reference}}}"}}}})
+
+    paths = [str(root / "tasks" / "pick.yaml"), str(own), filtered, plain]
+    for name in ("pick.acc_norm", "pick.acc_stderr", "own.whatever", "filtered.exact_match", "filtered.exact_match,first", "plain.acc",
+                 "plain.perplexity"):
+        check(f"e.tasks.{name}", *paths)
+    check("e.tasks.x.y", "${o}/t.yaml")                     # told where it is filled: nobody knows yet
+    for name, message in (
+            ("pick.exact_match", "the tasks of e do not come to it; there are tasks.pick.acc, tasks.pick.acc_stderr, tasks.pick.acc_norm, "
+                                 "tasks.pick.acc_norm_stderr$"),
+            ("pick.ac", "there are tasks.pick.acc, "), ("pikc.acc", r"did you mean tasks.pick.acc\?"),
+            ("own", "there are|did you mean"), ("plain.exact_match", "there are tasks.plain.perplexity, ")):
+        with pytest.raises(SpecError, match=rf"steps.q.split.val_fraction: \${{e.tasks.{name}}}: .*{message}"):
+            check(f"e.tasks.{name}", *paths)
+    with pytest.raises(SpecError, match=r"steps.q.split.val_fraction: \${e.tasks.a.b}: the tasks of e do not come to it; it has no tasks"):
+        check("e.tasks.a.b")
+    with pytest.raises(SpecError, match=r"steps.e.tasks.0: there is no file .*pikc.yaml; did you mean .*pick.yaml"):
+        check("e.tasks.pick.acc", str(root / "tasks" / "pikc.yaml"))
+
+
+def test_a_metric_is_filled_in_from_what_the_tasks_came_to() -> None:
+    metrics = {"acc": {"value": 0.25, "stderr": None}, "f1,first": {"value": 0.5, "stderr": 0.1}}
+    steps, made = {"e": {"kind": "evaluate"}}, {"e": {"": "/e", "tasks": {"a.b": {"metrics": metrics}}}}
+    given = ["${e.tasks.a.b.acc}", "${e.tasks.a.b.f1,first}", "${e.tasks.a.b.f1,first_stderr}"]
+    assert pipeline.fill(given, steps, made) == [0.25, 0.5, 0.1]
+    with pytest.raises(SpecError, match=r"the step e came to no number for it; result.json of e says more"):
+        pipeline.fill("${e.tasks.a.b.acc_stderr}", steps, made)
+    with pytest.raises(SpecError, match=r"the step e made no tasks.a.b.bleu; did you mean tasks.a.b.acc\?"):
+        pipeline.fill("${e.tasks.a.b.bleu}", steps, made)
 
 
 @needs_harness
@@ -349,7 +430,7 @@ def test_a_function_that_ends_the_program_is_an_error_of_its_file(root: Path, tm
     path = Path(write(tmp_path, CHOICE))
     path.write_text(path.read_text() + "process_results: !function ends.count\n")
     with pytest.raises(InputError, match=r"pick\.yaml: SystemExit"):
-        read_tasks(spec(root, tasks=[str(path)]))
+        read_tasks(spec(root, tasks=[str(path)]).tasks)
 
 
 def test_an_endpoint_that_does_not_answer_is_told_from_one_that_is_not_there(root: Path, tmp_path: Path,
@@ -385,10 +466,10 @@ def test_a_harness_that_is_not_there_and_a_file_that_is_not_there_are_told(root:
     given = spec(root, tasks=[str(root / "tasks" / "pikc.yaml")])
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "lm_eval" else find(name))
     with pytest.raises(SpecError, match=r"tasks: the package lm-eval is not installed; pip install 'distlm\[lm-eval\]'"):
-        read_tasks(given)
+        read_tasks(given.tasks)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: find("json" if name == "lm_eval" else name))
     with pytest.raises(DistlmError, match=r"tasks.0: there is no file .*pikc.yaml; did you mean .*/pick.yaml\?"):
-        read_tasks(given)
+        read_tasks(given.tasks)
 
 
 def test_a_model_whose_configuration_cannot_be_read_is_told_in_one_line(tmp_path: Path) -> None:

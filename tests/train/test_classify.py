@@ -184,7 +184,7 @@ def test_what_does_not_fit_is_refused(runs: Path, corpus: Path, tmp_path: Path) 
     with pytest.raises(SpecError, match="corpus: the labels of the corpus other are not those of labelled"):
         make_recipe(mixture, Storage(tmp_path))
     refused(corpus, SpecError, "model: no classifier can be built from it: .*mamba", model={"config": {"model_type": "mamba"}})
-    for name, keys in (("adapter", {"adapter": {}, "model": {"from": "x"}}),
+    for name, keys in (("adapter", {"adapter": {}}),
                        ("class_weights", {"objective": "pretrain", "class_weights": "balanced"}),
                        ("sharding.sequence_parallel", {"sharding": {"sequence_parallel": 2}, "scale": {"workers": 2}}),
                        ("batch.mask_documents", {"batch": {"global_sequences": 8, "mask_documents": True}}),

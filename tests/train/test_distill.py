@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from distlm import pipeline, plan, reads
 from distlm.corpus.stream import START, Windows, silent
 from distlm.errors import InputError, SpecError
+from distlm.model.adapter import add_adapter
 from distlm.model.build import build_model, model_config
 from distlm.model.export import export_model
 from distlm.runs import RunFolder
@@ -36,7 +38,7 @@ TEACHER = {"config": {"model_type": "gpt2", "n_embd": 48, "n_layer": 1, "n_head"
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A corpus of windows, one of conversations, and teachers."""
+    """A corpus of windows, one of conversations, teachers, and a student that knows something already."""
     root = tmp_path_factory.mktemp("distill")
     make_corpus(root / "c")
     make_packed_corpus(root / "chats", conversations=True)
@@ -45,6 +47,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model = build_model(given.model, model_config(given.model, make_recipe(given, Storage(root)).shape), seed)
         torch.nn.init.normal_(model.get_output_embeddings().weight, std=0.3)
         export_model(model, None, root / "c" / "tokenizer", root / name, {})
+    given = spec(root / "c")
+    student = build_model(given.model, model_config(given.model, make_recipe(given, Storage(root)).shape), 5)
+    export_model(student, None, root / "c" / "tokenizer", root / "student", {})
     return root
 
 
@@ -59,9 +64,12 @@ def by_hand(given: TrainSpec, root: Path) -> list[tuple[float, float, float]]:
     recipe = make_recipe(given, Storage(root))
     assert given.distill
     student, t = build_model(given.model, model_config(given.model, recipe.shape), given.seed), given.distill.temperature
+    if given.adapter:
+        add_adapter(student, given.adapter, given.seed)
     teacher = AutoModelForCausalLM.from_pretrained(given.distill.teacher, dtype=torch.float32).eval()
-    optimizer = torch.optim.AdamW([{"params": [p for p in student.parameters() if p.dim() >= 2], "weight_decay": 0.1},
-                                   {"params": [p for p in student.parameters() if p.dim() < 2], "weight_decay": 0.0}], betas=(0.9, 0.95))
+    trained = [p for p in student.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW([{"params": [p for p in trained if p.dim() >= 2], "weight_decay": 0.1},
+                                   {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0}], betas=(0.9, 0.95))
     windows, order, found = Windows(recipe.corpus), recipe.plan(), []
     for step in range(recipe.num_steps):
         places = windows.order(0).locate(np.concatenate([order.samples(step, rank) for rank in range(order.world)]))
@@ -113,6 +121,32 @@ def test_a_rank_makes_the_papers_steps(root: Path, tmp_path: Path) -> None:
     assert not [path for path in (tmp_path / "one" / "export").iterdir() if "teacher" in path.name]
 
 
+@pytest.mark.parametrize("zeros", [(2,), pytest.param((0, 1, 3), marks=pytest.mark.slow)])
+def test_an_adapter_learns_of_a_teacher_and_leaves_the_base_alone(zeros: tuple[int, ...], root: Path, tmp_path: Path) -> None:
+    given = {"corpus": "chats", "model": {"from": str(root / "student")}, "adapter": {"rank": 4}, "scale": TWO}
+    runs = {tmp_path / f"zero{zero}": taught(root, **given, sharding=SHARDED if zero == 3 else {"zero": zero}) for zero in zeros}
+    printed = run_ranks(runs, watch=3 not in zeros)
+    expected, base = by_hand(taught(root, **given), root), load_file(root / "student" / "model.safetensors")
+    for run in runs:
+        check(run, expected)
+        merged, alone = (load_file(run / "export" / name) for name in ("model.safetensors", "adapter/adapter_model.safetensors"))
+        for name, value in base.items():
+            a, b = (alone.get(f"base_model.model.{name.removesuffix('.weight')}.lora_{part}.weight") for part in "AB")
+            wanted = value if a is None or b is None else value + 8 * b @ a
+            assert torch.allclose(merged[name], wanted, atol=1e-6) and torch.equal(merged[name], value) == (a is None), name
+        told = read_json(run / "export" / "distlm.json")
+        assert (told["base"], told["teacher"]) == (str(root / "student"), str(root / "teacher"))
+        assert told["base_hash"] != told["teacher_hash"]
+    assert 3 in zeros or printed.count("kept, ") == 2 * len(zeros)
+    before = {run: (losses(run), (run / "export" / "adapter" / "adapter_model.safetensors").read_bytes()) for run in runs}
+    for run in runs:
+        shutil.rmtree(run / "checkpoints" / "step-000008")
+        shutil.rmtree(run / "export")
+    run_ranks(runs)
+    for run, (steps, weights) in before.items():
+        assert losses(run) == steps and (run / "export" / "adapter" / "adapter_model.safetensors").read_bytes() == weights, "it goes on so"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("corpus", ["c", "chats"])
 def test_every_layout_makes_the_papers_steps(corpus: str, root: Path, tmp_path: Path) -> None:
@@ -150,7 +184,6 @@ def test_a_run_goes_on_bit_equal_and_of_no_other_teacher(root: Path, tmp_path: P
     ({"distill": {"teacher": "t", "alpha": 1.5}}, "distill.alpha: 1.5: must be at most 1"),
     ({"scale": TWO, "sharding": {"tensor_parallel": 2, "zero": 1}}, "sharding.tensor_parallel: is not proved with objective: distill"),
     ({"scale": TWO, "sharding": {"sequence_parallel": 2}}, "sharding.sequence_parallel: is not proved with objective: distill"),
-    ({"model": {"from": "m"}, "adapter": {"rank": 2}}, "adapter: is not proved with objective: distill"),
     ({"model": {"preset": "llama-tiny", "mup": {"base_width": 8}}}, "model.mup: is not proved with objective: distill")])
 def test_what_cannot_be_is_refused(given: dict[str, Any], message: str) -> None:
     with pytest.raises(SpecError, match=message):
