@@ -254,6 +254,10 @@ class TrainSpec(Job):
     compile: bool = False
     """Whether layers are compiled by torch.compile (Ansel et al. 2024) as the run begins, which takes up to a minute: faster steps, whose
     losses differ in their last bits from those without. On CPU every node needs a C++ compiler. Not with ZeRO stage 3."""
+    deterministic: bool = False
+    """Whether GPUs add up in one order, with slower kernels where the fastest do not, so that a run that goes on is bit-equal with windows
+    of any length too: not yet measured on a GPU. An operation that has no such kernel ends the run with its name. Runs on CPU are bit-equal
+    without it."""
     sharding: Sharding = Sharding()
     """ZeRO."""
     scale: Scale = Scale()

@@ -28,6 +28,7 @@ from distlm.spec.train import Checkpoints, Duration, Evaluate, TrainSpec
 from distlm.storage import Storage, read_json
 from distlm.train import checkpoint, preempt
 from distlm.train import profile as profiles
+from distlm.train.determinism import ENVIRONMENT
 from distlm.train.dryrun import FOLDER as DRY_RUN
 from distlm.train.dryrun import choose_micro
 from distlm.train.failures import alive_nodes, diagnose, lost_nodes
@@ -150,7 +151,8 @@ def _launch(recipe: Recipe, folder: RunFolder, first_step: int, resume_from: Pat
     resources = {"CPU": scale.cpus_per_worker, **({"GPU": scale.gpus_per_worker} if scale.gpus_per_worker else {})}
     tunables = os.environ.get("GLIBC_TUNABLES", HUGE_PAGES)                    # another value is the user's own
     on_cpu = {"DS_ACCELERATOR": "cpu", "GLIBC_TUNABLES": KEEP_MEMORY if tunables == HUGE_PAGES else tunables}
-    environment = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **({} if scale.gpus_per_worker else on_cpu)}
+    environment = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **({} if scale.gpus_per_worker else on_cpu),
+                   **(ENVIRONMENT if recipe.spec.deterministic else {})}
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     data_context = ray.data.DataContext.get_current()
     data_context.enable_progress_bars = False

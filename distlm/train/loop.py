@@ -39,6 +39,7 @@ from distlm.text.clean import common
 from distlm.train import checkpoint, preempt
 from distlm.train.average import Ema, take_mean
 from distlm.train.batch import Batch
+from distlm.train.determinism import use_deterministic
 from distlm.train.dryrun import DryRun
 from distlm.train.evaluate import Evaluator
 from distlm.train.guard import Random, SpikeGuard, finite, nonfinite_gradient, nonfinite_loss, without_update
@@ -64,6 +65,7 @@ def fit(recipe: Recipe, folder: RunFolder, steps: Iterator[NDArray[np.int64]], *
     """
     spec, objective = recipe.spec, objective_of(recipe.spec)
     check_node(spec)
+    use_deterministic(spec.deterministic)
     config = model_config(spec.model, recipe.shape, spec.regularization.dropout)
     if spec.adapter:                                       # what stands still is held once, in the precision that it is computed with
         place = None if spec.sharding.zero == 3 else device                    # stage 3 divides it first

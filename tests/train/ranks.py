@@ -26,12 +26,15 @@ from distlm.corpus.manifest import file_xxh3, tokenizer_hash, write_manifest
 from distlm.corpus.split import HASH_BYTES, content_hash
 from distlm.spec import TrainSpec
 from distlm.spec.load import dump, to_yaml
+from distlm.train.determinism import ENVIRONMENT
 
 VOCABULARY, CONTEXT = 64, 16
 
 
-def make_corpus(folder: Path, windows: tuple[int, ...] = (20, 17, 11), val: int = 7, context: int = CONTEXT) -> Path:
-    """A corpus folder of random windows: every window's first token pair tells its number, so that windows can be counted."""
+def make_corpus(folder: Path, windows: tuple[int, ...] = (20, 17, 11), val: int = 7, context: int = CONTEXT,
+                starts: tuple[int, ...] = (0,)) -> Path:
+    """A corpus folder of random windows: every window's first token pair tells its number, so that windows can be counted. `starts`: where
+    documents begin in each."""
     random = np.random.default_rng(0)
     tokenizer = Tokenizer(models.WordLevel({f"t{i}": i for i in range(VOCABULARY)}, unk_token="t0"))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="t0").save_pretrained(folder / "tokenizer")
@@ -46,8 +49,8 @@ def make_corpus(folder: Path, windows: tuple[int, ...] = (20, 17, 11), val: int 
             tokens[:, 0], tokens[:, 1] = np.divmod(np.arange(number, number + size), VOCABULARY)
             number += size
             column = pa.FixedSizeListArray.from_arrays(pa.array(tokens.reshape(-1)), context + 1)
-            starts = pa.array([[0]] * size, type=pa.list_(pa.int32()))
-            batch = pa.record_batch([column, starts], names=["tokens", "starts"])
+            begins = pa.array([starts] * size, type=pa.list_(pa.int32()))
+            batch = pa.record_batch([column, begins], names=["tokens", "starts"])
             file = folder / split / f"{i:05d}.arrow"
             with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
                 writer.write_batch(batch)
@@ -160,7 +163,8 @@ def run_ranks(runs: dict[Path, TrainSpec], *, device: str = "cpu", kill_before_s
         try:
             for rank in range(world):
                 environment = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank),
-                               "LOCAL_RANK": str(rank), "DS_ACCELERATOR": device}
+                               "LOCAL_RANK": str(rank), "DS_ACCELERATOR": device,
+                               **(ENVIRONMENT if any(spec.deterministic for spec in runs.values()) else {})}
                 ranks.append(context.Process(
                     target=rank_process, args=(list(runs), environment, Path(folder, str(rank))),
                     kwargs={**(alone if rank == world - 1 else {}), "full": full_before_step, "poison": poison, "hold": hold,

@@ -26,6 +26,7 @@ from distlm.spec import TrainSpec
 from distlm.spec.load import dump, to_yaml
 from distlm.storage import Storage
 from distlm.train import checkpoint
+from distlm.train.determinism import ENVIRONMENT
 from distlm.train.driver import KEEP_MEMORY, gauges, train
 from tests.records import Records
 from tests.train.ranks import VOCABULARY, losses, make_corpus, make_labelled_corpus, metrics, run_ranks, spec
@@ -184,14 +185,16 @@ def test_a_run_goes_on_with_more_workers_and_says_so(cluster: str, corpus: Path,
 
 
 def test_the_only_worker_that_is_killed_costs_nothing_but_time_and_leaves_its_log(cluster: str, corpus: Path, tmp_path: Path) -> None:
-    given = spec(corpus, **{**LONG, "scale": {"workers": 1, "threads_per_worker": 1}, "sharding": {"zero": 0}})
-    run_ranks({tmp_path / "undisturbed": given})
-    folder, killed = make_run(tmp_path, given), []
+    sections = {**LONG, "scale": {"workers": 1, "threads_per_worker": 1}, "sharding": {"zero": 0}}
+    run_ranks({tmp_path / "undisturbed": spec(corpus, **sections)})
+    given = spec(corpus, deterministic=True, **sections)   # which changes nothing on a CPU
+    folder, killed, environment = make_run(tmp_path, given), [], dict[str, str]()
 
     def kill() -> None:
         wait_for(lambda: steps_done(folder.path) >= 40, "step 40")
         [victim] = workers()
         killed.append(victim.pid)
+        environment.update(victim.environ())
         victim.send_signal(signal.SIGKILL)
 
     killer = Thread(target=kill)
@@ -200,6 +203,7 @@ def test_the_only_worker_that_is_killed_costs_nothing_but_time_and_leaves_its_lo
         train(given, folder, Storage(tmp_path), Records())
     killer.join()
     assert killed, "the fault fired"
+    assert {name: environment[name] for name in ENVIRONMENT} == ENVIRONMENT, "before anything was loaded"
     assert losses(folder.path) == losses(tmp_path / "undisturbed")
     assert folder.state() == ("succeeded", "completed")
     [note] = [event for event in folder.events() if event["state"] == "note"]
