@@ -1,4 +1,4 @@
-"""Tokens per second of supervised fine-tuning: distlm beside transformers' Trainer (with peft, for LoRA) and, where it is installed, trl.
+"""Tokens per second of fine-tuning: distlm beside transformers' Trainer (with peft, for LoRA) and, where it is installed, trl.
 
     python benchmarks/finetune.py              # 12.2 M parameters, 256 tokens of context, 32 sequences a step, bf16, 2 threads
     python benchmarks/finetune.py --quick      # one round of a few steps: does it work
@@ -9,7 +9,8 @@ apart and loss on the answers alone. Each side runs in a process of its own, in 
 its steps of the step's tokens, without padding, over the time from the end of the step before to its own; the first steps, and those
 that evaluate or save, are left out. Of these tokens so many give loss as the table's head says. Where an adapter is trained, each side
 holds the base in bf16, or in NF4. On a GPU the base model is made there, in bf16, and the table has the most of its memory that each side's
-process had allocated at once.
+process had allocated at once. Preferences are pairs of answers of made-up words, which distlm has in one window and trl in two rows; the
+reference is computed before the first step. trl recomputes activations unless it is told not to, as it is here.
 """
 
 import argparse
@@ -29,10 +30,13 @@ from train import WARM_UP, device, intervals, made_up, quiet, run_side
 
 SIDES = {"sft": "distlm run, objective: sft", "trainer": "transformers Trainer", "trl": "trl SFTTrainer",
          "lora": "distlm run, adapter", "peft": "transformers Trainer, peft", "trl-lora": "trl SFTTrainer, peft",
-         "qlora": "distlm run, adapter on NF4", "peft-qlora": "transformers Trainer, on NF4"}
-_, HALF, QUANTIZED = GROUPS = (("sft", "trainer", "trl"), ("lora", "peft", "trl-lora"), ("qlora", "peft-qlora"))
-"""Sides of one kind, distlm's first: full fine-tuning, and adapters on a base in bf16 and in NF4."""
+         "qlora": "distlm run, adapter on NF4", "peft-qlora": "transformers Trainer, on NF4",
+         "dpo": "distlm run, objective: dpo", "trl-dpo": "trl DPOTrainer"}
+_, HALF, QUANTIZED, PAIRED = GROUPS = (("sft", "trainer", "trl"), ("lora", "peft", "trl-lora"), ("qlora", "peft-qlora"), ("dpo", "trl-dpo"))
+"""Sides of one kind, distlm's first: full fine-tuning, adapters on a base in bf16 and in NF4, and preferences."""
 ADAPTED = (*HALF, *QUANTIZED)
+BETA = 0.1
+"""Of the loss of pairs."""
 SETTINGS = ("steps", "preset", "context", "sequences", "micro", "vocab", "threads", "rank")
 
 
@@ -50,7 +54,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="threads of matrix products on CPU")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=[side for side in SIDES if is_there(side)])
     parser.add_argument("--json", action="store_true", help="print figures, not a table")
-    parser.add_argument("--side", choices=[*SIDES, "corpus"], help=argparse.SUPPRESS)
+    parser.add_argument("--side", choices=[*SIDES, "corpus", "pairs"], help=argparse.SUPPRESS)
     parser.add_argument("--storage", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.quick:
@@ -63,20 +67,26 @@ def main() -> None:
     found: dict[str, list[float]] = {side: [] for side in options.sides}
     memory: dict[str, int] = dict.fromkeys(options.sides, 0)
     with tempfile.TemporaryDirectory(prefix="distlm-bench-") as folder:
-        counts = run_side(__file__, "corpus", folder, settings)
+        counts = {"corpus": run_side(__file__, "corpus", folder, settings)}
+        if {*PAIRED} & {*options.sides}:
+            counts["pairs"] = run_side(__file__, "pairs", folder, settings)
         for number, side in itertools.product(range(options.rounds), options.sides):
             taken = run_side(__file__, side, folder, settings)
-            paces = [tokens / each for tokens, each in zip(counts["tokens"][1:], taken["seconds"], strict=False)][WARM_UP:]
+            tokens = counts["pairs" if side in PAIRED else "corpus"]["tokens"][1:]
+            paces = [count / each for count, each in zip(tokens, taken["seconds"], strict=False)][WARM_UP:]
             found[side].append(statistics.median(paces))
             memory[side] = max(memory[side], taken["bytes"])
             print(f"round {number + 1}: {SIDES[side]} {found[side][-1]:,.0f} tokens/s{gib(memory[side])}", file=sys.stderr, flush=True)
     if options.json:
         print(json.dumps({side: {"tokens_per_s": found[side], "gpu_bytes": memory[side] or None} for side in found}))
         return
-    share = sum(counts["loss"]) / sum(counts["tokens"])
-    padding = 1 - sum(counts["tokens"]) / len(counts["tokens"]) / options.sequences / (options.context + 1)
-    print(f"{options.preset}, {options.sequences} windows of {options.context} tokens a step, {padding:.1%} of them padding, "
-          f"{share:.0%} of the rest give loss, {options.threads} threads, {options.rounds} rounds of {options.steps} steps; medians")
+    print(f"{options.preset}, {options.sequences} windows of {options.context} tokens a step, {options.threads} threads, "
+          f"{options.rounds} rounds of {options.steps} steps; medians")
+    for name, found_of in counts.items():
+        share = sum(found_of["loss"]) / sum(found_of["tokens"])
+        padding = 1 - sum(found_of["tokens"]) / len(found_of["tokens"]) / options.sequences / (options.context + 1)
+        kind = "conversations" if name == "corpus" else "pairs, one a window"
+        print(f"{kind}: {padding:.1%} of the windows are padding, {share:.0%} of the rest gives loss")
     print(f"{'':28} {'tokens/s':>10} {'lowest':>10} {'highest':>10} {'ratio':>7}{', GPU memory' * any(memory.values())}")
     for group in GROUPS:
         for side in (side for side in group if side in found):
@@ -105,7 +115,6 @@ def prepare(options: argparse.Namespace) -> dict[str, list[int]]:
 
     import distlm
     from distlm.corpus.manifest import read_manifest
-    from distlm.corpus.stream import NO_LOSS
     from distlm.model.build import Shape, build_model, model_config
     from distlm.model.export import export_model
     from distlm.spec.train import ModelSpec
@@ -122,17 +131,44 @@ def prepare(options: argparse.Namespace) -> dict[str, list[int]]:
     place = (torch.bfloat16, torch.device("cuda")) if device() == "cuda" else ()
     model = build_model(spec, model_config(spec, Shape(manifest.vocab_size, options.context, manifest.eos_id)), 0, *place)
     export_model(model, None, manifest.tokenizer, options.storage / "base", {})
-    tokens, loss = [], []
+    return count(options)
+
+
+def prepare_pairs(options: argparse.Namespace) -> dict[str, list[int]]:
+    """Pairs of answers to prompts of made-up words, enough of them for every step; of each step the tokens, and those with loss."""
+    import distlm
+
+    say, draw = made_up(options.vocab), random.Random(2)
+    with (options.storage / "pairs.jsonl").open("w") as file:
+        for _ in range(int(1.2 * options.steps * options.sequences)):
+            most = options.context // 12
+            file.write(json.dumps({key: say(draw.randint(5, most)) for key in ("prompt", "chosen", "rejected")}) + "\n")
+    distlm.run({"kind": "prepare", "name": "pairs", "sources": [str(options.storage / "pairs.jsonl")], "context": options.context,
+                "conversations": {"prompt_key": "prompt", "chosen_key": "chosen", "rejected_key": "rejected"},
+                "tokenizer": {"from": str(options.storage / "corpora" / "bench" / "tokenizer")}}, storage=options.storage, progress=quiet())
+    return count(options)
+
+
+def count(options: argparse.Namespace) -> dict[str, list[int]]:
+    """Of each step the tokens that are no padding, and those with loss."""
+    from distlm.corpus.manifest import read_manifest
+    from distlm.corpus.stream import NO_LOSS
+
+    end, tokens, loss = read_manifest(options.storage / "corpora" / corpus_of(options)).eos_id, [], []
     for rows, marks in steps(options):
-        padding = (rows == manifest.eos_id) & (marks & NO_LOSS > 0)
-        tokens.append(int((~padding).sum()))
+        tokens.append(int((~((rows == end) & (marks & NO_LOSS > 0))).sum()))
         loss.append(int((marks[:, 1:] & NO_LOSS == 0).sum()))
     return {"tokens": tokens, "loss": loss}
 
 
+def corpus_of(options: argparse.Namespace) -> str:
+    return "pairs" if options.side in ("pairs", *PAIRED) else "bench"
+
+
 def spec_of(options: argparse.Namespace, name: str = "bench", **more: Any) -> dict[str, Any]:
     """The run of distlm's sides."""
-    return {"kind": "train", "name": name, "corpus": "bench", "model": {"from": str(options.storage / "base")}, "objective": "sft",
+    kind = {"objective": "dpo", "dpo": {"beta": BETA}} if corpus_of(options) == "pairs" else {"objective": "sft"}
+    return {"kind": "train", "name": name, "corpus": corpus_of(options), "model": {"from": str(options.storage / "base")}, **kind,
             "batch": {"global_sequences": options.sequences, "micro_sequences": options.micro}, "duration": {"steps": options.steps},
             "scale": {"threads_per_worker": options.threads, "gpus_per_worker": int(device() == "cuda")},
             "evaluate": {"every_steps": options.steps}, "checkpoint": {"every_steps": options.steps}, "precision": "bf16", **more}
@@ -191,19 +227,30 @@ def run_trainer(options: argparse.Namespace) -> dict[str, Any]:
     kind: Any = Trainer
     settings: Any = TrainingArguments
     more: dict[str, Any] = {}
-    data: Any = samples(options)
+    collator: Any = default_data_collator
+    data: Any = pairs(options) if options.side in PAIRED else samples(options)
     if options.side.startswith("trl"):
         from datasets import Dataset
-        from trl import SFTConfig, SFTTrainer
+        from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+        class Pairs(DPOTrainer):
+            def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+                return dataset                             # tokens already
 
         kind, settings = SFTTrainer, SFTConfig
-        data = Dataset.from_list([{key: value.tolist() for key, value in one.items()} for one in data])
-        more = {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None}
+        more = {"max_length": None, "gradient_checkpointing": False}
+        if options.side in PAIRED:
+            kind, settings, collator = Pairs, DPOConfig, None
+            more |= {"beta": BETA, "precompute_ref_log_probs": True}
+        else:
+            data = [{key: value.tolist() for key, value in one.items()} for one in data]
+            more |= {"dataset_kwargs": {"skip_prepare_dataset": True}, "remove_unused_columns": False}       # else positions go
+        data = Dataset.from_list(data)
     arguments = settings(output_dir=str(options.storage / "trainer"), per_device_train_batch_size=options.micro, bf16=True,
                          gradient_accumulation_steps=options.sequences // options.micro, max_steps=options.steps,
                          use_cpu=device() == "cpu", report_to=[], save_strategy="no", logging_strategy="no", optim="adamw_torch_fused",
                          learning_rate=1e-3, disable_tqdm=True, train_sampling_strategy="sequential", **more)
-    kind(model=model, args=arguments, train_dataset=data, data_collator=default_data_collator, callbacks=[Clock()]).train()
+    kind(model=model, args=arguments, train_dataset=data, data_collator=collator, callbacks=[Clock()]).train()
     return {"seconds": intervals(ends), "bytes": torch.cuda.max_memory_allocated() if device() == "cuda" else 0}
 
 
@@ -225,9 +272,27 @@ def samples(options: argparse.Namespace) -> list[dict[str, Any]]:
     return found
 
 
+def pairs(options: argparse.Namespace) -> list[dict[str, list[int]]]:
+    """The pairs in order: the tokens of the prompt, and of each answer those that give loss."""
+    import numpy as np
+
+    from distlm.corpus.stream import NO_LOSS, START
+
+    found = []
+    for rows, marks in steps(options):
+        for tokens, own in zip(rows, marks, strict=True):
+            begin, middle = np.flatnonzero(own & START)[:2]
+            gives = np.flatnonzero(own & NO_LOSS == 0)
+            chosen, rejected = gives[gives < middle], gives[gives >= middle]
+            assert [*chosen, *rejected] == [*range(chosen[0], chosen[-1] + 1), *range(rejected[0], rejected[-1] + 1)]
+            found.append({"prompt_ids": tokens[begin:chosen[0]].tolist(), "chosen_ids": tokens[chosen].tolist(),
+                          "rejected_ids": tokens[rejected].tolist()})
+    return found
+
+
 SIDE: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
-    "corpus": prepare, "sft": run_distlm, "lora": run_distlm, "trainer": run_trainer, "peft": run_trainer, "trl": run_trainer,
-    "trl-lora": run_trainer, "qlora": run_distlm, "peft-qlora": run_trainer}
+    "corpus": prepare, "pairs": prepare_pairs, "sft": run_distlm, "lora": run_distlm, "trainer": run_trainer, "peft": run_trainer,
+    "trl": run_trainer, "trl-lora": run_trainer, "qlora": run_distlm, "peft-qlora": run_trainer, "dpo": run_distlm, "trl-dpo": run_trainer}
 
 if __name__ == "__main__":
     main()

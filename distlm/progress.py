@@ -68,19 +68,37 @@ class Progress:
         return RichProgress() if sys.stdout.isatty() else PlainProgress()
 
 
+class Thinned:
+    """Which records are worth a line: of updates one in so many seconds and each that completes its unit, but none that only repeats the
+    line before it, as a sweep's do, which are made whenever anything happens to a trial."""
+
+    def __init__(self, every_s: float) -> None:
+        self._every_s, self._next = every_s, 0.0
+        self._said: dict[str, Any] | None = None
+        """The record before this one, where it became a line."""
+
+    def takes(self, record: dict[str, Any]) -> bool:
+        if record["distlm"] == "update":
+            if record == self._said:
+                return False
+            self._said = None
+            if record["done"] != record["total"] and time.monotonic() < self._next:
+                return False
+            self._next = time.monotonic() + self._every_s
+        self._said = record
+        return True
+
+
 class JsonProgress(Progress):
     """One JSON line per record, updates twice a second at most: a follower shows them."""
 
     def __init__(self, file: TextIO | None = None) -> None:
         self._file = file                                  # default: standard output
-        self._next = 0.0
+        self._thinned = Thinned(0.5)
 
     def show(self, record: dict[str, Any]) -> None:
-        if record["distlm"] == "update" and record["done"] != record["total"]:
-            if time.monotonic() < self._next:
-                return
-            self._next = time.monotonic() + 0.5
-        print(json.dumps(record), file=self._file, flush=True)
+        if self._thinned.takes(record):
+            print(json.dumps(record), file=self._file, flush=True)
 
 
 class Logged(Progress):
@@ -123,13 +141,12 @@ class PlainProgress(Progress):
 
     def __init__(self) -> None:
         self._console = Shown(width=WIDTH, highlight=False)
-        self._next = 0.0
+        self._thinned = Thinned(10)
 
     def show(self, record: dict[str, Any]) -> None:
+        if not self._thinned.takes(record):
+            return
         if record["distlm"] == "update":
-            if record["done"] != record["total"] and time.monotonic() < self._next:
-                return
-            self._next = time.monotonic() + 10
             total = f"/{record['total']:,}" if record["total"] is not None else ""
             self._console.print(f"  {record['unit']} {record['done']:,}{total} {figures(record['figures'])}".rstrip(), markup=False)
         else:

@@ -2,10 +2,12 @@
 
 import contextlib
 import io
+import itertools
 import os
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -48,6 +50,30 @@ def test_records_across_the_wire_show_as_they_would_here(capsys):
         for record in source:
             draw(Console(file=text, width=100), record)
     assert shown[0].getvalue() == shown[1].getvalue()
+
+
+@pytest.mark.parametrize("kind", [PlainProgress, JsonProgress])
+def test_an_update_that_only_repeats_the_line_before_it_is_no_line(kind, monkeypatch, capsys):
+    clock = itertools.count(100, 60)
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    shown = kind()
+    for done in (1, 1, 2, 3, 3):
+        shown.update("trials", done, 3, best=4.5)
+    shown.update("trials", 3, 3, best=4.0)
+    shown.stage("tune", "another")
+    shown.update("trials", 3, 3, best=4.0)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 6, lines
+    assert [i for i, line in enumerate(lines) if "another" in line] == [4]
+
+
+def test_an_update_that_was_thinned_out_is_a_line_when_it_is_made_again(monkeypatch, capsys):
+    times = iter([0, 0, 1, 20, 20])              # two looks where a line is made, else one
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(times) + 100))
+    shown = PlainProgress()
+    for done in (0, 1, 1, 1):
+        shown.update("trials", done, 3)
+    assert capsys.readouterr().out.splitlines() == ["  trials 0/3", "  trials 1/3"]
 
 
 def test_what_is_shown_is_kept_in_a_file_too_and_a_full_disk_costs_the_log_alone(tmp_path):

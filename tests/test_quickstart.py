@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
+import yaml
 
 from distlm import cluster, execute, head
 from distlm.runs import RunFolder
@@ -109,3 +110,28 @@ def test_the_quickstart_is_submitted_to_a_cluster_that_stays_and_ends_with_it(tm
         assert RunFolder(storage.endpoint("quickstart-serve")).state() == ("stopped", "user") and head.recorded(storage) == []
     finally:
         head.down(up)
+
+
+SHORT = ("train.batch.global_sequences=8", "train.duration={steps: 60}", "train.schedule.warmup_steps=6", "train.optimizer.lr=3.0e-3",
+         "train.evaluate={every_steps: 30, max_windows: 64}", "train.scale.threads_per_worker=1")
+"""Of jobs/docstrings.yaml, what makes it short."""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_its_model_learns_to_write_docstrings_and_answers_in_chat(tmp_path: Path) -> None:
+    """On the functions of this interpreter's standard library; the model is a smaller one than the quickstart's."""
+    storage, jobs, shown = Storage(tmp_path / "storage"), Path(__file__).parents[1] / "jobs", Records()
+    quickstart = yaml.safe_load((jobs / "quickstart.yaml").read_text())["steps"]
+    tokenizer = storage.corpus("quickstart-prepare") / "tokenizer"
+    with cluster.connect(tmp_path / "driver.log", storage=storage):
+        execute.run({**quickstart["prepare"], "name": "quickstart-prepare"}, storage=storage, progress=Records())
+        execute.run({**TRAIN, "kind": "train", "name": "quickstart-train", "corpus": "quickstart-prepare", "duration": {"steps": 60},
+                     "optimizer": {"lr": 3e-3}, "batch": {"global_sequences": 8}}, storage=storage, progress=Records())
+        made = execute.run(jobs / "docstrings.yaml", overrides=[f"steps.prepare.tokenizer.from={tokenizer}",
+                                                                *(f"steps.{text}" for text in SHORT)], storage=storage, progress=shown)
+        curl = next(text for text in shown.notes if text.startswith("curl "))
+        answer = json.loads(subprocess.run(["bash", "-c", curl], capture_output=True, text=True, check=True, timeout=120).stdout)
+    assert made["prepare.documents"] > 4000 and made["train.val_loss"] < made["train.val_loss_first"] - 0.5
+    assert answer["choices"][0]["message"]["role"] == "assistant" and 0 < answer["usage"]["completion_tokens"] <= 64
+    assert any("docstrings-serve answers:\ndef read_lines(path):" in text for text in shown.notes), shown.text

@@ -1,12 +1,14 @@
 """The loss of pairs of answers and its gradient are those of the paper, by any head, in blocks of any size."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models
 from torch.nn import functional
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from distlm.model import preference
 from distlm.model.loss import IGNORED
@@ -80,6 +82,38 @@ def test_loss_and_gradient_are_equation_7(family: str, smoothing: float, monkeyp
     for name, parameter in ours.model.named_parameters():
         assert parameter.grad is not None
         torch.testing.assert_close(parameter.grad / 2, theirs[name].grad, atol=1e-6, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_and_gradient_are_those_of_trl(family: str, tmp_path: Path) -> None:
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    model, reference = make(family), make(family)
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3))
+    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(VOCABULARY)}, unk_token="t1"))
+    trainer = trl.DPOTrainer(model, reference, trl.DPOConfig(str(tmp_path), beta=0.3, use_cpu=True, bf16=False, report_to=[],
+                                                             gradient_checkpointing=False),
+                             train_dataset=datasets.Dataset.from_list([{"prompt": "t1", "chosen": "t2", "rejected": "t3"}]),
+                             processing_class=PreTrainedTokenizerFast(tokenizer_object=words, eos_token="t0"))
+    inputs, alone = batch()
+    rows = [pair[second] for second in (0, 1) for pair in alone]       # trl's batch: all chosen answers, then all rejected ones
+    said = torch.nn.utils.rnn.pad_sequence([one for one, _ in rows], batch_first=True)
+    place = torch.arange(said.shape[1])
+    there = torch.stack([place < len(one) for one, _ in rows])
+    answers = torch.stack([place >= prompt for _, prompt in rows]) & there
+    loss = trainer.compute_loss(model, {"input_ids": said, "attention_mask": there.long(), "completion_mask": answers.long()})
+    loss.backward()
+    ours = PreferenceLoss(make(family), 0.3)
+    with torch.no_grad():
+        scores = torch.stack([torch.stack([log_prob(reference, *one) for one in pair]) for pair in alone])
+    ours.reference = Reference(torch.arange(len(WINDOWS)), scores)
+    mean = ours(*inputs) / len(WINDOWS)
+    torch.testing.assert_close(mean, loss)
+    mean.backward()
+    theirs = dict(model.named_parameters())
+    for name, parameter in ours.model.named_parameters():
+        torch.testing.assert_close(parameter.grad, theirs[name].grad, atol=1e-6, rtol=1e-4, msg=name)
 
 
 def test_without_a_reference_the_model_is_its_own() -> None:

@@ -1,5 +1,6 @@
 """A sweep over real runs: what stops early, what fails, what is best, and that nothing is left behind."""
 
+import itertools
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ from ray.util import placement_group_table
 from ray.util.state import list_actors
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from distlm import cluster, execute
+from distlm import cluster, execute, progress
 from distlm.errors import InputError, SpecError, TrainError
 from distlm.runs import RunFolder
 from distlm.spec import TrainSpec, TuneSpec, load_spec
@@ -157,6 +158,26 @@ def test_of_a_metric_that_is_to_be_large_the_largest_is_best_and_asha_stops_the_
         scheduler, new = sweep.asha(spec, trials[:2]), SimpleNamespace(trial_id="new")
         scheduler.on_trial_add(None, new)                  # type: ignore[arg-type]
         assert scheduler.on_trial_result(None, new, {"step": 4, "accuracy": value}) == decision     # type: ignore[arg-type]
+
+
+def test_a_sweeps_log_says_once_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from distlm.tune import sweep
+
+    clock = itertools.count(100, 60)                       # no line is left out for coming too soon
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    train: Any = None
+    trials = [sweep.Trial(name, {}, train, {}, RunFolder(tmp_path / name)) for name in ("a", "b")]
+    watch = sweep.Watch(TuneSpec.model_validate(SWEEP), trials, trials, progress.PlainProgress())
+    for number, mine in enumerate(trials):                 # what Tune calls, for each trial that comes to its end
+        trial: Any = SimpleNamespace(config={"trial": number}, last_result={})
+        watch.on_trial_start(0, [], trial)
+        for step in (4, 8):
+            watch.on_trial_result(0, [], trial, {"step": step, "val_loss": 5.0 - number})
+        mine.folder.event("succeeded", "completed")
+        watch.on_trial_result(0, [], trial, {"step": 12, "val_loss": 5.0 - number})
+        watch.on_trial_complete(0, [], trial)
+    assert capsys.readouterr().out.splitlines() == ["  trials 0/2", "  trials 0/2 best 5", "  trials 1/2 best 5", "  trials 1/2 best 4",
+                                                    "  trials 2/2 best 4"]
 
 
 @pytest.mark.slow
