@@ -2,16 +2,20 @@
 
 import json
 import shlex
+from pathlib import Path
 from typing import Any
 
-from distlm.errors import ServeError
+from distlm.errors import InputError, ServeError
 from distlm.progress import Progress
 from distlm.runs import RunFolder
+from distlm.serve.client import classify, query
+from distlm.serve.guard import read_key
 
 Step = tuple[str, RunFolder, dict[str, Any]]
 """(kind, folder, outputs)"""
 MAX_LABELS = 5
-SAMPLING = {"temperature": 0.7, "top_p": 0.9, "seed": 1}
+ANSWER_S = 120
+SAMPLING: dict[str, Any] = {"temperature": 0.7, "top_p": 0.9, "seed": 1}
 """A small model repeats itself where it always takes the likeliest token."""
 
 
@@ -106,32 +110,16 @@ def of_endpoint(made: dict[str, Any]) -> list[tuple[str, str]]:
     return [("url", made["url"]), ("key file", made["api_key_file"]), *adapters]
 
 
-def question(made: dict[str, Any], prompt: str, chat: bool = False) -> tuple[str, dict[str, Any]]:
-    """(path, body) of what an endpoint is asked about a text."""
-    if made.get("classifier"):
-        return "classify", {"model": made["model"], "input": prompt}
-    if chat:
-        return "chat/completions", {"model": made["model"], "messages": [{"role": "user", "content": prompt}], **SAMPLING}
-    return "completions", {"model": made["model"], "prompt": prompt, **SAMPLING}
-
-
 def ask(made: dict[str, Any], prompt: str, chat: bool = False) -> str:
     """What the endpoint adds to `prompt`, what it answers in a chat, or which labels it has for it. Raises ServeError."""
-    import httpx
-
     try:
-        with open(made["api_key_file"]) as file:
-            key = file.read().strip()
-        path, body = question(made, prompt, chat)
-        answer = httpx.post(f"{base(made)}/{path}", headers={"Authorization": f"Bearer {key}"}, timeout=120, trust_env=False, json=body)
-        if answer.status_code != 200:
-            raise ValueError(f"{answer.status_code} {answer.text[:300]}")
-        if made.get("classifier"):
-            chances = answer.json()["data"][0]["probabilities"]
-            return ", ".join(f"{name} {chances[name]:.3f}" for name in sorted(chances, key=lambda name: -chances[name])[:MAX_LABELS])
-        choice = answer.json()["choices"][0]
-        return choice["message"]["content"] if chat else choice["text"]
-    except (httpx.HTTPError, OSError, ValueError, KeyError) as error:
+        key = read_key(Path(made["api_key_file"]))
+        if not made.get("classifier"):
+            return "".join(query(made["url"], key, prompt, model=made["model"], chat=chat, timeout_s=ANSWER_S, **SAMPLING))
+        [found] = classify(made["url"], key, [prompt], model=made["model"], timeout_s=ANSWER_S)
+        chances = found["probabilities"]
+        return ", ".join(f"{name} {chances[name]:.3f}" for name in sorted(chances, key=lambda name: -chances[name])[:MAX_LABELS])
+    except (ServeError, InputError, ValueError, KeyError) as error:
         what = "classify a text" if made.get("classifier") else "complete a prompt"
         raise ServeError(f"the endpoint did not {what}: {error}", where=made["url"],
                          remedy="logs/ in its folder say more") from None
@@ -139,14 +127,12 @@ def ask(made: dict[str, Any], prompt: str, chat: bool = False) -> str:
 
 def curl(made: dict[str, Any], prompt: str, chat: bool = False) -> str:
     """A line for a shell that asks the endpoint for the same."""
-    path, body = question(made, prompt, chat)
-    return (f'curl {base(made)}/{path} -H "Authorization: Bearer $(cat {shlex.quote(made["api_key_file"])})" '
-            f"-H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}")
-
-
-def base(made: dict[str, Any]) -> str:
-    """The address under which the OpenAI paths lie."""
-    return made["url"].rstrip("/").removesuffix("/v1") + "/v1"
+    asked: dict[str, Any] = {"input": prompt} if made.get("classifier") else {**(
+        {"messages": [{"role": "user", "content": prompt}]} if chat else {"prompt": prompt}), **SAMPLING}
+    path = "classify" if made.get("classifier") else "chat/completions" if chat else "completions"
+    base = made["url"].rstrip("/").removesuffix("/v1")
+    return (f'curl {base}/v1/{path} -H "Authorization: Bearer $(cat {shlex.quote(made["api_key_file"])})" '
+            f"-H 'Content-Type: application/json' -d {shlex.quote(json.dumps({'model': made['model'], **asked}))}")
 
 
 ROWS = {"prepare": of_corpus, "train": of_run, "tune": of_sweep, "average": of_average, "evaluate": of_evaluation,

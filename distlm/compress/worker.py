@@ -21,14 +21,15 @@ class Compressor:
         self.sides["before"] = self._loaded(self.source, self.log)
 
     def compress(self, lineage: dict[str, Any]) -> dict[str, Any]:
-        """Write what is made of it, and load that. Returns what was done, for the records. Raises InputError where it cannot be done."""
+        """Write what is made of it, in the precision of its files, and load that. Returns what was done, for the records. Raises InputError
+        where it cannot be done."""
         import torch
 
         from distlm.compress.methods import compress
         from distlm.model.build import load_model
-        from distlm.model.export import export_model
+        from distlm.model.export import export_model, stored_dtype
 
-        model: Any = load_model(self.source, f"model: {self.source}", dtype_of(self.source), exact=False).requires_grad_(False)
+        model: Any = load_model(self.source, f"model: {self.source}", stored_dtype(self.source), exact=False).requires_grad_(False)
         with torch.no_grad():
             done = compress(model, self.spec, self.task)
         export_model(model, None, self.source, self.target, {**lineage, "compression": done})
@@ -56,12 +57,3 @@ class Compressor:
         worker = Worker(self.task, "cuda" if self.spec.gpus else "cpu", dtype, self.spec.threads or default_threads(1), log)
         worker.load(folder)
         return worker
-
-
-def dtype_of(folder: Path) -> Any:
-    """The type in which a checkpoint has its weights."""
-    import torch
-    from transformers import AutoConfig
-
-    found = AutoConfig.from_pretrained(folder, local_files_only=True).dtype
-    return found if isinstance(found, torch.dtype) else torch.float32

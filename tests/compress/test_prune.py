@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from distlm import execute
@@ -13,7 +14,7 @@ from distlm.compress.task import task_of
 from distlm.errors import DistlmError
 from distlm.model.build import decoder_layers, load_model, num_parameters
 from distlm.model.export import export_model
-from distlm.storage import Storage
+from distlm.storage import Storage, read_json, write_json
 from tests.compress.made import compressed, spec
 from tests.corpus.made import Doc, make
 from tests.evaluate.models import make_model
@@ -52,6 +53,19 @@ def test_the_layer_that_goes_is_the_one_that_does_nothing(root: Path, tmp_path: 
             layer.self_attn.layer_idx = i
         assert torch.allclose(model(tokens, use_cache=False).logits, wanted, atol=1e-5)
     assert num_parameters(model.config) == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(("files", "told"), [(torch.float32, "bfloat16"), (torch.bfloat16, "float32")])
+def test_weights_keep_the_precision_of_the_files_whatever_the_configuration_says(root: Path, tmp_path: Path, files: torch.dtype,
+                                                                               told: str) -> None:
+    source = root / "runs" / "m" / "export"
+    export_model(load_model(source, "model", files), None, source, tmp_path / "model", {})
+    write_json(tmp_path / "model" / "config.json", {**read_json(tmp_path / "model" / "config.json"), "dtype": told})
+    compressed(root, "magnitude", tmp_path / "export", sparsity=0.5, model=str(tmp_path / "model"))
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("model", "export"))
+    assert {one.dtype for one in before.values()} == {one.dtype for one in after.values()} == {files}
+    assert all(torch.equal(after[name], torch.where(after[name] == 0, 0, value)) for name, value in before.items())
+    assert f"torch.{read_json(tmp_path / 'export' / 'config.json')['dtype']}" == str(files)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from distlm import endpoints
+from distlm import endpoints, summary
 from distlm.cli import jobs
 from distlm.errors import InputError, ServeError
 from distlm.serve.api import Card, create_app
@@ -85,6 +85,32 @@ def test_the_probabilities_are_those_of_transformers(tmp_path: Path, family: str
         assert (one["label"], one["labels"]) == ((None, names) if multiple else (best, None))
     assert found["usage"]["prompt_tokens"] == sum(len(engine.tokenizer(text)["input_ids"]) for text in TEXTS)
     assert answer(engine, input=TEXTS[0])[1]["data"][0]["probabilities"] == pytest.approx(found["data"][0]["probabilities"], abs=1e-6)
+
+
+def test_the_end_of_a_pipeline_asks_as_any_client_does(folder: Path, llama: Path, tmp_path: Path) -> None:
+    key = tmp_path / "key"
+    key.write_text(KEY)
+    key.chmod(0o600)
+    made: dict[str, Any] = {"model": "tiny", "api_key_file": str(key)}
+    server = Server(folder, TorchClassifier, max_sequences=2)
+    try:
+        said = summary.ask({**made, "url": server.url, "classifier": True}, TEXTS[0])
+        wanted = sorted(zip(reference(folder, TEXTS[0]), ("ham", "spam", "eggs"), strict=True), reverse=True)
+        assert said == ", ".join(f"{name} {chance:.3f}" for chance, name in wanted)
+        with pytest.raises(ServeError, match=r"the endpoint did not classify a text: .*an empty text has no label") as caught:
+            summary.ask({**made, "url": server.url, "classifier": True}, "")
+        assert caught.value.where == server.url
+    finally:
+        server.close()
+    server = Server(llama, max_sequences=1)
+    try:
+        alone = server.complete(prompt="the cat", **summary.SAMPLING)["choices"][0]["text"]
+        assert alone and summary.ask({**made, "url": server.url}, "the cat") == alone
+        assert summary.ask({**made, "url": f"{server.url}/v1"}, "the cat") == alone
+    finally:
+        server.close()
+    with pytest.raises(ServeError, match=r"the endpoint did not complete a prompt: .*cannot be reached"):
+        summary.ask({**made, "url": server.url}, "the cat")
 
 
 def test_a_text_that_spells_the_end_token_is_text(engine: TorchClassifier) -> None:
