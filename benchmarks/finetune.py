@@ -140,8 +140,8 @@ def prepare_pairs(options: argparse.Namespace) -> dict[str, list[int]]:
 
     say, draw = made_up(options.vocab), random.Random(2)
     with (options.storage / "pairs.jsonl").open("w") as file:
-        for _ in range(int(1.2 * options.steps * options.sequences)):
-            most = options.context // 12
+        for _ in range(2 * options.steps * options.sequences):      # the longest do not fit, and some are for validation
+            most = options.context // 7
             file.write(json.dumps({key: say(draw.randint(5, most)) for key in ("prompt", "chosen", "rejected")}) + "\n")
     distlm.run({"kind": "prepare", "name": "pairs", "sources": [str(options.storage / "pairs.jsonl")], "context": options.context,
                 "conversations": {"prompt_key": "prompt", "chosen_key": "chosen", "rejected_key": "rejected"},
