@@ -28,11 +28,13 @@ from typing import Any
 
 from train import WARM_UP, device, intervals, made_up, quiet, run_side
 
-SIDES = {"sft": "distlm run, objective: sft", "trainer": "transformers Trainer", "trl": "trl SFTTrainer",
-         "lora": "distlm run, adapter", "peft": "transformers Trainer, peft", "trl-lora": "trl SFTTrainer, peft",
+SIDES = {"sft": "distlm run, objective: sft", "sft-workers": "a worker a core, compiled", "trainer": "transformers Trainer",
+         "trl": "trl SFTTrainer", "lora": "distlm run, adapter", "lora-workers": "a worker a core, compiled",
+         "peft": "transformers Trainer, peft", "trl-lora": "trl SFTTrainer, peft",
          "qlora": "distlm run, adapter on NF4", "peft-qlora": "transformers Trainer, on NF4",
          "dpo": "distlm run, objective: dpo", "trl-dpo": "trl DPOTrainer"}
-_, HALF, QUANTIZED, PAIRED = GROUPS = (("sft", "trainer", "trl"), ("lora", "peft", "trl-lora"), ("qlora", "peft-qlora"), ("dpo", "trl-dpo"))
+_, HALF, QUANTIZED, PAIRED = GROUPS = (("sft", "sft-workers", "trainer", "trl"), ("lora", "lora-workers", "peft", "trl-lora"),
+                                       ("qlora", "peft-qlora"), ("dpo", "trl-dpo"))
 """Sides of one kind, distlm's first: full fine-tuning, adapters on a base in bf16 and in NF4, and preferences."""
 ADAPTED = (*HALF, *QUANTIZED)
 BETA = 0.1
@@ -102,11 +104,11 @@ def gib(size: int) -> str:
 
 
 def is_there(side: str) -> bool:
-    """Whether what the side needs is installed."""
+    """Whether what the side needs is installed, and it is one for this machine."""
     from importlib.util import find_spec
 
-    return all(find_spec(name) for name in (["peft"] * (side in ADAPTED) + ["bitsandbytes"] * (side in QUANTIZED)
-                                           + ["trl", "datasets"] * side.startswith("trl")))
+    wanted = ["peft"] * (side in ADAPTED) + ["bitsandbytes"] * (side in QUANTIZED) + ["trl", "datasets"] * side.startswith("trl")
+    return all(map(find_spec, wanted)) and not (side.endswith("workers") and device() == "cuda")
 
 
 def prepare(options: argparse.Namespace) -> dict[str, list[int]]:
@@ -191,8 +193,11 @@ def run_distlm(options: argparse.Namespace) -> dict[str, Any]:
 
     name = f"bench-{time.time_ns()}"
     held = {"base": "nf4"} if options.side in QUANTIZED else {}
-    adapter = {"adapter": {"rank": options.rank, **held}} if options.side in ADAPTED else {}
-    distlm.run(spec_of(options, name, **adapter), storage=options.storage, progress=quiet())
+    more: dict[str, Any] = {"adapter": {"rank": options.rank, **held}} if options.side in ADAPTED else {}
+    if options.side.endswith("workers"):
+        more |= {"scale": {"workers": options.threads, "threads_per_worker": 1}, "compile": True,
+                 "batch": {"global_sequences": options.sequences, "micro_sequences": options.micro // options.threads}}
+    distlm.run(spec_of(options, name, **more), storage=options.storage, progress=quiet())
     folder = options.storage / "runs" / name
     records = [record for record in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if "loss" in record]
     shutil.rmtree(folder)
@@ -290,9 +295,8 @@ def pairs(options: argparse.Namespace) -> list[dict[str, list[int]]]:
     return found
 
 
-SIDE: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
-    "corpus": prepare, "pairs": prepare_pairs, "sft": run_distlm, "lora": run_distlm, "trainer": run_trainer, "peft": run_trainer,
-    "trl": run_trainer, "trl-lora": run_trainer, "qlora": run_distlm, "peft-qlora": run_trainer, "dpo": run_distlm, "trl-dpo": run_trainer}
+SIDE: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {"corpus": prepare, "pairs": prepare_pairs, **{
+    side: run_distlm if SIDES[side].startswith(("distlm", "a worker")) else run_trainer for side in SIDES}}
 
 if __name__ == "__main__":
     main()
