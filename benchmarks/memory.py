@@ -35,16 +35,18 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES)[1:], help="default: all but tiny")
     parser.add_argument("--zero", nargs="+", type=int, choices=range(4), default=[0, 1, 2, 3])
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
+    parser.add_argument("--compile", action="store_true", help="compiled layers, which stage 3 cannot have")
     parser.add_argument("--ranks", type=int, help="default: the GPUs, or 2 on CPU")
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     import torch
 
     ranks = options.ranks or torch.cuda.device_count() or 2
+    options.zero = [zero for zero in options.zero if not (options.compile and zero == 3)]
     if options.rank is not None:
         print(json.dumps(measured(options, ranks)))
         return
-    print(f"{options.precision}, {ranks} ranks; MB of rank 0")
+    print(f"{options.precision}{', compiled' * options.compile}, {ranks} ranks; MB of rank 0")
     print(f"{'shape':<13}{'ZeRO':>5}{'measured':>10}{'plan':>8}{'ratio':>7}  parts of the plan")
     within = 0
     for shape in options.shapes:
@@ -66,7 +68,7 @@ def make(shape: str, zero: int, ranks: int, options: argparse.Namespace) -> tupl
     one = SHAPES[shape]
     spec = TrainSpec.model_validate({
         "name": "x", "corpus": "x", "duration": {"steps": 3}, "precision": options.precision,
-        "activation_checkpointing": one.get("recompute", 0), "sharding": {"zero": zero},
+        "activation_checkpointing": one.get("recompute", 0), "sharding": {"zero": zero}, "compile": options.compile,
         "checkpoint": {"asynchronous": False},             # nothing is saved here
         "scale": {"workers": ranks, "gpus_per_worker": int(torch.cuda.is_available())},
         "batch": {"global_sequences": one["micro"] * one.get("accumulation", 1) * ranks, "micro_sequences": one["micro"]},
@@ -98,7 +100,8 @@ def measure(shape: str, zero: int, ranks: int, options: argparse.Namespace) -> f
                    "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])}
     if not torch.cuda.is_available():
         environment["DS_ACCELERATOR"] = "cpu"
-    words = [sys.executable, __file__, "--shapes", shape, "--zero", str(zero), "--precision", options.precision, "--ranks", str(ranks)]
+    words = [sys.executable, __file__, "--shapes", shape, "--zero", str(zero), "--precision", options.precision, "--ranks", str(ranks),
+             *(["--compile"] if options.compile else [])]
     started = [subprocess.Popen([*words, "--rank", str(rank)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                 env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(ranks)]
     ended = [process.communicate() for process in started]
@@ -131,9 +134,9 @@ def train(shape: str, options: argparse.Namespace, ranks: int, device: Any) -> f
     import torch
 
     from distlm.model.attention import use_cpu_attention
-    from distlm.model.build import buffers, build_model, recompute, restore_buffers
+    from distlm.model.build import buffers, build_model, compile_layers, recompute, restore_buffers
     from distlm.model.loss import CausalLoss
-    from distlm.train.batch import Batch
+    from distlm.train.batch import TokenBatch
     from distlm.train.guard import SpikeGuard
     from distlm.train.loop import train_step
     from distlm.train.phases import Phases
@@ -150,6 +153,8 @@ def train(shape: str, options: argparse.Namespace, ranks: int, device: Any) -> f
         use_cpu_attention(model)
     if spec.activation_checkpointing:
         recompute(model, spec.activation_checkpointing)
+    if spec.compile:
+        compile_layers(model)
     kept = buffers(model)
     engine = make_engine(spec, CausalLoss(model), deepspeed_config(spec, one["micro"], accumulation))
     restore_buffers(engine.module.model, kept)
@@ -157,7 +162,7 @@ def train(shape: str, options: argparse.Namespace, ranks: int, device: Any) -> f
     engine.train()
     peak, unwatched = 0.0, cast(Any, SimpleNamespace(beat=lambda *_: None, rest=lambda: None))
     for step in range(3):
-        batch = Batch(torch.randint(0, one["vocab"], (one["micro"] * accumulation, one["context"] + 1), device=device))
+        batch = TokenBatch(torch.randint(0, one["vocab"], (one["micro"] * accumulation, one["context"] + 1), device=device))
         if step:
             reset(device)
         train_step(engine, batch, cut, 1e-4, step, SpikeGuard(None, []), unwatched, Phases(False))
