@@ -76,11 +76,14 @@ def _add_muon(settings: dict[str, Any], parameter: torch.nn.Parameter, orthogona
 
 
 def _muon(spec: TrainSpec, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """DeepSpeed's Muon (Jordan et al. 2024), which its ZeRO stages know, with AdamW for what is no hidden matrix. Its kernels would be
-    compiled when they are first used, which takes a compiler and minutes; products of matrices gain nothing by it."""
+    """DeepSpeed's Muon (Jordan et al. 2024), which its ZeRO stages know and take apart, with AdamW for what is no hidden matrix; without
+    ZeRO the same over matrices together. Its kernels would be compiled when they are first used, which takes a compiler and minutes;
+    products of matrices gain nothing by it."""
     if not spec.compile:
         torch.compiler.set_stance("force_eager")
     from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+
+    from distlm.train.muon import Muon
 
     options = spec.optimizer
     for group in groups:
@@ -88,7 +91,8 @@ def _muon(spec: TrainSpec, groups: list[dict[str, Any]]) -> torch.optim.Optimize
         group.update(own, lr=0.0)
         for parameter in group["params"]:
             parameter.use_muon = group["use_muon"]
-    return MuonWithAuxAdam(groups, adam_optimizer=torch.optim.AdamW, adam_optimizer_kwargs={"fused": True, "lr": 0.0})
+    make = MuonWithAuxAdam if spec.sharding.zero else Muon
+    return make(groups, adam_optimizer=torch.optim.AdamW, adam_optimizer_kwargs={"fused": True, "lr": 0.0})
 
 
 class Lion(torch.optim.Optimizer):
