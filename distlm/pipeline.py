@@ -241,16 +241,18 @@ def output(steps: Mapping[str, Any], reference: str, where: str) -> tuple[str, s
 
 
 def check_metric(evaluation: Mapping[str, Any], step: str, name: str, where: str) -> None:
-    """Raises SpecError where the tasks of an evaluation come to no metric of this `name`, as far as their files tell."""
+    """Raises SpecError where the tasks of an evaluation list no metric of this `name`. Where they cannot be read here, which those of a job
+    that is submitted need not, that is told where they are."""
     from distlm.evaluate.tasks import metric_names, read_tasks
 
     given = evaluation.get("tasks") or []
     if not isinstance(given, list) or not all(isinstance(path, str) and "${" not in path for path in given):
         return                                             # told where they are read
     try:
-        metrics = {file.config["task"]: metric_names(file) for file in read_tasks(given)}
-    except DistlmError as error:
-        raise SpecError(error.message, where=f"steps.{step}.{error.where}", remedy=error.remedy) from None
+        files = read_tasks(given)
+    except DistlmError:
+        return
+    metrics = {file.config["task"]: metric_names(file) for file in files}
     if meant := max((task for task in metrics if name.startswith(f"tasks.{task}.")), key=len, default=""):
         metrics = {meant: metrics[meant]}
         if metrics[meant] is None:

@@ -68,8 +68,8 @@ class Model(TemplateLM):  # type: ignore[misc, unused-ignore]
         self.max_length = context or DEFAULT_MAX_LENGTH
         self.truncated = 0
         """Texts that have lost their beginning."""
-        self.where = "tasks"
-        """The file that is asked of, for errors."""
+        self.task, self.where = "", "tasks"
+        """The task that is asked of, and its file for errors."""
 
     @property
     def eot_token_id(self) -> int:
@@ -90,8 +90,11 @@ class Model(TemplateLM):  # type: ignore[misc, unused-ignore]
         return list(super().loglikelihood(requests, disable_tqdm=True))
 
     def length_of(self, before: str, after: str) -> int:
-        """Tokens of an answer that is scored behind a text, as `loglikelihood` has them."""
-        return len(self._encode_pair(before, after)[1] if before else self.tok_encode(after, add_special_tokens=False))
+        """Tokens of an answer that is scored behind a text, as `loglikelihood` has them: behind none its first may be what is given."""
+        if before:
+            return len(self._encode_pair(before, after)[1])
+        tokens = self.tok_encode(after, add_special_tokens=False)
+        return len(tokens) - (tokens[:1] == [self.prefix_token_id])
 
     def _loglikelihood_tokens(self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any) -> list[Said]:
         asked: list[Asked] = []
@@ -161,7 +164,7 @@ class Model(TemplateLM):  # type: ignore[misc, unused-ignore]
             nonlocal count
             assert self.progress
             count += len(places[batch])
-            self.progress.update(what, count, len(asked))
+            self.progress.update(f"{self.task} {what}".lstrip(), count, len(asked))
 
         found = ask([[asked[i] for i in batch] for batch in places], done)
         by_place = {i: one for batch, some in zip(places, found, strict=True) for i, one in zip(batch, some, strict=True)}
@@ -194,7 +197,8 @@ def run_tasks(files: list[TaskFile], tasks: dict[str, Any], spec: EvaluateSpec, 
     os.environ["DISABLE_MULTIPROC"] = "1"                  # the harness would fork this process, which Ray's threads are in
     made: dict[str, Any] = {}
     for file in files:
-        name, model.where = file.config["task"], file.where
+        name = model.task = file.config["task"]
+        model.where = file.where
         with refused(file.where):
             found: Any = evaluate(lm=model, task_dict={"tasks": {name: tasks[name]}}, limit=spec.limit, bootstrap_iters=BOOTSTRAP)
         answers = answers_file(folder, name)
@@ -225,7 +229,7 @@ def metrics(found: dict[str, Any], higher: dict[str, Any]) -> dict[str, dict[str
         name, comma, chosen = key.partition(",")
         if comma and not name.endswith("_stderr"):
             made[named(name, chosen)] = {"value": number(value), "stderr": number(found.get(f"{name}_stderr,{chosen}")),
-                                                       "higher_is_better": higher.get(name)}
+                                         "higher_is_better": higher.get(name)}
     return made
 
 

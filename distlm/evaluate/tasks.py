@@ -141,17 +141,18 @@ def check_scoring(config: Mapping[str, Any], where: str) -> None:
 
 
 def metric_names(file: TaskFile) -> list[str] | None:
-    """The metrics that a task comes to, as its results name them: a filter that has a name stands behind the metric's, after a comma. None
-    where functions of its file decide them."""
+    """The metrics that a task's file lists, as its results name them: a filter that has a name stands behind the metric's, after a comma.
+    None where functions of its file decide them."""
     from lm_eval.api.registry import DEFAULT_METRIC_REGISTRY
 
-    listed = file.config.get("metric_list")
-    names = DEFAULT_METRIC_REGISTRY.get(file.config.get("output_type", "generate_until"), []) if listed is None else [
-        entry["metric"] for entry in listed]
-    if file.config.get("process_results") is not None or not all(isinstance(name, str) for name in names):
-        return None
-    filters = [one["name"] for one in file.config.get("filter_list") or [{"name": "none"}]]
-    return [named(name, chosen) for name in names for chosen in filters]
+    with refused(file.where):
+        listed = file.config.get("metric_list")
+        names = DEFAULT_METRIC_REGISTRY.get(file.config.get("output_type", "generate_until"), []) if listed is None else [
+            entry["metric"] for entry in listed]
+        if file.config.get("process_results") is not None or not all(isinstance(name, str) for name in names):
+            return None
+        filters = [one["name"] for one in file.config.get("filter_list") or [{"name": "none"}]]
+        return [named(name, chosen) for name in names for chosen in filters]
 
 
 def named(metric: str, chosen: str) -> str:

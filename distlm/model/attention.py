@@ -46,18 +46,20 @@ def use_cpu_attention(model: "PreTrainedModel") -> None:
 
 def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float,
                      mask: torch.Tensor | None = None) -> torch.Tensor:
-    """softmax(scale · QKᵀ + causal mask) V. All [batch, heads, tokens, width] of one float type, on the CPU; so is the result. mask:
-    bool[batch, 1, tokens, tokens], in place of the causal one, whether a query (row) sees a key."""
-    out, _ = _attend(*(one.reshape(-1, *one.shape[2:]) for one in (query, key, value)), scale, mask)
+    """softmax(scale · QKᵀ + causal mask) V. All [batch, heads, tokens, width] of one float type, float32 at most, on the CPU; so is the
+    result. mask: bool[batch, 1, tokens, tokens], in place of the causal one, whether a query (row) sees a key; one that sees none has the
+    mean of values."""
+    learns = torch.is_grad_enabled() and any(one.requires_grad for one in (query, key, value))
+    out, _ = _attend(*(one.reshape(-1, *one.shape[2:]) for one in (query, key, value)), scale, mask, learns and keeps(*query.shape[2:]))
     return out.view(query.shape)
 
 
 @torch.library.custom_op("distlm::causal_attention", mutates_args=())
-def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, mask: torch.Tensor | None) \
+def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, mask: torch.Tensor | None, keep: bool) \
         -> tuple[torch.Tensor, torch.Tensor]:
     """The output, [batch · heads, tokens, width] as the arguments are, and the probabilities where the backward pass is given them. An
     operator of PyTorch's, so that a compiled layer takes it as it is."""
-    out, kept = torch.empty_like(query), _kept(query)
+    out, kept = torch.empty_like(query), _room(query, keep)
     for part, rows, seen in _blocks(query, mask):
         p = _probabilities(query, key, scale, mask, part, rows, seen)
         if len(kept):
@@ -84,11 +86,16 @@ def _attend_backward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     return dq.mul_(scale), dk.mul_(scale).to(key.dtype), dv.to(value.dtype)
 
 
-def _kept(query: torch.Tensor) -> torch.Tensor:
-    """Room for the probabilities, [batch · heads, tokens, tokens], of short sequences: there they take no more than query, key, value and
-    output do. Longer ones have theirs computed again, so that memory grows with the tokens, not with their square."""
-    matrices, length, width = query.shape
-    return query.new_empty((matrices, length, length) if length <= 4 * width else (0, 0, 0))
+def keeps(tokens: int, width: int) -> bool:
+    """Whether the probabilities of so many tokens are kept for the backward pass: where they take no more than query, key, value and output
+    of that width do. Longer sequences have theirs computed again, so that memory grows with the tokens, not with their square."""
+    return tokens <= 4 * width
+
+
+def _room(query: torch.Tensor, keep: bool) -> torch.Tensor:
+    """For probabilities, [batch · heads, tokens, tokens], or for none."""
+    matrices, length, _ = query.shape
+    return query.new_empty((matrices, length, length) if keep else (0, 0, 0))
 
 
 def _blocks(query: torch.Tensor, mask: torch.Tensor | None) -> Iterator[tuple[slice, slice, slice]]:
@@ -111,14 +118,14 @@ def _probabilities(query: torch.Tensor, key: torch.Tensor, scale: float, mask: t
         scores[..., rows] += torch.full((rows.stop - rows.start,) * 2, -torch.inf).triu_(1)
     else:
         sequences = torch.arange(part.start, part.stop) // (len(query) // len(mask))
-        scores.masked_fill_(~mask[sequences, 0, rows, seen], -torch.inf)
+        scores.masked_fill_(~mask[sequences, 0, rows, seen], torch.finfo(scores.dtype).min)      # no row is all -inf, which would be NaN
     return torch.softmax(scores, -1).to(query.dtype)
 
 
 @_attend.register_fake
-def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, mask: torch.Tensor | None) \
+def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, mask: torch.Tensor | None, keep: bool) \
         -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.empty_like(query), _kept(query)
+    return torch.empty_like(query), _room(query, keep)
 
 
 @_attend_backward.register_fake
@@ -135,7 +142,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.T
 
 def _backward(ctx: Any, outer: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     *kept, mask = ctx.saved_tensors
-    return *_attend_backward(*kept, outer, ctx.scale, mask), None, None
+    return *_attend_backward(*kept, outer, ctx.scale, mask), None, None, None
 
 
 _attend.register_autograd(_backward, setup_context=_keep)

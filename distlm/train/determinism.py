@@ -6,9 +6,9 @@
 
 import torch
 
-ENVIRONMENT = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_ALGO": "^NVLS"}
+ENVIRONMENT = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_ALGO": "^NVLS,NVLSTree,CollNetDirect,CollNetChain"}
 """cuBLAS has memory of its own for each stream, with which its products are bit-equal (cuBLAS documentation, "Results reproducibility");
-NCCL adds on the GPUs and not in NVLink's switches, whose order differs from call to call (NVIDIA/nccl#1497). Both are read once."""
+NCCL adds on the GPUs and not in switches, whose order differs from call to call (NVIDIA/nccl#1497). Both are read once."""
 
 
 def use_deterministic(on: bool) -> None:

@@ -152,7 +152,7 @@ def _launch(recipe: Recipe, folder: RunFolder, first_step: int, resume_from: Pat
     tunables = os.environ.get("GLIBC_TUNABLES", HUGE_PAGES)                    # another value is the user's own
     on_cpu = {"DS_ACCELERATOR": "cpu", "GLIBC_TUNABLES": KEEP_MEMORY if tunables == HUGE_PAGES else tunables}
     environment = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **({} if scale.gpus_per_worker else on_cpu),
-                   **(ENVIRONMENT if recipe.spec.deterministic else {})}
+                   **({name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()} if recipe.spec.deterministic else {})}
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     data_context = ray.data.DataContext.get_current()
     data_context.enable_progress_bars = False

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from distlm.errors import SpecError
 from distlm.model.adapter import adapter_sizes, add_adapter
+from distlm.model.attention import keeps
 from distlm.model.build import Shape, decoder_layers, num_parameters, recomputable, skeleton
 from distlm.model.distill import teacher_config
 from distlm.model.loss import BLOCK_ELEMENTS, CHUNK_ELEMENTS, PLAIN_HEADS
@@ -293,9 +294,10 @@ def measure_activations(config: "PreTrainedConfig", shape: Shape, precision: str
                         tensor: int = 1, adapter: Adapter | None = None) -> Activations:
     """What autograd keeps of a sequence, counted in a forward pass on the meta device, where nothing is computed or allocated.
 
-    Attention is counted as it is done: on CPU `causal_attention` keeps queries, and keys and values repeated for each head; a GPU's fused
-    kernel keeps them as they are. Where the family's code needs values, and so cannot run there, it is Korthikanti et al. 2022, equation 2,
-    without the scores, which no fused kernel keeps: 34 bytes a token and unit of width, at two bytes a number.
+    Attention is counted as it is done: on CPU `causal_attention` keeps queries, and keys and values repeated for each head, and of short
+    sequences the probabilities; a GPU's fused kernel keeps the first three as they are. Where the family's code needs values, and so cannot
+    run there, it is Korthikanti et al. 2022, equation 2, without the scores, which no fused kernel keeps: 34 bytes a token and unit of
+    width, at two bytes a number.
     """
     import torch
 
@@ -342,7 +344,9 @@ def _count_attention(model: Any, on_gpu: bool) -> None:
     class Kept(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-            ctx.save_for_backward(query, key, value)
+            batch, heads, tokens, width = query.shape
+            probabilities = [query.new_empty(batch, heads, tokens, tokens)] if not on_gpu and keeps(tokens, width) else []
+            ctx.save_for_backward(query, key, value, *probabilities)
             return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
 
     def attend(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, None]:

@@ -402,8 +402,10 @@ def test_a_metric_that_no_task_comes_to_is_refused_before_any_work(root: Path, t
             check(f"e.tasks.{name}", *paths)
     with pytest.raises(SpecError, match=r"steps.q.split.val_fraction: \${e.tasks.a.b}: the tasks of e do not come to it; it has no tasks"):
         check("e.tasks.a.b")
-    with pytest.raises(SpecError, match=r"steps.e.tasks.0: there is no file .*pikc.yaml; did you mean .*pick.yaml"):
-        check("e.tasks.pick.acc", str(root / "tasks" / "pikc.yaml"))
+    check("e.tasks.pick.acc", str(root / "tasks" / "pikc.yaml"))                  # told where the files are read
+    with pytest.raises(InputError, match=r"unnamed.yaml: KeyError: 'name'"):
+        check("e.tasks.unnamed.exact_match", write(root / "tasks", {**ANSWER, "task": "unnamed", "filter_list": [
+            {"filter": [{"function": "take_first"}]}]}))
 
 
 def test_a_metric_is_filled_in_from_what_the_tasks_came_to() -> None:

@@ -93,3 +93,27 @@ def test_another_choice_of_attention_is_left_alone() -> None:
     model = AutoModelForCausalLM.from_config(config)
     use_cpu_attention(model)
     assert model.config._attn_implementation == "eager"
+
+
+def test_padding_that_sees_nothing_spoils_no_token() -> None:
+    """Of a batch that is padded on the left the first rows see no key at all."""
+    config = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=64)
+    torch.manual_seed(0)
+    model, tokens = AutoModelForCausalLM.from_config(config), torch.randint(0, 64, (2, 12))
+    real = torch.ones(2, 12, dtype=torch.int64)
+    real[0, :5] = 0
+    expected = model(input_ids=tokens, attention_mask=real).logits
+    use_cpu_attention(model)
+    found = model(input_ids=tokens, attention_mask=real).logits
+    torch.testing.assert_close(found[real.bool()], expected[real.bool()], rtol=1e-4, atol=1e-5)
+    found[real.bool()].sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+def test_probabilities_are_kept_for_a_backward_pass_alone() -> None:
+    query = torch.randn(1, 2, 8, 4)
+    for learns, kept in ((False, 0), (True, 2 * 8 * 8)):
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda one, sizes=sizes: sizes.append(one.numel()) or one, lambda one: one):
+            causal_attention(query.clone().requires_grad_(learns), query, query, 0.5)
+        assert (kept in sizes) is learns

@@ -20,7 +20,7 @@ def spec(**keys: Any) -> TrainSpec:
     return TrainSpec.model_validate({"name": "x", "corpus": "c", "model": {"config": LLAMA}, "duration": {"steps": 1}, **keys})
 
 
-@pytest.mark.parametrize("config", [LLAMA, GPT2])
+@pytest.mark.parametrize("config", [LLAMA, GPT2, {**LLAMA, "num_attention_heads": 2, "num_key_value_heads": 1}])   # wide heads: see `keeps`
 def test_activations_are_what_autograd_keeps_in_a_real_pass_on_the_cpu(config: dict[str, Any]) -> None:
     given = spec(model={"config": config}, precision="fp32")
     found = model_config(given.model, SHAPE)
