@@ -35,3 +35,27 @@ def fake_endpoint(folder: Path, model: str) -> Iterator[dict[str, str]]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+@contextlib.contextmanager
+def impostor() -> Iterator[tuple[str, list[str]]]:
+    """Somebody else who listens at an address of ours, agrees to all, and keeps what it is told."""
+    told: list[str] = []
+
+    class Listener(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            told.append(f"{self.path} {self.headers}")
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps({"status": "RUNNING", "proof": "", "data": [{"id": "py"}]}).encode())
+
+        do_POST = do_GET
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Listener)
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", told
+    server.shutdown()
+    server.server_close()
