@@ -134,7 +134,7 @@ def make_load(spec: TrainSpec, config: "PreTrainedConfig", shape: Shape, paramet
     nf4 = nf4_elements(config) if spec.adapter and spec.adapter.base else 0
     teacher = num_parameters(teacher_config(spec.distill.teacher, shape)) if spec.distill else 0
     return Load(spec, parameters, measure_activations(config, shape, spec.precision, bool(spec.scale.gpus_per_worker), masked, tensor,
-                                                      spec.adapter),
+                                                      spec.adapter, spec.sharding.sequence_parallel),
                 text.hidden_size, (config.num_labels or 0) if config.problem_type else text.vocab_size, shape.context, micro_sequences,
                 accumulation, config.model_type in PLAIN_HEADS and not config.problem_type,
                 bool(recomputable(skeleton(config))), frozen, nf4, teacher)
@@ -291,13 +291,13 @@ def loss_bytes(load: Load, p: int) -> int:
 
 
 def measure_activations(config: "PreTrainedConfig", shape: Shape, precision: str, on_gpu: bool, masked: bool = False,
-                        tensor: int = 1, adapter: Adapter | None = None) -> Activations:
+                        tensor: int = 1, adapter: Adapter | None = None, sequence: int = 1) -> Activations:
     """What autograd keeps of a sequence, counted in a forward pass on the meta device, where nothing is computed or allocated.
 
     Attention is counted as it is done: on CPU `causal_attention` keeps queries, and keys and values repeated for each head, and of short
     sequences the probabilities; a GPU's fused kernel keeps the first three as they are. Where the family's code needs values, and so cannot
     run there, it is Korthikanti et al. 2022, equation 2, without the scores, which no fused kernel keeps: 34 bytes a token and unit of
-    width, at two bytes a number.
+    width, at two bytes a number. `sequence`: ranks that have a part of a sequence each, and in attention all tokens of a part of the heads.
     """
     import torch
 
@@ -309,7 +309,7 @@ def measure_activations(config: "PreTrainedConfig", shape: Shape, precision: str
         add_adapter(model, adapter, 0)
     model = model.to(torch.float32 if precision == "fp32" else torch.bfloat16).train()
     if model.config._attn_implementation == "sdpa":
-        _count_attention(model, on_gpu)
+        _count_attention(model, on_gpu, sequence)
     seen: dict[int, Any] = {storage._cdata: storage for parameter in model.parameters() for storage in (parameter.untyped_storage(),)}
     layers = decoder_layers(model)
     counts, current = [0] * (len(layers) + 1), [len(layers)]
@@ -336,7 +336,7 @@ def measure_activations(config: "PreTrainedConfig", shape: Shape, precision: str
     return Activations(tuple(counts[:-1]), inputs, counts[-1] + mask)
 
 
-def _count_attention(model: Any, on_gpu: bool) -> None:
+def _count_attention(model: Any, on_gpu: bool, sequence: int) -> None:
     """Let a model on the meta device keep what the fused kernels keep, without a mask."""
     import torch
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -344,7 +344,7 @@ def _count_attention(model: Any, on_gpu: bool) -> None:
     class Kept(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-            batch, heads, tokens, width = query.shape
+            batch, heads, tokens, width = query.shape[0], query.shape[1] // sequence, query.shape[2] * sequence, query.shape[3]
             probabilities = [query.new_empty(batch, heads, tokens, tokens)] if not on_gpu and keeps(tokens, width) else []
             ctx.save_for_backward(query, key, value, *probabilities)
             return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
