@@ -29,7 +29,7 @@ from typing import Any
 from train import WARM_UP, device, intervals, made_up, quiet, run_side
 
 SIDES = {"sft": "distlm run, objective: sft", "sft-workers": "a worker a core, compiled", "trainer": "transformers Trainer",
-         "trl": "trl SFTTrainer", "lora": "distlm run, adapter", "lora-workers": "a worker a core, compiled",
+         "trl": "trl SFTTrainer", "lora": "distlm run, adapter", "lora-workers": "a worker a core",
          "peft": "transformers Trainer, peft", "trl-lora": "trl SFTTrainer, peft",
          "qlora": "distlm run, adapter on NF4", "peft-qlora": "transformers Trainer, on NF4",
          "dpo": "distlm run, objective: dpo", "trl-dpo": "trl DPOTrainer"}
@@ -195,7 +195,7 @@ def run_distlm(options: argparse.Namespace) -> dict[str, Any]:
     held = {"base": "nf4"} if options.side in QUANTIZED else {}
     more: dict[str, Any] = {"adapter": {"rank": options.rank, **held}} if options.side in ADAPTED else {}
     if options.side.endswith("workers"):
-        more |= {"scale": {"workers": options.threads, "threads_per_worker": 1}, "compile": True,
+        more |= {"scale": {"workers": options.threads, "threads_per_worker": 1}, "compile": options.side not in ADAPTED,
                  "batch": {"global_sequences": options.sequences, "micro_sequences": options.micro // options.threads}}
     distlm.run(spec_of(options, name, **more), storage=options.storage, progress=quiet())
     folder = options.storage / "runs" / name
