@@ -13,6 +13,7 @@ from deepspeed.ops.op_builder import AsyncIOBuilder
 from distlm.model.build import build_model, model_config
 from distlm.model.export import export_model
 from distlm.model.float8 import CAPABILITY
+from distlm.spec import TrainSpec
 from distlm.storage import Storage
 from distlm.train.recipe import make_recipe
 from distlm.train.saver import on_host
@@ -87,11 +88,16 @@ def test_a_run_that_goes_on_is_bit_equal(corpus: Path, tmp_path: Path, name: str
         "nvme": {"sharding": {"zero": 3, "offload": {"optimizer": "nvme", "path": str(tmp_path / "nvme")}}},
         "dropout": {"regularization": {"dropout": 0.1}}, "compiled": {"compile": True}}.get(name, {})
     given = spec(corpus, **{"model": MODEL, "scale": GPU, "precision": "bf16", "sharding": {"zero": 2}, **sections})
-    run_ranks({tmp_path / "whole": given}, device="cuda")
-    run_ranks({tmp_path / "stopped": given}, device="cuda", kill_before_step=13)
-    run_ranks({tmp_path / "stopped": given}, device="cuda")
-    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
-    ours, theirs = ((tmp_path / run / "export" / "model.safetensors").read_bytes() for run in ("stopped", "whole"))
+    goes_on_bit_equal(given, 13, tmp_path)
+
+
+def goes_on_bit_equal(given: TrainSpec, step: int, folder: Path) -> None:
+    """Assert that a run which is killed before a step comes to the losses and the export of one that is not."""
+    run_ranks({folder / "whole": given}, device="cuda")
+    run_ranks({folder / "stopped": given}, device="cuda", kill_before_step=step)
+    run_ranks({folder / "stopped": given}, device="cuda")
+    assert losses(folder / "stopped") == losses(folder / "whole")
+    ours, theirs = ((folder / run / "export" / "model.safetensors").read_bytes() for run in ("stopped", "whole"))
     assert ours == theirs
 
 
@@ -103,12 +109,7 @@ def test_with_deterministic_a_run_of_long_windows_goes_on_bit_equal(tmp_path: Pa
                                 "compiled": {"compile": True}}.get(name, {})
     given = spec(corpus, deterministic=True, precision="bf16", duration={"steps": 8}, checkpoint={"every_steps": 3}, scale=GPU,
                  model={"config": {**MODEL["config"], "hidden_size": 256}}, **sections)
-    run_ranks({tmp_path / "whole": given}, device="cuda")
-    run_ranks({tmp_path / "stopped": given}, device="cuda", kill_before_step=5)
-    run_ranks({tmp_path / "stopped": given}, device="cuda")
-    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
-    ours, theirs = ((tmp_path / run / "export" / "model.safetensors").read_bytes() for run in ("stopped", "whole"))
-    assert ours == theirs
+    goes_on_bit_equal(given, 5, tmp_path)
 
 
 def test_what_is_saved_beside_the_steps_is_a_copy_in_the_host_s_memory() -> None:
