@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from distlm import cli
 from distlm.attribution import explain, integrated_gradients, write_page
 from distlm.errors import InputError
-from distlm.spec.prepare import Clean
+from distlm.spec.curate import Clean
 from tests.serve.tiny_models import FAMILIES, make_classifier, make_model
 
 TEXT = "def main(argument):\n\treturn naïve 東京 <script>"

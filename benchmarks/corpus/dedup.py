@@ -31,7 +31,7 @@ from texts import prose, standard_library
 
 from distlm.corpus.fuzzy import min_similarity, near_duplicates, probability
 from distlm.corpus.partitions import BATCH_ROWS
-from distlm.spec.prepare import Fuzzy
+from distlm.spec.curate import Fuzzy
 
 FLOOR = "0.39 to 0.51"
 PARTITION_BYTES = 8 << 20

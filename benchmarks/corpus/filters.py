@@ -22,7 +22,7 @@ from collections.abc import Callable
 from texts import prose, standard_library
 
 from distlm.corpus.filters import Filters
-from distlm.spec.prepare import Clean, Filter
+from distlm.spec.curate import Clean, Filter
 from distlm.text.clean import clean
 
 FLOOR = "0.63"

@@ -19,7 +19,7 @@ import xxhash
 
 from distlm.corpus.accounts import MAX_SAMPLES
 from distlm.corpus.paragraphs import PARAGRAPH, Paragraphs, Shortened, document_numbers, without
-from distlm.spec.prepare import Boilerplate
+from distlm.spec.curate import Boilerplate
 
 REASON, LINES = "boilerplate", "boilerplate_lines"
 """Of documents that hold nothing else, and of bytes that leave documents that stay."""

@@ -10,7 +10,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from distlm.spec.prepare import ROLES, Clean, Conversations
+from distlm.spec.curate import Clean
+from distlm.spec.prepare import ROLES, Conversations
 from distlm.text.clean import Cleaned, clean
 
 SEPARATOR = "\n\n"

@@ -44,7 +44,7 @@ from distlm.corpus.refine import (
     strip_partition,
 )
 from distlm.corpus.split import SplitRule
-from distlm.spec.prepare import Boilerplate, Filter, Fuzzy
+from distlm.spec.curate import Boilerplate, Filter, Fuzzy
 from distlm.storage import write_atomic
 
 Item = TypeVar("Item")

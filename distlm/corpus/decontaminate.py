@@ -26,8 +26,9 @@ from distlm.corpus.files import TextFile, find_files
 from distlm.corpus.order import hash64
 from distlm.corpus.read import Reader
 from distlm.errors import InputError
+from distlm.spec.curate import Decontaminate
 from distlm.spec.load import nearest
-from distlm.spec.prepare import Decontaminate, Source
+from distlm.spec.prepare import Source
 
 MIN_WORDS = 8
 """An evaluation text of fewer words says too little: it is skipped, and counted."""

@@ -24,8 +24,9 @@ from distlm.corpus.read import Reader, Record
 from distlm.corpus.split import HASH_BYTES, document_hash, is_sampled, order_key, partition
 from distlm.corpus.tokenizer import check_given, check_template
 from distlm.errors import CorpusError, InputError
+from distlm.spec.curate import Clean, Filter
 from distlm.spec.load import nearest
-from distlm.spec.prepare import Clean, Conversations, Filter, Labels, PrepareSpec, Source
+from distlm.spec.prepare import Conversations, Labels, PrepareSpec, Source
 from distlm.storage import replacing
 from distlm.text.clean import clean
 

@@ -41,7 +41,7 @@ from rensa import RMinHash
 from distlm.corpus.conversations import without_system
 from distlm.corpus.order import hash64
 from distlm.corpus.partitions import batches, num_documents
-from distlm.spec.prepare import Fuzzy
+from distlm.spec.curate import Fuzzy
 from distlm.storage import replacing
 
 Words: TypeAlias = NDArray[np.uint64]

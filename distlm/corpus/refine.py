@@ -37,7 +37,7 @@ from distlm.corpus.paragraphs import (
 )
 from distlm.corpus.partitions import read_rows, write_partition
 from distlm.corpus.split import SplitRule, document_hash
-from distlm.spec.prepare import Boilerplate
+from distlm.spec.curate import Boilerplate
 from distlm.storage import replacing
 
 REPEATED = "repeated_paragraphs"

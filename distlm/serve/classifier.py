@@ -21,7 +21,7 @@ from distlm.model.vocabulary import vocabulary_hash
 from distlm.serve.engine import EngineFailed, EngineFull, NoMemory
 from distlm.serve.metrics import Metrics
 from distlm.serve.torch_engine import DTYPES, context_of, out_of_memory
-from distlm.spec.prepare import Clean
+from distlm.spec.curate import Clean
 from distlm.storage import read_json
 from distlm.text.clean import clean
 

@@ -7,8 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from distlm.spec.curate import DEDUPS
 from distlm.spec.load import KINDS
-from distlm.spec.prepare import DEDUPS, WHOLE
+from distlm.spec.prepare import WHOLE
 
 SHIPPED = Path(__file__).with_name("schema.json")
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from distlm.errors import InputError
-from distlm.spec.prepare import Clean
+from distlm.spec.curate import Clean
 from distlm.text.redact import KINDS, redact
 
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")

@@ -10,7 +10,7 @@ import pytest
 
 from distlm.corpus.boilerplate import CODE, drop_lines, frequent, line_hashes, normal, strip
 from distlm.corpus.paragraphs import Shortened, by_range
-from distlm.spec.prepare import Boilerplate
+from distlm.spec.curate import Boilerplate
 
 
 def stripped(partitions: list[list[str]], ranges: int, rules: Boilerplate) -> list[list[Shortened]]:

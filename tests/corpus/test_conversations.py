@@ -24,7 +24,8 @@ from distlm.corpus.stream import NO_LOSS, START, Windows
 from distlm.corpus.verify import verify
 from distlm.errors import CorpusError, InputError
 from distlm.model.loss import IGNORED
-from distlm.spec.prepare import Clean, Conversations, Source
+from distlm.spec.curate import Clean
+from distlm.spec.prepare import Conversations, Source
 from distlm.storage import Storage
 from distlm.train.batch import make_batch
 from distlm.train.recipe import make_recipe

@@ -16,7 +16,7 @@ from distlm.corpus import decontaminate
 from distlm.corpus.decontaminate import Evaluations, Found
 from distlm.corpus.read import Reader
 from distlm.errors import InputError
-from distlm.spec.prepare import Decontaminate
+from distlm.spec.curate import Decontaminate
 
 TEXT = "Which of these rivers, rising in the Alps, flows through five countries and ends in the Black Sea?"
 WORDS = TEXT.split()

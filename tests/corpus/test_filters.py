@@ -17,7 +17,7 @@ import regex
 from distlm.corpus.filters import Filters, language
 from distlm.errors import CorpusError, InputError, SpecError
 from distlm.spec import load_spec
-from distlm.spec.prepare import Filter, Language
+from distlm.spec.curate import Filter, Language
 
 
 def judge(text: str, *rules: str, path: str = "", mode: str = "annotate", **keys: Any) -> list[str]:

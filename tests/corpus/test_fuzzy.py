@@ -16,7 +16,7 @@ from distlm.corpus.conversations import joined
 from distlm.corpus.fuzzy import NearDuplicates, components, connect, near_duplicates, probability, threshold
 from distlm.corpus.partitions import BATCH_ROWS
 from distlm.errors import StorageError
-from distlm.spec.prepare import Fuzzy
+from distlm.spec.curate import Fuzzy
 
 SIMILARITIES = {0.7: (70, 15), 0.8: (80, 10), 0.9: (90, 5)}
 """Shingles that both have, and that each has alone, for a Jaccard similarity."""

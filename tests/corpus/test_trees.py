@@ -10,7 +10,8 @@ from distlm.corpus.read import Reader
 from distlm.corpus.trees import Licenses, allows, language, recognised, tagged
 from distlm.errors import SpecError
 from distlm.spec import load_spec
-from distlm.spec.prepare import Filter, Source
+from distlm.spec.curate import Filter
+from distlm.spec.prepare import Source
 
 MIT = ("Permission is hereby granted, free of charge, to any person obtaining a copy\nof this software and associated documentation files "
        "(the \"Software\"), to deal ...\nThe above copyright notice and this permission notice shall be included in all copies.")

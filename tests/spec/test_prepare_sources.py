@@ -4,8 +4,9 @@ import pytest
 
 from distlm.errors import SpecError
 from distlm.spec import load_spec
+from distlm.spec.curate import Boilerplate
 from distlm.spec.load import Loaded, dump
-from distlm.spec.prepare import Boilerplate, PrepareSpec
+from distlm.spec.prepare import PrepareSpec
 
 
 def load(source: object, **job: object) -> Loaded:

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from distlm.errors import InputError
-from distlm.spec.prepare import Clean
+from distlm.spec.curate import Clean
 from distlm.text.clean import clean
 
 REDACT = ("email", "ip", "phone", "card", "secret")

@@ -23,7 +23,7 @@ from distlm.corpus.filters.language import load_detector
 from distlm.corpus.filters.text import Text
 from distlm.corpus.trees import allows
 from distlm.errors import CorpusError, InputError
-from distlm.spec.prepare import Filter
+from distlm.spec.curate import Filter
 
 RULES: dict[str, Callable[[Text], Iterator[str]]] = {
     "gopher_quality": gopher_quality, "gopher_repetition": gopher_repetition, "c4": c4, "fineweb": fineweb, "code": code}

@@ -5,7 +5,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from distlm.errors import InputError
-from distlm.spec.prepare import Language
+from distlm.spec.curate import Language
 
 SAMPLE_CHARS = 2000
 """The text's first characters, white space removed at their start: what py3langid takes per byte is too much for whole documents."""
