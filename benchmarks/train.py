@@ -10,6 +10,9 @@ MFU is of a GPU's peak by its data sheet, or of what products of matrices reach 
 They differ in what they keep: distlm and Trainer hold fp32 weights and compute in bf16, the bare loop holds bf16 alone. `kept` is the
 bare loop with the settings of the C library that distlm gives to its workers on CPU. `twin` is a loop of distlm's own parts, fp32
 weights, loss, attention and those settings, without Ray, DeepSpeed, stream and records: what is left between the two is their cost.
+`twin-workers` is that loop compiled, in a process a core that add up their gradients over gloo: so for `workers-compiled`.
+`gpt` and `nanogpt` train another model, a GPT-2 of nanoGPT's size on bytes: distlm as in `workers-compiled`, and fp32 throughout, as
+nanoGPT does on a CPU. Their MFU is not shown, as it would be of that model.
 """
 
 import argparse
@@ -31,7 +34,11 @@ SIDES = {"distlm": "distlm run", "compiled": "distlm run, compile: true", "fp8":
          "workers": "distlm run, a worker a core", "workers-zero2": "the same, ZeRO-2",
          "workers-compiled": "the same, compile: true",
          "bare": "bare loop, pure bf16", "kept": "bare loop, memory kept", "twin": "bare loop, distlm's parts",
-         "trainer": "transformers Trainer, bf16"}
+         "twin-workers": "the same, a process a core, compiled", "trainer": "transformers Trainer, bf16",
+         "gpt": "GPT-2: distlm, a worker a core, compiled", "nanogpt": "GPT-2: bare loop in fp32"}
+GPT = ("gpt", "nanogpt")
+GPT_CONFIG = {"model_type": "gpt2", "n_layer": 6, "n_head": 6, "n_embd": 384, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+"""nanoGPT's size for Shakespeare: config/train_shakespeare_char.py."""
 
 
 def main() -> None:
@@ -47,7 +54,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="threads of matrix products on CPU")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=default_sides())
     parser.add_argument("--json", action="store_true", help="print figures, not a table")
-    parser.add_argument("--side", choices=[*SIDES, "corpus"], help=argparse.SUPPRESS)
+    parser.add_argument("--side", choices=[*SIDES, "corpus", "bytes"], help=argparse.SUPPRESS)
     parser.add_argument("--storage", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.quick:
@@ -58,7 +65,8 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(prefix="distlm-bench-") as folder:
         found: dict[str, list[float]] = {side: [] for side in options.sides}
-        measure("corpus", folder, options)
+        for name in ["corpus"] * bool({*options.sides} - {*GPT}) + ["bytes"] * bool({*options.sides} & {*GPT}):
+            measure(name, folder, options)
         for number in range(options.rounds):
             for side in options.sides:
                 seconds = measure(side, folder, options)[WARM_UP:]
@@ -69,18 +77,20 @@ def main() -> None:
         return
     print(f"{options.preset}, {options.sequences} sequences of {options.context} tokens a step, {options.threads} threads, "
           f"{options.rounds} rounds of {options.steps} steps; median over rounds")
-    print(f"{'':28} {'tokens/s':>10} {'lowest':>10} {'highest':>10} {'MFU':>7} {'ratio':>7}")
+    print(f"{'':40} {'tokens/s':>10} {'lowest':>10} {'highest':>10} {'MFU':>7} {'ratio':>7}")
     first, full = statistics.median(found[options.sides[0]]), tokens_at_peak(options)
     for side, speeds in found.items():
         middle = statistics.median(speeds)
-        print(f"{SIDES[side]:28} {middle:10,.0f} {min(speeds):10,.0f} {max(speeds):10,.0f} {middle / full:7.1%} {first / middle:7.2f}")
-    print(f"ratio: {SIDES[options.sides[0]]} over this one")
+        of_peak = "" if side in GPT else f"{middle / full:.1%}"
+        ratio = statistics.median(found["gpt"]) / middle if side in GPT and "gpt" in found else first / middle
+        print(f"{SIDES[side]:40} {middle:10,.0f} {min(speeds):10,.0f} {max(speeds):10,.0f} {of_peak:>7} {ratio:7.2f}")
+    print(f"ratio: {SIDES[options.sides[0]]} over this one{', of the GPT-2s distlm' if {*GPT} & {*options.sides} else ''}")
 
 
 def measure(side: str, storage: str, options: argparse.Namespace) -> list[float]:
     """Seconds of every step of one side, in a process of its own."""
     settings = {name: getattr(options, name) for name in ("steps", "preset", "context", "sequences", "micro", "vocab", "threads")}
-    return run_side(__file__, side, storage, settings, keep_memory=side in ("kept", "twin"))["seconds"]
+    return run_side(__file__, side, storage, settings, keep_memory=side in ("kept", "twin", "twin-workers"))["seconds"]
 
 
 def run_side(script: str, side: str, storage: str, settings: dict[str, Any], keep_memory: bool = False) -> dict[str, Any]:
@@ -98,17 +108,22 @@ def run_side(script: str, side: str, storage: str, settings: dict[str, Any], kee
 
 
 def prepare_corpus(options: argparse.Namespace) -> list[float]:
-    """A corpus of made-up words: enough windows for every step of a side."""
+    """A corpus of made-up words, or of their bytes: enough windows for every step of a side."""
     import distlm
 
     say = made_up(options.vocab)
-    folder = options.storage / "text"
+    folder = options.storage / f"text-{options.side}"
     folder.mkdir()
     for number in range(200):
         (folder / f"{number}.txt").write_text(say(4000))
-    distlm.run({"kind": "prepare", "name": "bench", "sources": [str(folder)], "context": options.context,
-                "tokenizer": {"vocab_size": options.vocab}}, storage=options.storage, progress=quiet())
+    distlm.run({"kind": "prepare", "name": corpus_of(options.side), "sources": [str(folder)], "context": options.context,
+                "tokenizer": {"kind": "bytes"} if options.side == "bytes" else {"vocab_size": options.vocab}},
+               storage=options.storage, progress=quiet())
     return []
+
+
+def corpus_of(side: str) -> str:
+    return "bench-bytes" if side in (*GPT, "bytes") else "bench"
 
 
 def made_up(vocab: int) -> Callable[[int], str]:
@@ -124,10 +139,11 @@ def run_distlm(options: argparse.Namespace) -> list[float]:
     import distlm
 
     name = f"bench-{time.time_ns()}"
-    workers = options.threads if options.side.startswith("workers") else 1
-    spec = {"kind": "train", "name": name, "corpus": "bench", "model": {"preset": options.preset},
+    workers = options.threads if options.side.startswith("workers") or options.side == "gpt" else 1
+    model = {"config": GPT_CONFIG} if options.side == "gpt" else {"preset": options.preset}
+    spec = {"kind": "train", "name": name, "corpus": corpus_of(options.side), "model": model,
             "batch": {"global_sequences": options.sequences, "micro_sequences": options.micro // workers},
-            "duration": {"steps": options.steps}, "compile": options.side == "fp8" or options.side.endswith("compiled"),
+            "duration": {"steps": options.steps}, "compile": options.side in ("fp8", "gpt") or options.side.endswith("compiled"),
             "sharding": {"zero": 2 if options.side == "workers-zero2" else 0},
             "scale": {"workers": workers, "threads_per_worker": options.threads // workers, "gpus_per_worker": int(device() == "cuda")},
             "evaluate": {"every_steps": options.steps}, "checkpoint": {"every_steps": options.steps},
@@ -138,11 +154,11 @@ def run_distlm(options: argparse.Namespace) -> list[float]:
 
 
 def run_bare(options: argparse.Namespace) -> list[float]:
-    """The loop that anybody would write: bf16 weights, fused AdamW, clipping."""
+    """The loop that anybody would write: fused AdamW, clipping, weights in bf16, or as nanoGPT has them on a CPU."""
     import torch
 
     model, vocab = make_model(options)
-    model = model.to(device(), torch.bfloat16)
+    model = model.to(device(), torch.float32 if options.side == "nanogpt" else torch.bfloat16)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     ends = []
     for _ in range(options.steps):
@@ -159,12 +175,36 @@ def run_bare(options: argparse.Namespace) -> list[float]:
 
 def run_twin(options: argparse.Namespace) -> list[float]:
     """What `train/loop.py` computes in a step, by hand."""
+    return twin(0, 1, options)
+
+
+def run_twin_workers(options: argparse.Namespace) -> list[float]:
+    """A process of one thread for each of `threads`."""
     import torch
 
+    options.threads, workers = 1, options.threads
+    context = torch.multiprocessing.get_context("spawn")
+    results = context.SimpleQueue()
+    processes = [context.Process(target=twin, args=(rank, workers, options, results)) for rank in range(workers)]
+    for process in processes:
+        process.start()
+    seconds: list[float] = results.get()
+    for process in processes:
+        process.join()
+    return seconds
+
+
+def twin(rank: int, world: int, options: argparse.Namespace, results: Any = None) -> list[float]:
+    """A rank's part of the steps, compiled where there are several; the first one's seconds."""
+    import torch
+    from torch import distributed
+
     from distlm.model.attention import use_cpu_attention
-    from distlm.model.build import buffers, restore_buffers
+    from distlm.model.build import buffers, decoder_layers, restore_buffers
     from distlm.model.loss import CausalLoss
 
+    if world > 1:
+        distributed.init_process_group("gloo", init_method=f"file://{options.storage}/twin", rank=rank, world_size=world)
     model, vocab = make_model(options)
     if device() == "cpu":
         use_cpu_attention(model)
@@ -173,20 +213,33 @@ def run_twin(options: argparse.Namespace) -> list[float]:
     masters = [p.detach().clone() for p in model.parameters()]
     model = model.to(torch.bfloat16)
     restore_buffers(model, exact)
+    if world > 1:
+        for layer in decoder_layers(model):
+            layer.compile()
     optimizer = torch.optim.AdamW(masters, lr=1e-3, fused=True)
     ends = []
     for _ in range(options.steps):
-        for x in torch.randint(0, vocab, (options.sequences, options.context + 1)).to(device()).split(options.micro):
+        tokens = torch.randint(0, vocab, (options.sequences // world, options.context + 1)).to(device())
+        for x in tokens.split(options.micro // world):
             loss = loss_of(x) / (options.sequences * options.context)
             loss.backward()
         for master, p in zip(masters, model.parameters(), strict=True):
             assert p.grad is not None
             master.grad, p.grad = p.grad.float(), None
+        if world > 1:
+            together = torch.cat([master.grad.flatten() for master in masters if master.grad is not None])
+            distributed.all_reduce(together)
+            for master, part in zip(masters, together.split([master.numel() for master in masters]), strict=True):
+                master.grad = part.view_as(master)
         torch.nn.utils.clip_grad_norm_(masters, 1.0)
         optimizer.step()
         torch._foreach_copy_([p.data for p in model.parameters()], masters)
         loss.item()
         ends.append(time.time())
+    if rank == 0 and results is not None:
+        results.put(intervals(ends))
+    if world > 1:
+        distributed.destroy_process_group()
     return intervals(ends)
 
 
@@ -229,8 +282,8 @@ def make_model(options: argparse.Namespace) -> tuple[Any, int]:
     from distlm.spec.train import ModelSpec
 
     torch.set_num_threads(options.threads)
-    manifest = read_manifest(options.storage / "corpora" / "bench")
-    spec = ModelSpec(preset=options.preset)
+    manifest = read_manifest(options.storage / "corpora" / corpus_of(options.side))
+    spec = ModelSpec(config=GPT_CONFIG) if options.side in GPT else ModelSpec(preset=options.preset)
     return build_model(spec, model_config(spec, Shape(manifest.vocab_size, options.context, manifest.eos_id)), 0), manifest.vocab_size
 
 
@@ -260,9 +313,10 @@ def default_sides() -> list[str]:
 
     from distlm.model.float8 import CAPABILITY
 
-    no = "kept" if device() == "cuda" else "fp8"
-    return [side for side in SIDES if side != no and (side != "fp8" or (find_spec("torchao") is not None
-                                                                        and torch.cuda.get_device_capability() >= CAPABILITY))]
+    if device() == "cpu":
+        return [side for side in SIDES if side != "fp8"]
+    fp8 = find_spec("torchao") is not None and torch.cuda.get_device_capability() >= CAPABILITY
+    return ["distlm", "compiled", *(["fp8"] if fp8 else []), "bare", "twin", "trainer"]          # a worker a core is for CPUs
 
 
 def device() -> str:
@@ -278,9 +332,10 @@ def quiet() -> Any:
 
 
 SIDE: dict[str, Callable[[argparse.Namespace], list[float]]] = {
-    "corpus": prepare_corpus, "distlm": run_distlm, "compiled": run_distlm, "fp8": run_distlm, "workers": run_distlm,
-    "workers-zero2": run_distlm,
-    "workers-compiled": run_distlm, "bare": run_bare, "kept": run_bare, "twin": run_twin,
+    "corpus": prepare_corpus, "bytes": prepare_corpus, "gpt": run_distlm, "nanogpt": run_bare, "twin-workers": run_twin_workers,
+    "distlm": run_distlm, "compiled": run_distlm, "fp8": run_distlm, "workers": run_distlm,
+    "workers-zero2": run_distlm, "workers-compiled": run_distlm,
+    "bare": run_bare, "kept": run_bare, "twin": run_twin,
     "trainer": run_trainer}
 
 if __name__ == "__main__":

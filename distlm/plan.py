@@ -13,6 +13,7 @@ from distlm.model.find import find_model
 from distlm.spec import AverageSpec, CompressSpec, EvaluateSpec, PipelineSpec, PrepareSpec, ServeSpec, TrainSpec, TuneSpec
 from distlm.spec.base import Rule
 from distlm.spec.batch import check_batch
+from distlm.spec.compress import QUANTIZED
 from distlm.spec.load import Loaded, Spec, located, validate
 from distlm.spec.prepare import BYTES_VOCABULARY, Tokenizer
 from distlm.storage import Storage
@@ -289,13 +290,16 @@ def of_average(spec: AverageSpec, storage: Storage) -> Rows:
 
 def of_compress(spec: CompressSpec, storage: Storage) -> Rows:
     """What its two evaluations need: the model is measured before and after."""
-    from distlm.compress.task import evaluation_of, task_of
+    from distlm.compress.task import evaluation_of, left_whole, task_of
 
     rows = [row for row in of_evaluate(evaluation_of(spec), storage) if row[0] not in ("workers", "CPUs", "GPUs")]
+    whole: list[str] = []
     if dict(rows).get("model"):
-        task_of(spec, storage)                             # raises what can be seen to fail
+        _, model = task_of(spec, storage)                  # raises what can be seen to fail
+        whole = left_whole(spec, model) if spec.method in QUANTIZED else []
     need = total(compress_bundles(spec))
-    return [("method", spec.method), *rows, *((f"{name}s", f"{amount:g}") for name, amount in need.items() if amount)]
+    stay = [("left whole", f"{len(whole)} matrices, such as {whole[0]}, which fit no groups of {spec.group_size}")] if whole else []
+    return [("method", spec.method), *stay, *rows, *((f"{name}s", f"{amount:g}") for name, amount in need.items() if amount)]
 
 
 def of_forward(model: str, tokens: int) -> Rows:

@@ -15,7 +15,7 @@ def compress(model: Any, spec: CompressSpec, task: Task) -> dict[str, Any]:
 
         if spec.method == "int4_weight_only":
             done["group_size"] = spec.group_size
-        return {**done, "matrices": quantize(model, spec.method, spec.group_size)}
+        return {**done, **quantize(model, spec.method, spec.group_size)}
     from distlm.compress.prune import magnitude, structured
 
     return {**done, **(structured(model, spec, task) if spec.method == "structured" else magnitude(model, spec.sparsity))}

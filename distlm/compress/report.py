@@ -24,8 +24,9 @@ def rows(outputs: dict[str, Any]) -> list[tuple[str, str, str, str]]:
 
 
 def described(compression: dict[str, Any]) -> str:
-    """`int4_weight_only, group size 32, matrices 21`."""
-    more = [f"{what.replace('_', ' ')} {value}" for what, value in compression.items() if what != "method"]
+    """`int4_weight_only, group size 32, matrices 21, left whole 2, such as model.layers.0.mlp.down_proj`."""
+    more = [f"{what.replace('_', ' ')} {f'{len(value)}, such as {value[0]}' if isinstance(value, list) else value}"
+            for what, value in compression.items() if what != "method"]
     return ", ".join([compression["method"], *more])
 
 

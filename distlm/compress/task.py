@@ -28,17 +28,22 @@ def task_of(spec: CompressSpec, storage: Storage) -> tuple[Task, Path]:
     check_whole(model)
     task = make_task(evaluation_of(spec), storage)
     if spec.method in QUANTIZED:
-        from transformers import AutoConfig
-
-        from distlm.model.build import skeleton
-        from distlm.model.quantize import linear_layers
-
-        linear_layers(skeleton(AutoConfig.from_pretrained(model, local_files_only=True)), spec.method, spec.group_size)
+        left_whole(spec, model)
     else:
         from distlm.compress.prune import check
 
         check(spec, model)
     return task, model
+
+
+def left_whole(spec: CompressSpec, model: Path) -> list[str]:
+    """The linear layers of the model in this folder whose shape does not fit the method, and that stay. Raises InputError where all do."""
+    from transformers import AutoConfig
+
+    from distlm.model.build import skeleton
+    from distlm.model.quantize import linear_layers
+
+    return linear_layers(skeleton(AutoConfig.from_pretrained(model, local_files_only=True)), spec.method, spec.group_size)[1]
 
 
 def inputs_of(spec: CompressSpec, storage: Storage) -> dict[str, Any]:

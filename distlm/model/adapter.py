@@ -29,7 +29,7 @@ HEAD_LAYER = HEAD.removesuffix(".weight")
 def add_adapter(model: "PreTrainedModel", adapter: Adapter, seed: int) -> None:
     """Put an adapter that changes nothing yet into the model, which then has it alone to train; a classifier's last layer, which may be
     drawn at random, is trained whole beside it. A is drawn from `seed`. Raises SpecError where peft is not installed, no module is the
-    target, or that layer is one."""
+    target, or one that cannot be: that layer, or one whose matrix is another's too."""
     if importlib.util.find_spec("peft") is None:
         raise SpecError("the package peft is not installed", where="adapter", remedy="pip install 'distlm[adapters]'")
     import torch
@@ -37,6 +37,7 @@ def add_adapter(model: "PreTrainedModel", adapter: Adapter, seed: int) -> None:
 
     options: dict[str, Any] = {"lora_alpha": adapter.alpha, "target_modules": adapter.target_modules,
                                "task_type": "SEQ_CLS" if model.config.problem_type else "CAUSAL_LM"}
+    shared = _shared(model)
     config = LoraConfig(r=adapter.rank, lora_dropout=adapter.dropout, use_dora=adapter.method == "dora", **options)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -46,11 +47,25 @@ def add_adapter(model: "PreTrainedModel", adapter: Adapter, seed: int) -> None:
             names = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)})
             raise SpecError(f"peft cannot put an adapter there: {last_line(error)}", where="adapter.target_modules",
                             remedy=f"the model's linear layers are {', '.join(names)}" if names else "") from None
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    tied = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer) and name in shared]
+    if tied:
+        raise SpecError(f"the matrix of {tied[0]} is that of {shared[tied[0]]} too, which merging would change with it",
+                        where="adapter.target_modules", remedy="name other layers")
     if model.config.problem_type:
         if HEAD not in dict(model.named_parameters()):
             raise SpecError(f"the last layer of a classifier, {HEAD_LAYER}, is trained whole", where="adapter.target_modules",
                             remedy="name other layers")
         model.get_parameter(HEAD).requires_grad_(True)
+
+
+def _shared(model: "PreTrainedModel") -> dict[str, str]:
+    """Of each module whose matrix is another's too, the name of that one: a last layer that is tied to the embeddings, and these."""
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name.rpartition(".")[0])
+    return {name: names[i - 1] for names in owners.values() if len(names) > 1 for i, name in enumerate(names)}
 
 
 def adapter_sizes(config: "PreTrainedConfig", adapter: Adapter) -> dict[str, int]:

@@ -86,7 +86,8 @@ class PreferenceLoss(nn.Module):
 
 
 class AnswerHead(nn.Module):
-    """Stands in the place of a model's last linear layer, with its parameters under their names, and gives log p of the targets."""
+    """Stands in the place of a model's last linear layer, with its parameters under their names, and gives log p of the targets; without
+    targets, while it does not train, logits."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -96,9 +97,11 @@ class AnswerHead(nn.Module):
         """The rows of the hidden states that `targets` are for."""
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden: [batch, context, width]. Returns log p of each target, float32[targets]."""
+        """hidden: [batch, context, width]. Returns log p of each target, float32[targets], or logits."""
         targets, kept, self.targets, self.kept = self.targets, self.kept, None, None
-        assert targets is not None and kept is not None, "one set of targets for each pass"
+        if targets is None or kept is None:
+            assert not self.training, "one set of targets for each pass"
+            return functional.linear(hidden, self.weight, self.bias)
         return linear_log_probs(hidden.flatten(0, 1)[kept], self.weight, self.bias, targets)
 
 

@@ -18,14 +18,15 @@ FEW_TOKENS, BLOCK_ROWS = 16, 1024
 """For more tokens the kernel for int8 is slower than unrolled blocks of so many rows (docs/experiments.md)."""
 
 
-def quantize(model: Any, method: str, group_size: int = 32) -> int:
+def quantize(model: Any, method: str, group_size: int = 32) -> dict[str, Any]:
     """Round the weights of all linear layers, but for those that share theirs with the embeddings, and for the last one, which 4 bits are
-    too few for. Returns how many they are. Raises InputError where the family has none that fit."""
+    too few for. Returns how many they are, and the names of those that stay as their shape does not fit, if any. Raises InputError where
+    the family has none that fit."""
     from torchao.quantization import quantize_
     from transformers import TorchAoConfig
     from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
 
-    config, found = _config(method, group_size), linear_layers(model, method, group_size)
+    config, (found, unfit) = _config(method, group_size), linear_layers(model, method, group_size)
     for module in found:
         if method == "int4_weight_only":
             module.weight = torch.nn.Parameter(int4_tensor(module.weight.detach(), group_size), requires_grad=False)
@@ -34,20 +35,22 @@ def quantize(model: Any, method: str, group_size: int = 32) -> int:
     setting: Any = TorchAoConfig(config)
     model.config.quantization_config = setting
     model.hf_quantizer = TorchAoHfQuantizer(setting, pre_quantized=True)       # by which transformers writes them
-    return len(found)
+    return {"matrices": len(found), **({"left_whole": unfit} if unfit else {})}
 
 
-def linear_layers(model: Any, method: str, group_size: int) -> list[torch.nn.Linear]:
-    """Those whose weights are rounded; the model may be a skeleton. Raises InputError where there are none, or others that would stay."""
+def linear_layers(model: Any, method: str, group_size: int) -> tuple[list[torch.nn.Linear], list[str]]:
+    """Those whose weights are rounded, and the names of those whose shape does not `fit`; the model may be a skeleton. Raises InputError
+    where there are none, or others that would stay."""
     check_matrices(model)
     embeddings: Any = model.get_input_embeddings()
     whole = {model.get_output_embeddings()} if method == "int4_weight_only" else set()
-    found = [module for module in model.modules() if type(module) is torch.nn.Linear and module not in whole
-             and module.weight is not embeddings.weight and fits(module, method, group_size)]
+    meant = {name: module for name, module in model.named_modules() if type(module) is torch.nn.Linear and module not in whole
+             and module.weight is not embeddings.weight}
+    found = [module for module in meant.values() if fits(module, method, group_size)]
     if not found:
         raise InputError(f"no linear layer of the {model.config.model_type} family can be quantized so", where="method",
                          remedy=f"{'lower group_size, or ' if method == 'int4_weight_only' else ''}take a family such as llama or qwen3")
-    return found
+    return found, [name for name, module in meant.items() if not fits(module, method, group_size)]
 
 
 def check_matrices(model: Any) -> None:

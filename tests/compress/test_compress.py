@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,16 @@ import pytest
 import torch
 
 from distlm import cluster, execute
+from distlm.compress.report import described
 from distlm.errors import DistlmError
 from distlm.model.build import load_model
 from distlm.model.find import find_model
+from distlm.plan import of_compress
 from distlm.runs import RunFolder
 from distlm.serve import deploy
 from distlm.serve.engine import Request
 from distlm.serve.torch_engine import TorchEngine
+from distlm.spec import load_spec
 from distlm.storage import Storage, read_json
 from tests.compress.made import compressed
 from tests.evaluate.models import evaluated, make_model
@@ -93,6 +97,15 @@ def test_a_job_leaves_an_export_a_page_and_what_it_was_made_of(root: Path, stora
     next((folder.path / "export").glob("*.safetensors")).unlink()
     with pytest.raises(DistlmError, match="is missing"):
         execute.run(given, storage=storage, progress=Records(), resume=True)
+
+
+@TORCHAO
+def test_a_plan_and_a_page_name_what_stays_whole(root: Path) -> None:
+    given = {"kind": "compress", "name": "x", "model": "m", "method": "int4_weight_only", "group_size": 128, "corpus": "text"}
+    spec: Any = load_spec(given).spec
+    stay = dict(of_compress(spec, Storage(root))).get("left whole", "")
+    assert re.fullmatch(r"\d+ matrices, such as model.layers.0.*, which fit no groups of 128", stay)
+    assert described({"method": "int4_weight_only", "left_whole": ["a", "b"]}) == "int4_weight_only, left whole 2, such as a"
 
 
 @TORCHAO

@@ -108,3 +108,9 @@ def test_a_family_without_linear_layers_is_refused(tmp_path: Path) -> None:
     narrow = load_model(whole(tmp_path, hidden_size=48, intermediate_size=80), "model", torch.float32)
     with pytest.raises(InputError, match="lower group_size, or take"):
         quantize(narrow, "int4_weight_only", 256)
+
+
+def test_matrices_whose_shape_does_not_fit_stay_and_are_named(tmp_path: Path) -> None:
+    model: Any = load_model(whole(tmp_path, intermediate_size=144, num_hidden_layers=2), "model", torch.float32)
+    assert quantize(model, "int4_weight_only", 32) == {"matrices": 12, "left_whole": [f"model.layers.{i}.mlp.down_proj" for i in range(2)]}
+    assert type(model.model.layers[0].mlp.down_proj.weight.data) is torch.Tensor

@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from distlm.errors import CheckpointError, SpecError
-from distlm.model.adapter import add_adapter
+from distlm.model.adapter import add_adapter, merge
 from distlm.model.build import build_model, model_config
 from distlm.model.export import export_model, stored_dtype
 from distlm.spec import TrainSpec, load_spec
+from distlm.spec.adapter import Adapter
 from distlm.spec.load import dump
 from distlm.storage import Storage, read_json, write_json
 from distlm.train import checkpoint
@@ -199,3 +200,42 @@ def test_what_cannot_be(sections: dict[str, Any], message: str, root: Path) -> N
 def test_modules_that_are_not_there_are_told_at_plan(root: Path) -> None:
     with pytest.raises(SpecError, match=r"adapter.target_modules: .*; the model's linear layers are down_proj, gate_proj, k_proj"):
         make_recipe(tuned(root, adapter={"target_modules": ["query"]}), Storage(root))
+
+
+@pytest.mark.parametrize(("family", "tied", "targets", "said"), [
+    ("llama", True, ["lm_head"], "lm_head is that of model.embed_tokens too"),
+    ("llama", True, ["q_proj", "embed_tokens"], "model.embed_tokens is that of lm_head too"),
+    ("gpt2", True, ["lm_head"], "lm_head is that of transformer.wte too"), ("llama", False, ["lm_head", "embed_tokens"], "")])
+def test_an_adapter_that_cannot_be_merged_is_refused_and_the_others_are_what_was_applied(family: str, tied: bool, targets: list[str],
+                                                                                        said: str) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2} if family == "gpt2" else {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, vocab_size=64, tie_word_embeddings=tied, **sizes)).eval()
+    given = Adapter(target_modules=targets)
+    if said:
+        with pytest.raises(SpecError, match=f"adapter.target_modules: the matrix of {said}, .*; name other layers"):
+            add_adapter(model, given, 0)
+        return
+    add_adapter(model, given, 0)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    tokens = torch.arange(16)[None]
+    applied = model(tokens).logits
+    merge(model)
+    assert torch.allclose(model(tokens).logits, applied, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_a_base_that_is_let_go_at_once_trains_the_same_adapter(root: Path, tmp_path: Path, method: str) -> None:
+    """As of a large model under ZeRO-3: what a layer needs is gathered for it alone."""
+    at_once = {**SHARDED["deepspeed"]["zero_optimization"], "stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}  # type: ignore[index]
+    runs = {tmp_path / name: tuned(root, adapter={"method": method}, scale=TWO, sharding=sharding, duration={"steps": 4}) for name, sharding
+            in (("whole", {}), ("divided", {"zero": 3, "deepspeed": {"zero_optimization": at_once}}))}
+    run_ranks(runs)
+    whole, divided = runs
+    np.testing.assert_allclose(losses(divided), losses(whole), rtol=1e-5)
+    expected, found = (load_file(run / ADAPTER) for run in runs)
+    assert all(torch.allclose(found[name], value, atol=1e-5) for name, value in expected.items())

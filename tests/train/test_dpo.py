@@ -120,6 +120,15 @@ def by_hand(root: Path) -> list[tuple[float, float]]:
     return found
 
 
+@pytest.mark.parametrize("zero", [0, 3])
+def test_prompts_are_completed_beside_the_pairs(root: Path, tmp_path: Path, zero: int) -> None:
+    run = tmp_path / "run"
+    run_ranks({run: tuned(root, scale=TWO, sharding=SHARDED if zero else {}, duration={"steps": 2}, schedule={}, checkpoint={},
+                          evaluate={"every_steps": 2, "prompts": ["t5 t6"], "max_tokens": 4})})
+    [samples] = [record["samples"] for record in metrics(run) if "samples" in record][-1:]
+    assert [one["prompt"] for one in samples] == ["t5 t6"]  # type: ignore[attr-defined]
+
+
 def test_every_layout_makes_the_papers_steps(root: Path, tmp_path: Path) -> None:
     runs = {tmp_path / f"zero{zero}": tuned(root, scale=TWO, sharding=SHARDED if zero == 3 else {"zero": zero}) for zero in (0, 2, 3)}
     run_ranks(runs)
