@@ -21,21 +21,25 @@ from distlm.progress import Progress
 from distlm.reads import missing, reads
 from distlm.runs import RunFolder
 from distlm.serve.client import healthy
-from distlm.spec import PrepareSpec, ServeSpec
+from distlm.spec import EvaluateSpec, PrepareSpec, ServeSpec, TrainSpec
 from distlm.spec.explain import KeyPath
 from distlm.spec.load import REFERENCE, Loaded, dotted, dump, leaves, locator, nearest, put, validate, with_spec
 from distlm.spec.pipeline import PipelineSpec
 from distlm.storage import Storage, read_json
+from distlm.train.objectives import OBJECTIVES
 from distlm.train.scores import SCORES
 from distlm.tune import space
 
+LANGUAGE = ("loss", "perplexity", "bits_per_byte", "accuracy", "ece", "tokens")
+LABELS = ("loss", *SCORES, "ece", "documents")
+"""What an evaluation of a language model comes to, and of a classifier."""
 OUTPUTS = {
     "prepare": ("documents", "bytes", "tokens", "train_tokens", "val_tokens", "val_bytes", "rejected", "manifest_hash"),
     "train": ("export", "parameters", "loss_first", "loss_last", "val_loss", "val_loss_first", "perplexity", "bits_per_byte",
               "tokens_per_s", "steps", "tokens", "checkpoint", *SCORES, "val_reward_accuracy", "val_reward_margin"),
     "tune": ("best", "best_spec", "metric", "value", "trials"),
     "average": ("export", "loss", "perplexity", "bits_per_byte", "accuracy", "ece", "tokens", "averaged", "best", "best_loss"),
-    "evaluate": ("loss", "perplexity", "bits_per_byte", "accuracy", "ece", "tokens"),
+    "evaluate": (*LANGUAGE, *(name for name in LABELS if name not in LANGUAGE)),
     "compress": ("export", "loss", "loss_before", "bytes", "bytes_before"),
     "serve": ("url", "api_key_file", "model"),
 }
@@ -130,6 +134,13 @@ def check_step(steps: Mapping[str, Any], step: str, where: Callable[[KeyPath], s
     spec = validate(data, references=may_be_no_text, place=where)
     if data.get("kind") == "tune" and isinstance(data.get("train"), dict) and spec is not None:
         space.check(spec, where, references=may_be_no_text)
+    if isinstance(spec, EvaluateSpec) and objective_of(steps, step) == "classify":
+        from distlm.evaluate.task import check_classifier
+
+        try:
+            check_classifier(spec, [], "what is measured")
+        except SpecError as error:
+            raise SpecError(error.message, where=where((error.where,)), remedy=error.remedy) from None
 
 
 def check_references(steps: Mapping[str, Any], step: str, key: KeyPath, text: str, where: str) -> None:
@@ -231,6 +242,8 @@ def output(steps: Mapping[str, Any], reference: str, where: str) -> tuple[str, s
         check_metric(steps[step], step, name, where)
         return step, name
     known = [*OUTPUTS.get(kind, ()), *(f"best.{key}" for key in space_of(steps[step]))]
+    if kind == "evaluate" and (objective := objective_of(steps, step)):
+        known = [*(LABELS if objective == "classify" else LANGUAGE)]
     if kind == "tune" and name.startswith("best.") and not space_of(steps[step]):
         return step, name                                  # the sweep has no space: told there
     if name and kind in OUTPUTS and name not in known:
@@ -262,6 +275,23 @@ def check_metric(evaluation: Mapping[str, Any], step: str, name: str, where: str
         near = "" if meant else nearest(name, known)
         raise SpecError(f"${{{step}.{name}}}: the tasks of {step} do not come to it", where=where,
                         remedy=f"did you mean {near}?" if near else f"there are {', '.join(known)}" if known else "it has no tasks")
+
+
+def objective_of(steps: Mapping[str, Any], step: str) -> str:
+    """What the model was trained for that a step makes, serves or measures; "" where that is not known here."""
+    for _ in steps:                                        # further than through all of them no reference leads
+        data = steps[step]
+        kind = data.get("kind")
+        data = data.get("train") if kind == "tune" else data
+        if kind in ("train", "tune"):
+            objective = data.get("objective", TrainSpec.model_fields["objective"].default) if isinstance(data, dict) else ""
+            return objective if isinstance(objective, str) and objective in OBJECTIVES else ""
+        given = data.get("model") or data.get("endpoint") if kind in ("evaluate", "serve") else None
+        whole = REFERENCE.fullmatch(given) if isinstance(given, str) else None
+        step = split(steps, whole[1])[0] if whole else ""
+        if not step:
+            return "pretrain" if kind in ("average", "compress") else ""
+    return ""
 
 
 def task_outputs(made: Mapping[str, Any]) -> dict[str, Any]:

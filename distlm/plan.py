@@ -19,6 +19,8 @@ from distlm.spec.prepare import BYTES_VOCABULARY, Tokenizer
 from distlm.storage import Storage
 
 Rows = list[tuple[str, str]]
+MAX_LABELS = 20
+"""Of a classifier, so many are named."""
 
 
 def needs(loaded: Loaded, storage: Storage) -> Rows:
@@ -263,6 +265,7 @@ def of_evaluate(spec: EvaluateSpec, storage: Storage) -> Rows:
         rows = [("corpus" if len(task.parts) == 1 else f"corpus {i}", f"{part.corpus}, {part.windows:,} windows of {spec.split}"
                  + ", documents kept apart" * part.mask_documents) for i, part in enumerate(task.parts)]
         rows += [("tokens", f"{tokens:,}")] if task.parts else []
+        rows += [("labels", f"{len(task.labels):,}: {', '.join(task.labels[:MAX_LABELS])}")] if task.labels else []
         rows += of_forward(model, tokens) if model and task.parts else []
     if spec.tasks and not any("${" in name for name in spec.tasks):
         rows += [("tasks", ", ".join(file.config["task"] for file in read_tasks(spec.tasks)))]
@@ -305,11 +308,11 @@ def of_compress(spec: CompressSpec, storage: Storage) -> Rows:
 def of_forward(model: str, tokens: int) -> Rows:
     """Parameters of a checkpoint, and the arithmetic of a forward pass over so many tokens: two operations for each parameter and token,
     attention not counted."""
-    from transformers import AutoConfig
+    from distlm.model.build import num_parameters, read_config, settle_kind
 
-    from distlm.model.build import num_parameters
-
-    parameters = num_parameters(AutoConfig.from_pretrained(model, local_files_only=True))
+    config = read_config(model, f"model: {model}")
+    settle_kind(config)
+    parameters = num_parameters(config)
     return [("model", model), ("parameters", f"{parameters:,}"), ("arithmetic", f"{2.0 * parameters * tokens:.2e} FLOPs")]
 
 

@@ -85,6 +85,13 @@ def of_windows(made: dict[str, Any]) -> list[tuple[str, str]]:
     parts = [(name, corpus) for name, corpus in made["corpora"].items() if len(made["corpora"]) > 1]
     parts += [(f"{name}: {source}", found) for name, corpus in made["corpora"].items() for source, found in corpus["sources"].items()
               if len(corpus["sources"]) > 1]
+    if "labels" in made:
+        return [("documents", f"{made['documents']:,}, {made['split']}"), ("loss", shown(made["loss"], ".4f")),
+                ("accuracy", shown(made["accuracy"], ".2%")), ("macro F1", shown(made["f1_macro"], ".4f")),
+                ("ROC AUC", shown(made["roc_auc"], ".4f")),
+                *([] if made["multiple_labels"] else [("calibration error", shown(made["ece"], ".2%"))]),
+                *((name, f"loss {shown(found['loss'], '.4f')}, accuracy {shown(found['accuracy'], '.2%')}, "
+                         f"{found['documents']:,} documents") for name, found in parts)]
     return [("tokens", f"{made['tokens']:,} of {made['windows']:,} windows, {made['split']}"), ("loss", shown(made["loss"], ".4f")),
             ("perplexity", shown(made["perplexity"], ",.2f")), ("bits per byte", shown(made["bits_per_byte"], ".4f")),
             ("accuracy", shown(made["accuracy"], ".2%")), ("calibration error", shown(made["ece"], ".2%")),

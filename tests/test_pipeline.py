@@ -21,6 +21,8 @@ TUNE: dict[str, Any] = {"kind": "tune", "train": {k: v for k, v in TRAIN.items()
                         "space": {"optimizer.lr": {"grid": [0.1, 0.2]}}}
 EVALUATE = {"kind": "evaluate", "model": "${train}", "corpus": "${prepare}"}
 SERVE = {"kind": "serve", "model": "${train}"}
+CLASSIFY = {**TRAIN, "objective": "classify"}
+ASK = {"kind": "evaluate", "endpoint": "${serve}", "corpus": "${prepare}"}
 
 
 def steps(**given: Any) -> dict[str, Any]:
@@ -107,6 +109,18 @@ def test_steps_run_after_what_they_need_by_reference_or_by_needs() -> None:
      "steps.e: windows: '${train}': must be a whole number"),
     ({"prepare": PREPARE, "train": {**TRAIN, "seed": "${e.los}"}, "e": {**EVALUATE, "model": "m"}},
      "an evaluate step has no output los; did you mean loss?"),
+    ({"prepare": PREPARE, "train": CLASSIFY, "e": EVALUATE, "f": {**EVALUATE, "windows": "${e.perplexity}"}},
+     "${e.perplexity}: an evaluate step has no output perplexity; there are loss, accuracy, precision_macro"),
+    ({"prepare": PREPARE, "train": CLASSIFY, "serve": SERVE, "e": ASK, "f": {**EVALUATE, "windows": "${e.tokens}"}},
+     "${e.tokens}: an evaluate step has no output tokens"),
+    ({"prepare": PREPARE, "tune": {**TUNE, "train": {**TUNE["train"], "objective": "classify"}}, "e": {**EVALUATE, "model": "${tune.best}"},
+      "f": {**EVALUATE, "model": "m", "windows": "${e.bits_per_byte}"}}, "an evaluate step has no output bits_per_byte"),
+    ({"prepare": PREPARE, "train": TRAIN, "e": EVALUATE, "f": {**EVALUATE, "windows": "${e.roc_auc}"}},
+     "${e.roc_auc}: an evaluate step has no output roc_auc; there are loss, perplexity"),
+    ({"prepare": PREPARE, "train": CLASSIFY, "e": {**EVALUATE, "prompts": ["x"]}},
+     "steps.e: prompts: ['x'] has no effect with a classifier; leave it out"),
+    ({"prepare": PREPARE, "train": CLASSIFY, "serve": SERVE, "e": {**ASK, "tasks": ["t.yaml"]}},
+     "steps.e: tasks: tasks are questions to a language model, and what is measured is a classifier"),
     ({"prepare": PREPARE, "train": TRAIN, "one": {**SERVE, "host": "127.0.0.2"}, "two": SERVE}, "one takes 127.0.0.2, not 127.0.0.1"),
 ])
 def test_a_mistake_is_found_before_any_work(given: dict[str, Any], what: str) -> None:
@@ -122,6 +136,9 @@ def test_a_mistake_is_found_before_any_work(given: dict[str, Any], what: str) ->
     {"prepare": PREPARE, "train": TRAIN, "e": EVALUATE, "serve": {**SERVE, "needs": "e"},
      "ask": {"kind": "evaluate", "endpoint": "${serve}", "corpus": ["${prepare}", "other"]}},
     {"prepare": PREPARE, "train": TRAIN, "one": {**SERVE, "port": 8001}, "two": {**SERVE, "port": 8001}, "three": {**SERVE, "port": 0}},
+    {"prepare": PREPARE, "train": CLASSIFY, "e": EVALUATE, "f": {**EVALUATE, "windows": "${e.roc_auc}"}},
+    {"prepare": PREPARE, "e": {**EVALUATE, "model": "m"}, "f": {**EVALUATE, "model": "m", "windows": "${e.perplexity}", "batch_windows":
+                                                               "${e.f1_macro}"}},
 ])
 def test_what_may_be_right_is_not_refused(given: dict[str, Any]) -> None:
     execute.resolve(steps(**given))

@@ -12,7 +12,7 @@ from distlm.average.weights import check_alike, write_mean
 from distlm.corpus.manifest import manifest_hash
 from distlm.errors import InputError
 from distlm.evaluate.driver import Workers, outcome
-from distlm.evaluate.task import Task, check_model, make_task, read_corpora
+from distlm.evaluate.task import Task, check_generates, check_model, make_task, read_corpora
 from distlm.model.adapter import base_hash
 from distlm.model.find import find_model
 from distlm.progress import Progress
@@ -92,6 +92,7 @@ def find_models(spec: AverageSpec, storage: Storage) -> list[Path]:
         raise InputError(f"it is {spec.models[models.index(models[twice])]} again", where=f"models.{twice}: {models[twice]}",
                          remedy="give it once")
     check_alike(models, "models")
+    check_generates(models[0])
     masked = any(part.mask_documents for part in make_task(spec.scoring(str(models[0])), storage).parts)
     for model in models[1:]:
         check_model(model, read_corpora(spec.scoring(str(model)), storage), masked)

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from distlm.errors import InputError
-from distlm.evaluate.task import Task, make_task
+from distlm.evaluate.task import Task, check_generates, make_task
 from distlm.evaluate.task import inputs_of as read_by_evaluation
 from distlm.model.find import check_torchao, check_whole, find_model
 from distlm.spec import CompressSpec, EvaluateSpec
@@ -26,6 +26,7 @@ def task_of(spec: CompressSpec, storage: Storage) -> tuple[Task, Path]:
         raise InputError(f"there is a run of this name, and {spec.name} would stand for both", where="name", remedy="take another name")
     model = find_model(spec.model, storage)
     check_whole(model)
+    check_generates(model)
     task = make_task(evaluation_of(spec), storage)
     if spec.method in QUANTIZED:
         left_whole(spec, model)

@@ -13,6 +13,7 @@ import numpy as np
 from distlm.autoscale import evaluate_bundles, require
 from distlm.corpus.manifest import read_manifest
 from distlm.errors import EvaluationError, InputError, TrainError
+from distlm.evaluate import labels
 from distlm.evaluate.report import write_report
 from distlm.evaluate.task import Task, context_of, make_task
 from distlm.evaluate.tasks import check_answers, loaded, read_tasks
@@ -29,9 +30,9 @@ AHEAD = 2
 """Batches that a worker has been given and has not answered."""
 Check = Callable[[int | None, Path | None], None]
 """Takes the context of what is asked and the folder of its tokenizer; raises InputError where the tasks are not for it."""
-Scored = Callable[[Any, str, Path | None, list[Sums], list[str]], None]
-"""Takes an evaluate.harness.Answering, what it is, the folder of its tokenizer, the sums of every batch, in order, and what it added to
-each prompt; asks it of the tasks."""
+Scored = Callable[[Any, Task, str, Path | None, list[Any], list[str]], None]
+"""Takes an evaluate.harness.Answering, its task, what it is, the folder of its tokenizer, the sums of every batch, or what a classifier
+made of it, in order, and what it added to each prompt; asks it of the tasks."""
 
 
 def evaluate(spec: EvaluateSpec, folder: RunFolder, storage: Storage, progress: Progress) -> dict[str, Any]:
@@ -58,10 +59,14 @@ def evaluate(spec: EvaluateSpec, folder: RunFolder, storage: Storage, progress: 
 
                 check_choices(files, tasks, tokenizer, context)
 
-        def scored(answering: Any, made_by: str, tokenizer: Path | None, sums: list[Sums], texts: list[str]) -> None:
-            found = {"evaluated": made_by, **(outcome(task, made_by, sums) if task.parts else {}),
+        def scored(answering: Any, task: Task, made_by: str, tokenizer: Path | None, batches: list[Any], texts: list[str]) -> None:
+            measured = labels.outcome if task.labels else outcome
+            for part in task.parts:
+                if not task.labels and read_manifest(part.corpus).labels:
+                    progress.note(f"{part.name} has labels, and what is measured is no classifier: its texts are, and not its labels")
+            found = {"evaluated": made_by, **(measured(task, made_by, batches) if task.parts else {}),
                      "samples": [{"prompt": prompt, "completion": text} for prompt, text in zip(spec.prompts, texts, strict=True)]}
-            if task.parts and not found["tokens"]:
+            if found.get("tokens") == 0:
                 raise InputError(f"no token of the {task.windows:,} windows gives loss", where="windows",
                                  remedy="take more windows, or other corpora")
             keep(found)
@@ -89,7 +94,7 @@ def by_model(spec: EvaluateSpec, task: Task, check: Check, model: Path, prompts:
         for name, value in unheeded(model).items():
             progress.note(f"generation_config.json: {name}: {value} is not applied: the likeliest token is taken")
     with Workers(spec, task, folder, progress) as workers:
-        scored(workers, str(model), model, workers.score(model), workers.complete(prompts, spec.max_tokens))
+        scored(workers, task, str(model), model, workers.score(model), workers.complete(prompts, spec.max_tokens))
 
 
 class Workers:
@@ -121,8 +126,8 @@ class Workers:
         for worker in self._workers:
             self._ray.kill(worker)
 
-    def score(self, model: Path) -> list[Sums]:
-        """The sums of every batch, in order. Raises what a worker raises."""
+    def score(self, model: Path) -> list[Any]:
+        """The sums of every batch, or what a classifier makes of it, in order. Raises what a worker raises."""
         answers(self._ray, {worker.load.remote(model): i for i, worker in enumerate(self._workers)}, self._logs, lambda i, _: None)
         self.context, batches, done = context_of(model), self._task.batches, 0
 
@@ -131,7 +136,7 @@ class Workers:
             done += batches[batch][2]
             self._progress.update("windows", done, self._task.windows)
 
-        return self._dealt("score", [(batch,) for batch in range(len(batches))], show)
+        return self._dealt("observe" if self._task.labels else "score", [(batch,) for batch in range(len(batches))], show)
 
     def complete(self, prompts: list[list[int]], max_tokens: int) -> list[str]:
         """What the model that was scored last adds to each prompt. Raises what a worker raises."""

@@ -1,5 +1,6 @@
 """An endpoint that scores windows: /v1/completions with `echo`, `logprobs: 1` and `max_tokens: 0` gives the log-probability of each token
-of a prompt, and of the likeliest one in its place.
+of a prompt, and of the likeliest one in its place. One of a classifier gives the logits of its labels: /v1/classify with
+`use_activation: false`.
 
 A window is a prompt of context + 1 tokens, of which the model reads all but the last. Where documents are kept apart, each piece of a
 document is a prompt of its own.
@@ -18,7 +19,8 @@ import numpy as np
 from distlm.corpus.manifest import read_manifest
 from distlm.corpus.stream import START
 from distlm.errors import InputError, ServeError
-from distlm.evaluate.task import Reader, Rows, Task
+from distlm.evaluate.labels import Observed, observed
+from distlm.evaluate.task import Labelled, Reader, Rows, Task, check_classifier, with_labels
 from distlm.evaluate.totals import Sums
 from distlm.evaluate.worker import Asked, Said, Scores, said, sums
 from distlm.model.complete import check_prompts
@@ -56,6 +58,11 @@ class Endpoint:
     """The name of its model; None for the first that it tells of."""
     record: dict[str, Any] | None = None
     """The endpoint.json of one of ours."""
+
+    @property
+    def classifies(self) -> bool:
+        """Whether it is known to be that of a classifier."""
+        return bool(self.record and self.record.get("classifier"))
 
     def told(self) -> dict[str, Any]:
         """For the lineage of an evaluation. The version of one of ours changes whenever it is replaced."""
@@ -105,7 +112,7 @@ def find_tokenizer(spec: EvaluateSpec, task: Task, endpoint: Endpoint, storage: 
 
 
 def by_endpoint(spec: EvaluateSpec, task: Task, check: Callable[[int | None, Path | None], None], prompts: list[list[int]],
-                scored: Callable[["Client", str, Path | None, list[Sums], list[str]], None], storage: Storage, folder: RunFolder,
+                scored: Callable[["Client", Task, str, Path | None, list[Any], list[str]], None], storage: Storage, folder: RunFolder,
                 progress: Progress) -> None:
     """Let an endpoint score the batches; `check` and `scored` are as in the driver. Raises InputError for an endpoint that is not that of
     the corpora or refuses the key, ServeError for one that does not answer."""
@@ -125,18 +132,24 @@ class Client:
         self.context: int | None = None
 
     def measure(self, prompts: list[list[int]], check: Callable[[int | None, Path | None], None], tokenizer: Path | None,
-                scored: Callable[["Client", str, Path | None, list[Sums], list[str]], None]) -> None:
+                scored: Callable[["Client", Task, str, Path | None, list[Any], list[str]], None]) -> None:
         """As `by_endpoint`."""
         key, limits = read_key(self.endpoint.key_file), httpx.Limits(max_connections=self.spec.concurrent)
         with httpx.Client(headers={"Authorization": f"Bearer {key}"}, timeout=httpx.Timeout(ANSWER_S, connect=10), limits=limits,
                           trust_env=False) as self.http:
             card = self.card()
             self.model, self.context = str(card["id"]), card.get("max_model_len")
+            if "labels" in card:
+                manifests = [read_manifest(part.corpus) for part in self.task.parts]
+                check_classifier(self.spec, manifests, f"{self.model} at {self.endpoint.url}")
+                kind = f"{'multi' if card['multiple_labels'] else 'single'}_label_classification"
+                self.task = with_labels(self.task, manifests, card["labels"], kind, self.where)
             self.check(card, prompts, tokenizer)
             check(self.context, tokenizer)
             self.progress.note(f"{self.task.windows:,} windows in {len(self.task.batches):,} requests, " * bool(self.task.parts)
                                + f"{self.spec.concurrent} at once")
-            scored(self, f"{self.model} at {self.endpoint.url}", tokenizer, self.score_all(), [self.complete(prompt) for prompt in prompts])
+            scored(self, self.task, f"{self.model} at {self.endpoint.url}", tokenizer, self.score_all(),
+                   [self.complete(prompt) for prompt in prompts])
         if self.again:
             self.progress.note(said := f"the endpoint was full, and requests were sent {self.again:,} times again")
             self.folder.event("note", message=said)
@@ -171,8 +184,8 @@ class Client:
         if theirs is None:
             self.progress.note(f"the endpoint does not tell its tokenizer, which is taken to be {tokenizer or 'that of the corpora'}")
 
-    def score_all(self) -> list[Sums]:
-        """The sums of every batch, in order."""
+    def score_all(self) -> list[Any]:
+        """The sums of every batch, or what a classifier makes of it, in order."""
         batches, reader, done = self.task.batches, Reader(self.task), 0
 
         def show(batch: int) -> None:
@@ -180,6 +193,8 @@ class Client:
             done += batches[batch][2]
             self.progress.update("windows", done, self.task.windows)
 
+        if self.task.labels:
+            return self.at_once(self.observe, ((reader.labelled(batch), reader.end) for batch in range(len(batches))), show)
         return self.at_once(self.score, map(reader.read, range(len(batches))), show)
 
     def at_once(self, ask: Callable[[T], R], batches: Iterable[T], done: Callable[[int], None]) -> list[R]:
@@ -248,6 +263,16 @@ class Client:
             for (row, begin, end), one in zip(some, self.echo(asked), strict=True):
                 logprobs[row, begin:end - 1], best[row, begin:end - 1], sure[row, begin:end - 1] = one
         return sums(self.task, rows, Scores(logprobs[rows.kept], best[rows.kept], sure[rows.kept]))
+
+    def observe(self, batch: tuple[Labelled, int]) -> Observed:
+        """What a classifier makes of a batch, given with the token that ends a document: texts are sent without it, and without padding."""
+        (documents, end), found = batch, list[list[float]]()
+        texts = [row[:np.max(np.flatnonzero(row != end), initial=0) + 1].tolist() for row in documents.tokens]
+        for first in range(0, len(texts), PROMPTS):
+            answer = self.ask("POST", "classify", {"model": self.model, "input": texts[first:first + PROMPTS], "use_activation": False})
+            told = sorted(answer["data"], key=lambda one: int(one["index"]))
+            found += [[one["logits"][name] for name in self.task.labels] for one in told]
+        return observed(documents, np.concatenate([documents.labels, np.array(found)], 1, dtype=np.float32))
 
     def echo(self, prompts: list[list[int]]) -> list[tuple[list[float], list[int], list[float]]]:
         """Of each prompt, for each token but the first: its log-probability, the likeliest token, the probability of that."""

@@ -8,12 +8,18 @@ from typing import Any
 
 from distlm.runs import RunFolder
 from distlm.runs.page import write_page
+from distlm.runs.report import matrices
 
 SIDE = 320
 """Of the reliability diagram, in its own units."""
 COLUMNS = (("tokens", "tokens", ",d"), ("loss", "loss", ".4f"), ("perplexity", "perplexity", ",.2f"),
            ("bits per byte", "bits_per_byte", ".4f"), ("accuracy", "accuracy", ".2%"), ("calibration error", "ece", ".2%"))
 """(title, measure, format)"""
+LABEL_COLUMNS = (("documents", "documents", ",d"), ("loss", "loss", ".4f"), ("accuracy", "accuracy", ".2%"),
+                 *((f"{how} {what}", f"{key}_{how}", ".4f") for how in ("macro", "micro")
+                   for what, key in (("precision", "precision"), ("recall", "recall"), ("F1", "f1"))),
+                 ("ROC AUC", "roc_auc", ".4f"), ("calibration error", "ece", ".2%"))
+"""The same of a classifier."""
 
 
 def write_report(folder: RunFolder, outputs: dict[str, Any]) -> Path:
@@ -21,13 +27,15 @@ def write_report(folder: RunFolder, outputs: dict[str, Any]) -> Path:
     tasks = task_rows(outputs)
     if "corpora" not in outputs:
         return write_page(folder, "distlm.evaluate", outputs=outputs, tasks=tasks)
+    unit, columns = ("documents", LABEL_COLUMNS) if "labels" in outputs else ("tokens", COLUMNS)
     return write_page(
-        folder, "distlm.evaluate", outputs=outputs, tasks=tasks,
-        facts=[(title, text) for (title, _, _), text in zip(COLUMNS, cells(outputs), strict=True)],
-        titles=[title for title, _, _ in COLUMNS], rows=[(what, cells(measured)) for what, measured in measured_parts(outputs)], side=SIDE,
-        diagrams=[(what, shown(measured["ece"], ".2%"), bars(measured["reliability"])) for what, measured in measured_parts(outputs)
-                  if measured["tokens"]],
-        bins=[(f"{one['above']:.3f} to {one['up_to']:.3f}", f"{one['tokens']:,}", shown(one["confidence"], ".2%"),
+        folder, "distlm.evaluate", outputs=outputs, tasks=tasks, unit=unit, guessed="label" if "labels" in outputs else "token",
+        facts=[(title, text) for (title, _, _), text in zip(columns, cells(outputs, columns), strict=True)],
+        titles=[title for title, _, _ in columns], rows=[(what, cells(measured, columns)) for what, measured in measured_parts(outputs)],
+        matrices=matrices([outputs]), side=SIDE,
+        diagrams=[(what, shown(measured["ece"], ".2%"), bars(measured["reliability"], unit)) for what, measured in measured_parts(outputs)
+                  if measured["reliability"]],
+        bins=[(f"{one['above']:.3f} to {one['up_to']:.3f}", f"{one[unit]:,}", shown(one["confidence"], ".2%"),
                shown(one["accuracy"], ".2%")) for one in outputs["reliability"]])
 
 
@@ -49,20 +57,20 @@ def measured_parts(outputs: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     return found
 
 
-def cells(measured: dict[str, Any]) -> list[str]:
-    """The measures as text, by COLUMNS."""
-    return [shown(measured[key], form) for _, key, form in COLUMNS]
+def cells(measured: dict[str, Any], columns: tuple[tuple[str, str, str], ...] = COLUMNS) -> list[str]:
+    """The measures as text, by columns."""
+    return [shown(measured[key], form) for _, key, form in columns]
 
 
 def shown(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)
 
 
-def bars(table: list[dict[str, Any]]) -> list[tuple[str, str, str, str, str, str]]:
-    """(x, y, width, height, opacity, text) of a bar for each bin of a reliability diagram that has tokens: its height is the accuracy, and
-    the more tokens, the darker it is."""
-    most, width = max(one["tokens"] for one in table), SIDE / len(table)
+def bars(table: list[dict[str, Any]], unit: str) -> list[tuple[str, str, str, str, str, str]]:
+    """(x, y, width, height, opacity, text) of a bar for each bin of a reliability diagram that has any of the unit: its height is the
+    accuracy, and the more there are, the darker it is."""
+    most, width = max(one[unit] for one in table), SIDE / len(table)
     return [(f"{i * width:.1f}", f"{SIDE * (1 - one['accuracy']):.1f}", f"{width:.1f}", f"{SIDE * one['accuracy']:.1f}",
-             f"{0.25 + 0.75 * (one['tokens'] / most) ** 0.5:.2f}",
-             f"{one['tokens']:,} tokens, confidence {one['confidence']:.1%}, accuracy {one['accuracy']:.1%}")
-            for i, one in enumerate(table) if one["tokens"]]
+             f"{0.25 + 0.75 * (one[unit] / most) ** 0.5:.2f}",
+             f"{one[unit]:,} {unit}, confidence {one['confidence']:.1%}, accuracy {one['accuracy']:.1%}")
+            for i, one in enumerate(table) if one[unit]]

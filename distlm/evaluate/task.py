@@ -4,7 +4,8 @@
     rows = Reader(task).read(0)                            # the windows of the first batch
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,13 @@ from distlm.corpus.listing import read_origins
 from distlm.corpus.manifest import Manifest, manifest_hash, read_manifest
 from distlm.corpus.stream import Windows, silent
 from distlm.corpus.tokenizer import token_bytes
-from distlm.errors import CorpusError, InputError
+from distlm.errors import CorpusError, InputError, SpecError
 from distlm.evaluate.tasks import check_answers, read_tasks
-from distlm.model.build import Shape, checkpoint_config, has_classifier, read_config
+from distlm.model.build import Shape, check_labels, checkpoint_config, has_classifier, labels_of, read_config, settle_kind, skeleton
 from distlm.model.find import find_model
 from distlm.model.vocabulary import vocabulary_hash
 from distlm.spec import EvaluateSpec
+from distlm.spec.base import Rule, without_effect
 from distlm.storage import Storage
 from distlm.train.recipe import check_tokenizer, find_corpus
 
@@ -52,6 +54,10 @@ class Task:
     parts: tuple[Part, ...]
     batch_windows: int
     bins: int
+    labels: tuple[str, ...] = ()
+    """Those of a classifier, by their numbers; none for a language model."""
+    multiple_labels: bool = False
+    """Whether a document may have any number of them."""
 
     @property
     def groups(self) -> int:
@@ -86,6 +92,19 @@ class Rows:
     """[windows, context]: the bytes of what is predicted."""
 
 
+@dataclass(frozen=True)
+class Labelled:
+    """The documents of a batch, each in a window of its own."""
+
+    part: Part
+    tokens: NDArray[np.int64]
+    """[documents, context], filled up with the end token."""
+    labels: NDArray[np.int64]
+    """[documents, k], as corpus.stream has them."""
+    groups: NDArray[np.int64]
+    """[documents]: the source of each, by its number among those of all corpora."""
+
+
 class Reader:
     """The windows of a task's batches. A shard is checked when it is first opened."""
 
@@ -95,13 +114,30 @@ class Reader:
         self._origins: dict[int, NDArray[np.int32]] = {}
         self._sizes: dict[int, NDArray[np.int64] | None] = {}
 
+    @property
+    def end(self) -> int:
+        """The token that ends a document."""
+        return self._windows[0].manifest.eos_id
+
+    def labelled(self, batch: int) -> Labelled:
+        """Raises CorpusError for a corpus that is damaged."""
+        i, part, windows, shards, rows = self._places(batch)
+        groups = np.full(len(rows), part.first_group, np.int64)
+        if part.by_source:
+            groups += self._sources(i, windows.documents(shards, rows)[:, 0])
+        return Labelled(part, windows.read(shards, rows)[:, :-1].astype(np.int64), windows.labels(shards, rows).astype(np.int64), groups)
+
+    def _places(self, batch: int) -> tuple[int, Part, Windows, NDArray[np.int64], NDArray[np.int64]]:
+        """(the part's number, the part, its windows, shard and row of each of the batch)"""
+        i, first, count = self._batches[batch]
+        shards, rows = self._windows[i].first(first + count)
+        return i, self.task.parts[i], self._windows[i], shards[first:], rows[first:]
+
     def read(self, batch: int) -> Rows:
         """Raises CorpusError for a corpus that is damaged."""
-        i, first, count = self._batches[batch]
-        part, windows = self.task.parts[i], self._windows[i]
-        shards, rows = (places[first:] for places in windows.first(first + count))
+        i, part, windows, shards, rows = self._places(batch)
         tokens, marks = windows.read(shards, rows).astype(np.int64), windows.marks(shards, rows)
-        groups = np.full((count, tokens.shape[1] - 1), part.first_group, dtype=np.int64)
+        groups = np.full((len(rows), tokens.shape[1] - 1), part.first_group, dtype=np.int64)
         if part.by_source:
             groups += self._sources(i, windows.documents(shards, rows)[:, 1:])
         return Rows(part, tokens, marks, ~silent(marks, part.mask_documents)[:, 1:], groups, self._bytes(i, tokens[:, 1:]))
@@ -126,7 +162,8 @@ class Reader:
 
 
 def make_task(spec: EvaluateSpec, storage: Storage) -> Task:
-    """Raises InputError for a corpus that is not there, has no window in the split, or is not that of the model."""
+    """Raises InputError for a corpus that is not there, has no window in the split, or is not that of the model, SpecError for what has no
+    effect with a model that is a classifier. What an endpoint serves is not known here."""
     parts: list[Part] = []
     for i, manifest in enumerate(manifests := read_corpora(spec, storage)):
         masked = manifest.best_fit if spec.mask_documents is None else spec.mask_documents
@@ -136,11 +173,19 @@ def make_task(spec: EvaluateSpec, storage: Storage) -> Task:
         sources = tuple(manifest.source_names) if by_source else (manifest.name,)
         parts.append(Part(str(manifest.path), manifest.name if names.count(manifest.name) == 1 else spec.corpora[i],
                           min(total, spec.windows or total), masked, sources, by_source, sum(len(part.sources) for part in parts)))
-    if spec.model is not None:
-        model = find_model(spec.model, storage)
-        check_generates(model)
+    task = Task(spec.split, tuple(parts), spec.batch_windows, spec.calibration_bins)
+    if spec.model is None:
+        return task
+    model = find_model(spec.model, storage)
+    config = read_config(model, where := f"model: {model}")
+    if not has_classifier(config):
         check_model(model, manifests, any(part.mask_documents for part in parts))
-    return Task(spec.split, tuple(parts), spec.batch_windows, spec.calibration_bins)
+        return task
+    check_classifier(spec, manifests, str(model))
+    check_model(model, manifests, False)
+    settle_kind(config)
+    skeleton(config)                                       # of a family whose classifiers read the last token
+    return with_labels(task, manifests, labels_of(config), config.problem_type, where)
 
 
 def context_of(model: Path) -> int | None:
@@ -159,7 +204,7 @@ def read_corpora(spec: EvaluateSpec, storage: Storage) -> list[Manifest]:
             raise InputError(f"the corpus {manifest.name} has no split {spec.split}", where="split",
                              remedy=f"it has {', '.join(manifest.splits)}")
         if not split.windows:
-            why, remedy = split.why_empty()
+            why, remedy = split.why_empty(bool(manifest.labels))
             raise InputError(f"the corpus {manifest.name} has no window in its split {spec.split}: {why}", where="split",
                              remedy=f"prepare it with {remedy}")
         if manifest.path in [one.path for one in found]:
@@ -171,8 +216,33 @@ def read_corpora(spec: EvaluateSpec, storage: Storage) -> list[Manifest]:
 def check_generates(folder: Path) -> None:
     """Raises InputError for a classifier."""
     if has_classifier(read_config(folder, f"model: {folder}")):
-        raise InputError("it is a classifier, and what is measured here is a language model", where=f"model: {folder}",
-                         remedy="its own measures are in the report of its run")
+        raise InputError("it is a classifier, and only language models can be here", where=f"model: {folder}",
+                         remedy="`kind: evaluate` measures it")
+
+
+def check_classifier(spec: EvaluateSpec, manifests: Sequence[Manifest], where: str) -> None:
+    """Raises SpecError for what has no effect with a classifier, InputError for a corpus without labels. `where` is the classifier."""
+    if spec.tasks:
+        raise SpecError(f"tasks are questions to a language model, and {where} is a classifier", where="tasks",
+                        remedy="leave them out, and name a corpus that was prepared with labels")
+    try:
+        without_effect(spec, "with a classifier", "prompts", "mask_documents")
+        if any(manifest.multiple_labels for manifest in manifests):
+            without_effect(spec, "where documents may have several labels", "calibration_bins")
+    except Rule as rule:
+        raise SpecError(str(rule), where=rule.key) from None
+    if bare := next((manifest.name for manifest in manifests if not manifest.labels), ""):
+        raise InputError(f"{where} is a classifier, and the documents of the corpus {bare} have no labels", where="corpus",
+                         remedy="prepare it with labels, or name a language model")
+
+
+def with_labels(task: Task, manifests: Sequence[Manifest], names: Sequence[str], kind: str | None, where: str) -> Task:
+    """The task of a classifier of these names; `kind` is its `problem_type`. Raises InputError where they are not those of a corpus."""
+    for manifest in manifests:
+        check_labels(names, kind, Shape(manifest.vocab_size, manifest.context, manifest.eos_id, manifest.labels, manifest.multiple_labels),
+                     where, f"take a classifier of the labels of {manifest.name}, or prepare it with those of the classifier")
+    return replace(task, parts=tuple(replace(part, mask_documents=False) for part in task.parts), labels=tuple(names),
+                   multiple_labels=manifests[0].multiple_labels)
 
 
 def check_model(folder: Path, manifests: list[Manifest], masked: bool) -> None:
@@ -199,6 +269,8 @@ def inputs_of(spec: EvaluateSpec, storage: Storage) -> dict[str, Any]:
     from distlm.evaluate.endpoint import find_endpoint, find_tokenizer
 
     endpoint = find_endpoint(spec, storage)
+    if endpoint.classifies:
+        check_classifier(spec, [read_manifest(part.corpus) for part in task.parts], f"what {endpoint.model} serves")
     tokenizer = find_tokenizer(spec, task, endpoint, storage)
     check_answers(files, None, tokenizer)
     return {**endpoint.told(), **corpora, **({"tokenizer": {str(tokenizer): vocabulary_hash(tokenizer)}} if tokenizer else {})}

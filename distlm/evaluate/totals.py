@@ -16,8 +16,8 @@ likeliest."""
 FACTS = 4
 
 
-def tally(logprobs: NDArray[np.float32], best: NDArray[np.int64], confidences: NDArray[np.float32], targets: NDArray[np.int64],
-          sizes: NDArray[np.float64], groups: NDArray[np.int64], num_groups: int, bins: int) -> Sums:
+def tally(logprobs: NDArray[np.floating[Any]], best: NDArray[np.int64], confidences: NDArray[np.floating[Any]],
+          targets: NDArray[np.int64], sizes: NDArray[np.float64], groups: NDArray[np.int64], num_groups: int, bins: int) -> Sums:
     """The sums of tokens that give loss, all [tokens], in their order. `sizes`: bytes of each target; `groups`: which row each adds to.
 
     A confidence c goes to the bin m of those in which it is in ((m-1)/bins, m/bins] (Guo et al. 2017, section 2)."""
@@ -48,10 +48,10 @@ def calibration_error(sums: NDArray[np.float64]) -> float:
     return float(np.abs(hits - sure).sum() / sums[0])      # |bin| falls out
 
 
-def reliability(sums: NDArray[np.float64]) -> list[dict[str, Any]]:
-    """Of each bin its bounds, its tokens, and their mean confidence and accuracy, None where it is empty."""
+def reliability(sums: NDArray[np.float64], unit: str = "tokens") -> list[dict[str, Any]]:
+    """Of each bin its bounds, how many of the unit are in it, and their mean confidence and accuracy, None where it is empty."""
     table, bins = [], sums[FACTS:].reshape(-1, 3)
-    for i, (tokens, sure, hits) in enumerate(bins.tolist()):
-        table.append({"above": i / len(bins), "up_to": (i + 1) / len(bins), "tokens": int(tokens),
-                      "confidence": sure / tokens if tokens else None, "accuracy": hits / tokens if tokens else None})
+    for i, (count, sure, hits) in enumerate(bins.tolist()):
+        table.append({"above": i / len(bins), "up_to": (i + 1) / len(bins), unit: int(count),
+                      "confidence": sure / count if count else None, "accuracy": hits / count if count else None})
     return table

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distlm.errors import EvaluationError
+from distlm.evaluate.labels import Observed, observed
 from distlm.evaluate.task import Reader, Rows, Task
 from distlm.evaluate.totals import Sums, tally
 
@@ -39,7 +40,7 @@ class Worker:
         """Raises InputError where the model cannot be loaded, SpecError where it does not keep the documents of a window apart."""
         import torch
 
-        from distlm.model.build import buffers, load_model, restore_buffers
+        from distlm.model.build import buffers, give_padding, load_model, restore_buffers
         from distlm.model.documents import check_documents_apart
         from distlm.train.worker import log_to
 
@@ -56,6 +57,8 @@ class Worker:
             self.model = self.model.to(torch.bfloat16)
             restore_buffers(self.model, kept)
         self.model = self.model.to(self.device)
+        if self.task.labels:
+            give_padding(self.model.config, self.reader.end)
 
     def score(self, batch: int) -> Sums:
         """The sums of a batch. Raises EvaluationError where a loss is not finite."""
@@ -70,6 +73,19 @@ class Worker:
             found = token_scores(self.model, given.tokens, given.targets, given.positions)
             kept = given.targets != IGNORED
             return sums(self.task, rows, Scores(*(one[kept].cpu().numpy() for one in found)))
+
+    def observe(self, batch: int) -> Observed:
+        """What a classifier makes of a batch. Raises EvaluationError where a logit is not finite."""
+        import torch
+
+        from distlm.model.loss import ClassifierLoss
+
+        documents = self.reader.labelled(batch)
+        module = ClassifierLoss(self.model, self.task.multiple_labels, None).eval()
+        with torch.inference_mode():
+            module(*(torch.from_numpy(one).to(self.device) for one in (documents.tokens, documents.labels)))
+        assert module.observed is not None
+        return observed(documents, module.observed.cpu().numpy())
 
     def complete(self, prompts: list[list[int]], max_tokens: int) -> list[str]:
         """What the model adds to each prompt, taking the likeliest token each time."""

@@ -6,6 +6,7 @@
 
 import copy
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -81,23 +82,43 @@ def _give_labels(config: Any, shape: Shape, spec: ModelSpec) -> None:
         return
     kind = f"{'multi' if shape.multiple_labels else 'single'}_label_classification"
     if spec.source is not None and has_classifier(config):
-        remedy = "take the model that it was trained from, whose last layer is new"
-        if [config.id2label[i] for i in range(config.num_labels)] != [*shape.labels]:
-            raise InputError(f"the checkpoint tells apart {', '.join(map(str, config.id2label.values()))}, and the corpus "
-                             f"{', '.join(shape.labels)}", where=f"model.from: {spec.source}", remedy=remedy)
-        if (config.problem_type or kind) != kind:
-            counts = ("one label", "any number") if shape.multiple_labels else ("any number of labels", "one")
-            raise InputError(f"the checkpoint gives a text {counts[0]}, and the corpus {counts[1]}", where=f"model.from: {spec.source}",
-                             remedy=remedy)
+        check_labels(labels_of(config), config.problem_type, shape, f"model.from: {spec.source}",
+                     "take the model that it was trained from, whose last layer is new")
     config.id2label = dict(enumerate(shape.labels))
     config.label2id = {name: number for number, name in config.id2label.items()}
     config.problem_type = kind
-    config.pad_token_id = config.get_text_config().pad_token_id = shape.eos_id
+    give_padding(config, shape.eos_id)
+
+
+def labels_of(config: Any) -> list[str]:
+    """Those that a classifier tells apart, by their numbers."""
+    return [str(config.id2label[i]) for i in range(config.num_labels)]
+
+
+def check_labels(names: Sequence[str], kind: str | None, shape: Shape, where: str, remedy: str) -> None:
+    """Raises InputError where the labels of a checkpoint are not those of the corpus. `kind`: its `problem_type`; None where it tells of
+    none."""
+    if [*names] != [*shape.labels]:
+        raise InputError(f"the checkpoint tells apart {', '.join(names)}, and the corpus {', '.join(shape.labels)}", where=where,
+                         remedy=remedy)
+    if kind not in (None, f"{'multi' if shape.multiple_labels else 'single'}_label_classification"):
+        counts = ("one label", "any number") if shape.multiple_labels else ("any number of labels", "one")
+        raise InputError(f"the checkpoint gives a text {counts[0]}, and the corpus {counts[1]}", where=where, remedy=remedy)
+
+
+def give_padding(config: Any, token: int) -> None:
+    """Let a classifier take this token for padding: it reads the last token of a text that is another."""
+    config.pad_token_id = config.get_text_config().pad_token_id = token
 
 
 def has_classifier(config: "PreTrainedConfig") -> bool:
     """Whether a checkpoint's configuration is that of a classifier of whole texts."""
     return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+
+
+def settle_kind(config: "PreTrainedConfig") -> None:
+    """Let the configuration of a checkpoint say what it is where it does not: a classifier of one label, or a language model."""
+    config.problem_type = (config.problem_type or "single_label_classification") if has_classifier(config) else None
 
 
 def _auto_class(config: "PreTrainedConfig") -> Any:
@@ -211,7 +232,7 @@ def load_model(source: str | Path, where: str, dtype: "torch.dtype | None", conf
     of = read_config(source, where)
     if config is None:
         config = of
-        config.problem_type = (config.problem_type or "single_label_classification") if has_classifier(config) else None
+        settle_kind(config)
     loader: Any = _auto_class(config)
     head, replaced = ({HEAD}, LM_HEADS) if config.problem_type and not has_classifier(of) else (set(), frozenset())
     remedy = "copy the checkpoint again, or mend its config.json"

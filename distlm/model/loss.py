@@ -151,17 +151,21 @@ class ClassifierLoss(nn.Module):
         logits = self.model(input_ids=tokens[:, :self._used(tokens)], use_cache=False, return_dict=True).logits.float()
         if not self.training:
             self.observed = torch.cat([labels.float(), logits], 1)
-        weights = None if self.weights is None else self.weights.to(logits.device)
-        if self.multiple:
-            total = functional.binary_cross_entropy_with_logits(logits, labels.float(), pos_weight=weights, reduction="sum")
-            return total / labels.shape[1]
-        return functional.cross_entropy(logits, labels[:, 0], weight=weights, reduction="sum")
+        return label_loss(logits, labels, self.multiple, None if self.weights is None else self.weights.to(logits.device))
 
     def _used(self, tokens: torch.Tensor) -> int:
         """Tokens up to the last that is no padding, rounded up."""
         filled = (tokens != self.model.config.pad_token_id).any(0)
         used = int((torch.arange(1, len(filled) + 1, device=tokens.device) * filled).amax())
         return min(len(filled), max(TRIM_TOKENS, -(-used // TRIM_TOKENS) * TRIM_TOKENS))
+
+
+def label_loss(logits: torch.Tensor, labels: torch.Tensor, multiple: bool, weights: torch.Tensor | None = None) -> torch.Tensor:
+    """A classifier's loss, summed over texts, a scalar in nats. logits: [texts, names], labels: as `LabelledBatch` has them."""
+    if multiple:
+        total = functional.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), pos_weight=weights, reduction="sum")
+        return total / labels.shape[1]
+    return functional.cross_entropy(logits, labels[:, 0], weight=weights, reduction="sum")
 
 
 def summed_cross_entropy(logits: torch.Tensor, targets: torch.Tensor, penalties: tuple[float, float] = (0.0, 0.0)) -> torch.Tensor:

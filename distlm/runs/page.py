@@ -16,8 +16,10 @@ FILE = "report.html"
 
 
 def write_page(folder: RunFolder, package: str, **facts: Any) -> Path:
-    """Fill report.html.j2 of `package` with the facts, the folder's name, spec and lineage. Raises StorageError."""
-    environment = jinja2.Environment(loader=jinja2.PackageLoader(package, "."), autoescape=True, trim_blocks=True, lstrip_blocks=True,
+    """Fill report.html.j2 of `package`, which may include templates of this one, with the facts, the folder's name, spec and lineage.
+    Raises StorageError."""
+    loader = jinja2.ChoiceLoader([jinja2.PackageLoader(one, ".") for one in (package, "distlm.runs")])
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True,
                                      undefined=jinja2.StrictUndefined)
     spec, lineage = folder.path / "spec.yaml", folder.path / "lineage.json"
     page = environment.get_template("report.html.j2").render(

@@ -35,7 +35,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Matrix:
-    """How many validation documents of each label (rows) were taken for each (columns)."""
+    """How many documents of each label (rows) were taken for each (columns)."""
 
     title: str
     labels: tuple[str, ...]
@@ -127,7 +127,7 @@ def samples(records: list[dict[str, Any]]) -> list[Sample]:
 
 
 def matrices(records: list[dict[str, Any]]) -> list[Matrix]:
-    """A classifier's confusion matrix at its last evaluation: one, or where documents have several labels one for each label."""
+    """A classifier's confusion matrix, of the last record that has one: one, or where documents have several labels one for each."""
     found: dict[str, Any] = next((record["confusion"] for record in reversed(records) if "confusion" in record), {})
     if not found:
         return []

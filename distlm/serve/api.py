@@ -28,7 +28,7 @@ from distlm.serve.fields import OFF, ChatRequest, ClassifyRequest, CompletionReq
 from distlm.serve.guard import Guard, proof
 from distlm.serve.metrics import Metrics
 
-RULES = {"input": "must be a string, or a list of strings that is not empty",
+RULES = {"input": "must be a string, a list of strings, a list of token ids, or a list of lists of token ids, and not an empty list",
          "prompt": "must be a string, a list of strings, a list of token ids, or a list of lists of token ids, and not an empty list",
          "stop": "must be a string or a list of at most 16 strings"}
 """What to say of fields that take several types."""
@@ -104,11 +104,12 @@ def create_app(engine: Engine | Classifier, card: Card, key: str, metrics: Metri
             raise Refused(400, f"{card.id!r} is a language model and no classifier; use /v1/completions", param="model",
                           code="no_classifier")
         texts = [await classified_tokens(engine, text) for text in body.texts]
-        found = await engine.classify(texts)
+        found = await engine.classify(texts, body.use_activation)
+        told, even = ("probabilities", 0.5) if body.use_activation else ("logits", 0.0)
         return JSONResponse({"object": "list", "model": card.id, "data": [
-            {"index": i, "label": None if engine.multiple else max(chances, key=lambda name: chances[name]),
-             "labels": [name for name, chance in chances.items() if chance > 0.5] if engine.multiple else None,
-             "probabilities": chances} for i, chances in enumerate(found)], "usage": usage(sum(map(len, texts)), 0)})
+            {"index": i, "label": None if engine.multiple else max(values, key=lambda name: values[name]),
+             "labels": [name for name, value in values.items() if value > even] if engine.multiple else None,
+             told: values} for i, values in enumerate(found)], "usage": usage(sum(map(len, texts)), 0)})
 
     def language_model() -> Engine:
         if isinstance(engine, Classifier):
@@ -191,16 +192,24 @@ async def tokens_of(engine: Engine, tokenizer: Any, prompt: str | list[int]) -> 
         if not ids and start is None:
             raise Refused(400, "the prompt is empty, and the model's tokenizer has no token to start a text with", param="prompt")
         return ids or [start]
-    wrong = next((token for token in prompt if not 0 <= token < engine.vocabulary), None)
+    return known_tokens(engine, prompt, "prompt")
+
+
+def known_tokens(engine: Engine | Classifier, ids: list[int], param: str) -> list[int]:
+    """The ids as they are. Raises Refused for one that the model has not."""
+    wrong = next((token for token in ids if not 0 <= token < engine.vocabulary), None)
     if wrong is not None:
-        raise Refused(400, f"prompt: {wrong} is no token id; there are 0 to {engine.vocabulary - 1}", param="prompt")
-    return prompt
+        raise Refused(400, f"{param}: {wrong} is no token id; there are 0 to {engine.vocabulary - 1}", param=param)
+    return ids
 
 
-async def classified_tokens(engine: Classifier, text: str) -> list[int]:
+async def classified_tokens(engine: Classifier, text: str | list[int]) -> list[int]:
     """Token ids of a text as documents were trained on. Raises Refused for one that is empty or too long."""
-    encodable(text, "input")
-    ids = await asyncio.to_thread(engine.encode, text)
+    if isinstance(text, str):
+        encodable(text, "input")
+        ids = await asyncio.to_thread(engine.encode, text)
+    else:
+        ids = known_tokens(engine, text, "input")
     if not ids:
         raise Refused(400, "input: an empty text has no label", param="input")
     if len(ids) > engine.context:

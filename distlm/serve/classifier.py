@@ -71,7 +71,7 @@ class TorchClassifier:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         return ids
 
-    async def classify(self, texts: Sequence[Sequence[int]]) -> list[dict[str, float]]:
+    async def classify(self, texts: Sequence[Sequence[int]], activation: bool = True) -> list[dict[str, float]]:
         """See `engine.Classifier`."""
         with self._counting:
             self.check()
@@ -79,7 +79,7 @@ class TorchClassifier:
                 raise EngineFull(f"{self._inside} requests are here, which is the limit", remedy="try again later")
             self._inside += 1
             self.metrics.waiting.set(self._inside - 1)
-        work = self._thread.submit(self._compute, texts)
+        work = self._thread.submit(self._compute, texts, activation)
         work.add_done_callback(lambda _: self._leave())
         return await asyncio.wrap_future(work)
 
@@ -88,11 +88,11 @@ class TorchClassifier:
             self._inside -= 1
             self.metrics.waiting.set(max(0, self._inside - 1))
 
-    def _compute(self, texts: Sequence[Sequence[int]]) -> list[dict[str, float]]:
+    def _compute(self, texts: Sequence[Sequence[int]], activation: bool) -> list[dict[str, float]]:
         self.check()                                       # it may have failed while these waited
         try:
             with torch.inference_mode():
-                return self._probabilities(texts)
+                return self._values(texts, activation)
         except Exception as error:
             if out_of_memory(error):
                 raise NoMemory(f"there is no memory for {len(texts):,} texts", remedy="send fewer or shorter ones") from None
@@ -100,7 +100,7 @@ class TorchClassifier:
             self._error = EngineFailed(f"the engine has died: {type(error).__name__}: {error}")
             raise self._error from error
 
-    def _probabilities(self, texts: Sequence[Sequence[int]]) -> list[dict[str, float]]:
+    def _values(self, texts: Sequence[Sequence[int]], activation: bool) -> list[dict[str, float]]:
         """Texts of like length go through the model together, `max_sequences` at a time."""
         found: list[dict[str, float]] = [{} for _ in texts]
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
@@ -111,9 +111,9 @@ class TorchClassifier:
             for row, i in enumerate(rows):
                 tokens[row, :len(texts[i])] = torch.tensor(list(texts[i]), device=self.device)
             logits = self.model(input_ids=tokens, use_cache=False).logits.double()
-            chances = logits.sigmoid() if self.multiple else logits.softmax(1)
-            for i, chance in zip(rows, chances.tolist(), strict=True):
-                found[i] = dict(zip(self.labels, chance, strict=True))
+            values = logits if not activation else logits.sigmoid() if self.multiple else logits.softmax(1)
+            for i, value in zip(rows, values.tolist(), strict=True):
+                found[i] = dict(zip(self.labels, value, strict=True))
             self.metrics.prompt_tokens.inc(sum(len(texts[i]) for i in rows))
             for _ in rows:
                 self.metrics.finished("stop")

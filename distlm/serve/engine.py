@@ -89,9 +89,9 @@ class Classifier(Protocol):
     def encode(self, text: str) -> list[int]:
         """The tokens that a document of this text was trained on as: cleaned as that was, and without special tokens."""
 
-    async def classify(self, texts: Sequence[Sequence[int]]) -> list[dict[str, float]]:
+    async def classify(self, texts: Sequence[Sequence[int]], activation: bool = True) -> list[dict[str, float]]:
         """The probability of each label of each text, given as its tokens, one at least and `context` at most. Those of a text add up to 1,
-        unless it may have several labels. Raises EngineFull, EngineFailed, NoMemory."""
+        unless it may have several labels. Without `activation` the logits that they come of. Raises EngineFull, EngineFailed, NoMemory."""
 
     def check(self) -> None:
         """Raises EngineFailed where no request can be answered any more."""

@@ -110,13 +110,18 @@ class ClassifyRequest(StrictModel):
     """POST /v1/classify"""
 
     model: str
-    input: str | Annotated[list[str], Field(min_length=1, max_length=2048)]
+    input: str | Annotated[list[str], Field(min_length=1, max_length=2048)] | Annotated[list[int], Field(min_length=1)] | Annotated[
+        list[Annotated[list[int], Field(min_length=1)]], Field(min_length=1, max_length=2048)]
+    use_activation: bool = True
+    """false: the logits of the labels in place of their probabilities; vLLM's name for it."""
     user: str | None = None
     """A label of the client's for itself."""
 
     @property
-    def texts(self) -> list[str]:
-        return [self.input] if isinstance(self.input, str) else self.input
+    def texts(self) -> list[str | list[int]]:
+        if isinstance(self.input, str) or isinstance(self.input[0], int):
+            return [self.input]
+        return list(self.input)
 
 
 class TextPart(StrictModel):

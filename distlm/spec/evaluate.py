@@ -1,4 +1,4 @@
-"""`kind: evaluate`: how well a model, or an endpoint, predicts the windows of corpora, and does at tasks."""
+"""`kind: evaluate`: how well a model, or an endpoint, predicts the windows of corpora or their labels, and does at tasks."""
 
 from typing import Annotated, Any, Literal
 
@@ -17,7 +17,7 @@ def web(value: str) -> str:
 
 
 class Address(Part):
-    """An endpoint of the OpenAI API that scores prompts: /v1/completions with echo and logprobs."""
+    """An endpoint of the OpenAI API that scores prompts: /v1/completions with echo and logprobs. Or one of ours with a classifier."""
 
     url: Annotated[str, AfterValidator(web)]
     """Its address, with or without /v1 at the end."""
@@ -89,19 +89,22 @@ class Scoring(Job):
 
 
 class EvaluateSpec(Scoring):
-    """Loss, perplexity, bits per byte, accuracy and calibration of a model or an endpoint on corpora, and what it comes to in tasks:
-    exactly one of model, endpoint."""
+    """Loss, perplexity, bits per byte, accuracy and calibration of a model or an endpoint on corpora, and what it comes to in tasks; of a
+    classifier loss, accuracy, precision, recall, F1, ROC AUC, calibration and confusion on corpora with labels. Exactly one of model,
+    endpoint."""
 
     kind: Literal["evaluate"] = "evaluate"
     """The kind of the job."""
     model: Annotated[str | None, Field(min_length=1)] = None
-    """A run by name or path, or a folder that `AutoModelForCausalLM.from_pretrained` loads."""
+    """A run by name or path, or a folder that `AutoModelForCausalLM.from_pretrained` loads; of a classifier, that
+    `AutoModelForSequenceClassification.from_pretrained` does."""
     endpoint: Annotated[str | Address | None, BeforeValidator(address)] = None
     """An endpoint of ours by name or by its URL.
     Or a section with url, api_key_file and model."""
     corpus: Annotated[str | list[str] | None, BeforeValidator(maybe_corpora, json_schema_input_type=CorpusName | Annotated[
         list[CorpusName], Field(min_length=1)] | None)] = None  # type: ignore[assignment]
-    """A prepared corpus, by name or path, or a list of them, all with the model's tokenizer. Default: none, where there are tasks."""
+    """A prepared corpus, by name or path, or a list of them, all with the model's tokenizer, and with the labels of a classifier. Default:
+    none, where there are tasks."""
     tasks: list[Annotated[str, Field(min_length=1)]] = []
     """Files of tasks of the lm-evaluation-harness (YAML), whose data are local files: multiple choice, generated answers, perplexity of
     texts. Needs the extra lm-eval."""

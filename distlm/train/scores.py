@@ -19,6 +19,12 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 
+def scores_of(observed: NDArray[np.float32], names: Sequence[str], multiple: bool) -> dict[str, Any]:
+    """observed: float32[n, k + classes], each sample's labels and logits, as model.loss.ClassifierLoss leaves them."""
+    given, logits = observed[:, :-len(names)], observed[:, -len(names):]
+    return multi_label(given > 0, logits, names) if multiple else single_label(given[:, 0].astype(np.int64), logits, names)
+
+
 def single_label(truth: Ints, logits: NDArray[Any], names: Sequence[str]) -> dict[str, Any]:
     """truth: int64[n], logits: float[n, classes]. The first of the largest logits is the class that is predicted. The areas are those of
     one class against the rest, by its probability."""

@@ -7,9 +7,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from distlm.corpus.manifest import read_manifest
+from distlm.evaluate import labels
 from distlm.evaluate.driver import outcome
 from distlm.evaluate.task import Task, make_task
-from distlm.evaluate.totals import Sums
 from distlm.evaluate.worker import Worker
 from distlm.model.export import export_model
 from distlm.spec import EvaluateSpec
@@ -27,14 +27,14 @@ def make_model(folder: Path, corpus: Path, seed: int = 0, **values: Any) -> Path
     return folder
 
 
-def sums_of(spec: EvaluateSpec, storage: Storage) -> tuple[Task, list[Sums]]:
-    """The task, and the sums of every batch by one worker in this process."""
+def sums_of(spec: EvaluateSpec, storage: Storage) -> tuple[Task, list[Any]]:
+    """The task, and the sums of every batch, or what a classifier makes of it, by one worker in this process."""
     task = make_task(spec, storage)
     worker = Worker(task, "cpu", "fp32", None)
     worker.load(Path(str(spec.model)))
-    return task, [worker.score(batch) for batch in range(len(task.batches))]
+    return task, [(worker.observe if task.labels else worker.score)(batch) for batch in range(len(task.batches))]
 
 
 def evaluated(spec: EvaluateSpec, storage: Storage) -> dict[str, Any]:
     task, sums = sums_of(spec, storage)
-    return outcome(task, str(spec.model), sums)
+    return (labels.outcome if task.labels else outcome)(task, str(spec.model), sums)

@@ -87,6 +87,20 @@ def test_the_probabilities_are_those_of_transformers(tmp_path: Path, family: str
     assert answer(engine, input=TEXTS[0])[1]["data"][0]["probabilities"] == pytest.approx(found["data"][0]["probabilities"], abs=1e-6)
 
 
+@pytest.mark.parametrize("multiple", [False, True])
+def test_tokens_are_taken_by_their_ids_and_logits_are_given(tmp_path: Path, multiple: bool) -> None:
+    made = make_classifier(tmp_path, multiple=multiple)
+    engine = TorchClassifier(made, threads=1, max_sequences=3)
+    ids, model = [engine.encode(text) for text in TEXTS], AutoModelForSequenceClassification.from_pretrained(made).eval()
+    texts, tokens = answer(engine, input=TEXTS)[1], answer(engine, input=ids)[1]
+    assert tokens == texts and answer(engine, input=ids[1])[1]["data"][0]["label"] == texts["data"][1]["label"]
+    for one, given, other in zip(answer(engine, input=ids, use_activation=False)[1]["data"], ids, texts["data"], strict=True):
+        with torch.no_grad():
+            wanted = model(input_ids=torch.tensor([given])).logits[0].tolist()
+        assert one["logits"] == pytest.approx(dict(zip(("ham", "spam", "eggs"), wanted, strict=True)), abs=1e-5)
+        assert (one["label"], one["labels"], one.keys()) == (other["label"], other["labels"], {"index", "label", "labels", "logits"})
+
+
 def test_the_end_of_a_pipeline_asks_as_any_client_does(folder: Path, llama: Path, tmp_path: Path) -> None:
     key = tmp_path / "key"
     key.write_text(KEY)
@@ -119,8 +133,9 @@ def test_a_text_that_spells_the_end_token_is_text(engine: TorchClassifier) -> No
 
 
 @pytest.mark.parametrize(("body", "text"), [
-    ({"input": ""}, "input: an empty text has no label"), ({"input": []}, "input must be a string, or a list of strings that is not empty"),
-    ({}, "the field input is missing"), ({"input": [1, 2]}, "input must be a string"),
+    ({"input": ""}, "input: an empty text has no label"), ({"input": []}, "input must be a string, a list of strings, a list of token ids"),
+    ({}, "the field input is missing"), ({"input": [1, "a"]}, "input must be a string"), ({"input": [[1], []]}, "input must be a string"),
+    ({"input": [[1], [300]]}, "input: 300 is no token id; there are 0 to 299"), ({"input": [1] * 129}, "and a text has 129"),
     ({"input": "a", "temperature": 1}, "temperature is not supported by this endpoint"),
     ({"input": "the cat " * 200}, "this model's maximum context length is 128 tokens, and a text has"),
     ({"input": "\ud800"}, "half a surrogate pair")])
@@ -149,7 +164,7 @@ def test_more_requests_than_may_wait_are_refused(folder: Path, monkeypatch: pyte
     limit = 40                                             # more than asyncio's own threads, which must not be what limits
     engine = TorchClassifier(folder, threads=1, max_queued=limit)
     go, chances = threading.Event(), {"ham": 1.0}
-    monkeypatch.setattr(engine, "_probabilities", lambda texts: [chances] if go.wait(20) else [])
+    monkeypatch.setattr(engine, "_values", lambda *_: [chances] if go.wait(20) else [])
 
     async def flood() -> tuple[httpx.Response, list[httpx.Response]]:
         async with client_of(engine) as client:

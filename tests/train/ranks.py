@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,9 +92,10 @@ def make_packed_corpus(folder: Path, lengths: tuple[int, ...] = (3, 9, 1, 40, 16
     return folder
 
 
-def make_labelled_corpus(folder: Path, documents: tuple[int, int] = (60, 21), multiple: bool = False) -> Path:
+def make_labelled_corpus(folder: Path, documents: tuple[int, int] = (60, 21), multiple: bool = False, sources: Sequence[str] = ()) \
+        -> Path:
     """A corpus of random documents for training and validation, each of up to a window, whose label is the remainder of its last token by
-    three, or labels, its last two. Rare labels are 2. Each ends with token 0."""
+    three, or labels, its last two. Rare labels are 2. Each ends with token 0. Documents are of the sources in turns."""
     make_corpus(folder, windows=(1,), val=1)
     random, data = np.random.default_rng(1), json.loads((folder / "manifest.json").read_text())
     del data["format"]
@@ -115,9 +116,11 @@ def make_labelled_corpus(folder: Path, documents: tuple[int, int] = (60, 21), mu
                                  "windows": windows, "padding_tokens": windows * (CONTEXT + 1) - len(tokens), "repeated_tokens": repeated,
                                  "shards": [shard]}
         counts[split] = {name: sum(i in one for one in labels) for i, name in enumerate(names)}
-        lists.append(pa.table({"split": [split] * number, "bytes": 3 * sizes, "tokens": sizes, "hash": pa.array([
+        origins = pa.array(np.arange(number) % max(1, len(sources)), pa.int32())
+        lists.append(pa.table({"split": [split] * number, "origin": origins, "bytes": 3 * sizes, "tokens": sizes, "hash": pa.array([
             content_hash(tokens[start:end].tobytes()) for start, end in zip(starts, ends, strict=True)], pa.binary(HASH_BYTES))}))
     pq.write_table(pa.concat_tables(lists), folder / "documents.parquet")
+    data["sources"] = [{"name": name, "format": "auto", "text_key": "text", "files": 1, "bytes": 100, "xxh3": name} for name in sources]
     write_manifest(folder, {**data, "labels": {"multiple": multiple, "names": names, **counts, "cut_documents": 0},
                             "pack": {"method": "document", "padding_tokens": 0, "padding_share": 0.1, "repeated_tokens": 0}})
     return folder

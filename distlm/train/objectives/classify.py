@@ -16,7 +16,7 @@ from distlm.errors import SpecError
 from distlm.model.build import Shape
 from distlm.spec.train import TrainSpec
 from distlm.train.objectives.metric import Metric
-from distlm.train.scores import SCORES, multi_label, single_label
+from distlm.train.scores import SCORES, scores_of
 
 if TYPE_CHECKING:
     import torch
@@ -104,9 +104,4 @@ def num_targets(recipe: "Recipe", step: int) -> int | None:
 
 
 def measure(observed: NDArray[np.float32], recipe: "Recipe") -> dict[str, Any]:
-    """observed: float32[n, k + labels], each sample's labels and logits."""
-    names = recipe.shape.labels
-    given, logits = observed[:, :-len(names)], observed[:, -len(names):]
-    if recipe.shape.multiple_labels:
-        return multi_label(given > 0, logits, names)
-    return single_label(given[:, 0].astype(np.int64), logits, names)
+    return scores_of(observed, recipe.shape.labels, recipe.shape.multiple_labels)
