@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from distlm.spec.tune import TuneSpec
 from distlm.train.objectives import objective_of
 from distlm.tune import space
@@ -51,8 +53,19 @@ class Point:
 
     def data(self) -> dict[str, Any]:
         """As it stands in the sweep's result."""
+        confusion = self.confusion()
         return {"values": self.values, "trials": [trial.name for trial in self.trials],
-                "metrics": {name: scores.data() for name, scores in self.scores.items()}}
+                "metrics": {name: scores.data() for name, scores in self.scores.items()}, **({"confusion": confusion} if confusion else {})}
+
+    def confusion(self) -> dict[str, Any]:
+        """Of all documents, each by the trial that it was held out from: the folds' matrices of their last evaluations, summed up. Empty
+        where a fold has none."""
+        found = [next((record["confusion"] for record in reversed(trial.folder.read_metrics()) if "confusion" in record), None)
+                 for trial in self.trials]
+        whole = [one for one in found if one]
+        if not self.scores or len(whole) < len(found):
+            return {}
+        return {"labels": whole[0]["labels"], "counts": np.sum([one["counts"] for one in whole], 0).tolist()}
 
 
 def points_of(spec: TuneSpec, trials: "Sequence[Trial]") -> list[Point]:

@@ -10,6 +10,7 @@ from typing import Any
 from distlm.progress import number
 from distlm.runs import RunFolder
 from distlm.runs.page import write_page
+from distlm.runs.report import matrices
 
 
 def write_report(folder: RunFolder, outputs: dict[str, Any]) -> Path:
@@ -18,6 +19,7 @@ def write_report(folder: RunFolder, outputs: dict[str, Any]) -> Path:
     keys = list(outputs["trials"][0]["values"])
     return write_page(
         folder, "distlm.tune", facts=facts(outputs), points=[of_point(point) for point in outputs.get("points", ())],
+        matrices=matrices(outputs.get("points", ())[:1]),
         titles=["trial", *keys, "steps", metric, "state"],
         rows=[(trial["trial"], *(said(trial["values"].get(key)) for key in keys), f"{trial['steps']:,}",
                "–" if trial[metric] is None else f"{trial[metric]:.4f}", trial["state"],

@@ -36,7 +36,8 @@ def ended(storage: Storage, found: dict[str, float], state: str = "succeeded") -
     folder = RunFolder(storage.sweep("cv"))
     for trial in sweep.plan_trials(loaded, folder, storage):
         trial.folder.metrics({"step": 0, "accuracy": 0.99, "val_loss": 9.0})
-        trial.folder.metrics({"step": 3, "accuracy": found[trial.name], "val_loss": 1 - found[trial.name], "loss": 1.0})
+        trial.folder.metrics({"step": 3, "accuracy": found[trial.name], "val_loss": 1 - found[trial.name], "loss": 1.0,
+                              "confusion": {"labels": ["good", "bad"], "counts": [[4, 1], [int(10 * found[trial.name]), 2]]}})
         last = trial.name.endswith("fold-2")
         trial.folder.event(state if last else "succeeded", "completed")
     return loaded, folder
@@ -67,6 +68,8 @@ def test_the_point_with_the_best_mean_is_best_and_each_fold_stands_in_result_tab
                  "<td>0.2646</td>", "http-equiv"):
         assert text in page
     assert "<script" not in page
+    assert best["confusion"] == {"labels": ["good", "bad"], "counts": [[12, 3], [21, 6]]}, "of all documents, each in its fold"
+    assert page.count("was taken for") == 1 and all(f"{count}" in page.split("was taken for")[1] for count in (12, 3, 21, 6))
 
     again = load_spec(made["best_spec"]).spec
     assert isinstance(again, TrainSpec) and again.fold is None and again.optimizer.lr == 0.2
