@@ -9,8 +9,9 @@ apart and loss on the answers alone. Each side runs in a process of its own, in 
 its steps of the step's tokens, without padding, over the time from the end of the step before to its own; the first steps, and those
 that evaluate or save, are left out. Of these tokens so many give loss as the table's head says. Where an adapter is trained, each side
 holds the base in bf16, or in NF4. On a GPU the base model is made there, in bf16, and the table has the most of its memory that each side's
-process had allocated at once. Preferences are pairs of answers of made-up words, which distlm has in one window and trl in two rows; the
-reference is computed before the first step. trl recomputes activations unless it is told not to, as it is here.
+process had allocated at once. Preferences are pairs of answers of made-up words, which distlm has in one window and computes in rows with
+others, and trl in two rows; the reference is computed before the first step. trl recomputes activations unless it is told not to, as it
+is here.
 """
 
 import argparse

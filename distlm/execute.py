@@ -14,7 +14,7 @@ from typing import Any
 
 from distlm import summary
 from distlm.errors import DistlmError, InputError, ServeError, SpecError
-from distlm.model.find import check_loadable, find_model
+from distlm.model.find import check_loadable, check_name, find_model
 from distlm.progress import Logged, Progress
 from distlm.runs import RunFolder, lineage
 from distlm.serve.client import forget, healthy
@@ -157,7 +157,8 @@ def connected(folder: RunFolder, storage: Storage, progress: Progress) -> Iterat
 
 
 def inputs(spec: Spec, storage: Storage) -> dict[str, Any]:
-    """What a job reads, by name and hash, for its lineage. Raises InputError for what does not exist."""
+    """What a job reads, by name and hash, for its lineage. Raises InputError for what does not exist, and for a name that is taken."""
+    check_name(spec.kind, spec.name, storage)
     found: dict[str, Any] = {}
     trains = [spec] if isinstance(spec, TrainSpec) else []
     if isinstance(spec, PrepareSpec):

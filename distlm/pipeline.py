@@ -101,7 +101,8 @@ def check(loaded: Loaded) -> list[str]:
     for step, data in spec.steps.items():
         where = place(loaded, f"steps.{step}")
         try:
-            taken = names.setdefault((str(data.get("kind")), str(data["name"])), step)
+            kind = "a model" if data.get("kind") in ("train", "average", "compress") else str(data.get("kind"))
+            taken = names.setdefault((kind, str(data["name"])), step)
             if taken != step:
                 raise SpecError(f"{data['name']} is the name of the step {taken} too", where=where)
             for key, value in leaves(data):

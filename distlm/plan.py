@@ -9,7 +9,7 @@ from typing import Any
 
 from distlm.autoscale import DATA_CPUS, compress_bundles, evaluate_bundles, serve_bundles, total, train_bundles
 from distlm.errors import InputError, SpecError
-from distlm.model.find import find_model
+from distlm.model.find import check_name, find_model
 from distlm.spec import AverageSpec, CompressSpec, EvaluateSpec, PipelineSpec, PrepareSpec, ServeSpec, TrainSpec, TuneSpec
 from distlm.spec.base import Rule
 from distlm.spec.batch import check_batch
@@ -30,6 +30,7 @@ def needs(loaded: Loaded, storage: Storage) -> Rows:
 
 
 def _needs(spec: Spec, storage: Storage) -> Rows:
+    check_name(spec.kind, spec.name, storage)
     if isinstance(spec, PrepareSpec):
         return of_prepare(spec)
     if isinstance(spec, TrainSpec):

@@ -21,6 +21,9 @@ MULTIPLE = 8
 """Channels that are left come in so many, which kernels like."""
 JUDGED_WINDOWS = 16
 """Windows by which layers are judged: of the training split, since the loss is measured on another."""
+PER_LAYER = frozenset({"layer_types", "mlp_layer_types", "layers_block_type", "no_rope_layers", "layer_rope_theta",
+                       "num_attention_heads_per_layer", "num_key_value_heads_per_layer"})
+"""Lists of a configuration of transformers that have an entry for each layer. Others may hold the numbers of some layers."""
 
 
 def check(spec: CompressSpec, folder: Path) -> None:
@@ -36,6 +39,8 @@ def check(spec: CompressSpec, folder: Path) -> None:
     if spec.layers >= len(layers):
         raise InputError(f"{spec.layers} of the model's {len(layers)} layers", where="layers",
                          remedy=f"set it to {len(layers) - 1} at most")
+    if spec.layers:
+        per_layer(model.config.get_text_config(), len(layers))
     if spec.channels:
         size: Any = getattr(model.config, "intermediate_size", None)
         if any({module.out_features for module in inner(one)} != {size} for one in feed_forwards(model)) or not feed_forwards(model):
@@ -112,16 +117,26 @@ def least_influence(model: Any, task: Task) -> list[int]:
     return sorted(found, key=lambda number: found[number])
 
 
+def per_layer(config: Any, layers: int) -> list[str]:
+    """The keys of a configuration that have an entry for each of so many layers. Raises InputError for a list of layers that is none of
+    PER_LAYER: nobody knows here what of it belongs to a layer."""
+    lists = [key for key, value in config.to_dict().items() if "layer" in key and isinstance(value, list) and value]
+    if unknown := [key for key in lists if key not in PER_LAYER or len(getattr(config, key)) != layers]:
+        raise InputError(f"it is not known what {unknown[0]} in the configuration of the {config.model_type} family says of each layer",
+                         where="layers", remedy="leave it out, and set channels")
+    return lists
+
+
 def drop_layers(model: Any, numbers: list[int]) -> list[int]:
-    """Take layers out, and out of every list of the configuration that has an entry for each. Returns their numbers, in order."""
+    """Take layers out, and out of every list of the configuration that has an entry for each. Returns their numbers, in order. Raises what
+    `per_layer` does."""
     layers = decoder_layers(model)
     name = next(name for name, module in model.named_modules() if isinstance(module, torch.nn.ModuleList) and layers[0] in [*module])
     kept = [i for i in range(len(layers)) if i not in numbers]
     model.set_submodule(name, torch.nn.ModuleList(layers[i] for i in kept))
     config = model.config.get_text_config()
-    for key, value in config.to_dict().items():
-        if isinstance(value, list) and len(value) == len(layers) and "layer" in key:
-            setattr(config, key, [value[i] for i in kept])
+    for key in per_layer(config, len(layers)):
+        setattr(config, key, [getattr(config, key)[i] for i in kept])
     config.num_hidden_layers = len(kept)
     return sorted(numbers)
 

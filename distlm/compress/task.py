@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-from distlm.errors import InputError
 from distlm.evaluate.task import Task, check_generates, make_task
 from distlm.evaluate.task import inputs_of as read_by_evaluation
 from distlm.model.find import check_torchao, check_whole, find_model
@@ -22,8 +21,6 @@ def task_of(spec: CompressSpec, storage: Storage) -> tuple[Task, Path]:
     """What is measured, and the folder of the model. Raises SpecError and InputError for what cannot be done, before any work."""
     if spec.method in QUANTIZED:
         check_torchao()
-    if storage.run(spec.name).exists():
-        raise InputError(f"there is a run of this name, and {spec.name} would stand for both", where="name", remedy="take another name")
     model = find_model(spec.model, storage)
     check_whole(model)
     check_generates(model)

@@ -17,6 +17,8 @@ BLOCK_QUERIES = 128
 """So many queries of a sequence are taken at once, with the keys up to the last of them: what lies beyond the diagonal is left out."""
 BLOCK_ELEMENTS = 1 << 19
 """Probabilities in float32 that are there at once, of as many heads and sequences as that."""
+KEPT_WIDTHS = 4
+"""Tokens of a sequence, in widths of a head, whose probabilities take what query, key, value and output do."""
 
 
 def use_cpu_attention(model: "PreTrainedModel") -> None:
@@ -89,7 +91,7 @@ def _attend_backward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 def keeps(tokens: int, width: int) -> bool:
     """Whether the probabilities of so many tokens are kept for the backward pass: where they take no more than query, key, value and output
     of that width do. Longer sequences have theirs computed again, so that memory grows with the tokens, not with their square."""
-    return tokens <= 4 * width
+    return tokens <= KEPT_WIDTHS * width
 
 
 def _room(query: torch.Tensor, keep: bool) -> torch.Tensor:

@@ -39,6 +39,17 @@ def find_model(text: str, storage: Storage, key: str = "model") -> Path:
                      f"the runs are in {runs[0]}")
 
 
+def check_name(kind: str, name: str, storage: Storage) -> None:
+    """Raises InputError where the model that a job leaves would have the name of one that a job of another kind has left: `find_model`
+    could not tell them apart. A job that has begun goes on."""
+    mine, places = storage.folder(kind, name), [storage.folder(maker, name) for maker in MAKERS]
+    if mine not in places or (RunFolder(mine).exists() and RunFolder(mine).state()[0] != "queued"):
+        return
+    if any(place != mine and place.is_dir() for place in places):
+        what = "a run" if kind == "compress" else "a compressed model"
+        raise InputError(f"there is {what} of this name, and {name} would stand for both", where="name", remedy="take another name")
+
+
 def quantization_of(folder: Path) -> dict[str, Any]:
     """How the weights of a checkpoint are quantized, by its config.json; empty where they are not."""
     return dict(read_json(folder / "config.json").get("quantization_config") or {})

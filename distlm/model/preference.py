@@ -2,7 +2,7 @@
 
     loss = PreferenceLoss(model, beta=0.1)
     loss.reference = Reference(keys, log_probs)            # of the model as it was at first
-    loss(tokens, targets, positions, rejected, keys)       # equation 7, summed over the pairs
+    loss(tokens, targets, positions, keys)                 # equation 7, summed over the pairs
 """
 
 from dataclasses import dataclass
@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional
 
 from distlm.model.loss import BLOCK_ELEMENTS, CHUNK_ELEMENTS, IGNORED, PLAIN_HEADS
+from distlm.model.rows import pack
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,53 +37,58 @@ class Reference:
 class PreferenceLoss(nn.Module):
     """Wraps a causal language model; its forward pass is the loss of pairs. The model's head is replaced where that saves the logits."""
 
-    def __init__(self, model: "PreTrainedModel", beta: float, label_smoothing: float = 0.0) -> None:
+    def __init__(self, model: "PreTrainedModel", beta: float, label_smoothing: float = 0.0, packed: bool = True) -> None:
+        """`packed`: the model reads the pairs of a batch side by side, in as few rows as hold them; else as they come, with padding."""
         super().__init__()
-        self.beta, self.label_smoothing = beta, label_smoothing
+        self.beta, self.label_smoothing, self.packed = beta, label_smoothing, packed
         if model.config.model_type in PLAIN_HEADS and isinstance(model.get_output_embeddings(), nn.Linear):
             model.set_output_embeddings(AnswerHead(model.get_output_embeddings()))
         self.model = model
         self.reference: Reference | None = None
         """None: the model is its own reference, so that nothing is won and the gradient is that of the first step."""
-        self.sums = torch.zeros(2)
-        """Of the last pass: the margins of the rewards summed up, and how many are above 0."""
+        self.sums = torch.zeros(3)
+        """Of the last pass: the margins of the rewards summed up, how many are above 0, and the tokens of both answers that were read."""
         self.observed = torch.zeros(0, 4)
         """Of the last pass without training, float32[pairs, 4]: log p of the chosen and of the rejected answer, and their rewards."""
 
-    def forward(self, tokens: torch.Tensor, targets: torch.Tensor, positions: torch.Tensor, rejected: torch.Tensor,
-                keys: torch.Tensor) -> torch.Tensor:
+    def forward(self, tokens: torch.Tensor, targets: torch.Tensor, positions: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """The loss summed over the pairs, a float32 scalar in nats:
 
             -(1 - s) log sigmoid(margin) - s log sigmoid(-margin), margin = beta (log p/p_ref of the chosen - that of the rejected)
 
         tokens: int64[pairs, context + 1], both answers behind their prompts. targets: int64[pairs, context], IGNORED outside of the
-        answers. positions: int64[pairs, context], from 0 in each. rejected: bool[pairs, context], which are of the rejected answer's
-        conversation. keys: int64[pairs], by which the reference knows them."""
-        log_probs = self._log_probs(tokens, targets, positions, rejected)
+        answers. positions: int64[pairs, context], from 0 in each conversation; what begins second is the rejected one. keys: int64[pairs],
+        by which the reference knows them."""
+        log_probs, lengths = self._log_probs(tokens, targets, positions)
         reference = log_probs.detach() if self.reference is None else self.reference.of(keys)
         rewards = self.beta * (log_probs - reference)
         margin = rewards[:, 0] - rewards[:, 1]
         with torch.no_grad():
-            self.sums = torch.stack([margin.sum(), (margin > 0).sum()])
+            self.sums = torch.stack([margin.sum(), (margin > 0).sum(), lengths.sum()])
             if not self.training:
                 self.observed = torch.cat([log_probs, rewards], 1)
         smoothing = self.label_smoothing
         return -((1 - smoothing) * functional.logsigmoid(margin) + smoothing * functional.logsigmoid(-margin)).sum()
 
-    def _log_probs(self, tokens: torch.Tensor, targets: torch.Tensor, positions: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
-        """float32[pairs, 2]: log p of the chosen answer and of the rejected one, given the prompt."""
+    def _log_probs(self, tokens: torch.Tensor, targets: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """float32[pairs, 2], log p of the chosen answer and of the rejected one, given the prompt; and int64[2 · pairs], the tokens of each
+        conversation that are read for that: what stands behind them changes nothing."""
         head, pairs = self.model.get_output_embeddings(), len(tokens)
         kept = (targets.flatten() != IGNORED).nonzero().squeeze(1)
-        owners = 2 * (kept // targets.shape[1]) + rejected.flatten()[kept]
-        inputs = {"input_ids": tokens[:, :-1], "position_ids": positions, "use_cache": False, "return_dict": True}
-        wanted = targets.flatten()[kept]
+        owners = 2 * torch.arange(pairs, device=tokens.device)[:, None] + ((positions == 0).cumsum(1) > 1)
+        wanted, of = targets.flatten()[kept], owners.flatten()[kept]
+        lengths = targets.new_zeros(2 * pairs).scatter_reduce(0, of, positions.flatten()[kept] + 1, "amax")
+        tokens = tokens[:, :-1]
+        if self.packed:
+            tokens, positions, kept = pack(tokens, positions, owners, kept, lengths)
+        inputs = {"input_ids": tokens, "position_ids": positions, "use_cache": False, "return_dict": True}
         if isinstance(head, AnswerHead):
             head.targets, head.kept = wanted, kept
             each = self.model(**inputs).logits
         else:
             logits = self.model(**inputs).logits.flatten(0, 1)[kept]
             each = functional.log_softmax(logits.float(), 1).gather(1, wanted[:, None]).squeeze(1)
-        return each.new_zeros(2 * pairs).index_add(0, owners, each).view(pairs, 2)
+        return each.new_zeros(2 * pairs).index_add(0, of, each).view(pairs, 2), lengths
 
 
 class AnswerHead(nn.Module):

@@ -91,4 +91,4 @@ def trial(recipe: Recipe, micro: int) -> Recipe:
     """A few steps of one or two micro-batches, which take the memory of any number of them."""
     share = recipe.global_sequences // recipe.spec.data_workers
     return replace(recipe, micro_sequences=micro, global_sequences=recipe.spec.data_workers * min(share, 2 * micro), num_steps=STEPS,
-                   warmup=())
+                   warmup=(), whole=True)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from distlm.errors import SpecError
 from distlm.model.adapter import adapter_sizes, add_adapter
-from distlm.model.attention import keeps
+from distlm.model.attention import KEPT_WIDTHS, keeps
 from distlm.model.build import Shape, decoder_layers, num_parameters, recomputable, skeleton
 from distlm.model.distill import teacher_config
 from distlm.model.loss import BLOCK_ELEMENTS, CHUNK_ELEMENTS, PLAIN_HEADS
@@ -133,8 +133,9 @@ def make_load(spec: TrainSpec, config: "PreTrainedConfig", shape: Shape, paramet
     frozen = parameters - sum(adapter_sizes(config, spec.adapter).values()) if spec.adapter else 0
     nf4 = nf4_elements(config) if spec.adapter and spec.adapter.base else 0
     teacher = num_parameters(teacher_config(spec.distill.teacher, shape)) if spec.distill else 0
+    packed = spec.objective == "dpo" and not spec.compile
     return Load(spec, parameters, measure_activations(config, shape, spec.precision, bool(spec.scale.gpus_per_worker), masked, tensor,
-                                                      spec.adapter, spec.sharding.sequence_parallel),
+                                                      spec.adapter, spec.sharding.sequence_parallel, packed),
                 text.hidden_size, (config.num_labels or 0) if config.problem_type else text.vocab_size, shape.context, micro_sequences,
                 accumulation, config.model_type in PLAIN_HEADS and not config.problem_type,
                 bool(recomputable(skeleton(config))), frozen, nf4, teacher)
@@ -291,13 +292,14 @@ def loss_bytes(load: Load, p: int) -> int:
 
 
 def measure_activations(config: "PreTrainedConfig", shape: Shape, precision: str, on_gpu: bool, masked: bool = False,
-                        tensor: int = 1, adapter: Adapter | None = None, sequence: int = 1) -> Activations:
+                        tensor: int = 1, adapter: Adapter | None = None, sequence: int = 1, packed: bool = False) -> Activations:
     """What autograd keeps of a sequence, counted in a forward pass on the meta device, where nothing is computed or allocated.
 
     Attention is counted as it is done: on CPU `causal_attention` keeps queries, and keys and values repeated for each head, and of short
     sequences the probabilities; a GPU's fused kernel keeps the first three as they are. Where the family's code needs values, and so cannot
     run there, it is Korthikanti et al. 2022, equation 2, without the scores, which no fused kernel keeps: 34 bytes a token and unit of
     width, at two bytes a number. `sequence`: ranks that have a part of a sequence each, and in attention all tokens of a part of the heads.
+    `packed`: as many tokens may stand in shorter rows, at most as long as keep the most probabilities.
     """
     import torch
 
@@ -309,7 +311,7 @@ def measure_activations(config: "PreTrainedConfig", shape: Shape, precision: str
         add_adapter(model, adapter, 0)
     model = model.to(torch.float32 if precision == "fp32" else torch.bfloat16).train()
     if model.config._attn_implementation == "sdpa":
-        _count_attention(model, on_gpu, sequence)
+        _count_attention(model, on_gpu, sequence, packed)
     seen: dict[int, Any] = {storage._cdata: storage for parameter in model.parameters() for storage in (parameter.untyped_storage(),)}
     layers = decoder_layers(model)
     counts, current = [0] * (len(layers) + 1), [len(layers)]
@@ -336,7 +338,7 @@ def measure_activations(config: "PreTrainedConfig", shape: Shape, precision: str
     return Activations(tuple(counts[:-1]), inputs, counts[-1] + mask)
 
 
-def _count_attention(model: Any, on_gpu: bool, sequence: int) -> None:
+def _count_attention(model: Any, on_gpu: bool, sequence: int, packed: bool) -> None:
     """Let a model on the meta device keep what the fused kernels keep, without a mask."""
     import torch
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -345,7 +347,8 @@ def _count_attention(model: Any, on_gpu: bool, sequence: int) -> None:
         @staticmethod
         def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
             batch, heads, tokens, width = query.shape[0], query.shape[1] // sequence, query.shape[2] * sequence, query.shape[3]
-            probabilities = [query.new_empty(batch, heads, tokens, tokens)] if not on_gpu and keeps(tokens, width) else []
+            keys = min(tokens, KEPT_WIDTHS * width)
+            probabilities = [query.new_empty(batch, heads, tokens, keys)] if not on_gpu and (packed or keeps(tokens, width)) else []
             ctx.save_for_backward(query, key, value, *probabilities)
             return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
 

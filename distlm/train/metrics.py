@@ -56,10 +56,13 @@ class MetricsWriter:
         """Record a step: its loss, the gradient's norm before clipping, tokens that gave loss where not all do; of a spike the limit that
         it is above, and whether there was no update. With them learning rate, the seconds of the step alone, `step_s`, and those of its
         phases on rank 0, fp16's loss scale after it, its memory, and its MFU where the processor's peak is known. `measured` is what an
-        evaluation after it found, empty without one. `save` is a checkpoint that has been committed since the step before: its step, its
-        seconds from begin to marker, and those for which the steps stood still."""
+        evaluation after it found, empty without one. Of pairs, whose padding is not computed, tokens a second and MFU count `pair_tokens`,
+        those of a pair on average. `save` is a checkpoint that has been committed since the step before: its step, its seconds from begin
+        to marker, and those for which the steps stood still."""
         seconds = phases["step_s"]
         tokens, targets = self._recipe.tokens_of(done - 1), "pairs" if self._recipe.spec.objective == "dpo" else "loss_tokens"
+        if "pair_tokens" in result.beside:
+            tokens = round(result.beside["pair_tokens"] * result.num_targets)
         record = {"step": done, "loss": result.loss, "lr": rate, **({} if result.norm is None else {"grad_norm": result.norm}),
                   **({"skipped": True} if result.skipped else {}), **({} if result.limit is None else {"spike_above": result.limit}),
                   **({} if loss_scale is None else {"loss_scale": loss_scale}), "tokens": self._recipe.tokens(done),

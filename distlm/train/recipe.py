@@ -80,6 +80,8 @@ class Recipe:
     """Forward and backward, by `train.flops`, and a teacher's forward pass."""
     warmup: tuple[tuple[int, int], ...] = ()
     """(sequences of a step, steps of that size) of the batch's warm-up."""
+    whole: bool = False
+    """A micro-batch of pairs is computed with all its padding, so that it takes the memory that any may take: for a dry run."""
 
     @property
     def world(self) -> int:

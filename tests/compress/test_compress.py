@@ -16,7 +16,7 @@ from distlm.compress.report import described
 from distlm.errors import DistlmError
 from distlm.model.build import load_model
 from distlm.model.find import find_model
-from distlm.plan import of_compress
+from distlm.plan import needs, of_compress
 from distlm.runs import RunFolder
 from distlm.serve import deploy
 from distlm.serve.engine import Request
@@ -138,6 +138,27 @@ def test_what_cannot_be_compressed_is_refused_before_any_work(keys: dict[str, An
     with pytest.raises(DistlmError, match=message) as error:
         execute.run(given, storage=Storage(root), progress=Records())
     assert error.value.exit_code == 2 and not Storage(root).folder("compress", "no").exists()
+
+
+def test_a_run_does_not_take_the_name_of_a_compressed_model(root: Path, tmp_path: Path) -> None:
+    storage = Storage(tmp_path)
+    compressed(root, "magnitude", storage.folder("compress", "small") / "export", sparsity=0.5)
+    corpus, model = str(root / "corpora" / "text"), str(root / "runs" / "m")
+    train: dict[str, Any] = {"kind": "train", "name": "small", "corpus": corpus, "model": {"from": model}, "duration": {"steps": 1},
+                             "batch": {"global_sequences": 1}}
+    average = {"kind": "average", "name": "small", "models": [model, f"{model}/export"], "corpus": corpus}
+    told = "name: there is a compressed model of this name, and small would stand for both; take another name"
+    for given in (train, average):
+        for do in (lambda one: execute.run(one, storage=storage, progress=Records()), lambda one: needs(execute.resolve(one), storage)):
+            with pytest.raises(DistlmError, match=told):
+                do(given)
+    assert not storage.run("small").exists() and find_model("small", storage) == storage.folder("compress", "small") / "export"
+    RunFolder(storage.run("small")).event("running")       # one that began before goes on
+    assert needs(execute.resolve(train), storage)
+    steps = {"kind": "pipeline", "name": "p", "steps": {"one": train, "two": {
+        "kind": "compress", "name": "small", "model": model, "method": "magnitude", "corpus": corpus}}}
+    with pytest.raises(DistlmError, match="small is the name of the step one too"):
+        execute.resolve(steps)
 
 
 @TORCHAO

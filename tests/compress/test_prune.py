@@ -55,6 +55,23 @@ def test_the_layer_that_goes_is_the_one_that_does_nothing(root: Path, tmp_path: 
     assert num_parameters(model.config) == sum(p.numel() for p in model.parameters())
 
 
+@pytest.mark.parametrize(("family", "lists"), [
+    ("smollm3", {"no_rope_layers": [1, 0, 1], "layer_types": ["full_attention", "sliding_attention", "full_attention"]}),
+    ("qwen2_moe", {"mlp_only_layers": [0, 1, 2]}), ("qwen2_moe", {"mlp_only_layers": [1]}), ("qwen2_moe", {"mlp_only_layers": []})])
+def test_of_each_layer_its_own_goes_and_lists_of_their_numbers_are_refused(family: str, lists: dict[str, list[Any]]) -> None:
+    config = AutoConfig.for_model(family, vocab_size=64, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_experts=2,
+                                  shared_expert_intermediate_size=16, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+                                  sliding_window=8, use_sliding_window=family == "smollm3", pad_token_id=0, **lists)
+    model: Any = AutoModelForCausalLM.from_config(config)
+    if lists.get("mlp_only_layers"):
+        with pytest.raises(DistlmError, match="layers: it is not known what mlp_only_layers in the configuration of the qwen2_moe family"):
+            prune.drop_layers(model, [1])
+        return
+    assert prune.drop_layers(model, [1]) == [1] and model.config.num_hidden_layers == 2
+    for key, value in lists.items():
+        assert getattr(model.config, key) == [value[i] for i in (0, 2) if value]
+
+
 @pytest.mark.parametrize(("files", "told"), [(torch.float32, "bfloat16"), (torch.bfloat16, "float32")])
 def test_weights_keep_the_precision_of_the_files_whatever_the_configuration_says(root: Path, tmp_path: Path, files: torch.dtype,
                                                                                told: str) -> None:

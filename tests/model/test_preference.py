@@ -1,5 +1,6 @@
 """The loss of pairs of answers and its gradient are those of the paper, by any head, in blocks of any size."""
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ from tokenizers import Tokenizer, models
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from distlm.model import preference
+from distlm.model import preference, rows
+from distlm.model.attention import NAME, use_cpu_attention
+from distlm.model.documents import IMPLEMENTATIONS
 from distlm.model.loss import IGNORED
 from distlm.model.preference import PreferenceLoss, Reference, linear_log_probs
 
@@ -20,14 +23,20 @@ WINDOWS = [((2, 5), (3, 4)), ((1, 9), (1, 7)), ((4, 1), (4, 2))]
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "tie_word_embeddings": True},
     "gemma2": {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
-               "head_dim": 8}}
-"""One whose head is replaced, and one that caps its logits."""
+               "head_dim": 8},
+    "gemma3_text": {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+                    "head_dim": 8, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}}
+"""One whose head is replaced, one that caps its logits, and one that has a layer with a sliding window."""
 
 
-def make(family: str) -> Any:
+def make(family: str, attention: str = "eager") -> Any:
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, vocab_size=VOCABULARY, attn_implementation="eager", **FAMILIES[family])
-    return AutoModelForCausalLM.from_config(config)
+    own = attention == NAME
+    config = AutoConfig.for_model(family, vocab_size=VOCABULARY, attn_implementation="sdpa" if own else attention, **FAMILIES[family])
+    model = AutoModelForCausalLM.from_config(config)
+    if own:
+        use_cpu_attention(model)
+    return model
 
 
 def batch() -> tuple[tuple[torch.Tensor, ...], list[list[tuple[torch.Tensor, int]]]]:
@@ -35,21 +44,19 @@ def batch() -> tuple[tuple[torch.Tensor, ...], list[list[tuple[torch.Tensor, int
     random = torch.Generator().manual_seed(1)
     tokens = torch.zeros(len(WINDOWS), CONTEXT + 1, dtype=torch.int64)
     targets = torch.full((len(WINDOWS), CONTEXT), IGNORED)
-    positions, rejected = torch.zeros_like(targets), torch.zeros(targets.shape, dtype=torch.bool)
-    alone = []
+    positions, alone = torch.zeros_like(targets), []
     for row, pair in enumerate(WINDOWS):
         place, conversations = 0, []
-        for second, (prompt, answer) in enumerate(pair):
+        for prompt, answer in pair:
             said = torch.randint(1, VOCABULARY, (prompt + answer,), generator=random)
             end = place + prompt + answer
             tokens[row, place:end] = said
             targets[row, place + prompt - 1:end - 1] = said[prompt:]
             positions[row, place:] = torch.arange(CONTEXT - place)
-            rejected[row, max(0, place - 1):] = bool(second)
             conversations.append((said, prompt))
             place = end
         alone.append(conversations)
-    return (tokens, targets, positions, rejected, torch.arange(len(WINDOWS))), alone
+    return (tokens, targets, positions, torch.arange(len(WINDOWS))), alone
 
 
 def log_prob(model: Any, said: torch.Tensor, prompt: int) -> torch.Tensor:
@@ -75,7 +82,7 @@ def test_loss_and_gradient_are_equation_7(family: str, smoothing: float, monkeyp
         margins.append(float(margin.detach()))
     loss = ours(*inputs)
     torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(ours.sums, torch.tensor([sum(margins), float(sum(margin > 0 for margin in margins))]))
+    torch.testing.assert_close(ours.sums, torch.tensor([sum(margins), float(sum(margin > 0 for margin in margins)), 37.0]))
     expected.backward()
     (2 * loss).backward()
     theirs = dict(model.named_parameters())
@@ -114,6 +121,42 @@ def test_loss_and_gradient_are_those_of_trl(family: str, tmp_path: Path) -> None
     theirs = dict(model.named_parameters())
     for name, parameter in ours.model.named_parameters():
         torch.testing.assert_close(parameter.grad, theirs[name].grad, atol=1e-6, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("smaller", [False, True])
+@pytest.mark.parametrize(("family", "attention"), [("gemma2", "eager"), *itertools.product(("llama", "gemma3_text"), IMPLEMENTATIONS)])
+def test_pairs_side_by_side_have_the_loss_and_the_gradient_that_they_have_in_their_windows(
+        family: str, attention: str, smaller: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "TRIM_TOKENS", 1 if smaller else 16)
+    inputs, _ = batch()
+    reference = torch.randn(len(WINDOWS), 2, generator=torch.Generator().manual_seed(2)) - 30
+    found, shapes = [], list[tuple[int, ...]]()
+    for packed in (False, True):
+        ours = PreferenceLoss(make(family, attention), 0.3, packed=packed)
+        assert ours.model.config._attn_implementation == attention
+        ours.model.get_input_embeddings().register_forward_pre_hook(lambda _, given: shapes.append(tuple(given[0].shape)))
+        ours.reference = Reference(torch.arange(len(WINDOWS)), reference)
+        loss = ours(*inputs)
+        loss.backward()
+        found.append((loss.detach(), torch.cat([one.grad.flatten() for one in ours.parameters() if one.grad is not None]), ours.sums))
+    (loss, gradient, sums), (expected, by_window, own) = found[1], found[0]
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    assert (gradient - by_window).norm() <= 1e-6 * by_window.norm()
+    torch.testing.assert_close(sums, own, rtol=1e-5, atol=1e-5)
+    read = sum(prompt + answer - 1 for pair in WINDOWS for prompt, answer in pair)
+    assert sums[2] == own[2] == read == 37
+    assert shapes == [(3, 23), (3, 13) if smaller else (2, 23)], "of windows, and of rows"
+
+
+def test_a_window_without_marks_is_a_chosen_answer_alone() -> None:
+    """As what a rank that has run out of windows computes, so that the others can go on."""
+    tokens = torch.zeros(1, CONTEXT + 1, dtype=torch.int64)
+    given = (tokens, tokens[:, 1:], torch.arange(CONTEXT)[None], torch.zeros(1, dtype=torch.int64))
+    one, other = (PreferenceLoss(make("llama"), 0.3, packed=packed).eval() for packed in (True, False))
+    with torch.no_grad():
+        torch.testing.assert_close(one(*given), other(*given))
+    torch.testing.assert_close(one.observed, other.observed)
+    assert one.observed[0, 0] < 0 == one.observed[0, 1]
 
 
 def test_without_a_reference_the_model_is_its_own() -> None:

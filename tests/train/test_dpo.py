@@ -26,6 +26,7 @@ from distlm.spec import TrainSpec, load_spec
 from distlm.storage import Storage, read_json
 from distlm.train import checkpoint
 from distlm.train.driver import outcome
+from distlm.train.dryrun import trial
 from distlm.train.objectives import dpo
 from distlm.train.objectives.dpo import METRICS
 from distlm.train.recipe import make_recipe
@@ -84,8 +85,8 @@ def tuned(root: Path, **sections: Any) -> TrainSpec:
         "evaluate": {"every_steps": 4}, "checkpoint": {"every_steps": 4}, **sections})
 
 
-def by_hand(root: Path) -> list[tuple[float, float]]:
-    """(loss, margin) of each step by plain PyTorch: each conversation alone, equation 7, AdamW."""
+def by_hand(root: Path) -> list[tuple[float, float, float]]:
+    """(loss, margin, tokens of a pair without padding) of each step by plain PyTorch: each conversation alone, equation 7, AdamW."""
     given = tuned(root)
     recipe = make_recipe(given, Storage(root))
     made = [build_model(recipe.spec.model, model_config(recipe.spec.model, recipe.shape), 0) for _ in range(2)]
@@ -100,12 +101,13 @@ def by_hand(root: Path) -> list[tuple[float, float]]:
 
     for step in range(recipe.num_steps):
         places = windows.order(0).locate(plan.samples(step, 0))
-        total, margins = torch.zeros(()), []
+        total, margins, read = torch.zeros(()), [], 0
         for tokens, marks in zip(windows.read(*places).astype(np.int64), windows.marks(*places), strict=True):
             begin, middle = np.flatnonzero(marks & START)
             rewards = []
             for part in (slice(begin, middle), slice(middle, None)):
                 said, gives = torch.from_numpy(tokens[part]), torch.from_numpy(marks[part] & NO_LOSS == 0)
+                read += int(gives.nonzero()[-1])           # the last one is predicted, and not read
                 rewards.append(0.5 * (log_prob(model, said, gives) - log_prob(reference, said, gives).detach()))
             margin = rewards[0] - rewards[1]
             total = total - 0.9 * functional.logsigmoid(margin) - 0.1 * functional.logsigmoid(-margin)
@@ -116,7 +118,7 @@ def by_hand(root: Path) -> list[tuple[float, float]]:
             group["lr"] = learning_rate(given.schedule, 0.01, step, recipe.num_steps)
         optimizer.step()
         optimizer.zero_grad()
-        found.append((float(total.detach()) / len(margins), float(np.mean(margins))))
+        found.append((float(total.detach()) / len(margins), float(np.mean(margins)), read / len(margins)))
     return found
 
 
@@ -135,18 +137,27 @@ def test_every_layout_makes_the_papers_steps(root: Path, tmp_path: Path) -> None
     alone = tmp_path / "alone"
     run_ranks({alone: tuned(root)})
     expected = by_hand(root)
-    assert expected[0] == (pytest.approx(math.log(2)), 0) and expected[-1][1] > 0.05
+    assert expected[0][:2] == (pytest.approx(math.log(2)), 0) and expected[-1][1] > 0.05
     for run in (alone, *runs):
-        np.testing.assert_allclose(losses(run), [loss for loss, _ in expected], rtol=1e-4, err_msg=run.name)
+        np.testing.assert_allclose(losses(run), [loss for loss, *_ in expected], rtol=1e-4, err_msg=run.name)
         steps = [record for record in metrics(run) if "loss" in record]
-        np.testing.assert_allclose([record["reward_margin"] for record in steps], [margin for _, margin in expected], atol=1e-4)
-        assert all(record["pairs"] == 12 for record in steps)
+        np.testing.assert_allclose([record["reward_margin"] for record in steps], [margin for _, margin, _ in expected], atol=1e-4)
+        assert [record["pair_tokens"] for record in steps] == pytest.approx([read for *_, read in expected])
+        assert all(record["pairs"] == 12 and record["tokens_per_s"] * record["step_s"] == pytest.approx(12 * record["pair_tokens"])
+                   for record in steps)
         first, *_, last = [record for record in metrics(run) if "val_loss" in record]
-        assert first["val_loss"] == pytest.approx(math.log(2)) and first["val_reward_margin"] == first["val_reward_accuracy"] == 0
+        assert first["val_loss"] == pytest.approx(math.log(2)) and first["val_reward_margin"] == pytest.approx(0, abs=1e-6)
         assert last["val_reward_accuracy"] * PAIRS["val"] % 1 == pytest.approx(0) and last["val_chosen_log_prob"] < 0
         made = outcome(make_recipe(tuned(root), Storage(root)), RunFolder(run))
         assert {key: made[key] for key in last if key in METRICS and key != "loss" and key.startswith("val")} == {
             key: value for key, value in last.items() if key.startswith("val")} and set(steps[-1]) | set(last) >= set(METRICS)
+
+
+def test_micro_batches_are_rows_but_where_shapes_must_not_change(root: Path) -> None:
+    recipe = make_recipe(tuned(root), Storage(root))
+    model = build_model(recipe.spec.model, model_config(recipe.spec.model, recipe.shape), 0)
+    assert dpo.module(model, recipe).packed and not dpo.module(model, trial(recipe, 1)).packed
+    assert not dpo.module(model, make_recipe(tuned(root, compile=True), Storage(root))).packed
 
 
 @pytest.mark.parametrize(("note_s", "counts"), [(0.0, range(0, 31, 2)), (1e9, [0])])

@@ -41,6 +41,34 @@ def test_activations_are_what_autograd_keeps_in_a_real_pass_on_the_cpu(config: d
     assert len(counted.layers) == 3 and counted.inputs == 64 * 32 * 4
 
 
+def test_rows_of_pairs_keep_no_more_than_a_plan_counts() -> None:
+    given = spec(model={"config": LLAMA}, precision="fp32")
+    found = model_config(given.model, SHAPE)
+    whole, counted = (measure_activations(found, SHAPE, "fp32", on_gpu=False, masked=True, packed=packed).kept(0)
+                      for packed in (False, True))
+    kept = {}
+    for width in (64, 32, 16):                             # 32 tokens are the most whose probabilities are kept, with heads of 8
+        model = build_model(given.model, found, 0).train()
+        use_cpu_attention(model)
+        seen = {p.untyped_storage().data_ptr(): 0 for p in model.parameters()}
+        keep = []
+
+        def pack(tensor: torch.Tensor, seen: dict[int, int] = seen, keep: list[torch.Tensor] = keep) -> torch.Tensor:
+            keep.append(tensor)
+            seen.setdefault(tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            positions = torch.arange(8).repeat(64 // width, width // 8)
+            model.base_model(input_ids=torch.zeros(64 // width, width, dtype=torch.int64), position_ids=positions, use_cache=False)
+        kept[width] = sum(seen.values())
+    assert kept[64] <= whole < max(kept.values()) == kept[32] <= counted
+    given = spec(model={"from": "m"}, objective="dpo", precision="fp32")
+    sizes = [make_load(one, found, SHAPE, num_parameters(found), 1, 1, True).activations.kept(0) for one in (
+        given, given.model_copy(update={"compile": True}))]
+    assert sizes == [counted, whole]
+
+
 def test_a_layer_that_is_computed_again_keeps_its_input_alone() -> None:
     one = Activations((100, 100, 100), 10, 5)
     assert (one.kept(0), one.kept(1), one.kept(2)) == (305, 35, 125)

@@ -16,7 +16,7 @@ import numpy as np
 import xxhash
 
 from distlm.corpus.manifest import Manifest
-from distlm.corpus.stream import START, Windows
+from distlm.corpus.stream import Windows
 from distlm.errors import SpecError, StorageError
 from distlm.model.build import Shape
 from distlm.runs import RunFolder
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from distlm.model.preference import PreferenceLoss
     from distlm.train.recipe import Recipe
 
-MEANS: tuple[str, ...] = ("reward_margin", "reward_accuracy")
+MEANS: tuple[str, ...] = ("reward_margin", "reward_accuracy", "pair_tokens")
 LOSS, REWARD = ("dpo.beta", "dpo.label_smoothing"), ("dpo.beta",)
 METRICS: Mapping[str, Metric] = {
     "val_reward_accuracy": Metric("max"), "val_reward_margin": Metric("max", scaled_by=REWARD), "val_loss": Metric("min", scaled_by=LOSS),
@@ -48,7 +48,7 @@ class PairBatch:
     """Pairs of answers."""
 
     inputs: "tuple[torch.Tensor, ...]"
-    """What PreferenceLoss takes: tokens, targets, positions, rejected, keys."""
+    """What PreferenceLoss takes: tokens, targets, positions, keys."""
 
     @property
     def tokens(self) -> "torch.Tensor":
@@ -86,20 +86,20 @@ def shape(manifest: Manifest) -> Shape:
 def module(model: "PreTrainedModel", recipe: "Recipe") -> "PreferenceLoss":
     from distlm.model.preference import PreferenceLoss
 
-    return PreferenceLoss(model, recipe.spec.dpo.beta, recipe.spec.dpo.label_smoothing)
+    # a compiled layer's kernels depend on the shapes that it has seen: a run that goes on would not be bit-equal
+    return PreferenceLoss(model, recipe.spec.dpo.beta, recipe.spec.dpo.label_smoothing, not recipe.spec.compile and not recipe.whole)
 
 
 def make_batch(rows: "NDArray[Any]", recipe: "Recipe", device: "torch.device") -> PairBatch:
-    """rows: int64[n, 2, context + 1], tokens and marks; the second document of a window is the rejected answer's."""
+    """rows: int64[n, 2, context + 1], tokens and marks; the second document of a window is the rejected answer's. It is
+    the module that leaves the padding out."""
     import torch
 
     from distlm.train import batch
 
     made = batch.make_batch(rows, True, device)
     assert made.targets is not None and made.positions is not None
-    rejected = np.cumsum(rows[:, 1] & START > 0, 1)[:, 1:] > 1
-    return PairBatch((made.tokens, made.targets, made.positions, torch.from_numpy(rejected).to(device),
-                      torch.from_numpy(keys_of(rows)).to(device)))
+    return PairBatch((made.tokens, made.targets, made.positions, torch.from_numpy(keys_of(rows)).to(device)))
 
 
 def keys_of(rows: "NDArray[Any]") -> "NDArray[np.int64]":
@@ -194,7 +194,7 @@ def _score(engine: Any, recipe: "Recipe", folder: RunFolder, rank: int,
             batch = make_batch(np.stack([tokens, marks], 1).astype(np.int64), recipe, device)
             engine(*batch.inputs)
             if mine < len(parts):
-                keys.append(batch.inputs[4].cpu().numpy())
+                keys.append(batch.inputs[3].cpu().numpy())
                 values.append(engine.module.observed[:, :2].float().cpu().numpy())
     engine.train()
     mine_all = (np.concatenate(keys), np.concatenate(values))
