@@ -27,6 +27,7 @@ from distlm.serve.engine import Classifier, Engine, EngineFailed, EngineFull, No
 from distlm.serve.fields import OFF, ChatRequest, ClassifyRequest, CompletionRequest, Sampling
 from distlm.serve.guard import Guard, proof
 from distlm.serve.metrics import Metrics
+from distlm.serve.text import HALF_PAIR, has_half_pair
 
 RULES = {"input": "must be a string, or a list of strings that is not empty",
          "prompt": "must be a string, a list of strings, a list of token ids, or a list of lists of token ids, and not an empty list",
@@ -104,11 +105,12 @@ def create_app(engine: Engine | Classifier, card: Card, key: str, metrics: Metri
             raise Refused(400, f"{card.id!r} is a language model and no classifier; use /v1/completions", param="model",
                           code="no_classifier")
         texts = [await classified_tokens(engine, text) for text in body.texts]
-        found = await engine.classify(texts)
+        found = await engine.classify([ids for ids, _ in texts])
         return JSONResponse({"object": "list", "model": card.id, "data": [
             {"index": i, "label": None if engine.multiple else max(chances, key=lambda name: chances[name]),
              "labels": [name for name, chance in chances.items() if chance > 0.5] if engine.multiple else None,
-             "probabilities": chances} for i, chances in enumerate(found)], "usage": usage(sum(map(len, texts)), 0)})
+             "probabilities": chances, **({"truncated": True} if texts[i][1] else {})} for i, chances in enumerate(found)],
+            "usage": usage(sum(len(ids) for ids, _ in texts), 0)})
 
     def language_model() -> Engine:
         if isinstance(engine, Classifier):
@@ -197,16 +199,18 @@ async def tokens_of(engine: Engine, tokenizer: Any, prompt: str | list[int]) -> 
     return prompt
 
 
-async def classified_tokens(engine: Classifier, text: str) -> list[int]:
-    """Token ids of a text as documents were trained on. Raises Refused for one that is empty or too long."""
+async def classified_tokens(engine: Classifier, text: str) -> tuple[list[int], bool]:
+    """Token ids of a text as documents were trained on, and whether it was cut for that. Raises Refused for one that is empty, or too long
+    where documents were not cut."""
     encodable(text, "input")
     ids = await asyncio.to_thread(engine.encode, text)
     if not ids:
         raise Refused(400, "input: an empty text has no label", param="input")
+    whole, ids = len(ids), ids[:engine.cut_tokens]
     if len(ids) > engine.context:
         raise Refused(400, f"this model's maximum context length is {engine.context} tokens, and a text has {len(ids)}; shorten it",
                       param="input", code="context_length_exceeded")
-    return ids
+    return ids, len(ids) < whole
 
 
 async def chat_tokens(tokenizer: Any, body: ChatRequest) -> list[int]:
@@ -224,11 +228,9 @@ async def chat_tokens(tokenizer: Any, body: ChatRequest) -> list[int]:
 
 
 def encodable(text: str, param: str) -> None:
-    """Raises Refused for half a surrogate pair, which JSON can carry and no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise Refused(400, f"{param}: the text holds half a surrogate pair, which is no character", param=param) from None
+    """Raises Refused for half a surrogate pair."""
+    if has_half_pair(text):
+        raise Refused(400, f"{param}: {HALF_PAIR}", param=param)
 
 
 async def whole(chunks: AsyncIterator[tuple[int, Any]], num_choices: int, num_prompt: int, writer: Completion) -> dict[str, Any]:

@@ -302,11 +302,14 @@ def export_lineage(recipe: Recipe, folder: RunFolder) -> dict[str, Any]:
     return {"run": folder.path.parent.parent.name if trial else folder.name, "trial": folder.name if trial else None,
             "corpus": ", ".join(Path(corpus).name for corpus in recipe.corpora), "corpus_hash": recipe.corpus_hash,
             "step": recipe.num_steps, "checkpoint": checkpoint.checkpoint_path(folder.path, recipe.num_steps).name,
-            "val_loss": last.get("val_loss"), **teacher, **({"clean": cleaning} if (cleaning := _cleaning(recipe)) else {})}
+            "val_loss": last.get("val_loss"), **teacher, **(_reading(recipe) if recipe.shape.labels else {})}
 
 
-def _cleaning(recipe: Recipe) -> dict[str, Any]:
-    """What a classifier's endpoint is to make of a text first, so that it has the tokens of a document of that text: the rules of `clean`
-    that all of them passed. Empty for a language model, which is sent beginnings, and where a corpus does not tell."""
-    rules = [read_manifest(corpus).cleaning for corpus in recipe.corpora] if recipe.shape.labels else []
-    return common([one for each in rules for one in each]) if rules and all(rules) else {}
+def _reading(recipe: Recipe) -> dict[str, Any]:
+    """What a classifier's endpoint is to make of a text first, so that it has the tokens of a document of that text: `clean`, the rules
+    that all documents passed, unless a corpus does not tell, and `cut_tokens`, to which longer ones were cut, if they were in all corpora.
+    A language model is sent beginnings."""
+    manifests = [read_manifest(corpus) for corpus in recipe.corpora]
+    rules = [one.cleaning for one in manifests]
+    return {**({"clean": common([one for each in rules for one in each])} if all(rules) else {}),
+            **({"cut_tokens": recipe.shape.context} if all(one.cuts for one in manifests) else {})}
