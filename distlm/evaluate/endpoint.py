@@ -19,7 +19,6 @@ from distlm.corpus.manifest import read_manifest
 from distlm.corpus.stream import START
 from distlm.errors import InputError, ServeError
 from distlm.evaluate.task import Reader, Rows, Task
-from distlm.evaluate.totals import Sums
 from distlm.evaluate.worker import Asked, Said, Scores, said, sums
 from distlm.model.complete import check_prompts
 from distlm.model.find import find_model
@@ -31,6 +30,7 @@ from distlm.serve.guard import read_key
 from distlm.spec import EvaluateSpec
 from distlm.spec.load import nearest
 from distlm.storage import Storage, read_json
+from distlm.train.totals import Sums
 
 PROMPTS = 256
 """Of one request, at most."""

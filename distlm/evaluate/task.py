@@ -11,12 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from distlm.corpus import listing
-from distlm.corpus.listing import read_origins
+from distlm.corpus.listing import tells_sources
 from distlm.corpus.manifest import Manifest, manifest_hash, read_manifest
 from distlm.corpus.stream import Windows, silent
-from distlm.corpus.tokenizer import token_bytes
-from distlm.errors import CorpusError, InputError
+from distlm.errors import InputError
 from distlm.evaluate.tasks import check_answers, read_tasks
 from distlm.model.build import Shape, checkpoint_config, has_classifier, read_config
 from distlm.model.find import find_model
@@ -92,8 +90,6 @@ class Reader:
     def __init__(self, task: Task) -> None:
         self.task, self._batches = task, task.batches
         self._windows = [Windows(part.corpus, task.split) for part in task.parts]
-        self._origins: dict[int, NDArray[np.int32]] = {}
-        self._sizes: dict[int, NDArray[np.int64] | None] = {}
 
     def read(self, batch: int) -> Rows:
         """Raises CorpusError for a corpus that is damaged."""
@@ -103,26 +99,8 @@ class Reader:
         tokens, marks = windows.read(shards, rows).astype(np.int64), windows.marks(shards, rows)
         groups = np.full((count, tokens.shape[1] - 1), part.first_group, dtype=np.int64)
         if part.by_source:
-            groups += self._sources(i, windows.documents(shards, rows)[:, 1:])
-        return Rows(part, tokens, marks, ~silent(marks, part.mask_documents)[:, 1:], groups, self._bytes(i, tokens[:, 1:]))
-
-    def _sources(self, i: int, documents: NDArray[np.int64]) -> NDArray[np.int32]:
-        """The place of the source of each document, by its number."""
-        part = self.task.parts[i]
-        if i not in self._origins:
-            self._origins[i] = read_origins(Path(part.corpus), self.task.split)
-        if documents.max(initial=-1) >= len(self._origins[i]) or self._origins[i].max(initial=-1) >= len(part.sources):
-            raise CorpusError("it lists other documents than the windows hold", where=str(Path(part.corpus) / listing.FILE),
-                              remedy="the file is of another corpus: prepare it again")
-        return self._origins[i][documents]
-
-    def _bytes(self, i: int, targets: NDArray[np.int64]) -> NDArray[np.float64]:
-        """The bytes of each token; where the tokenizer does not tell, what a token of the split has on average."""
-        manifest = self._windows[i].manifest
-        if i not in self._sizes:
-            self._sizes[i] = token_bytes(manifest.tokenizer)
-        sizes, split = self._sizes[i], manifest.splits[self.task.split]
-        return np.full(targets.shape, split.bytes / split.tokens) if sizes is None else sizes[targets].astype(np.float64)
+            groups += windows.sources_of(windows.documents(shards, rows)[:, 1:])
+        return Rows(part, tokens, marks, ~silent(marks, part.mask_documents)[:, 1:], groups, windows.bytes_of(tokens[:, 1:]))
 
 
 def make_task(spec: EvaluateSpec, storage: Storage) -> Task:
@@ -132,7 +110,7 @@ def make_task(spec: EvaluateSpec, storage: Storage) -> Task:
         masked = manifest.best_fit if spec.mask_documents is None else spec.mask_documents
         total = manifest.splits[spec.split].windows
         names = [one.name for one in manifests]
-        by_source = bool(manifest.sources) and (manifest.path / listing.FILE).is_file()
+        by_source = tells_sources(manifest)
         sources = tuple(manifest.source_names) if by_source else (manifest.name,)
         parts.append(Part(str(manifest.path), manifest.name if names.count(manifest.name) == 1 else spec.corpora[i],
                           min(total, spec.windows or total), masked, sources, by_source, sum(len(part.sources) for part in parts)))

@@ -9,11 +9,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from distlm.corpus.manifest import read_manifest
 from distlm.evaluate.driver import outcome
 from distlm.evaluate.task import Task, make_task
-from distlm.evaluate.totals import Sums
 from distlm.evaluate.worker import Worker
 from distlm.model.export import export_model
 from distlm.spec import EvaluateSpec
 from distlm.storage import Storage
+from distlm.train.totals import Sums
 
 
 def make_model(folder: Path, corpus: Path, seed: int = 0, **values: Any) -> Path:
