@@ -16,10 +16,10 @@ import jinja2
 from distlm.errors import InputError
 from distlm.model.build import has_classifier, load_model
 from distlm.model.find import check_whole, find_model
-from distlm.serve.classifier import recorded_cleaning
+from distlm.serve.classifier import Reading, check_classifier, recorded_reading
+from distlm.serve.text import HALF_PAIR, has_half_pair
 from distlm.spec.load import nearest
 from distlm.storage import Storage, write_atomic
-from distlm.text.clean import clean
 
 if TYPE_CHECKING:
     import torch
@@ -54,6 +54,8 @@ class Explanation:
     added: float
     """log p(target) after the text, less that after mean tokens in its place, in nats: what attributions add up to."""
     steps: int
+    truncated: bool = False
+    """Whether the text was cut, as the classifier's documents were."""
 
     @property
     def gap(self) -> float:
@@ -83,14 +85,22 @@ def explain(model: str, text: str, *, target: str | None = None, steps: int = ST
     import torch
     from transformers import AutoTokenizer
 
+    if steps < 1:
+        raise InputError(f"{steps} points are no path", where="steps", remedy="take 1 or more")
+    for name, said in (("text", text), ("target", target or "")):
+        if has_half_pair(said):
+            raise InputError(HALF_PAIR, where=name, remedy="take it out")
     folder = find_model(model, Storage.given(storage))
     check_whole(folder)
     network: Any = load_model(folder, f"model: {folder}", torch.float32, exact=False).eval().requires_grad_(False)
     tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    if has_classifier(network.config) and (rules := recorded_cleaning(folder)):
-        text = clean(text, rules).text                     # as its endpoint reads it
-    ids, pieces = _tokens(tokenizer, text, getattr(network.config.get_text_config(), "max_position_embeddings", None))
-    labels = [str(network.config.id2label[i]) for i in range(network.config.num_labels)] if has_classifier(network.config) else None
+    labels, reading = None, Reading()
+    if has_classifier(network.config):
+        check_classifier(network.config, str(folder))
+        labels = [str(network.config.id2label[i]) for i in range(network.config.num_labels)]
+        reading = recorded_reading(folder)                 # as its endpoint reads it
+    context = getattr(network.config.get_text_config(), "max_position_embeddings", None)
+    ids, pieces, truncated = _tokens(tokenizer, reading.cleaned(text), reading.cut_tokens, context)
     several = network.config.problem_type == "multi_label_classification"
 
     def log_probs(logits: "torch.Tensor") -> "torch.Tensor":
@@ -107,7 +117,8 @@ def explain(model: str, text: str, *, target: str | None = None, steps: int = ST
     added = float(here[chosen] - _forward(network, log_probs, base[None])[0, chosen])
     surprisals = [None] * len(ids) if labels else [None, *_surprisal(network, ids)]
     return Explanation(str(folder), labels[chosen] if labels else tokenizer.decode([chosen]), float(here[chosen].exp()),
-                       tuple(TokenFacts(*each) for each in zip(pieces, surprisals, attributions.tolist(), strict=True)), added, steps)
+                       tuple(TokenFacts(*each) for each in zip(pieces, surprisals, attributions.tolist(), strict=True)), added, steps,
+                       truncated)
 
 
 def integrated_gradients(score: "Callable[[torch.Tensor], torch.Tensor]", base: "torch.Tensor", given: "torch.Tensor",
@@ -156,8 +167,8 @@ def _surprisal(network: Any, ids: "torch.Tensor") -> list[float]:
         return [-nats / math.log(2) for nats in token_scores(network, ids[None]).logprobs[0].tolist()] if len(ids) > 1 else []
 
 
-def _tokens(tokenizer: Any, text: str, context: int | None) -> tuple["torch.Tensor", list[str]]:
-    """(int64[n], what each says). Raises InputError."""
+def _tokens(tokenizer: Any, text: str, cut: int | None, context: int | None) -> tuple["torch.Tensor", list[str], bool]:
+    """(int64[n], what each says, whether there were more than `cut`). Raises InputError, also for more than `context`."""
     import torch
 
     if not text:
@@ -166,13 +177,14 @@ def _tokens(tokenizer: Any, text: str, context: int | None) -> tuple["torch.Tens
     ids, spans = made["input_ids"], made["offset_mapping"]
     if not ids:
         raise InputError("the tokenizer makes no token of it", where="text", remedy="write more")
+    whole, ids, spans = len(ids), ids[:cut], spans[:cut]
     if context is not None and len(ids) > context:
         raise InputError(f"{len(ids):,} tokens are more than the {context:,} of the model's context", where="text", remedy="shorten it")
     pieces, end = [], 0
     for begin, behind in spans:                            # tokens inside of one character have its span, all of them
         pieces.append(text[max(begin, end):behind])
         end = max(end, behind)
-    return torch.tensor(ids), pieces
+    return torch.tensor(ids), pieces, len(ids) < whole
 
 
 def _token(tokenizer: Any, target: str) -> int:

@@ -24,7 +24,7 @@ def query(name: str, prompt: str, max_tokens: int | None = None, *, model: str |
 
 def classify(name: str, texts: Sequence[str], *, storage: str | Path | Storage | None = None) -> list[dict[str, Any]]:
     """What the endpoint of a classifier says of each text: `label`, or where a text may have several `labels`, and `probabilities` by
-    label. Raises as `query` does."""
+    label; and whether the text was `truncated`. Raises as `query` does."""
     endpoint = _proven(name, storage)
     return client.classify(endpoint["url"], _key(endpoint), texts, model=endpoint.get("model"))
 

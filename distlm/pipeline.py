@@ -36,7 +36,8 @@ LABELS = ("loss", *SCORES, "ece", "documents")
 OUTPUTS = {
     "prepare": ("documents", "bytes", "tokens", "train_tokens", "val_tokens", "val_bytes", "rejected", "manifest_hash"),
     "train": ("export", "parameters", "loss_first", "loss_last", "val_loss", "val_loss_first", "perplexity", "bits_per_byte",
-              "tokens_per_s", "steps", "tokens", "checkpoint", *SCORES, "val_reward_accuracy", "val_reward_margin"),
+              "tokens_per_s", "steps", "tokens", "checkpoint", "val_perplexity", "val_bits_per_byte", "val_accuracy", "val_ece", *SCORES,
+              "val_reward_accuracy", "val_reward_margin"),
     "tune": ("best", "best_spec", "metric", "value", "trials"),
     "average": ("export", "loss", "perplexity", "bits_per_byte", "accuracy", "ece", "tokens", "averaged", "best", "best_loss"),
     "evaluate": (*LANGUAGE, *(name for name in LABELS if name not in LANGUAGE)),

@@ -87,6 +87,31 @@ def test_what_cannot_be_explained_is_refused(language: Path) -> None:
             explain(str(language), text, target=target)
 
 
+def test_a_classifier_is_explained_as_its_endpoint_reads_and_refused_as_it_refuses(tmp_path: Path) -> None:
+    folder, text = make_classifier(tmp_path / "c"), "the cat sat on the mat and the dog barked " * 20
+    with pytest.raises(InputError, match=r"tokens are more than the 128 of"):
+        explain(str(folder), text, steps=1)
+    (folder / "distlm.json").write_text(json.dumps({"cut_tokens": 20}))
+    found = explain(str(folder), text, steps=1)
+    assert found.truncated and len(found.tokens) == 20 and text.startswith("".join(one.text for one in found.tokens))
+    write_page(found, tmp_path / "page.html")
+    assert "was cut as they were" in (tmp_path / "page.html").read_text()
+    assert not explain(str(folder), "the cat", steps=1).truncated
+    config = json.loads((folder / "config.json").read_text())
+    for changes, said in (({"pad_token_id": None}, "names no pad_token_id"), ({"problem_type": "regression"}, "tells no labels apart")):
+        (folder / "config.json").write_text(json.dumps({**config, **changes}))
+        with pytest.raises(InputError, match=said):
+            explain(str(folder), "the cat", steps=1)
+
+
+def test_what_no_tokenizer_takes_and_no_path_is_refused() -> None:
+    for keys, said in (({"text": "a\ud800"}, "text: the text holds half a surrogate pair"),
+                       ({"text": "a", "target": "\udfff"}, "^target: the text holds half"),
+                       ({"text": "a", "steps": 0}, "steps: 0 points are no path; take 1 or more")):
+        with pytest.raises(InputError, match=said):
+            explain("no-model-is-needed", **keys)  # type: ignore[arg-type]
+
+
 def test_a_page_shows_the_text_as_text(language: Path, tmp_path: Path) -> None:
     write_page(explain(str(language), TEXT), tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()

@@ -74,6 +74,8 @@ def test_steps_run_after_what_they_need_by_reference_or_by_needs() -> None:
     ({"prepare": PREPARE, "tune": TUNE, "serve": {**SERVE, "model": "${tune}"}}, "did you mean ${tune.best}?"),
     ({"prepare": PREPARE, "train": TRAIN, "serve": {**SERVE, "model": "${train.val_loss}"}},
      "steps.serve.model: ${train.val_loss} is no model"),
+    ({"prepare": PREPARE, "train": TRAIN, "serve": {**SERVE, "port": "${train.val_acuracy}"}},
+     "has no output val_acuracy; did you mean val_accuracy?"),
     ({"prepare": PREPARE, "train": TRAIN, "serve": {**SERVE, "adapters": {"poems": "${prepare}"}}},
      "steps.serve.adapters.poems: ${prepare} is no model: prepare is a prepare step; did you mean ${train}?"),
     ({"prepare": PREPARE, "one": TRAIN, "two": {**TRAIN, "corpus": "${one}"}},

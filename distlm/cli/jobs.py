@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from distlm.jobs import Job, Submission
 
 app = typer.Typer()
+CUT = "the text is longer than the classifier's documents, and was cut as they were"
 
 
 @app.command()
@@ -230,7 +231,8 @@ def query(name: Name, prompt: Annotated[str, typer.Argument(help="The text to co
         [found] = endpoints.classify(name, [prompt])
         chances = sorted(found["probabilities"].items(), key=lambda one: -one[1])
         PlainProgress().table("", [(label, f"{chance:.2%}") for label, chance in chances], ("label", "probability"))
-        show_rows([("label", found["label"]) if found["label"] is not None else ("labels", ", ".join(found["labels"]) or "none")])
+        show_rows([("label", found["label"]) if found["label"] is not None else ("labels", ", ".join(found["labels"]) or "none"),
+                   *([("truncated", CUT)] if found["truncated"] else [])])
         return
     for piece in endpoints.query(name, prompt, max_tokens, model=model, temperature=temperature, chat=chat):
         print(piece, end="", flush=True)
@@ -268,7 +270,8 @@ def explain(model: Annotated[str, typer.Argument(metavar="RUN", help="A run by n
     write_page(found, output)
     PlainProgress().table("", [(repr(one.text), "" if one.surprisal is None else f"{one.surprisal:.2f}", f"{one.attribution:+.3f}")
                                for one in found.tokens], ("token", "bits", "nats for the target"))
-    show_rows([("target", f"{found.target!r}, {found.probability:.2%}"), ("page", str(output))])
+    show_rows([("target", f"{found.target!r}, {found.probability:.2%}"), ("page", str(output)),
+               *([("truncated", CUT)] if found.truncated else [])])
     if not found.complete:
         report_error(f"the attributions miss {found.gap:+.3f} of {found.added:+.3f} nats; raise --steps")
 

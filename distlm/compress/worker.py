@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from distlm.evaluate.task import Task
-from distlm.evaluate.totals import Sums
 from distlm.evaluate.worker import Worker, default_threads
 from distlm.spec import CompressSpec
+from distlm.train.totals import Sums
 
 
 class Compressor:

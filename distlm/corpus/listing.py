@@ -5,6 +5,7 @@ Both are made from the lists that the encoding tasks write, one for each partiti
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +17,9 @@ from distlm.corpus.accounts import account
 from distlm.corpus.split import HASH_BYTES
 from distlm.errors import CorpusError, InputError
 from distlm.storage import replacing
+
+if TYPE_CHECKING:
+    from distlm.corpus.manifest import Manifest
 
 FILE = "documents.parquet"
 DOCUMENTS = pa.schema([("hash", pa.binary(HASH_BYTES)), ("text_hash", pa.binary(HASH_BYTES)), ("origin", pa.int32()),
@@ -56,6 +60,11 @@ def open_documents(corpus: Path) -> pq.ParquetFile:
         return pq.ParquetFile(path)
     except (OSError, pa.ArrowException) as error:
         raise CorpusError(f"cannot be read: {error}", where=str(path), remedy="prepare the corpus again") from None
+
+
+def tells_sources(manifest: "Manifest") -> bool:
+    """Whether it is known of which source each document of a corpus is."""
+    return bool(manifest.sources) and (manifest.path / FILE).is_file()
 
 
 def read_origins(corpus: Path, split: str) -> NDArray[np.int32]:

@@ -141,6 +141,11 @@ class Manifest:
         job = self.data.get("parameters", {}).get("clean")
         return [] if job is None else [{**job, **source.get("clean", {})} for source in self.data["sources"]]
 
+    @property
+    def cuts(self) -> bool:
+        """Whether documents with labels that were longer than a window are there with their beginning, and were not rejected."""
+        return self.data.get("parameters", {}).get("labels", {}).get("too_long") == "cut"
+
     @functools.cached_property
     def inputs(self) -> dict[str, Any]:
         """What inputs.json says; empty for a corpus from before there was one. Raises CorpusError, also for one that is not as it was

@@ -13,7 +13,7 @@ behind them.
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ import pyarrow as pa
 import xxhash
 from numpy.typing import NDArray
 
+from distlm.corpus import listing
 from distlm.corpus.folds import SPLITS, Folds
 from distlm.corpus.manifest import Manifest, read_manifest
 from distlm.corpus.mix import Mix
@@ -204,6 +205,29 @@ class Windows:
             starts = self._shard(len(self._before) - 1)["starts"].values.to_numpy()
             self._before.append(self._before[-1] + int((starts < self.manifest.context).sum()))
         return self._before[shard]
+
+    def sources_of(self, documents: NDArray[np.int64]) -> NDArray[np.int32]:
+        """The place among the manifest's sources of that of each document, by its number in the split. Raises CorpusError where the list
+        of documents is of another corpus, InputError where there is none."""
+        if documents.max(initial=-1) >= len(self._origins) or self._origins.max(initial=-1) >= len(self.manifest.sources):
+            raise CorpusError("it lists other documents than the windows hold", where=str(self.folder / listing.FILE),
+                              remedy="the file is of another corpus: prepare it again")
+        return self._origins[documents]
+
+    @cached_property
+    def _origins(self) -> NDArray[np.int32]:
+        return listing.read_origins(self.folder, self.split)
+
+    def bytes_of(self, tokens: NDArray[Any]) -> NDArray[np.float64]:
+        """The UTF-8 bytes that each token stands for; where the tokenizer does not tell, what one of the split does on average."""
+        split = self.manifest.splits[self.split]
+        return np.full(tokens.shape, split.bytes / split.tokens) if self._lengths is None else self._lengths[tokens].astype(np.float64)
+
+    @cached_property
+    def _lengths(self) -> NDArray[np.int64] | None:
+        from distlm.corpus.tokenizer import token_bytes  # imports tokenizers, which reading need not
+
+        return token_bytes(self.manifest.tokenizer)
 
     def first(self, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """(shard, row), both int64[n], of the first `count` windows in file order."""

@@ -17,7 +17,6 @@ from distlm.evaluate import labels
 from distlm.evaluate.report import write_report
 from distlm.evaluate.task import Task, context_of, make_task
 from distlm.evaluate.tasks import check_answers, loaded, read_tasks
-from distlm.evaluate.totals import Sums, measures
 from distlm.evaluate.worker import Asked, Said, Worker, default_threads
 from distlm.model.complete import check_prompts, encode_prompts, unheeded
 from distlm.model.find import find_model
@@ -25,6 +24,7 @@ from distlm.progress import Progress
 from distlm.runs import RunFolder
 from distlm.spec import EvaluateSpec
 from distlm.storage import Storage
+from distlm.train.totals import Sums, measures
 
 AHEAD = 2
 """Batches that a worker has been given and has not answered."""

@@ -21,7 +21,6 @@ from distlm.corpus.stream import START
 from distlm.errors import InputError, ServeError
 from distlm.evaluate.labels import Observed, observed
 from distlm.evaluate.task import Labelled, Reader, Rows, Task, check_classifier, with_labels
-from distlm.evaluate.totals import Sums
 from distlm.evaluate.worker import Asked, Said, Scores, said, sums
 from distlm.model.complete import check_prompts
 from distlm.model.find import find_model
@@ -33,6 +32,7 @@ from distlm.serve.guard import read_key
 from distlm.spec import EvaluateSpec
 from distlm.spec.load import nearest
 from distlm.storage import Storage, read_json
+from distlm.train.totals import Sums
 
 PROMPTS = 256
 """Of one request, at most."""

@@ -12,12 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from distlm.corpus import listing
-from distlm.corpus.listing import read_origins
+from distlm.corpus.listing import tells_sources
 from distlm.corpus.manifest import Manifest, manifest_hash, read_manifest
 from distlm.corpus.stream import Windows, silent
-from distlm.corpus.tokenizer import token_bytes
-from distlm.errors import CorpusError, InputError, SpecError
+from distlm.errors import InputError, SpecError
 from distlm.evaluate.tasks import check_answers, read_tasks
 from distlm.model.build import Shape, check_labels, checkpoint_config, has_classifier, labels_of, read_config, settle_kind, skeleton
 from distlm.model.find import find_model
@@ -111,8 +109,6 @@ class Reader:
     def __init__(self, task: Task) -> None:
         self.task, self._batches = task, task.batches
         self._windows = [Windows(part.corpus, task.split) for part in task.parts]
-        self._origins: dict[int, NDArray[np.int32]] = {}
-        self._sizes: dict[int, NDArray[np.int64] | None] = {}
 
     @property
     def end(self) -> int:
@@ -121,44 +117,26 @@ class Reader:
 
     def labelled(self, batch: int) -> Labelled:
         """Raises CorpusError for a corpus that is damaged."""
-        i, part, windows, shards, rows = self._places(batch)
+        part, windows, shards, rows = self._places(batch)
         groups = np.full(len(rows), part.first_group, np.int64)
         if part.by_source:
-            groups += self._sources(i, windows.documents(shards, rows)[:, 0])
+            groups += windows.sources_of(windows.documents(shards, rows)[:, 0])
         return Labelled(part, windows.read(shards, rows)[:, :-1].astype(np.int64), windows.labels(shards, rows).astype(np.int64), groups)
 
-    def _places(self, batch: int) -> tuple[int, Part, Windows, NDArray[np.int64], NDArray[np.int64]]:
-        """(the part's number, the part, its windows, shard and row of each of the batch)"""
+    def _places(self, batch: int) -> tuple[Part, Windows, NDArray[np.int64], NDArray[np.int64]]:
+        """(the part, its windows, shard and row of each of the batch)"""
         i, first, count = self._batches[batch]
         shards, rows = self._windows[i].first(first + count)
-        return i, self.task.parts[i], self._windows[i], shards[first:], rows[first:]
+        return self.task.parts[i], self._windows[i], shards[first:], rows[first:]
 
     def read(self, batch: int) -> Rows:
         """Raises CorpusError for a corpus that is damaged."""
-        i, part, windows, shards, rows = self._places(batch)
+        part, windows, shards, rows = self._places(batch)
         tokens, marks = windows.read(shards, rows).astype(np.int64), windows.marks(shards, rows)
         groups = np.full((len(rows), tokens.shape[1] - 1), part.first_group, dtype=np.int64)
         if part.by_source:
-            groups += self._sources(i, windows.documents(shards, rows)[:, 1:])
-        return Rows(part, tokens, marks, ~silent(marks, part.mask_documents)[:, 1:], groups, self._bytes(i, tokens[:, 1:]))
-
-    def _sources(self, i: int, documents: NDArray[np.int64]) -> NDArray[np.int32]:
-        """The place of the source of each document, by its number."""
-        part = self.task.parts[i]
-        if i not in self._origins:
-            self._origins[i] = read_origins(Path(part.corpus), self.task.split)
-        if documents.max(initial=-1) >= len(self._origins[i]) or self._origins[i].max(initial=-1) >= len(part.sources):
-            raise CorpusError("it lists other documents than the windows hold", where=str(Path(part.corpus) / listing.FILE),
-                              remedy="the file is of another corpus: prepare it again")
-        return self._origins[i][documents]
-
-    def _bytes(self, i: int, targets: NDArray[np.int64]) -> NDArray[np.float64]:
-        """The bytes of each token; where the tokenizer does not tell, what a token of the split has on average."""
-        manifest = self._windows[i].manifest
-        if i not in self._sizes:
-            self._sizes[i] = token_bytes(manifest.tokenizer)
-        sizes, split = self._sizes[i], manifest.splits[self.task.split]
-        return np.full(targets.shape, split.bytes / split.tokens) if sizes is None else sizes[targets].astype(np.float64)
+            groups += windows.sources_of(windows.documents(shards, rows)[:, 1:])
+        return Rows(part, tokens, marks, ~silent(marks, part.mask_documents)[:, 1:], groups, windows.bytes_of(tokens[:, 1:]))
 
 
 def make_task(spec: EvaluateSpec, storage: Storage) -> Task:
@@ -169,7 +147,7 @@ def make_task(spec: EvaluateSpec, storage: Storage) -> Task:
         masked = manifest.best_fit if spec.mask_documents is None else spec.mask_documents
         total = manifest.splits[spec.split].windows
         names = [one.name for one in manifests]
-        by_source = bool(manifest.sources) and (manifest.path / listing.FILE).is_file()
+        by_source = tells_sources(manifest)
         sources = tuple(manifest.source_names) if by_source else (manifest.name,)
         parts.append(Part(str(manifest.path), manifest.name if names.count(manifest.name) == 1 else spec.corpora[i],
                           min(total, spec.windows or total), masked, sources, by_source, sum(len(part.sources) for part in parts)))

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from distlm.errors import EvaluationError
 from distlm.evaluate.labels import Observed, observed
 from distlm.evaluate.task import Reader, Rows, Task
-from distlm.evaluate.totals import Sums, tally
+from distlm.train.totals import Sums, tally
 
 Asked = tuple[list[int], int]
 """(tokens of a text, the place of the first whose probability is asked)"""

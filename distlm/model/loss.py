@@ -38,6 +38,8 @@ class CausalLoss(nn.Module):
     def __init__(self, model: "PreTrainedModel", label_smoothing: float = 0.0, z_loss: float = 0.0) -> None:
         super().__init__()
         self.penalties = (label_smoothing, z_loss)
+        self.observed: TokenScores | None = None
+        """Of the last pass without training, [rows]: what the model says of each token that gives loss."""
         if model.config.model_type in PLAIN_HEADS and isinstance(model.get_output_embeddings(), nn.Linear):
             model.set_output_embeddings(LossHead(model.get_output_embeddings(), self.penalties))
         self.model = model
@@ -48,11 +50,12 @@ class CausalLoss(nn.Module):
         targets: int64[batch, context], IGNORED for a prediction that gives no loss; default: the tokens after the first, all of them.
         positions: int64[batch, context], from 0 in each document, to which attention keeps; default: the whole window is one."""
         inputs, targets, kept = loss_inputs(tokens, targets, positions)
+        self.observed = None if self.training else blank_scores(targets)
         head = self.model.get_output_embeddings()
         if not isinstance(head, LossHead):
             logits = self.model(**inputs).logits.flatten(0, 1)
-            return summed_cross_entropy(logits if kept is None else logits[kept], targets, self.penalties)
-        head.targets, head.kept = targets, kept
+            return summed_cross_entropy(logits if kept is None else logits[kept], targets, self.penalties, self.observed)
+        head.targets, head.kept, head.told = targets, kept, self.observed
         return self.model(**inputs).logits
 
 
@@ -70,7 +73,7 @@ def loss_inputs(tokens: torch.Tensor, targets: torch.Tensor | None, positions: t
 
 
 class TokenScores(NamedTuple):
-    """What a model says of each token that gives loss; 0 where a target is IGNORED. All [batch, context]."""
+    """What a model says of each token that gives loss. All [rows] of those alone, or [batch, context], 0 where a target is IGNORED."""
 
     logprobs: torch.Tensor
     """float32: log p(target), in nats."""
@@ -78,6 +81,12 @@ class TokenScores(NamedTuple):
     """int64: the likeliest token, of equal ones the first."""
     confidences: torch.Tensor
     """float32: the probability of the likeliest token."""
+
+
+def blank_scores(targets: torch.Tensor) -> TokenScores:
+    """A place for what a model says of `targets`, int64[rows]."""
+    logprobs, confidences = (torch.empty(len(targets), dtype=torch.float32, device=targets.device) for _ in range(2))
+    return TokenScores(logprobs, torch.empty_like(targets), confidences)
 
 
 def token_scores(model: "PreTrainedModel", tokens: torch.Tensor, targets: torch.Tensor | None = None,
@@ -123,17 +132,19 @@ class LossHead(nn.Module):
         self.targets: torch.Tensor | None = None
         self.kept: torch.Tensor | None = None
         """The rows of the hidden states that `targets` are for; None for all."""
+        self.told: TokenScores | None = None
+        """Where what is said of each target goes; None where nobody asks."""
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden: [batch, context, width]. Returns the summed cross-entropy of `targets`, a float32 scalar, or logits."""
-        targets, kept, self.targets, self.kept = self.targets, self.kept, None, None
+        targets, kept, told, self.targets, self.kept, self.told = self.targets, self.kept, self.told, None, None, None
         if targets is None:
             assert not self.training, "one set of targets for each pass"
             return functional.linear(hidden, self.weight, self.bias)
         wanted = torch.is_grad_enabled() and (hidden.requires_grad or self.weight.requires_grad)
         rows = hidden.flatten(0, 1)
         return _LinearCrossEntropy.apply(rows if kept is None else rows[kept], self.weight, self.bias, targets, wanted,
-                                         wanted and self.weight.requires_grad, self.penalties)
+                                         wanted and self.weight.requires_grad, self.penalties, told)
 
 
 class ClassifierLoss(nn.Module):
@@ -168,37 +179,50 @@ def label_loss(logits: torch.Tensor, labels: torch.Tensor, multiple: bool, weigh
     return functional.cross_entropy(logits, labels[:, 0], weight=weights, reduction="sum")
 
 
-def summed_cross_entropy(logits: torch.Tensor, targets: torch.Tensor, penalties: tuple[float, float] = (0.0, 0.0)) -> torch.Tensor:
+def summed_cross_entropy(logits: torch.Tensor, targets: torch.Tensor, penalties: tuple[float, float] = (0.0, 0.0),
+                         told: TokenScores | None = None) -> torch.Tensor:
     """Sum of -log softmax(logits)[target], computed in float32 by chunks of rows, the gradient in the same pass.
 
     logits: [rows, vocabulary] of any float type; targets: int64[rows]; penalties: label smoothing and z-loss, which are in the gradient
-    alone. Returns a float32 scalar.
+    alone; told: [rows], where what is said of each target goes. Returns a float32 scalar.
     """
-    return _SummedCrossEntropy.apply(logits, targets, penalties)
+    return _SummedCrossEntropy.apply(logits, targets, penalties, told)
 
 
-def _by_chunks(logits: torch.Tensor, targets: torch.Tensor, gradient: torch.Tensor | None,
-               penalties: tuple[float, float] = (0.0, 0.0)) -> torch.Tensor:
-    """The summed cross-entropy; its gradient, with that of the penalties, goes to `gradient`, which may be `logits`."""
+def _by_chunks(logits: torch.Tensor, targets: torch.Tensor, gradient: torch.Tensor | None, penalties: tuple[float, float] = (0.0, 0.0),
+               told: TokenScores | None = None) -> torch.Tensor:
+    """The summed cross-entropy; its gradient, with that of the penalties, goes to `gradient`, which may be `logits`, and what is said of
+    each target to `told`."""
     rows = max(1, CHUNK_ELEMENTS[device_kind(logits)] // logits.shape[1])
     total = torch.zeros((), dtype=torch.float32, device=logits.device)
     for start in range(0, len(logits), rows):
         part = slice(start, start + rows)
-        value, by_scores = cross_entropy(logits[part].float(), targets[part, None], gradient is not None, penalties)
+        value, by_scores = cross_entropy(logits[part].float(), targets[part, None], gradient is not None, penalties, _part(told, part))
         total += value
         if gradient is not None and by_scores is not None:
             gradient[part] = by_scores
     return total
 
 
-def cross_entropy(scores: torch.Tensor, target: torch.Tensor, wanted: bool, penalties: tuple[float, float] = (0.0, 0.0)) \
-        -> tuple[torch.Tensor, torch.Tensor | None]:
+def _part(told: TokenScores | None, part: slice) -> TokenScores | None:
+    """The place for some of the rows."""
+    return None if told is None else TokenScores(*(one[part] for one in told))
+
+
+def cross_entropy(scores: torch.Tensor, target: torch.Tensor, wanted: bool, penalties: tuple[float, float] = (0.0, 0.0),
+                  told: TokenScores | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The summed cross-entropy of one chunk, and where it is `wanted` its gradient with that of the penalties. scores: float32[rows,
-    vocabulary]; target: int64[rows, 1]."""
+    vocabulary]; target: int64[rows, 1]; told: [rows], where what is said of each target goes."""
     smoothing, z_loss = penalties
     p = torch.softmax(scores, dim=1)
-    log_sum = scores.amax(1, keepdim=True) - p.amax(1, keepdim=True).log()           # the largest p is never too small for a log
-    total = (log_sum - scores.gather(1, target)).sum()
+    surest = p.amax(1, keepdim=True)
+    log_sum = scores.amax(1, keepdim=True) - surest.log()  # the largest p is never too small for a log
+    nats = log_sum - scores.gather(1, target)
+    total = nats.sum()
+    if told is not None:
+        torch.neg(nats[:, 0], out=told.logprobs)
+        told.best.copy_(likeliest(scores))
+        told.confidences.copy_(surest[:, 0])
     if not wanted:
         return total, None
     if z_loss:
@@ -206,6 +230,13 @@ def cross_entropy(scores: torch.Tensor, target: torch.Tensor, wanted: bool, pena
     if smoothing:
         p -= smoothing / p.shape[1]
     return total, p.scatter_add_(1, target, torch.full_like(target, smoothing - 1, dtype=p.dtype))
+
+
+def likeliest(scores: torch.Tensor) -> torch.Tensor:
+    """int64[rows]: the place of the largest score of each row, of equal ones the first."""
+    if scores.device.type == "cpu":                        # by vector instructions, which torch's own does without
+        return torch.from_numpy(scores.detach().numpy().argmax(1))
+    return scores.argmax(1)
 
 
 def device_kind(tensor: torch.Tensor) -> str:
@@ -249,15 +280,16 @@ class _SummedCrossEntropy(torch.autograd.Function):
     """Whole float32 logits cost more time than the products around them: neither they nor their gradient are ever there."""
 
     @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor, penalties: tuple[float, float]) -> torch.Tensor:
+    def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor, penalties: tuple[float, float],
+                told: TokenScores | None) -> torch.Tensor:
         gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
         ctx.save_for_backward(gradient)
-        return _by_chunks(logits, targets, gradient, penalties)
+        return _by_chunks(logits, targets, gradient, penalties, told)
 
     @staticmethod
-    def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return scaled(gradient, outputs[0], gradient.dtype), None, None
+        return scaled(gradient, outputs[0], gradient.dtype), None, None, None
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -265,14 +297,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor,
-                wanted: bool, trained: bool, penalties: tuple[float, float]) -> torch.Tensor:
+                wanted: bool, trained: bool, penalties: tuple[float, float], told: TokenScores | None) -> torch.Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         ctx.save_for_backward(*linear_by_blocks(hidden, weight, bias, total, wanted, trained, lambda part, logits, gradient: _by_chunks(
-            logits, targets[part], gradient, penalties)))
+            logits, targets[part], gradient, penalties, _part(told, part))))
         ctx.dtype = weight.dtype
         return total
 
     @staticmethod
     def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden, weight, bias = (None if one is None else scaled(one, outputs[0], ctx.dtype) for one in ctx.saved_tensors)
-        return hidden, weight, bias, None, None, None, None
+        return hidden, weight, bias, None, None, None, None, None

@@ -14,10 +14,13 @@ from distlm.runs.page import write_page
 
 WIDTH, HEIGHT, MARGIN = 640, 200, 6
 MAX_POINTS = 400
-CURVES = {"Loss": ("loss", "val_loss"), "Tokens per second": ("tokens_per_s",), "Learning rate": ("lr",), "Gradient norm": ("grad_norm",),
-          "Model FLOPs utilization": ("mfu",), "Accuracy and macro F1": ("accuracy", "f1_macro"),
-          "Reward margin": ("reward_margin", "val_reward_margin"), "Reward accuracy": ("reward_accuracy", "val_reward_accuracy")}
-"""Title -> the values of metrics.jsonl that it shows, in nats per token or document the loss."""
+BY_SOURCE = "Validation loss by corpus and source"
+CURVES = {"Loss": ("loss", "val_loss"), BY_SOURCE: (), "Perplexity": ("val_perplexity",), "Bits per byte": ("val_bits_per_byte",),
+          "Next-token accuracy": ("val_accuracy",), "Calibration error": ("val_ece",), "Accuracy and macro F1": ("accuracy", "f1_macro"),
+          "Reward margin": ("reward_margin", "val_reward_margin"), "Reward accuracy": ("reward_accuracy", "val_reward_accuracy"),
+          "Tokens per second": ("tokens_per_s",), "Learning rate": ("lr",), "Gradient norm": ("grad_norm",),
+          "Model FLOPs utilization": ("mfu",)}
+"""Title -> the values of metrics.jsonl that it shows, in nats per token or document the loss. By source they are those that there are."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,9 @@ def facts(records: list[dict[str, Any]]) -> list[tuple[str, str]]:
     speeds = sorted(record["tokens_per_s"] for record in records if "tokens_per_s" in record)
     saves, stalls = (sorted(record[key] for record in records if key in record) for key in ("checkpoint_s", "checkpoint_stall_s"))
     shown = [("steps", last.get("step"), ",.0f"), ("tokens", last.get("tokens"), ",.0f"), ("loss", last.get("loss"), ".4f"),
-             ("validation loss", last.get("val_loss"), ".4f"), ("accuracy", last.get("accuracy"), ".2%"),
+             ("validation loss", last.get("val_loss"), ".4f"), ("perplexity", last.get("val_perplexity"), ",.2f"),
+             ("bits per byte", last.get("val_bits_per_byte"), ".4f"), ("next-token accuracy", last.get("val_accuracy"), ".2%"),
+             ("calibration error", last.get("val_ece"), ".2%"), ("accuracy", last.get("accuracy"), ".2%"),
              ("macro F1", last.get("f1_macro"), ".4f"), ("ROC AUC", last.get("roc_auc"), ".4f"),
              ("tokens/s", speeds[len(speeds) // 2] if speeds else None, ",.0f"),
              ("MFU", last.get("mfu"), ".1%"), ("seconds of a checkpoint", saves[len(saves) // 2] if saves else None, ".3g"),
@@ -144,8 +149,11 @@ def _matrix(title: str, labels: tuple[str, ...], counts: list[list[int]]) -> Mat
 
 def curve(title: str, records: list[dict[str, Any]]) -> Curve | None:
     """The lines of a title; None where no record has a value."""
-    found = {key: [(int(record["step"]), float(record[key])) for record in records
-                   if record.get(key) is not None and math.isfinite(record[key])] for key in CURVES[title]}
+    found: dict[str, list[tuple[int, float]]] = {key.replace("_", " "): [] for key in CURVES[title]}
+    for record in records:
+        for name, value in _values(title, record).items():
+            if value is not None and math.isfinite(value):
+                found.setdefault(name, []).append((int(record["step"]), float(value)))
     found = {key: points for key, points in found.items() if points}
     if not found:
         return None
@@ -162,5 +170,12 @@ def curve(title: str, records: list[dict[str, Any]]) -> Curve | None:
     for key, points in found.items():
         stride = max(1, math.ceil(len(points) / MAX_POINTS))
         kept = points[::stride] + (points[-1:] if (len(points) - 1) % stride else [])
-        lines.append((key.replace("_", " "), "M" + " L".join(place(*point) for point in kept), f"{points[-1][1]:.6g}"))
+        lines.append((key, "M" + " L".join(place(*point) for point in kept), f"{points[-1][1]:.6g}"))
     return Curve(title, tuple(lines), f"{low:.4g}", f"{high:.4g}", first, last)
+
+
+def _values(title: str, record: dict[str, Any]) -> dict[str, float | None]:
+    """What a record has for the lines of a title, by their names."""
+    if title == BY_SOURCE:
+        return {name: one["loss"] for name, one in record.get("val_by_source", {}).items()}
+    return {key.replace("_", " "): record.get(key) for key in CURVES[title]}

@@ -27,6 +27,7 @@ from distlm.serve.engine import Classifier, Engine, EngineFailed, EngineFull, No
 from distlm.serve.fields import OFF, ChatRequest, ClassifyRequest, CompletionRequest, Sampling
 from distlm.serve.guard import Guard, proof
 from distlm.serve.metrics import Metrics
+from distlm.serve.text import HALF_PAIR, has_half_pair
 
 RULES = {"input": "must be a string, a list of strings, a list of token ids, or a list of lists of token ids, and not an empty list",
          "prompt": "must be a string, a list of strings, a list of token ids, or a list of lists of token ids, and not an empty list",
@@ -104,12 +105,13 @@ def create_app(engine: Engine | Classifier, card: Card, key: str, metrics: Metri
             raise Refused(400, f"{card.id!r} is a language model and no classifier; use /v1/completions", param="model",
                           code="no_classifier")
         texts = [await classified_tokens(engine, text) for text in body.texts]
-        found = await engine.classify(texts, body.use_activation)
+        found = await engine.classify([ids for ids, _ in texts], body.use_activation)
         told, even = ("probabilities", 0.5) if body.use_activation else ("logits", 0.0)
         return JSONResponse({"object": "list", "model": card.id, "data": [
             {"index": i, "label": None if engine.multiple else max(values, key=lambda name: values[name]),
              "labels": [name for name, value in values.items() if value > even] if engine.multiple else None,
-             told: values} for i, values in enumerate(found)], "usage": usage(sum(map(len, texts)), 0)})
+             told: values, **({"truncated": True} if texts[i][1] else {})} for i, values in enumerate(found)],
+             "usage": usage(sum(len(ids) for ids, _ in texts), 0)})
 
     def language_model() -> Engine:
         if isinstance(engine, Classifier):
@@ -203,19 +205,21 @@ def known_tokens(engine: Engine | Classifier, ids: list[int], param: str) -> lis
     return ids
 
 
-async def classified_tokens(engine: Classifier, text: str | list[int]) -> list[int]:
-    """Token ids of a text as documents were trained on. Raises Refused for one that is empty or too long."""
+async def classified_tokens(engine: Classifier, text: str | list[int]) -> tuple[list[int], bool]:
+    """Token ids of a text as documents were trained on, and whether it was cut for that, as token ids never are. Raises Refused for one
+    that is empty, or too long where documents were not cut."""
     if isinstance(text, str):
         encodable(text, "input")
-        ids = await asyncio.to_thread(engine.encode, text)
+        whole = await asyncio.to_thread(engine.encode, text)
+        ids = whole[:engine.cut_tokens]
     else:
-        ids = known_tokens(engine, text, "input")
+        ids = whole = known_tokens(engine, text, "input")
     if not ids:
         raise Refused(400, "input: an empty text has no label", param="input")
     if len(ids) > engine.context:
         raise Refused(400, f"this model's maximum context length is {engine.context} tokens, and a text has {len(ids)}; shorten it",
                       param="input", code="context_length_exceeded")
-    return ids
+    return ids, len(ids) < len(whole)
 
 
 async def chat_tokens(tokenizer: Any, body: ChatRequest) -> list[int]:
@@ -233,11 +237,9 @@ async def chat_tokens(tokenizer: Any, body: ChatRequest) -> list[int]:
 
 
 def encodable(text: str, param: str) -> None:
-    """Raises Refused for half a surrogate pair, which JSON can carry and no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise Refused(400, f"{param}: the text holds half a surrogate pair, which is no character", param=param) from None
+    """Raises Refused for half a surrogate pair."""
+    if has_half_pair(text):
+        raise Refused(400, f"{param}: {HALF_PAIR}", param=param)
 
 
 async def whole(chunks: AsyncIterator[tuple[int, Any]], num_choices: int, num_prompt: int, writer: Completion) -> dict[str, Any]:

@@ -9,13 +9,14 @@ import logging
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoTokenizer
 
-from distlm.errors import ServeError
+from distlm.errors import InputError
 from distlm.model.build import load_model
 from distlm.model.vocabulary import vocabulary_hash
 from distlm.serve.engine import EngineFailed, EngineFull, NoMemory
@@ -30,7 +31,7 @@ log = logging.getLogger(__name__)
 
 class TorchClassifier:
     """A model that says which labels texts have. A thread of its own computes one request at a time; where more than `max_queued` would
-    wait, they are refused. Raises InputError where the model cannot be loaded, ServeError for one that does not know its padding."""
+    wait, they are refused. Raises InputError where the model cannot be loaded, or not be asked."""
 
     def __init__(self, folder: str | Path, *, dtype: str = "auto", device: str | None = None, threads: int | None = None,
                  max_sequences: int = 8, max_queued: int = 64, metrics: Metrics | None = None) -> None:
@@ -40,14 +41,13 @@ class TorchClassifier:
         self.model: Any = model.to(self.device).eval()
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         config = self.model.config
+        check_classifier(config, str(folder))
         self.context, self.vocabulary = context_of(config), int(self.model.get_input_embeddings().num_embeddings)
         self.vocabulary_hash = vocabulary_hash(Path(folder))
         self.labels = [str(config.id2label[i]) for i in range(config.num_labels)]
-        self.cleaning = recorded_cleaning(Path(folder))
+        self.reading = recorded_reading(Path(folder))
+        self.cut_tokens = self.reading.cut_tokens
         self.multiple = config.problem_type == "multi_label_classification"
-        if config.get_text_config().pad_token_id is None:
-            raise ServeError("the classifier's config.json names no pad_token_id, with which texts are filled up", where=str(folder),
-                             cause="bad_input", remedy="add it: the token that texts never hold, such as the end token")
         self.pad: int = config.get_text_config().pad_token_id
         self.metrics, self.max_sequences, self.max_queued = metrics or Metrics(), max_sequences, max_queued
         self._thread = ThreadPoolExecutor(1, "classifier", *((torch.set_num_threads, (threads,)) if threads else ()))
@@ -66,9 +66,7 @@ class TorchClassifier:
 
     def encode(self, text: str) -> list[int]:
         """See `engine.Classifier`."""
-        if self.cleaning:
-            text = clean(text, self.cleaning).text
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        ids: list[int] = self.tokenizer(self.reading.cleaned(text), add_special_tokens=False, split_special_tokens=True)["input_ids"]
         return ids
 
     async def classify(self, texts: Sequence[Sequence[int]], activation: bool = True) -> list[dict[str, float]]:
@@ -120,17 +118,44 @@ class TorchClassifier:
         return found
 
 
-def recorded_cleaning(folder: Path) -> Clean | None:
-    """What documents were cleaned by, as the export's distlm.json tells; None where it does not. Raises ServeError for what are no such
-    rules, InputError where they need a library that is not installed."""
+@dataclass(frozen=True)
+class Reading:
+    """What a classifier's documents were made by of texts."""
+
+    clean: Clean | None = None
+    cut_tokens: int | None = None
+    """Tokens to which longer documents were cut; None where there were none."""
+
+    def cleaned(self, text: str) -> str:
+        return clean(text, self.clean).text if self.clean else text
+
+
+def recorded_reading(folder: Path) -> Reading:
+    """As the export's distlm.json tells. Raises InputError for what are no such rules, and where they need a library that is not
+    installed."""
     told = folder / "distlm.json"
-    rules = read_json(told).get("clean") if told.is_file() else None
-    if rules is None:
-        return None
+    record = read_json(told) if told.is_file() else {}
+    rules, cut = record.get("clean"), record.get("cut_tokens")
+    if cut is not None and (type(cut) is not int or cut < 1):
+        raise InputError(f"cut_tokens: {cut!r} is no number of tokens", where=str(told), remedy="copy the export again, or leave it out")
     try:
-        found = Clean.model_validate(rules)
+        found = None if rules is None else Clean.model_validate(rules)
     except ValueError:
-        raise ServeError(f"clean: {rules} are no rules of cleaning", where=str(told), cause="bad_input",
+        raise InputError(f"clean: {rules} are no rules of cleaning", where=str(told),
                          remedy="copy the export again, or leave clean out") from None
-    clean("é", found)                                      # not ASCII: that would need no library
-    return found
+    if found:
+        clean("é", found)                                  # not ASCII: that would need no library
+    return Reading(found, cut)
+
+
+def check_classifier(config: Any, where: str) -> None:
+    """Raises InputError for the configuration of a model that gives one number and no label, and for one that does not know its padding."""
+    multiple = config.problem_type == "multi_label_classification"
+    if config.problem_type == "regression" or (config.num_labels < 2 and not multiple):
+        raise InputError("it gives a text a number and tells no labels apart" if config.problem_type == "regression" else
+                         "it has one label, which every text would have", where=where,
+                         remedy="take a classifier of two labels or more, or set problem_type: multi_label_classification in its "
+                                "config.json if texts may have any number")
+    if config.get_text_config().pad_token_id is None:
+        raise InputError("the classifier's config.json names no pad_token_id, with which texts are filled up", where=where,
+                         remedy="add it: the token that texts never hold, such as the end token")

@@ -40,14 +40,16 @@ def query(url: str, api_key: str, prompt: str, max_tokens: int | None = None, *,
 
 
 def classify(url: str, api_key: str, texts: Sequence[str], *, model: str | None = None, timeout_s: float = 600) -> list[dict[str, Any]]:
-    """What a classifier says of each text: `label`, or where a text may have several `labels`, and the `probabilities` by label.
+    """What a classifier says of each text: `label`, or where a text may have several `labels`, and the `probabilities` by label; and
+    whether the text was `truncated`, as documents were.
 
     Raises ServeError where the endpoint cannot be reached or refuses.
     """
     with _asking(url, api_key, timeout_s) as (http, base):
         answer = http.post(f"{base}/classify", json={"model": model or _first_model(http, base), "input": list(texts)})
         _accept(answer, base)
-        return [{key: one[key] for key in ("label", "labels", "probabilities")} for one in answer.json()["data"]]
+        return [{**{key: one[key] for key in ("label", "labels", "probabilities")}, "truncated": bool(one.get("truncated"))}
+                for one in answer.json()["data"]]
 
 
 def healthy(endpoint: Mapping[str, Any]) -> bool:

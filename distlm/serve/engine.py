@@ -85,6 +85,8 @@ class Classifier(Protocol):
     labels: list[str]
     multiple: bool
     """Whether a text may have any number of labels."""
+    cut_tokens: int | None
+    """Tokens to which documents were cut, and longer texts are; None where these are refused."""
 
     def encode(self, text: str) -> list[int]:
         """The tokens that a document of this text was trained on as: cleaned as that was, and without special tokens."""

@@ -6,6 +6,17 @@ from typing import Any
 CONTEXT_TOKENS = 5
 """Tokens of the prompt that are decoded along: some tokenizers write a token differently at the start of a text."""
 
+HALF_PAIR = "the text holds half a surrogate pair, which is no character"
+
+
+def has_half_pair(text: str) -> bool:
+    """Whether a text holds half a surrogate pair, which JSON and a shell can carry and no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
 
 class TextStream:
     """Feed tokens, get text. What all calls return together is the text of all tokens, cut before the first stop string."""

@@ -107,7 +107,8 @@ class Scale(Part):
 
 
 class Evaluate(Part):
-    """Validation loss during training."""
+    """Validation loss during training, and beside it what the objective measures: of a language model perplexity, bits per byte, accuracy
+    and calibration error of the next token, in all and of each corpus and source."""
 
     every_steps: Annotated[int | None, Field(ge=1)] = None
     """Default: a tenth of the run. The first and the last step always evaluate."""
@@ -141,8 +142,8 @@ class Checkpoints(Part):
     keep_best: Annotated[int, Field(ge=0)] = 0
     """So many with the lowest val_loss are kept beside the newest; every checkpoint is then evaluated before it is saved."""
     average: Annotated[int, Field(ge=1)] = 1
-    """The newest ones whose mean is exported, in fp32; distlm.json in the export has its own val_loss then, and metrics.jsonl the last
-    step's. 1 exports the last step."""
+    """The newest ones whose mean is exported, in fp32. It is evaluated as the run's model: metrics.jsonl has a second record of the last
+    step, with their names as `averaged`. 1 exports the last step."""
 
     @model_validator(mode="after")
     def _kept(self) -> "Checkpoints":

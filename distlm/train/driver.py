@@ -309,15 +309,12 @@ def outcome(recipe: Recipe, folder: RunFolder) -> dict[str, Any]:
     if not steps:
         raise TrainError("the run has no metrics", where=str(folder.path / "metrics.jsonl"), cause="storage")
     speeds = sorted(r["tokens_per_s"] for r in steps)
-    val_loss = values[-1]["val_loss"] if values else None
-    is_language = recipe.spec.objective in ("pretrain", "sft", "distill")
+    last = values[-1] if values else {}
     return {"": str(folder.path), "export": str(folder.path / "export"), "parameters": recipe.parameters, "steps": recipe.num_steps,
             "tokens": recipe.tokens(recipe.num_steps), "loss_first": steps[0]["loss"], "loss_last": steps[-1]["loss"],
-            "val_loss_first": values[0]["val_loss"] if values else None, "val_loss": val_loss,
-            "perplexity": math.exp(min(val_loss, 700)) if val_loss is not None and is_language else None,
-            "bits_per_byte": val_loss / math.log(2) / recipe.val_bytes_per_token if val_loss is not None and is_language else None,
-            **{key: values[-1].get(key) if values else None for key, metric in objective_of(recipe.spec).METRICS.items()
-               if metric.evaluated and key != "val_loss"},
+            "val_loss_first": values[0]["val_loss"] if values else None,
+            "perplexity": last.get("val_perplexity"), "bits_per_byte": last.get("val_bits_per_byte"),
+            **{key: last.get(key) for key, metric in objective_of(recipe.spec).METRICS.items() if metric.evaluated},
             "tokens_per_s": speeds[len(speeds) // 2],
             **({"skipped_steps": skipped} if (skipped := sum("skipped" in r for r in steps)) or recipe.spec.precision == "fp16" else {}),
             "checkpoint": checkpoint.checkpoint_path(folder.path, recipe.num_steps).name}

@@ -1,6 +1,7 @@
 """Validation loss, and what else the objective measures, over the same windows every time, divided over the ranks."""
 
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -9,10 +10,23 @@ from torch import distributed
 from transformers import AutoTokenizer
 
 from distlm.corpus.stream import Windows, joined
+from distlm.errors import TrainError
 from distlm.model.complete import complete
-from distlm.train.batch import Batch
+from distlm.model.loss import IGNORED, TokenScores, blank_scores
+from distlm.train.batch import Batch, TokenBatch
 from distlm.train.objectives import objective_of
 from distlm.train.recipe import Recipe, manifest_of, read_prompts
+from distlm.train.totals import BINS, tally
+
+
+class Predictions(NamedTuple):
+    """The tokens of this rank's windows that give loss, in the order in which the model is asked of them, all [tokens]."""
+
+    targets: NDArray[np.int64]
+    sizes: NDArray[np.float64]
+    """The bytes of each."""
+    groups: NDArray[np.int64]
+    """The corpus, or where it tells several the source of each, by its number among those of `recipe.val`."""
 
 
 class Evaluator:
@@ -23,7 +37,9 @@ class Evaluator:
         self._objective, self._rank = objective_of(recipe.spec), rank
         self._batches: list[tuple[int, Batch]] = []
         """Each with its part: no batch holds windows of two corpora."""
-        readers = recipe.spec.data_workers
+        self._predictions: list[Predictions] = []
+        """Where the objective measures each token: of each batch."""
+        readers, first_group = recipe.spec.data_workers, 0
         for i, part in enumerate(recipe.val):
             windows = Windows(part.corpus, "val", recipe.spec.fold)
             shards, rows = (places[rank // recipe.group::readers] for places in windows.first(part.windows))
@@ -31,18 +47,35 @@ class Evaluator:
                           windows.labels(shards, rows) if recipe.shape.labels else None).astype(np.int64)
             size = recipe.micro_sequences
             rounds = -(-part.windows // (size * readers))
-            self._batches += [(i, self._make(mine[j * size:(j + 1) * size], rank, device)) for j in range(rounds)]
+            batches = [self._make(mine[j * size:(j + 1) * size], rank, device) for j in range(rounds)]
+            self._batches += [(i, batch) for batch in batches]
+            if self._objective.BY_TOKEN:
+                groups = np.full((len(rows), recipe.shape.context), first_group)
+                if part.sources:
+                    groups += windows.sources_of(windows.documents(shards, rows)[:, 1:])
+                self._predictions += [self._predict(batch, groups[j * size:(j + 1) * size], windows) for j, batch in enumerate(batches)]
+                first_group += max(1, len(part.sources))
             self._idle = self._make(np.zeros((1, *mine.shape[1:]), np.int64), rank, device)
+        self._num_groups = first_group
         self._device = device
         self._prompts = read_prompts(recipe)
 
     def _make(self, rows: NDArray[np.int64], rank: int, device: torch.device) -> Batch:
         return self._objective.make_batch(rows, self._recipe, device).part(*self._recipe.part(rank))
 
+    def _predict(self, batch: Batch, groups: NDArray[np.int64], windows: Windows) -> Predictions:
+        """groups: [windows, context], of whole windows."""
+        assert isinstance(batch, TokenBatch)
+        targets = (batch.tokens[:, 1:] if batch.targets is None else batch.targets).cpu().numpy()
+        index, parts = self._recipe.part(self._rank)
+        kept, size = targets != IGNORED, groups.shape[1] // parts
+        return Predictions(targets[kept], windows.bytes_of(targets[kept]), groups[:, index * size:(index + 1) * size][kept])
+
     @torch.no_grad()
-    def measure(self, engine: Any) -> dict[str, Any]:
-        """`val_loss`, the mean per target, in nats, of a mixture the mean by its shares, and on rank 0 what the objective measures beside
-        it; empty without a validation window."""
+    def measure(self, engine: Any, done: int) -> dict[str, Any]:
+        """`val_loss` after `done` steps, the mean per target, in nats, of a mixture the mean by its shares, with that of each corpus under
+        `val_by_source`, and on rank 0 what the objective measures beside it; empty without a validation window. Raises TrainError, on all
+        ranks, where the loss is not finite."""
         if not self._parts and not self._prompts:
             return {}
         engine.eval()
@@ -50,27 +83,43 @@ class Evaluator:
         if not self._parts:
             engine.train()
             return samples
-        observed: list[NDArray[np.float32]] = []
+        observed = []
         totals = torch.zeros(2, len(self._parts), dtype=torch.float64, device=self._device)
         for i, batch in self._batches:                     # a rank that has run out still takes part: ZeRO-3 gathers in each call
             value = engine(*(batch if batch.sequences else self._idle).inputs)
             if batch.sequences:
                 totals[0, i] += value.double()
                 totals[1, i] += batch.num_targets()
-                if hasattr(engine.module, "observed"):
-                    observed.append(engine.module.observed.cpu().numpy())
+                observed.append(engine.module.observed)
         engine.train()
         distributed.all_reduce(totals)
         means = [total / count for total, count in zip(*totals.tolist(), strict=True)]
         val_loss = sum(part.share * mean for part, mean in zip(self._parts, means, strict=True))
-        if not hasattr(engine.module, "observed"):
-            return {"val_loss": val_loss, **samples}
-        everyone: list[list[NDArray[np.float32]] | None] | None = [None] * distributed.get_world_size() if self._rank == 0 else None
-        distributed.gather_object(observed, everyone)
-        if everyone is None:
-            return {"val_loss": val_loss, **samples}
-        seen = [one for found in everyone[::self._recipe.group] for one in found or ()]
-        return {"val_loss": val_loss, **self._objective.measure(np.concatenate(seen), self._recipe), **samples}
+        if not math.isfinite(val_loss):
+            of = ", ".join(part.name for part, mean in zip(self._parts, means, strict=True) if not math.isfinite(mean))
+            raise TrainError(f"the validation loss is {val_loss} {f'after step {done}' if done else 'before the first step'}, on windows "
+                             f"of {of}", cause="nonfinite_loss", remedy="lower optimizer.lr, or look at these windows")
+        by_corpus = {part.name: {"loss": mean} for part, mean in zip(self._parts, means, strict=True)} if len(means) > 1 else {}
+        seen = self._summed(observed) if self._objective.BY_TOKEN else self._gathered(observed)
+        measured = {} if seen is None else self._objective.measure(seen, self._recipe)
+        return {"val_loss": val_loss, **({"val_by_source": by_corpus} if by_corpus else {}), **measured, **samples}
+
+    def _gathered(self, observed: list[torch.Tensor]) -> NDArray[np.float32] | None:
+        """What was observed of the samples of all ranks, on rank 0. All ranks take part."""
+        everyone: list[Any] | None = [None] * distributed.get_world_size() if self._rank == 0 else None
+        distributed.gather_object([one.cpu().numpy() for one in observed], everyone)
+        return None if everyone is None else np.concatenate([one for found in everyone[::self._recipe.group] for one in found])
+
+    def _summed(self, observed: list[TokenScores]) -> NDArray[np.float64] | None:
+        """The sums over the tokens of all ranks, on rank 0; ranks that have the same ones count as many times, which no mean shows. All
+        ranks take part."""
+        none = blank_scores(torch.zeros(0, dtype=torch.int64, device=self._device))
+        scores = TokenScores(*(torch.cat(each) for each in zip(none, *observed, strict=True)))
+        logprobs, best, confidences = (one.cpu().numpy() for one in scores)
+        targets, sizes, groups = (np.concatenate(each) for each in zip(*self._predictions, strict=True))
+        sums = torch.from_numpy(tally(logprobs, best, confidences, targets, sizes, groups, self._num_groups, BINS)).to(self._device)
+        distributed.all_reduce(sums)
+        return sums.cpu().numpy() if self._rank == 0 else None
 
     def _complete(self, engine: Any) -> list[dict[str, str]]:
         """What the model adds to each prompt, uncompiled: lengths change with every token. Empty where another rank tells."""

@@ -101,7 +101,7 @@ def fit(recipe: Recipe, folder: RunFolder, steps: Iterator[NDArray[np.int64]], *
     guard = SpikeGuard(spec.guard.spike, checkpoint.recent_losses(resume_from) if resume_from else [])
     evaluator = Evaluator(recipe, rank, device)
     writer = MetricsWriter(folder, recipe, first_step) if rank == 0 and not look else None
-    measured = evaluator.measure(engine) if first_step == 0 and not look else {}
+    measured = evaluator.measure(engine, 0) if first_step == 0 and not look else {}
     if first_step == 0 and writer:
         writer.start(measured)
     with Watchdog(folder.path, rank, spec.guard.step_timeout_s) as dog, Saver(engine, recipe, folder.path, rank) as saver:
@@ -133,7 +133,7 @@ def fit(recipe: Recipe, folder: RunFolder, steps: Iterator[NDArray[np.int64]], *
             due = done % recipe.checkpoint_every == 0 or done == recipe.num_steps
             if done % recipe.evaluate_every == 0 or done == recipe.num_steps or (due and spec.checkpoint.keep_best):
                 with exported_weights(engine, ema), phases("evaluate"):
-                    measured = evaluator.measure(engine)
+                    measured = evaluator.measure(engine, done)
             taken = {"step_s": seconds, **phases.taken()}  # on every rank: what a GPU has timed is held until then
             if writer:
                 writer.step(done, result, rate, taken, measured, loss_scale(engine), saver.done())
@@ -149,7 +149,10 @@ def fit(recipe: Recipe, folder: RunFolder, steps: Iterator[NDArray[np.int64]], *
             return
         mean = {}
         if spec.checkpoint.average > 1:
-            mean = {"averaged": take_mean(engine, folder.path, recipe, rank), "val_loss": evaluator.measure(engine).get("val_loss")}
+            mean = {"averaged": take_mean(engine, folder.path, recipe, rank)}
+            measured = evaluator.measure(engine, recipe.num_steps)
+            if writer:
+                writer.average(mean["averaged"], measured)
         with exported_weights(engine, ema):
             weights = gather_weights(engine, rank, trained=spec.adapter is not None)
         if rank == 0:
@@ -302,11 +305,14 @@ def export_lineage(recipe: Recipe, folder: RunFolder) -> dict[str, Any]:
     return {"run": folder.path.parent.parent.name if trial else folder.name, "trial": folder.name if trial else None,
             "corpus": ", ".join(Path(corpus).name for corpus in recipe.corpora), "corpus_hash": recipe.corpus_hash,
             "step": recipe.num_steps, "checkpoint": checkpoint.checkpoint_path(folder.path, recipe.num_steps).name,
-            "val_loss": last.get("val_loss"), **teacher, **({"clean": cleaning} if (cleaning := _cleaning(recipe)) else {})}
+            "val_loss": last.get("val_loss"), **teacher, **(_reading(recipe) if recipe.shape.labels else {})}
 
 
-def _cleaning(recipe: Recipe) -> dict[str, Any]:
-    """What a classifier's endpoint is to make of a text first, so that it has the tokens of a document of that text: the rules of `clean`
-    that all of them passed. Empty for a language model, which is sent beginnings, and where a corpus does not tell."""
-    rules = [read_manifest(corpus).cleaning for corpus in recipe.corpora] if recipe.shape.labels else []
-    return common([one for each in rules for one in each]) if rules and all(rules) else {}
+def _reading(recipe: Recipe) -> dict[str, Any]:
+    """What a classifier's endpoint is to make of a text first, so that it has the tokens of a document of that text: `clean`, the rules
+    that all documents passed, unless a corpus does not tell, and `cut_tokens`, to which longer ones were cut, if they were in all corpora.
+    A language model is sent beginnings."""
+    manifests = [read_manifest(corpus) for corpus in recipe.corpora]
+    rules = [one.cleaning for one in manifests]
+    return {**({"clean": common([one for each in rules for one in each])} if all(rules) else {}),
+            **({"cut_tokens": recipe.shape.context} if all(one.cuts for one in manifests) else {})}

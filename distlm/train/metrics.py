@@ -1,5 +1,6 @@
 """What rank 0 writes while it trains: metrics.jsonl and TensorBoard."""
 
+import re
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -51,6 +52,12 @@ class MetricsWriter:
             self._folder.metrics({"step": 0, **measured, "time": time.time()})
             self._show(measured, 0)
 
+    def average(self, checkpoints: list[str], measured: dict[str, Any]) -> None:
+        """Record what is `measured` of the mean of the last checkpoints, which is the run's model: a second record of the last step."""
+        if measured:
+            self._folder.metrics({"step": self._recipe.num_steps, "averaged": checkpoints, **measured, "time": time.time()})
+            self._show(measured, self._recipe.num_steps)
+
     def step(self, done: int, result: StepResult, rate: float, phases: dict[str, float], measured: dict[str, Any],
              loss_scale: float | None = None, save: Save | None = None) -> None:
         """Record a step: its loss, the gradient's norm before clipping, tokens that gave loss where not all do; of a spike the limit that
@@ -91,6 +98,8 @@ class MetricsWriter:
         for name, value in measured.items():
             if isinstance(value, int | float):
                 self._board.add_scalar("loss/val" if name == "val_loss" else f"val/{name.removeprefix('val_')}", value, done)
+        for name, value in by_source(measured).items():
+            self._board.add_scalar(name, value, done)
 
     def _memory(self) -> int:
         """Of rank 0: the most that its GPU has held, or what the process holds now."""
@@ -100,6 +109,12 @@ class MetricsWriter:
 
     def close(self) -> None:
         self._board.close()
+
+
+def by_source(record: dict[str, Any]) -> dict[str, float]:
+    """What a record has of each corpus and source, as `val_loss/CORPUS/SOURCE`, in characters that TensorBoard and MLflow take."""
+    return {re.sub(r"[^\w./ -]", "_", f"val_{name}/{source.replace(': ', '/')}"): value
+            for source, found in record.get("val_by_source", {}).items() for name, value in found.items()}
 
 
 def worker_peak(precision: str) -> float | None:

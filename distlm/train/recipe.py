@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from distlm.corpus.folds import folded
+from distlm.corpus.listing import tells_sources
 from distlm.corpus.manifest import Manifest, manifest_hash, read_manifest
 from distlm.corpus.mix import Mix
 from distlm.corpus.stream import BatchSizes, Plan, Windows, silent
-from distlm.corpus.tokenizer import token_bytes
 from distlm.errors import InputError, SpecError
 from distlm.model.adapter import adapter_sizes
 from distlm.model.build import Shape, model_config, parameter_sizes, recompute, skeleton
@@ -46,6 +46,11 @@ class ValPart:
     """The first so many are evaluated."""
     share: float
     """What their mean loss counts for; all shares add up to 1."""
+    name: str
+    """That of the corpus; of several of one name, its folder."""
+    sources: tuple[str, ...] = ()
+    """The names of its sources by their places, where each is measured by itself: those of a language model's tokens, if there are
+    several."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +73,6 @@ class Recipe:
     checkpoint_every: int
     val: tuple[ValPart, ...]
     """Empty where there are no validation windows."""
-    val_bytes_per_token: float
-    """UTF-8 bytes that a validation token which gives loss stands for."""
     mix: Mix | None = None
     """Which corpus gives which sample, where the spec names a mixture."""
     mask_documents: bool = False
@@ -216,7 +219,7 @@ def make_recipe(spec: TrainSpec, storage: Storage) -> Recipe:
         check_sequence(config, context, spec.sharding.sequence_parallel)
     recipe = Recipe(spec, str(manifest.path), mixture_hash(spec, manifests), shape, sum({**sizes, **trained}.values()), sequences,
                     micro, steps, spec.evaluate.every_steps or max(1, steps // 10),
-                    spec.checkpoint.every_steps or max(1, min(1000, steps // 4)), (), 0.0,
+                    spec.checkpoint.every_steps or max(1, min(1000, steps // 4)), (),
                     make_mix(spec, manifests, batches.before(steps)), masked, masked or padded,
                     config_flops(config, sizes, context, trained if spec.adapter else None) + taught, warmup)
     if spec.checkpoint.average > (saved := math.ceil(steps / recipe.checkpoint_every)):
@@ -238,9 +241,10 @@ def make_recipe(spec: TrainSpec, storage: Storage) -> Recipe:
         why, remedy = without_val(manifests)
         where = "checkpoint.keep_best" if spec.evaluate == Evaluate() else "evaluate"
         raise InputError(f"there is nothing to evaluate on: {why}", where=where, remedy=f"leave it out, or {remedy}")
-    of = {str(one.path): one for one in manifests}
-    per_token = sum(part.share * _bytes_per_token(recipe, part, of[part.corpus]) for part in parts) if parts else 0.0
-    return replace(recipe, val=parts, val_bytes_per_token=per_token)
+    if recipe.marked:
+        for part in parts:
+            check_targets(part, recipe.mask_documents)
+    return replace(recipe, val=parts)
 
 
 def inputs_of(spec: TrainSpec, storage: Storage) -> dict[str, Any]:
@@ -332,7 +336,10 @@ def val_parts(recipe: Recipe, manifests: list[Manifest]) -> tuple[ValPart, ...]:
         return ()
     shares = shares / shares.sum()
     wanted = np.maximum(1, np.floor(shares * recipe.spec.evaluate.max_windows)).astype(int)
-    return tuple(ValPart(str(manifest.path), int(min(want, has)), float(share))
+    names, by_token = [manifest.name for manifest in manifests], objective_of(recipe.spec).BY_TOKEN
+    return tuple(ValPart(str(manifest.path), int(min(want, has)), float(share),
+                         manifest.name if names.count(manifest.name) == 1 else str(manifest.path),
+                         tuple(manifest.source_names) if by_token and len(manifest.sources) > 1 and tells_sources(manifest) else ())
                  for manifest, want, has, share in zip(manifests, wanted, have, shares, strict=True) if has)
 
 
@@ -343,20 +350,12 @@ def without_val(manifests: list[Manifest]) -> tuple[str, str]:
             " and ".join(f"prepare {name} with {remedy}" for name, _, remedy in why))
 
 
-def _bytes_per_token(recipe: Recipe, part: ValPart, manifest: Manifest) -> float:
-    """What a token that gives loss stands for: of the whole split where all do, else of the windows that are evaluated, as far as the
-    tokenizer tells what its tokens are."""
-    split = manifest.splits["val"]
-    if not recipe.marked:
-        return split.bytes / split.tokens
+def check_targets(part: ValPart, mask_documents: bool) -> None:
+    """Raises InputError where no token of the windows that are evaluated gives loss."""
     windows = Windows(part.corpus, "val")
-    shards, rows = windows.first(part.windows)
-    targets = windows.read(shards, rows)[:, 1:][~silent(windows.marks(shards, rows), recipe.mask_documents)[:, 1:]]
-    if not len(targets):
+    if silent(windows.marks(*windows.first(part.windows)), mask_documents)[:, 1:].all():
         raise InputError(f"no token of the {part.windows} validation windows that are evaluated gives loss", where=part.corpus,
                          remedy="prepare the corpus with a larger split.val_fraction")
-    lengths = token_bytes(manifest.tokenizer)
-    return split.bytes / split.tokens if lengths is None else float(lengths[targets].sum() / len(targets))
 
 
 def find_corpus(name: str, storage: Storage, where: str = "corpus") -> Path:

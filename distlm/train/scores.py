@@ -27,7 +27,8 @@ def scores_of(observed: NDArray[np.float32], names: Sequence[str], multiple: boo
 
 def single_label(truth: Ints, logits: NDArray[Any], names: Sequence[str]) -> dict[str, Any]:
     """truth: int64[n], logits: float[n, classes]. The first of the largest logits is the class that is predicted. The areas are those of
-    one class against the rest, by its probability."""
+    one class against the rest, by its probability. Raises ValueError for a logit that is not a number, which predicts nothing."""
+    check_numbers(logits)
     counts = confusion(truth, logits.argmax(1), len(names))
     scores = softmax(logits)
     areas = [roc_auc(truth == i, scores[:, i]) for i in range(len(names))]
@@ -38,13 +39,20 @@ def single_label(truth: Ints, logits: NDArray[Any], names: Sequence[str]) -> dic
 
 def multi_label(truth: NDArray[np.bool_], logits: NDArray[Any], names: Sequence[str]) -> dict[str, Any]:
     """truth: bool[n, labels], logits: float[n, labels]. A label is predicted where its probability is above a half. The accuracy is that
-    of all labels of a sample together."""
+    of all labels of a sample together. Raises ValueError for a logit that is not a number."""
+    check_numbers(logits)
     predicted = logits > 0
     hits, found, given = ((truth & predicted).sum(0), predicted.sum(0), truth.sum(0))
     areas = [roc_auc(truth[:, i], logits[:, i].astype(np.float64)) for i in range(len(names))]
     pairs = np.stack([len(truth) - found - given + hits, found - hits, given - hits, hits], 1)
     return {"accuracy": float((truth == predicted).all(1).mean()), **averages(hits, found, given), **mean_area(areas),
             **({"confusion": {"labels": [*names], "counts": pairs.reshape(-1, 2, 2).tolist()}} if len(names) <= MAX_CONFUSION else {})}
+
+
+def check_numbers(logits: NDArray[Any]) -> None:
+    """Raises ValueError where a logit is not a number: the largest of a row that has one would be the first such."""
+    if wrong := int(np.isnan(logits).any(1).sum()):
+        raise ValueError(f"the logits of {wrong:,} of {len(logits):,} samples are not numbers")
 
 
 def confusion(truth: Ints, predicted: Ints, classes: int) -> Ints:

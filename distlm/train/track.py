@@ -19,6 +19,7 @@ from distlm.runs import RunFolder
 from distlm.spec.load import dotted, dump, leaves
 from distlm.spec.train import TrainSpec
 from distlm.storage import read_json, write_json
+from distlm.train.metrics import by_source
 
 FILE = "track.json"
 """The ids of the run where it is followed: a run that goes on goes on there."""
@@ -119,7 +120,8 @@ class Sender:
 
 def numbers(record: dict[str, Any]) -> dict[str, float]:
     """The metrics of a record."""
-    return {key: float(value) for key, value in record.items() if key not in ("step", "time") and isinstance(value, int | float)}
+    return {key: float(value) for key, value in {**record, **by_source(record)}.items()
+            if key not in ("step", "time") and isinstance(value, int | float)}
 
 
 def settings(spec: TrainSpec) -> dict[str, str]:

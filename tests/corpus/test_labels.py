@@ -1,5 +1,6 @@
 """Labels from records to windows: a document a window, each label where it belongs, each reject under its reason."""
 
+import asyncio
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -17,10 +18,11 @@ from distlm.corpus.labels import check_labels, labels_of, ordered
 from distlm.corpus.manifest import read_manifest
 from distlm.corpus.stream import Plan, Windows, local_steps, ordered_steps
 from distlm.corpus.verify import verify
-from distlm.errors import CorpusError, InputError, ServeError, SpecError
+from distlm.errors import CorpusError, InputError, SpecError
 from distlm.model.build import build_model, model_config
 from distlm.model.export import export_model
 from distlm.runs import RunFolder
+from distlm.serve.api import classified_tokens
 from distlm.serve.classifier import TorchClassifier
 from distlm.spec.load import load_spec
 from distlm.spec.prepare import Labels
@@ -186,8 +188,28 @@ def test_a_text_that_is_sent_has_the_tokens_of_the_same_text_prepared(run: Run, 
     silent = TorchClassifier(tmp_path / "export")
     assert not prepared & {tuple(silent.encode(one["text"])) for one in given}, "what is not told is not applied"
     write_json(tmp_path / "export" / "distlm.json", {**lineage, "clean": {"unicode": "NFX"}})
-    with pytest.raises(ServeError, match=r"distlm\.json: clean: {'unicode': 'NFX'} are no rules"):
+    with pytest.raises(InputError, match=r"distlm\.json: clean: {'unicode': 'NFX'} are no rules"):
         TorchClassifier(tmp_path / "export")
+
+
+@pytest.mark.parametrize("too_long", ["cut", "reject"])
+def test_a_longer_text_that_is_sent_is_cut_where_documents_were(run: Run, tmp_path: Path, too_long: str) -> None:
+    given = [{"text": f"{i:02}" + "x" * (40 if i == 7 else 5), "kind": "ab"[i % 2]} for i in range(30)]
+    keys = {**BYTES, "labels": {"label_key": "kind", "too_long": too_long}, "split": {"val_fraction": 0.2}}
+    corpus = Path(run(write(tmp_path / "a.jsonl", given), **keys)[""])
+    config = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4,
+              "max_position_embeddings": 64}
+    recipe = make_recipe(spec(corpus, objective="classify", batch={"global_sequences": 4, "micro_sequences": 2}, model={"config": config}),
+                         Storage(tmp_path))
+    lineage = export_lineage(recipe, RunFolder(tmp_path / "run"))
+    assert lineage.get("cut_tokens") == (recipe.shape.context if too_long == "cut" else None)
+    model = build_model(recipe.spec.model, model_config(recipe.spec.model, recipe.shape), 0)
+    export_model(model, None, read_manifest(corpus).tokenizer, tmp_path / "export", lineage)
+    engine = TorchClassifier(tmp_path / "export")
+    ids, cut = asyncio.run(classified_tokens(engine, given[7]["text"]))
+    rows = np.concatenate([windows.read(*windows.first(len(windows))) for windows in (Windows(corpus), Windows(corpus, "val"))])
+    prepared = [row.tolist() for row in rows if row[:2].tolist() == ids[:2]]
+    assert (prepared, cut) == (([[*ids, recipe.shape.eos_id]], True) if too_long == "cut" else ([], False))
 
 
 def test_a_rule_that_not_all_sources_have_is_applied_to_no_text_that_is_sent(run: Run, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from distlm import endpoints, summary
 from distlm.cli import jobs
@@ -241,5 +241,45 @@ def test_a_classifier_without_padding_cannot_be_served(tmp_path: Path) -> None:
     made = make_classifier(tmp_path)
     config = json.loads((made / "config.json").read_text())
     (made / "config.json").write_text(json.dumps({**config, "pad_token_id": None}))
-    with pytest.raises(ServeError, match="names no pad_token_id"):
+    with pytest.raises(InputError, match="names no pad_token_id") as caught:
+        TorchClassifier(made)
+    assert caught.value.where == str(made)
+
+
+@pytest.mark.parametrize(("changes", "text"), [
+    ({"problem_type": "regression", "id2label": {"0": "stars"}}, "it gives a text a number and tells no labels apart"),
+    ({"problem_type": None, "id2label": {"0": "spam"}}, "it has one label, which every text would have; take a classifier of two"),
+    ({"problem_type": "multi_label_classification", "id2label": {"0": "spam"}}, "")])
+def test_a_model_that_tells_no_labels_apart_cannot_be_served(tmp_path: Path, changes: dict[str, Any], text: str) -> None:
+    made = make_classifier(tmp_path)
+    config = {**json.loads((made / "config.json").read_text()), **changes, "label2id": {}}
+    model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model(**config))
+    model.save_pretrained(made)
+    (made / "config.json").write_text(json.dumps({**json.loads((made / "config.json").read_text()), **changes}))
+    if not text:
+        assert TorchClassifier(made).labels == ["spam"]
+        return
+    with pytest.raises(InputError, match=text):
+        TorchClassifier(made)
+
+
+def test_a_text_that_is_longer_than_the_documents_is_cut_as_they_were_and_that_is_told(tmp_path: Path) -> None:
+    made = make_classifier(tmp_path)
+    (made / "distlm.json").write_text(json.dumps({"cut_tokens": 20}))
+    engine, text = TorchClassifier(made, threads=1, max_sequences=2), "the cat sat on the mat and the dog barked " * 20
+    ids = engine.tokenizer(text)["input_ids"]
+    assert len(ids) > 128 and len(engine.tokenizer(TEXTS[0])["input_ids"]) < 20
+    status, found = answer(engine, input=[text, TEXTS[0]])
+    assert status == 200 and [one.get("truncated") for one in found["data"]] == [True, None]
+    assert found["usage"]["prompt_tokens"] == 20 + len(engine.tokenizer(TEXTS[0])["input_ids"])
+    with torch.no_grad():
+        logits = AutoModelForSequenceClassification.from_pretrained(made)(input_ids=torch.tensor([ids[:20]])).logits[0]
+    assert list(found["data"][0]["probabilities"].values()) == pytest.approx(logits.softmax(0).tolist(), abs=1e-6)
+    server = Server(made, TorchClassifier)
+    try:
+        assert [one["truncated"] for one in classify(server.url, KEY, [text, TEXTS[0]])] == [True, False]
+    finally:
+        server.close()
+    (made / "distlm.json").write_text(json.dumps({"cut_tokens": 0}))
+    with pytest.raises(InputError, match=r"distlm\.json: cut_tokens: 0 is no number of tokens"):
         TorchClassifier(made)

@@ -294,7 +294,8 @@ def watch_poisoned(poison: dict[str, Any]) -> Callable[[Exception], None]:
         return result
 
     def weights() -> str:
-        same = all(torch.equal(*pair) for pair in zip(state["before"], masters(state["engine"]), strict=True))
+        before = state.get("before", [])                   # none before the first step
+        same = not before or all(torch.equal(*pair) for pair in zip(before, masters(state["engine"]), strict=True))
         return f"weights {'kept' if same else 'changed'}"
 
     def report(error: Exception) -> None:

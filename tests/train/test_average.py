@@ -12,9 +12,14 @@ from safetensors.torch import load_file
 from distlm.corpus.stream import Windows
 from distlm.errors import SpecError
 from distlm.model.build import build_model, model_config
+from distlm.runs import RunFolder
+from distlm.runs.report import matrices
 from distlm.storage import Storage
+from distlm.train.driver import outcome
 from distlm.train.recipe import make_recipe
-from tests.train.ranks import make_corpus, metrics, run_ranks, spec
+from distlm.train.scores import single_label
+from tests.train.ranks import make_corpus, make_labelled_corpus, metrics, run_ranks, spec
+from tests.train.test_classify import by_hand, documents, exported
 
 STEPS = 4
 
@@ -73,8 +78,28 @@ def test_what_is_evaluated_is_what_is_exported(root: Path) -> None:
     for run, told in lineage.items():
         assert told["val_loss"] == pytest.approx(val_loss(root / run), rel=1e-5), run
     assert metrics(root / "ema")[-1]["val_loss"] == lineage["ema"]["val_loss"] != metrics(root / "plain")[-1]["val_loss"]
-    assert metrics(root / "mean")[-1]["val_loss"] == metrics(root / "plain")[-1]["val_loss"] != lineage["mean"]["val_loss"]
+    *_, step, mean = metrics(root / "mean")
+    assert step["val_loss"] == metrics(root / "plain")[-1]["val_loss"] != lineage["mean"]["val_loss"] == mean["val_loss"]
+    assert mean["step"] == STEPS and mean["averaged"] == lineage["mean"]["averaged"] and mean["val_ece"] != step["val_ece"]
     assert lineage["mean"]["averaged"] == ["step-000002", "step-000003", "step-000004"] and "averaged" not in lineage["plain"]
+
+
+def test_all_that_a_run_tells_of_an_averaged_classifier_is_of_what_is_exported(tmp_path: Path) -> None:
+    corpus = make_labelled_corpus(tmp_path / "c")
+    given = _spec(corpus, 3, objective="classify", optimizer={"lr": 0.2}, batch={"global_sequences": 12, "micro_sequences": 6})
+    run_ranks({tmp_path / "run": given})
+    *_, step, mean = metrics(tmp_path / "run")
+    texts, truth = documents(corpus, "val"), np.array([labels[0] for _, labels in documents(corpus, "val")])
+    loss, logits = by_hand(exported(tmp_path / "run"), texts)
+    made = outcome(make_recipe(given, Storage(tmp_path)), RunFolder(tmp_path / "run"))
+    wanted = {"val_loss": pytest.approx(loss, rel=1e-5), **single_label(truth, logits, ("zero", "one", "two"))}
+    confusion = wanted.pop("confusion")
+    assert mean["confusion"] == confusion != step["confusion"], "the last step's is another"
+    for key, value in wanted.items():
+        assert mean[key] == made[key] == value if key == "val_loss" else mean[key] == made[key] == pytest.approx(value, abs=1e-6), key
+    assert json.loads((tmp_path / "run" / "export" / "distlm.json").read_text())["val_loss"] == mean["val_loss"]
+    table = matrices(metrics(tmp_path / "run"))[0]
+    assert [[count for count, _ in cells] for _, cells in table.rows] == confusion["counts"]
 
 
 def test_more_checkpoints_than_a_run_saves_cannot_be_averaged(root: Path) -> None:

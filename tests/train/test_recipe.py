@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from distlm import plan
 from distlm.corpus.manifest import manifest_hash, write_manifest
+from distlm.corpus.stream import Windows
 from distlm.errors import CheckpointError, InputError, SpecError
 from distlm.execute import check_resume, resolve, run_loaded
 from distlm.runs import RunFolder
@@ -64,7 +66,7 @@ def test_checkpoints_that_would_never_be_kept_as_asked_are_refused(storage: Stor
 def test_one_corpus_is_no_mixture_and_its_identity_is_its_manifest(storage: Storage) -> None:
     alone = recipe(storage, "a")
     assert alone.mix is None and alone.plan().mix is None and alone.corpora == (alone.corpus,)
-    assert alone.corpus_hash == manifest_hash(storage.corpus("a")) and alone.val_windows == 7 and alone.val_bytes_per_token == 3.0
+    assert alone.corpus_hash == manifest_hash(storage.corpus("a")) and alone.val_windows == 7
     assert inputs_of(alone.spec, storage) == {"corpus": str(storage.corpus("a")), "corpus_hash": alone.corpus_hash}
 
 
@@ -138,12 +140,10 @@ def test_a_mixture_s_epochs_count_all_its_windows(storage: Storage) -> None:
     assert recipe(storage, mix(0.5, 0.5), duration={"epochs": 2}).num_steps == 11      # 2 * 61 windows, 12 in a step
 
 
-def test_validation_takes_of_each_corpus_its_share_and_bytes_per_token_with_it(storage: Storage) -> None:
-    split = json.loads((storage.corpus("b") / "manifest.json").read_text())["splits"]
-    change(storage, "b", splits={**split, "val": {**split["val"], "bytes": split["val"]["tokens"] * 5}})
+def test_validation_takes_of_each_corpus_its_share(storage: Storage) -> None:
     given = recipe(storage, mix(0.7, 0.3), evaluate={"max_windows": 20})
     assert [(part.windows, part.share) for part in given.val] == [(7, pytest.approx(0.7)), (6, pytest.approx(0.3))]
-    assert given.val_windows == 13 and given.val_bytes_per_token == pytest.approx(0.7 * 3 + 0.3 * 5)
+    assert given.val_windows == 13 and [part.name for part in given.val] == ["a", "b"]
     few = recipe(storage, mix(999, 1), evaluate={"max_windows": 5})
     assert [part.windows for part in few.val] == [4, 1]
     make_corpus(storage.corpus("c"), val=0)
@@ -168,7 +168,6 @@ def test_documents_are_masked_by_default_where_a_corpus_is_packed_by_best_fit(st
         ("a", {}), ("a", {"mask_documents": True}), ("c", {}), ("c", {"mask_documents": False}), (mix(1, 1, 1), {}))]
     assert [(one.mask_documents, one.marked, one.plan().marked) for one in given] == [
         (False, False, False), (True, True, True), (True, True, True), (False, True, True), (True, True, True)]
-    assert given[2].val_bytes_per_token == 3.0, "this tokenizer does not tell what its tokens stand for"
     rows = [dict(plan.needs(resolve(dump(one.spec)), storage)) for one in (given[0], given[2])]
     assert "documents" not in rows[0] and "inside each" in rows[1]["documents"]
 
@@ -183,15 +182,11 @@ def test_a_family_that_does_not_keep_documents_apart_is_refused_with_file_and_li
     plan.needs(resolve(file, ["batch.mask_documents=false"]), storage)
 
 
-def test_bytes_per_token_are_those_of_the_tokens_that_give_loss(storage: Storage) -> None:
+def test_bytes_are_those_of_the_tokens_as_far_as_the_tokenizer_tells(storage: Storage) -> None:
     make(storage.corpus("d"), [*(Doc("größer und größer", split=split) for split in ("train", "val")), Doc("zwei", split="val")])
-    assert recipe(storage, "d").val_bytes_per_token == 25 / 27      # "größer und größer" has 21 bytes and "zwei" 4, each has an end token
-    masked = recipe(storage, "d", batch={"global_sequences": 12, "micro_sequences": 2, "mask_documents": True})
-    assert masked.val_windows == 1 and masked.val_bytes_per_token == 1.0       # the one window of 16 predictions ends before the first end
-    held_out = [Doc(text, split="val") for text in ("zwei", "und drei", "4" * 30)]
-    make(storage.corpus("e"), [Doc("größer und größer"), *held_out])
-    masked = recipe(storage, "e", batch={"global_sequences": 12, "micro_sequences": 2, "mask_documents": True})
-    assert masked.val_windows == 2 and masked.val_bytes_per_token == (32 - 4) / (32 - 2)   # "zwei·und drei·4444…": 2 ends, 2 first tokens
+    windows = Windows(storage.corpus("d"), "val")          # "größer und größer" has 21 bytes and "zwei" 4, each has an end token
+    assert windows.bytes_of(windows.head(1)).tolist() == [[1.0] * 17] and windows.bytes_of(np.array([0, 4])).tolist() == [0.0, 1.0]
+    assert Windows(storage.corpus("a"), "val").bytes_of(np.array([5, 6])).tolist() == [3.0, 3.0], "one that does not tell: on average"
 
 
 def test_validation_windows_without_a_token_that_gives_loss_are_refused(storage: Storage) -> None:

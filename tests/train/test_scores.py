@@ -61,3 +61,12 @@ def test_scores_by_hand() -> None:
     assert roc_auc(np.array([True, True]), np.array([1.0, 2.0])) is None
     many = single_label(np.array([0]), np.zeros((1, MAX_CONFUSION + 1), np.float32), [str(i) for i in range(MAX_CONFUSION + 1)])
     assert "confusion" not in many and "roc_auc" not in many and many["accuracy"] == 1
+
+
+def test_logits_that_are_not_numbers_predict_nothing() -> None:
+    logits = np.array([[0.0, 1.0], [np.nan, np.nan], [1.0, np.nan]])
+    with pytest.raises(ValueError, match="the logits of 2 of 3 samples are not numbers"):
+        single_label(np.zeros(3, np.int64), logits, ["a", "b"])
+    with pytest.raises(ValueError, match="of 2 of 3"):
+        multi_label(np.zeros((3, 2), bool), logits, ["a", "b"])
+    assert single_label(np.array([1]), np.array([[-np.inf, 0.0]]), ["a", "b"])["accuracy"] == 1

@@ -83,7 +83,8 @@ CLASSIFY, DPO = {**TRAIN, "objective": "classify"}, {**TRAIN, "objective": "dpo"
 
 
 @pytest.mark.parametrize(("train", "metric", "mode"), [
-    (TRAIN, "val_loss", "min"), (TRAIN, "loss", "min"), (CLASSIFY, "accuracy", "max"), (CLASSIFY, "f1_macro", "max"),
+    (TRAIN, "val_loss", "min"), (TRAIN, "loss", "min"), (TRAIN, "val_accuracy", "max"), (TRAIN, "val_ece", "min"),
+    (CLASSIFY, "accuracy", "max"), (CLASSIFY, "f1_macro", "max"),
     (CLASSIFY, "val_loss", "min"), (DPO, "val_reward_margin", "max"), (DPO, "val_reward_accuracy", "max"), (DPO, "loss", "min")])
 def test_what_is_better_of_a_metric_is_known(train: dict[str, Any], metric: str, mode: str) -> None:
     given = {"kind": "tune", "name": "s", "train": train, "space": {"optimizer.lr": {"grid": [1, 2]}}, "metric": metric}
@@ -101,8 +102,8 @@ def test_where_nobody_knows_what_is_better_the_spec_says_it() -> None:
 
 
 @pytest.mark.parametrize(("keys", "what"), [
-    ({"train": TRAIN, "metric": "accuracy"},
-     "metric: a run with objective: pretrain does not measure 'accuracy'; it measures val_loss, loss"),
+    ({"train": TRAIN, "metric": "f1_macro"}, "metric: a run with objective: pretrain does not measure 'f1_macro'; it measures val_loss, "
+                                             "val_perplexity, val_bits_per_byte, val_accuracy, val_ece, loss"),
     ({"train": CLASSIFY, "metric": "f1_makro"}, "did you mean f1_macro?"),
     ({"train": DPO, "metric": "val_loss", "space": {"dpo.beta": {"grid": [0.1, 0.2]}}},
      "metric: val_loss depends on dpo.beta, in which the trials differ: they cannot be compared by it; set metric: val_reward_accuracy"),

@@ -214,7 +214,7 @@ def test_a_trial_that_is_killed_in_the_middle_goes_on_at_its_checkpoint_when_its
 @pytest.mark.slow
 def test_a_sweep_fails_only_when_all_trials_fail_and_says_why(storage: Storage) -> None:
     given = {"kind": "tune", "name": "broken", "train": {**TRAIN, "model": BROKEN}, "space": {"optimizer.lr": {"grid": [1e-3, 2e-3]}}}
-    with pytest.raises(TrainError, match=r"no trial of 2 has a val_loss: nonfinite_loss; .*the loss is nan"):
+    with pytest.raises(TrainError, match=r"no trial of 2 has a val_loss: nonfinite_loss; .*the validation loss is nan"):
         execute.run(given, storage=storage, progress=Records())
     assert RunFolder(storage.sweep("broken")).state() == ("failed", "nonfinite_loss")
 

@@ -16,7 +16,6 @@ from distlm.train.objectives import classify, distill, dpo, language
 from distlm.train.objectives.metric import Metric
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
     from numpy.typing import NDArray
     from transformers import PreTrainedModel
@@ -32,6 +31,8 @@ class Objective(Protocol):
     MEANS: tuple[str, ...]
     """What a step records beside its loss: the module leaves them in `sums` after each pass of training, float32[len(MEANS)], summed over
     the batch like the loss."""
+    BY_TOKEN: bool
+    """Whether evaluation measures each token. The module then leaves a model.loss.TokenScores as `observed`."""
     METRICS: Mapping[str, Metric]
     """What metrics.jsonl has of a run, loss and val_loss among it. Where two cannot be compared by one of them, the first by which they can
     is what to take instead."""
@@ -46,7 +47,8 @@ class Objective(Protocol):
         """What the engine wraps. It holds the model as `model`, and its forward pass, called with a batch's `inputs`, is the loss summed
         over the batch, a float32 scalar: the loop divides by the global count of targets.
 
-        While it does not train it may leave `observed` behind each pass: float32[sequences, any], what `measure` needs of each sample."""
+        While it does not train it leaves `observed` behind each pass: float32[sequences, any], what `measure` needs of each sample, or what
+        BY_TOKEN says."""
 
     def begin(self, engine: Any, recipe: "Recipe", folder: "RunFolder", rank: int, device: "torch.device") -> None:
         """What is to be done before the first step, and before a checkpoint is loaded, with the model as it is at first. All ranks."""
@@ -57,8 +59,9 @@ class Objective(Protocol):
     def num_targets(self, recipe: "Recipe", step: int) -> int | None:
         """What the loss of a step is divided by, summed over all ranks, where the recipe alone tells; else None, and the batches count."""
 
-    def measure(self, observed: "NDArray[np.float32]", recipe: "Recipe") -> dict[str, Any]:
-        """What evaluation records beside `val_loss`, from what the module observed: [samples of all ranks, any]. One rank calls it."""
+    def measure(self, observed: "NDArray[Any]", recipe: "Recipe") -> dict[str, Any]:
+        """What evaluation records beside `val_loss`, from what the module observed: float32[samples of all ranks, any], or where each token
+        is measured, the train.totals.Sums of the corpora and sources of `recipe.val`. One rank calls it."""
 
 
 OBJECTIVES: MappingProxyType[str, Objective] = MappingProxyType({"pretrain": language, "sft": language, "distill": distill, "dpo": dpo,

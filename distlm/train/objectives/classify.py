@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from distlm.train.recipe import Recipe
 
 MEANS: tuple[str, ...] = ()
+BY_TOKEN = False
 METRICS: Mapping[str, Metric] = {
     **{name: Metric("max") for name in SCORES}, "val_loss": Metric("min", scaled_by=("class_weights",)),
     "loss": Metric("min", evaluated=False, scaled_by=("class_weights",))}

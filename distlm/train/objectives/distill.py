@@ -8,7 +8,7 @@ val_loss is the plain cross-entropy, which can be compared with that of any run.
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from distlm.train.objectives.language import begin, check, make_batch, measure, num_targets, shape
+from distlm.train.objectives.language import BY_TOKEN, EVALUATED, begin, check, make_batch, measure, num_targets, shape
 from distlm.train.objectives.metric import Metric
 
 if TYPE_CHECKING:
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from distlm.model.distill import DistillationLoss
     from distlm.train.recipe import Recipe
 
-__all__ = ["MEANS", "METRICS", "begin", "check", "make_batch", "measure", "module", "num_targets", "shape"]
+__all__ = ["BY_TOKEN", "MEANS", "METRICS", "begin", "check", "make_batch", "measure", "module", "num_targets", "shape"]
 
 MEANS: tuple[str, ...] = ("cross_entropy", "kl")
 KL = ("distill.temperature", "distill.teacher")
 METRICS: Mapping[str, Metric] = {
-    "val_loss": Metric("min"), "loss": Metric("min", evaluated=False, scaled_by=("distill.alpha", *KL)),
+    **EVALUATED, "loss": Metric("min", evaluated=False, scaled_by=("distill.alpha", *KL)),
     "cross_entropy": Metric("min", evaluated=False), "kl": Metric("min", evaluated=False, scaled_by=KL)}
 
 

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from distlm.train.recipe import Recipe
 
 MEANS: tuple[str, ...] = ("reward_margin", "reward_accuracy", "pair_tokens")
+BY_TOKEN = False
 LOSS, REWARD = ("dpo.beta", "dpo.label_smoothing"), ("dpo.beta",)
 METRICS: Mapping[str, Metric] = {
     "val_reward_accuracy": Metric("max"), "val_reward_margin": Metric("max", scaled_by=REWARD), "val_loss": Metric("min", scaled_by=LOSS),

@@ -8,6 +8,7 @@ from distlm.errors import SpecError
 from distlm.model.build import Shape
 from distlm.spec.train import TrainSpec
 from distlm.train.objectives.metric import Metric
+from distlm.train.totals import measures, mixed
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,7 +23,10 @@ if TYPE_CHECKING:
 
 
 MEANS: tuple[str, ...] = ()
-METRICS: Mapping[str, Metric] = {"val_loss": Metric("min"), "loss": Metric("min", evaluated=False)}
+BY_TOKEN = True
+EVALUATED: Mapping[str, Metric] = {"val_loss": Metric("min"), "val_perplexity": Metric("min"), "val_bits_per_byte": Metric("min"),
+                                   "val_accuracy": Metric("max"), "val_ece": Metric("min")}
+METRICS: Mapping[str, Metric] = {**EVALUATED, "loss": Metric("min", evaluated=False)}
 
 
 def check(spec: TrainSpec, manifests: list[Manifest]) -> None:
@@ -62,6 +66,22 @@ def num_targets(recipe: "Recipe", step: int) -> int | None:
     return None if recipe.marked else recipe.tokens_of(step)
 
 
-def measure(observed: "NDArray[np.float32]", recipe: "Recipe") -> dict[str, Any]:
-    """The loss is all there is."""
-    return {}
+def measure(observed: "NDArray[np.float64]", recipe: "Recipe") -> dict[str, Any]:
+    """Perplexity, bits per byte, accuracy and calibration error as `kind: evaluate` has them, of a mixture with the shares of its corpora;
+    and under `val_by_source` those of each corpus, if there are several, and of each source that has tokens."""
+    parts, by_source, first = [], {}, 0
+    for part in recipe.val:
+        rows = observed[first:first + max(1, len(part.sources))]
+        first += len(rows)
+        parts.append(rows.sum(0))
+        if len(recipe.val) > 1:
+            by_source[part.name] = _known(parts[-1])
+        by_source |= {f"{part.name}: {name}": _known(row) for name, row in zip(part.sources, rows, strict=False) if row[0]}
+    whole = _known(mixed(parts, [part.share for part in recipe.val]))
+    return {**{f"val_{key}": value for key, value in whole.items() if key != "loss"}, **({"val_by_source": by_source} if by_source else {})}
+
+
+def _known(sums: "NDArray[np.float64]") -> dict[str, float]:
+    """The measures that there are."""
+    found = measures(sums)
+    return {key: found[key] for key in ("loss", "perplexity", "bits_per_byte", "accuracy", "ece") if found[key] is not None}

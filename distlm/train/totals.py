@@ -14,6 +14,8 @@ Sums = NDArray[np.float64]
 """[groups, 4 + 3 * bins]: tokens, nats, hits and bytes; then tokens, confidence and hits of each bin. A hit is a token that was the
 likeliest."""
 FACTS = 4
+BINS = 15
+"""Bins of equal width into which confidences go, as Guo et al. 2017 have it."""
 
 
 def tally(logprobs: NDArray[np.floating[Any]], best: NDArray[np.int64], confidences: NDArray[np.floating[Any]],
@@ -27,6 +29,11 @@ def tally(logprobs: NDArray[np.floating[Any]], best: NDArray[np.int64], confiden
     places = groups * bins + np.clip(np.ceil(sure * bins).astype(np.int64) - 1, 0, bins - 1)
     binned = [np.bincount(places, fact, num_groups * bins).reshape(num_groups, bins) for fact in (facts[0], sure, facts[2])]
     return np.concatenate([sums, np.stack(binned, 2).reshape(num_groups, 3 * bins)], 1)
+
+
+def mixed(parts: list[NDArray[np.float64]], shares: list[float]) -> NDArray[np.float64]:
+    """A row of sums of which every token of a part, a row, counts so much that the part has its share. Each part has tokens."""
+    return np.asarray(sum(share * part / part[0] for part, share in zip(parts, shares, strict=True)))
 
 
 def measures(sums: NDArray[np.float64]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from distlm.evaluate.totals import measures, reliability, tally
+from distlm.train.totals import measures, reliability, tally
 
 SURE = [0.05, 0.1, 0.1001, 0.3, 0.55, 0.6, 0.61, 0.95, 1.0, 1.0]
 RIGHT = [False, True, False, False, True, False, True, True, True, False]
