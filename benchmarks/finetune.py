@@ -31,11 +31,12 @@ from train import WARM_UP, device, intervals, made_up, quiet, run_side
 
 SIDES = {"sft": "distlm run, objective: sft", "sft-workers": "a worker a core, compiled", "trainer": "transformers Trainer",
          "trl": "trl SFTTrainer", "lora": "distlm run, adapter", "lora-workers": "a worker a core",
-         "peft": "transformers Trainer, peft", "trl-lora": "trl SFTTrainer, peft",
+         "lora-workers-compiled": "the same, compile: true", "peft": "transformers Trainer, peft", "trl-lora": "trl SFTTrainer, peft",
          "qlora": "distlm run, adapter on NF4", "peft-qlora": "transformers Trainer, on NF4",
          "dpo": "distlm run, objective: dpo", "trl-dpo": "trl DPOTrainer"}
-_, HALF, QUANTIZED, PAIRED = GROUPS = (("sft", "sft-workers", "trainer", "trl"), ("lora", "lora-workers", "peft", "trl-lora"),
-                                       ("qlora", "peft-qlora"), ("dpo", "trl-dpo"))
+_, HALF, QUANTIZED, PAIRED = GROUPS = (
+    ("sft", "sft-workers", "trainer", "trl"), ("lora", "lora-workers", "lora-workers-compiled", "peft", "trl-lora"),
+    ("qlora", "peft-qlora"), ("dpo", "trl-dpo"))
 """Sides of one kind, distlm's first: full fine-tuning, adapters on a base in bf16 and in NF4, and preferences."""
 ADAPTED = (*HALF, *QUANTIZED)
 BETA = 0.1
@@ -109,7 +110,7 @@ def is_there(side: str) -> bool:
     from importlib.util import find_spec
 
     wanted = ["peft"] * (side in ADAPTED) + ["bitsandbytes"] * (side in QUANTIZED) + ["trl", "datasets"] * side.startswith("trl")
-    return all(map(find_spec, wanted)) and not (side.endswith("workers") and device() == "cuda")
+    return all(map(find_spec, wanted)) and not ("workers" in side and device() == "cuda")
 
 
 def prepare(options: argparse.Namespace) -> dict[str, list[int]]:
@@ -195,8 +196,8 @@ def run_distlm(options: argparse.Namespace) -> dict[str, Any]:
     name = f"bench-{time.time_ns()}"
     held = {"base": "nf4"} if options.side in QUANTIZED else {}
     more: dict[str, Any] = {"adapter": {"rank": options.rank, **held}} if options.side in ADAPTED else {}
-    if options.side.endswith("workers"):
-        more |= {"scale": {"workers": options.threads, "threads_per_worker": 1}, "compile": options.side not in ADAPTED,
+    if "workers" in options.side:
+        more |= {"scale": {"workers": options.threads, "threads_per_worker": 1}, "compile": options.side != "lora-workers",
                  "batch": {"global_sequences": options.sequences, "micro_sequences": options.micro // options.threads}}
     distlm.run(spec_of(options, name, **more), storage=options.storage, progress=quiet())
     folder = options.storage / "runs" / name
@@ -297,7 +298,7 @@ def pairs(options: argparse.Namespace) -> list[dict[str, list[int]]]:
 
 
 SIDE: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {"corpus": prepare, "pairs": prepare_pairs, **{
-    side: run_distlm if SIDES[side].startswith(("distlm", "a worker")) else run_trainer for side in SIDES}}
+    side: run_trainer if side.startswith(("trainer", "peft", "trl")) else run_distlm for side in SIDES}}
 
 if __name__ == "__main__":
     main()

@@ -7,7 +7,9 @@
 """
 
 import hashlib
+import importlib
 import importlib.util
+import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +60,28 @@ def add_adapter(model: "PreTrainedModel", adapter: Adapter, seed: int) -> None:
             raise SpecError(f"the last layer of a classifier, {HEAD_LAYER}, is trained whole", where="adapter.target_modules",
                             remedy="name other layers")
         model.get_parameter(HEAD).requires_grad_(True)
+    if adapter.method == "dora":
+        _let_dora_compile()
+
+
+def _let_dora_compile() -> None:
+    """Let torch.compile follow peft's DoRA, which it would leave uncompiled without a word: there a cache is emptied at each pass that
+    nothing is ever put into, and the name of the weights' module is asked for. What is computed is the same."""
+    dora: Any = importlib.import_module("peft.tuners.lora.dora")
+    dora.dequantize_module_weight = held_weight
+    for name in ("get_weight_norm", "get_lora_weight"):
+        setattr(dora.DoraLinearLayer, name, inspect.unwrap(getattr(dora.DoraLinearLayer, name)))
+
+
+def held_weight(layer: Any) -> "torch.Tensor":
+    """The matrix of a base's layer, in the precision that is computed in where it is held in NF4."""
+    weight: torch.Tensor = layer.weight
+    state = getattr(weight, "quant_state", None)
+    if state is None:
+        return weight
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(weight, state)
 
 
 def _shared(model: "PreTrainedModel") -> dict[str, str]:

@@ -327,8 +327,7 @@ def check_adapter(spec: TrainSpec) -> None:
         return
     if spec.model.source is None:
         raise Rule("adapter", "needs a model that is trained already; set model.from, or leave it out")
-    for where, given in (("sharding.tensor_parallel", spec.sharding.tensor_parallel > 1), ("sharding.offload", spec.sharding.offload),
-                         ("compile", spec.compile)):
+    for where, given in (("sharding.tensor_parallel", spec.sharding.tensor_parallel > 1), ("sharding.offload", spec.sharding.offload)):
         if given:
             raise Rule(where, "is not proved to make the same steps with an adapter; leave one of them out")
     if spec.optimizer.name == "muon":

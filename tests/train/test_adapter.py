@@ -188,7 +188,7 @@ def test_plan_counts_what_is_trained(root: Path) -> None:
 @pytest.mark.parametrize(("sections", "message"), [
     ({"model": {"preset": "llama-tiny"}}, "adapter: needs a model that is trained already; set model.from"),
     ({"optimizer": {"name": "muon"}}, "optimizer.name: muon would make"),
-    ({"compile": True}, "compile: is not proved to make the same steps with an adapter"),
+    ({"sharding": {"tensor_parallel": 2}, "scale": TWO}, "sharding.tensor_parallel: is not proved to make the same steps with an adapter"),
     ({"adapter": {"target_modules": []}}, "adapter.target_modules: [] would train nothing"),
     ({"adapter": {"rank": 0}}, "adapter.rank: 0: must be at least 1")])
 def test_what_cannot_be(sections: dict[str, Any], message: str, root: Path) -> None:
