@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from distlm.errors import EvaluationError
 from distlm.evaluate.task import Labelled, Task
-from distlm.evaluate.totals import calibration_error, reliability, tally
 from distlm.train.scores import SCORES, scores_of, softmax
+from distlm.train.totals import calibration_error, reliability, tally
 
 
 class Observed(NamedTuple):
