@@ -144,8 +144,7 @@ def of_model(spec: TrainSpec, shape: Any, tokens: int | None, cut: tuple[int, in
     own = (f", {sum(trained.values()):,} of them trained" if trained else "") + (f", {load.nf4:,} held in 4 bits" if load.nf4 else "")
     return [("parameters", f"{parameters:,}{own}"), *teacher, ("arithmetic", f"{total}{flops:.2e} FLOPs a token"),
             *of_speed(spec, flops, tokens),
-            ("memory a worker", summed(memory.parts()) + (", before what is offloaded" if offloads(spec) else "")
-             + ", activations as if layers were not compiled: they may keep less" * spec.compile),
+            ("memory a worker", summed(memory.parts()) + (", before what is offloaded" if offloads(spec) else "")),
             *((f"of it on {place}", summed(part)) for place, part in offloaded(spec, memory.parts()).items()),
             *of_limit(load, memory.total)]
 

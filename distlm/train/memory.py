@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from distlm.errors import SpecError
 from distlm.model.adapter import adapter_sizes, add_adapter
-from distlm.model.attention import KEPT_WIDTHS, keeps
+from distlm.model.attention import KEPT_WIDTHS, causal_attention, keeps
 from distlm.model.build import Shape, decoder_layers, num_parameters, recomputable, skeleton
 from distlm.model.distill import teacher_config
 from distlm.model.loss import BLOCK_ELEMENTS, CHUNK_ELEMENTS, PLAIN_HEADS
@@ -135,7 +135,7 @@ def make_load(spec: TrainSpec, config: "PreTrainedConfig", shape: Shape, paramet
     teacher = num_parameters(teacher_config(spec.distill.teacher, shape)) if spec.distill else 0
     packed = spec.objective == "dpo" and not spec.compile
     return Load(spec, parameters, measure_activations(config, shape, spec.precision, bool(spec.scale.gpus_per_worker), masked, tensor,
-                                                      spec.adapter, spec.sharding.sequence_parallel, packed),
+                                                      spec.adapter, spec.sharding.sequence_parallel, packed, spec.compile),
                 text.hidden_size, (config.num_labels or 0) if config.problem_type else text.vocab_size, shape.context, micro_sequences,
                 accumulation, config.model_type in PLAIN_HEADS and not config.problem_type,
                 bool(recomputable(skeleton(config))), frozen, nf4, teacher)
@@ -292,14 +292,16 @@ def loss_bytes(load: Load, p: int) -> int:
 
 
 def measure_activations(config: "PreTrainedConfig", shape: Shape, precision: str, on_gpu: bool, masked: bool = False,
-                        tensor: int = 1, adapter: Adapter | None = None, sequence: int = 1, packed: bool = False) -> Activations:
+                        tensor: int = 1, adapter: Adapter | None = None, sequence: int = 1, packed: bool = False,
+                        compiled: bool = False) -> Activations:
     """What autograd keeps of a sequence, counted in a forward pass on the meta device, where nothing is computed or allocated.
 
     Attention is counted as it is done: on CPU `causal_attention` keeps queries, and keys and values repeated for each head, and of short
     sequences the probabilities; a GPU's fused kernel keeps the first three as they are. Where the family's code needs values, and so cannot
     run there, it is Korthikanti et al. 2022, equation 2, without the scores, which no fused kernel keeps: 34 bytes a token and unit of
     width, at two bytes a number. `sequence`: ranks that have a part of a sequence each, and in attention all tokens of a part of the heads.
-    `packed`: as many tokens may stand in shorter rows, at most as long as keep the most probabilities.
+    `packed`: as many tokens may stand in shorter rows, at most as long as keep the most probabilities. `compiled`: what torch.compile's
+    partitioner would keep of a layer, which computes again what is cheap.
     """
     import torch
 
@@ -311,9 +313,14 @@ def measure_activations(config: "PreTrainedConfig", shape: Shape, precision: str
         add_adapter(model, adapter, 0)
     model = model.to(torch.float32 if precision == "fp32" else torch.bfloat16).train()
     if model.config._attn_implementation == "sdpa":
-        _count_attention(model, on_gpu, sequence, packed)
+        if compiled:
+            _attend_with_gradient(model, on_gpu)
+        else:
+            _count_attention(model, on_gpu, sequence, packed)
     seen: dict[int, Any] = {storage._cdata: storage for parameter in model.parameters() for storage in (parameter.untyped_storage(),)}
     layers = decoder_layers(model)
+    if compiled:
+        _partition(layers)
     counts, current = [0] * (len(layers) + 1), [len(layers)]
     for i, layer in enumerate(layers):
         layer.register_forward_pre_hook(lambda *_, i=i: current.__setitem__(0, i))
@@ -361,3 +368,38 @@ def _count_attention(model: Any, on_gpu: bool, sequence: int, packed: bool) -> N
     AttentionInterface.register("distlm_count", attend)
     AttentionMaskInterface.register("distlm_count", lambda *_, **__: None)
     model.set_attn_implementation("distlm_count")
+
+
+def _attend_with_gradient(model: Any, on_gpu: bool) -> None:
+    """Let a model on the meta device attend by operators whose gradients a partitioner sees, without a mask."""
+    import torch
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    def attend(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, None]:
+        groups = query.shape[1] // key.shape[1]
+        if groups > 1:
+            key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        out = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, True)[0] if on_gpu else \
+            causal_attention(query, key, value, query.shape[3] ** -0.5)
+        return out.transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register("distlm_partition", attend)
+    AttentionMaskInterface.register("distlm_partition", lambda *_, **__: None)
+    model.set_attn_implementation("distlm_partition")
+
+
+def _partition(layers: list[Any]) -> None:
+    """Let layers keep what they would when they are compiled; nothing is."""
+    import torch
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.aot_autograd import make_boxed_func
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+    from torch._inductor.decomposition import select_decomp_table
+
+    def as_it_is(graph: Any, _: Any) -> Any:
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(fw_compiler=as_it_is, bw_compiler=as_it_is, partition_fn=min_cut_rematerialization_partition,
+                           decompositions=select_decomp_table())
+    for layer in layers:
+        layer.forward = torch.compile(layer.forward, backend=backend, dynamic=False)

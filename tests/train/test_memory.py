@@ -1,12 +1,13 @@
 """The parts of a worker's memory, against what autograd keeps and what DeepSpeed documents."""
 
+import shutil
 from typing import Any
 
 import pytest
 import torch
 
 from distlm.model.attention import use_cpu_attention
-from distlm.model.build import Shape, build_model, model_config, num_parameters
+from distlm.model.build import Shape, build_model, compile_layers, model_config, num_parameters
 from distlm.spec import TrainSpec
 from distlm.train.memory import GIB, Activations, Load, advice, make_load, measure_activations, peak_memory
 
@@ -67,6 +68,29 @@ def test_rows_of_pairs_keep_no_more_than_a_plan_counts() -> None:
     sizes = [make_load(one, found, SHAPE, num_parameters(found), 1, 1, True).activations.kept(0) for one in (
         given, given.model_copy(update={"compile": True}))]
     assert sizes == [counted, whole]
+
+
+@pytest.mark.skipif(not shutil.which("g++") and not shutil.which("clang++"), reason="there is no C++ compiler")
+def test_what_compiled_layers_keep_is_what_the_compiler_has_them_keep() -> None:
+    given = spec(model={"config": LLAMA}, precision="fp32")
+    found = model_config(given.model, SHAPE)
+    model = build_model(given.model, found, 0).train()
+    use_cpu_attention(model)
+    compile_layers(model)
+    seen = {p.untyped_storage().data_ptr(): 0 for p in model.parameters()}
+    keep = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        keep.append(tensor)
+        seen.setdefault(tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model.base_model(input_ids=torch.zeros(1, 64, dtype=torch.int64), use_cache=False)
+    counted, plain = (measure_activations(found, SHAPE, "fp32", on_gpu=False, compiled=wanted).kept(0) for wanted in (True, False))
+    assert counted == pytest.approx(sum(seen.values()), rel=0.05) and counted < 0.9 * plain
+    on_gpu = measure_activations(found, SHAPE, "bf16", on_gpu=True, compiled=True)
+    assert on_gpu.layers[0] < measure_activations(found, SHAPE, "bf16", on_gpu=True).layers[0], "and is not counted by hand"
 
 
 def test_a_layer_that_is_computed_again_keeps_its_input_alone() -> None:
