@@ -75,6 +75,25 @@ def test_a_model_computes_the_same_with_it(config: LlamaConfig) -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_mask_is_looked_through_once_a_forward_pass(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = AutoModelForCausalLM.from_config(LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+                                                         vocab_size=64))
+    tokens, positions = torch.randint(0, 64, (2, 24)), torch.arange(8).repeat(2, 3)
+    expected = model(input_ids=tokens, position_ids=positions, use_cache=False).logits
+    use_cpu_attention(model)
+    looks, look = [], attention.looks_ahead
+    monkeypatch.setattr(attention, "looks_ahead", lambda mask: looks.append(look(mask)) or looks[-1])
+    if compiled:
+        for layer in model.model.layers:
+            layer.compile(backend="aot_eager", fullgraph=True)
+    for count in (1, 2):
+        found = model(input_ids=tokens, position_ids=positions, use_cache=False).logits
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        found.sum().backward()
+        assert looks == count * [False]
+
+
 def test_dropout_and_attention_to_all_tokens_are_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "causal_attention", lambda *_: pytest.fail("it is causal, and drops nothing"))
     use_cpu_attention(AutoModelForCausalLM.from_config(LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1,
