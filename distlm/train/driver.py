@@ -177,7 +177,7 @@ def _launch(recipe: Recipe, folder: RunFolder, first_step: int, resume_from: Pat
         lost = lost_nodes(nodes) if found.cause == "worker_died" else []       # what took the worker along
         return TrainError(f"a node was lost: {', '.join(lost)}", cause="node_lost") if lost else found
     done = {"": lambda: exported(recipe, folder), "profile": (folder.path / "profile" / "profile.json").exists,
-            "dry_run": lambda: len([*(folder.path / DRY_RUN).iterdir()]) == scale.workers}[look]()
+            "dry_run": lambda: len([*(folder.path / DRY_RUN).glob("*.json")]) == scale.workers}[look]()
     if not done:                                           # Ray returns normally from an abort
         raise KeyboardInterrupt
     return None

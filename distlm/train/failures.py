@@ -5,7 +5,7 @@ from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
-from distlm.errors import ClusterError, DistlmError, TrainError
+from distlm.errors import ClusterError, DistlmError, TrainError, out_of_memory
 from distlm.train.worker import worker_log
 
 PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused", "remote process exited",
@@ -75,7 +75,7 @@ def _explain(error: BaseException) -> tuple[int, DistlmError]:
     line = next((text for text in reversed(str(error).splitlines()) if text.strip()), type(error).__name__).strip()[:300]
     if isinstance(error, DistlmError):
         return 0, error
-    if isinstance(error, ray.exceptions.OutOfMemoryError) or type(error).__name__ == "OutOfMemoryError":
+    if out_of_memory(error):
         return 1, TrainError(f"out of memory: {line}", remedy="lower batch.micro_sequences, or raise sharding.zero", cause="oom")
     if isinstance(error, ray.exceptions.NodeDiedError) or (isinstance(error, ray.exceptions.RayActorError)
                                                           and "node has died" in str(error).lower()):

@@ -126,6 +126,8 @@ def fit(recipe: Recipe, folder: RunFolder, steps: Iterator[NDArray[np.int64]], *
             seconds = time.perf_counter() - started
             dog.rest()
             if look:
+                if isinstance(look, DryRun) and done == 1 and spec.checkpoint.asynchronous:
+                    saver.rehearse(look.folder / "checkpoint", ema)
                 look.step()
                 continue
             if result.written:

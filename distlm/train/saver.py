@@ -16,6 +16,7 @@ import copy
 import hashlib
 import math
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,7 +28,7 @@ from typing import Any
 import torch
 from torch import distributed
 
-from distlm.errors import StorageError, TrainError
+from distlm.errors import StorageError, TrainError, out_of_memory
 from distlm.storage import flush_folder, write_atomic, write_json, writing
 from distlm.train import checkpoint
 from distlm.train.average import Ema
@@ -67,6 +68,7 @@ class Saver:
     def __init__(self, engine: Any, recipe: Recipe, run: Path, rank: int) -> None:
         self._engine, self._recipe, self._run, self._rank = engine, recipe, run, rank
         self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._ended = threading.Event()
         self._now: Save | None = None
         """All ranks have one or none."""
         self._done: list[Save] = []
@@ -84,6 +86,7 @@ class Saver:
             with contextlib.suppress(StorageError, RuntimeError):              # the first error is the one to tell
                 self.finish()
         self._thread.shutdown(wait=False, cancel_futures=True)
+        self._ended.set()
 
     def save(self, step: int, ema: Ema | None = None, recent_losses: list[float] | None = None, val_loss: float | None = None,
              due: bool = True, beside: bool = False) -> None:
@@ -99,6 +102,23 @@ class Saver:
                 path.mkdir(parents=True)
         distributed.barrier()
         self._now = now = Save(step, path, _manifest(self._engine, self._recipe, step, recent_losses, val_loss, due), beside, began)
+        self._take(path, ema)
+        if not beside:
+            self.finish()
+        now.stall_s = time.perf_counter() - began
+
+    def rehearse(self, folder: Path, ema: Ema | None) -> None:
+        """Copy the state as a save beside the steps does, and hold the copy to the end: of its files none is written, and what DeepSpeed
+        makes beside them goes to `folder`. Raises what `save` raises."""
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        self._now = Save(0, folder, {}, True, 0.0)
+        self._thread.submit(self._ended.wait)              # behind which the copies lie
+        self._take(folder, ema)
+        self._now = None
+
+    def _take(self, path: Path, ema: Ema | None) -> None:
+        """Put each part of the state on its way to a file."""
         with _told(path):
             self._engine.save_checkpoint(str(path), tag=checkpoint.TAG, client_state={}, save_latest=False,  # calls _put
                                          exclude_frozen_parameters=self._recipe.spec.adapter is not None)
@@ -106,9 +126,6 @@ class Saver:
         self._put(torch.save, {"cpu": torch.get_rng_state(), "cuda": cuda}, path / f"rng-{self._rank:05d}.pt")
         if ema:
             self._put(torch.save, ema.values, path / f"ema-{self._rank:05d}.pt")
-        if not beside:
-            self.finish()
-        now.stall_s = time.perf_counter() - began
 
     @property
     def written(self) -> bool:
@@ -155,7 +172,9 @@ class Saver:
         if self._now.beside:
             try:
                 state = on_host(state)
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
                 raise TrainError(f"there is no memory for a copy of the state: {str(error).splitlines()[0]}", cause="oom",
                                  remedy="set checkpoint.asynchronous: false") from error
         file = self._thread.submit(_write, write, state, path, self._now.path)
@@ -221,8 +240,8 @@ def _told(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:               # torch reports a full disk as a RuntimeError
-        if peer_lost(error):
-            raise                                          # another rank has gone: no fault of the disk
+        if peer_lost(error) or out_of_memory(error):
+            raise                                          # no fault of the disk
         raise StorageError(f"the checkpoint cannot be written: {str(error).splitlines()[0]}", where=str(path),
                            remedy="free space; the run goes on from the checkpoint before") from error
 

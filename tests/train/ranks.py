@@ -138,7 +138,7 @@ def spec(corpus: Path, **sections: object) -> TrainSpec:
 def run_ranks(runs: dict[Path, TrainSpec], *, device: str = "cpu", kill_before_step: int | None = None,
               full_before_step: int | None = None, preempt_before_step: int | None = None, stop_before_step: int | None = None,
               poison: dict[str, object] | None = None, hold: tuple[int, int] | None = None, slow_s: float = 0,
-              watch: bool = False) -> str:
+              watch: bool = False, dry: bool = False) -> str:
     """Train each run, one after the other in one group of `scale.workers` processes on `device`, from its last committed checkpoint.
 
     `kill_before_step`: the last rank is sent SIGKILL when it asks for that step. `full_before_step`: from
@@ -147,7 +147,7 @@ def run_ranks(runs: dict[Path, TrainSpec], *, device: str = "cpu", kill_before_s
     which nobody here sends. `slow_s`: the last rank is so many seconds late with each step. `poison`: what `add_poison` takes; every run
     goes on to the next one after the error that it then ends with. `hold`: (step, until): what is written of that step's checkpoint beside
     the steps is not, on any rank, before that rank asks for step `until`, or its run ends. `watch`: every rank prints what `watch_base`
-    says. Returns what the ranks printed."""
+    says. `dry`: the runs are dry runs. Returns what the ranks printed."""
     for run, spec in runs.items():
         run.mkdir(parents=True, exist_ok=True)
         (run / "spec.yaml").write_text(to_yaml(dump(spec)))
@@ -168,7 +168,7 @@ def run_ranks(runs: dict[Path, TrainSpec], *, device: str = "cpu", kill_before_s
                 ranks.append(context.Process(
                     target=rank_process, args=(list(runs), environment, Path(folder, str(rank))),
                     kwargs={**(alone if rank == world - 1 else {}), "full": full_before_step, "poison": poison, "hold": hold,
-                            "watch": watch}))
+                            "watch": watch, "dry": dry}))
                 ranks[-1].start()
             deadline = time.monotonic() + 240
             for one in ranks:
@@ -354,7 +354,7 @@ def hold_writes(step: int, released: threading.Event) -> None:
 
 def rank_process(runs: list[Path], environment: dict[str, str], output: Path, *, kill: int | None = None, preempt: int | None = None,
                  stop: int | None = None, full: int | None = None, poison: dict[str, Any] | None = None,
-                 hold: tuple[int, int] | None = None, slow_s: float = 0, watch: bool = False) -> None:
+                 hold: tuple[int, int] | None = None, slow_s: float = 0, watch: bool = False, dry: bool = False) -> None:
     """One rank. What it prints goes to `output`."""
     os.environ |= environment
     log = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -371,6 +371,7 @@ def rank_process(runs: list[Path], environment: dict[str, str], output: Path, *,
     from distlm.storage import Storage
     from distlm.train import checkpoint, loop
     from distlm.train import preempt as preemption
+    from distlm.train.dryrun import DryRun
     from distlm.train.recipe import make_recipe
 
     rank = int(environment["RANK"])
@@ -415,7 +416,7 @@ def rank_process(runs: list[Path], environment: dict[str, str], output: Path, *,
 
         try:
             loop.fit(recipe, RunFolder(run), steps(), rank=rank, device=device, first_step=first,
-                     resume_from=start.path if start else None)
+                     resume_from=start.path if start else None, look=DryRun(run / "dry-run", rank) if dry else None)
         except DistlmError as error:
             if report is None:
                 raise

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import ray.exceptions
+import torch
 from ray.train import WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
 
@@ -11,6 +12,13 @@ from distlm.errors import CheckpointError, StorageError
 from distlm.train.failures import diagnose
 
 GLOO = RuntimeError("[pair.cc:537] Read error [127.0.0.1]:1: Connection reset by peer. This is typically caused by a remote worker")
+
+
+def too_much() -> RuntimeError:
+    """What PyTorch says where the host has no such memory."""
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(10**14)
+    return error.value
 
 
 @pytest.mark.parametrize(("failures", "cause"), [
@@ -22,7 +30,13 @@ GLOO = RuntimeError("[pair.cc:537] Read error [127.0.0.1]:1: Connection reset by
     ({0: GLOO, 1: ray.exceptions.ActorDiedError()}, "worker_died"),
     ({0: ray.exceptions.RayActorError(error_msg="The actor died because its node has died.")}, "node_lost"),
     ({0: ray.exceptions.OutOfMemoryError("killed"), 1: GLOO}, "oom"),
+    ({0: too_much(), 1: GLOO}, "oom"),
+    ({0: MemoryError()}, "oom"),
+    ({0: RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")}, "oom"),
+    ({0: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")}, "oom"),
+    ({0: OSError(12, "Cannot allocate memory")}, "oom"),
     ({0: ValueError("a bug")}, "internal"),
+    ({0: RuntimeError("mat1 and mat2 shapes cannot be multiplied")}, "internal"),
     ({0: CheckpointError("damaged")}, "storage")])
 def test_the_cause_is_what_came_first(failures: dict[int, Exception], cause: str) -> None:
     assert diagnose(WorkerGroupError("failed", failures)).cause == cause
