@@ -193,12 +193,14 @@ class Track(Part):
 
 
 class Retry(Part):
-    """How often a run is resumed from its last checkpoint, by cause."""
+    """How often a run is resumed from its last checkpoint, by cause. It counts anew after a checkpoint that was committed since."""
 
     worker_died: Annotated[int, Field(ge=0)] = 2
     """A worker process ended."""
     node_lost: Annotated[int, Field(ge=0)] = 2
     """A node left the cluster."""
+    hang: Annotated[int, Field(ge=0)] = 2
+    """A rank stood still for longer than guard.step_timeout_s, and all have been ended."""
     preempted: Annotated[int, Field(ge=0)] = 10
     """A worker was sent SIGTERM: all have saved at the end of their step. A driver that is sent it ends with them and is not retried."""
 

@@ -25,9 +25,10 @@ from distlm.runs import RunFolder
 from distlm.spec import TrainSpec
 from distlm.spec.load import dump, to_yaml
 from distlm.storage import Storage
-from distlm.train import checkpoint
+from distlm.train import checkpoint, driver
 from distlm.train.determinism import ENVIRONMENT
 from distlm.train.driver import KEEP_MEMORY, gauges, train
+from distlm.train.recipe import make_recipe
 from tests.records import Records
 from tests.train.ranks import VOCABULARY, losses, make_corpus, make_labelled_corpus, metrics, run_ranks, spec
 from tests.train.test_dpo import make_pairs
@@ -234,6 +235,45 @@ def test_a_run_that_lacks_only_its_export_makes_it_and_a_truncated_shard_costs_t
     assert len(refused) == int(damaged) and all(str(newest) in text for text in refused)
     assert [note for note in progress.notes if "resuming at step" in note] == [f"resuming at step {100 if damaged else 120} of 120"]
     assert bool([note for note in progress.notes if note.startswith("refused: ")]) == damaged
+
+
+def test_failures_of_a_cause_count_since_the_last_checkpoint(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups end as scripted: with a cause, and perhaps a checkpoint of a step. The last one comes to the end."""
+    def run(name: str, *ends: tuple[str, int | None]) -> tuple[str, list[tuple[str, int]]]:
+        folder, left = make_run(tmp_path / name, given), [*ends, ("", None)]
+
+        def launch(*_: object) -> TrainError | None:
+            cause, step = left.pop(0)
+            if step is not None:
+                path = checkpoint.checkpoint_path(folder.path, step)
+                path.mkdir(parents=True, exist_ok=True)
+                (path / "COMMITTED").write_text("")
+                os.utime(path / "COMMITTED", ns=(len(left), len(left)))        # a clock of files may tick slowly
+            return TrainError("no", cause=cause) if cause else None
+
+        monkeypatch.setattr(driver, "_launch", launch)
+        cause = ""
+        try:
+            driver._to_the_end(recipe, folder, Records(), [])
+        except TrainError as error:
+            cause = error.cause
+        assert bool(cause) == bool(left), "nothing is launched after an end"
+        return cause, [(event["cause"], event["attempt"]) for event in folder.events()]
+
+    given = spec(corpus, retry={"worker_died": 2, "hang": 1})
+    recipe = make_recipe(given, Storage(tmp_path))
+    monkeypatch.setattr(driver, "_resume_point", lambda *_: None)
+    monkeypatch.setattr(driver, "_following", lambda *_: contextlib.nullcontext())
+    died, hang, preempted = (("worker_died", None), ("hang", None), ("preempted", None))
+    assert run("three", died, died, died) == ("worker_died", [("worker_died", 1), ("worker_died", 2)])
+    assert run("weeks", died, died, ("worker_died", 5), died, ("worker_died", 10), died) == (
+        "", [("worker_died", n) for n in (1, 2, 1, 2, 1, 2)])
+    assert run("again", died, ("worker_died", 5), died, died)[0] == "worker_died", "what is committed once counts once"
+    assert run("anew", ("worker_died", 5), died, ("worker_died", 5), died) == ("", [("worker_died", n) for n in (1, 2, 1, 2)])
+    assert run("hangs", hang, hang) == ("hang", [("hang", 1)])
+    assert run("slowly", hang, ("hang", 5), died, died, preempted) == (
+        "", [("hang", 1), ("hang", 1), ("worker_died", 1), ("worker_died", 2), ("preempted", 1)])
+    assert run("other", ("oom", 5)) == ("oom", [])
 
 
 def test_a_failure_that_comes_back_ends_the_run_with_its_cause(cluster: str, corpus: Path, tmp_path: Path) -> None:
