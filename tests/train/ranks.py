@@ -138,7 +138,7 @@ def spec(corpus: Path, **sections: object) -> TrainSpec:
 def run_ranks(runs: dict[Path, TrainSpec], *, device: str = "cpu", kill_before_step: int | None = None,
               full_before_step: int | None = None, preempt_before_step: int | None = None, stop_before_step: int | None = None,
               poison: dict[str, object] | None = None, hold: tuple[int, int] | None = None, slow_s: float = 0,
-              watch: bool = False, dry: bool = False) -> str:
+              watch: bool = False, dry: bool = False, inside: tuple[signal.Signals, str, int] | None = None) -> str:
     """Train each run, one after the other in one group of `scale.workers` processes on `device`, from its last committed checkpoint.
 
     `kill_before_step`: the last rank is sent SIGKILL when it asks for that step. `full_before_step`: from
@@ -147,7 +147,8 @@ def run_ranks(runs: dict[Path, TrainSpec], *, device: str = "cpu", kill_before_s
     which nobody here sends. `slow_s`: the last rank is so many seconds late with each step. `poison`: what `add_poison` takes; every run
     goes on to the next one after the error that it then ends with. `hold`: (step, until): what is written of that step's checkpoint beside
     the steps is not, on any rank, before that rank asks for step `until`, or its run ends. `watch`: every rank prints what `watch_base`
-    says. `dry`: the runs are dry runs. Returns what the ranks printed."""
+    says. `dry`: the runs are dry runs. `inside`: (signal, place, n): the last rank is sent it inside the n-th step, counted from 1, or
+    inside what follows it, as `strike` has it, and the ranks must end as with the others. Returns what the ranks printed."""
     for run, spec in runs.items():
         run.mkdir(parents=True, exist_ok=True)
         (run / "spec.yaml").write_text(to_yaml(dump(spec)))
@@ -157,7 +158,7 @@ def run_ranks(runs: dict[Path, TrainSpec], *, device: str = "cpu", kill_before_s
         port = probe.getsockname()[1]
     context: Any = multiprocessing.get_context("forkserver" if device == "cpu" else "spawn")
     context.set_forkserver_preload(["tests.train.preload"])
-    alone = {"kill": kill_before_step, "preempt": preempt_before_step, "stop": stop_before_step, "slow_s": slow_s}
+    alone = {"kill": kill_before_step, "preempt": preempt_before_step, "stop": stop_before_step, "slow_s": slow_s, "inside": inside}
     ranks = []
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -179,10 +180,10 @@ def run_ranks(runs: dict[Path, TrainSpec], *, device: str = "cpu", kill_before_s
             for one in ranks:
                 one.kill()
     codes = [one.exitcode for one in ranks]
-    if kill_before_step is not None or stop_before_step is not None:
+    if kill_before_step is not None or stop_before_step is not None or (inside and inside[0] != signal.SIGTERM):
         assert codes[-1] == -signal.SIGKILL, outputs[-1][-3000:]
     else:
-        fails = full_before_step is not None or preempt_before_step is not None
+        fails = full_before_step is not None or preempt_before_step is not None or inside is not None
         assert any(codes) == fails, "\n".join(output[-3000:] for output in outputs)
     return "\n".join(outputs)
 
@@ -338,6 +339,29 @@ def watch_base() -> Callable[[], str]:
     return report
 
 
+def strike(what: signal.Signals, place: str, number: int) -> None:
+    """Let this rank be sent a signal as the `number`-th step begins its arithmetic ("step"), as the evaluation after it begins ("measure"),
+    the save ("save") or the export ("export"), or when the first file of the checkpoint is written ("write")."""
+    from distlm.train import loop, saver
+    from distlm.train.evaluate import Evaluator
+
+    owner, name, step_of = {
+        "step": (loop, "train_step", lambda engine, *_: engine.global_steps + 1),
+        "measure": (Evaluator, "measure", lambda _, engine: engine.global_steps),
+        "save": (saver.Saver, "save", lambda _, step, *__: step),
+        "write": (saver, "_write", lambda *args: int(args[-1].name.removeprefix("step-"))),
+        "export": (loop, "gather_weights", lambda engine, *_: engine.global_steps)}[place]
+    call = getattr(owner, name)
+
+    def called(*args: Any, **more: Any) -> Any:
+        made = call(*args, **more) if place == "write" else None
+        if step_of(*args) == number:
+            os.kill(os.getpid(), what)
+        return made or call(*args, **more)
+
+    setattr(owner, name, called)
+
+
 def hold_writes(step: int, released: threading.Event) -> None:
     """Let the thread that writes a step's checkpoint wait."""
     from distlm.train import saver
@@ -354,7 +378,8 @@ def hold_writes(step: int, released: threading.Event) -> None:
 
 def rank_process(runs: list[Path], environment: dict[str, str], output: Path, *, kill: int | None = None, preempt: int | None = None,
                  stop: int | None = None, full: int | None = None, poison: dict[str, Any] | None = None,
-                 hold: tuple[int, int] | None = None, slow_s: float = 0, watch: bool = False, dry: bool = False) -> None:
+                 hold: tuple[int, int] | None = None, slow_s: float = 0, watch: bool = False, dry: bool = False,
+                 inside: tuple[signal.Signals, str, int] | None = None) -> None:
     """One rank. What it prints goes to `output`."""
     os.environ |= environment
     log = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -382,6 +407,8 @@ def rank_process(runs: list[Path], environment: dict[str, str], output: Path, *,
     report = watch_poisoned(poison) if poison else None
     watched = watch_base() if watch else None
     held, until = hold or (-1, -1)
+    if inside:
+        strike(*inside)
     hold_writes(held, released := threading.Event())
     for run in runs:
         recipe = make_recipe(load_spec(run / "spec.yaml").spec, Storage(run.parent))
