@@ -101,12 +101,13 @@ def fit(recipe: Recipe, folder: RunFolder, steps: Iterator[NDArray[np.int64]], *
     guard = SpikeGuard(spec.guard.spike, checkpoint.recent_losses(resume_from) if resume_from else [])
     evaluator = Evaluator(recipe, rank, device)
     writer = MetricsWriter(folder, recipe, first_step) if rank == 0 and not look else None
-    if not look and lacks_evaluation(recipe, folder, first_step, rank):
-        with exported_weights(engine, ema):
-            measured = evaluator.measure(engine)
-        if writer:
-            writer.start(measured, first_step)
     with Watchdog(folder.path, rank, spec.guard.step_timeout_s) as dog, Saver(engine, recipe, folder.path, rank) as saver:
+        dog.rest(first_step - 1)
+        if not look and lacks_evaluation(recipe, folder, first_step, rank):
+            with exported_weights(engine, ema):
+                measured = evaluator.measure(engine)
+            if writer:
+                writer.start(measured, first_step)
         for step in range(first_step, recipe.num_steps):
             dog.beat(step)
             with phases("data"):
@@ -117,13 +118,13 @@ def fit(recipe: Recipe, folder: RunFolder, steps: Iterator[NDArray[np.int64]], *
             try:
                 result = train_step(engine, batch, recipe, rate, step, guard, dog, phases, request, saver.written)
             except TrainError:
-                dog.rest()                                 # what is being saved is still finished
+                dog.rest(step)                             # what is being saved is still finished
                 raise
             done, measured, leaving = step + 1, {}, result.leaving
             if ema and not result.skipped:
                 ema.update(engine, done)
             seconds = time.perf_counter() - started
-            dog.rest()
+            dog.rest(step)
             if look:
                 if isinstance(look, DryRun) and done == 1 and spec.checkpoint.asynchronous:
                     saver.rehearse(look.folder / "checkpoint", ema)
@@ -226,13 +227,13 @@ def train_step(engine: Any, batch: Batch, recipe: Recipe, rate: float, step: int
     leave, saved = leavers > 0, writers == recipe.world
     mean = total / copies / num_targets
     if not math.isfinite(mean):
-        dog.rest()
+        dog.rest(step)
         raise nonfinite_loss(engine, batch, recipe, step, random, mean)
     limit = guard.limit(mean)
     skipped = limit is not None and guard.skips(mean, limit, step, recipe)
     norm = gradient_norm(engine)
     if norm is not None and not finite(norm):
-        dog.rest()
+        dog.rest(step)
         raise nonfinite_gradient(engine, batch, recipe, step, random, norm)
     try:
         with region("optimizer"), without_update(engine) if skipped else contextlib.nullcontext():
@@ -243,7 +244,7 @@ def train_step(engine: Any, batch: Batch, recipe: Recipe, rate: float, step: int
         return StepResult(mean, None, num_targets, limit, True, leave, saved, beside)
     norm = norm if norm is not None else float(engine.get_global_grad_norm())
     if not finite(norm):
-        dog.rest()
+        dog.rest(step)
         raise nonfinite_gradient(engine, batch, recipe, step, random, norm)
     return StepResult(mean, norm, num_targets, limit, skipped, leave, saved, beside)
 
