@@ -58,6 +58,12 @@ def peer_lost(error: BaseException) -> bool:
     return any(text in str(error) for text in PEER_LOST)
 
 
+def timed_out(error: BaseException) -> bool:
+    """Whether a collective operation failed because another rank did not come to it."""
+    text = str(error).lower()
+    return "application timeout" in text or ("timed out" in text and ("gloo" in text or "nccl" in text))
+
+
 def _causes(error: BaseException) -> dict[int, BaseException]:
     """Rank -> what it failed of; what no rank failed of under 0."""
     failures = getattr(error, "worker_failures", None) or {0: getattr(error, "controller_failure", None) or error}
@@ -84,7 +90,7 @@ def _explain(error: BaseException) -> tuple[int, DistlmError]:
         return 3, TrainError("a worker process ended unexpectedly", cause="worker_died", remedy=RAYS_LOG)
     if peer_lost(error):
         return 4, TrainError(f"a worker lost another: {line}", cause="worker_died")
-    if "timed out" in str(error).lower() and "gloo" in str(error).lower():
+    if timed_out(error):
         return 4, TrainError(f"a worker stopped answering: {line}", cause="hang")
     if type(error).__name__ == "WorkerHealthCheckTimeoutError":
         return 4, TrainError(f"a worker stopped answering: {str(error).splitlines()[0]}", cause="hang")

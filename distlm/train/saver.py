@@ -32,13 +32,13 @@ from distlm.errors import StorageError, TrainError, out_of_memory
 from distlm.storage import flush_folder, write_atomic, write_json, writing
 from distlm.train import checkpoint
 from distlm.train.average import Ema
-from distlm.train.failures import peer_lost
+from distlm.train.failures import peer_lost, timed_out
 from distlm.train.recipe import Recipe
 from distlm.train.reshard import parameter_names
 from distlm.train.zero import loss_scale
 
 Write = Callable[[Any, Path], None]
-SHARED_CAUSES = ("nonfinite_loss", "loss_spike")
+SHARED_CAUSES = ("nonfinite_loss", "loss_spike", "bad_input")
 """Of errors that all ranks end with at the same step."""
 
 
@@ -240,7 +240,7 @@ def _told(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:               # torch reports a full disk as a RuntimeError
-        if peer_lost(error) or out_of_memory(error):
+        if peer_lost(error) or timed_out(error) or out_of_memory(error):
             raise                                          # no fault of the disk
         raise StorageError(f"the checkpoint cannot be written: {str(error).splitlines()[0]}", where=str(path),
                            remedy="free space; the run goes on from the checkpoint before") from error

@@ -138,7 +138,8 @@ def spec(corpus: Path, **sections: object) -> TrainSpec:
 def run_ranks(runs: dict[Path, TrainSpec], *, device: str = "cpu", kill_before_step: int | None = None,
               full_before_step: int | None = None, preempt_before_step: int | None = None, stop_before_step: int | None = None,
               poison: dict[str, object] | None = None, hold: tuple[int, int] | None = None, slow_s: float = 0,
-              watch: bool = False, dry: bool = False, inside: tuple[signal.Signals, str, int] | None = None) -> str:
+              watch: bool = False, dry: bool = False, inside: tuple[signal.Signals, str, int] | None = None,
+              empty_step: int | None = None) -> str:
     """Train each run, one after the other in one group of `scale.workers` processes on `device`, from its last committed checkpoint.
 
     `kill_before_step`: the last rank is sent SIGKILL when it asks for that step. `full_before_step`: from
@@ -148,7 +149,8 @@ def run_ranks(runs: dict[Path, TrainSpec], *, device: str = "cpu", kill_before_s
     goes on to the next one after the error that it then ends with. `hold`: (step, until): what is written of that step's checkpoint beside
     the steps is not, on any rank, before that rank asks for step `until`, or its run ends. `watch`: every rank prints what `watch_base`
     says. `dry`: the runs are dry runs. `inside`: (signal, place, n): the last rank is sent it inside the n-th step, counted from 1, or
-    inside what follows it, as `strike` has it, and the ranks must end as with the others. Returns what the ranks printed."""
+    inside what follows it, as `strike` has it, and the ranks must end as with the others. `empty_step`: no token of
+    that step gives loss, on any rank, and the ranks must fail; for corpora with marks. Returns what the ranks printed."""
     for run, spec in runs.items():
         run.mkdir(parents=True, exist_ok=True)
         (run / "spec.yaml").write_text(to_yaml(dump(spec)))
@@ -169,7 +171,7 @@ def run_ranks(runs: dict[Path, TrainSpec], *, device: str = "cpu", kill_before_s
                 ranks.append(context.Process(
                     target=rank_process, args=(list(runs), environment, Path(folder, str(rank))),
                     kwargs={**(alone if rank == world - 1 else {}), "full": full_before_step, "poison": poison, "hold": hold,
-                            "watch": watch, "dry": dry}))
+                            "watch": watch, "dry": dry, "empty": empty_step}))
                 ranks[-1].start()
             deadline = time.monotonic() + 240
             for one in ranks:
@@ -183,7 +185,7 @@ def run_ranks(runs: dict[Path, TrainSpec], *, device: str = "cpu", kill_before_s
     if kill_before_step is not None or stop_before_step is not None or (inside and inside[0] != signal.SIGTERM):
         assert codes[-1] == -signal.SIGKILL, outputs[-1][-3000:]
     else:
-        fails = full_before_step is not None or preempt_before_step is not None or inside is not None
+        fails = not {full_before_step, preempt_before_step, inside, empty_step} <= {None}
         assert any(codes) == fails, "\n".join(output[-3000:] for output in outputs)
     return "\n".join(outputs)
 
@@ -379,7 +381,7 @@ def hold_writes(step: int, released: threading.Event) -> None:
 def rank_process(runs: list[Path], environment: dict[str, str], output: Path, *, kill: int | None = None, preempt: int | None = None,
                  stop: int | None = None, full: int | None = None, poison: dict[str, Any] | None = None,
                  hold: tuple[int, int] | None = None, slow_s: float = 0, watch: bool = False, dry: bool = False,
-                 inside: tuple[signal.Signals, str, int] | None = None) -> None:
+                 inside: tuple[signal.Signals, str, int] | None = None, empty: int | None = None) -> None:
     """One rank. What it prints goes to `output`."""
     os.environ |= environment
     log = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -389,7 +391,7 @@ def rank_process(runs: list[Path], environment: dict[str, str], output: Path, *,
     from deepspeed.accelerator import get_accelerator
     from torch import distributed
 
-    from distlm.corpus.stream import local_steps, ordered_steps
+    from distlm.corpus.stream import NO_LOSS, local_steps, ordered_steps
     from distlm.errors import DistlmError
     from distlm.runs import RunFolder
     from distlm.spec import load_spec
@@ -436,6 +438,8 @@ def rank_process(runs: list[Path], environment: dict[str, str], output: Path, *,
                     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
                 if first + i >= until:
                     released.set()
+                if first + i == empty:
+                    tokens = np.stack([tokens[:, 0], np.full_like(tokens[:, 1], NO_LOSS)], 1)
                 with open(run / f"windows-{rank}.txt", "a") as file:
                     rows = tokens[:, 0] if plan.marked else tokens
                     file.write(f"{first + i}: {' '.join(str(row[0] * VOCABULARY + row[1]) for row in rows)}\n")
