@@ -154,7 +154,7 @@ def fit(recipe: Recipe, folder: RunFolder, steps: Iterator[NDArray[np.int64]], *
             return
         mean = {}
         if spec.checkpoint.average > 1:
-            mean = {"averaged": take_mean(engine, folder.path, recipe, rank), "val_loss": evaluator.measure(engine).get("val_loss")}
+            mean = {"averaged": take_mean(engine, folder, recipe, rank), "val_loss": evaluator.measure(engine).get("val_loss")}
         with exported_weights(engine, ema):
             weights = gather_weights(engine, rank, trained=spec.adapter is not None)
         if rank == 0:

@@ -1,6 +1,7 @@
 """What is exported is the average that the spec asks for, and what is evaluated is what is exported."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 from distlm.corpus.stream import Windows
 from distlm.errors import SpecError
 from distlm.model.build import build_model, model_config
+from distlm.runs import RunFolder
 from distlm.storage import Storage
 from distlm.train.recipe import make_recipe
 from tests.train.ranks import make_corpus, metrics, run_ranks, spec
@@ -75,6 +77,18 @@ def test_what_is_evaluated_is_what_is_exported(root: Path) -> None:
     assert metrics(root / "ema")[-1]["val_loss"] == lineage["ema"]["val_loss"] != metrics(root / "plain")[-1]["val_loss"]
     assert metrics(root / "mean")[-1]["val_loss"] == metrics(root / "plain")[-1]["val_loss"] != lineage["mean"]["val_loss"]
     assert lineage["mean"]["averaged"] == ["step-000002", "step-000003", "step-000004"] and "averaged" not in lineage["plain"]
+
+
+def test_that_fewer_are_left_than_are_averaged_is_noted(root: Path, tmp_path: Path) -> None:
+    assert not RunFolder(root / "mean").events()
+    run = Path(shutil.copytree(root / "mean", tmp_path / "run"))
+    shutil.rmtree(run / "export")
+    shutil.rmtree(run / "checkpoints" / "step-000003")
+    (run / "checkpoints" / "step-000001" / "COMMITTED").unlink()
+    run_ranks({run: _spec(root / "c", average=3)})
+    assert [event["message"] for event in RunFolder(run).events()] == [
+        "the export is the mean of 2 checkpoints and not of 3: no more are left"]
+    assert json.loads((run / "export" / "distlm.json").read_text())["averaged"] == ["step-000002", "step-000004"]
 
 
 def test_more_checkpoints_than_a_run_saves_cannot_be_averaged(root: Path) -> None:
