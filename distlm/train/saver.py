@@ -19,7 +19,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -63,7 +63,8 @@ class Save:
 
 
 class Saver:
-    """Makes a run's checkpoints. It is left with none on its way, but where a rank has gone or cannot write: that one is not committed."""
+    """Makes a run's checkpoints. It is left with none on its way, but where a rank has gone or cannot write: that one is not committed,
+    and nothing is left of what could not be written."""
 
     def __init__(self, engine: Any, recipe: Recipe, run: Path, rank: int) -> None:
         self._engine, self._recipe, self._run, self._rank = engine, recipe, run, rank
@@ -80,13 +81,18 @@ class Saver:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if error is None:
-            self.finish()
-        elif isinstance(error, TrainError) and error.cause in SHARED_CAUSES:
-            with contextlib.suppress(StorageError, RuntimeError):              # the first error is the one to tell
+        failed = error
+        if error is None or (isinstance(error, TrainError) and error.cause in SHARED_CAUSES):
+            try:
                 self.finish()
+            except (StorageError, RuntimeError) as found:
+                failed = found
         self._thread.shutdown(wait=False, cancel_futures=True)
         self._ended.set()
+        if self._now and isinstance(failed, StorageError) and failed.where.startswith(str(self._now.path)) and self._remove(self._now):
+            failed.message += ", and what there was of it is removed"
+        if error is None and failed:                       # else the first error is the one to tell
+            raise failed
 
     def save(self, step: int, ema: Ema | None = None, recent_losses: list[float] | None = None, val_loss: float | None = None,
              due: bool = True, beside: bool = False) -> None:
@@ -182,6 +188,16 @@ class Saver:
         if not self._now.beside:
             file.result()
 
+    def _remove(self, now: Save) -> bool:
+        """Give back the room that a save takes which has failed on this rank: a disk that is full needs it. Returns whether it is gone.
+        What this rank has not brought to the commit, none commits."""
+        if now.commit and self._rank:
+            return False
+        wait([one for one in (*now.files, now.commit) if one and not one.done()], timeout=60)
+        if not (now.path / checkpoint.MARKER).exists():
+            shutil.rmtree(now.path, ignore_errors=True)    # another rank that still writes fails too
+        return not now.path.exists()
+
     def _seal(self, now: Save, entries: list[dict[str, Any]]) -> None:
         """Manifest, then marker, then what is to go. Files that DeepSpeed has copied itself are not among `entries`."""
         with _told(now.path):
@@ -240,7 +256,8 @@ def _told(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:               # torch reports a full disk as a RuntimeError
-        if peer_lost(error) or timed_out(error) or out_of_memory(error):
+        removed = path.parent.exists() and not path.exists()                   # by a rank that has met it first, and says so
+        if removed or peer_lost(error) or timed_out(error) or out_of_memory(error):
             raise                                          # no fault of the disk
         raise StorageError(f"the checkpoint cannot be written: {str(error).splitlines()[0]}", where=str(path),
                            remedy="free space; the run goes on from the checkpoint before") from error
