@@ -248,24 +248,33 @@ def windows_seen(run: Path) -> dict[int, list[int]]:
 
 
 def add_poison(model: Any, window: int, module: str, gradient: bool = False, factor: float = math.nan) -> None:
-    """Let the output of a module, or the gradient with respect to it, be multiplied by `factor` whenever the model reads a window."""
-    here = []
+    """Let the output of a module, or the gradient with respect to it, be multiplied by `factor` whenever the model reads a window. Hooks
+    would not be called where a layer is compiled, and a factor that is no tensor not be looked at again."""
+    import torch
+
+    class Times(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, value: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
+            ctx.save_for_backward(by)
+            return value.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+            return gradient * ctx.saved_tensors[0], None
+
+    now = torch.ones(())
 
     def read(_: Any, args: Any, kwargs: Any) -> None:
         rows = kwargs["input_ids"]
-        here[:] = [bool((rows[:, 0] * VOCABULARY + rows[:, 1] == window).any())]
+        now.fill_(factor if (rows[:, 0] * VOCABULARY + rows[:, 1] == window).any() else 1)
 
-    def spoil(_: Any, __: Any, output: Any) -> Any:
-        if not here[0]:
-            return output
-        if not gradient:
-            return output * factor
-        if output.requires_grad:
-            output.register_hook(lambda value: value * factor)
-        return output
+    def spoiled(*args: Any) -> Any:
+        output = forward(*args)
+        return Times.apply(output, now) if gradient else output * now
 
     model.register_forward_pre_hook(read, with_kwargs=True)
-    model.get_submodule(module).register_forward_hook(spoil)
+    poisoned = model.get_submodule(module)
+    forward, poisoned.forward = poisoned.forward, spoiled
 
 
 def watch_poisoned(poison: dict[str, Any]) -> Callable[[Exception], None]:
