@@ -19,7 +19,7 @@ import pytest
 import ray
 
 from distlm.corpus.stream import START, Plan, local_steps, ordered_steps, plan_dataset
-from distlm.errors import ClusterError, SpecError, TrainError
+from distlm.errors import ClusterError, SpecError, StorageError, TrainError
 from distlm.execute import profile
 from distlm.runs import RunFolder
 from distlm.spec import TrainSpec
@@ -160,6 +160,59 @@ def test_sigterm_to_a_worker_and_then_to_the_driver_costs_nothing_but_time(clust
     assert len(began := start_of(folder)) == 3 and any(step % 20 for step in began), "not only from checkpoints that were due"
     assert losses(folder.path) == losses(undisturbed)
     assert (folder.path / "export" / "model.safetensors").read_bytes() == (undisturbed / "export" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_stopped_is_named_and_ended_and_costs_nothing_but_time(cluster: str, corpus: Path, undisturbed: Path,
+                                                                                 tmp_path: Path) -> None:
+    given = spec(corpus, guard={"step_timeout_s": 15}, **LONG)
+    folder, stopped = make_run(tmp_path, given), list[int]()
+
+    def stop() -> None:
+        wait_for(lambda: workers() and steps_done(folder.path) >= 50, "step 50")
+        victim = workers()[-1]
+        victim.send_signal(signal.SIGSTOP)
+        stopped.append(victim.pid)
+
+    thread = Thread(target=stop)
+    thread.start()
+    with folder.running():
+        train(given, folder, Storage(tmp_path), Records())
+    thread.join()
+    assert stopped, "the fault fired"
+    [note] = [event for event in folder.events() if event["state"] == "note"]
+    assert note["cause"] == "hang" and f"(process {stopped[0]} on " in note["message"] and "does not answer" in note["message"]
+    assert sum("no progress for 15 s" in log.read_text() for log in (folder.path / "logs").glob("worker-*.log")) == 1, "the other's stacks"
+    assert folder.state() == ("succeeded", "completed") and losses(folder.path) == losses(undisturbed)
+    assert (folder.path / "export" / "model.safetensors").read_bytes() == (undisturbed / "export" / "model.safetensors").read_bytes()
+    assert not psutil.pid_exists(stopped[0]) and not (folder.path / "hang").exists()
+    wait_for(lambda: not workers(), "the end of the workers", 30)
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_ends_the_run_with_that_cause_and_leaves_no_part_of_a_checkpoint(cluster: str, corpus: Path, tmp_path: Path
+                                                                                              ) -> None:
+    wide = {"config": {"model_type": "llama", "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2,
+                       "num_attention_heads": 4}}          # its shards are longer than any log
+    folder, filled = make_run(tmp_path, given := spec(corpus, model=wide, **LONG)), list[int]()
+
+    def fill() -> None:
+        wait_for(lambda: workers() and steps_done(folder.path) >= 25, "step 25")
+        for worker in workers():
+            worker.rlimit(psutil.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+            filled.append(worker.pid)
+
+    thread = Thread(target=fill)
+    thread.start()
+    with pytest.raises(StorageError, match=r"step-\d+: the checkpoint cannot be written: .*, and what there was of it is removed; free"), \
+            folder.running():
+        train(given, folder, Storage(tmp_path), Records())
+    thread.join()
+    assert len(filled) == 2, "the fault fired"
+    assert folder.state() == ("failed", "storage") and not [event for event in folder.events() if event["state"] == "note"]
+    kept = checkpoint.committed(folder.path)
+    assert kept and sorted((folder.path / "checkpoints").iterdir()) == kept and checkpoint.verified(kept[-1]).step >= 20
+    wait_for(lambda: not workers(), "the end of the workers", 30)
 
 
 def start_of(folder: RunFolder) -> list[int]:
