@@ -160,7 +160,7 @@ def train(shape: str, options: argparse.Namespace, ranks: int, device: Any) -> f
     restore_buffers(engine.module.model, kept)
     del model
     engine.train()
-    peak, unwatched = 0.0, cast(Any, SimpleNamespace(beat=lambda *_: None, rest=lambda: None))
+    peak, unwatched = 0.0, cast(Any, SimpleNamespace(beat=lambda *_: None, rest=lambda *_: None))
     for step in range(3):
         batch = TokenBatch(torch.randint(0, one["vocab"], (one["micro"] * accumulation, one["context"] + 1), device=device))
         if step:

@@ -38,6 +38,13 @@ class DistlmError(Exception):
         return _rebuild, (type(self), self.message, self.where, self.remedy, self.cause)
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation has failed, on a GPU or in the host's memory: of most of these PyTorch and the system tell by text alone."""
+    words = "can't allocate memory", "Cannot allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory"
+    return (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"           # PyTorch's, and Ray's
+            or (isinstance(error, OSError | RuntimeError) and any(text in str(error) for text in words)))
+
+
 def _rebuild(kind: type[DistlmError], message: str, where: str, remedy: str, cause: str) -> DistlmError:
     return kind(message, where=where, remedy=remedy, cause=cause)
 

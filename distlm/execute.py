@@ -29,7 +29,7 @@ JOBS = {"prepare": "distlm.corpus.prepare:prepare", "train": "distlm.train.drive
 """Kind, or what is done in its place -> the function that does the job: (spec, folder, storage, progress) -> outputs."""
 
 MAY_CHANGE = {"train": ("duration", "scale", "evaluate", "checkpoint", "retry", "track", "batch.micro_sequences",
-                        "sharding", "compile", "activation_checkpointing"), "tune": ("concurrent",),
+                        "guard.step_timeout_s", "sharding", "compile", "activation_checkpointing"), "tune": ("concurrent",),
               "evaluate": ("workers", "cpus_per_worker", "threads_per_worker", "concurrent"), "prepare": ("workers",),
               "average": ("workers", "cpus_per_worker", "threads_per_worker"), "compress": ("cpus",),
               "serve": tuple(ServeSpec.model_fields), "pipeline": ("steps", "prompt", "chat")}

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from distlm.errors import InputError
+from distlm.errors import InputError, out_of_memory
 from distlm.model.build import load_model
 from distlm.model.vocabulary import vocabulary_hash
 from distlm.serve.engine import EngineFailed, EngineFull, NoMemory
 from distlm.serve.metrics import Metrics
-from distlm.serve.torch_engine import DTYPES, context_of, out_of_memory
+from distlm.serve.torch_engine import DTYPES, context_of
 from distlm.spec.curate import Clean
 from distlm.storage import read_json
 from distlm.text.clean import clean

@@ -25,7 +25,7 @@ import torch
 from transformers import AutoTokenizer, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from distlm.errors import ServeError
+from distlm.errors import ServeError, out_of_memory
 from distlm.model.adapter_folder import load_tokenizers
 from distlm.model.build import load_model
 from distlm.model.quantize import rounds_inputs
@@ -393,12 +393,6 @@ class TorchEngine:
             error = (found[row, -1].float() - wanted).abs().max() / wanted.abs().max()
             if not error < (1e-3 if self.model.dtype == torch.float32 and not rounds_inputs(self.model) else 0.1):
                 raise ValueError(f"logits are off by {float(error):.2g} of their size")
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation has failed, on a GPU or in the host's memory."""
-    words = "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED"
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in words)
 
 
 def context_of(config: Any) -> int:

@@ -179,8 +179,8 @@ class Guard(Part):
     """Loss spikes. Left out, they are not looked for."""
     step_timeout_s: Annotated[float, Field(ge=0)] = 600
     """Seconds that a step may stand still: each of its micro-batches may take so long, and the wait for its samples. Longer, and the ranks
-    write their stacks to their logs and end with the cause hang, naming the rank that hangs. 0 turns it off. Evaluation, checkpoints and
-    the export are not timed."""
+    write their stacks to their logs and end with the cause hang, naming the rank that hangs. Evaluation, checkpoints and the export may
+    take longer, as long as every rank answers. 0 turns it off."""
 
 
 class Track(Part):
@@ -194,12 +194,14 @@ class Track(Part):
 
 
 class Retry(Part):
-    """How often a run is resumed from its last checkpoint, by cause."""
+    """How often a run is resumed from its last checkpoint, by cause. It counts anew after a checkpoint that was committed since."""
 
     worker_died: Annotated[int, Field(ge=0)] = 2
     """A worker process ended."""
     node_lost: Annotated[int, Field(ge=0)] = 2
     """A node left the cluster."""
+    hang: Annotated[int, Field(ge=0)] = 2
+    """A rank stood still for longer than guard.step_timeout_s, and all have been ended."""
     preempted: Annotated[int, Field(ge=0)] = 10
     """A worker was sent SIGTERM: all have saved at the end of their step. A driver that is sent it ends with them and is not retried."""
 

@@ -5,13 +5,13 @@ Both work on the fp32 masters, each rank on its part of them, wherever DeepSpeed
 
 import contextlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import distributed
 
 from distlm.errors import CheckpointError
+from distlm.runs import RunFolder
 from distlm.train import checkpoint
 from distlm.train.recipe import Recipe
 
@@ -49,11 +49,14 @@ class Ema:
 
 
 @torch.no_grad()
-def take_mean(engine: Any, run: Path, recipe: Recipe, rank: int) -> list[str]:
-    """Give the model the mean of the run's last `checkpoint.average` checkpoints, whose names are returned. All ranks take part; training
-    cannot go on after it. Raises CheckpointError where one is damaged."""
-    paths = checkpoint.due(run)[-recipe.spec.checkpoint.average:]
+def take_mean(engine: Any, folder: RunFolder, recipe: Recipe, rank: int) -> list[str]:
+    """Give the model the mean of the run's last `checkpoint.average` checkpoints, whose names are returned; that there are fewer is noted
+    in the events. All ranks take part; training cannot go on after it. Raises CheckpointError where one is damaged."""
+    asked = recipe.spec.checkpoint.average
+    paths = checkpoint.due(folder.path)[-asked:]
     if rank == 0:
+        if len(paths) < asked:
+            folder.event("note", message=f"the export is the mean of {len(paths)} checkpoints and not of {asked}: no more are left")
         for path in paths:
             try:
                 checkpoint.verified(path)

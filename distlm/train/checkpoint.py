@@ -51,6 +51,12 @@ def committed(run: Path) -> list[Path]:
     return [path for path in _steps(run) if (path / MARKER).is_file()]
 
 
+def commits(run: Path) -> set[tuple[str, int]]:
+    """The names of those that carry the marker, each with the time of its marker in nanoseconds: a step that is committed again is another
+    one."""
+    return {(path.name, (path / MARKER).stat().st_mtime_ns) for path in committed(run)}
+
+
 def _steps(run: Path) -> list[Path]:
     """The folders that are named as checkpoints are, oldest first; a copy under another name is its maker's own."""
     found = {int(match[1]): path for path in (run / "checkpoints").glob("step-*") if (match := NAME.fullmatch(path.name))}

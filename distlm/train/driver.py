@@ -5,6 +5,7 @@ failure the driver takes the last committed checkpoint, starts the plan at its s
 """
 
 import contextlib
+import itertools
 import math
 import os
 import shutil
@@ -62,20 +63,24 @@ def train(spec: TrainSpec, folder: RunFolder, storage: Storage, progress: Progre
 
 
 def _to_the_end(recipe: Recipe, folder: RunFolder, progress: Progress, on_metrics: list[OnMetrics]) -> None:
-    """Launch worker groups until one has come to the end, or no retry is left. Raises what stopped the last."""
-    retry = recipe.spec.retry
+    """Launch worker groups until one has come to the end, or no retry is left: those of a cause count since the last group that committed a
+    checkpoint. Raises what stopped the last."""
+    retry = recipe.spec.retry.model_dump()
     failures: dict[str, int] = {}
-    while True:
+    for attempt in itertools.count():
         start = _resume_point(recipe, folder, progress)
         first_step = start.step if start else 0
         if first_step == recipe.num_steps and exported(recipe, folder):
             break
+        before = checkpoint.commits(folder.path)
         with _following(folder, recipe, progress, first_step, on_metrics):
-            error = _launch(recipe, folder, first_step, start.path if start else None, len(failures))
+            error = _launch(recipe, folder, first_step, start.path if start else None, attempt)
         if error is None:
             break
+        if checkpoint.commits(folder.path) - before:
+            failures.clear()
         failures[error.cause] = failures.get(error.cause, 0) + 1
-        allowed = {"worker_died": retry.worker_died, "node_lost": retry.node_lost, "preempted": retry.preempted}.get(error.cause, 0)
+        allowed = retry.get(error.cause, 0)
         if failures[error.cause] > allowed or (folder.path / preempt.FLAG).exists():
             raise error
         progress.note(f"{error.cause}: {error.message}; resuming from the last checkpoint, try {failures[error.cause]} of {allowed}")
@@ -177,7 +182,7 @@ def _launch(recipe: Recipe, folder: RunFolder, first_step: int, resume_from: Pat
         lost = lost_nodes(nodes) if found.cause == "worker_died" else []       # what took the worker along
         return TrainError(f"a node was lost: {', '.join(lost)}", cause="node_lost") if lost else found
     done = {"": lambda: exported(recipe, folder), "profile": (folder.path / "profile" / "profile.json").exists,
-            "dry_run": lambda: len([*(folder.path / DRY_RUN).iterdir()]) == scale.workers}[look]()
+            "dry_run": lambda: len([*(folder.path / DRY_RUN).glob("*.json")]) == scale.workers}[look]()
     if not done:                                           # Ray returns normally from an abort
         raise KeyboardInterrupt
     return None

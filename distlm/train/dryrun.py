@@ -27,10 +27,11 @@ FOLDER, CHOSEN = "dry-run", "micro-sequences.json"
 
 
 class DryRun:
-    """Follows the steps of one rank; the last one writes the most memory that they took."""
+    """Follows the steps of one rank; the last one writes the most memory that they took. Before it the loop copies the state, as for a
+    checkpoint that is written beside it."""
 
     def __init__(self, folder: Path, rank: int) -> None:
-        self._file, self._done = folder / f"{rank:05d}.json", 0
+        self.folder, self._file, self._done = folder, folder / f"{rank:05d}.json", 0
 
     def step(self) -> None:
         """One more step is done."""
@@ -47,22 +48,24 @@ def peak_bytes() -> int:
 
 
 def choose_micro(recipe: Recipe, folder: RunFolder, progress: Progress, launch: Callable[[Recipe], DistlmError | None]) -> Recipe:
-    """The recipe with the largest micro-batch whose steps run, inside the memory that the spec says a worker has. A run that goes on keeps
-    its choice. Raises TrainError where not one sequence fits, and what `launch` returns if it is not for memory."""
+    """The recipe with the largest micro-batch whose steps run, inside the memory that the spec says a worker has. A worker that is killed
+    has not fitted: where memory is short a kernel gives no other sign. A run that goes on keeps its choice. Raises TrainError where not one
+    sequence fits, and what `launch` returns if it is not for memory."""
     chosen, place = folder.path / CHOSEN, folder.path / FOLDER
     if chosen.exists() and recipe.plan().piece % (micro := read_json(chosen)["micro_sequences"]) == 0:
         return replace(recipe, micro_sequences=micro)
     limit = memory_limit(recipe.spec)
+    error: DistlmError | None = None
     for micro in candidates(recipe, limit):
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir(parents=True)
         error = launch(trial(recipe, micro))
-        if error is not None and error.cause != "oom":
+        if error is not None and error.cause not in ("oom", "worker_died"):
             raise error
-        peak = 0 if error else max(read_json(file)["bytes"] for file in place.iterdir())
+        peak = 0 if error else max(read_json(file)["bytes"] for file in place.glob("*.json"))
         fits = error is None and (limit is None or peak <= limit)
         over = f", more than the {limit / GIB:.3g} there are" if peak and limit and not fits else ""
-        took = "out of memory" if error else f"{peak / GIB:.3g} GiB{over}"
+        took = f"{peak / GIB:.3g} GiB{over}" if not error else "out of memory" if error.cause == "oom" else "a worker was killed"
         text = f"{micro} sequence{'s' * (micro > 1)} in a micro-batch: {took}"
         progress.note(text)
         folder.event("note", message=text)
@@ -70,8 +73,11 @@ def choose_micro(recipe: Recipe, folder: RunFolder, progress: Progress, launch: 
             shutil.rmtree(place)
             write_json(chosen, {"micro_sequences": micro, "bytes": peak})
             return replace(recipe, micro_sequences=micro)
+    if error is not None and error.cause == "worker_died":                     # it may have another reason, which its log tells
+        raise error
+    beside = ", or set checkpoint.asynchronous: false" if recipe.spec.checkpoint.asynchronous else ""
     raise TrainError("not one sequence of the batch fits the memory of a worker", where="batch.micro_sequences", cause="oom",
-                     remedy="set activation_checkpointing: 1, or raise sharding.zero")
+                     remedy=f"set activation_checkpointing: 1, or raise sharding.zero{beside}")
 
 
 def candidates(recipe: Recipe, limit: int | None) -> Iterator[int]:

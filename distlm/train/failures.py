@@ -5,7 +5,7 @@ from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
-from distlm.errors import ClusterError, DistlmError, TrainError
+from distlm.errors import ClusterError, DistlmError, TrainError, out_of_memory
 from distlm.train.worker import worker_log
 
 PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused", "remote process exited",
@@ -58,6 +58,12 @@ def peer_lost(error: BaseException) -> bool:
     return any(text in str(error) for text in PEER_LOST)
 
 
+def timed_out(error: BaseException) -> bool:
+    """Whether a collective operation failed because another rank did not come to it."""
+    text = str(error).lower()
+    return "application timeout" in text or ("timed out" in text and ("gloo" in text or "nccl" in text))
+
+
 def _causes(error: BaseException) -> dict[int, BaseException]:
     """Rank -> what it failed of; what no rank failed of under 0."""
     failures = getattr(error, "worker_failures", None) or {0: getattr(error, "controller_failure", None) or error}
@@ -75,7 +81,7 @@ def _explain(error: BaseException) -> tuple[int, DistlmError]:
     line = next((text for text in reversed(str(error).splitlines()) if text.strip()), type(error).__name__).strip()[:300]
     if isinstance(error, DistlmError):
         return 0, error
-    if isinstance(error, ray.exceptions.OutOfMemoryError) or type(error).__name__ == "OutOfMemoryError":
+    if out_of_memory(error):
         return 1, TrainError(f"out of memory: {line}", remedy="lower batch.micro_sequences, or raise sharding.zero", cause="oom")
     if isinstance(error, ray.exceptions.NodeDiedError) or (isinstance(error, ray.exceptions.RayActorError)
                                                           and "node has died" in str(error).lower()):
@@ -84,7 +90,7 @@ def _explain(error: BaseException) -> tuple[int, DistlmError]:
         return 3, TrainError("a worker process ended unexpectedly", cause="worker_died", remedy=RAYS_LOG)
     if peer_lost(error):
         return 4, TrainError(f"a worker lost another: {line}", cause="worker_died")
-    if "timed out" in str(error).lower() and "gloo" in str(error).lower():
+    if timed_out(error):
         return 4, TrainError(f"a worker stopped answering: {line}", cause="hang")
     if type(error).__name__ == "WorkerHealthCheckTimeoutError":
         return 4, TrainError(f"a worker stopped answering: {str(error).splitlines()[0]}", cause="hang")

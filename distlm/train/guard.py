@@ -112,12 +112,14 @@ def _error(what: str, of: str, blame: tuple[int, int, str] | None, recipe: Recip
 
 def _blame(engine: Any, batch: Batch, recipe: Recipe, random: Random,
            look: Callable[[Any, Batch], str | None]) -> tuple[int, int, str] | None:
-    """(micro-batch, rank, name) of the first that `look` finds. Ranks go on in step until the end: ZeRO-3 gathers in every pass."""
+    """(micro-batch, rank, name) of the first that `look` finds. Ranks go on in step until the end: ZeRO-3 gathers in every pass. Layers run
+    uncompiled: hooks may be passed over otherwise, and gradients come all at once."""
     random.restore()
     found = None
-    for i, micro in enumerate(batch.split(recipe.micro_sequences)):
-        name = look(engine, micro)
-        found = found or (name and (i, distributed.get_rank(), name))
+    with torch.compiler.set_stance("force_eager"):
+        for i, micro in enumerate(batch.split(recipe.micro_sequences)):
+            name = look(engine, micro)
+            found = found or (name and (i, distributed.get_rank(), name))
     everyone: list[Any] = [None] * recipe.world
     distributed.all_gather_object(everyone, found)
     return min((one for one in everyone if one), default=None)

@@ -6,7 +6,7 @@
 import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -97,14 +97,17 @@ def fit(recipe: Recipe, folder: RunFolder, steps: Iterator[NDArray[np.int64]], *
         objective.begin(engine, recipe, folder, rank, device)
     if resume_from is not None:
         checkpoint.load(engine, resume_from, recipe, rank, ema)
-    launches, phases = folder.launches(), Phases(device.type == "cuda")
+    request, phases = preempt.Request(folder, rank, device), Phases(device.type == "cuda")
     guard = SpikeGuard(spec.guard.spike, checkpoint.recent_losses(resume_from) if resume_from else [])
     evaluator = Evaluator(recipe, rank, device)
     writer = MetricsWriter(folder, recipe, first_step) if rank == 0 and not look else None
-    measured = evaluator.measure(engine, 0) if first_step == 0 and not look else {}
-    if first_step == 0 and writer:
-        writer.start(measured)
     with Watchdog(folder.path, rank, spec.guard.step_timeout_s) as dog, Saver(engine, recipe, folder.path, rank) as saver:
+        dog.rest(first_step - 1)
+        if not look and lacks_evaluation(recipe, folder, first_step, rank):
+            with exported_weights(engine, ema):
+                measured = evaluator.measure(engine, first_step)
+            if writer:
+                writer.start(measured, first_step)
         for step in range(first_step, recipe.num_steps):
             dog.beat(step)
             with phases("data"):
@@ -112,35 +115,37 @@ def fit(recipe: Recipe, folder: RunFolder, steps: Iterator[NDArray[np.int64]], *
             dog.beat(step, 1)
             started = time.perf_counter()
             rate = learning_rate(spec.schedule, spec.optimizer.lr, step, recipe.num_steps)
-            leaving = preempt.told() or (rank == 0 and (folder.path / preempt.FLAG).exists())
-            if leaving and preempt.abandoned(folder, launches):
-                raise TrainError("the driver of this run has gone", cause="head_lost")
             try:
-                result = train_step(engine, batch, recipe, rate, step, guard, dog, phases, leaving, saver.written)
+                result = train_step(engine, batch, recipe, rate, step, guard, dog, phases, request, saver.written)
             except TrainError:
-                dog.rest()                                 # what is being saved is still finished
+                dog.rest(step)                             # what is being saved is still finished
                 raise
-            done, measured = step + 1, {}
+            done, measured, leaving = step + 1, {}, result.leaving
             if ema and not result.skipped:
                 ema.update(engine, done)
             seconds = time.perf_counter() - started
-            dog.rest()
+            dog.rest(step)
             if look:
+                if isinstance(look, DryRun) and done == 1 and spec.checkpoint.asynchronous:
+                    saver.rehearse(look.folder / "checkpoint", ema)
                 look.step()
                 continue
             if result.written:
                 saver.commit()
-            due = done % recipe.checkpoint_every == 0 or done == recipe.num_steps
-            if done % recipe.evaluate_every == 0 or done == recipe.num_steps or (due and spec.checkpoint.keep_best):
-                with exported_weights(engine, ema), phases("evaluate"):
-                    measured = evaluator.measure(engine, done)
+            due = saved(recipe, done)
+            if evaluated(recipe, done):
+                leaving = leaving or request.of_any()      # then there may be no time for it
+                if not leaving:
+                    with exported_weights(engine, ema), phases("evaluate"):
+                        measured = evaluator.measure(engine, done)
+                    leaving = request.of_any()
             taken = {"step_s": seconds, **phases.taken()}  # on every rank: what a GPU has timed is held until then
             if writer:
                 writer.step(done, result, rate, taken, measured, loss_scale(engine), saver.done())
-            if due or result.leaving:
-                beside = spec.checkpoint.asynchronous and not result.leaving and done < recipe.num_steps
+            if due or leaving:
+                beside = spec.checkpoint.asynchronous and not leaving and done < recipe.num_steps
                 saver.save(done, ema, list(guard.losses), measured.get("val_loss"), due=due, beside=beside)
-            if result.leaving and done < recipe.num_steps:
+            if leaving:
                 if writer:
                     writer.close()
                 raise TrainError(f"a worker or the driver was sent SIGTERM, and the state after step {done} is saved", cause="preempted",
@@ -149,7 +154,7 @@ def fit(recipe: Recipe, folder: RunFolder, steps: Iterator[NDArray[np.int64]], *
             return
         mean = {}
         if spec.checkpoint.average > 1:
-            mean = {"averaged": take_mean(engine, folder.path, recipe, rank)}
+            mean = {"averaged": take_mean(engine, folder, recipe, rank)}
             measured = evaluator.measure(engine, recipe.num_steps)
             if writer:
                 writer.average(mean["averaged"], measured)
@@ -163,14 +168,36 @@ def fit(recipe: Recipe, folder: RunFolder, steps: Iterator[NDArray[np.int64]], *
         distributed.barrier()
 
 
+def saved(recipe: Recipe, done: int) -> bool:
+    """Whether a checkpoint is due after so many steps."""
+    return done % recipe.checkpoint_every == 0 or done == recipe.num_steps
+
+
+def evaluated(recipe: Recipe, done: int) -> bool:
+    """Whether an evaluation is due after so many steps."""
+    return (done % recipe.evaluate_every == 0 or done == recipe.num_steps
+            or (bool(recipe.spec.checkpoint.keep_best) and saved(recipe, done)))
+
+
+def lacks_evaluation(recipe: Recipe, folder: RunFolder, done: int, rank: int) -> bool:
+    """Whether one is to be made before the steps go on: the first, or one that there was no time for. All ranks take part."""
+    if done and not evaluated(recipe, done):
+        return False
+    there = [rank == 0 and done > 0 and any(record["step"] == done and not record.keys().isdisjoint(("val_loss", "samples"))
+                                            for record in folder.read_metrics())]
+    distributed.broadcast_object_list(there)
+    return not there[0]
+
+
 def exported_weights(engine: Any, ema: Ema | None) -> contextlib.AbstractContextManager[None]:
     """Where the engine has the weights that are evaluated and exported: the average's, or its own. All ranks take part."""
     return ema.in_place(engine) if ema else contextlib.nullcontext()
 
 
 def train_step(engine: Any, batch: Batch, recipe: Recipe, rate: float, step: int, guard: SpikeGuard, dog: Watchdog,
-               phases: Phases, leaving: bool = False, written: bool = False) -> StepResult:
-    """One optimizer step on this rank's share. `leaving`: this rank has been asked to end; `written`: it has written a checkpoint's files.
+               phases: Phases, leaving: Callable[[], bool] = lambda: False, written: bool = False) -> StepResult:
+    """One optimizer step on this rank's share. `leaving`: whether this rank has been asked to end; `written`: it has written a checkpoint's
+    files.
 
     The loss of a step is the sum over its tokens that give loss divided by their global count; DeepSpeed averages over ranks
     and micro-batches, so the sum of a micro-batch is multiplied by both first. All ranks take part. Raises TrainError, on all ranks and
@@ -184,7 +211,7 @@ def train_step(engine: Any, batch: Batch, recipe: Recipe, rate: float, step: int
     scale = accumulation * (recipe.world // copies) / num_targets
     means = objective_of(recipe.spec).MEANS
     random = Random.now()
-    totals = torch.tensor([0, leaving, written, *(0 for _ in means)], dtype=torch.float64, device=batch.tokens.device)
+    totals = torch.tensor([0, 0, written, *(0 for _ in means)], dtype=torch.float64, device=batch.tokens.device)
     for i, micro in enumerate(batch.split(recipe.micro_sequences)):
         dog.beat(step, i + 1)
         with phases("forward"):
@@ -196,19 +223,20 @@ def train_step(engine: Any, batch: Batch, recipe: Recipe, rate: float, step: int
             engine.backward(loss * scale)
         if i < accumulation - 1:
             engine.step()
+    totals[1] = leaving()
     distributed.all_reduce(totals)                         # the one exchange of a step beside the gradients
     total, leavers, writers, *sums = totals.tolist()
     beside = {name: value / copies / num_targets for name, value in zip(means, sums, strict=True)}
     leave, saved = leavers > 0, writers == recipe.world
     mean = total / copies / num_targets
     if not math.isfinite(mean):
-        dog.rest()
+        dog.rest(step)
         raise nonfinite_loss(engine, batch, recipe, step, random, mean)
     limit = guard.limit(mean)
     skipped = limit is not None and guard.skips(mean, limit, step, recipe)
     norm = gradient_norm(engine)
     if norm is not None and not finite(norm):
-        dog.rest()
+        dog.rest(step)
         raise nonfinite_gradient(engine, batch, recipe, step, random, norm)
     try:
         with region("optimizer"), without_update(engine) if skipped else contextlib.nullcontext():
@@ -219,7 +247,7 @@ def train_step(engine: Any, batch: Batch, recipe: Recipe, rate: float, step: int
         return StepResult(mean, None, num_targets, limit, True, leave, saved, beside)
     norm = norm if norm is not None else float(engine.get_global_grad_norm())
     if not finite(norm):
-        dog.rest()
+        dog.rest(step)
         raise nonfinite_gradient(engine, batch, recipe, step, random, norm)
     return StepResult(mean, norm, num_targets, limit, skipped, leave, saved, beside)
 

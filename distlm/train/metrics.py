@@ -46,11 +46,12 @@ class MetricsWriter:
         self._process = psutil.Process()
         self._board: Any = SummaryWriter(str(folder.path / "tensorboard"), purge_step=first_step + 1 if first_step else None)
 
-    def start(self, measured: dict[str, Any]) -> None:
-        """Record step 0: the loss of the untrained model, and what else is `measured` of it; empty where nothing is evaluated."""
+    def start(self, measured: dict[str, Any], first_step: int) -> None:
+        """Record what is `measured` before any step of this launch: of step 0 the loss of the untrained model, of a later one what the run
+        left when it had to end; empty where nothing is evaluated."""
         if measured:
-            self._folder.metrics({"step": 0, **measured, "time": time.time()})
-            self._show(measured, 0)
+            self._folder.metrics({"step": first_step, **measured, "time": time.time()})
+            self._show(measured, first_step)
 
     def average(self, checkpoints: list[str], measured: dict[str, Any]) -> None:
         """Record what is `measured` of the mean of the last checkpoints, which is the run's model: a second record of the last step."""

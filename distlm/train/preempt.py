@@ -1,13 +1,20 @@
-"""SIGTERM, by which a scheduler takes a machine back: the ranks agree on it at the end of a step, save, and end.
+"""SIGTERM, by which a scheduler takes a machine back: the ranks agree on it in a step and around an evaluation, save, and end.
 
     install()                                              # on the main thread of every rank's process
-    told()                                                 # whether this rank has been asked to end
+    request = Request(folder, rank, device)
+    request()                                              # whether this rank has been asked to end
+    request.of_any()                                       # whether any has
 """
 
 import signal
 import threading
+from typing import TYPE_CHECKING
 
+from distlm.errors import TrainError
 from distlm.runs import RunFolder
+
+if TYPE_CHECKING:
+    import torch
 
 _told = threading.Event()
 FLAG = "preempt"
@@ -20,8 +27,27 @@ def install() -> None:
     signal.signal(signal.SIGTERM, lambda *_: _told.set())
 
 
-def told() -> bool:
-    return _told.is_set()
+class Request:
+    """To end, of a rank: by its own SIGTERM, and of rank 0 by the driver's too."""
+
+    def __init__(self, folder: RunFolder, rank: int, device: "torch.device") -> None:
+        self._folder, self._rank, self._device, self._launches = folder, rank, device, folder.launches()
+
+    def __call__(self) -> bool:
+        """Raises TrainError where nobody waits for this rank any more."""
+        leaving = _told.is_set() or (self._rank == 0 and (self._folder.path / FLAG).exists())
+        if leaving and abandoned(self._folder, self._launches):
+            raise TrainError("the driver of this run has gone", cause="head_lost")
+        return leaving
+
+    def of_any(self) -> bool:
+        """All ranks take part."""
+        import torch
+        from torch import distributed
+
+        asked = torch.tensor(float(self()), device=self._device)
+        distributed.all_reduce(asked)
+        return bool(asked)
 
 
 def abandoned(folder: RunFolder, launches: int) -> bool:

@@ -16,9 +16,10 @@ import copy
 import hashlib
 import math
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -27,17 +28,17 @@ from typing import Any
 import torch
 from torch import distributed
 
-from distlm.errors import StorageError, TrainError
+from distlm.errors import StorageError, TrainError, out_of_memory
 from distlm.storage import flush_folder, write_atomic, write_json, writing
 from distlm.train import checkpoint
 from distlm.train.average import Ema
-from distlm.train.failures import peer_lost
+from distlm.train.failures import peer_lost, timed_out
 from distlm.train.recipe import Recipe
 from distlm.train.reshard import parameter_names
 from distlm.train.zero import loss_scale
 
 Write = Callable[[Any, Path], None]
-SHARED_CAUSES = ("nonfinite_loss", "loss_spike")
+SHARED_CAUSES = ("nonfinite_loss", "loss_spike", "bad_input")
 """Of errors that all ranks end with at the same step."""
 
 
@@ -62,11 +63,13 @@ class Save:
 
 
 class Saver:
-    """Makes a run's checkpoints. It is left with none on its way, but where a rank has gone or cannot write: that one is not committed."""
+    """Makes a run's checkpoints. It is left with none on its way, but where a rank has gone or cannot write: that one is not committed,
+    and nothing is left of what could not be written."""
 
     def __init__(self, engine: Any, recipe: Recipe, run: Path, rank: int) -> None:
         self._engine, self._recipe, self._run, self._rank = engine, recipe, run, rank
         self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._ended = threading.Event()
         self._now: Save | None = None
         """All ranks have one or none."""
         self._done: list[Save] = []
@@ -78,12 +81,18 @@ class Saver:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if error is None:
-            self.finish()
-        elif isinstance(error, TrainError) and error.cause in SHARED_CAUSES:
-            with contextlib.suppress(StorageError, RuntimeError):              # the first error is the one to tell
+        failed = error
+        if error is None or (isinstance(error, TrainError) and error.cause in SHARED_CAUSES):
+            try:
                 self.finish()
+            except (StorageError, RuntimeError) as found:
+                failed = found
         self._thread.shutdown(wait=False, cancel_futures=True)
+        self._ended.set()
+        if self._now and isinstance(failed, StorageError) and failed.where.startswith(str(self._now.path)) and self._remove(self._now):
+            failed.message += ", and what there was of it is removed"
+        if error is None and failed:                       # else the first error is the one to tell
+            raise failed
 
     def save(self, step: int, ema: Ema | None = None, recent_losses: list[float] | None = None, val_loss: float | None = None,
              due: bool = True, beside: bool = False) -> None:
@@ -99,6 +108,23 @@ class Saver:
                 path.mkdir(parents=True)
         distributed.barrier()
         self._now = now = Save(step, path, _manifest(self._engine, self._recipe, step, recent_losses, val_loss, due), beside, began)
+        self._take(path, ema)
+        if not beside:
+            self.finish()
+        now.stall_s = time.perf_counter() - began
+
+    def rehearse(self, folder: Path, ema: Ema | None) -> None:
+        """Copy the state as a save beside the steps does, and hold the copy to the end: of its files none is written, and what DeepSpeed
+        makes beside them goes to `folder`. Raises what `save` raises."""
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        self._now = Save(0, folder, {}, True, 0.0)
+        self._thread.submit(self._ended.wait)              # behind which the copies lie
+        self._take(folder, ema)
+        self._now = None
+
+    def _take(self, path: Path, ema: Ema | None) -> None:
+        """Put each part of the state on its way to a file."""
         with _told(path):
             self._engine.save_checkpoint(str(path), tag=checkpoint.TAG, client_state={}, save_latest=False,  # calls _put
                                          exclude_frozen_parameters=self._recipe.spec.adapter is not None)
@@ -106,9 +132,6 @@ class Saver:
         self._put(torch.save, {"cpu": torch.get_rng_state(), "cuda": cuda}, path / f"rng-{self._rank:05d}.pt")
         if ema:
             self._put(torch.save, ema.values, path / f"ema-{self._rank:05d}.pt")
-        if not beside:
-            self.finish()
-        now.stall_s = time.perf_counter() - began
 
     @property
     def written(self) -> bool:
@@ -155,13 +178,25 @@ class Saver:
         if self._now.beside:
             try:
                 state = on_host(state)
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
                 raise TrainError(f"there is no memory for a copy of the state: {str(error).splitlines()[0]}", cause="oom",
                                  remedy="set checkpoint.asynchronous: false") from error
         file = self._thread.submit(_write, write, state, path, self._now.path)
         self._now.files.append(file)
         if not self._now.beside:
             file.result()
+
+    def _remove(self, now: Save) -> bool:
+        """Give back the room that a save takes which has failed on this rank: a disk that is full needs it. Returns whether it is gone.
+        What this rank has not brought to the commit, none commits."""
+        if now.commit and self._rank:
+            return False
+        wait([one for one in (*now.files, now.commit) if one and not one.done()], timeout=60)
+        if not (now.path / checkpoint.MARKER).exists():
+            shutil.rmtree(now.path, ignore_errors=True)    # another rank that still writes fails too
+        return not now.path.exists()
 
     def _seal(self, now: Save, entries: list[dict[str, Any]]) -> None:
         """Manifest, then marker, then what is to go. Files that DeepSpeed has copied itself are not among `entries`."""
@@ -221,8 +256,9 @@ def _told(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:               # torch reports a full disk as a RuntimeError
-        if peer_lost(error):
-            raise                                          # another rank has gone: no fault of the disk
+        removed = path.parent.exists() and not path.exists()                   # by a rank that has met it first, and says so
+        if removed or peer_lost(error) or timed_out(error) or out_of_memory(error):
+            raise                                          # no fault of the disk
         raise StorageError(f"the checkpoint cannot be written: {str(error).splitlines()[0]}", where=str(path),
                            remedy="free space; the run goes on from the checkpoint before") from error
 

@@ -141,7 +141,8 @@ def spec(corpus: Path, **sections: object) -> TrainSpec:
 def run_ranks(runs: dict[Path, TrainSpec], *, device: str = "cpu", kill_before_step: int | None = None,
               full_before_step: int | None = None, preempt_before_step: int | None = None, stop_before_step: int | None = None,
               poison: dict[str, object] | None = None, hold: tuple[int, int] | None = None, slow_s: float = 0,
-              watch: bool = False) -> str:
+              watch: bool = False, dry: bool = False, inside: tuple[signal.Signals, str, int] | None = None,
+              empty_step: int | None = None) -> str:
     """Train each run, one after the other in one group of `scale.workers` processes on `device`, from its last committed checkpoint.
 
     `kill_before_step`: the last rank is sent SIGKILL when it asks for that step. `full_before_step`: from
@@ -150,7 +151,9 @@ def run_ranks(runs: dict[Path, TrainSpec], *, device: str = "cpu", kill_before_s
     which nobody here sends. `slow_s`: the last rank is so many seconds late with each step. `poison`: what `add_poison` takes; every run
     goes on to the next one after the error that it then ends with. `hold`: (step, until): what is written of that step's checkpoint beside
     the steps is not, on any rank, before that rank asks for step `until`, or its run ends. `watch`: every rank prints what `watch_base`
-    says. Returns what the ranks printed."""
+    says. `dry`: the runs are dry runs. `inside`: (signal, place, n): the last rank is sent it inside the n-th step, counted from 1, or
+    inside what follows it, as `strike` has it, and the ranks must end as with the others. `empty_step`: no token of
+    that step gives loss, on any rank, and the ranks must fail; for corpora with marks. Returns what the ranks printed."""
     for run, spec in runs.items():
         run.mkdir(parents=True, exist_ok=True)
         (run / "spec.yaml").write_text(to_yaml(dump(spec)))
@@ -160,7 +163,7 @@ def run_ranks(runs: dict[Path, TrainSpec], *, device: str = "cpu", kill_before_s
         port = probe.getsockname()[1]
     context: Any = multiprocessing.get_context("forkserver" if device == "cpu" else "spawn")
     context.set_forkserver_preload(["tests.train.preload"])
-    alone = {"kill": kill_before_step, "preempt": preempt_before_step, "stop": stop_before_step, "slow_s": slow_s}
+    alone = {"kill": kill_before_step, "preempt": preempt_before_step, "stop": stop_before_step, "slow_s": slow_s, "inside": inside}
     ranks = []
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -171,7 +174,7 @@ def run_ranks(runs: dict[Path, TrainSpec], *, device: str = "cpu", kill_before_s
                 ranks.append(context.Process(
                     target=rank_process, args=(list(runs), environment, Path(folder, str(rank))),
                     kwargs={**(alone if rank == world - 1 else {}), "full": full_before_step, "poison": poison, "hold": hold,
-                            "watch": watch}))
+                            "watch": watch, "dry": dry, "empty": empty_step}))
                 ranks[-1].start()
             deadline = time.monotonic() + 240
             for one in ranks:
@@ -182,10 +185,10 @@ def run_ranks(runs: dict[Path, TrainSpec], *, device: str = "cpu", kill_before_s
             for one in ranks:
                 one.kill()
     codes = [one.exitcode for one in ranks]
-    if kill_before_step is not None or stop_before_step is not None:
+    if kill_before_step is not None or stop_before_step is not None or (inside and inside[0] != signal.SIGTERM):
         assert codes[-1] == -signal.SIGKILL, outputs[-1][-3000:]
     else:
-        fails = full_before_step is not None or preempt_before_step is not None
+        fails = not {full_before_step, preempt_before_step, inside, empty_step} <= {None}
         assert any(codes) == fails, "\n".join(output[-3000:] for output in outputs)
     return "\n".join(outputs)
 
@@ -248,24 +251,33 @@ def windows_seen(run: Path) -> dict[int, list[int]]:
 
 
 def add_poison(model: Any, window: int, module: str, gradient: bool = False, factor: float = math.nan) -> None:
-    """Let the output of a module, or the gradient with respect to it, be multiplied by `factor` whenever the model reads a window."""
-    here = []
+    """Let the output of a module, or the gradient with respect to it, be multiplied by `factor` whenever the model reads a window. Hooks
+    would not be called where a layer is compiled, and a factor that is no tensor not be looked at again."""
+    import torch
+
+    class Times(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, value: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
+            ctx.save_for_backward(by)
+            return value.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+            return gradient * ctx.saved_tensors[0], None
+
+    now = torch.ones(())
 
     def read(_: Any, args: Any, kwargs: Any) -> None:
         rows = kwargs["input_ids"]
-        here[:] = [bool((rows[:, 0] * VOCABULARY + rows[:, 1] == window).any())]
+        now.fill_(factor if (rows[:, 0] * VOCABULARY + rows[:, 1] == window).any() else 1)
 
-    def spoil(_: Any, __: Any, output: Any) -> Any:
-        if not here[0]:
-            return output
-        if not gradient:
-            return output * factor
-        if output.requires_grad:
-            output.register_hook(lambda value: value * factor)
-        return output
+    def spoiled(*args: Any) -> Any:
+        output = forward(*args)
+        return Times.apply(output, now) if gradient else output * now
 
     model.register_forward_pre_hook(read, with_kwargs=True)
-    model.get_submodule(module).register_forward_hook(spoil)
+    poisoned = model.get_submodule(module)
+    forward, poisoned.forward = poisoned.forward, spoiled
 
 
 def watch_poisoned(poison: dict[str, Any]) -> Callable[[Exception], None]:
@@ -342,6 +354,29 @@ def watch_base() -> Callable[[], str]:
     return report
 
 
+def strike(what: signal.Signals, place: str, number: int) -> None:
+    """Let this rank be sent a signal as the `number`-th step begins its arithmetic ("step"), as the evaluation after it begins ("measure"),
+    the save ("save") or the export ("export"), or when the first file of the checkpoint is written ("write")."""
+    from distlm.train import loop, saver
+    from distlm.train.evaluate import Evaluator
+
+    owner, name, step_of = {
+        "step": (loop, "train_step", lambda engine, *_: engine.global_steps + 1),
+        "measure": (Evaluator, "measure", lambda _, engine: engine.global_steps),
+        "save": (saver.Saver, "save", lambda _, step, *__: step),
+        "write": (saver, "_write", lambda *args: int(args[-1].name.removeprefix("step-"))),
+        "export": (loop, "gather_weights", lambda engine, *_: engine.global_steps)}[place]
+    call = getattr(owner, name)
+
+    def called(*args: Any, **more: Any) -> Any:
+        made = call(*args, **more) if place == "write" else None
+        if step_of(*args) == number:
+            os.kill(os.getpid(), what)
+        return made or call(*args, **more)
+
+    setattr(owner, name, called)
+
+
 def hold_writes(step: int, released: threading.Event) -> None:
     """Let the thread that writes a step's checkpoint wait."""
     from distlm.train import saver
@@ -358,7 +393,8 @@ def hold_writes(step: int, released: threading.Event) -> None:
 
 def rank_process(runs: list[Path], environment: dict[str, str], output: Path, *, kill: int | None = None, preempt: int | None = None,
                  stop: int | None = None, full: int | None = None, poison: dict[str, Any] | None = None,
-                 hold: tuple[int, int] | None = None, slow_s: float = 0, watch: bool = False) -> None:
+                 hold: tuple[int, int] | None = None, slow_s: float = 0, watch: bool = False, dry: bool = False,
+                 inside: tuple[signal.Signals, str, int] | None = None, empty: int | None = None) -> None:
     """One rank. What it prints goes to `output`."""
     os.environ |= environment
     log = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -368,13 +404,14 @@ def rank_process(runs: list[Path], environment: dict[str, str], output: Path, *,
     from deepspeed.accelerator import get_accelerator
     from torch import distributed
 
-    from distlm.corpus.stream import local_steps, ordered_steps
+    from distlm.corpus.stream import NO_LOSS, local_steps, ordered_steps
     from distlm.errors import DistlmError
     from distlm.runs import RunFolder
     from distlm.spec import load_spec
     from distlm.storage import Storage
     from distlm.train import checkpoint, loop
     from distlm.train import preempt as preemption
+    from distlm.train.dryrun import DryRun
     from distlm.train.recipe import make_recipe
 
     rank = int(environment["RANK"])
@@ -385,6 +422,8 @@ def rank_process(runs: list[Path], environment: dict[str, str], output: Path, *,
     report = watch_poisoned(poison) if poison else None
     watched = watch_base() if watch else None
     held, until = hold or (-1, -1)
+    if inside:
+        strike(*inside)
     hold_writes(held, released := threading.Event())
     for run in runs:
         recipe = make_recipe(load_spec(run / "spec.yaml").spec, Storage(run.parent))
@@ -412,6 +451,8 @@ def rank_process(runs: list[Path], environment: dict[str, str], output: Path, *,
                     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
                 if first + i >= until:
                     released.set()
+                if first + i == empty:
+                    tokens = np.stack([tokens[:, 0], np.full_like(tokens[:, 1], NO_LOSS)], 1)
                 with open(run / f"windows-{rank}.txt", "a") as file:
                     rows = tokens[:, 0] if plan.marked else tokens
                     file.write(f"{first + i}: {' '.join(str(row[0] * VOCABULARY + row[1]) for row in rows)}\n")
@@ -419,7 +460,7 @@ def rank_process(runs: list[Path], environment: dict[str, str], output: Path, *,
 
         try:
             loop.fit(recipe, RunFolder(run), steps(), rank=rank, device=device, first_step=first,
-                     resume_from=start.path if start else None)
+                     resume_from=start.path if start else None, look=DryRun(run / "dry-run", rank) if dry else None)
         except DistlmError as error:
             if report is None:
                 raise

@@ -1,6 +1,7 @@
 """What is exported is the average that the spec asks for, and what is evaluated is what is exported."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,18 @@ def test_all_that_a_run_tells_of_an_averaged_classifier_is_of_what_is_exported(t
     assert json.loads((tmp_path / "run" / "export" / "distlm.json").read_text())["val_loss"] == mean["val_loss"]
     table = matrices(metrics(tmp_path / "run"))[0]
     assert [[count for count, _ in cells] for _, cells in table.rows] == confusion["counts"]
+
+
+def test_that_fewer_are_left_than_are_averaged_is_noted(root: Path, tmp_path: Path) -> None:
+    assert not RunFolder(root / "mean").events()
+    run = Path(shutil.copytree(root / "mean", tmp_path / "run"))
+    shutil.rmtree(run / "export")
+    shutil.rmtree(run / "checkpoints" / "step-000003")
+    (run / "checkpoints" / "step-000001" / "COMMITTED").unlink()
+    run_ranks({run: _spec(root / "c", average=3)})
+    assert [event["message"] for event in RunFolder(run).events()] == [
+        "the export is the mean of 2 checkpoints and not of 3: no more are left"]
+    assert json.loads((run / "export" / "distlm.json").read_text())["averaged"] == ["step-000002", "step-000004"]
 
 
 def test_more_checkpoints_than_a_run_saves_cannot_be_averaged(root: Path) -> None:

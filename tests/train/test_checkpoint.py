@@ -2,6 +2,7 @@
 
 import math
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -33,18 +34,24 @@ def test_the_newest_two_are_kept_and_each_is_committed(run: Path) -> None:
     assert found.manifest["samples"] == 20 * 12 and found.manifest["tokens"] == 20 * 12 * 16
 
 
+def damage_shard(folder: Path, damage: str) -> None:
+    """Cut off the end of a shard of a checkpoint, turn a bit in its middle, or delete it."""
+    shard = next((folder / "state").glob("*model_states.pt"))
+    data = bytearray(shard.read_bytes())
+    if damage == "missing":
+        shard.unlink()
+    elif damage == "truncated":
+        shard.write_bytes(data[:-7])
+    else:
+        data[len(data) // 2] ^= 1
+        shard.write_bytes(data)
+
+
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "manifest", "marker", "renamed"])
 def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_taken(run: Path, damage: str) -> None:
     newest = run / "checkpoints" / "step-000020"
-    shard = next((newest / "state").glob("*model_states.pt"))
-    if damage == "truncated":
-        shard.write_bytes(shard.read_bytes()[:-7])
-    elif damage == "flipped":
-        data = bytearray(shard.read_bytes())
-        data[len(data) // 2] ^= 1
-        shard.write_bytes(data)
-    elif damage == "missing":
-        shard.unlink()
+    if damage in ("truncated", "flipped", "missing"):
+        damage_shard(newest, damage)
     elif damage == "marker":
         (newest / "COMMITTED").write_bytes(b"\xff" + (newest / "COMMITTED").read_bytes()[1:])
     elif damage == "renamed":
@@ -96,13 +103,35 @@ def test_a_folder_without_the_marker_is_no_checkpoint(run: Path) -> None:
     assert not (run / "checkpoints" / "step-000020").exists()
 
 
-def test_a_run_goes_on_from_the_checkpoint_before_and_ends_the_same(run: Path) -> None:
-    before = losses(run)
-    shard = next((run / "checkpoints" / "step-000020" / "state").glob("*model_states.pt"))
-    shard.write_bytes(shard.read_bytes()[:100])
-    shutil.rmtree(run / "export")
-    run_ranks({run: spec(_corpus(run))})
-    assert losses(run) == before and (run / "export" / "model.safetensors").exists()
+def test_a_run_goes_on_from_the_checkpoint_before_and_ends_the_same(run: Path, tmp_path: Path) -> None:
+    runs = {Path(shutil.copytree(run, tmp_path / damage)): damage for damage in ("truncated", "flipped", "missing")}
+    for damaged, damage in runs.items():
+        damage_shard(damaged / "checkpoints" / "step-000020", damage)
+        shutil.rmtree(damaged / "export")
+    run_ranks({damaged: spec(_corpus(run)) for damaged in runs})
+    for damaged, damage in runs.items():
+        assert losses(damaged) == losses(run), damage
+        assert len([line for line in (damaged / "windows-0.txt").read_text().splitlines() if line.startswith("15: ")]) == 2, "from step 15"
+        assert checkpoint.verified(damaged / "checkpoints" / "step-000020").step == 20
+        ours, theirs = ((one / "export" / "model.safetensors").read_bytes() for one in (damaged, run))
+        assert ours == theirs, damage
+
+
+def test_a_rank_that_is_killed_in_the_middle_of_a_save_that_steps_wait_for_costs_the_steps_since_the_one_before(tmp_path: Path) -> None:
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    given = spec(make_corpus(tmp_path / "c"), scale={"workers": 2}, sharding={"zero": 2},
+                 checkpoint={"every_steps": 5, "asynchronous": False})
+    run_ranks({whole: given})
+    run_ranks({run: given}, inside=(signal.SIGKILL, "write", 10))
+    partial = run / "checkpoints" / "step-000010"
+    assert len([*(partial / "state").glob("*optim_states.pt")]) >= 1 and not (partial / "COMMITTED").exists(), "the fault fired inside it"
+    found, refused = checkpoint.latest(run)
+    assert found and found.step == 5 and not refused and len(losses(run)) == 10
+    run_ranks({run: given})
+    assert losses(run) == losses(whole)
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"step-000015", "step-000020"}
+    ours, theirs = ((one / "export" / "model.safetensors").read_bytes() for one in (run, whole))
+    assert ours == theirs
 
 
 def test_a_disk_that_is_full_in_the_middle_of_a_save_leaves_the_checkpoint_before(tmp_path: Path) -> None:
@@ -111,7 +140,8 @@ def test_a_disk_that_is_full_in_the_middle_of_a_save_leaves_the_checkpoint_befor
     assert "StorageError" in output and "step-000010: the checkpoint cannot be written" in output
     found, refused = checkpoint.latest(run)
     assert found and found.step == 5 and not refused
-    assert not (run / "checkpoints" / "step-000010" / "COMMITTED").exists() and not (run / "export").exists()
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-000005"] and not (run / "export").exists()
+    assert "and what there was of it is removed; free space" in output
 
 
 def _corpus(run: Path) -> Path:

@@ -1,6 +1,7 @@
 """Layers that are compiled make the same steps, and a run of theirs goes on bit-equal."""
 
 import functools
+import re
 import shutil
 from pathlib import Path
 
@@ -25,6 +26,17 @@ def test_compiled_layers_give_the_same_losses(tmp_path: Path) -> None:
     run_ranks({tmp_path / "eager": spec(corpus, **short), tmp_path / "compiled": spec(corpus, compile=True, **short)})
     assert losses(tmp_path / "compiled") != losses(tmp_path / "eager"), "nothing was compiled"
     np.testing.assert_allclose(losses(tmp_path / "compiled"), losses(tmp_path / "eager"), rtol=1e-6)
+
+
+@compiler
+@pytest.mark.parametrize("gradient", [False, True])
+def test_the_layer_is_named_whose_output_or_gradient_is_not_finite(tmp_path: Path, gradient: bool) -> None:
+    run = tmp_path / "run"
+    given = spec(make_corpus(tmp_path / "c"), compile=True)
+    output = run_ranks({run: given}, poison={"window": 46, "module": "model.layers.1.mlp.down_proj", "gradient": gradient})
+    [(what, name, cause)] = re.findall(r"rank 0 ended: .*, first in the (output|gradient) of (\S+), samples .* \[(.*)\]", output)
+    assert (what, cause) == ("gradient" if gradient else "output", "nonfinite_loss")
+    assert name == "model.layers.1.mlp.down_proj" + ".weight" * gradient
 
 
 @compiler

@@ -19,15 +19,16 @@ import pytest
 import ray
 
 from distlm.corpus.stream import START, Plan, local_steps, ordered_steps, plan_dataset
-from distlm.errors import ClusterError, SpecError, TrainError
+from distlm.errors import ClusterError, SpecError, StorageError, TrainError
 from distlm.execute import profile
 from distlm.runs import RunFolder
 from distlm.spec import TrainSpec
 from distlm.spec.load import dump, to_yaml
 from distlm.storage import Storage
-from distlm.train import checkpoint
+from distlm.train import checkpoint, driver
 from distlm.train.determinism import ENVIRONMENT
 from distlm.train.driver import KEEP_MEMORY, gauges, train
+from distlm.train.recipe import make_recipe
 from tests.records import Records
 from tests.train.ranks import VOCABULARY, losses, make_corpus, make_labelled_corpus, metrics, run_ranks, spec
 from tests.train.test_dpo import make_pairs
@@ -161,6 +162,59 @@ def test_sigterm_to_a_worker_and_then_to_the_driver_costs_nothing_but_time(clust
     assert (folder.path / "export" / "model.safetensors").read_bytes() == (undisturbed / "export" / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
+def test_a_worker_that_is_stopped_is_named_and_ended_and_costs_nothing_but_time(cluster: str, corpus: Path, undisturbed: Path,
+                                                                                 tmp_path: Path) -> None:
+    given = spec(corpus, guard={"step_timeout_s": 15}, **LONG)
+    folder, stopped = make_run(tmp_path, given), list[int]()
+
+    def stop() -> None:
+        wait_for(lambda: workers() and steps_done(folder.path) >= 50, "step 50")
+        victim = workers()[-1]
+        victim.send_signal(signal.SIGSTOP)
+        stopped.append(victim.pid)
+
+    thread = Thread(target=stop)
+    thread.start()
+    with folder.running():
+        train(given, folder, Storage(tmp_path), Records())
+    thread.join()
+    assert stopped, "the fault fired"
+    [note] = [event for event in folder.events() if event["state"] == "note"]
+    assert note["cause"] == "hang" and f"(process {stopped[0]} on " in note["message"] and "does not answer" in note["message"]
+    assert sum("no progress for 15 s" in log.read_text() for log in (folder.path / "logs").glob("worker-*.log")) == 1, "the other's stacks"
+    assert folder.state() == ("succeeded", "completed") and losses(folder.path) == losses(undisturbed)
+    assert (folder.path / "export" / "model.safetensors").read_bytes() == (undisturbed / "export" / "model.safetensors").read_bytes()
+    assert not psutil.pid_exists(stopped[0]) and not (folder.path / "hang").exists()
+    wait_for(lambda: not workers(), "the end of the workers", 30)
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_ends_the_run_with_that_cause_and_leaves_no_part_of_a_checkpoint(cluster: str, corpus: Path, tmp_path: Path
+                                                                                              ) -> None:
+    wide = {"config": {"model_type": "llama", "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2,
+                       "num_attention_heads": 4}}          # its shards are longer than any log
+    folder, filled = make_run(tmp_path, given := spec(corpus, model=wide, **LONG)), list[int]()
+
+    def fill() -> None:
+        wait_for(lambda: workers() and steps_done(folder.path) >= 25, "step 25")
+        for worker in workers():
+            worker.rlimit(psutil.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+            filled.append(worker.pid)
+
+    thread = Thread(target=fill)
+    thread.start()
+    with pytest.raises(StorageError, match=r"step-\d+: the checkpoint cannot be written: .*, and what there was of it is removed; free"), \
+            folder.running():
+        train(given, folder, Storage(tmp_path), Records())
+    thread.join()
+    assert len(filled) == 2, "the fault fired"
+    assert folder.state() == ("failed", "storage") and not [event for event in folder.events() if event["state"] == "note"]
+    kept = checkpoint.committed(folder.path)
+    assert kept and sorted((folder.path / "checkpoints").iterdir()) == kept and checkpoint.verified(kept[-1]).step >= 20
+    wait_for(lambda: not workers(), "the end of the workers", 30)
+
+
 def start_of(folder: RunFolder) -> list[int]:
     """The first step of every launch."""
     return [int(event["message"].removeprefix("from step ")) for event in folder.events() if event["state"] == "running"]
@@ -234,6 +288,45 @@ def test_a_run_that_lacks_only_its_export_makes_it_and_a_truncated_shard_costs_t
     assert len(refused) == int(damaged) and all(str(newest) in text for text in refused)
     assert [note for note in progress.notes if "resuming at step" in note] == [f"resuming at step {100 if damaged else 120} of 120"]
     assert bool([note for note in progress.notes if note.startswith("refused: ")]) == damaged
+
+
+def test_failures_of_a_cause_count_since_the_last_checkpoint(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups end as scripted: with a cause, and perhaps a checkpoint of a step. The last one comes to the end."""
+    def run(name: str, *ends: tuple[str, int | None]) -> tuple[str, list[tuple[str, int]]]:
+        folder, left = make_run(tmp_path / name, given), [*ends, ("", None)]
+
+        def launch(*_: object) -> TrainError | None:
+            cause, step = left.pop(0)
+            if step is not None:
+                path = checkpoint.checkpoint_path(folder.path, step)
+                path.mkdir(parents=True, exist_ok=True)
+                (path / "COMMITTED").write_text("")
+                os.utime(path / "COMMITTED", ns=(len(left), len(left)))        # a clock of files may tick slowly
+            return TrainError("no", cause=cause) if cause else None
+
+        monkeypatch.setattr(driver, "_launch", launch)
+        cause = ""
+        try:
+            driver._to_the_end(recipe, folder, Records(), [])
+        except TrainError as error:
+            cause = error.cause
+        assert bool(cause) == bool(left), "nothing is launched after an end"
+        return cause, [(event["cause"], event["attempt"]) for event in folder.events()]
+
+    given = spec(corpus, retry={"worker_died": 2, "hang": 1})
+    recipe = make_recipe(given, Storage(tmp_path))
+    monkeypatch.setattr(driver, "_resume_point", lambda *_: None)
+    monkeypatch.setattr(driver, "_following", lambda *_: contextlib.nullcontext())
+    died, hang, preempted = (("worker_died", None), ("hang", None), ("preempted", None))
+    assert run("three", died, died, died) == ("worker_died", [("worker_died", 1), ("worker_died", 2)])
+    assert run("weeks", died, died, ("worker_died", 5), died, ("worker_died", 10), died) == (
+        "", [("worker_died", n) for n in (1, 2, 1, 2, 1, 2)])
+    assert run("again", died, ("worker_died", 5), died, died)[0] == "worker_died", "what is committed once counts once"
+    assert run("anew", ("worker_died", 5), died, ("worker_died", 5), died) == ("", [("worker_died", n) for n in (1, 2, 1, 2)])
+    assert run("hangs", hang, hang) == ("hang", [("hang", 1)])
+    assert run("slowly", hang, ("hang", 5), died, died, preempted) == (
+        "", [("hang", 1), ("hang", 1), ("worker_died", 1), ("worker_died", 2), ("preempted", 1)])
+    assert run("other", ("oom", 5)) == ("oom", [])
 
 
 def test_a_failure_that_comes_back_ends_the_run_with_its_cause(cluster: str, corpus: Path, tmp_path: Path) -> None:

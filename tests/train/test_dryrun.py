@@ -13,7 +13,7 @@ from distlm.train import dryrun
 from distlm.train.dryrun import choose_micro
 from distlm.train.recipe import Recipe, make_recipe
 from tests.records import Records
-from tests.train.ranks import make_corpus, spec
+from tests.train.ranks import make_corpus, run_ranks, spec
 
 
 @pytest.fixture
@@ -64,8 +64,19 @@ def test_one_that_runs_in_more_memory_than_a_worker_has_is_not_taken(recipe: Rec
 
 def test_another_failure_is_told_as_it_is(recipe: Recipe, folder: RunFolder) -> None:
     with pytest.raises(TrainError) as error:
+        choose_micro(recipe, folder, Records(), launcher(folder, [], lambda n: "nonfinite_loss"))
+    assert error.value.cause == "nonfinite_loss"
+
+
+def test_a_worker_that_is_killed_has_not_fitted(recipe: Recipe, folder: RunFolder) -> None:
+    tried: list[int] = []
+    chosen = choose_micro(recipe, folder, Records(), launcher(folder, tried, lambda n: "worker_died" if n > 8 else ""))
+    assert (tried, chosen.micro_sequences) == ([24, 12, 8], 8)
+    assert "24 sequences in a micro-batch: a worker was killed" in [event["message"] for event in folder.events()]
+    (folder.path / "micro-sequences.json").unlink()
+    with pytest.raises(TrainError) as error:
         choose_micro(recipe, folder, Records(), launcher(folder, [], lambda n: "worker_died"))
-    assert error.value.cause == "worker_died"
+    assert error.value.cause == "worker_died", "what is killed with one sequence too may be killed by something else"
 
 
 def test_what_is_hopeless_by_the_estimate_is_not_tried(recipe: Recipe) -> None:
@@ -81,3 +92,18 @@ def test_each_rank_leaves_its_peak_after_the_last_step(tmp_path: Path) -> None:
     assert not [*tmp_path.iterdir()]
     look.step()
     assert 50e6 < read_json(tmp_path / "00003.json")["bytes"] < 50e9
+
+
+def test_its_peak_has_the_copy_that_a_checkpoint_is_written_from(tmp_path: Path) -> None:
+    wide = {"config": {"model_type": "llama", "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 6,
+                       "num_attention_heads": 4}}
+    corpus, peaks, copied = make_corpus(tmp_path / "c"), {}, dict[bool, bool]()
+    for beside in (False, True):
+        run = tmp_path / f"run-{beside}"
+        run_ranks({run: spec(corpus, model=wide, duration={"steps": 3}, checkpoint={"asynchronous": beside})}, dry=True)
+        peaks[beside] = read_json(run / "dry-run" / "00000.json")["bytes"]
+        copied[beside] = (run / "dry-run" / "checkpoint").exists()
+        assert not (run / "checkpoints").exists() and not [*run.rglob("*.pt")], "nothing is saved"
+    parameters = make_recipe(spec(corpus, model=wide), Storage(tmp_path)).parameters
+    assert copied == {False: False, True: True} and parameters > 10e6
+    assert 0.8 < (peaks[True] - peaks[False]) / (12 * parameters) < 1.3, "weights and two moments in float32"

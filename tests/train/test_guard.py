@@ -1,11 +1,11 @@
 """What is not finite, or far from usual, is found before it does harm, the same on every rank."""
 
 import json
-import os
 import re
 import shutil
-import socket
+import signal
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +13,16 @@ import psutil
 import pytest
 
 from distlm.corpus.stream import local_steps, ordered_steps
+from distlm.errors import TrainError
 from distlm.runs import RunFolder
 from distlm.spec import TrainSpec
 from distlm.spec.train import Spike
-from distlm.storage import Storage, write_json
+from distlm.storage import Storage
+from distlm.train import checkpoint
 from distlm.train.guard import SpikeGuard
 from distlm.train.preempt import abandoned
 from distlm.train.recipe import make_recipe
-from distlm.train.watchdog import Watchdog, verdict
+from distlm.train.watchdog import REST, Watchdog, verdict
 from tests.train.ranks import VOCABULARY, losses, make_corpus, metrics, run_ranks, spec
 
 TWO = {"workers": 2}
@@ -135,26 +137,82 @@ def test_a_rank_that_is_slow_costs_nothing_but_time(corpus: Path, tmp_path: Path
     assert max(late) < 2, "rank 0 waits for the slow one where gradients meet"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("place", "step"), [("measure", 10), ("save", 10), ("export", 20)])
+def test_a_rank_that_is_stopped_between_steps_is_named_and_ended_too(corpus: Path, tmp_path: Path, place: str, step: int) -> None:
+    run = tmp_path / "run"
+    given = spec(corpus, scale=TWO, sharding={"zero": 3}, guard={"step_timeout_s": 8},
+                 checkpoint={"every_steps": 10, "asynchronous": False})
+    output = run_ranks({run: given}, inside=(signal.SIGSTOP, place, step))
+    what = (rf"TrainError: guard\.step_timeout_s: what follows step {step}, evaluation, checkpoint or export, stood still for 8 s: "
+            r"rank 1 \(process (\d+) on .*\) does not answer; the stacks of the others are in ")
+    [pid] = set(re.findall(what, output))
+    assert not psutil.pid_exists(int(pid))
+    assert (found := verdict(run)) and found.cause == "hang"
+    assert len(losses(run)) == (9 if place == "measure" else step)
+    assert [path.name for path in checkpoint.committed(run)] == {"measure": [], "save": [], "export": ["step-000010", "step-000020"]}[place]
+
+
+def watchdogs(run: Path, *places: tuple[int, int], timeout_s: float = 1.0) -> list[Watchdog]:
+    """One of each rank, at the given places, on hosts of their own: nobody is killed. None runs."""
+    dogs = [object.__new__(Watchdog) for _ in places]
+    for rank, (dog, at) in enumerate(zip(dogs, places, strict=True)):
+        dog._folder, dog._rank, dog._timeout_s = run / "hang", rank, timeout_s
+        dog._at, dog._beaten, dog._quiet_until = at, time.monotonic(), 0.0
+        dog._processes, dog._end = [{"host": f"host-{i}", "pid": 100 + i} for i in range(len(places))], threading.Event()
+        dog._thread = threading.Thread(target=dog._watch, daemon=True)
+    return dogs
+
+
+def judged(run: Path, dogs: list[Watchdog], alive: tuple[int, ...], seconds: float = 20) -> TrainError | None:
+    """What the dogs of the ranks that are alive find within some seconds."""
+    for rank in alive:
+        dogs[rank]._thread.start()
+    deadline = time.monotonic() + seconds
+    while (found := verdict(run)) is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for rank in alive:
+        dogs[rank]._end.set()
+        dogs[rank]._thread.join(30)
+    return found
+
+
 def test_what_hangs_while_its_threads_live_is_behind_the_others(tmp_path: Path) -> None:
     """As a rank that waits for its samples for ever: it says how far it is, and the others are further."""
-    for rank, place in enumerate(([7, 3], [7, 0], [7, 3])):
-        write_json(tmp_path / "hang" / f"rank-{rank}.json", place)
-    dog = object.__new__(Watchdog)
-    dog._folder, dog._rank, dog._timeout_s, dog._at = tmp_path / "hang", 0, 5.0, (7, 3)
-    dog._processes = [{"host": "here", "pid": 100 + rank} for rank in range(3)]
-    dog._judge()
-    assert "step 8 stood still for 5 s: rank 1 (process 101 on here) is behind the others" in str(verdict(tmp_path))
-    dog._processes.append({"host": "there", "pid": 103})
-    dog._judge()
+    dogs = watchdogs(tmp_path, (7, 3), (7, 0), (7, 3))
+    found = judged(tmp_path, dogs, (0, 1, 2))
+    assert "step 8 stood still for 1 s: rank 1 (process 101 on host-1) is behind the others" in str(found)
+    dogs[0]._judge((7, 3), {0: {"at": (7, 3), "late": True}}, [2])
     assert "rank 1 (" in str(verdict(tmp_path)), "the first verdict holds"
+
+
+def test_a_rank_that_comes_later_has_as_long_as_the_others(tmp_path: Path) -> None:
+    """They wait for it at the end of a micro-batch, and it has begun that one when they were late already."""
+    def found(seconds: float) -> TrainError | None:
+        dogs = watchdogs(tmp_path, (7, 3), (7, 3), timeout_s=2)
+        dogs[0]._beaten -= 1.5
+        return judged(tmp_path, dogs, (0, 1), seconds)
+
+    assert found(1.5) is None, "one is late, and the other is not"
+    assert "step 8 stood still for 2 s: no rank is behind the others" in str(found(10))
+
+
+@pytest.mark.parametrize("others", [[(7, REST), (7, REST)], [(8, 2), (8, 2)]])
+def test_an_evaluation_a_save_or_an_export_may_take_long_as_long_as_all_answer(tmp_path: Path, others: list[tuple[int, int]]) -> None:
+    """Rank 0 is at one, and the others wait for it there, or in the step that comes next."""
+    dogs = watchdogs(tmp_path / "alive", (7, REST), *others)
+    assert judged(tmp_path / "alive", dogs, (0, 1, 2), 6) is None, "each has asked several times"
+    assert not list((tmp_path / "alive" / "hang").glob("verdict*"))
+    found = judged(tmp_path / "stopped", watchdogs(tmp_path / "stopped", (7, REST), *others), (1, 2))
+    what = "what follows step 8, evaluation, checkpoint or export," if others[0] == (7, REST) else "step 9"
+    assert f"{what} stood still for 1 s: rank 0 (process 100 on host-0) does not answer" in str(found)
 
 
 def test_a_rank_that_rests_or_ends_while_it_hears_the_others_harms_none(tmp_path: Path) -> None:
     for ended in (False, True):
-        dog = object.__new__(Watchdog)
-        dog._folder, dog._rank, dog._timeout_s, dog._at, dog._beaten = tmp_path / "hang", 0, 0.3, (7, 3), 5.0
-        dog._processes, dog._end = [{"host": socket.gethostname(), "pid": os.getpid(), "started": 0.0}] * 2, threading.Event()
-        later = threading.Timer(0.1, dog._end.set if ended else dog.rest)
+        [dog, _] = watchdogs(tmp_path, (7, 3), (7, 3), timeout_s=0.3)
+        dog._beaten = 5.0
+        later = threading.Timer(0.1, dog._end.set if ended else dog.rest, () if ended else (7,))
         later.start()
         assert not dog._bark((7, 3), 5.0)
         assert verdict(tmp_path) is None and not list((tmp_path / "hang").iterdir())

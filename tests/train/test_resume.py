@@ -1,6 +1,7 @@
 """Whatever decides a run's future is in its checkpoint: with any optimizer and option it goes on bit-equal."""
 
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,10 @@ def case(corpus: Path, optimizer: str, precision: str, zero: int, **sections: An
 def records(run: Path) -> list[dict[str, float]]:
     measured = ("time", "tokens_per_s", "memory_bytes", "mfu", "checkpoint", "step_s", "data_s", "forward_s", "backward_s", "evaluate_s")
     return [{key: value for key, value in record.items() if not key.startswith(measured)} for record in metrics(run)]
+
+
+def evaluations(run: Path) -> list[tuple[float, float]]:
+    return [(record["step"], record["val_loss"]) for record in metrics(run) if "val_loss" in record]
 
 
 def check_going_on(runs: dict[Path, TrainSpec]) -> None:
@@ -73,11 +78,28 @@ def test_sigterm_to_a_rank_saves_after_its_step_and_costs_nothing(tmp_path: Path
     whole, run = tmp_path / "whole", tmp_path / "run"
     given = spec(corpus, scale={"workers": 2}, sharding={"zero": 2}, duration={"steps": 12}, checkpoint={"every_steps": 4, "average": 2})
     run_ranks({whole: given})
-    output = run_ranks({run: given}, preempt_before_step=9, hold=(8, 9))          # the one before is on its way
+    output = run_ranks({run: given}, preempt_before_step=9, hold=(8, 9))          # the one before is on its way, an evaluation is due
     assert output.count("TrainError: a worker or the driver was sent SIGTERM, and the state after step 10 is saved") >= 2, "on both ranks"
     assert [path.name for path in checkpoint.committed(run)] == ["step-000004", "step-000008", "step-000010"]
     assert len(losses(run)) == 10 and not (run / "export").exists()
+    assert evaluations(run) == evaluations(whole)[:1], "there is no time for one"
     run_ranks({run: given})
     assert [path.name for path in checkpoint.committed(run)] == ["step-000008", "step-000012"], "what was due is kept"
-    assert records(run) == records(whole)
+    assert losses(run) == losses(whole) and evaluations(run) == evaluations(whole), "it is made up for"
+    assert (run / "export" / "model.safetensors").read_bytes() == (whole / "export" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(("where", "number", "saved", "measured"), [("step", 7, 7, 1), ("measure", 8, 8, 2), ("step", 12, 12, 2)])
+def test_sigterm_inside_a_step_or_an_evaluation_is_seen_at_its_end(tmp_path: Path, where: str, number: int, saved: int, measured: int
+                                                                     ) -> None:
+    corpus = make_corpus(tmp_path / "c")
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    given = spec(corpus, scale={"workers": 2}, duration={"steps": 12}, evaluate={"every_steps": 8}, checkpoint={"every_steps": 5})
+    run_ranks({whole: given})
+    output = run_ranks({run: given}, inside=(signal.SIGTERM, where, number))
+    assert f"was sent SIGTERM, and the state after step {saved} is saved" in output
+    assert checkpoint.committed(run)[-1].name == f"step-{saved:06d}" and len(losses(run)) == saved and not (run / "export").exists()
+    assert evaluations(run) == evaluations(whole)[:measured]
+    run_ranks({run: given})
+    assert losses(run) == losses(whole) and evaluations(run) == evaluations(whole)
     assert (run / "export" / "model.safetensors").read_bytes() == (whole / "export" / "model.safetensors").read_bytes()

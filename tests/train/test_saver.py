@@ -13,7 +13,7 @@ import torch
 from distlm.spec import TrainSpec
 from distlm.train import checkpoint
 from distlm.train.saver import Save, Saver, on_host
-from tests.train.ranks import losses, make_corpus, metrics, run_ranks, spec, windows_seen
+from tests.train.ranks import losses, make_corpus, make_packed_corpus, metrics, run_ranks, spec, windows_seen
 from tests.train.test_resume import records
 
 
@@ -89,7 +89,8 @@ def test_a_disk_that_is_full_while_one_is_written_ends_the_run_with_that_cause(w
     assert 12 <= len(losses(run)) < 20 and losses(run) == losses(whole)[:len(losses(run))]
     found, refused = checkpoint.latest(run)
     assert found and found.step == 5 and not refused
-    assert (run / "checkpoints" / "step-000010").is_dir() and not (run / "checkpoints" / "step-000010" / "COMMITTED").exists()
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-000005"], "a part of one takes the room that is missing"
+    assert "and what there was of it is removed; free space" in output
 
 
 def test_an_error_of_all_ranks_leaves_what_is_on_its_way_committed(whole: Path, tmp_path: Path) -> None:
@@ -98,6 +99,13 @@ def test_an_error_of_all_ranks_leaves_what_is_on_its_way_committed(whole: Path, 
     assert output.count("[nonfinite_loss]") == 2, "on both ranks"
     assert [path.name for path in checkpoint.committed(run)] == ["step-000005", "step-000010"]
     assert len(losses(run)) == 12 and 10 not in saves(run), "it was on its way when the step failed"
+
+
+def test_input_of_which_nothing_can_be_learnt_is_an_error_of_all_ranks_too(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    output = run_ranks({run: longer(make_packed_corpus(tmp_path / "c"))}, empty_step=12, hold=(10, 12))
+    assert output.count("TrainError: no token gives loss at step 13") == 2, "on both ranks"
+    assert [path.name for path in checkpoint.committed(run)] == ["step-000005", "step-000010"] and len(losses(run)) == 12
 
 
 def test_a_checkpoint_is_listed_on_the_disk_before_an_earlier_one_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
