@@ -78,7 +78,7 @@ class Step(NamedTuple):
 def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with one of each kind of windows."""
     root = tmp_path_factory.mktemp("corpora")
-    make_packed_corpus(root / "packing", lengths=(1, 2, 2, 2, 3, 3, 4, 5, 6, 40))
+    make_packed_corpus(root / "packing", lengths=(1, 2, 2, 2, 3, 3, 4, 5, 6, 7, 18))
     make_packed_corpus(root / "padding", lengths=(9, 10, 11, 12, 13, 15, 16, 17), conversations=True, silent=4)
     return root
 
