@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -65,28 +66,39 @@ def make_corpus(folder: Path, windows: tuple[int, ...] = (20, 17, 11), val: int 
 
 
 def make_packed_corpus(folder: Path, lengths: tuple[int, ...] = (3, 9, 1, 40, 16, 17, 2, 5, 18, 12), times: int = 12,
-                       conversations: bool = False) -> Path:
+                       conversations: bool = False, silent: int = 0) -> Path:
     """A corpus of random documents, some longer than windows, that are packed by best-fit; each ends with token 0. Of conversations about
-    half of the tokens give loss."""
-    make_corpus(folder, windows=(1,), val=1)
-    random, data = np.random.default_rng(1), json.loads((folder / "manifest.json").read_text())
-    del data["format"]
-    padding = 0
-    for split, repeats in (("train", times), ("val", 2)):
+    half of the tokens give loss, and of every `silent`-th none."""
+    random, splits = np.random.default_rng(1), []
+    for repeats in (times, 2):
         sizes = np.asarray(random.permutation(np.repeat(lengths, repeats)), np.int64)
         starts = np.cumsum(sizes) - sizes
         tokens = random.integers(1, VOCABULARY, sizes.sum(), dtype=np.uint16)
         tokens[np.append(starts[1:], len(tokens)) - 1] = 0
         loss = random.integers(0, 2, sizes.sum()).astype(bool) if conversations else None
+        if loss is not None and silent:
+            loss[np.repeat(np.arange(len(sizes)) % silent == 0, sizes)] = False
+        splits.append((tokens, starts, loss))
+    return pack_corpus(folder, *splits)
+
+
+def pack_corpus(folder: Path, train: tuple[Any, ...], val: tuple[Any, ...]) -> Path:
+    """A corpus of documents that are packed by best-fit. Of a split: its tokens, where documents begin in them, and of conversations which
+    tokens give loss, else None."""
+    make_corpus(folder, windows=(1,), val=1)
+    data = json.loads((folder / "manifest.json").read_text())
+    del data["format"]
+    padding = 0
+    for split, (tokens, starts, loss) in (("train", train), ("val", val)):
         content, windows, repeated = best_fit_bytes(tokens, starts, 0, CONTEXT, "uint16", 0, loss)
         file = folder / split / "00000.arrow"
         file.write_bytes(content)
         padded = windows * (CONTEXT + 1) - len(tokens) - repeated
         shard = {"file": f"{split}/00000.arrow", "windows": windows, "bytes": len(content), "xxh3": file_xxh3(file)}
-        data["splits"][split] = {"documents": len(sizes), "bytes": 3 * len(tokens), "tokens": len(tokens), "dropped_tokens": 0,
+        data["splits"][split] = {"documents": len(starts), "bytes": 3 * len(tokens), "tokens": len(tokens), "dropped_tokens": 0,
                                  "windows": windows, "padding_tokens": padded, "repeated_tokens": repeated, "shards": [shard]}
         padding += padded
-    said = {"conversations": {"loss": "assistant", "loss_share": 0.5}} if conversations else {}
+    said = {} if train[2] is None else {"conversations": {"loss": "assistant", "loss_share": 0.5}}
     write_manifest(folder, {**data, **said, "pack": {"method": "best_fit", "padding_tokens": padding, "padding_share": 0.1,
                                                      "repeated_tokens": 0}})
     return folder
@@ -142,7 +154,7 @@ def run_ranks(runs: dict[Path, TrainSpec], *, device: str = "cpu", kill_before_s
               full_before_step: int | None = None, preempt_before_step: int | None = None, stop_before_step: int | None = None,
               poison: dict[str, object] | None = None, hold: tuple[int, int] | None = None, slow_s: float = 0,
               watch: bool = False, dry: bool = False, inside: tuple[signal.Signals, str, int] | None = None,
-              empty_step: int | None = None) -> str:
+              empty_step: int | None = None, gradients: bool = False) -> str:
     """Train each run, one after the other in one group of `scale.workers` processes on `device`, from its last committed checkpoint.
 
     `kill_before_step`: the last rank is sent SIGKILL when it asks for that step. `full_before_step`: from
@@ -153,7 +165,8 @@ def run_ranks(runs: dict[Path, TrainSpec], *, device: str = "cpu", kill_before_s
     the steps is not, on any rank, before that rank asks for step `until`, or its run ends. `watch`: every rank prints what `watch_base`
     says. `dry`: the runs are dry runs. `inside`: (signal, place, n): the last rank is sent it inside the n-th step, counted from 1, or
     inside what follows it, as `strike` has it, and the ranks must end as with the others. `empty_step`: no token of
-    that step gives loss, on any rank, and the ranks must fail; for corpora with marks. Returns what the ranks printed."""
+    that step gives loss, on any rank, and the ranks must fail; for corpora with marks. `gradients`: runs take their steps alone, and rank 0
+    writes what `watch_gradients` says. Returns what the ranks printed."""
     for run, spec in runs.items():
         run.mkdir(parents=True, exist_ok=True)
         (run / "spec.yaml").write_text(to_yaml(dump(spec)))
@@ -174,7 +187,7 @@ def run_ranks(runs: dict[Path, TrainSpec], *, device: str = "cpu", kill_before_s
                 ranks.append(context.Process(
                     target=rank_process, args=(list(runs), environment, Path(folder, str(rank))),
                     kwargs={**(alone if rank == world - 1 else {}), "full": full_before_step, "poison": poison, "hold": hold,
-                            "watch": watch, "dry": dry, "empty": empty_step}))
+                            "watch": watch, "dry": dry, "empty": empty_step, "gradients": gradients}))
                 ranks[-1].start()
             deadline = time.monotonic() + 240
             for one in ranks:
@@ -320,11 +333,12 @@ def watch_poisoned(poison: dict[str, Any]) -> Callable[[Exception], None]:
 
 
 def watch_base() -> Callable[[], str]:
-    """Returns what says of the last run in which precisions its model was loaded and its base is held, whether that is to the bit as it was
-    when DeepSpeed had taken it, scales too, and how many parameters the optimizer has on this rank."""
+    """Returns what says of the last run in which precisions its model was loaded and its base is held, whether what this rank holds of that
+    is to the bit as it was when DeepSpeed had taken it, scales too, and how many parameters the optimizer has on this rank."""
     import torch
 
     from distlm.train import loop
+    from distlm.train.average import masters
 
     build, make, state = loop.build_model, loop.make_engine, dict[str, Any]()
 
@@ -341,12 +355,13 @@ def watch_base() -> Callable[[], str]:
     def frozen() -> list[torch.Tensor]:
         base = [one for one in state["engine"].module.parameters() if not one.requires_grad]
         scales = [one.quant_state for one in base if getattr(one, "quant_state", None)]
-        return [one.detach().clone() for one in [*base, *(scale.absmax for scale in scales), *(scale.state2.absmax for scale in scales)]]
+        held = [getattr(one, "ds_tensor", one) for one in base]              # stage 3 has a part of it
+        assert all(one.numel() for one in held)
+        return [one.detach().clone() for one in [*held, *(scale.absmax for scale in scales), *(scale.state2.absmax for scale in scales)]]
 
     def report() -> str:
-        now, optimizer = frozen(), state["engine"].optimizer
-        same = all(torch.equal(*pair) for pair in zip(state["before"], now, strict=True))
-        trained = sum(one.numel() for group in optimizer.param_groups for one in group["params"])
+        same = all(torch.equal(*pair) for pair in zip(state["before"], frozen(), strict=True))
+        trained = sum(one.numel() for one in masters(state["engine"]))
         held = {str(one.dtype) for one in state["engine"].module.parameters() if not one.requires_grad}
         return f"loaded {sorted(state['loaded'])} held {sorted(held)} {'kept' if same else 'changed'}, {trained} in the optimizer"
 
@@ -377,6 +392,39 @@ def strike(what: signal.Signals, place: str, number: int) -> None:
     setattr(owner, name, called)
 
 
+def watch_gradients() -> Callable[[Path], None]:
+    """Returns what writes `gradients.pt` to the folder of the run that was the last one: of each of its steps the loss, the norm, how many
+    tokens gave loss, and the gradient that the update was given, whole, by parameters as the model names them. All ranks take part."""
+    import torch
+    from deepspeed.utils import safe_get_full_grad
+
+    from distlm.model.tensor import dimension
+    from distlm.train import loop
+    from distlm.train.zero import gather_parts
+
+    update, train, found, gradients = loop.update, loop.train_step, list[dict[str, Any]](), dict[str, torch.Tensor]()
+
+    def updated(engine: Any, *args: Any) -> bool:
+        for name, parameter in engine.module.model.named_parameters():
+            part = safe_get_full_grad(parameter).detach().float()
+            dim = dimension(name) if engine.autotp_size() > 1 else None
+            gradients[name] = part.clone() if dim is None else gather_parts(part, dim)
+        return update(engine, *args)
+
+    def trained(*args: Any) -> Any:
+        result = train(*args)
+        found.append({"loss": result.loss, "norm": result.norm, "targets": result.num_targets, "gradients": dict(gradients)})
+        return result
+
+    def write(run: Path) -> None:
+        if os.environ["RANK"] == "0":
+            torch.save(found, run / "gradients.pt")
+        found.clear()
+
+    loop.update, loop.train_step = updated, trained
+    return write
+
+
 def hold_writes(step: int, released: threading.Event) -> None:
     """Let the thread that writes a step's checkpoint wait."""
     from distlm.train import saver
@@ -394,7 +442,7 @@ def hold_writes(step: int, released: threading.Event) -> None:
 def rank_process(runs: list[Path], environment: dict[str, str], output: Path, *, kill: int | None = None, preempt: int | None = None,
                  stop: int | None = None, full: int | None = None, poison: dict[str, Any] | None = None,
                  hold: tuple[int, int] | None = None, slow_s: float = 0, watch: bool = False, dry: bool = False,
-                 inside: tuple[signal.Signals, str, int] | None = None, empty: int | None = None) -> None:
+                 inside: tuple[signal.Signals, str, int] | None = None, empty: int | None = None, gradients: bool = False) -> None:
     """One rank. What it prints goes to `output`."""
     os.environ |= environment
     log = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -421,6 +469,7 @@ def rank_process(runs: list[Path], environment: dict[str, str], output: Path, *,
     distributed.init_process_group("gloo" if device.type == "cpu" else "nccl")
     report = watch_poisoned(poison) if poison else None
     watched = watch_base() if watch else None
+    write = watch_gradients() if gradients else None
     held, until = hold or (-1, -1)
     if inside:
         strike(*inside)
@@ -460,13 +509,16 @@ def rank_process(runs: list[Path], environment: dict[str, str], output: Path, *,
 
         try:
             loop.fit(recipe, RunFolder(run), steps(), rank=rank, device=device, first_step=first,
-                     resume_from=start.path if start else None, look=DryRun(run / "dry-run", rank) if dry else None)
+                     resume_from=start.path if start else None,
+                     look=DryRun(run / "dry-run", rank) if dry else SimpleNamespace(step=lambda: None) if write else None)
         except DistlmError as error:
             if report is None:
                 raise
             report(error)
         finally:
             released.set()
+        if write:
+            write(run)
         if watched:
             print(f"rank {rank} {run.name}: {watched()}")
     distributed.destroy_process_group()

@@ -52,7 +52,13 @@ def exported(run: Path) -> list[bytes]:
 
 def test_every_stage_trains_the_same_adapter_and_leaves_the_base_alone(root: Path, tmp_path: Path) -> None:
     runs = {tmp_path / f"zero{zero}": tuned(root, scale=TWO, sharding=SHARDED if zero == 3 else {"zero": zero}) for zero in range(4)}
-    run_ranks(runs)
+    dora = {tmp_path / f"dora{zero}": tuned(root, adapter={"method": "dora"}, scale=TWO, sharding=SHARDED if zero == 3 else {"zero": zero},
+                                            duration={"steps": 2}, schedule={}, evaluate={}, checkpoint={}) for zero in (0, 3)}
+    printed = run_ranks({**runs, **dora}, watch=True)
+    for run in (*runs, *dora):
+        said = f"{run.name}: loaded ['torch.float32'] held ['torch.float32'] kept"
+        assert printed.count(said) == 2, "on both ranks: " + printed[-2000:]
+    np.testing.assert_allclose(*map(losses, dora), rtol=1e-5)
     expected = losses_by_hand(tuned(root), root / "c")
     base, first = load_file(root / "base" / "model.safetensors"), load_file(tmp_path / "zero0" / ADAPTER)
     for run in runs:
@@ -103,9 +109,9 @@ def test_a_run_goes_on_bit_equal(root: Path, tmp_path: Path, names: tuple[str, .
 
 
 def test_a_base_in_bf16_is_loaded_and_held_so_and_the_optimizer_has_the_adapter_alone(root: Path, tmp_path: Path) -> None:
-    zeros = (0, 1, 2)
-    runs = {tmp_path / f"zero{zero}": tuned(root, precision="bf16", sharding={"zero": zero}, duration={"steps": 2}, schedule={},
-                                           evaluate={"every_steps": 2}, checkpoint={"every_steps": 2}) for zero in zeros}
+    runs = {tmp_path / f"zero{zero}": tuned(root, precision="bf16", sharding=SHARDED if zero == 3 else {"zero": zero},
+                                           duration={"steps": 2}, schedule={}, evaluate={"every_steps": 2}, checkpoint={"every_steps": 2})
+            for zero in range(4)}
     printed = run_ranks(runs, watch=True)
     size = sum(value.numel() for value in load_file(tmp_path / "zero0" / ADAPTER).values())
     for run in runs:

@@ -59,7 +59,7 @@ def test_every_optimizer_and_option(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", ["muon", "lion", "sgd", "adafactor"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "lion", "sgd", "adafactor"])
 def test_every_stage_and_precision_gives_the_same_steps_and_goes_on(optimizer: str, tmp_path: Path) -> None:
     corpus = make_corpus(tmp_path / "c")
     runs = {tmp_path / f"{precision}-{zero}": case(corpus, optimizer, precision, zero, ema={"decay": 0.9})
