@@ -377,7 +377,10 @@ def _of_step(pipe: PipelineSpec, spec: Spec, storage: Storage) -> Rows:
     tokenizer = made_by.get("tokenizer") or {}
     if made_by.get("kind") == "prepare" and "from" not in tokenizer and not train.model.source and not train.distill:
         from distlm.model.build import Shape
+        from distlm.train.zero import check_raw
 
+        if train.sharding.deepspeed:
+            check_raw(train)
         trained = tokenizer.get("vocab_size", Tokenizer.model_fields["vocab_size"].default)
         vocabulary = BYTES_VOCABULARY if tokenizer.get("train") == "bytes" else trained
         context = made_by.get("context", PrepareSpec.model_fields["context"].default)

@@ -180,6 +180,17 @@ def test_what_the_corpus_or_deepspeed_refuses_is_found_at_its_line(line: str, te
         plan.needs(resolve(tmp_path / "train.yaml"), storage)
 
 
+def test_raw_keys_of_a_step_are_checked_before_its_corpus_is_there(storage: Storage) -> None:
+    def rows(value: Any) -> dict[str, str]:
+        train = {"kind": "train", "corpus": "${prepare}", "model": MODEL, "duration": {"steps": 5},
+                 "sharding": {"zero": 2, "deepspeed": {"zero_optimization": {"reduce_bucket_size": value}}}}
+        return needs(storage, kind="pipeline", steps={"prepare": {"kind": "prepare", "sources": ["stdlib"]}, "train": train})
+
+    assert "memory" in "".join(rows("auto"))
+    with pytest.raises(SpecError, match=r"zero_optimization\.reduce_bucket_size: DeepSpeed does not accept it"):
+        rows("5e8")
+
+
 def test_a_large_batch_is_planned_at_once(storage: Storage) -> None:
     given = {"kind": "train", "corpus": "c", "model": MODEL, "duration": {"steps": 1}, "batch": {"global_sequences": 99_999_999_999}}
     assert "in a micro-batch" in needs(storage, **given)["steps"]

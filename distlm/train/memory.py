@@ -223,7 +223,7 @@ def peak_memory(load: Load) -> Memory:
     again = load.micro_sequences * max(load.activations.layers) if spec.activation_checkpointing else 0
     loss = loss_bytes(load, p)
     raw = spec.sharding.deepspeed.get("zero_optimization", {})
-    bucket_size = int(raw.get("reduce_bucket_size", REDUCE_BUCKET))
+    bucket_size = raw_number(raw, "reduce_bucket_size", REDUCE_BUCKET)
     bucket = min(bucket_size, n)
     # the buckets of stages 1 to 3 are allocated whole; on a CPU what is not written to takes no memory
     reserved = (bucket_size if on_gpu else bucket) * p
@@ -232,11 +232,11 @@ def peak_memory(load: Load) -> Memory:
     elif zero < 3:
         buffers, step = reserved, part * (p + 4)
     else:
-        live = min(load.parameters, int(raw.get("stage3_max_live_parameters", MAX_LIVE)))
+        live = min(load.parameters, raw_number(raw, "stage3_max_live_parameters", MAX_LIVE))
         buffers, step = reserved + live * p + 4 * part, 0
     weights, optimizer = states["weights"] + -(-(load.frozen - load.nf4) * p // (world if zero == 3 else 1)), states["optimizer"]
     weights += math.ceil(load.nf4 * BITS / 8) + load.teacher * p
-    group = int(raw.get("zero_hpz_partition_size", spec.sharding.zeropp.hierarchical_partition))
+    group = raw_number(raw, "zero_hpz_partition_size", spec.sharding.zeropp.hierarchical_partition)
     if zero == 3 and group > 1:                            # ZeRO++ keeps the weights once more, over the ranks of a node
         weights += -(-load.parameters * p // group)
     gradients = states["gradients"]
@@ -256,6 +256,13 @@ def peak_memory(load: Load) -> Memory:
         snapshot = own + (p * n if zero < 3 else 0) + ema
     whole = Memory(weights, at[0], optimizer, ema, at[1], at[2], at[3], snapshot, 0)
     return replace(whole, fragmentation=round(FRAGMENTATION * whole.total))
+
+
+def raw_number(raw: dict[str, Any], key: str, default: int) -> int:
+    """A key of `sharding.deepspeed.zero_optimization`, checked already, as DeepSpeed's configuration reads it: with or without stage3_ in
+    front, and "auto" for the default."""
+    value = raw.get(key, raw.get(key.removeprefix("stage3_"), "auto"))
+    return default if value == "auto" else int(value)
 
 
 def model_states(parameters: int, precision: str, zero: int, workers: int, states: int = 8) -> dict[str, int]:

@@ -8,7 +8,7 @@ import torch
 from distlm.model.attention import use_cpu_attention
 from distlm.model.build import Shape, build_model, model_config, num_parameters
 from distlm.spec import TrainSpec
-from distlm.train.memory import GIB, Activations, Load, advice, make_load, measure_activations, peak_memory
+from distlm.train.memory import GIB, MAX_LIVE, REDUCE_BUCKET, Activations, Load, advice, make_load, measure_activations, peak_memory
 
 LLAMA = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
          "intermediate_size": 64, "tie_word_embeddings": True}
@@ -69,6 +69,24 @@ def test_every_part_follows_from_the_stage() -> None:
     assert peak_memory(load(ema={})).ema == 4 * 10**9
     again = peak_memory(load(parameters=10**7, activation_checkpointing=1))
     assert again.activations == 8 * (4 * GIB // 32 + GIB // 16 + GIB), "all inputs, and one layer whole"
+
+
+def test_auto_is_deepspeed_s_default() -> None:
+    """DeepSpeed's configuration drops what is "auto", and takes its own names beside those of stage 3."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    from distlm.train.zero import check_raw
+
+    keys = {"reduce_bucket_size": 10**6, "stage3_max_live_parameters": 10**7, "zero_hpz_partition_size": 4}
+    plain = peak_memory(load(sharding={"zero": 3}))
+    for key, value in keys.items():
+        auto, given, unprefixed = (load(sharding={"zero": 3, "deepspeed": {"zero_optimization": raw}})
+                                   for raw in ({key: "auto"}, {key: value}, {key.removeprefix("stage3_"): value}))
+        for one in (auto, given, unprefixed):
+            check_raw(one.spec)
+        assert peak_memory(auto) == plain != peak_memory(given) == peak_memory(unprefixed), key
+    defaults = DeepSpeedZeroConfig(**dict.fromkeys(keys, "auto"))
+    assert (defaults.reduce_bucket_size, defaults.max_live_parameters, defaults.zero_hpz_partition_size) == (REDUCE_BUCKET, MAX_LIVE, 1)
 
 
 def test_a_checkpoint_that_is_written_beside_the_steps_takes_a_copy_of_the_state_on_cpu() -> None:
