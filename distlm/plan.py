@@ -4,6 +4,7 @@
         print(what, how_much)
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -113,8 +114,14 @@ def of_mixture(recipe: Any) -> Rows:
     return rows
 
 
-ASSUMED_MFU = {"gpu": 0.4, "cpu": 0.2}
-"""What a run is taken to reach of the peak: a dense model of a billion parameters on GPUs, a small one on a CPU. Assumptions."""
+GPU_MFU, CPU_MFU, CPU_WIDTH = 0.4, 0.5, 384
+"""What a run is taken to reach of the peak: a dense model of a billion parameters on GPUs, one of that width on a CPU. Assumptions, of
+which runs on a CPU have 50 to 63 % (README.md)."""
+
+
+def assumed_mfu(on_gpu: bool, width: int) -> float:
+    """Of a narrower model on a CPU less, in proportion: llama-4m, 256 wide, reached 0.71 of llama-10m's, and llama-tiny, 64 wide, 0.14."""
+    return GPU_MFU if on_gpu else CPU_MFU * min(1.0, width / CPU_WIDTH)
 
 
 def of_model(spec: TrainSpec, shape: Any, tokens: int | None, cut: tuple[int, int] = (1, 1), masked: bool = False) -> Rows:
@@ -139,7 +146,7 @@ def of_model(spec: TrainSpec, shape: Any, tokens: int | None, cut: tuple[int, in
     total = f"{flops * tokens:.2e} FLOPs, " if tokens else ""
     own = (f", {sum(trained.values()):,} of them trained" if trained else "") + (f", {load.nf4:,} held in 4 bits" if load.nf4 else "")
     return [("parameters", f"{parameters:,}{own}"), *teacher, ("arithmetic", f"{total}{flops:.2e} FLOPs a token"),
-            *of_speed(spec, flops, tokens),
+            *of_speed(spec, flops, tokens, load.width),
             ("memory a worker", summed(memory.parts()) + (", before what is offloaded" if offloads(spec) else "")
              + ", activations as if layers were not compiled: they may keep less" * spec.compile),
             *((f"of it on {place}", summed(part)) for place, part in offloaded(spec, memory.parts()).items()),
@@ -160,22 +167,24 @@ def summed(memory: dict[str, int]) -> str:
     return f"{size(sum(memory.values()))} ({', '.join(f'{name} {size(value)}' for name, value in memory.items() if value)})"
 
 
-def of_speed(spec: TrainSpec, flops: float, tokens: int | None) -> Rows:
+def of_speed(spec: TrainSpec, flops: float, tokens: int | None, width: int) -> Rows:
     """Tokens a second by the peak of the workers and an assumed MFU, hours, and the price where the spec has one."""
     from distlm.train.flops import measured_peak, peak_flops
 
-    scale = spec.scale
+    scale, cores = spec.scale, os.cpu_count() or 1
     if scale.gpus_per_worker:
         name = scale.gpu or local_gpu()[0]
         peak = peak_flops(name, spec.precision) if name else None
         if peak is None:
             return [("speed", f"not known: {name} is not in the table of GPUs" if name else "not known: scale.gpu names no GPU")]
-        kind, peak, of_what = "gpu", peak * scale.workers, f"{scale.workers} x {peak:.3g} FLOP/s of {name}"
+        peak, of_what = peak * scale.workers, f"{scale.workers} x {peak:.3g} FLOP/s of {name}"
     else:
-        kind, peak = "cpu", measured_peak(spec.precision)
-        of_what = f"{peak:.2g} FLOP/s, which a product of matrices reaches on this machine now"
-    speed = ASSUMED_MFU[kind] * peak / flops
-    rows = [("speed", f"{speed:,.0f} tokens/s, if the MFU is {ASSUMED_MFU[kind]:.0%} of {of_what}")]
+        threads = min(scale.workers * (scale.threads_per_worker or max(1, cores // scale.workers)), cores)
+        peak = measured_peak(spec.precision, threads)
+        of_what = f"{peak:.2g} FLOP/s, which products of matrices reach on {threads} of this machine's {cores} cores now"
+    share = assumed_mfu(bool(scale.gpus_per_worker), width)
+    speed = share * peak / flops
+    rows = [("speed", f"{speed:,.0f} tokens/s, if the MFU is {share:.0%} of {of_what}")]
     if tokens:
         hours = tokens / speed / 3600
         rows.append(("time", f"{hours:.3g} hours at this speed, evaluations and checkpoints not counted"))

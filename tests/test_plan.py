@@ -1,5 +1,6 @@
 """What a plan says is what the job will do; nothing is allocated and no cluster is touched."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from distlm.model.build import Shape, build_model, model_config, num_parameters
 from distlm.spec import TrainSpec
 from distlm.spec.train import ModelSpec
 from distlm.storage import Storage
+from distlm.train import flops
 from distlm.train.memory import STATE_BYTES, model_states
 
 MODEL = {"config": {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -76,8 +78,23 @@ def test_speed_hours_and_price_follow_from_the_table_and_a_stated_mfu(storage: S
     assert speed == pytest.approx(0.4 * 8 * 989e12 / flops, rel=0.01) and "if the MFU is 40% of 8 x 9.89e+14" in rows["speed"]
     hours = float(rows["time"].split()[0])
     assert hours == pytest.approx(64 * 16 * 1000 / speed / 3600, rel=0.01) and float(rows["price"].split(",")[0]) == round(24 * hours, 2)
-    assert "tokens/s, if the MFU is 20%" in needs(storage, **{**GPU, "model": MODEL})["speed"]
+    assert "tokens/s, if the MFU is 4%" in needs(storage, **{**GPU, "model": MODEL})["speed"], "32 wide, on a CPU"
+    assert "tokens/s, if the MFU is 50%" in needs(storage, **{**GPU, "model": {"preset": "llama-10m"}})["speed"]
     assert "not known" in needs(storage, **{**GPU, "model": MODEL}, scale={"gpus_per_worker": 1})["speed"] or torch.cuda.is_available()
+
+
+def test_a_cpu_s_speed_goes_by_the_cores_that_its_workers_have(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(flops, "measured_peak", lambda precision, threads: threads * 1e11)
+
+    def speed(**scale: int) -> float:
+        row = needs(storage, kind="train", corpus="c", model=MODEL, duration={"steps": 5}, scale=scale)["speed"]
+        assert "of this machine's 8 cores" in row
+        return float(row.split()[0].replace(",", ""))
+
+    assert speed(workers=8, threads_per_worker=1) == pytest.approx(8 * speed(workers=1, threads_per_worker=1), rel=1e-3)
+    assert speed(workers=2, threads_per_worker=2) == pytest.approx(4 * speed(workers=1, threads_per_worker=1), rel=1e-3)
+    assert speed(workers=1) == speed(workers=8) == speed(workers=16, threads_per_worker=4), "all cores, and no more"
 
 
 def test_memory_of_compiled_layers_is_said_to_be_that_of_others(storage: Storage) -> None:

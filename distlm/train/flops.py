@@ -4,6 +4,7 @@
 """
 
 import functools
+import os
 import time
 from typing import Any
 
@@ -83,16 +84,21 @@ def mfu(tokens_per_s: float, flops_per_token: float, peak: float) -> float:
 
 
 @functools.lru_cache
-def measured_peak(precision: str = "fp32") -> float:
-    """Operations a second that this machine's processor reaches in a product of matrices of 1,024 rows, with all its cores: the best of
-    three after one to warm up, a few tenths of a second in all."""
+def measured_peak(precision: str = "fp32", threads: int | None = None) -> float:
+    """Operations a second that so many threads of this machine's processor, or one for each of its cores, reach in a product of matrices of
+    1,024 rows: the best of three after one to warm up, a few tenths of a second in all."""
     import torch
 
-    a = torch.randn(1024, 1024).to(torch.bfloat16 if precision == "bf16" else torch.float32)
-    best = float("inf")
-    for i in range(4):
-        started = time.perf_counter()
-        torch.mm(a, a)
-        if i:
-            best = min(best, time.perf_counter() - started)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or os.cpu_count() or 1)
+    try:
+        a = torch.randn(1024, 1024).to(torch.bfloat16 if precision == "bf16" else torch.float32)
+        best = float("inf")
+        for i in range(4):
+            started = time.perf_counter()
+            torch.mm(a, a)
+            if i:
+                best = min(best, time.perf_counter() - started)
+    finally:
+        torch.set_num_threads(before)
     return 2 * 1024**3 / best
