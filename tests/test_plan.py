@@ -213,6 +213,15 @@ def test_a_large_batch_is_planned_at_once(storage: Storage) -> None:
     assert "in a micro-batch" in needs(storage, **given)["steps"]
 
 
+@pytest.mark.parametrize("sequences", [10**9, 10**15])
+def test_a_large_micro_batch_is_planned_at_once_and_one_that_fits_is_found(sequences: int, storage: Storage) -> None:
+    given = {"kind": "train", "corpus": "c", "model": MODEL, "duration": {"steps": 1}, "scale": {"memory_gib": 1}}
+    rows = needs(storage, **given, batch={"global_sequences": sequences, "micro_sequences": sequences})
+    micro = int(rows["warning"].split("batch.micro_sequences: ")[1].split()[0].rstrip(","))
+    assert sequences % micro == 0 and 100 < micro < 10**5
+    assert "warning" not in needs(storage, **given, batch={"global_sequences": sequences, "micro_sequences": micro})
+
+
 def test_a_tokenizer_that_is_not_there_is_found(storage: Storage, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("text")
     with pytest.raises(InputError, match=r"tokenizer\.from"):

@@ -10,6 +10,7 @@ The formulas follow what the code does: DeepSpeed 0.19 under `zero.deepspeed_con
 
 import itertools
 import math
+from bisect import bisect_right
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from distlm.model.nf4 import BITS, nf4_elements
 from distlm.model.tensor import divide
 from distlm.spec.adapter import Adapter
 from distlm.spec.base import Rule
+from distlm.spec.batch import divisors
 from distlm.spec.gpus import find_gpu
 from distlm.spec.optimizer import check_optimizer
 from distlm.spec.sharding import check_tensor_parallel
@@ -162,7 +164,8 @@ def advice(load: Load, limit: int) -> str:
     computed again takes a third of a step's arithmetic; halving a micro-batch is taken for 3 % of the time, and steps that wait for
     checkpoints for 2 %.
     """
-    spec, share = load.spec, load.micro_sequences * load.accumulation
+    spec = load.spec
+    smaller = [n for n in divisors(load.micro_sequences * load.accumulation) if n < load.micro_sequences]
     saving = dict.fromkeys((spec.checkpoint.asynchronous, spec.checkpoint.asynchronous and bool(spec.scale.gpus_per_worker)))
     found: list[tuple[float, int, str]] = []
     for zero in range(spec.sharding.zero, 4):
@@ -175,19 +178,23 @@ def advice(load: Load, limit: int) -> str:
             continue
         recomputing = dict.fromkeys((spec.activation_checkpointing, *((1,) if load.recomputable else ())))
         for again, beside in itertools.product(recomputing, saving):
-            for micro in (n for n in range(load.micro_sequences, 0, -1) if share % n == 0):
-                total = peak_memory(load.varied(zero, again, micro, beside)).total
-                if total > limit:
+            def takes(micro: int, zero: int = zero, again: int = again, beside: bool = beside) -> int:
+                return peak_memory(load.varied(zero, again, micro, beside)).total
+
+            micro = load.micro_sequences                   # one micro-batch alone holds no gradients beside it, smaller ones do
+            if takes(micro) > limit:
+                number = bisect_right(smaller, limit, key=takes)
+                if not number:
                     continue
-                changes = [text for text, changed in (
-                    (f"sharding.zero: {zero}", zero != spec.sharding.zero),
-                    (f"batch.micro_sequences: {micro}", micro != load.micro_sequences),
-                    (f"activation_checkpointing: {again}", again != spec.activation_checkpointing),
-                    ("checkpoint.asynchronous: false", beside != spec.checkpoint.asynchronous)) if changed]
-                cost = (0.01 * zero + 0.1 * (zero == 3) + 0.03 * math.log2(load.micro_sequences / micro)
-                        + 0.33 * (again != spec.activation_checkpointing) + 0.02 * (beside != spec.checkpoint.asynchronous))
-                found.append((cost, total, " and ".join(changes)))
-                break                                      # a smaller one costs more
+                micro = smaller[number - 1]                # a still smaller one costs more
+            changes = [text for text, changed in (
+                (f"sharding.zero: {zero}", zero != spec.sharding.zero),
+                (f"batch.micro_sequences: {micro}", micro != load.micro_sequences),
+                (f"activation_checkpointing: {again}", again != spec.activation_checkpointing),
+                ("checkpoint.asynchronous: false", beside != spec.checkpoint.asynchronous)) if changed]
+            cost = (0.01 * zero + 0.1 * (zero == 3) + 0.03 * math.log2(load.micro_sequences / micro)
+                    + 0.33 * (again != spec.activation_checkpointing) + 0.02 * (beside != spec.checkpoint.asynchronous))
+            found.append((cost, takes(micro), " and ".join(changes)))
     if not found:
         return ""
     _, total, text = min(found)
