@@ -115,6 +115,10 @@ def test_what_does_not_fit_is_told_with_the_cheapest_change_that_does(storage: S
         needs(storage, **GPU, scale={**scale, "gpu": "H99"})
     with pytest.raises(SpecError, match="no effect where gpus_per_worker is 0"):
         needs(storage, **GPU, scale={"gpu": "H100"})
+    for gib in (0.5, 1):
+        with pytest.raises(SpecError, match=rf"scale\.memory_gib: {gib} leaves a model nothing: CUDA and NCCL take about 1 GiB"):
+            needs(storage, **GPU, scale={"gpus_per_worker": 1, "memory_gib": gib})
+    assert "parameters" in needs(storage, **{**GPU, "model": MODEL}, scale={"memory_gib": 0.5}), "a worker on CPU may have so little"
 
 
 def test_a_context_that_is_not_the_corpus_s_is_refused(storage: Storage) -> None:

@@ -25,7 +25,7 @@ from distlm.model.tensor import divide
 from distlm.spec.adapter import Adapter
 from distlm.spec.base import Rule
 from distlm.spec.batch import divisors
-from distlm.spec.gpus import find_gpu
+from distlm.spec.gpus import CUDA_GIB, find_gpu
 from distlm.spec.optimizer import check_optimizer
 from distlm.spec.sharding import check_tensor_parallel
 from distlm.spec.train import TrainSpec, check_base, check_compile
@@ -39,8 +39,7 @@ and columns are too few to count."""
 REDUCE_BUCKET, MAX_LIVE = 500_000_000, 1_000_000_000
 """Elements, DeepSpeed's defaults: zero_optimization.reduce_bucket_size, and stage3_max_live_parameters and stage3_max_reuse_distance."""
 GIB = 1 << 30
-CUDA_BYTES = GIB
-"""What CUDA and NCCL take of a GPU for themselves, about."""
+CUDA_BYTES = CUDA_GIB * GIB
 FRAGMENTATION = 0.05
 """Of all the rest: what the allocator holds and cannot use. An assumption."""
 
