@@ -130,7 +130,7 @@ def of_model(spec: TrainSpec, shape: Any, tokens: int | None, cut: tuple[int, in
     from distlm.model.build import model_config, parameter_sizes
     from distlm.model.distill import teacher_config
     from distlm.train.flops import config_flops, forward_flops
-    from distlm.train.memory import make_load, offloads, peak_memory
+    from distlm.train.memory import all_states, host_memory, make_load, peak_memory
 
     config = model_config(spec.model, shape, spec.regularization.dropout)
     sizes = parameter_sizes(config)
@@ -147,20 +147,19 @@ def of_model(spec: TrainSpec, shape: Any, tokens: int | None, cut: tuple[int, in
     own = (f", {sum(trained.values()):,} of them trained" if trained else "") + (f", {load.nf4:,} held in 4 bits" if load.nf4 else "")
     return [("parameters", f"{parameters:,}{own}"), *teacher, ("arithmetic", f"{total}{flops:.2e} FLOPs a token"),
             *of_speed(spec, flops, tokens, load.width),
-            ("memory a worker", summed(memory.parts()) + (", before what is offloaded" if offloads(spec) else "")
+            ("memory a worker", summed(memory.parts())
              + ", activations as if layers were not compiled: they may keep less" * spec.compile),
-            *((f"of it on {place}", summed(part)) for place, part in offloaded(spec, memory.parts()).items()),
-            *of_limit(load, memory.total)]
+            *([("host memory a worker", summed(host))] if (host := host_memory(load)) else []),
+            *([("on disks a worker", summed(disks))] if (disks := on_disks(spec, all_states(load))) else []),
+            *of_limit(load, memory.total), *of_host(load)]
 
 
-def offloaded(spec: TrainSpec, memory: dict[str, int]) -> dict[str, dict[str, int]]:
-    """What `sharding.offload` lays elsewhere, by the place: cpu or nvme."""
-    places: dict[str, dict[str, int]] = {}
-    if offload := spec.sharding.offload:
-        for place, names in ((offload.parameters, ("weights",)), (offload.optimizer, ("optimizer", "ema"))):
-            if place:
-                places.setdefault(place, {}).update({name: memory[name] for name in names if memory.get(name)})
-    return places
+def on_disks(spec: TrainSpec, states: dict[str, int]) -> dict[str, int]:
+    """What of a worker's states lies on nvme."""
+    from distlm.train.memory import places
+
+    names = {"parameters": ("weights",), "optimizer": ("optimizer",)}
+    return {name: states[name] for part, place in places(spec).items() if place == "nvme" for name in names[part]}
 
 
 def summed(memory: dict[str, int]) -> str:
@@ -196,13 +195,13 @@ def of_speed(spec: TrainSpec, flops: float, tokens: int | None, width: int) -> R
 
 def of_limit(load: Any, total: int) -> Rows:
     """A warning where a worker's memory is known and the estimate exceeds it, with the cheapest change that fits."""
-    from distlm.train.memory import CUDA_BYTES, GIB, advice, memory_limit, offloads
+    from distlm.train.memory import CUDA_BYTES, GIB, advice, memory_limit
 
     spec = load.spec
     limit, local = memory_limit(spec), local_gpu()[1]
     if limit is None and spec.scale.gpus_per_worker and local:
         limit = local - CUDA_BYTES
-    if limit is None or total <= limit or offloads(spec):
+    if limit is None or total <= limit:
         return []
     found = advice(load, limit)
     return [("warning", f"does not fit: {total / GIB:.3g} of {limit / GIB:.3g} GiB; "
@@ -210,13 +209,34 @@ def of_limit(load: Any, total: int) -> Rows:
                            "workers, or a smaller model"))]
 
 
-def local_gpu() -> tuple[str, int]:
-    """Name and bytes of this machine's first GPU; empty and 0 where there is none."""
+def of_host(load: Any) -> Rows:
+    """A warning where the workers on GPUs of this machine take more of its own memory than it has, with the cheapest change that fits. What
+    GPUs of another kind would have for a node is not known."""
+    import psutil
+
+    from distlm.spec.gpus import find_gpu
+    from distlm.train.memory import GIB, node_advice, node_memory
+
+    scale = load.spec.scale
+    name, _, count = local_gpu()
+    if not scale.gpus_per_worker or not count or (scale.gpu and find_gpu(scale.gpu) != find_gpu(name)):
+        return []
+    workers, limit = min(scale.workers, count), psutil.virtual_memory().total
+    if (need := node_memory(load, workers)) <= limit:
+        return []
+    found = node_advice(load, workers, limit)
+    return [("warning of host memory", f"does not fit: {need / GIB:.3g} of the {limit / GIB:.3g} GiB of this machine with {workers} of "
+             "the workers; " + (f"it would with {found}" if found else "no ZeRO stage makes it fit: take fewer workers a node, or "
+                                "lay on nvme what sharding.offload lays on cpu"))]
+
+
+def local_gpu() -> tuple[str, int, int]:
+    """Name and bytes of this machine's first GPU, and how many there are; empty and 0 where there is none."""
     import torch
 
     if not torch.cuda.is_available():
-        return "", 0
-    return torch.cuda.get_device_name(0), torch.cuda.get_device_properties(0).total_memory
+        return "", 0, 0
+    return torch.cuda.get_device_name(0), torch.cuda.get_device_properties(0).total_memory, torch.cuda.device_count()
 
 
 def of_scale(spec: TrainSpec) -> Rows:

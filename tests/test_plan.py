@@ -1,9 +1,12 @@
 """What a plan says is what the job will do; nothing is allocated and no cluster is touched."""
 
 import os
+import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -119,6 +122,32 @@ def test_what_does_not_fit_is_told_with_the_cheapest_change_that_does(storage: S
         with pytest.raises(SpecError, match=rf"scale\.memory_gib: {gib} leaves a model nothing: CUDA and NCCL take about 1 GiB"):
             needs(storage, **GPU, scale={"gpus_per_worker": 1, "memory_gib": gib})
     assert "parameters" in needs(storage, **{**GPU, "model": MODEL}, scale={"memory_gib": 0.5}), "a worker on CPU may have so little"
+
+
+def test_what_does_not_fit_is_told_with_offload_too(storage: Storage) -> None:
+    scale = {"workers": 8, "gpus_per_worker": 1, "memory_gib": 40}
+    offload = {"zero": 2, "offload": {"optimizer": "cpu"}}
+    assert "warning" not in needs(storage, **GPU, scale=scale, sharding=offload), "but 104 GiB of states without"
+    rows = needs(storage, **GPU, scale={**scale, "memory_gib": 16}, sharding=offload)
+    assert re.search(r"does not fit: [\d.]+ of 15 GiB; it would with batch.micro_sequences: \d", rows["warning"])
+    with pytest.raises(SpecError, match=r"take 13.* GiB of a worker, and it has 9 GiB to give; it fits with sharding.zero: 3"):
+        needs(storage, **GPU, scale={**scale, "memory_gib": 10}, sharding=offload)
+
+
+def test_host_memory_is_judged_by_this_machine_where_the_job_s_gpus_are_its_own(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {**GPU, "sharding": {"zero": 2, "offload": {"optimizer": "cpu"}}}
+    scale = {"workers": 8, "gpus_per_worker": 1}
+    monkeypatch.setattr(plan, "local_gpu", lambda: ("NVIDIA H100 80GB HBM3", 80 << 30, 8))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=150 << 30))
+    rows = needs(storage, **given, scale=scale)
+    assert "(gradients " in rows["host memory a worker"] and "snapshot" in rows["host memory a worker"]
+    assert re.fullmatch(r"does not fit: 2\d\d of the 150 GiB of this machine with 8 of the workers; it would with checkpoint.asynchronous: "
+                        r"false, at 11\d GiB", rows["warning of host memory"])
+    still = {**given, "checkpoint": {"asynchronous": False}}
+    assert "warning of host memory" not in needs(storage, **still, scale=scale)
+    assert "warning of host memory" not in needs(storage, **given, scale={**scale, "gpu": "A100-SXM4-80GB"}), "other machines"
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=50 << 30))
+    assert "take fewer workers a node, or lay on nvme" in needs(storage, **given, scale=scale)["warning of host memory"]
 
 
 def test_a_context_that_is_not_the_corpus_s_is_refused(storage: Storage) -> None:

@@ -81,6 +81,9 @@ def test_what_deepspeed_cannot_offload_is_refused_by_key(sections: dict[str, Any
 
 
 def test_the_plan_tells_what_lies_where(tmp_path: Path) -> None:
-    given = spec(make_corpus(tmp_path / "c"), sharding={"zero": 3, "offload": {**NVME["offload"], "parameters": "cpu"}})  # type: ignore[dict-item]
+    sections: dict[str, Any] = {"sharding": {"zero": 3, "offload": {"optimizer": "nvme", "parameters": "cpu", "path": "/scratch"}},
+                                "scale": {"gpus_per_worker": 1}}
+    given = spec(make_corpus(tmp_path / "c"), **sections)
     rows = dict(plan.needs(resolve(dump(given)), Storage(tmp_path)))
-    assert rows["of it on cpu"].endswith(")") and "(weights " in rows["of it on cpu"] and "(optimizer " in rows["of it on nvme"]
+    assert "(weights " in rows["host memory a worker"] and "(optimizer " in rows["on disks a worker"]
+    assert "optimizer" not in rows["memory a worker"] and "weights" not in rows["memory a worker"]
