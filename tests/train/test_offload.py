@@ -49,6 +49,17 @@ def test_every_stage(optimizer: str, precision: str, tmp_path: Path) -> None:
     check(tmp_path, {f"{zero}-{'-'.join(offload)}": (optimizer, precision, zero, offload) for zero, offload in stages})
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_what_lies_on_disks_makes_the_same_steps_and_goes_on(optimizer: str, tmp_path: Path) -> None:
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        pytest.skip("there is no libaio, with which DeepSpeed reads and writes disks")
+    disks = {"optimizer": "nvme", "path": str(tmp_path / "disk")}
+    check(tmp_path, {"optimizer": (optimizer, "fp32", 3, disks), "both": (optimizer, "fp32", 3, {**disks, "parameters": "nvme"})})
+
+
 NVME = {"zero": 3, "offload": {"optimizer": "nvme", "parameters": "nvme", "path": "/scratch"}}
 
 
