@@ -6,7 +6,7 @@
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distlm.autoscale import DATA_CPUS, compress_bundles, evaluate_bundles, serve_bundles, total, train_bundles
 from distlm.errors import InputError, SpecError
@@ -18,22 +18,26 @@ from distlm.spec.load import Loaded, Spec, located, validate
 from distlm.spec.prepare import BYTES_VOCABULARY, Tokenizer
 from distlm.storage import Storage
 
+if TYPE_CHECKING:
+    from distlm.clusterfile import RayUpFile
+
 Rows = list[tuple[str, str]]
 
 
-def needs(loaded: Loaded, storage: Storage) -> Rows:
-    """(what, how much) rows. `loaded` comes from `execute.resolve`. Raises SpecError, InputError for what can be seen to fail."""
+def needs(loaded: Loaded, storage: Storage, cluster: "RayUpFile | None" = None) -> Rows:
+    """(what, how much) rows. `loaded` comes from `execute.resolve`; a `cluster` file may say what its nodes cost. Raises SpecError,
+    InputError for what can be seen to fail."""
     with located(loaded):
-        return _needs(loaded.spec, storage)
+        return _needs(loaded.spec, storage, cluster)
 
 
-def _needs(spec: Spec, storage: Storage) -> Rows:
+def _needs(spec: Spec, storage: Storage, cluster: "RayUpFile | None") -> Rows:
     if isinstance(spec, PrepareSpec):
         return of_prepare(spec)
     if isinstance(spec, TrainSpec):
-        return of_train(spec, storage)
+        return of_train(spec, storage, cluster)
     if isinstance(spec, TuneSpec):
-        return of_tune(spec, storage)
+        return of_tune(spec, storage, cluster)
     if isinstance(spec, AverageSpec):
         return of_average(spec, storage)
     if isinstance(spec, EvaluateSpec):
@@ -42,7 +46,7 @@ def _needs(spec: Spec, storage: Storage) -> Rows:
         return of_compress(spec, storage)
     if isinstance(spec, ServeSpec):
         return of_serve(spec, storage)
-    return of_pipeline(spec, storage)
+    return of_pipeline(spec, storage, cluster)
 
 
 def of_prepare(spec: PrepareSpec) -> Rows:
@@ -60,8 +64,8 @@ def of_prepare(spec: PrepareSpec) -> Rows:
             ("CPUs", str(spec.workers) if spec.workers else "as many as the cluster has")]
 
 
-def of_train(spec: TrainSpec, storage: Storage) -> Rows:
-    """A corpus that does not exist yet leaves open what depends on it."""
+def of_train(spec: TrainSpec, storage: Storage, cluster: "RayUpFile | None" = None) -> Rows:
+    """A corpus that does not exist yet leaves open what depends on it. Prices of the spec come before those of the cluster file."""
     from distlm.corpus.manifest import read_manifest
     from distlm.train.recipe import find_corpus, make_recipe, read_corpora, read_prompts, without_val
 
@@ -73,6 +77,10 @@ def of_train(spec: TrainSpec, storage: Storage) -> Rows:
     models = (spec.model.source, spec.distill.teacher if spec.distill else None)
     if others := [name for name in models if name and "${" in name]:
         return [("model", f"{' and '.join(others)}, which other steps make"), *of_scale(spec)]
+    nodes = cluster.nodes_for(train_bundles(spec)[:spec.scale.workers]) if cluster and spec.scale.price_per_worker_hour is None else None
+    if nodes:
+        each = {"price_per_worker_hour": nodes.price / spec.scale.workers}
+        spec = spec.model_copy(update={"scale": spec.scale.model_copy(update=each)})
     recipe = make_recipe(spec, storage)
     read_prompts(recipe)
     size_ = f"{recipe.shape.vocab_size:,} tokens of vocabulary, context {recipe.shape.context:,}"
@@ -89,7 +97,8 @@ def of_train(spec: TrainSpec, storage: Storage) -> Rows:
              f"none: {without_val(read_corpora(spec, storage))[0]}"),
             ("checkpoints", f"every {recipe.checkpoint_every:,} steps" + ", written beside them" * spec.checkpoint.asynchronous),
             *of_model(recipe.spec, recipe.shape, recipe.tokens(recipe.num_steps),
-                      (recipe.micro_sequences, recipe.accumulation), recipe.mask_documents), *of_scale(spec)]
+                      (recipe.micro_sequences, recipe.accumulation), recipe.mask_documents), *of_scale(spec),
+            *([("nodes", f"{nodes.text} an hour")] if nodes else [])]
 
 
 def warmup_of(recipe: Any) -> str:
@@ -248,14 +257,14 @@ def of_scale(spec: TrainSpec) -> Rows:
     return rows + ([("GPUs", f"{need['GPU']:g}")] if need["GPU"] else [])
 
 
-def of_tune(spec: TuneSpec, storage: Storage) -> Rows:
+def of_tune(spec: TuneSpec, storage: Storage, cluster: "RayUpFile | None" = None) -> Rows:
     from distlm.tune import space
 
     samples = space.samples(spec)
     asha = "none: every trial runs to its end"
     if spec.asha:
         asha = f"ASHA from step {spec.asha.grace_steps}, the best 1/{spec.asha.reduction} go on"
-    first = of_train(space.trial_spec(spec, samples[0], spec.name), storage)
+    first = of_train(space.trial_spec(spec, samples[0], spec.name), storage, cluster)
     folds = f", {spec.folds} folds of each point" if spec.folds else ""
     return [("trials", f"{len(samples)}{folds}, {spec.concurrent or 'as many as the cluster holds'} at once"),
             *((key, described(dimension)) for key, dimension in spec.space.items()), ("early stopping", asha),
@@ -372,7 +381,7 @@ def of_adapters(spec: ServeSpec, model: Path | None, storage: Storage) -> Rows:
     return rows
 
 
-def of_pipeline(spec: PipelineSpec, storage: Storage) -> Rows:
+def of_pipeline(spec: PipelineSpec, storage: Storage, cluster: "RayUpFile | None" = None) -> Rows:
     """Step by step. What a step reads of another is not there yet, but a corpus's vocabulary and context stand in its spec."""
     from distlm import pipeline
 
@@ -381,7 +390,7 @@ def of_pipeline(spec: PipelineSpec, storage: Storage) -> Rows:
         data = {key: pipeline.stand_in(spec.steps, value) for key, value in spec.steps[step].items() if key != "needs"}
         try:
             parsed = validate(data, f"steps.{step}", references=True)
-            found = _of_step(spec, parsed, storage) if parsed is not None else [("spec", "depends on other steps")]
+            found = _of_step(spec, parsed, storage, cluster) if parsed is not None else [("spec", "depends on other steps")]
         except SpecError as error:
             if "${" not in str(error):
                 raise
@@ -390,7 +399,7 @@ def of_pipeline(spec: PipelineSpec, storage: Storage) -> Rows:
     return rows
 
 
-def _of_step(pipe: PipelineSpec, spec: Spec, storage: Storage) -> Rows:
+def _of_step(pipe: PipelineSpec, spec: Spec, storage: Storage, cluster: "RayUpFile | None") -> Rows:
     if isinstance(spec, TuneSpec):
         from distlm.tune import space
 
@@ -399,7 +408,7 @@ def _of_step(pipe: PipelineSpec, spec: Spec, storage: Storage) -> Rows:
         train = spec
     made = [share.corpus[2:-1] for share in train.mixture if share.corpus.startswith("${")] if isinstance(train, TrainSpec) else []
     if not made:
-        return _needs(spec, storage)
+        return _needs(spec, storage, cluster)
     made_by = pipe.steps.get(made[0], {})
     rows = of_tune(spec, storage)[:len(spec.space) + 2] if isinstance(spec, TuneSpec) else []
     prefix = "a trial's " if rows else ""
