@@ -11,10 +11,23 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from distlm.autoscale import Bundles
 from distlm.errors import ClusterError, SpecError
 from distlm.head import LocalCluster
 from distlm.spec.explain import explain, shown
 from distlm.spec.load import dotted, nearest, parse
+
+PRICES = "price_per_hour"
+"""A section of `metadata`, which Ray does not read: kind of node -> what one costs an hour."""
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """What a job takes of a cluster."""
+
+    price: float
+    """All of them for an hour."""
+    text: str
 
 
 @dataclass(frozen=True)
@@ -37,6 +50,30 @@ class RayUpFile:
             count = "1, the head" if name == self.config.get("head_node_type") else f"{node.get('min_workers', 0)} to {most}"
             rows.append((name, f"{kind}, {count}"))
         return rows
+
+    def nodes_for(self, bundles: Bundles) -> "Nodes":
+        """The nodes that hold processes which need the same, of the kind for which `metadata.price_per_hour` says the lowest price in all;
+        the head runs beside them. Raises SpecError where the file does not say prices, what a kind of node has, or has too few."""
+        prices = self.config.get("metadata", {}).get(PRICES, {})
+        kinds, head = self.config.get("available_node_types", {}), self.config.get("head_node_type")
+        if not prices:
+            raise SpecError("says no prices", where=str(self.path), remedy=f"give what a node of each kind costs an hour, in any currency: "
+                                                                            f"metadata: {{{PRICES}: {{{next(iter(kinds), 'gpu')}: 1.5}}}}")
+        need, found = {name: amount for name, amount in bundles[0].items() if amount}, list[Nodes]()
+        for kind, price in prices.items():
+            has, most = kinds[kind]["resources"], kinds[kind].get("max_workers", self.config.get("max_workers", 2))
+            each = min(int(has.get(name, 0) / amount) for name, amount in need.items())
+            count = -(-len(bundles) // each) if each else 0
+            if each and count <= (1 if kind == head else most):
+                beside = prices.get(head, 0.0) if kind != head else 0.0
+                text = f"{count} x {kind} at {price:g}" + f" and the head at {beside:g}" * (beside > 0)
+                found.append(Nodes(count * price + beside, text))
+        if not found:
+            wants = " and ".join(f"{amount:g} {name}s" for name, amount in need.items())
+            raise SpecError(f"no kind of node that has a price holds {len(bundles)} processes with {wants} each, by its resources and "
+                            "max_workers", where=str(self.path), remedy="write the resources of the kind of node, as {CPU: 96, GPU: 8}, or "
+                                                                        "raise its max_workers")
+        return min(found, key=lambda nodes: nodes.price)
 
     def up(self) -> None:
         """`ray up`, which shows what it does. Raises ClusterError where it fails."""
@@ -66,6 +103,7 @@ def read(path: Path) -> LocalCluster | RayUpFile:
             raise SpecError(f"{shown(data['provider'])}: must be a section", where=f"{path}:{lines['provider',]}: provider",
                             remedy="its keys are type, region and what else the provider needs")
         _check_ray_up(path, data, lines)
+        _check_prices(path, data, lines)
         return RayUpFile(path, data)
     return _local(data, str(path), lines)
 
@@ -107,3 +145,17 @@ def _check_ray_up(path: Path, data: dict[str, Any], lines: Any) -> None:
         raise SpecError(error.message, where=f"{path}{line}: {dotted(key)}".rstrip(": ")) from None
     except (ValueError, KeyError, NotImplementedError, ImportError, RuntimeError) as error:
         raise SpecError(str(error), where=str(path)) from None
+
+
+def _check_prices(path: Path, data: dict[str, Any], lines: Any) -> None:
+    prices, kinds = data.get("metadata", {}).get(PRICES, {}), data.get("available_node_types", {})
+    key: tuple[str, ...] = ("metadata", PRICES)
+    if not isinstance(prices, dict):
+        raise SpecError(f"{shown(prices)}: must be a section", where=f"{path}:{lines.get(key, 1)}: {dotted(key)}",
+                        remedy="its keys are kinds of nodes")
+    for kind, price in prices.items():
+        where = f"{path}:{lines.get((*key, kind), 1)}: {dotted((*key, kind))}"
+        if kind not in kinds:
+            raise SpecError("there is no such kind of node", where=where, remedy=f"available_node_types has {', '.join(kinds)}")
+        if isinstance(price, bool) or not isinstance(price, (int, float)) or price < 0:
+            raise SpecError(f"{shown(price)}: must be a number, 0 or more", where=where)

@@ -4,8 +4,9 @@
         print(what, how_much)
 """
 
+import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distlm.autoscale import DATA_CPUS, compress_bundles, evaluate_bundles, serve_bundles, total, train_bundles
 from distlm.errors import InputError, SpecError
@@ -18,25 +19,29 @@ from distlm.spec.load import Loaded, Spec, located, validate
 from distlm.spec.prepare import BYTES_VOCABULARY, Tokenizer
 from distlm.storage import Storage
 
+if TYPE_CHECKING:
+    from distlm.clusterfile import RayUpFile
+
 Rows = list[tuple[str, str]]
 MAX_LABELS = 20
 """Of a classifier, so many are named."""
 
 
-def needs(loaded: Loaded, storage: Storage) -> Rows:
-    """(what, how much) rows. `loaded` comes from `execute.resolve`. Raises SpecError, InputError for what can be seen to fail."""
+def needs(loaded: Loaded, storage: Storage, cluster: "RayUpFile | None" = None) -> Rows:
+    """(what, how much) rows. `loaded` comes from `execute.resolve`; a `cluster` file may say what its nodes cost. Raises SpecError,
+    InputError for what can be seen to fail."""
     with located(loaded):
-        return _needs(loaded.spec, storage)
+        return _needs(loaded.spec, storage, cluster)
 
 
-def _needs(spec: Spec, storage: Storage) -> Rows:
+def _needs(spec: Spec, storage: Storage, cluster: "RayUpFile | None") -> Rows:
     check_name(spec.kind, spec.name, storage)
     if isinstance(spec, PrepareSpec):
         return of_prepare(spec)
     if isinstance(spec, TrainSpec):
-        return of_train(spec, storage)
+        return of_train(spec, storage, cluster)
     if isinstance(spec, TuneSpec):
-        return of_tune(spec, storage)
+        return of_tune(spec, storage, cluster)
     if isinstance(spec, AverageSpec):
         return of_average(spec, storage)
     if isinstance(spec, EvaluateSpec):
@@ -45,7 +50,7 @@ def _needs(spec: Spec, storage: Storage) -> Rows:
         return of_compress(spec, storage)
     if isinstance(spec, ServeSpec):
         return of_serve(spec, storage)
-    return of_pipeline(spec, storage)
+    return of_pipeline(spec, storage, cluster)
 
 
 def of_prepare(spec: PrepareSpec) -> Rows:
@@ -63,8 +68,8 @@ def of_prepare(spec: PrepareSpec) -> Rows:
             ("CPUs", str(spec.workers) if spec.workers else "as many as the cluster has")]
 
 
-def of_train(spec: TrainSpec, storage: Storage) -> Rows:
-    """A corpus that does not exist yet leaves open what depends on it."""
+def of_train(spec: TrainSpec, storage: Storage, cluster: "RayUpFile | None" = None) -> Rows:
+    """A corpus that does not exist yet leaves open what depends on it. Prices of the spec come before those of the cluster file."""
     from distlm.corpus.manifest import read_manifest
     from distlm.train.recipe import find_corpus, make_recipe, read_corpora, read_prompts, without_val
 
@@ -76,6 +81,10 @@ def of_train(spec: TrainSpec, storage: Storage) -> Rows:
     models = (spec.model.source, spec.distill.teacher if spec.distill else None)
     if others := [name for name in models if name and "${" in name]:
         return [("model", f"{' and '.join(others)}, which other steps make"), *of_scale(spec)]
+    nodes = cluster.nodes_for(train_bundles(spec)[:spec.scale.workers]) if cluster and spec.scale.price_per_worker_hour is None else None
+    if nodes:
+        each = {"price_per_worker_hour": nodes.price / spec.scale.workers}
+        spec = spec.model_copy(update={"scale": spec.scale.model_copy(update=each)})
     recipe = make_recipe(spec, storage)
     read_prompts(recipe)
     size_ = f"{recipe.shape.vocab_size:,} tokens of vocabulary, context {recipe.shape.context:,}"
@@ -92,7 +101,8 @@ def of_train(spec: TrainSpec, storage: Storage) -> Rows:
              f"none: {without_val(read_corpora(spec, storage))[0]}"),
             ("checkpoints", f"every {recipe.checkpoint_every:,} steps" + ", written beside them" * spec.checkpoint.asynchronous),
             *of_model(recipe.spec, recipe.shape, recipe.tokens(recipe.num_steps),
-                      (recipe.micro_sequences, recipe.accumulation), recipe.mask_documents), *of_scale(spec)]
+                      (recipe.micro_sequences, recipe.accumulation), recipe.mask_documents), *of_scale(spec),
+            *([("nodes", f"{nodes.text} an hour")] if nodes else [])]
 
 
 def warmup_of(recipe: Any) -> str:
@@ -117,8 +127,14 @@ def of_mixture(recipe: Any) -> Rows:
     return rows
 
 
-ASSUMED_MFU = {"gpu": 0.4, "cpu": 0.2}
-"""What a run is taken to reach of the peak: a dense model of a billion parameters on GPUs, a small one on a CPU. Assumptions."""
+GPU_MFU, CPU_MFU, CPU_WIDTH = 0.4, 0.5, 384
+"""What a run is taken to reach of the peak: a dense model of a billion parameters on GPUs, one of that width on a CPU. Assumptions, of
+which runs on a CPU have 50 to 63 % (README.md)."""
+
+
+def assumed_mfu(on_gpu: bool, width: int) -> float:
+    """Of a narrower model on a CPU less, in proportion: llama-4m, 256 wide, reached 0.71 of llama-10m's, and llama-tiny, 64 wide, 0.14."""
+    return GPU_MFU if on_gpu else CPU_MFU * min(1.0, width / CPU_WIDTH)
 
 
 def of_model(spec: TrainSpec, shape: Any, tokens: int | None, cut: tuple[int, int] = (1, 1), masked: bool = False) -> Rows:
@@ -127,7 +143,7 @@ def of_model(spec: TrainSpec, shape: Any, tokens: int | None, cut: tuple[int, in
     from distlm.model.build import model_config, parameter_sizes
     from distlm.model.distill import teacher_config
     from distlm.train.flops import config_flops, forward_flops
-    from distlm.train.memory import make_load, offloads, peak_memory
+    from distlm.train.memory import all_states, host_memory, make_load, peak_memory
 
     config = model_config(spec.model, shape, spec.regularization.dropout)
     sizes = parameter_sizes(config)
@@ -143,42 +159,42 @@ def of_model(spec: TrainSpec, shape: Any, tokens: int | None, cut: tuple[int, in
     total = f"{flops * tokens:.2e} FLOPs, " if tokens else ""
     own = (f", {sum(trained.values()):,} of them trained" if trained else "") + (f", {load.nf4:,} held in 4 bits" if load.nf4 else "")
     return [("parameters", f"{parameters:,}{own}"), *teacher, ("arithmetic", f"{total}{flops:.2e} FLOPs a token"),
-            *of_speed(spec, flops, tokens),
-            ("memory a worker", summed(memory.parts()) + (", before what is offloaded" if offloads(spec) else "")),
-            *((f"of it on {place}", summed(part)) for place, part in offloaded(spec, memory.parts()).items()),
-            *of_limit(load, memory.total)]
+            *of_speed(spec, flops, tokens, load.width), ("memory a worker", summed(memory.parts())),
+            *([("host memory a worker", summed(host))] if (host := host_memory(load)) else []),
+            *([("on disks a worker", summed(disks))] if (disks := on_disks(spec, all_states(load))) else []),
+            *of_limit(load, memory.total), *of_host(load)]
 
 
-def offloaded(spec: TrainSpec, memory: dict[str, int]) -> dict[str, dict[str, int]]:
-    """What `sharding.offload` lays elsewhere, by the place: cpu or nvme."""
-    places: dict[str, dict[str, int]] = {}
-    if offload := spec.sharding.offload:
-        for place, names in ((offload.parameters, ("weights",)), (offload.optimizer, ("optimizer", "ema"))):
-            if place:
-                places.setdefault(place, {}).update({name: memory[name] for name in names if memory.get(name)})
-    return places
+def on_disks(spec: TrainSpec, states: dict[str, int]) -> dict[str, int]:
+    """What of a worker's states lies on nvme."""
+    from distlm.train.memory import places
+
+    names = {"parameters": ("weights",), "optimizer": ("optimizer",)}
+    return {name: states[name] for part, place in places(spec).items() if place == "nvme" for name in names[part]}
 
 
 def summed(memory: dict[str, int]) -> str:
     return f"{size(sum(memory.values()))} ({', '.join(f'{name} {size(value)}' for name, value in memory.items() if value)})"
 
 
-def of_speed(spec: TrainSpec, flops: float, tokens: int | None) -> Rows:
+def of_speed(spec: TrainSpec, flops: float, tokens: int | None, width: int) -> Rows:
     """Tokens a second by the peak of the workers and an assumed MFU, hours, and the price where the spec has one."""
     from distlm.train.flops import measured_peak, peak_flops
 
-    scale = spec.scale
+    scale, cores = spec.scale, os.cpu_count() or 1
     if scale.gpus_per_worker:
         name = scale.gpu or local_gpu()[0]
         peak = peak_flops(name, spec.precision) if name else None
         if peak is None:
             return [("speed", f"not known: {name} is not in the table of GPUs" if name else "not known: scale.gpu names no GPU")]
-        kind, peak, of_what = "gpu", peak * scale.workers, f"{scale.workers} x {peak:.3g} FLOP/s of {name}"
+        peak, of_what = peak * scale.workers, f"{scale.workers} x {peak:.3g} FLOP/s of {name}"
     else:
-        kind, peak = "cpu", measured_peak(spec.precision)
-        of_what = f"{peak:.2g} FLOP/s, which a product of matrices reaches on this machine now"
-    speed = ASSUMED_MFU[kind] * peak / flops
-    rows = [("speed", f"{speed:,.0f} tokens/s, if the MFU is {ASSUMED_MFU[kind]:.0%} of {of_what}")]
+        threads = min(scale.workers * (scale.threads_per_worker or max(1, cores // scale.workers)), cores)
+        peak = measured_peak(spec.precision, threads)
+        of_what = f"{peak:.2g} FLOP/s, which products of matrices reach on {threads} of this machine's {cores} cores now"
+    share = assumed_mfu(bool(scale.gpus_per_worker), width)
+    speed = share * peak / flops
+    rows = [("speed", f"{speed:,.0f} tokens/s, if the MFU is {share:.0%} of {of_what}")]
     if tokens:
         hours = tokens / speed / 3600
         rows.append(("time", f"{hours:.3g} hours at this speed, evaluations and checkpoints not counted"))
@@ -190,13 +206,13 @@ def of_speed(spec: TrainSpec, flops: float, tokens: int | None) -> Rows:
 
 def of_limit(load: Any, total: int) -> Rows:
     """A warning where a worker's memory is known and the estimate exceeds it, with the cheapest change that fits."""
-    from distlm.train.memory import CUDA_BYTES, GIB, advice, memory_limit, offloads
+    from distlm.train.memory import CUDA_BYTES, GIB, advice, memory_limit
 
     spec = load.spec
     limit, local = memory_limit(spec), local_gpu()[1]
     if limit is None and spec.scale.gpus_per_worker and local:
         limit = local - CUDA_BYTES
-    if limit is None or total <= limit or offloads(spec):
+    if limit is None or total <= limit:
         return []
     found = advice(load, limit)
     return [("warning", f"does not fit: {total / GIB:.3g} of {limit / GIB:.3g} GiB; "
@@ -204,13 +220,34 @@ def of_limit(load: Any, total: int) -> Rows:
                            "workers, or a smaller model"))]
 
 
-def local_gpu() -> tuple[str, int]:
-    """Name and bytes of this machine's first GPU; empty and 0 where there is none."""
+def of_host(load: Any) -> Rows:
+    """A warning where the workers on GPUs of this machine take more of its own memory than it has, with the cheapest change that fits. What
+    GPUs of another kind would have for a node is not known."""
+    import psutil
+
+    from distlm.spec.gpus import find_gpu
+    from distlm.train.memory import GIB, node_advice, node_memory
+
+    scale = load.spec.scale
+    name, _, count = local_gpu()
+    if not scale.gpus_per_worker or not count or (scale.gpu and find_gpu(scale.gpu) != find_gpu(name)):
+        return []
+    workers, limit = min(scale.workers, count), psutil.virtual_memory().total
+    if (need := node_memory(load, workers)) <= limit:
+        return []
+    found = node_advice(load, workers, limit)
+    return [("warning of host memory", f"does not fit: {need / GIB:.3g} of the {limit / GIB:.3g} GiB of this machine with {workers} of "
+             "the workers; " + (f"it would with {found}" if found else "no ZeRO stage makes it fit: take fewer workers a node, or "
+                                "lay on nvme what sharding.offload lays on cpu"))]
+
+
+def local_gpu() -> tuple[str, int, int]:
+    """Name and bytes of this machine's first GPU, and how many there are; empty and 0 where there is none."""
     import torch
 
     if not torch.cuda.is_available():
-        return "", 0
-    return torch.cuda.get_device_name(0), torch.cuda.get_device_properties(0).total_memory
+        return "", 0, 0
+    return torch.cuda.get_device_name(0), torch.cuda.get_device_properties(0).total_memory, torch.cuda.device_count()
 
 
 def of_scale(spec: TrainSpec) -> Rows:
@@ -222,14 +259,14 @@ def of_scale(spec: TrainSpec) -> Rows:
     return rows + ([("GPUs", f"{need['GPU']:g}")] if need["GPU"] else [])
 
 
-def of_tune(spec: TuneSpec, storage: Storage) -> Rows:
+def of_tune(spec: TuneSpec, storage: Storage, cluster: "RayUpFile | None" = None) -> Rows:
     from distlm.tune import space
 
     samples = space.samples(spec)
     asha = "none: every trial runs to its end"
     if spec.asha:
         asha = f"ASHA from step {spec.asha.grace_steps}, the best 1/{spec.asha.reduction} go on"
-    first = of_train(space.trial_spec(spec, samples[0], spec.name), storage)
+    first = of_train(space.trial_spec(spec, samples[0], spec.name), storage, cluster)
     folds = f", {spec.folds} folds of each point" if spec.folds else ""
     return [("trials", f"{len(samples)}{folds}, {spec.concurrent or 'as many as the cluster holds'} at once"),
             *((key, described(dimension)) for key, dimension in spec.space.items()), ("early stopping", asha),
@@ -350,7 +387,7 @@ def of_adapters(spec: ServeSpec, model: Path | None, storage: Storage) -> Rows:
     return rows
 
 
-def of_pipeline(spec: PipelineSpec, storage: Storage) -> Rows:
+def of_pipeline(spec: PipelineSpec, storage: Storage, cluster: "RayUpFile | None" = None) -> Rows:
     """Step by step. What a step reads of another is not there yet, but a corpus's vocabulary and context stand in its spec."""
     from distlm import pipeline
 
@@ -359,7 +396,7 @@ def of_pipeline(spec: PipelineSpec, storage: Storage) -> Rows:
         data = {key: pipeline.stand_in(spec.steps, value) for key, value in spec.steps[step].items() if key != "needs"}
         try:
             parsed = validate(data, f"steps.{step}", references=True)
-            found = _of_step(spec, parsed, storage) if parsed is not None else [("spec", "depends on other steps")]
+            found = _of_step(spec, parsed, storage, cluster) if parsed is not None else [("spec", "depends on other steps")]
         except SpecError as error:
             if "${" not in str(error):
                 raise
@@ -368,7 +405,7 @@ def of_pipeline(spec: PipelineSpec, storage: Storage) -> Rows:
     return rows
 
 
-def _of_step(pipe: PipelineSpec, spec: Spec, storage: Storage) -> Rows:
+def _of_step(pipe: PipelineSpec, spec: Spec, storage: Storage, cluster: "RayUpFile | None") -> Rows:
     if isinstance(spec, TuneSpec):
         from distlm.tune import space
 
@@ -377,14 +414,17 @@ def _of_step(pipe: PipelineSpec, spec: Spec, storage: Storage) -> Rows:
         train = spec
     made = [share.corpus[2:-1] for share in train.mixture if share.corpus.startswith("${")] if isinstance(train, TrainSpec) else []
     if not made:
-        return _needs(spec, storage)
+        return _needs(spec, storage, cluster)
     made_by = pipe.steps.get(made[0], {})
     rows = of_tune(spec, storage)[:len(spec.space) + 2] if isinstance(spec, TuneSpec) else []
     prefix = "a trial's " if rows else ""
     tokenizer = made_by.get("tokenizer") or {}
     if made_by.get("kind") == "prepare" and "from" not in tokenizer and not train.model.source and not train.distill:
         from distlm.model.build import Shape
+        from distlm.train.zero import check_raw
 
+        if train.sharding.deepspeed:
+            check_raw(train)
         trained = tokenizer.get("vocab_size", Tokenizer.model_fields["vocab_size"].default)
         vocabulary = BYTES_VOCABULARY if tokenizer.get("train") == "bytes" else trained
         context = made_by.get("context", PrepareSpec.model_fields["context"].default)

@@ -1,8 +1,12 @@
 """What a plan says is what the job will do; nothing is allocated and no cluster is touched."""
 
+import os
+import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -14,6 +18,7 @@ from distlm.model.build import Shape, build_model, model_config, num_parameters
 from distlm.spec import TrainSpec
 from distlm.spec.train import ModelSpec
 from distlm.storage import Storage
+from distlm.train import flops
 from distlm.train.memory import STATE_BYTES, model_states
 
 MODEL = {"config": {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -76,8 +81,23 @@ def test_speed_hours_and_price_follow_from_the_table_and_a_stated_mfu(storage: S
     assert speed == pytest.approx(0.4 * 8 * 989e12 / flops, rel=0.01) and "if the MFU is 40% of 8 x 9.89e+14" in rows["speed"]
     hours = float(rows["time"].split()[0])
     assert hours == pytest.approx(64 * 16 * 1000 / speed / 3600, rel=0.01) and float(rows["price"].split(",")[0]) == round(24 * hours, 2)
-    assert "tokens/s, if the MFU is 20%" in needs(storage, **{**GPU, "model": MODEL})["speed"]
+    assert "tokens/s, if the MFU is 4%" in needs(storage, **{**GPU, "model": MODEL})["speed"], "32 wide, on a CPU"
+    assert "tokens/s, if the MFU is 50%" in needs(storage, **{**GPU, "model": {"preset": "llama-10m"}})["speed"]
     assert "not known" in needs(storage, **{**GPU, "model": MODEL}, scale={"gpus_per_worker": 1})["speed"] or torch.cuda.is_available()
+
+
+def test_a_cpu_s_speed_goes_by_the_cores_that_its_workers_have(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(flops, "measured_peak", lambda precision, threads: threads * 1e11)
+
+    def speed(**scale: int) -> float:
+        row = needs(storage, kind="train", corpus="c", model=MODEL, duration={"steps": 5}, scale=scale)["speed"]
+        assert "of this machine's 8 cores" in row
+        return float(row.split()[0].replace(",", ""))
+
+    assert speed(workers=8, threads_per_worker=1) == pytest.approx(8 * speed(workers=1, threads_per_worker=1), rel=1e-3)
+    assert speed(workers=2, threads_per_worker=2) == pytest.approx(4 * speed(workers=1, threads_per_worker=1), rel=1e-3)
+    assert speed(workers=1) == speed(workers=8) == speed(workers=16, threads_per_worker=4), "all cores, and no more"
 
 
 def test_compiled_layers_take_less_memory(storage: Storage) -> None:
@@ -98,6 +118,36 @@ def test_what_does_not_fit_is_told_with_the_cheapest_change_that_does(storage: S
         needs(storage, **GPU, scale={**scale, "gpu": "H99"})
     with pytest.raises(SpecError, match="no effect where gpus_per_worker is 0"):
         needs(storage, **GPU, scale={"gpu": "H100"})
+    for gib in (0.5, 1):
+        with pytest.raises(SpecError, match=rf"scale\.memory_gib: {gib} leaves a model nothing: CUDA and NCCL take about 1 GiB"):
+            needs(storage, **GPU, scale={"gpus_per_worker": 1, "memory_gib": gib})
+    assert "parameters" in needs(storage, **{**GPU, "model": MODEL}, scale={"memory_gib": 0.5}), "a worker on CPU may have so little"
+
+
+def test_what_does_not_fit_is_told_with_offload_too(storage: Storage) -> None:
+    scale = {"workers": 8, "gpus_per_worker": 1, "memory_gib": 40}
+    offload = {"zero": 2, "offload": {"optimizer": "cpu"}}
+    assert "warning" not in needs(storage, **GPU, scale=scale, sharding=offload), "but 104 GiB of states without"
+    rows = needs(storage, **GPU, scale={**scale, "memory_gib": 16}, sharding=offload)
+    assert re.search(r"does not fit: [\d.]+ of 15 GiB; it would with batch.micro_sequences: \d", rows["warning"])
+    with pytest.raises(SpecError, match=r"take 13.* GiB of a worker, and it has 9 GiB to give; it fits with sharding.zero: 3"):
+        needs(storage, **GPU, scale={**scale, "memory_gib": 10}, sharding=offload)
+
+
+def test_host_memory_is_judged_by_this_machine_where_the_job_s_gpus_are_its_own(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {**GPU, "sharding": {"zero": 2, "offload": {"optimizer": "cpu"}}}
+    scale = {"workers": 8, "gpus_per_worker": 1}
+    monkeypatch.setattr(plan, "local_gpu", lambda: ("NVIDIA H100 80GB HBM3", 80 << 30, 8))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=150 << 30))
+    rows = needs(storage, **given, scale=scale)
+    assert "(gradients " in rows["host memory a worker"] and "snapshot" in rows["host memory a worker"]
+    assert re.fullmatch(r"does not fit: 2\d\d of the 150 GiB of this machine with 8 of the workers; it would with checkpoint.asynchronous: "
+                        r"false, at 11\d GiB", rows["warning of host memory"])
+    still = {**given, "checkpoint": {"asynchronous": False}}
+    assert "warning of host memory" not in needs(storage, **still, scale=scale)
+    assert "warning of host memory" not in needs(storage, **given, scale={**scale, "gpu": "A100-SXM4-80GB"}), "other machines"
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=50 << 30))
+    assert "take fewer workers a node, or lay on nvme" in needs(storage, **given, scale=scale)["warning of host memory"]
 
 
 def test_a_context_that_is_not_the_corpus_s_is_refused(storage: Storage) -> None:
@@ -180,9 +230,29 @@ def test_what_the_corpus_or_deepspeed_refuses_is_found_at_its_line(line: str, te
         plan.needs(resolve(tmp_path / "train.yaml"), storage)
 
 
+def test_raw_keys_of_a_step_are_checked_before_its_corpus_is_there(storage: Storage) -> None:
+    def rows(value: Any) -> dict[str, str]:
+        train = {"kind": "train", "corpus": "${prepare}", "model": MODEL, "duration": {"steps": 5},
+                 "sharding": {"zero": 2, "deepspeed": {"zero_optimization": {"reduce_bucket_size": value}}}}
+        return needs(storage, kind="pipeline", steps={"prepare": {"kind": "prepare", "sources": ["stdlib"]}, "train": train})
+
+    assert "memory" in "".join(rows("auto"))
+    with pytest.raises(SpecError, match=r"zero_optimization\.reduce_bucket_size: DeepSpeed does not accept it"):
+        rows("5e8")
+
+
 def test_a_large_batch_is_planned_at_once(storage: Storage) -> None:
     given = {"kind": "train", "corpus": "c", "model": MODEL, "duration": {"steps": 1}, "batch": {"global_sequences": 99_999_999_999}}
     assert "in a micro-batch" in needs(storage, **given)["steps"]
+
+
+@pytest.mark.parametrize("sequences", [10**9, 10**15])
+def test_a_large_micro_batch_is_planned_at_once_and_one_that_fits_is_found(sequences: int, storage: Storage) -> None:
+    given = {"kind": "train", "corpus": "c", "model": MODEL, "duration": {"steps": 1}, "scale": {"memory_gib": 1}}
+    rows = needs(storage, **given, batch={"global_sequences": sequences, "micro_sequences": sequences})
+    micro = int(rows["warning"].split("batch.micro_sequences: ")[1].split()[0].rstrip(","))
+    assert sequences % micro == 0 and 100 < micro < 10**5
+    assert "warning" not in needs(storage, **given, batch={"global_sequences": sequences, "micro_sequences": micro})
 
 
 def test_a_tokenizer_that_is_not_there_is_found(storage: Storage, tmp_path: Path) -> None:

@@ -36,19 +36,26 @@ def init(folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to.")
 
 
 @app.command()
-def plan(spec: SpecFile, set_: Sets = None) -> None:
+def plan(spec: SpecFile, set_: Sets = None, cluster: Annotated[Path | None, typer.Option(
+        metavar="FILE", help="A file of `ray up` whose metadata.price_per_hour says what its nodes cost.")] = None) -> None:
     """Show every value, its origin, and what the job needs.
 
     Example: distlm plan train.yaml --set scale.workers=8
     """
+    from distlm import clusterfile
+    from distlm.errors import SpecError
     from distlm.execute import resolve
+    from distlm.head import LocalCluster
     from distlm.plan import needs
     from distlm.progress import PlainProgress
     from distlm.spec.load import dotted, dump, leaves
     from distlm.storage import Storage
 
     loaded = resolve(spec, set_ or [])
-    required: list[tuple[str, ...]] = list(needs(loaded, Storage.find(loaded.spec.storage)))
+    file = clusterfile.read(cluster) if cluster else None
+    if isinstance(file, LocalCluster):
+        raise SpecError("is of a cluster on this machine, which has no price", where=str(cluster), remedy="leave --cluster out")
+    required: list[tuple[str, ...]] = list(needs(loaded, Storage.find(loaded.spec.storage), file))
     values = [(dotted(key), shown(value)) for key, value in leaves(dump(loaded.spec))]
     rows = [(key, value, loaded.origins.get(key, "")) for key, value in values]
     widths = [max(len(row[i]) for row in rows) for i in range(2)]

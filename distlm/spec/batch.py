@@ -83,12 +83,17 @@ def check_batch(global_sequences: int, batch: Batch, workers: int) -> int:
     if micro is None or micro == "auto":
         return max(n for n in range(1, 17) if share % n == 0)
     if share % micro:
-        below = [n for n in range(1, math.isqrt(share) + 1) if share % n == 0] if share < 1 << 40 else [1]
-        divisors = sorted({*below, *(share // n for n in below)}, key=lambda n: abs(math.log(n / micro)))[:6]
+        near = sorted(divisors(share), key=lambda n: abs(math.log(n / micro)))[:6]
         what = (f"{global_sequences} sequences over {workers} workers ({share} each)" if share == global_sequences // workers else
                 f"the {share * workers} sequences by which the steps of batch.warmup differ, over {workers} workers ({share} each)")
-        raise Rule("batch.micro_sequences", f"{micro} does not divide {what}; try {', '.join(map(str, sorted(divisors)))}")
+        raise Rule("batch.micro_sequences", f"{micro} does not divide {what}; try {', '.join(map(str, sorted(near)))}")
     return micro
+
+
+def divisors(number: int) -> list[int]:
+    """Of a number of sequences, in rising order; beyond 2^40, which takes too long, those up to 2^20 and what they are divided into."""
+    below = [n for n in range(1, min(math.isqrt(number), 1 << 20) + 1) if number % n == 0]
+    return sorted({*below, *(number // n for n in below)})
 
 
 def _check_warmup(warmup: BatchWarmup, global_sequences: int, workers: int) -> None:
@@ -101,6 +106,6 @@ def _check_warmup(warmup: BatchWarmup, global_sequences: int, workers: int) -> N
             raise Rule(f"batch.warmup.{key}", f"{value} sequences cannot be divided over {workers} workers; try "
                                               f"{-(-value // workers) * workers}")
     if (rest := global_sequences - warmup.start_sequences) % warmup.increment:
-        near = max(n for n in range(workers, warmup.increment + 1, workers) if rest % n == 0)
+        near = max(n for n in divisors(rest) if n % workers == 0 and n <= warmup.increment)
         raise Rule("batch.warmup.increment_sequences", f"{warmup.increment} does not lead from {warmup.start_sequences} to "
                                                        f"{global_sequences} sequences; try {near}")

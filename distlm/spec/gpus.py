@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+CUDA_GIB = 1
+"""What CUDA and NCCL take of a GPU's memory for themselves, about."""
+
 
 @dataclass(frozen=True)
 class Gpu:

@@ -39,8 +39,9 @@ class Optimizer(Part):
     """How gradients become updates. Weight decay is decoupled (Loshchilov and Hutter 2019), and for matrices alone."""
 
     name: Literal["adamw", "muon", "lion", "adafactor", "sgd"] = "adamw"
-    """adamw; muon for the matrices of hidden layers and adamw for the rest (Jordan et al. 2024), scaled so that adamw's rate and decay
-    suit it (Liu et al. 2025); lion (Chen et al. 2023); adafactor (Shazeer and Stern 2018); sgd, whose decay is added to the gradient."""
+    """adamw; muon for the matrices of hidden layers, of experts each one's, and adamw for the rest (Jordan et al. 2024), scaled so that
+    adamw's rate and decay suit it (Liu et al. 2025); lion (Chen et al. 2023); adafactor (Shazeer and Stern 2018); sgd, whose decay is
+    added to the gradient."""
     lr: Annotated[float, Field(gt=0)] = 1e-3
     """Peak learning rate; of adafactor, relative to a parameter's root mean square."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1

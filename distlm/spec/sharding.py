@@ -14,6 +14,7 @@ DEEPSPEED_KEYS = {"train_batch_size": "batch.global_sequences", "train_micro_bat
          "scheduler": "schedule", "bf16": "precision", "fp16": "precision",
          "amp": "precision", "torch_autocast": "precision",
          "activation_checkpointing": "activation_checkpointing", "zero_optimization.stage": "sharding.zero",
+         "zero_optimization.cpu_offload": "sharding.offload", "zero_optimization.cpu_offload_param": "sharding.offload",
          "tensor_parallel": "sharding.tensor_parallel", "sequence_parallel_size": "sharding.sequence_parallel"}
 """DeepSpeed's keys that the spec sets elsewhere, and where."""
 

@@ -10,7 +10,7 @@ from distlm.spec.batch import Batch, check_batch
 from distlm.spec.distill import Distill, check_distill
 from distlm.spec.dpo import Dpo, check_dpo
 from distlm.spec.fold import Fold, check_fold
-from distlm.spec.gpus import GPUS, find_gpu
+from distlm.spec.gpus import CUDA_GIB, GPUS, find_gpu
 from distlm.spec.mixture import CorpusName, Mixture, Share, Shares, mixture
 from distlm.spec.optimizer import Optimizer, Regularization, Schedule, check_optimizer
 from distlm.spec.presets import PRESETS
@@ -97,6 +97,9 @@ class Scale(Part):
 
     @model_validator(mode="after")
     def _known(self) -> "Scale":
+        if self.gpus_per_worker and self.memory_gib is not None and self.memory_gib <= CUDA_GIB:
+            raise Rule("memory_gib", f"{self.memory_gib:g} leaves a model nothing: CUDA and NCCL take about {CUDA_GIB} GiB of a GPU; give "
+                                     "what the GPU has")
         if self.gpu is not None:
             if not self.gpus_per_worker:
                 without_effect(self, "where gpus_per_worker is 0", "gpu")

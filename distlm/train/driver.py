@@ -19,6 +19,7 @@ from distlm.autoscale import require, train_bundles
 from distlm.corpus.stream import plan_dataset
 from distlm.errors import DistlmError, StorageError, TrainError
 from distlm.head import HUGE_PAGES
+from distlm.model.build import model_config
 from distlm.model.export import export_lacks
 from distlm.progress import Progress
 from distlm.runs import RunFolder
@@ -33,6 +34,7 @@ from distlm.train.determinism import ENVIRONMENT
 from distlm.train.dryrun import FOLDER as DRY_RUN
 from distlm.train.dryrun import choose_micro
 from distlm.train.failures import alive_nodes, diagnose, lost_nodes
+from distlm.train.memory import GIB, make_load, node_advice, node_memory
 from distlm.train.objectives import objective_of
 from distlm.train.recipe import Recipe, make_recipe, read_corpora, without_val
 from distlm.train.track import tracked
@@ -50,6 +52,9 @@ def train(spec: TrainSpec, folder: RunFolder, storage: Storage, progress: Progre
     metrics.jsonl as it is written, on another thread. Raises SpecError, InputError, ClusterError, CheckpointError, TrainError."""
     recipe = make_recipe(spec, storage)
     require_workers(spec, progress)
+    for text in short_nodes(recipe):
+        progress.note(text)
+        folder.event("note", message=text)
     groups = f" in groups of {recipe.group}" if recipe.group > 1 else ""
     progress.note(f"{recipe.parameters:,} parameters, {recipe.num_steps:,} steps of {recipe.tokens_of(recipe.num_steps):,} tokens, "
                   f"{recipe.world} worker{'s' * (recipe.world > 1)}{groups} under ZeRO-{spec.sharding.zero}, {spec.precision}")
@@ -120,6 +125,27 @@ def require_workers(spec: TrainSpec, progress: Progress) -> None:
     workers = f"{spec.scale.workers} worker{'s' * (spec.scale.workers > 1)}"
     require(train_bundles(spec), f"{workers} and the data stream", progress, where="scale",
             remedy="lower scale.workers or scale.cpus_per_worker, or take a larger cluster")
+
+
+def short_nodes(recipe: Recipe) -> list[str]:
+    """What there is to say of the cluster's nodes whose memory is less than what workers on all their GPUs take of it, one line for each
+    size. Ray counts a node's memory as memory and object store."""
+    import ray
+
+    spec = recipe.spec
+    if not spec.scale.gpus_per_worker:
+        return []
+    config = model_config(spec.model, recipe.shape, spec.regularization.dropout)
+    load = make_load(spec, config, recipe.shape, recipe.parameters, recipe.micro_sequences, recipe.accumulation, recipe.mask_documents)
+    found = []
+    for node in ray.nodes():
+        have = node["Resources"]
+        workers, limit = min(spec.scale.workers, int(have.get("GPU", 0))), int(have.get("memory", 0) + have.get("object_store_memory", 0))
+        if node["Alive"] and workers and (need := node_memory(load, workers)) > limit:
+            advice = node_advice(load, workers, limit)
+            found.append(f"a node with {workers} of the workers has {limit / GIB:.3g} GiB of memory, and they take {need / GIB:.3g} of it: "
+                         + (f"it would fit with {advice}" if advice else "take fewer workers a node"))
+    return [*dict.fromkeys(found)]
 
 
 def _resume_point(recipe: Recipe, folder: RunFolder, progress: Progress) -> checkpoint.Checkpoint | None:

@@ -13,6 +13,7 @@ from distlm.errors import DistlmError, TrainError
 from distlm.model.build import model_config
 from distlm.progress import Progress
 from distlm.runs import RunFolder
+from distlm.spec.batch import divisors
 from distlm.storage import read_json, write_json
 from distlm.train.memory import GIB, make_load, memory_limit, peak_memory
 from distlm.train.recipe import Recipe
@@ -85,9 +86,8 @@ def candidates(recipe: Recipe, limit: int | None) -> Iterator[int]:
     spec, share = recipe.spec, recipe.plan().piece
     config = model_config(spec.model, recipe.shape, spec.regularization.dropout)
     load = make_load(spec, config, recipe.shape, recipe.parameters, recipe.micro_sequences, recipe.accumulation, recipe.mask_documents)
-    for micro in range(share if spec.scale.gpus_per_worker else min(share, CPU_SEQUENCES), 0, -1):
-        if share % micro:
-            continue
+    most = share if spec.scale.gpus_per_worker else CPU_SEQUENCES
+    for micro in reversed([n for n in divisors(share) if n <= most]):
         estimate = peak_memory(load.varied(spec.sharding.zero, spec.activation_checkpointing, micro, spec.checkpoint.asynchronous)).total
         if micro == 1 or limit is None or estimate <= SLACK * limit:
             yield micro

@@ -4,6 +4,7 @@
 """
 
 import functools
+import os
 import time
 from typing import Any
 
@@ -17,19 +18,41 @@ def peak_flops(name: str, precision: str = "bf16") -> float | None:
     return None if gpu is None else gpu.fp32_flops if precision == "fp32" else gpu.bf16_flops
 
 
-def flops_per_token(parameters: float, layers: int, width: int, context: int) -> float:
-    """Forward and backward: 6 N, and causal attention's 6 L T d (Chowdhery et al. 2022, appendix B, with half of the scores masked). N: the
-    parameters that are multiplied by; what is computed again in the backward pass does not count."""
-    return 6.0 * parameters + 6.0 * layers * context * width
-
-
 def config_flops(config: Any, sizes: dict[str, int], context: int, trained: dict[str, int] | None = None) -> float:
-    """`flops_per_token` of a model by its configuration and its parameters' sizes. Where those `trained` with an adapter are given, the
-    others have no gradient, which is a third of their arithmetic."""
-    text, parameters = config.get_text_config(), float(multiplied(config, sizes))
+    """Operations of a token, forward and backward, of a model by its configuration and its parameters' sizes: 6 N, where N are the
+    parameters that are multiplied by, and `attention_flops` (Chowdhery et al. 2022, appendix B). What is computed again in the backward
+    pass does not count. Where those `trained` with an adapter are given, the others have no gradient, which is a third of their
+    arithmetic."""
+    parameters = float(multiplied(config, sizes))
     if trained is not None:
         parameters = parameters * 2 / 3 + sum(size / 3 if name in sizes else size for name, size in trained.items())
-    return flops_per_token(parameters, text.num_hidden_layers, text.hidden_size, context)
+    return 6 * parameters + attention_flops(config, context)
+
+
+def attention_flops(config: Any, context: int) -> float:
+    """Operations of a token in attention's own products, forward and backward: 6 h (q + v) for each key that a token sees on average and
+    each layer, with h heads whose queries have q numbers and values v: 12 h q, where both are alike. Causal, a token sees half of the
+    `context`; the half that is masked does not count. With a sliding window of w < context tokens it sees w - w² / 2 context, in chunks of
+    w tokens w / 2. Layers of another kind, such as recurrent ones, have no such products."""
+    text = config.get_text_config()
+    heads = getattr(text, "num_attention_heads", None) or 0
+    width = getattr(text, "head_dim", None) or (text.hidden_size // heads if heads else 0)
+    both = (getattr(text, "qk_head_dim", None) or width) + (getattr(text, "v_head_dim", None) or width)
+    return 6.0 * heads * both * sum(keys_seen(config, context))
+
+
+def keys_seen(config: Any, context: int) -> list[float]:
+    """The keys that a token of a sequence sees on average, by layer."""
+    text = config.get_text_config()
+    window = getattr(text, "sliding_window", None)
+    kinds = getattr(text, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * text.num_hidden_layers
+    seen = []
+    for kind in kinds:
+        width = window if "sliding" in kind else getattr(text, "attention_chunk_size", None) if "chunked" in kind else None
+        width = min(width or context, context)
+        recurrent = "linear" in kind or not ("attention" in kind or kind == "hybrid")
+        seen.append(0.0 if recurrent else width / 2 if "chunked" in kind else width - width**2 / (2 * context))
+    return seen
 
 
 def forward_flops(config: Any, sizes: dict[str, int], context: int) -> float:
@@ -61,16 +84,21 @@ def mfu(tokens_per_s: float, flops_per_token: float, peak: float) -> float:
 
 
 @functools.lru_cache
-def measured_peak(precision: str = "fp32") -> float:
-    """Operations a second that this machine's processor reaches in a product of matrices of 1,024 rows, with all its cores: the best of
-    three after one to warm up, a few tenths of a second in all."""
+def measured_peak(precision: str = "fp32", threads: int | None = None) -> float:
+    """Operations a second that so many threads of this machine's processor, or one for each of its cores, reach in a product of matrices of
+    1,024 rows: the best of three after one to warm up, a few tenths of a second in all."""
     import torch
 
-    a = torch.randn(1024, 1024).to(torch.bfloat16 if precision == "bf16" else torch.float32)
-    best = float("inf")
-    for i in range(4):
-        started = time.perf_counter()
-        torch.mm(a, a)
-        if i:
-            best = min(best, time.perf_counter() - started)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or os.cpu_count() or 1)
+    try:
+        a = torch.randn(1024, 1024).to(torch.bfloat16 if precision == "bf16" else torch.float32)
+        best = float("inf")
+        for i in range(4):
+            started = time.perf_counter()
+            torch.mm(a, a)
+            if i:
+                best = min(best, time.perf_counter() - started)
+    finally:
+        torch.set_num_threads(before)
     return 2 * 1024**3 / best

@@ -8,8 +8,10 @@ The formulas follow what the code does: DeepSpeed 0.19 under `zero.deepspeed_con
 `model/attention.py` on CPU and PyTorch's fused kernels on GPU. `benchmarks/memory.py` prints them beside what is measured.
 """
 
+import contextlib
 import itertools
 import math
+from bisect import bisect_right
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -23,10 +25,12 @@ from distlm.model.nf4 import BITS, nf4_elements
 from distlm.model.tensor import divide
 from distlm.spec.adapter import Adapter
 from distlm.spec.base import Rule
-from distlm.spec.gpus import find_gpu
+from distlm.spec.batch import divisors
+from distlm.spec.gpus import CUDA_GIB, find_gpu
 from distlm.spec.optimizer import check_optimizer
 from distlm.spec.sharding import check_tensor_parallel
 from distlm.spec.train import TrainSpec, check_base, check_compile
+from distlm.train.zero import zero_options
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -37,8 +41,7 @@ and columns are too few to count."""
 REDUCE_BUCKET, MAX_LIVE = 500_000_000, 1_000_000_000
 """Elements, DeepSpeed's defaults: zero_optimization.reduce_bucket_size, and stage3_max_live_parameters and stage3_max_reuse_distance."""
 GIB = 1 << 30
-CUDA_BYTES = GIB
-"""What CUDA and NCCL take of a GPU for themselves, about."""
+CUDA_BYTES = CUDA_GIB * GIB
 FRAGMENTATION = 0.05
 """Of all the rest: what the allocator holds and cannot use. An assumption."""
 
@@ -114,6 +117,16 @@ class Load:
     teacher: int = 0
     """Parameters of a teacher, which each worker holds whole beside them."""
 
+    @property
+    def ranks(self) -> int:
+        """Workers that have the same parameters, over which ZeRO divides."""
+        return self.spec.scale.workers // self.spec.sharding.tensor_parallel
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of a weight as it is computed with."""
+        return 4 if self.spec.precision == "fp32" else 2
+
     def varied(self, zero: int, recompute: int, micro_sequences: int, asynchronous: bool) -> "Load":
         """The same job under another sharding, another cut of the batch, and another way to save."""
         spec = self.spec.model_copy(update={"sharding": self.spec.sharding.model_copy(update={"zero": zero}),
@@ -149,10 +162,16 @@ def memory_limit(spec: TrainSpec) -> int | None:
     return None if gib is None else round(gib * GIB) - (CUDA_BYTES if scale.gpus_per_worker else 0)
 
 
-def offloads(spec: TrainSpec) -> bool:
-    """Whether DeepSpeed is told to keep states elsewhere, which is not counted here."""
-    raw = spec.sharding.deepspeed.get("zero_optimization", {})
-    return spec.sharding.offload is not None or any(key.startswith("offload") for key in raw)
+def places(spec: TrainSpec) -> dict[str, str]:
+    """Where parts lie that a worker's own memory does not hold: "parameters" and "optimizer" -> cpu, which is the node's memory, or nvme. A
+    worker on CPU has its states in the node's memory anyhow."""
+    options, found = zero_options(spec), {}
+    for name, key in (("parameters", "offload_param"), ("optimizer", "offload_optimizer")):
+        section = options.get(key)
+        device = section.get("device") if isinstance(section, dict) else None
+        if device == "nvme" or (device == "cpu" and spec.scale.gpus_per_worker):
+            found[name] = device
+    return found
 
 
 def advice(load: Load, limit: int) -> str:
@@ -163,32 +182,58 @@ def advice(load: Load, limit: int) -> str:
     computed again takes a third of a step's arithmetic; halving a micro-batch is taken for 3 % of the time, and steps that wait for
     checkpoints for 2 %.
     """
-    spec, share = load.spec, load.micro_sequences * load.accumulation
+    spec = load.spec
+    smaller = [n for n in divisors(load.micro_sequences * load.accumulation) if n < load.micro_sequences]
     saving = dict.fromkeys((spec.checkpoint.asynchronous, spec.checkpoint.asynchronous and bool(spec.scale.gpus_per_worker)))
     found: list[tuple[float, int, str]] = []
+    for zero in stages(spec):
+        recomputing = dict.fromkeys((spec.activation_checkpointing, *((1,) if load.recomputable else ())))
+        for again, beside in itertools.product(recomputing, saving):
+            def takes(micro: int, zero: int = zero, again: int = again, beside: bool = beside) -> int:
+                return peak_memory(load.varied(zero, again, micro, beside)).total
+
+            micro = load.micro_sequences                   # one micro-batch alone holds no gradients beside it, smaller ones do
+            if takes(micro) > limit:
+                number = bisect_right(smaller, limit, key=takes)
+                if not number:
+                    continue
+                micro = smaller[number - 1]                # a still smaller one costs more
+            changes = [text for text, changed in (
+                (f"sharding.zero: {zero}", zero != spec.sharding.zero),
+                (f"batch.micro_sequences: {micro}", micro != load.micro_sequences),
+                (f"activation_checkpointing: {again}", again != spec.activation_checkpointing),
+                ("checkpoint.asynchronous: false", beside != spec.checkpoint.asynchronous)) if changed]
+            cost = (0.01 * zero + 0.1 * (zero == 3) + 0.03 * math.log2(load.micro_sequences / micro)
+                    + 0.33 * (again != spec.activation_checkpointing) + 0.02 * (beside != spec.checkpoint.asynchronous))
+            found.append((cost, takes(micro), " and ".join(changes)))
+    if not found:
+        return ""
+    _, total, text = min(found)
+    return f"{text}, at {total / GIB:.3g} GiB"
+
+
+def stages(spec: TrainSpec) -> list[int]:
+    """The spec's ZeRO stage, and those above it that it could have."""
+    found = []
     for zero in range(spec.sharding.zero, 4):
-        try:
+        with contextlib.suppress(Rule):
             check_optimizer(spec.optimizer, zero)
             check_tensor_parallel(spec, zero)
             check_compile(spec, zero)
             check_base(spec, zero)
-        except Rule:
-            continue
-        recomputing = dict.fromkeys((spec.activation_checkpointing, *((1,) if load.recomputable else ())))
-        for again, beside in itertools.product(recomputing, saving):
-            for micro in (n for n in range(load.micro_sequences, 0, -1) if share % n == 0):
-                total = peak_memory(load.varied(zero, again, micro, beside)).total
-                if total > limit:
-                    continue
-                changes = [text for text, changed in (
-                    (f"sharding.zero: {zero}", zero != spec.sharding.zero),
-                    (f"batch.micro_sequences: {micro}", micro != load.micro_sequences),
-                    (f"activation_checkpointing: {again}", again != spec.activation_checkpointing),
-                    ("checkpoint.asynchronous: false", beside != spec.checkpoint.asynchronous)) if changed]
-                cost = (0.01 * zero + 0.1 * (zero == 3) + 0.03 * math.log2(load.micro_sequences / micro)
-                        + 0.33 * (again != spec.activation_checkpointing) + 0.02 * (beside != spec.checkpoint.asynchronous))
-                found.append((cost, total, " and ".join(changes)))
-                break                                      # a smaller one costs more
+            found.append(zero)
+    return found
+
+
+def node_advice(load: Load, workers: int, limit: int) -> str:
+    """As `advice`, of what lies in the memory of a node with so many of the workers."""
+    spec, found = load.spec, list[tuple[float, int, str]]()
+    for zero, beside in itertools.product(stages(spec), dict.fromkeys((spec.checkpoint.asynchronous, False))):
+        total = node_memory(load.varied(zero, spec.activation_checkpointing, load.micro_sequences, beside), workers)
+        if total <= limit:
+            changes = [text for text, changed in ((f"sharding.zero: {zero}", zero != spec.sharding.zero), (
+                "checkpoint.asynchronous: false", beside != spec.checkpoint.asynchronous)) if changed]
+            found.append((0.01 * zero + 0.1 * (zero == 3) + 0.02 * (beside != spec.checkpoint.asynchronous), total, " and ".join(changes)))
     if not found:
         return ""
     _, total, text = min(found)
@@ -198,7 +243,7 @@ def advice(load: Load, limit: int) -> str:
 def check_states(load: Load) -> None:
     """Raises SpecError where model states alone, which are arithmetic, exceed what the spec says that a worker has."""
     limit, states = memory_limit(load.spec), peak_memory(load).states
-    if limit is not None and states > limit and not offloads(load.spec):
+    if limit is not None and states > limit:
         found = advice(load, limit)
         key = "memory_gib" if load.spec.scale.memory_gib is not None else "gpu"
         raise SpecError(f"weights, gradients and the optimizer's states take {states / GIB:.3g} GiB of a worker, and it has "
@@ -207,7 +252,8 @@ def check_states(load: Load) -> None:
 
 
 def peak_memory(load: Load) -> Memory:
-    """The most that a worker holds, which is either as a backward pass begins or as the optimizer steps.
+    """The most that a worker holds, which is either as a backward pass begins or as the optimizer steps. What `places` has elsewhere does
+    not count.
 
     Model states: Rajbhandari et al. 2020, section 3, with p bytes of a weight: in fp32 p = 4, else p = 2 and the optimizer has the
     float32 weights too. In fp8 weights and activations are kept in bf16 all the same. What an adapter leaves as it is has its weights
@@ -215,16 +261,13 @@ def peak_memory(load: Load) -> Memory:
     Activations: measured on the meta device (`measure_activations`), where Korthikanti et al. 2022, equation 2, counts by hand.
     """
     spec, n, zero = load.spec, load.parameters - load.frozen, load.spec.sharding.zero
-    world = spec.scale.workers // spec.sharding.tensor_parallel                # that have the same parameters
-    p = 4 if spec.precision == "fp32" else 2
-    on_gpu = bool(spec.scale.gpus_per_worker)
-    part = -(-n // world)
-    states = model_states(n, spec.precision, zero, world, STATE_BYTES[spec.optimizer.name])
+    world, p, on_gpu = load.ranks, load.weight_bytes, bool(spec.scale.gpus_per_worker)
+    part, states, away = -(-n // world), all_states(load), places(spec)
     kept = load.micro_sequences * load.activations.kept(spec.activation_checkpointing)
     again = load.micro_sequences * max(load.activations.layers) if spec.activation_checkpointing else 0
     loss = loss_bytes(load, p)
     raw = spec.sharding.deepspeed.get("zero_optimization", {})
-    bucket_size = int(raw.get("reduce_bucket_size", REDUCE_BUCKET))
+    bucket_size = raw_number(raw, "reduce_bucket_size", REDUCE_BUCKET)
     bucket = min(bucket_size, n)
     # the buckets of stages 1 to 3 are allocated whole; on a CPU what is not written to takes no memory
     reserved = (bucket_size if on_gpu else bucket) * p
@@ -233,15 +276,16 @@ def peak_memory(load: Load) -> Memory:
     elif zero < 3:
         buffers, step = reserved, part * (p + 4)
     else:
-        live = min(load.parameters, int(raw.get("stage3_max_live_parameters", MAX_LIVE)))
+        live = min(load.parameters, raw_number(raw, "stage3_max_live_parameters", MAX_LIVE))
         buffers, step = reserved + live * p + 4 * part, 0
-    weights, optimizer = states["weights"] + -(-(load.frozen - load.nf4) * p // (world if zero == 3 else 1)), states["optimizer"]
-    weights += math.ceil(load.nf4 * BITS / 8) + load.teacher * p
-    group = int(raw.get("zero_hpz_partition_size", spec.sharding.zeropp.hierarchical_partition))
+    if "optimizer" in away:                                # it is updated there, with gradients that stages 2 and 3 lay there too
+        states |= {"optimizer": 0, "ema": 0, "gradients": 0 if on_gpu and zero > 1 else states["gradients"]}
+        buffers, step = buffers - 4 * part if zero == 3 else buffers, 0
+    weights = load.teacher * p + (0 if "parameters" in away else states["weights"])
+    group = raw_number(raw, "zero_hpz_partition_size", spec.sharding.zeropp.hierarchical_partition)
     if zero == 3 and group > 1:                            # ZeRO++ keeps the weights once more, over the ranks of a node
         weights += -(-load.parameters * p // group)
     gradients = states["gradients"]
-    ema = model_states(n, "fp32", zero, world, 4)["optimizer"] if spec.ema else 0
     held = gradients if load.accumulation > 1 else 0       # the first backward pass begins without gradients
     early = buffers if zero == 3 or (zero and on_gpu) else 0                   # what there is before gradients fill buckets
     peaks = {
@@ -250,13 +294,60 @@ def peak_memory(load: Load) -> Memory:
         "first layer": (gradients, again, 0, buffers),
         "step": (gradients, 0, 0, step + (buffers if zero == 3 else 0))}
     at = max(peaks.values(), key=sum)
-    snapshot = 0
-    if spec.checkpoint.asynchronous and not on_gpu:        # rank 0's, which saves whole weights below stage 3
-        apart = zero > 0 or p == 2                         # fp32 weights are not the model's own
-        own = (STATE_BYTES[spec.optimizer.name] + 4 * apart) * (part if zero else n)
-        snapshot = own + (p * n if zero < 3 else 0) + ema
-    whole = Memory(weights, at[0], optimizer, ema, at[1], at[2], at[3], snapshot, 0)
+    snapshot = 0 if on_gpu else sum(snapshot_bytes(load))
+    whole = Memory(weights, at[0], states["optimizer"], states["ema"], at[1], at[2], at[3], snapshot, 0)
     return replace(whole, fragmentation=round(FRAGMENTATION * whole.total))
+
+
+def all_states(load: Load) -> dict[str, int]:
+    """Weights, gradients, the optimizer's states and averages of a worker, wherever they lie. A teacher is none of them."""
+    spec, n, p = load.spec, load.parameters - load.frozen, load.weight_bytes
+    states = model_states(n, spec.precision, spec.sharding.zero, load.ranks, STATE_BYTES[spec.optimizer.name])
+    states["weights"] += -(-(load.frozen - load.nf4) * p // (load.ranks if spec.sharding.zero == 3 else 1)) + math.ceil(load.nf4 * BITS / 8)
+    ema = model_states(n, "fp32", spec.sharding.zero, load.ranks, 4)["optimizer"] if spec.ema else 0
+    return {**states, "ema": ema}
+
+
+def snapshot_bytes(load: Load) -> tuple[int, int]:
+    """(each rank's, what rank 0 has beside its own) of the copy of the state out of which a checkpoint is written beside the steps."""
+    spec, n, zero, p = load.spec, load.parameters - load.frozen, load.spec.sharding.zero, load.weight_bytes
+    if not spec.checkpoint.asynchronous:
+        return 0, 0
+    apart = zero > 0 or p == 2                             # fp32 weights are not the model's own
+    own = (STATE_BYTES[spec.optimizer.name] + 4 * apart) * (-(-n // load.ranks) if zero else n)
+    if places(spec).get("optimizer") == "nvme":            # from where it is copied as files
+        own = 0
+    ema = all_states(load)["ema"]                          # each rank saves its own
+    return (own + ema, p * n if zero < 3 else 0) if zero else (ema, own + p * n)         # rank 0 saves what is whole
+
+
+def host_memory(load: Load) -> dict[str, int]:
+    """Bytes that a worker on a GPU holds of its node's memory, by part, those of rank 0; none for a worker on CPU, whose own memory it is.
+    Buffers through which disks are read, and what a process takes before it trains, do not count."""
+    spec, part = load.spec, -(-(load.parameters - load.frozen) // load.ranks)
+    if not spec.scale.gpus_per_worker:
+        return {}
+    states, away, host = all_states(load), places(spec), dict[str, int]()
+    if away.get("parameters") == "cpu":
+        host["weights"] = states["weights"]
+    if "optimizer" in away:
+        host["gradients"] = part * load.weight_bytes
+    if away.get("optimizer") == "cpu":                     # beside gradients in the weights' precision DeepSpeed has them in fp32 there
+        host |= {"gradients": part * (load.weight_bytes + 4), "optimizer": states["optimizer"], "ema": states["ema"]}
+    return {name: value for name, value in (host | {"snapshot": sum(snapshot_bytes(load))}).items() if value}
+
+
+def node_memory(load: Load, workers: int) -> int:
+    """Bytes of `host_memory` of a node that has so many of the workers, rank 0 among them."""
+    beside = snapshot_bytes(load)[1] if load.spec.scale.gpus_per_worker else 0
+    return workers * (sum(host_memory(load).values()) - beside) + beside
+
+
+def raw_number(raw: dict[str, Any], key: str, default: int) -> int:
+    """A key of `sharding.deepspeed.zero_optimization`, checked already, as DeepSpeed's configuration reads it: with or without stage3_ in
+    front, and "auto" for the default."""
+    value = raw.get(key, raw.get(key.removeprefix("stage3_"), "auto"))
+    return default if value == "auto" else int(value)
 
 
 def model_states(parameters: int, precision: str, zero: int, workers: int, states: int = 8) -> dict[str, int]:

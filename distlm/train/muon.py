@@ -41,8 +41,9 @@ class Muon(MuonWithAuxAdam):
         momenta = [self.state[p]["momentum_buffer"] for p in matrices]
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
         torch._foreach_lerp_(gradients, momenta, group["momentum"])
-        updates = zeropower_via_newtonschulz5(torch.stack(gradients), steps=5)
-        rows, columns = matrices[0].shape
+        rows, columns = matrices[0].shape[-2:]
+        stacked = torch.stack(gradients)
+        updates = zeropower_via_newtonschulz5(stacked.view(-1, rows, columns), steps=5).view_as(stacked)     # of experts, each its own
         updates *= max(1.0, rows / columns) ** 0.5
         torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(matrices, list(updates.to(matrices[0].dtype).unbind()), alpha=-group["lr"])

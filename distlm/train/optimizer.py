@@ -59,9 +59,14 @@ def set_rate(optimizer: Any, rate: float) -> None:
 
 
 def muon_matrices(model: Any) -> set[torch.nn.Parameter]:
-    """The parameters that Muon is made for: the matrices of hidden layers. Embeddings and the last layer are not among them."""
-    outer = {module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)}
-    return {p for p in model.parameters() if p.dim() == 2} - outer - {(model.get_output_embeddings() or model.score).weight}
+    """The parameters that Muon is made for: the matrices of hidden layers. A mixture of experts holds one of each expert in a parameter of
+    three dimensions, and their biases in one of two. Embeddings, the last layer and convolutions are not among them."""
+    found, last = set[torch.nn.Parameter](), model.get_output_embeddings() or model.score
+    for module in model.modules():
+        own = [] if isinstance(module, (torch.nn.Embedding, torch.nn.Conv1d)) or module is last else [*module.parameters(recurse=False)]
+        dims = 3 if any(p.dim() == 3 for p in own) else 2
+        found |= {p for p in own if p.dim() == dims}
+    return found
 
 
 def _add_muon(settings: dict[str, Any], parameter: torch.nn.Parameter, orthogonal: bool) -> None:
@@ -69,7 +74,7 @@ def _add_muon(settings: dict[str, Any], parameter: torch.nn.Parameter, orthogona
     2025, equation 4). DeepSpeed scales by sqrt(max(1, rows / columns)), and multiplies the decay by the rate: the factor mends both."""
     settings["use_muon"] = orthogonal
     if orthogonal:
-        rows, columns = parameter.shape
+        rows, columns = parameter.shape[-2:]
         factor = 0.2 * max(rows, columns) ** 0.5 / max(1.0, rows / columns) ** 0.5
         settings["lr_factor"] *= factor
         settings["weight_decay"] /= factor

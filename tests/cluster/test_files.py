@@ -23,6 +23,7 @@ from distlm.plan import needs
 from distlm.spec import PipelineSpec, TrainSpec
 from distlm.spec.load import validate
 from distlm.storage import Storage
+from tests.train.ranks import make_corpus
 
 ROOT = Path(__file__).parents[2]
 KUBERAY = Draft202012Validator(json.loads(Path(__file__).with_name("kuberay.json").read_text()))
@@ -68,6 +69,55 @@ def test_a_mistake_in_a_cluster_file_is_named_with_its_line(text, said, tmp_path
     with pytest.raises(SpecError) as error:
         clusterfile.read(tmp_path / "cluster.yaml")
     assert said in str(error.value)
+
+
+def priced(folder: Path, prices: str, gpu: str = "{CPU: 96, GPU: 8}") -> Path:
+    """A file of `ray up` with prices."""
+    path = folder / "cluster.yaml"
+    text = (ROOT / "cluster" / "gcp.yaml").read_text().replace("{CPU: 96, GPU: 8}", gpu)
+    path.write_text(f"{text}\nmetadata:\n  price_per_hour: {prices}\n")
+    return path
+
+
+def test_the_price_of_a_job_is_that_of_the_nodes_that_hold_it(tmp_path):
+    found = clusterfile.read(priced(tmp_path, "{gpu: 30, head: 0.5}"))
+    workers = {count: [{"CPU": 1, "GPU": 1}] * count for count in (3, 9, 17)}
+    assert found.nodes_for(workers[3]) == clusterfile.Nodes(30.5, "1 x gpu at 30 and the head at 0.5")
+    assert found.nodes_for(workers[9]).price == 60.5
+    assert found.nodes_for([{"CPU": 2, "GPU": 0}] * 4) == clusterfile.Nodes(0.5, "1 x head at 0.5"), "the head is enough, and cheaper"
+    with pytest.raises(SpecError, match="no kind of node that has a price holds 17 processes with 1 CPUs and 1 GPUs each"):
+        found.nodes_for(workers[17])
+    with pytest.raises(SpecError, match="says no prices; give what a node of each kind costs an hour"):
+        clusterfile.read(ROOT / "cluster" / "gcp.yaml").nodes_for(workers[3])
+    with pytest.raises(SpecError, match="write the resources of the kind of node"):
+        clusterfile.read(priced(tmp_path, "{gpu: 30}", gpu="{}")).nodes_for(workers[3])
+
+
+@pytest.mark.parametrize("prices, said", [
+    ("{gpus: 3}", "metadata.price_per_hour.gpus: there is no such kind of node; available_node_types has"),
+    ("{gpu: -1}", "price_per_hour.gpu: -1: must be a number, 0 or more"), ("3", "price_per_hour: 3: must be a section")])
+def test_a_mistake_in_a_price_is_named_with_its_line(prices, said, tmp_path):
+    path = priced(tmp_path, prices)
+    line = len(path.read_text().splitlines())
+    with pytest.raises(SpecError) as error:
+        clusterfile.read(path)
+    assert said in str(error.value) and f"cluster.yaml:{line}: " in str(error.value)
+
+
+def test_a_plan_takes_the_price_of_a_cluster_file_where_the_spec_has_none(tmp_path):
+    file = clusterfile.read(priced(tmp_path, "{gpu: 30, head: 0.5}"))
+    make_corpus(tmp_path / "c")
+    train = {"name": "x", "kind": "train", "corpus": str(tmp_path / "c"), "model": {"preset": "llama-tiny"}, "duration": {"steps": 10**6},
+             "scale": {"workers": 16, "gpus_per_worker": 1, "gpu": "A100"}, "batch": {"global_sequences": 64}}
+    rows = dict(needs(resolve(train), Storage(tmp_path), file))
+    assert rows["nodes"] == "2 x gpu at 30 and the head at 0.5 an hour" and f"16 x {60.5 / 16:g} an hour" in rows["price"]
+    train["scale"]["price_per_worker_hour"] = 2
+    rows = dict(needs(resolve(train), Storage(tmp_path), file))
+    assert "16 x 2 an hour" in rows["price"] and "nodes" not in rows
+    tune = {"name": "y", "kind": "tune", "train": {key: train[key] for key in train if key not in ("kind", "name")}, "trials": 2,
+            "space": {"optimizer.lr": {"loguniform": [1e-4, 1e-2]}}}
+    del tune["train"]["scale"]["price_per_worker_hour"]
+    assert "a trial's price" in dict(needs(resolve(tune), Storage(tmp_path), file))
 
 
 def test_a_missing_cluster_file_is_the_users_mistake(tmp_path):

@@ -1,12 +1,14 @@
 """With mup what a few steps do to a model is the same at every width, and is not without it."""
 
+import functools
+import itertools
 from typing import Any
 
 import pytest
 import torch
 
 from distlm.errors import SpecError
-from distlm.model.build import Shape, build_model, model_config
+from distlm.model.build import Shape, build_model, decoder_layers, model_config
 from distlm.model.loss import CausalLoss
 from distlm.model.mup import rate_factor
 from distlm.spec.load import dump, load_spec
@@ -25,8 +27,9 @@ def config(family: str, width: int) -> dict[str, Any]:
             "num_attention_heads": heads, "num_key_value_heads": heads // 2, "tie_word_embeddings": False}
 
 
+@functools.cache
 def moved(family: str, width: int, mup: bool) -> dict[str, float]:
-    """How far five steps of adamw move the last hidden states and the logits, as root mean squares."""
+    """How far five steps of adamw move what the last layer gives, before the norm behind it, and the logits, as root mean squares."""
     given = spec("c", model={"config": config(family, width), **({"mup": {"base_width": BASE}} if mup else {})})  # type: ignore[arg-type]
     model = build_model(given.model, model_config(given.model, SHAPE), 0).eval()
     random = torch.Generator().manual_seed(0)
@@ -34,10 +37,12 @@ def moved(family: str, width: int, mup: bool) -> dict[str, float]:
 
     def look() -> tuple[torch.Tensor, torch.Tensor]:
         with torch.no_grad():
-            hidden = model.base_model(input_ids=tokens[:, :-1]).last_hidden_state
-            return hidden, hidden @ head.T
+            logits = model.base_model(input_ids=tokens[:, :-1]).last_hidden_state @ head.T
+        return given_by_last[-1], logits
 
     head = model.get_output_embeddings().weight
+    given_by_last: list[torch.Tensor] = []
+    decoder_layers(model)[-1].register_forward_hook(lambda _, __, out: given_by_last.append(out[0] if isinstance(out, tuple) else out))
     loss = CausalLoss(model)
     optimizer = make_optimizer(given, loss)
     before = look()
@@ -51,10 +56,13 @@ def moved(family: str, width: int, mup: bool) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_steps_move_activations_as_far_at_every_width(family: str) -> None:
-    with_it, without = ([moved(family, width, mup) for width in (32, 256)] for mup in (True, False))
+@pytest.mark.parametrize("what", ["hidden", "logits"])
+def test_steps_move_activations_as_far_at_every_width(family: str, what: str) -> None:
+    """The coordinate check of Yang et al. 2022, appendix D.1."""
+    with_it, without = ([moved(family, width, mup)[what] for width in (BASE, 4 * BASE, 16 * BASE)] for mup in (True, False))
     assert with_it[0] == without[0], "at the base width nothing changes"
-    assert 0.5 < with_it[1]["logits"] / with_it[0]["logits"] < 1.7 < 3 < without[1]["logits"] / without[0]["logits"]
+    assert all(0.5 < one / with_it[0] < 1.7 for one in with_it)
+    assert all(wider > 2 * one for one, wider in itertools.pairwise(without))
 
 
 def test_initial_weights_and_rates_are_those_of_the_table() -> None:

@@ -54,6 +54,22 @@ def test_a_compiled_run_goes_on_bit_equal(sections: dict[str, object], tmp_path:
     assert ours == theirs
 
 
+@compiler
+@pytest.mark.slow
+def test_a_compiled_run_whose_optimizer_is_offloaded_makes_the_same_steps(tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path / "c")
+    runs = {name: spec(corpus, compile=compile, scale={"workers": 2}, duration={"steps": 6}, sharding={"zero": zero, **offload},
+                       activation_checkpointing=zero - 1, precision=precision)
+            for zero, precision in ((1, "fp32"), (2, "bf16")) for name, compile, offload in (
+                (f"{zero}-kept", False, {}), (f"{zero}-compiled", True, {}), (f"{zero}-both", True, {"offload": {"optimizer": "cpu"}}))}
+    run_ranks({tmp_path / name: given for name, given in runs.items()})
+    for zero, rtol in ((1, 1e-5), (2, 5e-3)):
+        kept, compiled, both = (losses(tmp_path / f"{zero}-{name}") for name in ("kept", "compiled", "both"))
+        assert compiled != kept, "nothing was compiled"
+        np.testing.assert_allclose(both, kept, rtol=rtol)
+        np.testing.assert_allclose(both, compiled, rtol=min(rtol, 1e-3))
+
+
 def test_every_variant_of_a_layer_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers with and without a sliding window, computed again or not, in training and evaluation, for batches of two sizes."""
     monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(torch.nn.Module.compile, backend="eager"))

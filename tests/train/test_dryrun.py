@@ -84,6 +84,9 @@ def test_what_is_hopeless_by_the_estimate_is_not_tried(recipe: Recipe) -> None:
     assert [*dryrun.candidates(recipe, 0)] == [1]
     on_cpu = replace(recipe, spec=recipe.spec.model_copy(update={"scale": recipe.spec.scale.model_copy(update={"gpus_per_worker": 0})}))
     assert [*dryrun.candidates(on_cpu, None)] == [12, 8, 6, 4, 3, 2, 1]
+    large = replace(recipe, global_sequences=2 * 10**9)
+    tried = [*dryrun.candidates(large, 4 << 30)]
+    assert len(tried) < 100 and 10**9 not in tried and tried[-1] == 1, "of a worker's billion sequences divisors alone are looked at"
 
 
 def test_each_rank_leaves_its_peak_after_the_last_step(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from distlm.model.build import Shape, build_model, model_config, parameter_sizes
+from distlm.model.build import Shape, build_model, decoder_layers, model_config, parameter_sizes
 from distlm.runs import RunFolder
 from distlm.spec.gpus import find_gpu
 from distlm.spec.train import ModelSpec
@@ -22,14 +22,43 @@ LLAMA = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2, "num_
 GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4}
 
 
-@pytest.mark.parametrize("config", [{**LLAMA, "tie_word_embeddings": True}, {**LLAMA, "tie_word_embeddings": False}, GPT2])
-def test_the_arithmetic_is_what_torch_counts_in_the_matrix_products(config: dict[str, Any]) -> None:
-    given = ModelSpec(config=config)
-    found = model_config(given, Shape(300, 16, 0))
+QWEN3 = {**LLAMA, "model_type": "qwen3", "head_dim": 24}
+GEMMA = {**LLAMA, "model_type": "gemma", "head_dim": 16}
+MIXTRAL = {**LLAMA, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+WINDOWS = {**LLAMA, "model_type": "gemma3_text", "head_dim": 16, "num_hidden_layers": 3, "sliding_window": 48,
+           "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+LATENT = {"model_type": "deepseek_v3", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4,
+          "intermediate_size": 64, "first_k_dense_replace": 2, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 16,
+          "qk_rope_head_dim": 8, "v_head_dim": 12}
+
+
+@pytest.mark.parametrize("config", [
+    {**LLAMA, "tie_word_embeddings": True}, {**LLAMA, "tie_word_embeddings": False}, QWEN3, GEMMA, GPT2, MIXTRAL, LATENT, WINDOWS,
+    {**LLAMA, "model_type": "mistral", "sliding_window": 100}], ids=lambda config: config["model_type"])
+def test_the_arithmetic_is_what_torch_counts_in_products_less_the_scores_that_are_masked(config: dict[str, Any]) -> None:
+    """Of a context at which most of it is attention's, whose masked scores torch counts too."""
+    tokens = 512
+    given = ModelSpec(config={**config, "attn_implementation": "eager"})
+    found = model_config(given, Shape(300, tokens, 0))
+    found._experts_implementation = "eager"                # torch does not count the products of other ones
     model = build_model(given, found, 0)
+    masked = 0
+    heads = config.get("num_attention_heads") or config["n_head"]
+    both = 2 * (config.get("head_dim") or 32 // heads) if config is not LATENT else 16 + 8 + 12
+
+    def look(_: Any, args: Any, kwargs: Any) -> None:
+        nonlocal masked
+        mask = next(one for one in [*args, *kwargs.values()] if isinstance(one, torch.Tensor) and one.shape[-2:] == (tokens, tokens))
+        masked += int((mask != 0).sum())
+
+    for layer in decoder_layers(model):
+        layer.register_forward_pre_hook(look, with_kwargs=True)
     with FlopCounterMode(display=False) as counter:
-        model(input_ids=torch.zeros(1, 16, dtype=torch.long)).logits.sum().backward()
-    assert flops.config_flops(found, parameter_sizes(found), 16) * 16 == pytest.approx(counter.get_total_flops(), rel=0.06)
+        model(input_ids=torch.zeros(1, tokens, dtype=torch.long)).logits.sum().backward()
+    vectors = sum(p.numel() for p in model.parameters() if p.dim() < 2)        # norms and biases, which torch does not count
+    expected = counter.get_total_flops() - 6 * heads * both * masked + 6 * tokens * vectors
+    assert flops.config_flops(found, parameter_sizes(found), tokens) * tokens == pytest.approx(expected, rel=0.003)
+    assert tokens * flops.attention_flops(found, tokens) > 0.25 * expected, "a mistake in attention's part would be seen"
 
 
 def test_of_a_mixture_of_experts_those_that_a_token_goes_to_count() -> None:

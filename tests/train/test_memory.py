@@ -1,15 +1,35 @@
 """The parts of a worker's memory, against what autograd keeps and what DeepSpeed documents."""
 
 import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import torch
 
 from distlm.model.attention import use_cpu_attention
 from distlm.model.build import Shape, build_model, compile_layers, model_config, num_parameters
 from distlm.spec import TrainSpec
-from distlm.train.memory import GIB, Activations, Load, advice, make_load, measure_activations, peak_memory
+from distlm.storage import Storage
+from distlm.train.driver import short_nodes
+from distlm.train.memory import (
+    GIB,
+    MAX_LIVE,
+    REDUCE_BUCKET,
+    Activations,
+    Load,
+    advice,
+    host_memory,
+    make_load,
+    measure_activations,
+    node_advice,
+    node_memory,
+    peak_memory,
+)
+from distlm.train.recipe import make_recipe
+from tests.train.ranks import make_corpus
+from tests.train.ranks import spec as tiny
 
 LLAMA = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
          "intermediate_size": 64, "tie_word_embeddings": True}
@@ -123,6 +143,24 @@ def test_every_part_follows_from_the_stage() -> None:
     assert again.activations == 8 * (4 * GIB // 32 + GIB // 16 + GIB), "all inputs, and one layer whole"
 
 
+def test_auto_is_deepspeed_s_default() -> None:
+    """DeepSpeed's configuration drops what is "auto", and takes its own names beside those of stage 3."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    from distlm.train.zero import check_raw
+
+    keys = {"reduce_bucket_size": 10**6, "stage3_max_live_parameters": 10**7, "zero_hpz_partition_size": 4}
+    plain = peak_memory(load(sharding={"zero": 3}))
+    for key, value in keys.items():
+        auto, given, unprefixed = (load(sharding={"zero": 3, "deepspeed": {"zero_optimization": raw}})
+                                   for raw in ({key: "auto"}, {key: value}, {key.removeprefix("stage3_"): value}))
+        for one in (auto, given, unprefixed):
+            check_raw(one.spec)
+        assert peak_memory(auto) == plain != peak_memory(given) == peak_memory(unprefixed), key
+    defaults = DeepSpeedZeroConfig(**dict.fromkeys(keys, "auto"))
+    assert (defaults.reduce_bucket_size, defaults.max_live_parameters, defaults.zero_hpz_partition_size) == (REDUCE_BUCKET, MAX_LIVE, 1)
+
+
 def test_a_checkpoint_that_is_written_beside_the_steps_takes_a_copy_of_the_state_on_cpu() -> None:
     saved = {(zero, precision): peak_memory(load(0, precision=precision, sharding={"zero": zero})).snapshot
              for zero in (0, 2, 3) for precision in ("bf16", "fp32")}
@@ -135,6 +173,52 @@ def test_a_checkpoint_that_is_written_beside_the_steps_takes_a_copy_of_the_state
     assert still.snapshot == 0 and peak_memory(one).total > still.total
     sharded = load(0, sharding={"zero": 3})
     assert advice(sharded, peak_memory(sharded).total - 1).startswith("checkpoint.asynchronous: false, at ")
+
+
+def test_what_is_offloaded_lies_in_the_memory_of_the_node_and_not_of_the_gpu() -> None:
+    n, part = 10**9, 10**9 // 8
+    optimizer, both = {"optimizer": "cpu"}, {"optimizer": "cpu", "parameters": "cpu"}
+    for zero in (1, 2, 3):
+        whole, away = (peak_memory(one) for one in (load(sharding={"zero": zero}), load(sharding={"zero": zero, "offload": optimizer})))
+        assert whole.optimizer == 12 * part and away.optimizer == 0 and away.weights == whole.weights
+        assert away.gradients == (2 * n if zero == 1 else 0), "which stage 1 does not divide"
+        assert away.total < whole.total and away.snapshot == 0
+        host = host_memory(load(sharding={"zero": zero, "offload": optimizer}))
+        assert host == {"gradients": 6 * part, "optimizer": 12 * part, "snapshot": 12 * part + (2 * n if zero < 3 else 0)}
+    assert peak_memory(load(sharding={"zero": 3, "offload": both})).weights == 0
+    assert host_memory(load(sharding={"zero": 3, "offload": both}, ema={}))["weights"] == 2 * part
+    raw = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+    assert host_memory(load(sharding={"zero": 2, "deepspeed": raw})) == host_memory(load(sharding={"zero": 2, "offload": optimizer}))
+    raw["zero_optimization"]["offload_optimizer"]["device"] = "auto"
+    assert peak_memory(load(sharding={"zero": 2, "deepspeed": raw})) == peak_memory(load(sharding={"zero": 2})), "which is none"
+    disks = load(sharding={"zero": 3, "offload": {"optimizer": "nvme", "parameters": "nvme", "path": "/d"}})
+    assert host_memory(disks) == {"gradients": 2 * part} and peak_memory(disks).states == 0
+    on_cpu = [load(0, sharding={"zero": 2, **one}) for one in ({}, {"offload": optimizer})]
+    assert peak_memory(on_cpu[0]) == peak_memory(on_cpu[1]) and host_memory(on_cpu[1]) == {}, "it is the same memory"
+
+
+def test_a_checkpoint_beside_the_steps_takes_host_memory_once_for_each_worker_of_a_node() -> None:
+    n, part = 10**9, 10**9 // 8
+    assert node_memory(load(sharding={"zero": 2}), 4) == 4 * 12 * part + 2 * n, "whole weights are rank 0's alone"
+    assert node_memory(load(), 4) == 14 * n and node_memory(load(ema={}), 4) == 14 * n + 4 * 4 * n
+    assert node_memory(load(checkpoint={"asynchronous": False}), 4) == 0
+    offloaded = load(sharding={"zero": 1, "offload": {"optimizer": "cpu"}})
+    assert node_advice(load(), 4, 14 * n - 1).startswith("sharding.zero: 1, at "), "four of eight workers have half of the state"
+    assert node_advice(offloaded, 8, node_memory(offloaded, 8) - 1).startswith("checkpoint.asynchronous: false, at ")
+    assert node_advice(offloaded, 8, n) == ""
+
+
+def test_a_run_tells_of_nodes_whose_memory_its_workers_on_gpus_exceed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = tiny(make_corpus(tmp_path / "c"), scale={"workers": 4, "gpus_per_worker": 1}, batch={"global_sequences": 8},
+                 sharding={"zero": 2, "offload": {"optimizer": "cpu"}})
+    recipe = make_recipe(given, Storage(tmp_path))
+    need = node_memory(make_load(given, model_config(given.model, recipe.shape), recipe.shape, recipe.parameters, 2, 1), 2)
+    rooms = [{"GPU": 2.0, "memory": need, "object_store_memory": 0}, {"CPU": 8.0, "memory": 1}, {"GPU": 2.0, "memory": need - 1}]
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": room} for room in rooms])
+    [text] = short_nodes(recipe)
+    assert text.startswith("a node with 2 of the workers has ") and "it would fit with " in text
+    rooms.pop()
+    assert short_nodes(recipe) == []
 
 
 def test_advice_is_the_cheapest_change_that_fits() -> None:

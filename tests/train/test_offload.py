@@ -49,6 +49,17 @@ def test_every_stage(optimizer: str, precision: str, tmp_path: Path) -> None:
     check(tmp_path, {f"{zero}-{'-'.join(offload)}": (optimizer, precision, zero, offload) for zero, offload in stages})
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_what_lies_on_disks_makes_the_same_steps_and_goes_on(optimizer: str, tmp_path: Path) -> None:
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        pytest.skip("there is no libaio, with which DeepSpeed reads and writes disks")
+    disks = {"optimizer": "nvme", "path": str(tmp_path / "disk")}
+    check(tmp_path, {"optimizer": (optimizer, "fp32", 3, disks), "both": (optimizer, "fp32", 3, {**disks, "parameters": "nvme"})})
+
+
 NVME = {"zero": 3, "offload": {"optimizer": "nvme", "parameters": "nvme", "path": "/scratch"}}
 
 
@@ -81,6 +92,9 @@ def test_what_deepspeed_cannot_offload_is_refused_by_key(sections: dict[str, Any
 
 
 def test_the_plan_tells_what_lies_where(tmp_path: Path) -> None:
-    given = spec(make_corpus(tmp_path / "c"), sharding={"zero": 3, "offload": {**NVME["offload"], "parameters": "cpu"}})  # type: ignore[dict-item]
+    sections: dict[str, Any] = {"sharding": {"zero": 3, "offload": {"optimizer": "nvme", "parameters": "cpu", "path": "/scratch"}},
+                                "scale": {"gpus_per_worker": 1}}
+    given = spec(make_corpus(tmp_path / "c"), **sections)
     rows = dict(plan.needs(resolve(dump(given)), Storage(tmp_path)))
-    assert rows["of it on cpu"].endswith(")") and "(weights " in rows["of it on cpu"] and "(optimizer " in rows["of it on nvme"]
+    assert "(weights " in rows["host memory a worker"] and "(optimizer " in rows["on disks a worker"]
+    assert "optimizer" not in rows["memory a worker"] and "weights" not in rows["memory a worker"]

@@ -82,6 +82,37 @@ def test_muon_steps_like_pytorchs_scaled_to_adamw_and_leaves_the_rest_to_adamw()
         torch.testing.assert_close(after[name], expected[name], rtol=0, atol=8e-4 if name in names else 1e-7, msg=name)
 
 
+EXPERTS = {"num_local_experts": 3, "num_experts_per_tok": 2}
+
+
+def experts(family: str) -> CausalLoss:
+    torch.manual_seed(0)
+    return CausalLoss(AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**TINY, **EXPERTS, "head_dim": 8})))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_muon_takes_the_matrix_of_each_expert(family: str) -> None:
+    """transformers holds those of a layer's experts in one parameter, and the biases of some families too."""
+    ours = experts(family)
+    matrices = muon_matrices(ours.model)
+    names = {name for name, p in ours.model.named_parameters() if p in matrices}
+    assert {name.split(".")[-1] for name in names if ".experts." in name} == {"gate_up_proj", "down_proj"}
+    assert not any(word in name for name in names for word in ("embed", "lm_head", "norm", "bias", "sinks"))
+    before = {name: p.detach().clone() for name, p in ours.model.named_parameters()}
+    after = steps(ours, make_optimizer(spec(name="muon", weight_decay=0.5), ours))
+    torch.manual_seed(1)
+    gradients = [{name: torch.randn_like(p) for name, p in before.items()} for _ in range(3)]
+    for name in (name for name in names if ".experts." in name):
+        alone = [torch.nn.Parameter(one.clone()) for one in before[name]]
+        muon = torch.optim.Muon(alone, lr=0.01, weight_decay=0.5, adjust_lr_fn="match_rms_adamw")
+        for drawn in gradients:
+            for expert, one in zip(alone, drawn[name], strict=True):
+                expert.grad = one.clone()
+            muon.step()
+        for expert, one in zip(alone, after[name], strict=True):
+            torch.testing.assert_close(one, expert.detach(), rtol=0, atol=8e-4, msg=name)
+
+
 def test_adafactor_and_sgd_are_pytorchs() -> None:
     for name, keys, make in (("adafactor", {}, torch.optim.Adafactor), ("sgd", {"momentum": 0.8}, torch.optim.SGD)):
         ours, theirs = model(), model()

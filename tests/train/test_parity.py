@@ -52,6 +52,19 @@ def test_bf16_agrees_within_its_rounding(undisturbed: Path, one_worker: Path, ze
     assert losses(one_worker / "bf16") != losses(one_worker / "fp32")
 
 
+def test_layers_that_are_computed_again_make_equal_steps_under_stages_1_and_2_and_in_bf16(corpus: Path, tmp_path: Path) -> None:
+    """All of them, and every second one."""
+    short = {"duration": {"steps": 4}, "schedule": {}, "evaluate": {"every_steps": 4}, "checkpoint": {"every_steps": 4}}
+    cases = [(precision, zero) for precision in ("fp32", "bf16") for zero in (0, 1, 2) if (precision, zero) != ("fp32", 0)]
+    run_ranks({tmp_path / f"{precision}-{zero}-{every}": spec(corpus, scale=TWO, precision=precision, sharding={"zero": zero},
+                                                              activation_checkpointing=every, **short)
+               for precision, zero in cases for every in (0, 1, 2)})
+    for precision, zero in cases:
+        kept, every, second = (tmp_path / f"{precision}-{zero}-{every}" for every in (0, 1, 2))
+        assert losses(every) == losses(second) == losses(kept), (precision, zero)
+        assert metrics(every)[-1]["val_loss"] == metrics(second)[-1]["val_loss"] == metrics(kept)[-1]["val_loss"], (precision, zero)
+
+
 def test_the_losses_are_those_of_a_loop_written_by_hand(corpus: Path, one_worker: Path) -> None:
     expected = losses_by_hand(spec(corpus), corpus)
     np.testing.assert_allclose(losses(one_worker / "fp32"), expected, rtol=1e-5)

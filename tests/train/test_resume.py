@@ -73,6 +73,17 @@ def test_every_stage_and_precision_gives_the_same_steps_and_goes_on(optimizer: s
                                    [record.get("loss", 0) for record in metrics(tmp_path / "fp32-0")], rtol=1e-5 if tight else 5e-3)
 
 
+@pytest.mark.slow
+def test_muon_makes_the_same_steps_of_experts_under_every_stage(tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path / "c")
+    model = {"config": {"model_type": "mixtral", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+                        "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 3, "num_experts_per_tok": 2}}
+    runs = {tmp_path / str(zero): case(corpus, "muon", "fp32", zero, model=model) for zero in range(4)}
+    run_ranks(runs)
+    for run in runs:
+        np.testing.assert_allclose(losses(run), losses(tmp_path / "0"), rtol=5e-3, err_msg=run.name)
+
+
 def test_sigterm_to_a_rank_saves_after_its_step_and_costs_nothing(tmp_path: Path) -> None:
     corpus = make_corpus(tmp_path / "c")
     whole, run = tmp_path / "whole", tmp_path / "run"

@@ -95,6 +95,15 @@ def test_four_ranks_make_one_workers_steps_under_any_stage_and_change_their_grou
 
 
 @pytest.mark.slow
+def test_what_is_offloaded_makes_one_workers_steps(corpus: Path, one_worker: Path, tmp_path: Path) -> None:
+    optimizer = {"optimizer": "cpu"}
+    offloads = {"fp32-1": optimizer, "fp32-2": optimizer, "fp32-3": {**optimizer, "parameters": "cpu"}, "bf16-2": optimizer}
+    check_one_workers_steps(corpus, one_worker, {
+        tmp_path / name: spec(corpus, optimizer=CLIPPED, precision=name[:4], scale=TWO, sharding=divided(int(name[5:]), offload=offload))
+        for name, offload in offloads.items()})
+
+
+@pytest.mark.slow
 def test_options_make_the_same_steps_and_go_on_bit_equal(tmp_path: Path) -> None:
     """Conversations of which not all tokens give loss, averages, Muon, recomputation, penalties, dropout."""
     plain, packed = make_corpus(tmp_path / "c"), make_packed_corpus(tmp_path / "p", times=1, conversations=True)

@@ -9,7 +9,7 @@ import pytest
 from distlm.errors import SpecError
 from distlm.spec.load import dump, load_spec
 from distlm.train.zero import deepspeed_config
-from tests.train.ranks import losses, make_corpus, spec
+from tests.train.ranks import losses, make_corpus, run_ranks, spec
 from tests.train.test_resume import case, check_going_on
 
 SHARDED = {"zero": 3, "deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}}}
@@ -24,6 +24,14 @@ def test_a_second_partition_over_groups_of_workers_changes_no_step(tmp_path: Pat
                     tmp_path / "groups": case(corpus, "adamw", "bf16", 3, scale=scale, ema={"decay": 0.9},
                                               batch={"global_sequences": 12, "micro_sequences": 1},
                                               sharding={**SHARDED, "zeropp": {"hierarchical_partition": 2}})})
+    np.testing.assert_allclose(losses(tmp_path / "groups"), losses(tmp_path / "whole"), rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_muon_makes_the_same_steps_with_a_second_partition(tmp_path: Path) -> None:
+    corpus, batch = make_corpus(tmp_path / "c"), {"global_sequences": 12, "micro_sequences": 1}
+    run_ranks({tmp_path / name: case(corpus, "muon", "bf16", 3, scale={"workers": 4}, batch=batch, sharding={**SHARDED, **zeropp})
+               for name, zeropp in (("whole", {}), ("groups", {"zeropp": {"hierarchical_partition": 2}}))})
     np.testing.assert_allclose(losses(tmp_path / "groups"), losses(tmp_path / "whole"), rtol=1e-6)
 
 
