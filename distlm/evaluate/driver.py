@@ -51,12 +51,14 @@ def evaluate(spec: EvaluateSpec, folder: RunFolder, storage: Storage, progress: 
         folder.result(outputs)
         write_report(folder, outputs)
 
-    with loaded(files, spec.shots, spec.limit) as tasks:
+    with loaded(files, spec.shots, spec.limit, spec.chat) as tasks:
         def check(context: int | None, tokenizer: Path | None) -> None:
-            check_answers(files, context, tokenizer)
+            check_answers(files, context, tokenizer, spec.chat)
             if files and tokenizer:
-                from distlm.evaluate.harness import check_choices
+                from distlm.evaluate.harness import ask_in_chat, check_choices
 
+                if spec.chat:
+                    ask_in_chat(files, tasks, spec.limit, tokenizer)
                 check_choices(files, tasks, tokenizer, context)
 
         def scored(answering: Any, task: Task, made_by: str, tokenizer: Path | None, batches: list[Any], texts: list[str]) -> None:

@@ -27,7 +27,7 @@ from transformers import AutoTokenizer
 
 from distlm.corpus.manifest import file_xxh3
 from distlm.errors import EvaluationError, InputError
-from distlm.evaluate.tasks import FEWSHOT_SEED, TaskFile, max_tokens, named, refused
+from distlm.evaluate.tasks import FEWSHOT_SEED, TaskFile, make_questions, max_tokens, named, refused
 from distlm.evaluate.worker import Asked, Said
 from distlm.progress import Progress
 from distlm.runs import RunFolder
@@ -85,6 +85,11 @@ class Model(TemplateLM):  # type: ignore[misc, unused-ignore]
         if add_special_tokens is None:
             add_special_tokens = not string.startswith(self.tokenizer.decode(self.prefix_token_id))
         return list(self.tokenizer.encode(string, add_special_tokens=add_special_tokens))
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """A conversation as text, up to where the model is to go on: behind what begins its turn, or what it has begun to say."""
+        return str(self.tokenizer.apply_chat_template(chat_history, tokenize=False, add_generation_prompt=add_generation_prompt,
+                                                      continue_final_message=not add_generation_prompt))
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[Said]:
         return list(super().loglikelihood(requests, disable_tqdm=True))
@@ -171,6 +176,13 @@ class Model(TemplateLM):  # type: ignore[misc, unused-ignore]
         return [by_place[i] for i in range(len(asked))]
 
 
+def ask_in_chat(files: list[TaskFile], tasks: dict[str, Any], limit: int | None, tokenizer: Path) -> None:
+    """Make the questions of tasks conversations by the template of a tokenizer. Raises InputError."""
+    model = Model(tokenizer, None)
+    for file in files:
+        make_questions(file, tasks[file.config["task"]], limit, model.apply_chat_template)
+
+
 def check_choices(files: list[TaskFile], tasks: dict[str, Any], tokenizer: Path, context: int | None) -> None:
     """Raises InputError for a choice of a task, or another answer that is scored, that has no token or more than a model of this `context`
     takes, before anybody is asked. One that tokens before it swallow is told when it is asked."""
@@ -209,7 +221,7 @@ def run_tasks(files: list[TaskFile], tasks: dict[str, Any], spec: EvaluateSpec, 
             "documents": found["n-samples"][name]["effective"], "answers": str(answers.relative_to(folder.path)),
             "metrics": metrics(found["results"][name], found["higher_is_better"].get(name) or {})}
         keep({"tasks": made, "harness": {"version": version("lm_eval"), "context": model.max_length, "truncated": model.truncated,
-                                         "fewshot_seed": FEWSHOT_SEED, "bootstrap": BOOTSTRAP}})
+                                         "fewshot_seed": FEWSHOT_SEED, "bootstrap": BOOTSTRAP, "chat": spec.chat}})
     if model.truncated:
         progress.note(told := f"{model.truncated:,} texts of tasks are longer than the context of {model.max_length:,} tokens, and lost "
                       "their beginning")

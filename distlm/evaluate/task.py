@@ -242,7 +242,7 @@ def inputs_of(spec: EvaluateSpec, storage: Storage) -> dict[str, Any]:
         corpora["tasks"] = {file.config["task"]: file.hashes for file in files}
     if spec.model is not None:
         model = find_model(spec.model, storage)
-        check_answers(files, context_of(model), model)
+        check_answers(files, context_of(model), model, spec.chat)
         return {"model": str(model), **corpora}
     from distlm.evaluate.endpoint import find_endpoint, find_tokenizer
 
@@ -250,5 +250,5 @@ def inputs_of(spec: EvaluateSpec, storage: Storage) -> dict[str, Any]:
     if endpoint.classifies:
         check_classifier(spec, [read_manifest(part.corpus) for part in task.parts], f"what {endpoint.model} serves")
     tokenizer = find_tokenizer(spec, task, endpoint, storage)
-    check_answers(files, None, tokenizer)
+    check_answers(files, None, tokenizer, spec.chat)
     return {**endpoint.told(), **corpora, **({"tokenizer": {str(tokenizer): vocabulary_hash(tokenizer)}} if tokenizer else {})}

@@ -14,10 +14,11 @@ import logging
 import os
 import random
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from glob import escape, glob
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -125,6 +126,7 @@ def check_scoring(config: Mapping[str, Any], where: str) -> None:
             near = nearest(name, list(registry.metric_registry))
             raise InputError(f"metric_list: the harness brings no metric {name}, and none is downloaded", where=where,
                              remedy=f"did you mean {near}?" if near else f"there are {', '.join(sorted(registry.metric_registry))}")
+    check_computed(config, where)
     options = config.get("generation_kwargs") or {}
     if options.get("do_sample") or float(options.get("temperature") or 0) > 0:
         raise InputError("generation_kwargs: the answers would be drawn at random", where=where,
@@ -138,6 +140,35 @@ def check_scoring(config: Mapping[str, Any], where: str) -> None:
         raise InputError("it asks of images or sounds", where=where, remedy="models here read text alone")
     if config.get("unsafe_code"):
         raise InputError("unsafe_code: it would run code that the model writes", where=where, remedy="leave it out")
+
+
+def check_computed(config: Mapping[str, Any], where: str) -> None:
+    """Raises InputError for a metric that the harness does not compute of the log-probabilities that a task asks for. Of a text that is
+    generated it takes whatever the metric makes of it."""
+    from lm_eval.api import registry
+
+    kind = config.get("output_type", "generate_until")
+    for entry in config.get("metric_list") or [] if config.get("process_results") is None else []:
+        if isinstance(name := entry["metric"], str) and not computed(kind, name):
+            raise InputError(f"metric_list: the harness computes no {name} of the answers of output_type: {kind}", where=where,
+                             remedy=f"there are {', '.join(sorted(one for one in registry.metric_registry if computed(kind, one)))}")
+
+
+def computed(kind: str, metric: str) -> bool:
+    """Whether the harness computes a metric of log-probabilities of this kind: it is asked for that of an answer that is made up, since it
+    has no list of them. True where a text is generated."""
+    from lm_eval.api.registry import get_metric
+    from lm_eval.api.task import ConfigurableTask
+
+    said = {"loglikelihood": [(0.0, True)], "loglikelihood_rolling": [0.0],
+            "multiple_choice": [(0.0, True)] * (4 if metric == "acc_mutual_info" else 2)}      # with those of each choice alone
+    if kind not in said:
+        return True
+    task = SimpleNamespace(
+        config=SimpleNamespace(process_results=None), OUTPUT_TYPE=kind, _metric_fn_list={metric: get_metric(metric)},
+        multiple_input=False, multiple_target=False, doc_to_choice=lambda _: ["a", "b"], doc_to_target=lambda _: "a", count_words=len,
+        count_bytes=len)
+    return metric in ConfigurableTask.process_results(task, {}, said[kind])
 
 
 def metric_names(file: TaskFile) -> list[str] | None:
@@ -171,14 +202,19 @@ def max_tokens(options: Mapping[str, Any]) -> int:
     return int(next((options[name] for name in LIMITS if options.get(name) is not None), DEFAULT_MAX_GEN_TOKS))
 
 
-def check_answers(files: list[TaskFile], context: int | None, tokenizer: Path | None) -> None:
-    """Raises InputError for a task whose answers leave no room for a question, or that no token of a folder's tokenizer can end."""
+def check_answers(files: list[TaskFile], context: int | None, tokenizer: Path | None, chat: bool) -> None:
+    """Raises InputError for a task whose answers leave no room for a question, or that no token of a folder's tokenizer can end, and for a
+    tokenizer without a template where one is asked for."""
     if files and tokenizer:
         from transformers import AutoTokenizer
 
-        if AutoTokenizer.from_pretrained(tokenizer, local_files_only=True).eos_token_id is None:
+        found = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+        if found.eos_token_id is None:
             raise InputError("the tokenizer has no token that ends a text", where=f"tasks: {tokenizer}",
                              remedy="name it in tokenizer_config.json: eos_token")
+        if chat and not found.chat_template:
+            raise InputError("the tokenizer has no chat template", where=f"chat: {tokenizer}",
+                             remedy="leave chat out, or name a template in tokenizer_config.json: chat_template")
     for file in files:
         limit = max_tokens(file.config.get("generation_kwargs") or {})
         if file.config.get("output_type", "generate_until") == "generate_until" and context is not None and limit >= context:
@@ -257,9 +293,9 @@ def included(path: Path) -> list[Path]:
 
 
 @contextlib.contextmanager
-def loaded(files: list[TaskFile], shots: int | None, limit: int | None) -> Iterator[dict[str, Any]]:
-    """The harness's task of each file by its name, with the questions of its first `limit` documents, for the block: data sets are kept in
-    a folder that goes with it. Raises InputError."""
+def loaded(files: list[TaskFile], shots: int | None, limit: int | None, chat: bool = False) -> Iterator[dict[str, Any]]:
+    """The harness's task of each file by its name, with the questions of its first `limit` documents, unless they are a `chat` and
+    `make_questions` makes them, for the block: data sets are kept in a folder that goes with it. Raises InputError."""
     if not files:
         yield {}
         return
@@ -280,7 +316,16 @@ def loaded(files: list[TaskFile], shots: int | None, limit: int | None) -> Itera
                     {} if "custom_dataset" in file.config else {"cache_dir": cache})}})
                 task.set_config(key="num_fewshot", value=task.config.num_fewshot or 0 if shots is None else shots)
                 task.set_fewshot_seed(seed=FEWSHOT_SEED)
-                task.build_all_requests(limit=limit)
-                task.build_all_requests = lambda **_: None  # the harness would draw other examples when it makes them again
             tasks[file.config["task"]] = task
+            if not chat:
+                make_questions(file, task, limit)
         yield tasks
+
+
+def make_questions(file: TaskFile, task: Any, limit: int | None, template: Callable[..., str] | None = None) -> None:
+    """Give the harness's task of a file the questions of its first `limit` documents, by a chat template where there is one: examples are
+    turns before the question, as is the harness's default. Raises InputError."""
+    chat = {"apply_chat_template": True, "fewshot_as_multiturn": True, "chat_template": template} if template else {}
+    with refused(file.where):
+        task.build_all_requests(limit=limit, **chat)
+        task.build_all_requests = lambda **_: None         # the harness would draw other examples when it makes them again

@@ -112,6 +112,8 @@ class EvaluateSpec(Scoring):
     """Examples before each question of a task. Default: what its file says, else none."""
     limit: Annotated[int | None, Field(ge=1)] = None
     """The first so many documents of each task. Default: all."""
+    chat: bool = False
+    """Whether tasks are asked as conversations by the tokenizer's chat template, the examples as turns before the question."""
     tokenizer: Annotated[str | None, Field(min_length=1)] = None
     """A run by name, or a folder with a tokenizer: by it an endpoint is asked of tasks. Default: that of the corpora, else of what an
     endpoint of ours serves."""
@@ -136,7 +138,7 @@ class EvaluateSpec(Scoring):
                 raise Rule("", "corpus, tasks or both must be given")
             without_effect(self, "without a corpus", "split", "windows", "mask_documents", "calibration_bins", "prompts")
         if not self.tasks:
-            without_effect(self, "without tasks", "shots", "limit", "tokenizer")
+            without_effect(self, "without tasks", "shots", "limit", "chat", "tokenizer")
         if twice := next((one for i, one in enumerate(self.tasks) if one in self.tasks[:i]), None):
             raise Rule("tasks", f"{twice} is there twice; give it once")
         if not self.prompts:

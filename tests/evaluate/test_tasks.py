@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import os
+import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -173,6 +174,51 @@ def test_the_harness_own_model_comes_to_the_same(root: Path, by_checkpoint: dict
 
 
 @needs_harness
+def test_a_chat_comes_to_the_same_by_a_checkpoint_its_endpoint_and_the_harness_own_model(
+        root: Path, storage: Storage, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    huggingface = pytest.importorskip("lm_eval.models.huggingface")
+    from lm_eval.evaluator import simple_evaluate
+
+    names = ("pick", "say")
+    keys = {"tasks": [str(root / "tasks" / f"{name}.yaml") for name in names], "shots": 2}
+    own = execute.run({"kind": "evaluate", "name": "in-chat", "model": "m", "chat": True, "workers": 2, **keys}, storage=storage,
+                      progress=Records())
+    asking = evaluate(asked(root, server, chat=True, **keys), RunFolder(tmp_path), Storage(root), Records())
+    (tmp_path / "plain").mkdir()
+    plain = evaluate(asked(root, server, **keys), RunFolder(tmp_path / "plain"), Storage(root), Records())
+    monkeypatch.chdir(root / "tasks")
+    model = huggingface.HFLM(pretrained=str(root / "runs" / "m"), device="cpu", dtype="float32", batch_size=2)
+    tasks = [YAML(typ="safe").load(Path(path).read_text()) | {"num_fewshot": 2} for path in keys["tasks"]]
+    found = simple_evaluate(model=model, tasks=tasks, bootstrap_iters=1000, apply_chat_template=True, fewshot_as_multiturn=True)
+    assert found is not None and own["harness"]["chat"] and not plain["harness"]["chat"]
+    assert values(asking) == pytest.approx(values(own), rel=1e-6, abs=1e-6)
+    for name, task in own["tasks"].items():
+        for metric, one in task["metrics"].items():
+            assert one["value"] == pytest.approx(found["results"][name][f"{metric},none"], rel=1e-6), (name, metric)
+    for name in names:
+        theirs = json.loads(json.dumps([one["arguments"] for one in sorted(found["samples"][name], key=lambda one: one["doc_id"])]))
+        for folder in (Path(own[""]), tmp_path):
+            assert [one["arguments"] for one in lines(folder, name)] == theirs
+    first = lines(tmp_path, "pick")[0]["arguments"][0][0]
+    assert first.startswith("<|user|>Q: shot") and first.count("<|user|>") == 3 == first.count("<|assistant|>")
+    assert [one["filtered_resps"] for one in lines(tmp_path, "say")] == [one["filtered_resps"] for one in sorted(
+        found["samples"]["say"], key=lambda one: one["doc_id"])]
+    assert "<|user|>" not in lines(tmp_path / "plain", "pick")[0]["arguments"][0][0]
+
+
+@needs_harness
+def test_a_tokenizer_without_a_template_is_told_before_any_work(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root / "runs" / "m", tmp_path / "runs" / "m")
+    settings = tmp_path / "runs" / "m" / "tokenizer_config.json"
+    settings.write_text(json.dumps({key: value for key, value in json.loads(settings.read_text()).items() if key != "chat_template"}))
+    given = {"kind": "evaluate", "name": "e", "model": "m", "tasks": [str(root / "tasks" / "pick.yaml")]}
+    with pytest.raises(InputError, match=r"chat: .*/runs/m: the tokenizer has no chat template; leave chat out, or name"):
+        execute.run({**given, "chat": True}, storage=Storage(tmp_path), progress=Records())
+    assert not Storage(tmp_path).evaluation("e").exists()
+    inputs_of(spec(root, "pick", model=str(tmp_path / "runs" / "m")), Storage(root))
+
+
+@needs_harness
 def test_a_job_leaves_the_numbers_the_answers_and_what_it_read(root: Path, storage: Storage, by_checkpoint: dict[str, Any]) -> None:
     folder = RunFolder(Path(by_checkpoint[""]))
     assert folder.state() == ("succeeded", "completed") and folder.read_result() == by_checkpoint and "loss" not in by_checkpoint
@@ -260,6 +306,11 @@ def test_a_worker_says_of_a_text_what_whole_logits_do(root: Path) -> None:
     ({"metric_list": [{"metric": "bert_score"}]}, "the harness brings no metric bert_score, and none is downloaded"),
     ({"metric_list": [{"metric": "acc_nrm"}]}, r"no metric acc_nrm.*; did you mean acc_norm\?"),
     ({"metric_list": [{"metric": "acc", "hf_evaluate": True}]}, "and none is downloaded"),
+    ({"metric_list": [{"metric": "acc"}, {"metric": "bits_per_byte"}]},
+     "the harness computes no bits_per_byte of the answers of output_type: multiple_choice; there are acc, acc_bytes, acc_mutual_info, "
+     "acc_norm, brier_score, exact_match, f1, likelihood, mcc$"),
+    ({"output_type": "loglikelihood", "metric_list": [{"metric": "acc_norm"}]}, "computes no acc_norm .* there are acc, perplexity$"),
+    ({"output_type": "loglikelihood_rolling", "metric_list": [{"metric": "perplexity"}]}, "bits_per_byte, byte_perplexity, word_perplex"),
     ({"generation_kwargs": {"do_sample": True}}, "would be drawn at random; set do_sample: false"),
     ({"generation_kwargs": {"num_beams": 3}}, "generation_kwargs: num_beams is not supported"),
     ({"output_type": "generate_until", "generation_kwargs": {"max_gen_toks": CONTEXT}}, "an answer of 96 tokens leaves no room"),
@@ -456,7 +507,8 @@ def test_an_endpoint_is_asked_by_the_tokenizer_of_its_model(root: Path, server: 
 
 @pytest.mark.parametrize(("keys", "message"), [
     ({"tasks": []}, "corpus, tasks or both must be given"), ({"prompts": ["x"]}, "prompts: .*has no effect without a corpus"),
-    ({"tasks": [], "corpus": "c", "shots": 2}, "shots: 2 has no effect without tasks"), ({"tasks": ["a", "a"]}, "a is there twice"),
+    ({"tasks": [], "corpus": "c", "shots": 2}, "shots: 2 has no effect without tasks"),
+    ({"tasks": [], "corpus": "c", "chat": True}, "chat: True has no effect without tasks"), ({"tasks": ["a", "a"]}, "a is there twice"),
     ({"tokenizer": "m"}, "tokenizer: m has no effect without an endpoint")])
 def test_keys_without_effect_are_refused(keys: dict[str, Any], message: str) -> None:
     with pytest.raises(SpecError, match=message):
