@@ -102,7 +102,7 @@ ZEROPP_KEYS = {"hierarchical_partition": "zero_hpz_partition_size", "quantized_w
 
 
 def check_offload(spec: "TrainSpec") -> None:
-    """Raises Rule where raw keys contradict `sharding.offload`, and where what is offloaded cannot be averaged."""
+    """Raises Rule where raw keys contradict `sharding.offload`, where what is offloaded cannot be averaged, and for what is not proved."""
     offload, averaged = spec.sharding.offload, spec.ema or spec.checkpoint.average > 1
     for ours, key in (("optimizer", "offload_optimizer"), ("parameters", "offload_param")):
         device = getattr(offload, ours, None)
@@ -111,8 +111,11 @@ def check_offload(spec: "TrainSpec") -> None:
         if device and twice:
             raise Rule(f"sharding.deepspeed.zero_optimization.{key}.{twice[0]}",
                        f"contradicts sharding.offload.{ours}, which sets it; leave one of them out")
-        if averaged and "nvme" in (device, raw.get("device") if isinstance(raw, dict) else None):
-            where = f"sharding.offload.{ours}" if device else f"sharding.deepspeed.zero_optimization.{key}"
+        on_disk = "nvme" in (device, raw.get("device") if isinstance(raw, dict) else None)
+        where = f"sharding.offload.{ours}" if device else f"sharding.deepspeed.zero_optimization.{key}"
+        if on_disk and spec.optimizer.name == "muon":
+            raise Rule(where, "nvme is not proved to make the same steps with muon; lay it on cpu, or take adamw")
+        if averaged and on_disk:
             raise Rule(where, "weights on disks cannot be averaged; leave out ema and checkpoint.average, or set it to cpu" if device else
                        "weights on disks cannot be averaged; leave out ema and checkpoint.average, or set device: cpu")
 

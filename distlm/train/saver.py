@@ -193,8 +193,8 @@ class Saver:
         What this rank has not brought to the commit, none commits."""
         if now.commit and self._rank:
             return False
-        left: list[Future[Any]] = [*now.files, *([now.commit] if now.commit else [])]
-        wait([one for one in left if not one.done()], timeout=60)
+        pending: list[Future[Any]] = [one for one in (*now.files, now.commit) if one and not one.done()]
+        wait(pending, timeout=60)
         if not (now.path / checkpoint.MARKER).exists():
             shutil.rmtree(now.path, ignore_errors=True)    # another rank that still writes fails too
         return not now.path.exists()

@@ -79,6 +79,8 @@ def test_muon_makes_the_same_steps_of_experts_under_every_stage(tmp_path: Path) 
     model = {"config": {"model_type": "mixtral", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
                         "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 3, "num_experts_per_tok": 2}}
     runs = {tmp_path / str(zero): case(corpus, "muon", "fp32", zero, model=model) for zero in range(4)}
+    runs |= {tmp_path / f"{zero}-cpu": case(corpus, "muon", "fp32", zero, model=model, sharding={
+        "zero": zero, "offload": {"optimizer": "cpu"}}) for zero in (1, 2, 3)}
     run_ranks(runs)
     for run in runs:
         np.testing.assert_allclose(losses(run), losses(tmp_path / "0"), rtol=5e-3, err_msg=run.name)
