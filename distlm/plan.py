@@ -30,6 +30,9 @@ MAX_LABELS = 20
 def needs(loaded: Loaded, storage: Storage, cluster: "RayUpFile | None" = None) -> Rows:
     """(what, how much) rows. `loaded` comes from `execute.resolve`; a `cluster` file may say what its nodes cost. Raises SpecError,
     InputError for what can be seen to fail."""
+    if cluster and not isinstance(loaded.spec, TrainSpec | TuneSpec | PipelineSpec):
+        raise SpecError(f"a plan of kind: {loaded.spec.kind} has no hours, and so no price", where=f"--cluster {cluster.path}",
+                        remedy="leave it out")
     with located(loaded):
         return _needs(loaded.spec, storage, cluster)
 

@@ -118,6 +118,8 @@ def test_a_plan_takes_the_price_of_a_cluster_file_where_the_spec_has_none(tmp_pa
             "space": {"optimizer.lr": {"loguniform": [1e-4, 1e-2]}}}
     del tune["train"]["scale"]["price_per_worker_hour"]
     assert "a trial's price" in dict(needs(resolve(tune), Storage(tmp_path), file))
+    with pytest.raises(SpecError, match=r"--cluster .*cluster.yaml: a plan of kind: prepare has no hours, and so no price; leave it out"):
+        needs(resolve({"name": "z", "kind": "prepare", "sources": ["stdlib"]}), Storage(tmp_path), file)
 
 
 def test_a_missing_cluster_file_is_the_users_mistake(tmp_path):

@@ -234,6 +234,7 @@ def test_an_adapter_that_cannot_be_merged_is_refused_and_the_others_are_what_was
     assert torch.allclose(model(tokens).logits, applied, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "dora"])
 def test_a_base_that_is_let_go_at_once_trains_the_same_adapter(root: Path, tmp_path: Path, method: str) -> None:
     """As of a large model under ZeRO-3: what a layer needs is gathered for it alone."""

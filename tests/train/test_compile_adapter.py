@@ -110,8 +110,9 @@ def test_other_objectives_train_the_same_adapter(objective: str, root: Path, tmp
     assert found.keys() == eager.keys() and all(torch.allclose(found[key], eager[key], atol=2e-5) for key in eager)
 
 
-@pytest.mark.parametrize("adapter", [pytest.param({"dropout": 0.1}, id="lora"), pytest.param({"method": "dora"}, id="dora"),
-                                     pytest.param({"base": "nf4"}, id="nf4", marks=quantized)])
+@pytest.mark.parametrize("adapter", [pytest.param({"dropout": 0.1}, id="lora", marks=pytest.mark.slow),
+                                     pytest.param({"method": "dora"}, id="dora"),
+                                     pytest.param({"base": "nf4"}, id="nf4", marks=[quantized, pytest.mark.slow])])
 def test_a_layer_is_compiled_whole_and_no_further_once_all_its_variants_are(adapter: dict[str, Any], root: Path,
                                                                           monkeypatch: pytest.MonkeyPatch) -> None:
     """In training and evaluation, computed again or not, for batches of several sizes, with documents apart or not."""

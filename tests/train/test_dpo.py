@@ -122,7 +122,7 @@ def by_hand(root: Path) -> list[tuple[float, float, float]]:
     return found
 
 
-@pytest.mark.parametrize("zero", [0, 3])
+@pytest.mark.parametrize("zero", [0, pytest.param(3, marks=pytest.mark.slow)])
 def test_prompts_are_completed_beside_the_pairs(root: Path, tmp_path: Path, zero: int) -> None:
     run = tmp_path / "run"
     run_ranks({run: tuned(root, scale=TWO, sharding=SHARDED if zero else {}, duration={"steps": 2}, schedule={}, checkpoint={},

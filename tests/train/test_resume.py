@@ -102,7 +102,8 @@ def test_sigterm_to_a_rank_saves_after_its_step_and_costs_nothing(tmp_path: Path
     assert (run / "export" / "model.safetensors").read_bytes() == (whole / "export" / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize(("where", "number", "saved", "measured"), [("step", 7, 7, 1), ("measure", 8, 8, 2), ("step", 12, 12, 2)])
+@pytest.mark.parametrize(("where", "number", "saved", "measured"), [
+    ("step", 7, 7, 1), pytest.param("measure", 8, 8, 2, marks=pytest.mark.slow), pytest.param("step", 12, 12, 2, marks=pytest.mark.slow)])
 def test_sigterm_inside_a_step_or_an_evaluation_is_seen_at_its_end(tmp_path: Path, where: str, number: int, saved: int, measured: int
                                                                      ) -> None:
     corpus = make_corpus(tmp_path / "c")
