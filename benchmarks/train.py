@@ -117,7 +117,7 @@ def prepare_corpus(options: argparse.Namespace) -> list[float]:
     for number in range(200):
         (folder / f"{number}.txt").write_text(say(4000))
     distlm.run({"kind": "prepare", "name": corpus_of(options.side), "sources": [str(folder)], "context": options.context,
-                "tokenizer": {"kind": "bytes"} if options.side == "bytes" else {"vocab_size": options.vocab}},
+                "tokenizer": {"train": "bytes"} if options.side == "bytes" else {"vocab_size": options.vocab}},
                storage=options.storage, progress=quiet())
     return []
 
@@ -183,14 +183,9 @@ def run_twin_workers(options: argparse.Namespace) -> list[float]:
     import torch
 
     options.threads, workers = 1, options.threads
-    context = torch.multiprocessing.get_context("spawn")
-    results = context.SimpleQueue()
-    processes = [context.Process(target=twin, args=(rank, workers, options, results)) for rank in range(workers)]
-    for process in processes:
-        process.start()
+    results = torch.multiprocessing.get_context("spawn").SimpleQueue()
+    torch.multiprocessing.spawn(twin, (workers, options, results), workers)            # raises where one has failed
     seconds: list[float] = results.get()
-    for process in processes:
-        process.join()
     return seconds
 
 

@@ -60,8 +60,9 @@ class RayUpFile:
             raise SpecError("says no prices", where=str(self.path), remedy=f"give what a node of each kind costs an hour, in any currency: "
                                                                             f"metadata: {{{PRICES}: {{{next(iter(kinds), 'gpu')}: 1.5}}}}")
         need, found = {name: amount for name, amount in bundles[0].items() if amount}, list[Nodes]()
+        in_all = self.config.get("max_workers", 2)
         for kind, price in prices.items():
-            has, most = kinds[kind]["resources"], kinds[kind].get("max_workers", self.config.get("max_workers", 2))
+            has, most = kinds[kind]["resources"], min(kinds[kind].get("max_workers", in_all), in_all)
             each = min(int(has.get(name, 0) / amount) for name, amount in need.items())
             count = -(-len(bundles) // each) if each else 0
             if each and count <= (1 if kind == head else most):
@@ -69,7 +70,7 @@ class RayUpFile:
                 text = f"{count} x {kind} at {price:g}" + f" and the head at {beside:g}" * (beside > 0)
                 found.append(Nodes(count * price + beside, text))
         if not found:
-            wants = " and ".join(f"{amount:g} {name}s" for name, amount in need.items())
+            wants = " and ".join(f"{amount:g} {name}" for name, amount in need.items())
             raise SpecError(f"no kind of node that has a price holds {len(bundles)} processes with {wants} each, by its resources and "
                             "max_workers", where=str(self.path), remedy="write the resources of the kind of node, as {CPU: 96, GPU: 8}, or "
                                                                         "raise its max_workers")

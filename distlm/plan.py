@@ -20,7 +20,7 @@ from distlm.spec.prepare import BYTES_VOCABULARY, Tokenizer
 from distlm.storage import Storage
 
 if TYPE_CHECKING:
-    from distlm.clusterfile import RayUpFile
+    from distlm.clusterfile import Nodes, RayUpFile
 
 Rows = list[tuple[str, str]]
 MAX_LABELS = 20
@@ -84,7 +84,7 @@ def of_train(spec: TrainSpec, storage: Storage, cluster: "RayUpFile | None" = No
     models = (spec.model.source, spec.distill.teacher if spec.distill else None)
     if others := [name for name in models if name and "${" in name]:
         return [("model", f"{' and '.join(others)}, which other steps make"), *of_scale(spec)]
-    nodes = cluster.nodes_for(train_bundles(spec)[:spec.scale.workers]) if cluster and spec.scale.price_per_worker_hour is None else None
+    nodes = nodes_of(spec, cluster)
     if nodes:
         each = {"price_per_worker_hour": nodes.price / spec.scale.workers}
         spec = spec.model_copy(update={"scale": spec.scale.model_copy(update=each)})
@@ -106,6 +106,11 @@ def of_train(spec: TrainSpec, storage: Storage, cluster: "RayUpFile | None" = No
             *of_model(recipe.spec, recipe.shape, recipe.tokens(recipe.num_steps),
                       (recipe.micro_sequences, recipe.accumulation), recipe.mask_documents), *of_scale(spec),
             *([("nodes", f"{nodes.text} an hour")] if nodes else [])]
+
+
+def nodes_of(spec: TrainSpec, cluster: "RayUpFile | None") -> "Nodes | None":
+    """The nodes of a cluster file that hold the workers, where the spec itself has no price."""
+    return cluster.nodes_for(train_bundles(spec)[:spec.scale.workers]) if cluster and spec.scale.price_per_worker_hour is None else None
 
 
 def warmup_of(recipe: Any) -> str:
@@ -434,7 +439,9 @@ def _of_step(pipe: PipelineSpec, spec: Spec, storage: Storage, cluster: "RayUpFi
         labels = ("0", "1") if train.objective == "classify" else ()                   # how many there are is not known yet
         shape = Shape(vocabulary, context, 0, labels)
         rows += [(prefix + what, text) for what, text in of_model(train, shape, None, cut_of(train, context))]
-    return rows + [(prefix + what, text) for what, text in of_scale(train)]
+    nodes = nodes_of(train, cluster)                       # the hours are not known before the corpus
+    more = [*of_scale(train), *([("nodes", f"{nodes.text} an hour")] if nodes else [])]
+    return rows + [(prefix + what, text) for what, text in more]
 
 
 def cut_of(spec: TrainSpec, context: int) -> tuple[int, int]:

@@ -85,8 +85,11 @@ def test_the_price_of_a_job_is_that_of_the_nodes_that_hold_it(tmp_path):
     assert found.nodes_for(workers[3]) == clusterfile.Nodes(30.5, "1 x gpu at 30 and the head at 0.5")
     assert found.nodes_for(workers[9]).price == 60.5
     assert found.nodes_for([{"CPU": 2, "GPU": 0}] * 4) == clusterfile.Nodes(0.5, "1 x head at 0.5"), "the head is enough, and cheaper"
-    with pytest.raises(SpecError, match="no kind of node that has a price holds 17 processes with 1 CPUs and 1 GPUs each"):
+    with pytest.raises(SpecError, match="no kind of node that has a price holds 17 processes with 1 CPU and 1 GPU each"):
         found.nodes_for(workers[17])
+    few = clusterfile.RayUpFile(found.path, {**found.config, "max_workers": 1})
+    with pytest.raises(SpecError, match="holds 9 processes"):
+        few.nodes_for(workers[9])
     with pytest.raises(SpecError, match="says no prices; give what a node of each kind costs an hour"):
         clusterfile.read(ROOT / "cluster" / "gcp.yaml").nodes_for(workers[3])
     with pytest.raises(SpecError, match="write the resources of the kind of node"):
@@ -118,6 +121,9 @@ def test_a_plan_takes_the_price_of_a_cluster_file_where_the_spec_has_none(tmp_pa
             "space": {"optimizer.lr": {"loguniform": [1e-4, 1e-2]}}}
     del tune["train"]["scale"]["price_per_worker_hour"]
     assert "a trial's price" in dict(needs(resolve(tune), Storage(tmp_path), file))
+    steps = {"p": {"kind": "prepare", "sources": ["stdlib"]}, "t": {**tune["train"], "kind": "train", "corpus": "${p}"}}
+    rows = dict(needs(resolve({"name": "w", "kind": "pipeline", "steps": steps}), Storage(tmp_path), file))
+    assert any(what.endswith("nodes") and text.startswith("2 x gpu at 30") for what, text in rows.items()), "without its corpus too"
     with pytest.raises(SpecError, match=r"--cluster .*cluster.yaml: a plan of kind: prepare has no hours, and so no price; leave it out"):
         needs(resolve({"name": "z", "kind": "prepare", "sources": ["stdlib"]}), Storage(tmp_path), file)
 
