@@ -29,7 +29,7 @@ def test_compiled_layers_give_the_same_losses(tmp_path: Path) -> None:
 
 
 @compiler
-@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("gradient", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_layer_is_named_whose_output_or_gradient_is_not_finite(tmp_path: Path, gradient: bool) -> None:
     run = tmp_path / "run"
     given = spec(make_corpus(tmp_path / "c"), compile=True)

@@ -201,6 +201,7 @@ def test_some_cells(corpora: Path, expected: dict[str, list[Step]], one_rank: di
     check(run(corpora, tmp_path, SOME + recomputed([cell for cell in SOME if cell.ranks == 2])), expected, one_rank)
 
 
+@pytest.mark.slow
 def test_some_cells_of_divided_models_and_sequences(corpora: Path, expected: dict[str, list[Step]],
                                                     one_rank: dict[str, list[dict[str, Any]]], tmp_path: Path) -> None:
     check(run(corpora, tmp_path, SOME_DIVIDED), expected, one_rank)

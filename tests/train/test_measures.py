@@ -41,17 +41,17 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
                "corpus": {"mix": [{"corpus": str(plain), "weight": 0.75}, {"corpus": str(packed), "weight": 0.25}]}}
     run_ranks({root / "sources": spec(root / "two", **FEW), root / "mixture": TrainSpec.model_validate(mixture),
                root / "sft": spec(chat, **{**FEW, "objective": "sft"}),
-               root / "compiled": spec(root / "two", **FEW, compile=True),
                root / "whole": spec(root / "two", **FEW, model={"config": {"model_type": "gemma2", "hidden_size": 32, "head_dim": 8,
                                                                          "intermediate_size": 64, "num_hidden_layers": 2,
-                                                                         "num_attention_heads": 4, "num_key_value_heads": 2}}),
-               root / "distilled": spec(root / "two", **FEW, objective="distill", distill={"teacher": str(root / "sources" / "export")})})
+                                                                         "num_attention_heads": 4, "num_key_value_heads": 2}})})
     return root
 
 
 @pytest.fixture(scope="module")
-def divided(root: Path) -> Path:
-    """Runs of two ranks beside them."""
+def others(root: Path) -> Path:
+    """Runs beside them: with compiled layers, with a teacher, and of two ranks."""
+    run_ranks({root / "compiled": spec(root / "two", **FEW, compile=True),
+               root / "distilled": spec(root / "two", **FEW, objective="distill", distill={"teacher": str(root / "sources" / "export")})})
     run_ranks({root / "zero3": spec(root / "two", **FEW, scale=TWO, sharding=SHARDED),
                root / "sequence": spec(root / "two", **FEW, scale=TWO, sharding={"sequence_parallel": 2}),
                root / "sft-2": spec(root / "chat", **{**FEW, "objective": "sft"}, scale=TWO)})
@@ -73,12 +73,12 @@ def check(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["zero3", "tensor", "sequence"])
-def test_what_is_divided_is_measured_as_a_whole_is(divided: Path, name: str) -> None:
-    test_a_corpus_and_its_sources_are_measured_as_an_evaluation_does(divided, name)
+@pytest.mark.parametrize("name", ["compiled", "distilled", "zero3", "tensor", "sequence"])
+def test_others_are_measured_as_an_evaluation_does(others: Path, name: str) -> None:
+    test_a_corpus_and_its_sources_are_measured_as_an_evaluation_does(others, name)
 
 
-@pytest.mark.parametrize("name", ["sources", "compiled", "whole", "distilled"])
+@pytest.mark.parametrize("name", ["sources", "whole"])
 def test_a_corpus_and_its_sources_are_measured_as_an_evaluation_does(root: Path, name: str) -> None:
     ours, theirs = last(root / name), measured(root / name, root / "two")
     check(ours, theirs, "val_")
@@ -90,8 +90,8 @@ def test_a_corpus_and_its_sources_are_measured_as_an_evaluation_does(root: Path,
 
 
 @pytest.mark.slow
-def test_tokens_that_give_no_loss_are_left_out_on_each_rank(divided: Path) -> None:
-    test_tokens_that_give_no_loss_are_left_out(divided, "sft-2")
+def test_tokens_that_give_no_loss_are_left_out_on_each_rank(others: Path) -> None:
+    test_tokens_that_give_no_loss_are_left_out(others, "sft-2")
 
 
 @pytest.mark.parametrize("name", ["sft"])

@@ -87,7 +87,7 @@ def test_rows_of_pairs_keep_no_more_than_a_plan_counts() -> None:
     given = spec(model={"from": "m"}, objective="dpo", precision="fp32")
     sizes = [make_load(one, found, SHAPE, num_parameters(found), 1, 1, True).activations.kept(0) for one in (
         given, given.model_copy(update={"compile": True}))]
-    assert sizes == [counted, whole]
+    assert sizes[0] == counted and sizes[1] < whole, "compiled layers have the windows as they are, and keep less of them"
 
 
 @pytest.mark.skipif(not shutil.which("g++") and not shutil.which("clang++"), reason="there is no C++ compiler")

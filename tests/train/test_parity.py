@@ -52,6 +52,7 @@ def test_bf16_agrees_within_its_rounding(undisturbed: Path, one_worker: Path, ze
     assert losses(one_worker / "bf16") != losses(one_worker / "fp32")
 
 
+@pytest.mark.slow
 def test_layers_that_are_computed_again_make_equal_steps_under_stages_1_and_2_and_in_bf16(corpus: Path, tmp_path: Path) -> None:
     """All of them, and every second one."""
     short = {"duration": {"steps": 4}, "schedule": {}, "evaluate": {"every_steps": 4}, "checkpoint": {"every_steps": 4}}

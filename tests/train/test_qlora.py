@@ -170,8 +170,7 @@ def test_plan_counts_the_bits_of_the_base(root: Path) -> None:
 
 @pytest.mark.parametrize(("sections", "message"), [
     ({"sharding": {"zero": 3}}, "sharding.zero: 3 divides weights, and those in nf4 have scales"),
-    ({"adapter": {"base": "int4"}}, "adapter.base: 'int4' is not one of nf4"),
-    ({"compile": True}, "compile: is not proved")])
+    ({"adapter": {"base": "int4"}}, "adapter.base: 'int4' is not one of nf4")])
 def test_what_cannot_be(sections: dict[str, Any], message: str, root: Path) -> None:
     with pytest.raises(SpecError) as error:
         load_spec({**dump(tuned(root)), **sections})
