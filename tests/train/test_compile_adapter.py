@@ -48,7 +48,8 @@ def tuned(root: Path, corpus: str = "c", adapter: dict[str, Any] | None = None, 
 
 @compiler
 @pytest.mark.parametrize("sections", [
-    pytest.param({}, marks=pytest.mark.slow, id="lora"), pytest.param({"sharding": {"zero": 2}, "activation_checkpointing": 1}, marks=pytest.mark.slow, id="zero2-again"),
+    pytest.param({}, marks=pytest.mark.slow, id="lora"),
+    pytest.param({"sharding": {"zero": 2}, "activation_checkpointing": 1}, marks=pytest.mark.slow, id="zero2-again"),
     pytest.param({"adapter": {"method": "dora"}}, marks=pytest.mark.slow, id="dora"),
     pytest.param({"adapter": {"method": "dora"}, "sharding": {"zero": 2}}, marks=pytest.mark.slow, id="dora-zero2"),
     pytest.param({"adapter": {"base": "nf4"}, "activation_checkpointing": 1}, marks=[pytest.mark.slow, quantized], id="nf4-again")])
