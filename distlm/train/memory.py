@@ -9,9 +9,12 @@ The formulas follow what the code does: DeepSpeed 0.19 under `zero.deepspeed_con
 """
 
 import contextlib
+import functools
 import itertools
 import math
+import sys
 from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -80,11 +83,6 @@ class Memory:
     fragmentation: int
 
     @property
-    def states(self) -> int:
-        """What there is whatever the batch: no estimate but arithmetic."""
-        return self.weights + self.gradients + self.optimizer + self.ema
-
-    @property
     def total(self) -> int:
         return sum(self.parts().values())
 
@@ -99,7 +97,8 @@ class Load:
     spec: TrainSpec
     parameters: int
     """That a worker computes with: of a model that is divided over a group, its part."""
-    activations: Activations
+    count: Callable[[], Activations]
+    """What a sequence keeps, counted when it is first asked for: where layers are compiled that takes seconds."""
     width: int
     vocab_size: int
     context: int
@@ -116,6 +115,10 @@ class Load:
     """Of these, those that are held in 4 bits."""
     teacher: int = 0
     """Parameters of a teacher, which each worker holds whole beside them."""
+
+    @property
+    def activations(self) -> Activations:
+        return self.count()
 
     @property
     def ranks(self) -> int:
@@ -147,10 +150,10 @@ def make_load(spec: TrainSpec, config: "PreTrainedConfig", shape: Shape, paramet
     nf4 = nf4_elements(config) if spec.adapter and spec.adapter.base else 0
     teacher = num_parameters(teacher_config(spec.distill.teacher, shape)) if spec.distill else 0
     packed = spec.objective == "dpo" and not spec.compile
-    return Load(spec, parameters, measure_activations(config, shape, spec.precision, bool(spec.scale.gpus_per_worker), masked, tensor,
-                                                      spec.adapter, spec.sharding.sequence_parallel, packed, spec.compile),
-                text.hidden_size, (config.num_labels or 0) if config.problem_type else text.vocab_size, shape.context, micro_sequences,
-                accumulation, config.model_type in PLAIN_HEADS and not config.problem_type,
+    count = functools.cache(lambda: measure_activations(config, shape, spec.precision, bool(spec.scale.gpus_per_worker), masked, tensor,
+                                                        spec.adapter, spec.sharding.sequence_parallel, packed, spec.compile))
+    return Load(spec, parameters, count, text.hidden_size, (config.num_labels or 0) if config.problem_type else text.vocab_size,
+                shape.context, micro_sequences, accumulation, config.model_type in PLAIN_HEADS and not config.problem_type,
                 bool(recomputable(skeleton(config))), frozen, nf4, teacher)
 
 
@@ -242,7 +245,7 @@ def node_advice(load: Load, workers: int, limit: int) -> str:
 
 def check_states(load: Load) -> None:
     """Raises SpecError where model states alone, which are arithmetic, exceed what the spec says that a worker has."""
-    limit, states = memory_limit(load.spec), peak_memory(load).states
+    limit, states = memory_limit(load.spec), sum(own_states(load).values())
     if limit is not None and states > limit:
         found = advice(load, limit)
         key = "memory_gib" if load.spec.scale.memory_gib is not None else "gpu"
@@ -262,7 +265,7 @@ def peak_memory(load: Load) -> Memory:
     """
     spec, n, zero = load.spec, load.parameters - load.frozen, load.spec.sharding.zero
     world, p, on_gpu = load.ranks, load.weight_bytes, bool(spec.scale.gpus_per_worker)
-    part, states, away = -(-n // world), all_states(load), places(spec)
+    part, states, away = -(-n // world), own_states(load), places(spec)
     kept = load.micro_sequences * load.activations.kept(spec.activation_checkpointing)
     again = load.micro_sequences * max(load.activations.layers) if spec.activation_checkpointing else 0
     loss = loss_bytes(load, p)
@@ -278,13 +281,8 @@ def peak_memory(load: Load) -> Memory:
     else:
         live = min(load.parameters, raw_number(raw, "stage3_max_live_parameters", MAX_LIVE))
         buffers, step = reserved + live * p + 4 * part, 0
-    if "optimizer" in away:                                # it is updated there, with gradients that stages 2 and 3 lay there too
-        states |= {"optimizer": 0, "ema": 0, "gradients": 0 if on_gpu and zero > 1 else states["gradients"]}
+    if "optimizer" in away:
         buffers, step = buffers - 4 * part if zero == 3 else buffers, 0
-    weights = load.teacher * p + (0 if "parameters" in away else states["weights"])
-    group = raw_number(raw, "zero_hpz_partition_size", spec.sharding.zeropp.hierarchical_partition)
-    if zero == 3 and group > 1:                            # ZeRO++ keeps the weights once more, over the ranks of a node
-        weights += -(-load.parameters * p // group)
     gradients = states["gradients"]
     held = gradients if load.accumulation > 1 else 0       # the first backward pass begins without gradients
     early = buffers if zero == 3 or (zero and on_gpu) else 0                   # what there is before gradients fill buckets
@@ -295,8 +293,21 @@ def peak_memory(load: Load) -> Memory:
         "step": (gradients, 0, 0, step + (buffers if zero == 3 else 0))}
     at = max(peaks.values(), key=sum)
     snapshot = 0 if on_gpu else sum(snapshot_bytes(load))
-    whole = Memory(weights, at[0], states["optimizer"], states["ema"], at[1], at[2], at[3], snapshot, 0)
+    whole = Memory(states["weights"], at[0], states["optimizer"], states["ema"], at[1], at[2], at[3], snapshot, 0)
     return replace(whole, fragmentation=round(FRAGMENTATION * whole.total))
+
+
+def own_states(load: Load) -> dict[str, int]:
+    """What a worker's own memory holds whatever the batch: no estimate but arithmetic. A teacher is among the weights."""
+    spec, states, away, zero = load.spec, all_states(load), places(load.spec), load.spec.sharding.zero
+    weights = load.teacher * load.weight_bytes + (0 if "parameters" in away else states["weights"])
+    group = raw_number(spec.sharding.deepspeed.get("zero_optimization", {}), "zero_hpz_partition_size",
+                       spec.sharding.zeropp.hierarchical_partition)
+    if zero == 3 and group > 1:                            # ZeRO++ keeps the weights once more, over the ranks of a node
+        weights += -(-load.parameters * load.weight_bytes // group)
+    if "optimizer" in away:                                # it is updated there, with gradients that stages 2 and 3 lay there too
+        states |= {"optimizer": 0, "ema": 0, "gradients": 0 if spec.scale.gpus_per_worker and zero > 1 else states["gradients"]}
+    return {**states, "weights": weights}
 
 
 def all_states(load: Load) -> dict[str, int]:
@@ -424,9 +435,12 @@ def measure_activations(config: "PreTrainedConfig", shape: Shape, precision: str
             counts[current[0]] += storage.nbytes()
         return tensor
 
+    # past torch's limit, by default the ninth count of a process, a layer would not be compiled, and all that it makes be counted
+    unlimited = torch._dynamo.config.patch(recompile_limit=sys.maxsize, accumulated_recompile_limit=sys.maxsize) if compiled else \
+        contextlib.nullcontext()
     mask = shape.context**2 * (1 + p) if masked else 0     # boolean, and as PyTorch adds it to the scores; one for all layers
     try:
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), unlimited:
             tokens = torch.zeros(1, shape.context, dtype=torch.int64, device="meta")
             mask_ = torch.ones_like(tokens)                # without one, transformers would look into the positions
             model.base_model(input_ids=tokens, attention_mask=mask_, use_cache=False)
