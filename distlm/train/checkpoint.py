@@ -52,9 +52,9 @@ def committed(run: Path) -> list[Path]:
 
 
 def commits(run: Path) -> set[tuple[str, int]]:
-    """The names of those that carry the marker, each with the time of its marker in nanoseconds: a step that is committed again is another
-    one."""
-    return {(path.name, (path / MARKER).stat().st_mtime_ns) for path in committed(run)}
+    """The names of those that the schedule has made, each with the time of its marker in nanoseconds: a step that is committed again is
+    another one."""
+    return {(path.name, (path / MARKER).stat().st_mtime_ns) for path in due(run)}
 
 
 def _steps(run: Path) -> list[Path]:
