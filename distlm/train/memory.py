@@ -140,8 +140,8 @@ class Load:
 
 
 def make_load(spec: TrainSpec, config: "PreTrainedConfig", shape: Shape, parameters: int, micro_sequences: int, accumulation: int,
-              masked: bool = False) -> Load:
-    """`parameters`: of the whole model, with its adapter."""
+              masked: bool = False, whole: bool = False) -> Load:
+    """`parameters`: of the whole model, with its adapter. `whole`: as a dry run has it, whose pairs stand in windows and not in rows."""
     text, tensor = config.get_text_config(), spec.sharding.tensor_parallel
     shape = replace(shape, context=shape.context // spec.sharding.sequence_parallel)
     if tensor > 1:
@@ -149,7 +149,7 @@ def make_load(spec: TrainSpec, config: "PreTrainedConfig", shape: Shape, paramet
     frozen = parameters - sum(adapter_sizes(config, spec.adapter).values()) if spec.adapter else 0
     nf4 = nf4_elements(config) if spec.adapter and spec.adapter.base else 0
     teacher = num_parameters(teacher_config(spec.distill.teacher, shape)) if spec.distill else 0
-    packed = spec.objective == "dpo" and not spec.compile
+    packed = spec.objective == "dpo" and not spec.compile and not whole
     count = functools.cache(lambda: measure_activations(config, shape, spec.precision, bool(spec.scale.gpus_per_worker), masked, tensor,
                                                         spec.adapter, spec.sharding.sequence_parallel, packed, spec.compile))
     return Load(spec, parameters, count, text.hidden_size, (config.num_labels or 0) if config.problem_type else text.vocab_size,

@@ -84,7 +84,7 @@ class Recipe:
     warmup: tuple[tuple[int, int], ...] = ()
     """(sequences of a step, steps of that size) of the batch's warm-up."""
     whole: bool = False
-    """A micro-batch of pairs is computed with all its padding, so that it takes the memory that any may take: for a dry run."""
+    """A micro-batch of pairs is computed with all its padding, so that it has the most tokens that any may have: for a dry run."""
 
     @property
     def world(self) -> int:
