@@ -143,8 +143,8 @@ class Checkpoints(Part):
     milestone_steps: Annotated[int | None, Field(ge=1)] = None
     """Those of every so many steps are kept for ever; a multiple of every_steps. Default: none are."""
     keep_best: Annotated[int, Field(ge=0)] = 0
-    """So many with the lowest val_loss are kept beside the newest; every checkpoint is then evaluated before it is saved, but for one
-    that SIGTERM leaves no time to."""
+    """So many with the lowest val_loss are kept beside the newest; every checkpoint is then evaluated before it is saved, or, where
+    SIGTERM leaves no time to, when the run is taken up again."""
     average: Annotated[int, Field(ge=1)] = 1
     """The newest ones whose mean is exported, in fp32. It is evaluated as the run's model: metrics.jsonl has a second record of the last
     step, with their names as `averaged`. 1 exports the last step."""
