@@ -156,8 +156,8 @@ def fit(recipe: Recipe, folder: RunFolder, steps: Iterator[NDArray[np.int64]], *
         if spec.checkpoint.average > 1:
             mean = {"averaged": take_mean(engine, folder, recipe, rank)}
             measured = evaluator.measure(engine, recipe.num_steps)
-            if writer:
-                writer.average(mean["averaged"], measured)
+            if writer and not any(record.get("averaged") == mean["averaged"] for record in folder.read_metrics()):
+                writer.average(mean["averaged"], measured)     # once, also where a run has ended before it was exported
         with exported_weights(engine, ema):
             weights = gather_weights(engine, rank, trained=spec.adapter is not None)
         if rank == 0:
