@@ -412,7 +412,7 @@ def measure_activations(config: "PreTrainedConfig", shape: Shape, precision: str
     inputs = shape.context * text.hidden_size * p
     model: Any = divide(skeleton(config), tensor)
     if adapter:
-        add_adapter(model, adapter, 0)
+        add_adapter(model, adapter, 0, compiled)
     model = model.to(torch.float32 if precision == "fp32" else torch.bfloat16).train()
     if model.config._attn_implementation == "sdpa":
         if compiled:
