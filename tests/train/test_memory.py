@@ -13,18 +13,17 @@ from distlm.model.attention import use_cpu_attention
 from distlm.model.build import Shape, build_model, compile_layers, model_config, num_parameters
 from distlm.spec import TrainSpec
 from distlm.storage import Storage
+from distlm.train.activations import Activations, measure_activations
 from distlm.train.driver import short_nodes
 from distlm.train.memory import (
     GIB,
     MAX_LIVE,
     REDUCE_BUCKET,
-    Activations,
     Load,
     advice,
     check_states,
     host_memory,
     make_load,
-    measure_activations,
     node_advice,
     node_memory,
     own_states,
