@@ -63,8 +63,11 @@ def measure_activations(config: "PreTrainedConfig", shape: Shape, precision: str
             _count_attention(model, on_gpu, sequence, packed)
     seen: dict[int, Any] = {storage._cdata: storage for parameter in model.parameters() for storage in (parameter.untyped_storage(),)}
     layers = decoder_layers(model)
+    unlimited: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
     if compiled:
         _partition(layers)
+        # past torch's limit, by default at the ninth count of a process, layers would be left as they are without a word
+        unlimited = torch._dynamo.config.patch(recompile_limit=sys.maxsize, accumulated_recompile_limit=sys.maxsize)
     counts, current = [0] * (len(layers) + 1), [len(layers)]
     for i, layer in enumerate(layers):
         layer.register_forward_pre_hook(lambda *_, i=i: current.__setitem__(0, i))
@@ -77,9 +80,6 @@ def measure_activations(config: "PreTrainedConfig", shape: Shape, precision: str
             counts[current[0]] += storage.nbytes()
         return tensor
 
-    # past torch's limit, by default the ninth count of a process, a layer would not be compiled, and all that it makes be counted
-    unlimited = torch._dynamo.config.patch(recompile_limit=sys.maxsize, accumulated_recompile_limit=sys.maxsize) if compiled else \
-        contextlib.nullcontext()
     mask = shape.context**2 * (1 + p) if masked else 0     # boolean, and as PyTorch adds it to the scores; one for all layers
     try:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), unlimited:
