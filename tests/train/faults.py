@@ -32,8 +32,8 @@ def add_poison(model: Any, window: int, module: str, gradient: bool = False, fac
         rows = kwargs["input_ids"]
         now.fill_(factor if (rows[:, 0] * VOCABULARY + rows[:, 1] == window).any() else 1)
 
-    def spoiled(*args: Any) -> Any:
-        output = forward(*args)
+    def spoiled(*args: Any, **more: Any) -> Any:
+        output = forward(*args, **more)
         return Times.apply(output, now) if gradient else output * now
 
     model.register_forward_pre_hook(read, with_kwargs=True)
@@ -125,7 +125,7 @@ def strike(what: signal.Signals, place: str, number: int) -> None:
 
     owner, name, step_of = {
         "step": (loop, "train_step", lambda engine, *_: engine.global_steps + 1),
-        "measure": (Evaluator, "measure", lambda _, engine: engine.global_steps),
+        "measure": (Evaluator, "measure", lambda _, engine, *__: engine.global_steps),
         "save": (saver.Saver, "save", lambda _, step, *__: step),
         "write": (saver, "_write", lambda *args: int(args[-1].name.removeprefix("step-"))),
         "export": (loop, "gather_weights", lambda engine, *_: engine.global_steps)}[place]
