@@ -10,6 +10,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,10 +29,11 @@ NAME = "default"
 HEAD_LAYER = HEAD.removesuffix(".weight")
 
 
-def add_adapter(model: "PreTrainedModel", adapter: Adapter, seed: int) -> None:
+def add_adapter(model: "PreTrainedModel", adapter: Adapter, seed: int, compiled: bool = False) -> None:
     """Put an adapter that changes nothing yet into the model, which then has it alone to train; a classifier's last layer, which may be
-    drawn at random, is trained whole beside it. A is drawn from `seed`. Raises SpecError where peft is not installed, no module is the
-    target, or one that cannot be: that layer, or one whose matrix is another's too."""
+    drawn at random, is trained whole beside it. A is drawn from `seed`. `compiled`: the model's layers will be. Raises SpecError where peft
+    is not installed, no module is the target, or one that cannot be: that layer, or one whose matrix is another's too; and what
+    `check_dora` raises."""
     if importlib.util.find_spec("peft") is None:
         raise SpecError("the package peft is not installed", where="adapter", remedy="pip install 'distlm[adapters]'")
     import torch
@@ -60,16 +62,30 @@ def add_adapter(model: "PreTrainedModel", adapter: Adapter, seed: int) -> None:
             raise SpecError(f"the last layer of a classifier, {HEAD_LAYER}, is trained whole", where="adapter.target_modules",
                             remedy="name other layers")
         model.get_parameter(HEAD).requires_grad_(True)
-    if adapter.method == "dora":
+    if adapter.method == "dora" and compiled:
         _let_dora_compile()
 
 
+FOLLOWED = ("get_weight_norm", "get_lora_weight")
+"""Methods of peft's DoRA layer around which a cache is emptied."""
+
+
+def check_dora() -> None:
+    """Raises SpecError where peft's DoRA is not one that torch.compile can be let follow."""
+    dora: Any = importlib.import_module("peft.tuners.lora.dora")
+    lacking = [name for name in FOLLOWED if not hasattr(dora.DoraLinearLayer, name)]
+    if lacking:
+        raise SpecError(f"DoRA cannot be compiled with peft {version('peft')}, which has no {lacking[0]}", where="compile",
+                        remedy="leave it out, or pip install 'distlm[adapters]' for a peft that is known")
+
+
 def _let_dora_compile() -> None:
-    """Let torch.compile follow peft's DoRA, which it would leave uncompiled without a word: there a cache is emptied at each pass that
-    nothing is ever put into, and the name of the weights' module is asked for. What is computed is the same."""
+    """Let torch.compile follow peft's DoRA, of this whole process, which it would leave uncompiled without a word: there a cache is emptied
+    at each pass that nothing is ever put into, and the name of the weights' module is asked for. What is computed is the same."""
+    check_dora()
     dora: Any = importlib.import_module("peft.tuners.lora.dora")
     dora.dequantize_module_weight = held_weight
-    for name in ("get_weight_norm", "get_lora_weight"):
+    for name in FOLLOWED:
         setattr(dora.DoraLinearLayer, name, inspect.unwrap(getattr(dora.DoraLinearLayer, name)))
 
 

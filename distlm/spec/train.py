@@ -143,8 +143,8 @@ class Checkpoints(Part):
     milestone_steps: Annotated[int | None, Field(ge=1)] = None
     """Those of every so many steps are kept for ever; a multiple of every_steps. Default: none are."""
     keep_best: Annotated[int, Field(ge=0)] = 0
-    """So many with the lowest val_loss are kept beside the newest; every checkpoint is then evaluated before it is saved, but for one
-    that SIGTERM leaves no time to."""
+    """So many with the lowest val_loss are kept beside the newest; every checkpoint is then evaluated before it is saved, or, where
+    SIGTERM leaves no time to, when the run is taken up again."""
     average: Annotated[int, Field(ge=1)] = 1
     """The newest ones whose mean is exported, in fp32. It is evaluated as the run's model: metrics.jsonl has a second record of the last
     step, with their names as `averaged`. 1 exports the last step."""
@@ -198,7 +198,8 @@ class Track(Part):
 
 
 class Retry(Part):
-    """How often a run is resumed from its last checkpoint, by cause. It counts anew after a checkpoint that was committed since."""
+    """How often a run is resumed from its last checkpoint, by cause. It counts anew after a checkpoint of checkpoint.every_steps that was
+    committed since; what is saved because of SIGTERM is none."""
 
     worker_died: Annotated[int, Field(ge=0)] = 2
     """A worker process ended."""
@@ -207,7 +208,8 @@ class Retry(Part):
     hang: Annotated[int, Field(ge=0)] = 2
     """A rank stood still for longer than guard.step_timeout_s, and all have been ended."""
     preempted: Annotated[int, Field(ge=0)] = 10
-    """A worker was sent SIGTERM: all have saved at the end of their step. A driver that is sent it ends with them and is not retried."""
+    """A worker was sent SIGTERM: all have saved at the end of their step. So often between two checkpoints of checkpoint.every_steps. A
+    driver that is sent it ends with them and is not retried."""
 
 
 class TrainSpec(Job):

@@ -19,6 +19,7 @@ import xxhash
 
 from distlm.errors import CheckpointError, SpecError, StorageError
 from distlm.model.adapter import base_hash
+from distlm.runs import RunFolder
 from distlm.spec.train import TrainSpec
 from distlm.storage import read_json
 from distlm.train.recipe import Recipe
@@ -52,9 +53,9 @@ def committed(run: Path) -> list[Path]:
 
 
 def commits(run: Path) -> set[tuple[str, int]]:
-    """The names of those that carry the marker, each with the time of its marker in nanoseconds: a step that is committed again is another
-    one."""
-    return {(path.name, (path / MARKER).stat().st_mtime_ns) for path in committed(run)}
+    """The names of those that the schedule has made, each with the time of its marker in nanoseconds: a step that is committed again is
+    another one."""
+    return {(path.name, (path / MARKER).stat().st_mtime_ns) for path in due(run)}
 
 
 def _steps(run: Path) -> list[Path]:
@@ -229,21 +230,23 @@ def recent_losses(checkpoint: Path) -> list[float]:
 
 def prune(run: Path, keep: int, milestone_steps: int | None = None, keep_best: int = 0) -> None:
     """Delete what was never committed, and all committed checkpoints but the newest `keep`, those of every `milestone_steps`, and the
-    `keep_best` with the lowest val_loss. One that was not due counts as none of these, and is kept while it is the newest. The marker goes
-    first."""
+    `keep_best` with the lowest val_loss: that of metrics.jsonl where a run had to end before it was known. One that was not due counts as
+    none of these, and is kept while it is the newest. The marker goes first."""
     newest, found = committed(run)[-1:], due(run)
     kept = {*newest, *found[-keep:], *(path for path in found if milestone_steps and _step(path) % milestone_steps == 0)}
     if keep_best:
-        kept.update(sorted(found, key=_val_loss)[:keep_best])
+        later = {record["step"]: record["val_loss"] for record in RunFolder(run).read_metrics()
+                 if "val_loss" in record and "averaged" not in record}
+        kept.update(sorted(found, key=lambda path: _val_loss(path, later))[:keep_best])
     for path in _steps(run):
         if path not in kept:
             (path / MARKER).unlink(missing_ok=True)
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _val_loss(path: Path) -> float:
-    """Infinity where a checkpoint says none, or none that is finite."""
-    value = _manifest(path).get("val_loss")
+def _val_loss(path: Path, later: dict[int, Any]) -> float:
+    """What a checkpoint's manifest says, or else what was found for its step `later`; infinity for none that is finite."""
+    value = _manifest(path).get("val_loss", later.get(_step(path)))
     return value if isinstance(value, float) and math.isfinite(value) else math.inf
 
 

@@ -69,7 +69,7 @@ def train(spec: TrainSpec, folder: RunFolder, storage: Storage, progress: Progre
 
 def _to_the_end(recipe: Recipe, folder: RunFolder, progress: Progress, on_metrics: list[OnMetrics]) -> None:
     """Launch worker groups until one has come to the end, or no retry is left: those of a cause count since the last group that committed a
-    checkpoint. Raises what stopped the last."""
+    checkpoint of the schedule. Raises what stopped the last."""
     retry = recipe.spec.retry.model_dump()
     failures: dict[str, int] = {}
     for attempt in itertools.count():

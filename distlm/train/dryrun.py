@@ -15,7 +15,7 @@ from distlm.progress import Progress
 from distlm.runs import RunFolder
 from distlm.spec.batch import divisors
 from distlm.storage import read_json, write_json
-from distlm.train.memory import GIB, make_load, memory_limit, peak_memory
+from distlm.train.memory import GIB, Load, make_load, memory_limit, peak_memory
 from distlm.train.recipe import Recipe
 
 STEPS = 2
@@ -49,7 +49,8 @@ def peak_bytes() -> int:
 
 
 def choose_micro(recipe: Recipe, folder: RunFolder, progress: Progress, launch: Callable[[Recipe], DistlmError | None]) -> Recipe:
-    """The recipe with the largest micro-batch whose steps run, inside the memory that the spec says a worker has. A worker that is killed
+    """The recipe with the largest micro-batch whose steps run, inside the memory that the spec says a worker has, with what pairs side by
+    side may take `beyond` them. A worker that is killed
     has not fitted: where memory is short a kernel gives no other sign. A run that goes on keeps its choice. Raises TrainError where not one
     sequence fits, and what `launch` returns if it is not for memory."""
     chosen, place = folder.path / CHOSEN, folder.path / FOLDER
@@ -63,7 +64,7 @@ def choose_micro(recipe: Recipe, folder: RunFolder, progress: Progress, launch: 
         error = launch(trial(recipe, micro))
         if error is not None and error.cause not in ("oom", "worker_died"):
             raise error
-        peak = 0 if error else max(read_json(file)["bytes"] for file in place.glob("*.json"))
+        peak = 0 if error else max(read_json(file)["bytes"] for file in place.glob("*.json")) + beyond(recipe, micro)
         fits = error is None and (limit is None or peak <= limit)
         over = f", more than the {limit / GIB:.3g} there are" if peak and limit and not fits else ""
         took = f"{peak / GIB:.3g} GiB{over}" if not error else "out of memory" if error.cause == "oom" else "a worker was killed"
@@ -84,17 +85,35 @@ def choose_micro(recipe: Recipe, folder: RunFolder, progress: Progress, launch: 
 def candidates(recipe: Recipe, limit: int | None) -> Iterator[int]:
     """Divisors of a worker's share, the largest first, without those that are hopeless by the estimate. One is always there."""
     spec, share = recipe.spec, recipe.plan().piece
-    config = model_config(spec.model, recipe.shape, spec.regularization.dropout)
-    load = make_load(spec, config, recipe.shape, recipe.parameters, recipe.micro_sequences, recipe.accumulation, recipe.mask_documents)
+    load = _load(recipe)
     most = share if spec.scale.gpus_per_worker else CPU_SEQUENCES
     for micro in reversed([n for n in divisors(share) if n <= most]):
-        estimate = peak_memory(load.varied(spec.sharding.zero, spec.activation_checkpointing, micro, spec.checkpoint.asynchronous)).total
-        if micro == 1 or limit is None or estimate <= SLACK * limit:
+        if micro == 1 or limit is None or _estimate(load, micro) <= SLACK * limit:
             yield micro
 
 
+def beyond(recipe: Recipe, micro: int) -> int:
+    """Bytes that a micro-batch of pairs may take beyond those of a trial, by the plan: on a CPU attention keeps the probabilities of short
+    rows, and of the trial's whole windows none."""
+    if recipe.spec.objective != "dpo":
+        return 0
+    return max(0, _estimate(_load(recipe), micro) - _estimate(_load(recipe, whole=True), micro))
+
+
+def _load(recipe: Recipe, whole: bool = False) -> Load:
+    config = model_config(recipe.spec.model, recipe.shape, recipe.spec.regularization.dropout)
+    return make_load(recipe.spec, config, recipe.shape, recipe.parameters, recipe.micro_sequences, recipe.accumulation,
+                     recipe.mask_documents, whole)
+
+
+def _estimate(load: Load, micro: int) -> int:
+    """Bytes of a worker by the plan."""
+    spec = load.spec
+    return peak_memory(load.varied(spec.sharding.zero, spec.activation_checkpointing, micro, spec.checkpoint.asynchronous)).total
+
+
 def trial(recipe: Recipe, micro: int) -> Recipe:
-    """A few steps of one or two micro-batches, which take the memory of any number of them."""
+    """A few steps of one or two micro-batches, which take the memory of any number of them, but for what `beyond` counts."""
     share = recipe.global_sequences // recipe.spec.data_workers
     return replace(recipe, micro_sequences=micro, global_sequences=recipe.spec.data_workers * min(share, 2 * micro), num_steps=STEPS,
                    warmup=(), whole=True)

@@ -10,6 +10,8 @@ from distlm.train.worker import worker_log
 
 PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused", "remote process exited",
              "NCCL communicator was aborted")
+REMOVED = "another rank could not write it, and has removed it"
+"""What a rank says of a checkpoint whose folder has gone under it."""
 RAYS_LOG = "its log is in Ray's log folder"
 ANSWER_S = 2
 """Within which a node's raylet takes a connection, if there is one."""
@@ -80,7 +82,7 @@ def _explain(error: BaseException) -> tuple[int, DistlmError]:
         return _explain(failure)                           # Ray Train was polling the worker when it ended
     line = next((text for text in reversed(str(error).splitlines()) if text.strip()), type(error).__name__).strip()[:300]
     if isinstance(error, DistlmError):
-        return 0, error
+        return int(REMOVED in error.message), error        # the other rank's error says why
     if out_of_memory(error):
         return 1, TrainError(f"out of memory: {line}", remedy="lower batch.micro_sequences, or raise sharding.zero", cause="oom")
     if isinstance(error, ray.exceptions.NodeDiedError) or (isinstance(error, ray.exceptions.RayActorError)

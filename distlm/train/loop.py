@@ -70,7 +70,7 @@ def fit(recipe: Recipe, folder: RunFolder, steps: Iterator[NDArray[np.int64]], *
     if spec.adapter:                                       # what stands still is held once, in the precision that it is computed with
         place = None if spec.sharding.zero == 3 else device                    # stage 3 divides it first
         model = build_model(spec.model, config, spec.seed, precision_dtype(spec.precision), place, spec.adapter.base == "nf4")
-        add_adapter(model, spec.adapter, spec.seed)
+        add_adapter(model, spec.adapter, spec.seed, spec.compile)
     else:
         model = build_model(spec.model, config, spec.seed)
     if spec.keep_zeros:
@@ -156,8 +156,8 @@ def fit(recipe: Recipe, folder: RunFolder, steps: Iterator[NDArray[np.int64]], *
         if spec.checkpoint.average > 1:
             mean = {"averaged": take_mean(engine, folder, recipe, rank)}
             measured = evaluator.measure(engine, recipe.num_steps)
-            if writer:
-                writer.average(mean["averaged"], measured)
+            if writer and not any(record.get("averaged") == mean["averaged"] for record in folder.read_metrics()):
+                writer.average(mean["averaged"], measured)     # once, also where a run has ended before it was exported
         with exported_weights(engine, ema):
             weights = gather_weights(engine, rank, trained=spec.adapter is not None)
         if rank == 0:

@@ -9,27 +9,28 @@ The formulas follow what the code does: DeepSpeed 0.19 under `zero.deepspeed_con
 """
 
 import contextlib
+import functools
 import itertools
 import math
 from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from distlm.errors import SpecError
-from distlm.model.adapter import adapter_sizes, add_adapter
-from distlm.model.attention import KEPT_WIDTHS, causal_attention, keeps
-from distlm.model.build import Shape, decoder_layers, num_parameters, recomputable, skeleton
+from distlm.model.adapter import adapter_sizes
+from distlm.model.build import Shape, num_parameters, recomputable, skeleton
 from distlm.model.distill import teacher_config
 from distlm.model.loss import BLOCK_ELEMENTS, CHUNK_ELEMENTS, PLAIN_HEADS
 from distlm.model.nf4 import BITS, nf4_elements
 from distlm.model.tensor import divide
-from distlm.spec.adapter import Adapter
 from distlm.spec.base import Rule
 from distlm.spec.batch import divisors
 from distlm.spec.gpus import CUDA_GIB, find_gpu
 from distlm.spec.optimizer import check_optimizer
 from distlm.spec.sharding import check_tensor_parallel
 from distlm.spec.train import TrainSpec, check_base, check_compile
+from distlm.train.activations import Activations, measure_activations
 from distlm.train.zero import zero_options
 
 if TYPE_CHECKING:
@@ -44,23 +45,6 @@ GIB = 1 << 30
 CUDA_BYTES = CUDA_GIB * GIB
 FRAGMENTATION = 0.05
 """Of all the rest: what the allocator holds and cannot use. An assumption."""
-
-
-@dataclass(frozen=True)
-class Activations:
-    """Bytes that autograd keeps of one sequence."""
-
-    layers: tuple[int, ...]
-    """In each layer."""
-    inputs: int
-    """What goes into a layer, which is all that is kept of one that is computed again."""
-    outside: int
-    """Before, between and after layers, the loss not counted."""
-
-    def kept(self, every: int) -> int:
-        """With every n-th layer computed again, 0 for none (Chen et al. 2016)."""
-        again = [i for i in range(len(self.layers)) if every and i % every == 0]
-        return self.outside + sum(self.layers) + sum(self.inputs - self.layers[i] for i in again)
 
 
 @dataclass(frozen=True)
@@ -80,11 +64,6 @@ class Memory:
     fragmentation: int
 
     @property
-    def states(self) -> int:
-        """What there is whatever the batch: no estimate but arithmetic."""
-        return self.weights + self.gradients + self.optimizer + self.ema
-
-    @property
     def total(self) -> int:
         return sum(self.parts().values())
 
@@ -99,7 +78,8 @@ class Load:
     spec: TrainSpec
     parameters: int
     """That a worker computes with: of a model that is divided over a group, its part."""
-    activations: Activations
+    count: Callable[[], Activations]
+    """What a sequence keeps, counted when it is first asked for: where layers are compiled that takes seconds."""
     width: int
     vocab_size: int
     context: int
@@ -116,6 +96,10 @@ class Load:
     """Of these, those that are held in 4 bits."""
     teacher: int = 0
     """Parameters of a teacher, which each worker holds whole beside them."""
+
+    @property
+    def activations(self) -> Activations:
+        return self.count()
 
     @property
     def ranks(self) -> int:
@@ -137,8 +121,8 @@ class Load:
 
 
 def make_load(spec: TrainSpec, config: "PreTrainedConfig", shape: Shape, parameters: int, micro_sequences: int, accumulation: int,
-              masked: bool = False) -> Load:
-    """`parameters`: of the whole model, with its adapter."""
+              masked: bool = False, whole: bool = False) -> Load:
+    """`parameters`: of the whole model, with its adapter. `whole`: as a dry run has it, whose pairs stand in windows and not in rows."""
     text, tensor = config.get_text_config(), spec.sharding.tensor_parallel
     shape = replace(shape, context=shape.context // spec.sharding.sequence_parallel)
     if tensor > 1:
@@ -146,11 +130,11 @@ def make_load(spec: TrainSpec, config: "PreTrainedConfig", shape: Shape, paramet
     frozen = parameters - sum(adapter_sizes(config, spec.adapter).values()) if spec.adapter else 0
     nf4 = nf4_elements(config) if spec.adapter and spec.adapter.base else 0
     teacher = num_parameters(teacher_config(spec.distill.teacher, shape)) if spec.distill else 0
-    packed = spec.objective == "dpo" and not spec.compile
-    return Load(spec, parameters, measure_activations(config, shape, spec.precision, bool(spec.scale.gpus_per_worker), masked, tensor,
-                                                      spec.adapter, spec.sharding.sequence_parallel, packed, spec.compile),
-                text.hidden_size, (config.num_labels or 0) if config.problem_type else text.vocab_size, shape.context, micro_sequences,
-                accumulation, config.model_type in PLAIN_HEADS and not config.problem_type,
+    packed = spec.objective == "dpo" and not spec.compile and not whole
+    count = functools.cache(lambda: measure_activations(config, shape, spec.precision, bool(spec.scale.gpus_per_worker), masked, tensor,
+                                                        spec.adapter, spec.sharding.sequence_parallel, packed, spec.compile))
+    return Load(spec, parameters, count, text.hidden_size, (config.num_labels or 0) if config.problem_type else text.vocab_size,
+                shape.context, micro_sequences, accumulation, config.model_type in PLAIN_HEADS and not config.problem_type,
                 bool(recomputable(skeleton(config))), frozen, nf4, teacher)
 
 
@@ -198,14 +182,23 @@ def advice(load: Load, limit: int) -> str:
                 if not number:
                     continue
                 micro = smaller[number - 1]                # a still smaller one costs more
-            changes = [text for text, changed in (
-                (f"sharding.zero: {zero}", zero != spec.sharding.zero),
-                (f"batch.micro_sequences: {micro}", micro != load.micro_sequences),
-                (f"activation_checkpointing: {again}", again != spec.activation_checkpointing),
-                ("checkpoint.asynchronous: false", beside != spec.checkpoint.asynchronous)) if changed]
-            cost = (0.01 * zero + 0.1 * (zero == 3) + 0.03 * math.log2(load.micro_sequences / micro)
-                    + 0.33 * (again != spec.activation_checkpointing) + 0.02 * (beside != spec.checkpoint.asynchronous))
-            found.append((cost, takes(micro), " and ".join(changes)))
+            found.append(_change(load, load.varied(zero, again, micro, beside), takes(micro)))
+    return _cheapest(found)
+
+
+def _change(load: Load, other: Load, total: int) -> tuple[float, int, str]:
+    """(what it costs of a step's time, its `total` bytes, the keys that make it) of another load in place of one."""
+    zero, spec, changed = other.spec.sharding.zero, load.spec, other.spec
+    keys = {"sharding.zero": (spec.sharding.zero, zero), "batch.micro_sequences": (load.micro_sequences, other.micro_sequences),
+            "activation_checkpointing": (spec.activation_checkpointing, changed.activation_checkpointing),
+            "checkpoint.asynchronous": (spec.checkpoint.asynchronous, changed.checkpoint.asynchronous)}
+    new = {key: after for key, (before, after) in keys.items() if after != before}
+    cost = (0.01 * zero + 0.1 * (zero == 3) + 0.03 * math.log2(load.micro_sequences / other.micro_sequences)
+            + 0.33 * ("activation_checkpointing" in new) + 0.02 * ("checkpoint.asynchronous" in new))
+    return cost, total, " and ".join(f"{key}: {str(value).lower()}" for key, value in new.items())
+
+
+def _cheapest(found: list[tuple[float, int, str]]) -> str:
     if not found:
         return ""
     _, total, text = min(found)
@@ -229,20 +222,15 @@ def node_advice(load: Load, workers: int, limit: int) -> str:
     """As `advice`, of what lies in the memory of a node with so many of the workers."""
     spec, found = load.spec, list[tuple[float, int, str]]()
     for zero, beside in itertools.product(stages(spec), dict.fromkeys((spec.checkpoint.asynchronous, False))):
-        total = node_memory(load.varied(zero, spec.activation_checkpointing, load.micro_sequences, beside), workers)
-        if total <= limit:
-            changes = [text for text, changed in ((f"sharding.zero: {zero}", zero != spec.sharding.zero), (
-                "checkpoint.asynchronous: false", beside != spec.checkpoint.asynchronous)) if changed]
-            found.append((0.01 * zero + 0.1 * (zero == 3) + 0.02 * (beside != spec.checkpoint.asynchronous), total, " and ".join(changes)))
-    if not found:
-        return ""
-    _, total, text = min(found)
-    return f"{text}, at {total / GIB:.3g} GiB"
+        other = load.varied(zero, spec.activation_checkpointing, load.micro_sequences, beside)
+        if (total := node_memory(other, workers)) <= limit:
+            found.append(_change(load, other, total))
+    return _cheapest(found)
 
 
 def check_states(load: Load) -> None:
     """Raises SpecError where model states alone, which are arithmetic, exceed what the spec says that a worker has."""
-    limit, states = memory_limit(load.spec), peak_memory(load).states
+    limit, states = memory_limit(load.spec), sum(own_states(load).values())
     if limit is not None and states > limit:
         found = advice(load, limit)
         key = "memory_gib" if load.spec.scale.memory_gib is not None else "gpu"
@@ -258,11 +246,11 @@ def peak_memory(load: Load) -> Memory:
     Model states: Rajbhandari et al. 2020, section 3, with p bytes of a weight: in fp32 p = 4, else p = 2 and the optimizer has the
     float32 weights too. In fp8 weights and activations are kept in bf16 all the same. What an adapter leaves as it is has its weights
     alone, in p bytes or in NF4.
-    Activations: measured on the meta device (`measure_activations`), where Korthikanti et al. 2022, equation 2, counts by hand.
+    Activations: measured on the meta device (`train/activations.py`), where Korthikanti et al. 2022, equation 2, counts by hand.
     """
     spec, n, zero = load.spec, load.parameters - load.frozen, load.spec.sharding.zero
     world, p, on_gpu = load.ranks, load.weight_bytes, bool(spec.scale.gpus_per_worker)
-    part, states, away = -(-n // world), all_states(load), places(spec)
+    part, states, away = -(-n // world), own_states(load), places(spec)
     kept = load.micro_sequences * load.activations.kept(spec.activation_checkpointing)
     again = load.micro_sequences * max(load.activations.layers) if spec.activation_checkpointing else 0
     loss = loss_bytes(load, p)
@@ -278,13 +266,8 @@ def peak_memory(load: Load) -> Memory:
     else:
         live = min(load.parameters, raw_number(raw, "stage3_max_live_parameters", MAX_LIVE))
         buffers, step = reserved + live * p + 4 * part, 0
-    if "optimizer" in away:                                # it is updated there, with gradients that stages 2 and 3 lay there too
-        states |= {"optimizer": 0, "ema": 0, "gradients": 0 if on_gpu and zero > 1 else states["gradients"]}
+    if "optimizer" in away:
         buffers, step = buffers - 4 * part if zero == 3 else buffers, 0
-    weights = load.teacher * p + (0 if "parameters" in away else states["weights"])
-    group = raw_number(raw, "zero_hpz_partition_size", spec.sharding.zeropp.hierarchical_partition)
-    if zero == 3 and group > 1:                            # ZeRO++ keeps the weights once more, over the ranks of a node
-        weights += -(-load.parameters * p // group)
     gradients = states["gradients"]
     held = gradients if load.accumulation > 1 else 0       # the first backward pass begins without gradients
     early = buffers if zero == 3 or (zero and on_gpu) else 0                   # what there is before gradients fill buckets
@@ -295,8 +278,21 @@ def peak_memory(load: Load) -> Memory:
         "step": (gradients, 0, 0, step + (buffers if zero == 3 else 0))}
     at = max(peaks.values(), key=sum)
     snapshot = 0 if on_gpu else sum(snapshot_bytes(load))
-    whole = Memory(weights, at[0], states["optimizer"], states["ema"], at[1], at[2], at[3], snapshot, 0)
+    whole = Memory(states["weights"], at[0], states["optimizer"], states["ema"], at[1], at[2], at[3], snapshot, 0)
     return replace(whole, fragmentation=round(FRAGMENTATION * whole.total))
+
+
+def own_states(load: Load) -> dict[str, int]:
+    """What a worker's own memory holds whatever the batch: no estimate but arithmetic. A teacher is among the weights."""
+    spec, states, away, zero = load.spec, all_states(load), places(load.spec), load.spec.sharding.zero
+    weights = load.teacher * load.weight_bytes + (0 if "parameters" in away else states["weights"])
+    group = raw_number(spec.sharding.deepspeed.get("zero_optimization", {}), "zero_hpz_partition_size",
+                       spec.sharding.zeropp.hierarchical_partition)
+    if zero == 3 and group > 1:                            # ZeRO++ keeps the weights once more, over the ranks of a node
+        weights += -(-load.parameters * load.weight_bytes // group)
+    if "optimizer" in away:                                # it is updated there, with gradients that stages 2 and 3 lay there too
+        states |= {"optimizer": 0, "ema": 0, "gradients": 0 if spec.scale.gpus_per_worker and zero > 1 else states["gradients"]}
+    return {**states, "weights": weights}
 
 
 def all_states(load: Load) -> dict[str, int]:
@@ -380,117 +376,3 @@ def loss_bytes(load: Load, p: int) -> int:
     forward = 4 * matrix + p * matrix + rows * load.width * p + block + chunk
     backward = (4 + 4 + p) * matrix + rows * load.width * (2 * p)
     return max(forward, backward)
-
-
-def measure_activations(config: "PreTrainedConfig", shape: Shape, precision: str, on_gpu: bool, masked: bool = False,
-                        tensor: int = 1, adapter: Adapter | None = None, sequence: int = 1, packed: bool = False,
-                        compiled: bool = False) -> Activations:
-    """What autograd keeps of a sequence, counted in a forward pass on the meta device, where nothing is computed or allocated.
-
-    Attention is counted as it is done: on CPU `causal_attention` keeps queries, and keys and values repeated for each head, and of short
-    sequences the probabilities; a GPU's fused kernel keeps the first three as they are. Where the family's code needs values, and so cannot
-    run there, it is Korthikanti et al. 2022, equation 2, without the scores, which no fused kernel keeps: 34 bytes a token and unit of
-    width, at two bytes a number. `sequence`: ranks that have a part of a sequence each, and in attention all tokens of a part of the heads.
-    `packed`: as many tokens may stand in shorter rows, at most as long as keep the most probabilities. `compiled`: what torch.compile's
-    partitioner would keep of a layer, which computes again what is cheap.
-    """
-    import torch
-
-    text = config.get_text_config()
-    p = 4 if precision == "fp32" else 2
-    inputs = shape.context * text.hidden_size * p
-    model: Any = divide(skeleton(config), tensor)
-    if adapter:
-        add_adapter(model, adapter, 0)
-    model = model.to(torch.float32 if precision == "fp32" else torch.bfloat16).train()
-    if model.config._attn_implementation == "sdpa":
-        if compiled:
-            _attend_with_gradient(model, on_gpu)
-        else:
-            _count_attention(model, on_gpu, sequence, packed)
-    seen: dict[int, Any] = {storage._cdata: storage for parameter in model.parameters() for storage in (parameter.untyped_storage(),)}
-    layers = decoder_layers(model)
-    if compiled:
-        _partition(layers)
-    counts, current = [0] * (len(layers) + 1), [len(layers)]
-    for i, layer in enumerate(layers):
-        layer.register_forward_pre_hook(lambda *_, i=i: current.__setitem__(0, i))
-        layer.register_forward_hook(lambda *_: current.__setitem__(0, len(layers)))
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in seen:
-            seen[storage._cdata] = storage                 # kept, so that its address is not another's
-            counts[current[0]] += storage.nbytes()
-        return tensor
-
-    mask = shape.context**2 * (1 + p) if masked else 0     # boolean, and as PyTorch adds it to the scores; one for all layers
-    try:
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            tokens = torch.zeros(1, shape.context, dtype=torch.int64, device="meta")
-            mask_ = torch.ones_like(tokens)                # without one, transformers would look into the positions
-            model.base_model(input_ids=tokens, attention_mask=mask_, use_cache=False)
-        assert layers and all(counts[:-1])
-    except Exception:                                      # a mixture of experts asks which tokens go where
-        return Activations((shape.context * text.hidden_size * 17 * p,) * text.num_hidden_layers, inputs, inputs + mask)
-    return Activations(tuple(counts[:-1]), inputs, counts[-1] + mask)
-
-
-def _count_attention(model: Any, on_gpu: bool, sequence: int, packed: bool) -> None:
-    """Let a model on the meta device keep what the fused kernels keep, without a mask."""
-    import torch
-    from transformers import AttentionInterface, AttentionMaskInterface
-
-    class Kept(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-            batch, heads, tokens, width = query.shape[0], query.shape[1] // sequence, query.shape[2] * sequence, query.shape[3]
-            keys = min(tokens, KEPT_WIDTHS * width)
-            probabilities = [query.new_empty(batch, heads, tokens, keys)] if not on_gpu and (packed or keeps(tokens, width)) else []
-            ctx.save_for_backward(query, key, value, *probabilities)
-            return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
-
-    def attend(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, None]:
-        groups = query.shape[1] // key.shape[1]
-        if groups > 1 and not on_gpu:
-            key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-        return Kept.apply(query, key, value), None
-
-    AttentionInterface.register("distlm_count", attend)
-    AttentionMaskInterface.register("distlm_count", lambda *_, **__: None)
-    model.set_attn_implementation("distlm_count")
-
-
-def _attend_with_gradient(model: Any, on_gpu: bool) -> None:
-    """Let a model on the meta device attend by operators whose gradients a partitioner sees, without a mask."""
-    import torch
-    from transformers import AttentionInterface, AttentionMaskInterface
-
-    def attend(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, None]:
-        groups = query.shape[1] // key.shape[1]
-        if groups > 1:
-            key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-        out = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, True)[0] if on_gpu else \
-            causal_attention(query, key, value, query.shape[3] ** -0.5)
-        return out.transpose(1, 2).contiguous(), None
-
-    AttentionInterface.register("distlm_partition", attend)
-    AttentionMaskInterface.register("distlm_partition", lambda *_, **__: None)
-    model.set_attn_implementation("distlm_partition")
-
-
-def _partition(layers: list[Any]) -> None:
-    """Let layers keep what they would when they are compiled; nothing is."""
-    import torch
-    from torch._dynamo.backends.common import aot_autograd
-    from torch._functorch.aot_autograd import make_boxed_func
-    from torch._functorch.partitioners import min_cut_rematerialization_partition
-    from torch._inductor.decomposition import select_decomp_table
-
-    def as_it_is(graph: Any, _: Any) -> Any:
-        return make_boxed_func(graph.forward)
-
-    backend = aot_autograd(fw_compiler=as_it_is, bw_compiler=as_it_is, partition_fn=min_cut_rematerialization_partition,
-                           decompositions=select_decomp_table())
-    for layer in layers:
-        layer.forward = torch.compile(layer.forward, backend=backend, dynamic=False)

@@ -16,7 +16,7 @@ from distlm.corpus.manifest import Manifest, manifest_hash, read_manifest
 from distlm.corpus.mix import Mix
 from distlm.corpus.stream import BatchSizes, Plan, Windows, silent
 from distlm.errors import InputError, SpecError
-from distlm.model.adapter import adapter_sizes
+from distlm.model.adapter import adapter_sizes, check_dora
 from distlm.model.build import Shape, model_config, parameter_sizes, recompute, skeleton
 from distlm.model.complete import check_prompts, encode_prompts
 from distlm.model.find import check_torchao, find_model
@@ -84,7 +84,7 @@ class Recipe:
     warmup: tuple[tuple[int, int], ...] = ()
     """(sequences of a step, steps of that size) of the batch's warm-up."""
     whole: bool = False
-    """A micro-batch of pairs is computed with all its padding, so that it takes the memory that any may take: for a dry run."""
+    """A micro-batch of pairs is computed with all its padding, so that it has the most tokens that any may have: for a dry run."""
 
     @property
     def world(self) -> int:
@@ -189,6 +189,8 @@ def make_recipe(spec: TrainSpec, storage: Storage) -> Recipe:
     trained = adapter_sizes(config, spec.adapter) if spec.adapter else sizes
     if spec.adapter and spec.adapter.base:
         check_nf4(config)
+    if spec.adapter and spec.adapter.method == "dora" and spec.compile:
+        check_dora()
     if spec.sharding.tensor_parallel > 1:
         check_tensor(config, spec.sharding.tensor_parallel)
     if spec.precision == "fp8":

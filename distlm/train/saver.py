@@ -32,7 +32,7 @@ from distlm.errors import StorageError, TrainError, out_of_memory
 from distlm.storage import flush_folder, write_atomic, write_json, writing
 from distlm.train import checkpoint
 from distlm.train.average import Ema
-from distlm.train.failures import peer_lost, timed_out
+from distlm.train.failures import REMOVED, peer_lost, timed_out
 from distlm.train.recipe import Recipe
 from distlm.train.reshard import parameter_names
 from distlm.train.zero import loss_scale
@@ -89,7 +89,8 @@ class Saver:
                 failed = found
         self._thread.shutdown(wait=False, cancel_futures=True)
         self._ended.set()
-        if self._now and isinstance(failed, StorageError) and failed.where.startswith(str(self._now.path)) and self._remove(self._now):
+        if (self._now and isinstance(failed, StorageError) and failed.where.startswith(str(self._now.path)) and failed.message != REMOVED
+                and self._remove(self._now)):
             failed.message += ", and what there was of it is removed"
         if error is None and failed:                       # else the first error is the one to tell
             raise failed
@@ -257,9 +258,10 @@ def _told(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:               # torch reports a full disk as a RuntimeError
-        removed = path.parent.exists() and not path.exists()                   # by a rank that has met it first, and says so
-        if removed or peer_lost(error) or timed_out(error) or out_of_memory(error):
+        if peer_lost(error) or timed_out(error) or out_of_memory(error):
             raise                                          # no fault of the disk
+        if path.parent.exists() and not path.exists():     # a rank that has met it first says why
+            raise StorageError(REMOVED, where=str(path), remedy="the run goes on from the checkpoint before") from error
         raise StorageError(f"the checkpoint cannot be written: {str(error).splitlines()[0]}", where=str(path),
                            remedy="free space; the run goes on from the checkpoint before") from error
 

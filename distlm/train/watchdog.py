@@ -5,7 +5,8 @@
 
 A rank that waits longer than the timeout writes all its threads' stacks to its log, and asks the others, by files, how far they are.
 Whoever does not answer is stopped; if all do, the one that hangs is behind the others, and has been there for longer than the timeout
-too. To evaluate, to save and to export takes as long as it takes. Nothing is written while a run goes well.
+too. To evaluate, to save and to export takes as long as it takes: there a rank asks first, and writes the stacks where one does not
+answer. Nothing else is written while a run goes well.
 """
 
 import contextlib
@@ -96,9 +97,8 @@ class Watchdog:
 
     def _bark(self, at: tuple[int, int], beaten: float) -> bool:
         """Say how far this rank is, hear the others, and end. False where this rank has gone on meanwhile, or nobody hangs."""
-        part = {0: "its samples", REST: "what follows it"}.get(at[1], f"micro-batch {at[1]}")
-        print(f"no progress for {self._timeout_s:g} s in step {at[0] + 1} ({part}); all threads:", file=sys.stderr, flush=True)
-        faulthandler.dump_traceback(sys.stderr, all_threads=True)
+        if at[1] != REST:
+            self._dump(at)
         answers = self._ask(at)
         gone_on = self._end.is_set() or (self._at, self._beaten) != (at, beaten)
         hanging = None if gone_on else self._hanging(at, answers)
@@ -108,6 +108,8 @@ class Watchdog:
                     file.unlink(missing_ok=True)
             self._quiet_until = time.monotonic() + self._timeout_s             # then it asks again
             return False
+        if at[1] == REST:
+            self._dump(at)
         with contextlib.suppress(StorageError, OSError):   # on a full disk all end all the same, without a name
             self._judge(at, answers, hanging)
             for process in read_json(self._folder / "verdict.json")["processes"]:
@@ -119,6 +121,12 @@ class Watchdog:
         if not self._end.wait(30):                         # it waits for something else
             os._exit(1)
         return True
+
+    def _dump(self, at: tuple[int, int]) -> None:
+        """Write what each thread is in to this rank's log."""
+        part = {0: "its samples", REST: "what follows it"}.get(at[1], f"micro-batch {at[1]}")
+        print(f"no progress for {self._timeout_s:g} s in step {at[0] + 1} ({part}); all threads:", file=sys.stderr, flush=True)
+        faulthandler.dump_traceback(sys.stderr, all_threads=True)
 
     def _ask(self, at: tuple[int, int]) -> dict[int, dict[str, Any]]:
         """What each rank answers: how far it is, and whether it is late there. Empty where nobody could be asked."""

@@ -109,7 +109,10 @@ def test_that_fewer_are_left_than_are_averaged_is_noted(root: Path, tmp_path: Pa
     shutil.rmtree(run / "export")
     shutil.rmtree(run / "checkpoints" / "step-000003")
     (run / "checkpoints" / "step-000001" / "COMMITTED").unlink()
-    run_ranks({run: _spec(root / "c", average=3)})
+    again = Path(shutil.copytree(root / "mean", tmp_path / "again"))
+    shutil.rmtree(again / "export")
+    run_ranks(dict.fromkeys((run, again), _spec(root / "c", average=3)))
+    assert metrics(again) == metrics(root / "mean"), "a mean that was told is not told twice"
     assert [event["message"] for event in RunFolder(run).events()] == [
         "the export is the mean of 2 checkpoints and not of 3: no more are left"]
     assert json.loads((run / "export" / "distlm.json").read_text())["averaged"] == ["step-000002", "step-000004"]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from distlm.errors import CheckpointError
+from distlm.runs import RunFolder
 from distlm.storage import Storage, read_json, write_json
 from distlm.train import checkpoint
 from distlm.train.recipe import make_recipe
@@ -72,7 +73,7 @@ def test_a_copy_under_another_name_is_left_alone(run: Path) -> None:
 
 
 def test_milestones_and_the_best_are_kept_beside_the_newest(tmp_path: Path) -> None:
-    losses = {5: math.nan, 10: 1.5, 15: 1.0, 20: 2.0, 25: None, 30: 1.5, 35: 2.5, 40: 2.4}
+    losses: dict[int, float | None] = {5: math.nan, 10: 1.5, 15: 1.0, 20: 2.0, 25: None, 30: 1.5, 35: 2.5, 40: 2.4}
     for step, loss in losses.items():
         path = checkpoint.checkpoint_path(tmp_path, step)
         path.mkdir(parents=True)
@@ -83,6 +84,18 @@ def test_milestones_and_the_best_are_kept_beside_the_newest(tmp_path: Path) -> N
     (tmp_path / "checkpoints" / "step-000015" / "manifest.json").write_text("{")
     checkpoint.prune(tmp_path, keep=2, keep_best=1)
     assert [int(path.name[5:]) for path in checkpoint.committed(tmp_path)] == [10, 35, 40]
+
+
+def test_what_was_evaluated_after_sigterm_counts_among_the_best(tmp_path: Path) -> None:
+    for step, loss in {5: 2.0, 10: None, 15: 1.5, 20: 3.0, 25: None}.items():
+        path = checkpoint.checkpoint_path(tmp_path, step)
+        path.mkdir(parents=True)
+        write_json(path / "manifest.json", {"step": step, **({} if loss is None else {"val_loss": loss})})
+        (path / "COMMITTED").touch()
+    for record in ({"step": 10, "loss": 1.0}, {"step": 10, "val_loss": 1.0}, {"step": 25, "averaged": [], "val_loss": 0.5}):
+        RunFolder(tmp_path).metrics(record)
+    checkpoint.prune(tmp_path, keep=1, keep_best=2)
+    assert [int(path.name[5:]) for path in checkpoint.committed(tmp_path)] == [10, 15, 25]
 
 
 def test_every_checkpoint_is_evaluated_where_the_best_are_kept(tmp_path: Path) -> None:

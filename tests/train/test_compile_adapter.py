@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft.tuners.lora import dora
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 
+from distlm.errors import SpecError
 from distlm.model.adapter import add_adapter
 from distlm.model.attention import use_cpu_attention
 from distlm.model.build import build_model, compile_layers, load_model, model_config, recompute
@@ -119,7 +121,7 @@ def test_a_layer_is_compiled_whole_and_no_further_once_all_its_variants_are(adap
     """In training and evaluation, computed again or not, for batches of several sizes, with documents apart or not."""
     monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(torch.nn.Module.compile, backend="eager", fullgraph=True))
     model = load_model(str(root / "base"), "x", torch.float32, nf4="base" in adapter)
-    add_adapter(model, Adapter(rank=4, **adapter), 0)
+    add_adapter(model, Adapter(rank=4, **adapter), 0, compiled=True)
     use_cpu_attention(model)
     recompute(model, 2)
     loss = CausalLoss(model)
@@ -144,3 +146,12 @@ def test_a_layer_is_compiled_whole_and_no_further_once_all_its_variants_are(adap
     finally:
         torch._dynamo.reset()
         torch._dynamo.config.recompile_limit = before
+
+
+def test_a_peft_whose_dora_cannot_be_compiled_is_told_where_that_is_asked_for(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = dora.DoraLinearLayer.get_weight_norm
+    monkeypatch.delattr(dora.DoraLinearLayer, "get_lora_weight")
+    make_recipe(tuned(root, adapter={"method": "dora"}), Storage(root))
+    with pytest.raises(SpecError, match=r"^compile: DoRA cannot be compiled with peft [\d.]+, which has no get_lora_weight; leave it out"):
+        make_recipe(tuned(root, adapter={"method": "dora"}, compile=True), Storage(root))
+    assert dora.DoraLinearLayer.get_weight_norm is before, "nothing of peft is changed for it"

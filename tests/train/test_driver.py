@@ -24,7 +24,7 @@ from distlm.execute import profile
 from distlm.runs import RunFolder
 from distlm.spec import TrainSpec
 from distlm.spec.load import dump, to_yaml
-from distlm.storage import Storage
+from distlm.storage import Storage, write_json
 from distlm.train import checkpoint, driver
 from distlm.train.determinism import ENVIRONMENT
 from distlm.train.driver import KEEP_MEMORY, gauges, train
@@ -300,6 +300,7 @@ def test_failures_of_a_cause_count_since_the_last_checkpoint(corpus: Path, tmp_p
             if step is not None:
                 path = checkpoint.checkpoint_path(folder.path, step)
                 path.mkdir(parents=True, exist_ok=True)
+                write_json(path / "manifest.json", {"due": False} if step % 5 else {})
                 (path / "COMMITTED").write_text("")
                 os.utime(path / "COMMITTED", ns=(len(left), len(left)))        # a clock of files may tick slowly
             return TrainError("no", cause=cause) if cause else None
@@ -313,7 +314,7 @@ def test_failures_of_a_cause_count_since_the_last_checkpoint(corpus: Path, tmp_p
         assert bool(cause) == bool(left), "nothing is launched after an end"
         return cause, [(event["cause"], event["attempt"]) for event in folder.events()]
 
-    given = spec(corpus, retry={"worker_died": 2, "hang": 1})
+    given = spec(corpus, retry={"worker_died": 2, "hang": 1, "preempted": 2})
     recipe = make_recipe(given, Storage(tmp_path))
     monkeypatch.setattr(driver, "_resume_point", lambda *_: None)
     monkeypatch.setattr(driver, "_following", lambda *_: contextlib.nullcontext())
@@ -327,6 +328,9 @@ def test_failures_of_a_cause_count_since_the_last_checkpoint(corpus: Path, tmp_p
     assert run("slowly", hang, ("hang", 5), died, died, preempted) == (
         "", [("hang", 1), ("hang", 1), ("worker_died", 1), ("worker_died", 2), ("preempted", 1)])
     assert run("other", ("oom", 5)) == ("oom", [])
+    assert run("taken", ("preempted", 3), ("preempted", 4), ("preempted", 6)) == ("preempted", [("preempted", 1), ("preempted", 2)]), \
+        "what it saves itself does not count"
+    assert run("goes on", ("preempted", 4), ("preempted", 5), ("preempted", 7)) == ("", [("preempted", n) for n in (1, 1, 2)])
 
 
 def test_a_failure_that_comes_back_ends_the_run_with_its_cause(cluster: str, corpus: Path, tmp_path: Path) -> None:

@@ -89,6 +89,32 @@ def test_what_is_hopeless_by_the_estimate_is_not_tried(recipe: Recipe) -> None:
     assert len(tried) < 100 and 10**9 not in tried and tried[-1] == 1, "of a worker's billion sequences divisors alone are looked at"
 
 
+def test_pairs_side_by_side_are_given_room_for_what_short_rows_keep_on_a_cpu(tmp_path: Path, folder: RunFolder) -> None:
+    """The heads of 8 keep probabilities of up to 32 tokens, and windows have 64."""
+    corpus = make_corpus(tmp_path / "pairs", windows=(48,), context=64)
+    llama = {"config": {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+                        "num_attention_heads": 4}}
+
+    def made(gpus: int, objective: str) -> Recipe:
+        given = spec(corpus, model=llama, batch={"global_sequences": 8, "micro_sequences": "auto"},
+                     scale={"workers": 1, "memory_gib": 4, "gpus_per_worker": gpus})
+        found = make_recipe(given, Storage(tmp_path))
+        return replace(found, spec=found.spec.model_copy(update={"objective": objective}), mask_documents=True)
+
+    kept = 2 * 4 * 64 * 32 * 4                             # two layers of four heads, in fp32
+    more = dryrun.beyond(made(0, "dpo"), 8)
+    assert 8 * kept <= more <= 1.1 * 8 * kept, "and what the allocator loses"
+    assert dryrun.beyond(made(1, "dpo"), 8) == dryrun.beyond(made(0, "pretrain"), 8) == 0
+    tried: list[int] = []
+
+    def launch(trial: Recipe) -> DistlmError | None:
+        tried.append(trial.micro_sequences)
+        write_json(folder.path / "dry-run" / "00000.json", {"bytes": 4 * 2**30 - (more // 2 if trial.micro_sequences == 8 else more)})
+        return None
+
+    assert choose_micro(made(0, "dpo"), folder, Records(), launch).micro_sequences == 4 and tried == [8, 4]
+
+
 def test_each_rank_leaves_its_peak_after_the_last_step(tmp_path: Path) -> None:
     look = dryrun.DryRun(tmp_path, 3)
     look.step()

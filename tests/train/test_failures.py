@@ -12,7 +12,7 @@ from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, Work
 from torch import distributed
 
 from distlm.errors import CheckpointError, StorageError
-from distlm.train.failures import diagnose
+from distlm.train.failures import REMOVED, diagnose
 from distlm.train.saver import _told
 
 GLOO = RuntimeError("[pair.cc:537] Read error [127.0.0.1]:1: Connection reset by peer. This is typically caused by a remote worker")
@@ -60,6 +60,7 @@ def timeout() -> RuntimeError:
     ({0: OSError(12, "Cannot allocate memory")}, "oom"),
     ({0: ValueError("a bug")}, "internal"),
     ({0: RuntimeError("mat1 and mat2 shapes cannot be multiplied")}, "internal"),
+    ({0: StorageError(REMOVED)}, "storage"),
     ({0: CheckpointError("damaged")}, "storage")])
 def test_the_cause_is_what_came_first(failures: dict[int, Exception], cause: str) -> None:
     assert diagnose(WorkerGroupError("failed", failures)).cause == cause
@@ -76,6 +77,7 @@ def test_the_log_of_the_rank_that_died_is_named_where_there_is_one(tmp_path: Pat
 def test_ours_comes_through_as_it_was() -> None:
     error = StorageError("full", where="/x", remedy="free space")
     assert diagnose(WorkerGroupError("failed", {0: GLOO, 1: error})) is error
+    assert diagnose(WorkerGroupError("failed", {0: StorageError(REMOVED), 1: error})) is error
 
 
 @pytest.mark.parametrize("error", [GLOO, timeout(), too_much()])
@@ -85,3 +87,5 @@ def test_what_is_no_fault_of_the_disk_is_not_told_as_one(error: RuntimeError, tm
     assert told.value is error
     with pytest.raises(StorageError, match=f"{tmp_path}: the checkpoint cannot be written: file write failed; free space"), _told(tmp_path):
         raise RuntimeError("file write failed")
+    with pytest.raises(StorageError, match="another rank could not write it, and has removed it"), _told(tmp_path / "gone"):
+        (tmp_path / "gone" / "shard").write_bytes(b"x")

@@ -6,6 +6,7 @@ import shutil
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -153,7 +154,7 @@ def test_a_rank_that_is_stopped_between_steps_is_named_and_ended_too(corpus: Pat
     assert [path.name for path in checkpoint.committed(run)] == {"measure": [], "save": [], "export": ["step-000010", "step-000020"]}[place]
 
 
-def watchdogs(run: Path, *places: tuple[int, int], timeout_s: float = 1.0) -> list[Watchdog]:
+def watchdogs(run: Path, *places: tuple[int, int], timeout_s: float = 0.5) -> list[Watchdog]:
     """One of each rank, at the given places, on hosts of their own: nobody is killed. None runs."""
     dogs = [object.__new__(Watchdog) for _ in places]
     for rank, (dog, at) in enumerate(zip(dogs, places, strict=True)):
@@ -164,12 +165,13 @@ def watchdogs(run: Path, *places: tuple[int, int], timeout_s: float = 1.0) -> li
     return dogs
 
 
-def judged(run: Path, dogs: list[Watchdog], alive: tuple[int, ...], seconds: float = 20) -> TrainError | None:
-    """What the dogs of the ranks that are alive find within some seconds."""
+def judged(run: Path, dogs: list[Watchdog], alive: tuple[int, ...], until: Callable[[], bool] = lambda: False) -> TrainError | None:
+    """What the dogs of the ranks that are alive find, None where `until` comes first."""
     for rank in alive:
         dogs[rank]._thread.start()
-    deadline = time.monotonic() + seconds
-    while (found := verdict(run)) is None and time.monotonic() < deadline:
+    deadline = time.monotonic() + 20
+    while (found := verdict(run)) is None and not until():
+        assert time.monotonic() < deadline
         time.sleep(0.05)
     for rank in alive:
         dogs[rank]._end.set()
@@ -181,31 +183,41 @@ def test_what_hangs_while_its_threads_live_is_behind_the_others(tmp_path: Path) 
     """As a rank that waits for its samples for ever: it says how far it is, and the others are further."""
     dogs = watchdogs(tmp_path, (7, 3), (7, 0), (7, 3))
     found = judged(tmp_path, dogs, (0, 1, 2))
-    assert "step 8 stood still for 1 s: rank 1 (process 101 on host-1) is behind the others" in str(found)
+    assert "step 8 stood still for 0.5 s: rank 1 (process 101 on host-1) is behind the others" in str(found)
     dogs[0]._judge((7, 3), {0: {"at": (7, 3), "late": True}}, [2])
     assert "rank 1 (" in str(verdict(tmp_path)), "the first verdict holds"
 
 
 def test_a_rank_that_comes_later_has_as_long_as_the_others(tmp_path: Path) -> None:
     """They wait for it at the end of a micro-batch, and it has begun that one when they were late already."""
-    def found(seconds: float) -> TrainError | None:
-        dogs = watchdogs(tmp_path, (7, 3), (7, 3), timeout_s=2)
-        dogs[0]._beaten -= 1.5
-        return judged(tmp_path, dogs, (0, 1), seconds)
-
-    assert found(1.5) is None, "one is late, and the other is not"
-    assert "step 8 stood still for 2 s: no rank is behind the others" in str(found(10))
+    dogs = watchdogs(tmp_path, (7, 3), (7, 3))
+    dogs[1]._beaten += 3600
+    assert judged(tmp_path, dogs, (0, 1), lambda: dogs[0]._quiet_until > 0) is None, "one is late, and has heard that the other is not"
+    dogs = watchdogs(tmp_path, (7, 3), (7, 3))
+    dogs[0]._beaten -= 0.3
+    assert "step 8 stood still for 0.5 s: no rank is behind the others" in str(judged(tmp_path, dogs, (0, 1)))
 
 
 @pytest.mark.parametrize("others", [[(7, REST), (7, REST)], [(8, 2), (8, 2)]])
-def test_an_evaluation_a_save_or_an_export_may_take_long_as_long_as_all_answer(tmp_path: Path, others: list[tuple[int, int]]) -> None:
+def test_an_evaluation_a_save_or_an_export_may_take_long_as_long_as_all_answer(tmp_path: Path, others: list[tuple[int, int]],
+                                                                               capfd: pytest.CaptureFixture[str]) -> None:
     """Rank 0 is at one, and the others wait for it there, or in the step that comes next."""
     dogs = watchdogs(tmp_path / "alive", (7, REST), *others)
-    assert judged(tmp_path / "alive", dogs, (0, 1, 2), 6) is None, "each has asked several times"
+    heard: list[set[float]] = [set(), set(), set()]
+
+    def twice() -> bool:
+        for dog, times in zip(dogs, heard, strict=True):
+            times.add(dog._quiet_until)
+        return all(len(times - {0.0}) >= 2 for times in heard)
+
+    assert judged(tmp_path / "alive", dogs, (0, 1, 2), twice) is None, "each has asked, and asked again"
+    assert "(what follows it)" not in capfd.readouterr().err, "while all answer there is nothing to write"
     assert not list((tmp_path / "alive" / "hang").glob("verdict*"))
     found = judged(tmp_path / "stopped", watchdogs(tmp_path / "stopped", (7, REST), *others), (1, 2))
     what = "what follows step 8, evaluation, checkpoint or export," if others[0] == (7, REST) else "step 9"
-    assert f"{what} stood still for 1 s: rank 0 (process 100 on host-0) does not answer" in str(found)
+    assert f"{what} stood still for 0.5 s: rank 0 (process 100 on host-0) does not answer" in str(found)
+    place = "step 8 (what follows it)" if others[0] == (7, REST) else "step 9 (micro-batch 2)"
+    assert f"no progress for 0.5 s in {place}; all threads:\n" in capfd.readouterr().err
 
 
 def test_a_rank_that_rests_or_ends_while_it_hears_the_others_harms_none(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The parts of a worker's memory, against what autograd keeps and what DeepSpeed documents."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +13,20 @@ from distlm.model.attention import use_cpu_attention
 from distlm.model.build import Shape, build_model, compile_layers, model_config, num_parameters
 from distlm.spec import TrainSpec
 from distlm.storage import Storage
+from distlm.train.activations import Activations, measure_activations
 from distlm.train.driver import short_nodes
 from distlm.train.memory import (
     GIB,
     MAX_LIVE,
     REDUCE_BUCKET,
-    Activations,
     Load,
     advice,
+    check_states,
     host_memory,
     make_load,
-    measure_activations,
     node_advice,
     node_memory,
+    own_states,
     peak_memory,
 )
 from distlm.train.recipe import make_recipe
@@ -113,6 +115,35 @@ def test_what_compiled_layers_keep_is_what_the_compiler_has_them_keep() -> None:
     assert on_gpu.layers[0] < measure_activations(found, SHAPE, "bf16", on_gpu=True).layers[0], "and is not counted by hand"
 
 
+def test_compiled_layers_are_counted_however_often_a_process_has_counted() -> None:
+    given = spec(model={"config": LLAMA})
+    found = model_config(given.model, SHAPE)
+    try:
+        with torch._dynamo.config.patch(recompile_limit=1):
+            counts = [measure_activations(found, SHAPE, "fp32", on_gpu=False, compiled=True) for _ in range(3)]
+    finally:
+        torch._dynamo.reset()
+    assert counts[0] == counts[1] == counts[2] != measure_activations(found, SHAPE, "fp32", on_gpu=False)
+
+
+def test_model_states_and_the_memory_of_nodes_are_told_without_a_count_of_activations() -> None:
+    def count() -> Activations:
+        raise AssertionError
+
+    for keys in ({}, {"sharding": {"zero": 3, "offload": {"optimizer": "cpu", "parameters": "cpu"}}}):
+        one = replace(load(**keys), count=count)
+        check_states(one)
+        assert node_memory(one, 4) and host_memory(one) and not node_advice(one, 4, 0)
+        with pytest.raises(AssertionError):
+            peak_memory(one)
+
+
+def test_a_load_counts_once() -> None:
+    given = spec()
+    one = make_load(given, model_config(given.model, SHAPE), SHAPE, 1, 1, 1)
+    assert one.activations is one.varied(1, 0, 1, True).activations
+
+
 def test_a_layer_that_is_computed_again_keeps_its_input_alone() -> None:
     one = Activations((100, 100, 100), 10, 5)
     assert (one.kept(0), one.kept(1), one.kept(2)) == (305, 35, 125)
@@ -125,7 +156,7 @@ def test_a_family_that_needs_values_is_counted_by_hand() -> None:
 
 def load(gpus: int = 1, parameters: int = 10**9, **keys: Any) -> Load:
     given = spec(scale={"workers": 8, "gpus_per_worker": gpus}, **keys)
-    return Load(given, parameters, Activations((GIB,) * 4, GIB // 32, GIB // 16), 2048, 32000, 4096, 8, 2, True, True)
+    return Load(given, parameters, lambda: Activations((GIB,) * 4, GIB // 32, GIB // 16), 2048, 32000, 4096, 8, 2, True, True)
 
 
 def test_every_part_follows_from_the_stage() -> None:
@@ -192,7 +223,7 @@ def test_what_is_offloaded_lies_in_the_memory_of_the_node_and_not_of_the_gpu() -
     raw["zero_optimization"]["offload_optimizer"]["device"] = "auto"
     assert peak_memory(load(sharding={"zero": 2, "deepspeed": raw})) == peak_memory(load(sharding={"zero": 2})), "which is none"
     disks = load(sharding={"zero": 3, "offload": {"optimizer": "nvme", "parameters": "nvme", "path": "/d"}})
-    assert host_memory(disks) == {"gradients": 2 * part} and peak_memory(disks).states == 0
+    assert host_memory(disks) == {"gradients": 2 * part} and sum(own_states(disks).values()) == 0
     on_cpu = [load(0, sharding={"zero": 2, **one}) for one in ({}, {"offload": optimizer})]
     assert peak_memory(on_cpu[0]) == peak_memory(on_cpu[1]) and host_memory(on_cpu[1]) == {}, "it is the same memory"
 

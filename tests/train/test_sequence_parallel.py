@@ -16,7 +16,7 @@ from distlm.spec import TrainSpec
 from distlm.spec.load import dump, load_spec
 from distlm.storage import Storage
 from distlm.train.batch import TokenBatch
-from distlm.train.memory import make_load, peak_memory
+from distlm.train.memory import make_load, own_states
 from distlm.train.recipe import make_recipe
 from tests.train.ranks import CONTEXT, VOCABULARY, losses, make_corpus, make_packed_corpus, metrics, run_ranks, spec
 from tests.train.test_resume import check_going_on, records
@@ -198,4 +198,4 @@ def test_plan_counts_the_activations_of_a_part() -> None:
     one, two = (make_load(spec(Path("c"), scale={"workers": degree}, sharding=divided(0, degree)), model_config(config, shape), shape,
                           1000, 2, 3) for degree in (1, 2))
     assert two.activations.layers[0] * 2 == one.activations.layers[0] and two.context * 2 == one.context
-    assert peak_memory(one).states == peak_memory(two).states
+    assert own_states(one) == own_states(two)

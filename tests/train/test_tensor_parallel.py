@@ -18,7 +18,7 @@ from distlm.spec import TrainSpec
 from distlm.spec.load import dump, load_spec
 from distlm.storage import Storage
 from distlm.train import checkpoint
-from distlm.train.memory import make_load, peak_memory
+from distlm.train.memory import make_load, own_states
 from distlm.train.recipe import make_recipe
 from tests.train.ranks import CONTEXT, VOCABULARY, losses, make_corpus, make_packed_corpus, metrics, run_ranks, spec, windows_seen
 from tests.train.test_resume import check_going_on, records
@@ -269,7 +269,7 @@ def test_plan_counts_what_a_rank_holds(family: str) -> None:
     assert loads[2].parameters == sum(whole.values()) - cut // 2 and cut > sum(whole.values()) / 2
     one, two = loads[1].activations, loads[2].activations
     assert one.inputs == two.inputs and one.outside == two.outside and one.inputs < two.layers[0] < 0.8 * one.layers[0]
-    assert peak_memory(loads[2]).states == 16 * loads[2].parameters
+    assert sum(own_states(loads[2]).values()) == 16 * loads[2].parameters
 
 
 def parameters(family: str) -> dict[str, int]:

@@ -1,0 +1,187 @@
+"""What a test does to the ranks of `ranks.py`, in their processes: faults that fire at a place, and watches that tell what was inside."""
+
+import math
+import os
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tests.train.ranks import VOCABULARY
+
+
+def add_poison(model: Any, window: int, module: str, gradient: bool = False, factor: float = math.nan) -> None:
+    """Let the output of a module, or the gradient with respect to it, be multiplied by `factor` whenever the model reads a window. Hooks
+    would not be called where a layer is compiled, and a factor that is no tensor not be looked at again."""
+    import torch
+
+    class Times(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, value: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
+            ctx.save_for_backward(by)
+            return value.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+            return gradient * ctx.saved_tensors[0], None
+
+    now = torch.ones(())
+
+    def read(_: Any, args: Any, kwargs: Any) -> None:
+        rows = kwargs["input_ids"]
+        now.fill_(factor if (rows[:, 0] * VOCABULARY + rows[:, 1] == window).any() else 1)
+
+    def spoiled(*args: Any, **more: Any) -> Any:
+        output = forward(*args, **more)
+        return Times.apply(output, now) if gradient else output * now
+
+    model.register_forward_pre_hook(read, with_kwargs=True)
+    poisoned = model.get_submodule(module)
+    forward, poisoned.forward = poisoned.forward, spoiled
+
+
+def watch_poisoned(poison: dict[str, Any]) -> Callable[[Exception], None]:
+    """Poison the models that are built from here on. Returns what is called with the error that a run ended with: it prints that, and
+    whether the masters are the ones from before the step."""
+    from distlm.train import loop
+    from distlm.train.average import masters
+
+    build, make, train = loop.build_model, loop.make_engine, loop.train_step
+    state, rank = dict[str, Any](), os.environ["RANK"]
+
+    def built(*args: Any) -> Any:
+        model = build(*args)
+        add_poison(model, **poison)
+        return model
+
+    def made(*args: Any) -> Any:
+        state["engine"] = make(*args)
+        return state["engine"]
+
+    def step(engine: Any, *args: Any) -> Any:
+        state["before"] = [part.detach().clone() for part in masters(engine)]
+        result = train(engine, *args)
+        if result.limit is not None:
+            print(f"rank {rank} spike at step {args[3] + 1}: {weights()}")
+        return result
+
+    def weights() -> str:
+        before = state.get("before", [])                   # none before the first step
+        same = not before or all(torch.equal(*pair) for pair in zip(before, masters(state["engine"]), strict=True))
+        return f"weights {'kept' if same else 'changed'}"
+
+    def report(error: Exception) -> None:
+        print(f"rank {rank} ended: {error} [{getattr(error, 'cause', '')}], {weights()}")
+
+    import torch
+
+    loop.build_model, loop.make_engine, loop.train_step = built, made, step
+    return report
+
+
+def watch_base() -> Callable[[], str]:
+    """Returns what says of the last run in which precisions its model was loaded and its base is held, whether what this rank holds of that
+    is to the bit as it was when DeepSpeed had taken it, scales too, and how many parameters the optimizer has on this rank."""
+    import torch
+
+    from distlm.train import loop
+    from distlm.train.average import masters
+
+    build, make, state = loop.build_model, loop.make_engine, dict[str, Any]()
+
+    def built(*args: Any) -> Any:
+        model = build(*args)
+        state["loaded"] = {str(one.dtype) for one in model.parameters()}
+        return model
+
+    def made(*args: Any) -> Any:
+        state["engine"] = make(*args)
+        state["before"] = frozen()
+        return state["engine"]
+
+    def frozen() -> list[torch.Tensor]:
+        base = [one for one in state["engine"].module.parameters() if not one.requires_grad]
+        scales = [one.quant_state for one in base if getattr(one, "quant_state", None)]
+        held = [getattr(one, "ds_tensor", one) for one in base]              # stage 3 has a part of it
+        assert all(one.numel() for one in held)
+        return [one.detach().clone() for one in [*held, *(scale.absmax for scale in scales), *(scale.state2.absmax for scale in scales)]]
+
+    def report() -> str:
+        same = all(torch.equal(*pair) for pair in zip(state["before"], frozen(), strict=True))
+        trained = sum(one.numel() for one in masters(state["engine"]))
+        held = {str(one.dtype) for one in state["engine"].module.parameters() if not one.requires_grad}
+        return f"loaded {sorted(state['loaded'])} held {sorted(held)} {'kept' if same else 'changed'}, {trained} in the optimizer"
+
+    loop.build_model, loop.make_engine = built, made
+    return report
+
+
+def strike(what: signal.Signals, place: str, number: int) -> None:
+    """Let this rank be sent a signal as the `number`-th step begins its arithmetic ("step"), as the evaluation after it begins ("measure"),
+    the save ("save") or the export ("export"), or when the first file of the checkpoint is written ("write")."""
+    from distlm.train import loop, saver
+    from distlm.train.evaluate import Evaluator
+
+    owner, name, step_of = {
+        "step": (loop, "train_step", lambda engine, *_: engine.global_steps + 1),
+        "measure": (Evaluator, "measure", lambda _, engine, *__: engine.global_steps),
+        "save": (saver.Saver, "save", lambda _, step, *__: step),
+        "write": (saver, "_write", lambda *args: int(args[-1].name.removeprefix("step-"))),
+        "export": (loop, "gather_weights", lambda engine, *_: engine.global_steps)}[place]
+    call = getattr(owner, name)
+
+    def called(*args: Any, **more: Any) -> Any:
+        made = call(*args, **more) if place == "write" else None
+        if step_of(*args) == number:
+            os.kill(os.getpid(), what)
+        return made or call(*args, **more)
+
+    setattr(owner, name, called)
+
+
+def watch_gradients() -> Callable[[Path], None]:
+    """Returns what writes `gradients.pt` to the folder of the run that was the last one: of each of its steps the loss, the norm, how many
+    tokens gave loss, and the gradient that the update was given, whole, by parameters as the model names them. All ranks take part."""
+    import torch
+    from deepspeed.utils import safe_get_full_grad
+
+    from distlm.model.tensor import dimension
+    from distlm.train import loop
+    from distlm.train.zero import gather_parts
+
+    update, train, found, gradients = loop.update, loop.train_step, list[dict[str, Any]](), dict[str, torch.Tensor]()
+
+    def updated(engine: Any, *args: Any) -> bool:
+        for name, parameter in engine.module.model.named_parameters():
+            part = safe_get_full_grad(parameter).detach().float()
+            dim = dimension(name) if engine.autotp_size() > 1 else None
+            gradients[name] = part.clone() if dim is None else gather_parts(part, dim)
+        return update(engine, *args)
+
+    def trained(*args: Any) -> Any:
+        result = train(*args)
+        found.append({"loss": result.loss, "norm": result.norm, "targets": result.num_targets, "gradients": dict(gradients)})
+        return result
+
+    def write(run: Path) -> None:
+        if os.environ["RANK"] == "0":
+            torch.save(found, run / "gradients.pt")
+        found.clear()
+
+    loop.update, loop.train_step = updated, trained
+    return write
+
+
+def hold_writes(step: int, released: threading.Event) -> None:
+    """Let the thread that writes a step's checkpoint wait."""
+    from distlm.train import saver
+
+    write = saver._write
+
+    def held(*args: Any) -> Any:
+        if args[-1].name == f"step-{step:06d}":
+            released.wait()
+        return write(*args)
+
+    saver._write = held
