@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 from distlm.errors import InputError, out_of_memory
 from distlm.model.build import load_model
 from distlm.model.vocabulary import vocabulary_hash
-from distlm.serve.engine import EngineFailed, EngineFull, NoMemory
+from distlm.serve.engine import EngineFailed, EngineFull, NoMemory, NotFinite
 from distlm.serve.metrics import Metrics
 from distlm.serve.torch_engine import DTYPES, context_of
 from distlm.spec.curate import Clean
@@ -91,6 +91,8 @@ class TorchClassifier:
         try:
             with torch.inference_mode():
                 return self._values(texts, activation)
+        except NotFinite:
+            raise
         except Exception as error:
             if out_of_memory(error):
                 raise NoMemory(f"there is no memory for {len(texts):,} texts", remedy="send fewer or shorter ones") from None
@@ -99,7 +101,7 @@ class TorchClassifier:
             raise self._error from error
 
     def _values(self, texts: Sequence[Sequence[int]], activation: bool) -> list[dict[str, float]]:
-        """Texts of like length go through the model together, `max_sequences` at a time."""
+        """Texts of like length go through the model together, `max_sequences` at a time. Raises NotFinite."""
         found: list[dict[str, float]] = [{} for _ in texts]
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         for first in range(0, len(order), self.max_sequences):
@@ -109,6 +111,9 @@ class TorchClassifier:
             for row, i in enumerate(rows):
                 tokens[row, :len(texts[i])] = torch.tensor(list(texts[i]), device=self.device)
             logits = self.model(input_ids=tokens, use_cache=False).logits.double()
+            if not logits.isfinite().all():
+                raise NotFinite("the classifier's logits are not finite",
+                                remedy="its weights may be damaged, or too large for its dtype: try dtype: fp32")
             values = logits if not activation else logits.sigmoid() if self.multiple else logits.softmax(1)
             for i, value in zip(rows, values.tolist(), strict=True):
                 found[i] = dict(zip(self.labels, value, strict=True))

@@ -179,6 +179,15 @@ def test_an_endpoint_has_the_numbers_of_its_model(run: str, root: Path, servers:
     assert page.count('<table class="matrix">') == (3 if run == "many" else 1) and ("<svg" in page) == (run == "one")
 
 
+def test_an_endpoint_tells_of_logits_that_are_not_finite_as_its_model_does(root: Path, servers: dict[str, Server], tmp_path: Path,
+                                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = servers["one"].engine.model.score
+    monkeypatch.setattr(layer, "weight", torch.nn.Parameter(torch.full_like(layer.weight, torch.nan)))
+    with pytest.raises(EvaluationError, match="the classifier's logits are not finite for a document of labelled") as error:
+        evaluate(asked(root, servers["one"], "labelled"), RunFolder(tmp_path), Storage(root), Records())
+    assert error.value.cause == "nonfinite_loss"
+
+
 def test_a_language_model_is_measured_by_the_texts_alone(root: Path, servers: dict[str, Server], tmp_path: Path) -> None:
     shown = Records()
     found = evaluate(asked(root, servers["language"], "labelled"), RunFolder(tmp_path), Storage(root), shown)

@@ -196,6 +196,14 @@ def test_an_engine_that_fails_says_so_and_is_not_healthy(folder: Path, monkeypat
     broken(torch.OutOfMemoryError("CUDA out of memory"))
     status, found = answer(engine, input="x")
     assert (status, found["error"]["code"]) == (503, "out_of_memory") and asyncio.run(health(engine)).status_code == 200
+    monkeypatch.setattr(engine, "model", model)
+    kept = model.score.weight.detach().clone()
+    torch.nn.init.constant_(model.score.weight, torch.inf)
+    for activation in (True, False):
+        status, found = answer(engine, input="x", use_activation=activation)
+        assert (status, found["error"]["code"], found["error"]["type"]) == (500, "nonfinite_logits", "server_error")
+    model.score.weight.data.copy_(kept)
+    assert answer(engine, input="x")[0] == asyncio.run(health(engine)).status_code == 200, "others are answered"
     broken(RuntimeError("CUDA error: an illegal memory access was encountered"))
     said = "the engine has died: RuntimeError: CUDA error: an illegal memory access was encountered"
     status, found = answer(engine, input="x")
