@@ -125,7 +125,8 @@ def check_step(steps: Mapping[str, Any], step: str, where: Callable[[KeyPath], s
 
 
 def check_references(steps: Mapping[str, Any], step: str, key: KeyPath, text: str, where: str) -> None:
-    """Raises SpecError where a text names an output that is not there, or is as a whole a reference to what `key` does not take."""
+    """Raises SpecError where a text names an output that is not there, or is as a whole a reference to what `key` does not take, or to a
+    classifier where only language models can be."""
     if "${" in REFERENCE.sub("", text):
         raise SpecError(f"{text!r}: a reference is not closed", where=where, remedy="write ${step} or ${step.output}")
     for reference in REFERENCE.findall(text):
@@ -133,6 +134,10 @@ def check_references(steps: Mapping[str, Any], step: str, key: KeyPath, text: st
     whole, wanted = REFERENCE.fullmatch(text), takes(steps[step].get("kind"), key)
     other, name = split(steps, whole[1]) if whole else ("", "")
     kind = str(steps[other].get("kind")) if whole else ""
+    if wanted == "model" and whole and steps[step].get("kind") in ("average", "compress") and objective_of(steps, other) == "classify":
+        from distlm.evaluate.task import NO_LANGUAGE_MODEL
+
+        raise SpecError(NO_LANGUAGE_MODEL[0], where=where, remedy=NO_LANGUAGE_MODEL[1])
     if not wanted or kind not in OUTPUTS or name in MAKERS[wanted].get(kind, ()) or name.startswith("best."):
         return
     fit = [f"${{{one}{names[0] and '.'}{names[0]}}}" for one, data in steps.items()

@@ -25,6 +25,9 @@ from distlm.spec.base import Rule, without_effect
 from distlm.storage import Storage
 from distlm.train.recipe import check_tokenizer, find_corpus
 
+NO_LANGUAGE_MODEL = ("it is a classifier, and only language models can be here", "`kind: evaluate` measures it")
+"""What is told of a classifier that is to be averaged or compressed, and what to do with it."""
+
 
 @dataclass(frozen=True)
 class Part:
@@ -194,8 +197,7 @@ def read_corpora(spec: EvaluateSpec, storage: Storage) -> list[Manifest]:
 def check_generates(folder: Path) -> None:
     """Raises InputError for a classifier."""
     if has_classifier(read_config(folder, f"model: {folder}")):
-        raise InputError("it is a classifier, and only language models can be here", where=f"model: {folder}",
-                         remedy="`kind: evaluate` measures it")
+        raise InputError(NO_LANGUAGE_MODEL[0], where=f"model: {folder}", remedy=NO_LANGUAGE_MODEL[1])
 
 
 def check_classifier(spec: EvaluateSpec, manifests: Sequence[Manifest], where: str) -> None:
