@@ -17,17 +17,15 @@ LABELS = ("loss", *SCORES, "ece", "documents")
 """What an evaluation of a language model comes to, and of a classifier."""
 OUTPUTS = {
     "prepare": ("documents", "bytes", "tokens", "train_tokens", "val_tokens", "val_bytes", "rejected", "manifest_hash"),
-    "train": ("export", "parameters", "loss_first", "loss_last", "val_loss", "val_loss_first", "perplexity", "bits_per_byte",
-              "tokens_per_s", "steps", "tokens", "checkpoint", "val_perplexity", "val_bits_per_byte", "val_accuracy", "val_ece", *SCORES,
-              "val_reward_accuracy", "val_reward_margin"),
+    "train": ("export", "parameters", "loss_first", "loss_last", "val_loss_first", "tokens_per_s", "steps", "tokens", "checkpoint"),
     "tune": ("best", "best_spec", "metric", "value", "trials"),
     "average": ("export", "loss", "perplexity", "bits_per_byte", "accuracy", "ece", "tokens", "averaged", "best", "best_loss"),
     "evaluate": (*LANGUAGE, *(name for name in LABELS if name not in LANGUAGE)),
     "compress": ("export", "loss", "loss_before", "bytes", "bytes_before"),
     "serve": ("url", "api_key_file", "model"),
 }
-"""Kind -> what `${step.output}` may name; a sweep also has `best.<key>` for every key of its space, and an evaluation what `task_outputs`
-names."""
+"""Kind -> what `${step.output}` may name; a sweep also has `best.<key>` for every key of its space, a run what its objective measures, and
+an evaluation what `task_outputs` names."""
 TEXTS = ("", "manifest_hash", "export", "checkpoint", "best", "best_spec", "metric", "url", "api_key_file", "model")
 """The outputs that are text; "" is the step itself, a folder. All others are numbers, but for `best.<key>`, which is what its key takes."""
 STDERR = "_stderr"
@@ -45,16 +43,27 @@ def output(steps: Mapping[str, Any], reference: str, where: str) -> tuple[str, s
     if kind == "evaluate" and name.split(".")[0] == "tasks":
         check_metric(steps[step], step, name, where)
         return step, name
-    known = [*OUTPUTS.get(kind, ()), *(f"best.{key}" for key in space_of(steps[step]))]
-    if kind == "evaluate" and (objective := objective_of(steps, step)):
-        known = [*(LABELS if objective == "classify" else LANGUAGE)]
     if kind == "tune" and name.startswith("best.") and not space_of(steps[step]):
         return step, name                                  # the sweep has no space: told there
-    if name and kind in OUTPUTS and name not in known:
-        near = nearest(name, known)
-        raise SpecError(f"${{{reference}}}: {with_article(kind)} step has no output {name}", where=where,
+    if name and kind in OUTPUTS and name not in (known := known_outputs(steps, step)):
+        near, of = nearest(name, known), " without a corpus" * (kind == "evaluate" and not steps[step].get("corpus"))
+        raise SpecError(f"${{{reference}}}: {with_article(kind)} step{of} has no output {name}", where=where,
                         remedy=f"did you mean {near}?" if near else f"there are {', '.join(known)}")
     return step, name
+
+
+def known_outputs(steps: Mapping[str, Any], step: str) -> list[str]:
+    """What a step comes to, as far as its model is known."""
+    data, kind, objective = steps[step], str(steps[step].get("kind")), objective_of(steps, step)
+    if kind == "train":
+        of = [OBJECTIVES[objective]] if objective else [*OBJECTIVES.values()]
+        names = dict.fromkeys(name for one in of for name, metric in one.METRICS.items() if metric.evaluated)
+        return [*OUTPUTS[kind], *(name for name in ("perplexity", "bits_per_byte") if f"val_{name}" in names), *names]
+    if kind == "evaluate" and not data.get("corpus"):
+        return ["tasks.TASK.METRIC"]
+    if kind == "evaluate" and objective:
+        return [*(LABELS if objective == "classify" else LANGUAGE)]
+    return [*OUTPUTS[kind], *(f"best.{key}" for key in space_of(data))]
 
 
 def check_metric(evaluation: Mapping[str, Any], step: str, name: str, where: str) -> None:
