@@ -17,7 +17,17 @@ from distlm.corpus.manifest import Manifest, manifest_hash, read_manifest
 from distlm.corpus.stream import Windows, silent
 from distlm.errors import InputError, SpecError
 from distlm.evaluate.tasks import check_answers, read_tasks
-from distlm.model.build import Shape, check_labels, checkpoint_config, has_classifier, labels_of, read_config, settle_kind, skeleton
+from distlm.model.build import (
+    Shape,
+    check_labels,
+    check_tells_labels,
+    checkpoint_config,
+    has_classifier,
+    labels_of,
+    read_config,
+    settle_kind,
+    skeleton,
+)
 from distlm.model.find import find_model
 from distlm.model.vocabulary import vocabulary_hash
 from distlm.spec import EvaluateSpec
@@ -162,6 +172,7 @@ def make_task(spec: EvaluateSpec, storage: Storage) -> Task:
     if not has_classifier(config):
         check_model(model, manifests, any(part.mask_documents for part in parts))
         return task
+    check_tells_labels(config, where)
     check_classifier(spec, manifests, str(model))
     check_model(model, manifests, False)
     settle_kind(config)

@@ -216,6 +216,7 @@ def test_what_an_endpoint_of_a_classifier_cannot_be_asked_is_told(root: Path, se
     ({"corpus": "plain"}, "corpus: .*/one/export is a classifier, and the documents of the corpus plain have no labels; prepare it with"),
     ({"corpus": "multiple"}, "model: .*the checkpoint gives a text one label, and the corpus any number; take a classifier of the"),
     ({"model": "renamed"}, "model: .*the checkpoint tells apart ham, one, two, and the corpus zero, one, two; take a classifier of the"),
+    ({"model": "number"}, "model: .*/number/export: it gives a text a number and tells no labels apart; take a classifier of two labels"),
     ({"model": "foreign"}, "model: .*the tokenizer of the checkpoint is not that of the corpus labelled"),
     ({"model": "encoder"}, "model: .* bert"),
     ({"prompts": ["x"]}, r"prompts: \['x'\] has no effect with a classifier; leave it out"),
@@ -227,6 +228,7 @@ def test_what_does_not_fit_a_classifier_is_refused_before_any_work(keys: dict[st
     (tmp_path / "corpora").symlink_to(root / "corpora")
     shutil.copytree(root / "runs", tmp_path / "runs")
     for name, file, change in (("renamed", "config.json", {"id2label": {"0": "ham", "1": "one", "2": "two"}}),
+                               ("number", "config.json", {"problem_type": "regression"}),
                                ("foreign", "tokenizer.json", {"model": {"type": "WordLevel", "vocab": {}, "unk_token": "x"}})):
         made = shutil.copytree(root / "runs" / "one" / "export", tmp_path / "runs" / name / "export")
         write_json(made / file, {**json.loads((made / file).read_text()), **change})

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-from distlm import endpoints, summary
+from distlm import endpoints, execute, plan, summary
 from distlm.cli import jobs
 from distlm.errors import InputError, ServeError
 from distlm.serve.api import Card, create_app
@@ -21,6 +21,7 @@ from distlm.serve.client import classify
 from distlm.serve.engine import EngineFailed
 from distlm.serve.guard import make_key
 from distlm.serve.metrics import Metrics
+from distlm.spec import ServeSpec
 from distlm.storage import Storage, write_json
 from tests.serve.test_api import Server
 from tests.serve.tiny_models import make_classifier
@@ -267,8 +268,10 @@ def test_a_model_that_tells_no_labels_apart_cannot_be_served(tmp_path: Path, cha
     if not text:
         assert TorchClassifier(made).labels == ["spam"]
         return
-    with pytest.raises(InputError, match=text):
-        TorchClassifier(made)
+    spec, storage = ServeSpec(name="s", model=str(made)), Storage(tmp_path)
+    for told in (lambda: TorchClassifier(made), lambda: execute.inputs(spec, storage), lambda: plan.of_serve(spec, storage)):
+        with pytest.raises(InputError, match=text):
+            told()
 
 
 def test_a_text_that_is_longer_than_the_documents_is_cut_as_they_were_and_that_is_told(tmp_path: Path) -> None:
