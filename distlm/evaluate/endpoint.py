@@ -269,7 +269,7 @@ class Client:
         """What a classifier makes of a batch, given with the token that ends a document: texts are sent without it, and without padding.
         Raises EvaluationError where a logit is not finite."""
         (documents, end), found = batch, list[list[float]]()
-        texts = [row[:np.max(np.flatnonzero(row != end), initial=0) + 1].tolist() for row in documents.tokens]
+        texts = [row[:length].tolist() for row, length in zip(documents.tokens, documents.lengths(end), strict=True)]
         for first in range(0, len(texts), PROMPTS):
             asked = {"model": self.model, "input": texts[first:first + PROMPTS], "use_activation": False}
             try:

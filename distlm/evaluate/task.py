@@ -115,6 +115,10 @@ class Labelled:
     groups: NDArray[np.int64]
     """[documents]: the source of each, by its number among those of all corpora."""
 
+    def lengths(self, end: int) -> NDArray[np.int64]:
+        """[documents]: the tokens of each up to the last that is not the end token, one at least."""
+        return np.maximum(((self.tokens != end) * np.arange(1, self.tokens.shape[1] + 1)).max(1), 1)
+
 
 class Reader:
     """The windows of a task's batches. A shard is checked when it is first opened."""

@@ -127,16 +127,6 @@ def test_several_corpora_are_measured_each_and_together(root: Path, tmp_path: Pa
     assert (counts[0] == counts[1] + counts[2]).all()
 
 
-def test_a_classifier_that_names_no_padding_reads_the_same_last_token(root: Path, tmp_path: Path) -> None:
-    whole = evaluated(spec(root), Storage(root))
-    shutil.copytree(root / "runs" / "one" / "export", tmp_path / "model")
-    config = read_json(tmp_path / "model" / "config.json")
-    for padding in (None, 5):
-        write_json(tmp_path / "model" / "config.json", {**config, "pad_token_id": padding, "problem_type": None})
-        found = evaluated(spec(root, model=str(tmp_path / "model")), Storage(root))
-        assert found["confusion"] == whole["confusion"] and found["loss"] == whole["loss"]
-
-
 def test_bfloat16_comes_near_and_logits_that_are_not_finite_are_told(root: Path, tmp_path: Path) -> None:
     task, whole = sums_of(spec(root), Storage(root))
     worker = Worker(task, "cpu", "bf16", None)
@@ -177,6 +167,25 @@ def test_an_endpoint_has_the_numbers_of_its_model(run: str, root: Path, servers:
     assert found["evaluated"] == f"tiny at {servers[run].url}/v1"
     page = (tmp_path / "report.html").read_text()
     assert page.count('<table class="matrix">') == (3 if run == "many" else 1) and ("<svg" in page) == (run == "one")
+
+
+def test_a_classifier_keeps_its_own_padding_as_its_endpoint_does_and_takes_the_end_token_where_it_names_none(
+        root: Path, servers: dict[str, Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = evaluated(spec(root), Storage(root))
+    shutil.copytree(root / "runs" / "one" / "export", tmp_path / "model")
+    config = read_json(tmp_path / "model" / "config.json")
+    ends = [int(text[-1]) for text, _ in documents(root / "corpora" / "labelled", "val")]
+    last = ends[0]
+    for padding in (None, next(token for token in range(1, 100) if token not in ends), last):
+        write_json(tmp_path / "model" / "config.json", {**config, "pad_token_id": padding, "problem_type": None})
+        found = evaluated(spec(root, model=str(tmp_path / "model")), Storage(root))
+        same = abs(found["loss"] - whole["loss"]) < 1e-6
+        assert same == (padding != last), "behind a text that ends with its padding another token is read"
+    engine = servers["one"].engine
+    monkeypatch.setattr(engine, "pad", last)
+    monkeypatch.setattr(engine.model.config, "pad_token_id", last)
+    theirs = evaluate(asked(root, servers["one"], "labelled"), RunFolder(tmp_path), Storage(root), Records())
+    assert theirs["loss"] == pytest.approx(found["loss"], abs=1e-6) and theirs["confusion"] == found["confusion"]
 
 
 def test_an_endpoint_tells_of_logits_that_are_not_finite_as_its_model_does(root: Path, servers: dict[str, Server], tmp_path: Path,
