@@ -265,7 +265,7 @@ def inputs_of(spec: EvaluateSpec, storage: Storage) -> dict[str, Any]:
 
     endpoint = find_endpoint(spec, storage)
     if endpoint.classifies:
-        check_classifier(spec, [read_manifest(part.corpus) for part in task.parts], f"what {endpoint.model} serves")
+        check_classifier(spec, [read_manifest(part.corpus) for part in task.parts], f"{endpoint.model} at {endpoint.url}")
     tokenizer = find_tokenizer(spec, task, endpoint, storage)
     check_answers(files, None, tokenizer, spec.chat)
     return {**endpoint.told(), **corpora, **({"tokenizer": {str(tokenizer): vocabulary_hash(tokenizer)}} if tokenizer else {})}

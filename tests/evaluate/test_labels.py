@@ -217,7 +217,7 @@ def test_what_an_endpoint_of_a_classifier_cannot_be_asked_is_told(root: Path, se
     write_json(storage.endpoint("c") / "endpoint.json", {"url": f"{servers['one'].url}/v1", "model": "tiny", "classifier": True,
                                                          "api_key_file": str(root / "key"), "app": "c", "version": "v1"})
     assert find_endpoint(asked(root, servers["one"], "labelled", endpoint="c"), storage).classifies
-    with pytest.raises(InputError, match="corpus: what tiny serves is a classifier, and the documents of the corpus plain"):
+    with pytest.raises(InputError, match=r"corpus: tiny at http.*/v1 is a classifier, and the documents of the corpus plain"):
         inputs_of(asked(root, servers["one"], "plain", endpoint="c"), storage)
 
 

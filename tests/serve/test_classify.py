@@ -17,7 +17,7 @@ from distlm.cli import jobs
 from distlm.errors import InputError, ServeError
 from distlm.serve.api import Card, create_app
 from distlm.serve.classifier import TorchClassifier
-from distlm.serve.client import classify
+from distlm.serve.client import CUT, classify
 from distlm.serve.engine import EngineFailed
 from distlm.serve.guard import make_key
 from distlm.serve.metrics import Metrics
@@ -93,7 +93,7 @@ def test_tokens_are_taken_by_their_ids_and_logits_are_given(tmp_path: Path, mult
     made = make_classifier(tmp_path, multiple=multiple)
     engine = TorchClassifier(made, threads=1, max_sequences=3)
     ids, model = [engine.encode(text) for text in TEXTS], AutoModelForSequenceClassification.from_pretrained(made).eval()
-    texts, tokens = answer(engine, input=TEXTS)[1], answer(engine, input=ids)[1]
+    texts, tokens = answer(engine, input=TEXTS)[1], answer(engine, input=ids, use_activation=None, user=None)[1]
     assert tokens == texts and answer(engine, input=ids[1])[1]["data"][0]["label"] == texts["data"][1]["label"]
     for one, given, other in zip(answer(engine, input=ids, use_activation=False)[1]["data"], ids, texts["data"], strict=True):
         with torch.no_grad():
@@ -289,6 +289,9 @@ def test_a_text_that_is_longer_than_the_documents_is_cut_as_they_were_and_that_i
     server = Server(made, TorchClassifier)
     try:
         assert [one["truncated"] for one in classify(server.url, KEY, [text, TEXTS[0]])] == [True, False]
+        asked = {"url": server.url, "model": "tiny", "api_key_file": str(make_key(tmp_path / "key")), "classifier": True}
+        (tmp_path / "key").write_text(KEY)
+        assert [CUT in summary.ask(asked, one) for one in (text, TEXTS[0])] == [True, False]
     finally:
         server.close()
     (made / "distlm.json").write_text(json.dumps({"cut_tokens": 0}))
