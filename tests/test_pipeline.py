@@ -153,7 +153,8 @@ def test_a_mistake_is_found_before_any_work(given: dict[str, Any], what: str) ->
     {"prepare": PREPARE, "train": TRAIN, "e": EVALUATE, "serve": {**SERVE, "needs": "e"},
      "ask": {"kind": "evaluate", "endpoint": "${serve}", "corpus": ["${prepare}", "other"]}},
     {"prepare": PREPARE, "train": TRAIN, "one": {**SERVE, "port": 8001}, "two": {**SERVE, "port": 8001}, "three": {**SERVE, "port": 0}},
-    *({"prepare": PREPARE, "train": {**TRAIN, "objective": objective}, "e": {**EVALUATE, "model": "m", "windows": f"${{train.{name}}}"}}
+    *({"prepare": PREPARE, "train": {**TRAIN, "model": {"from": "m"}, "objective": objective},
+       "e": {**EVALUATE, "model": "m", "windows": f"${{train.{name}}}"}}
       for objective, name in (("classify", "f1_macro"), ("dpo", "val_reward_margin"), ("sft", "val_ece"))),
     {"prepare": PREPARE, "train": TRAIN, "c": COMPRESS, "mean": {"kind": "average", "models": ["${train}", "${c}"], "corpus": "c"}},
     {"prepare": PREPARE, "train": CLASSIFY, "e": EVALUATE, "f": {**EVALUATE, "windows": "${e.roc_auc}"}},
