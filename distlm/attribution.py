@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 
 from distlm.errors import InputError
-from distlm.model.build import has_classifier, load_model
+from distlm.model.build import check_servable, has_classifier, labels_of, load_model
 from distlm.model.find import check_whole, find_model
-from distlm.serve.classifier import Reading, check_classifier, recorded_reading
+from distlm.model.reading import Reading, recorded_reading
 from distlm.serve.text import HALF_PAIR, has_half_pair
 from distlm.spec.load import nearest
 from distlm.storage import Storage, write_atomic
@@ -96,8 +96,8 @@ def explain(model: str, text: str, *, target: str | None = None, steps: int = ST
     tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     labels, reading = None, Reading()
     if has_classifier(network.config):
-        check_classifier(network.config, str(folder))
-        labels = [str(network.config.id2label[i]) for i in range(network.config.num_labels)]
+        check_servable(network.config, str(folder))
+        labels = labels_of(network.config)
         reading = recorded_reading(folder)                 # as its endpoint reads it
     context = getattr(network.config.get_text_config(), "max_position_embeddings", None)
     ids, pieces, truncated = _tokens(tokenizer, reading.cleaned(text), reading.cut_tokens, context)

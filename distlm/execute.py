@@ -14,6 +14,7 @@ from typing import Any
 
 from distlm import summary
 from distlm.errors import DistlmError, InputError, ServeError, SpecError
+from distlm.model.build import check_served
 from distlm.model.find import check_loadable, check_name, find_model
 from distlm.progress import Logged, Progress
 from distlm.runs import RunFolder, lineage
@@ -189,6 +190,7 @@ def inputs(spec: Spec, storage: Storage) -> dict[str, Any]:
     if isinstance(spec, ServeSpec):
         found["model"] = str(find_model(spec.model, storage))
         check_loadable(Path(found["model"]))
+        check_served(Path(found["model"]))
         if spec.adapters:
             from distlm.model.adapter_folder import check_adapters, find_adapters
 

@@ -16,40 +16,19 @@ from pathlib import Path
 from typing import Any
 
 from distlm import execute
-from distlm.errors import DistlmError, InputError, ServeError, SpecError
+from distlm.errors import InputError, ServeError, SpecError
+from distlm.outputs import OUTPUTS, TEXTS, objective_of, output, space_of, split, task_outputs, with_article
 from distlm.progress import Progress
 from distlm.reads import missing, reads
 from distlm.runs import RunFolder
 from distlm.serve.client import healthy
-from distlm.spec import EvaluateSpec, PrepareSpec, ServeSpec, TrainSpec
+from distlm.spec import EvaluateSpec, PrepareSpec, ServeSpec
 from distlm.spec.explain import KeyPath
 from distlm.spec.load import REFERENCE, Loaded, dotted, dump, leaves, locator, nearest, put, validate, with_spec
 from distlm.spec.pipeline import PipelineSpec
 from distlm.storage import Storage, read_json
-from distlm.train.objectives import OBJECTIVES
-from distlm.train.scores import SCORES
 from distlm.tune import space
 
-LANGUAGE = ("loss", "perplexity", "bits_per_byte", "accuracy", "ece", "tokens")
-LABELS = ("loss", *SCORES, "ece", "documents")
-"""What an evaluation of a language model comes to, and of a classifier."""
-OUTPUTS = {
-    "prepare": ("documents", "bytes", "tokens", "train_tokens", "val_tokens", "val_bytes", "rejected", "manifest_hash"),
-    "train": ("export", "parameters", "loss_first", "loss_last", "val_loss", "val_loss_first", "perplexity", "bits_per_byte",
-              "tokens_per_s", "steps", "tokens", "checkpoint", "val_perplexity", "val_bits_per_byte", "val_accuracy", "val_ece", *SCORES,
-              "val_reward_accuracy", "val_reward_margin"),
-    "tune": ("best", "best_spec", "metric", "value", "trials"),
-    "average": ("export", "loss", "perplexity", "bits_per_byte", "accuracy", "ece", "tokens", "averaged", "best", "best_loss"),
-    "evaluate": (*LANGUAGE, *(name for name in LABELS if name not in LANGUAGE)),
-    "compress": ("export", "loss", "loss_before", "bytes", "bytes_before"),
-    "serve": ("url", "api_key_file", "model"),
-}
-"""Kind -> what `${step.output}` may name; a sweep also has `best.<key>` for every key of its space, and an evaluation what `task_outputs`
-names."""
-TEXTS = ("", "manifest_hash", "export", "checkpoint", "best", "best_spec", "metric", "url", "api_key_file", "model")
-"""The outputs that are text; "" is the step itself, a folder. All others are numbers, but for `best.<key>`, which is what its key takes."""
-STDERR = "_stderr"
-"""Behind the name of a task's metric, its standard error."""
 MAKERS: dict[str, dict[str, tuple[str, ...]]] = {
     "corpus": {"prepare": ("",)}, "endpoint": {"serve": ("", "url", "model")},
     "model": {"train": ("", "export"), "tune": ("best",), "average": ("", "export"), "compress": ("", "export")}}
@@ -146,7 +125,8 @@ def check_step(steps: Mapping[str, Any], step: str, where: Callable[[KeyPath], s
 
 
 def check_references(steps: Mapping[str, Any], step: str, key: KeyPath, text: str, where: str) -> None:
-    """Raises SpecError where a text names an output that is not there, or is as a whole a reference to what `key` does not take."""
+    """Raises SpecError where a text names an output that is not there, or is as a whole a reference to what `key` does not take, or to a
+    classifier where only language models can be."""
     if "${" in REFERENCE.sub("", text):
         raise SpecError(f"{text!r}: a reference is not closed", where=where, remedy="write ${step} or ${step.output}")
     for reference in REFERENCE.findall(text):
@@ -154,6 +134,10 @@ def check_references(steps: Mapping[str, Any], step: str, key: KeyPath, text: st
     whole, wanted = REFERENCE.fullmatch(text), takes(steps[step].get("kind"), key)
     other, name = split(steps, whole[1]) if whole else ("", "")
     kind = str(steps[other].get("kind")) if whole else ""
+    if wanted == "model" and whole and steps[step].get("kind") in ("average", "compress") and objective_of(steps, other) == "classify":
+        from distlm.evaluate.task import NO_LANGUAGE_MODEL
+
+        raise SpecError(NO_LANGUAGE_MODEL[0], where=where, remedy=NO_LANGUAGE_MODEL[1])
     if not wanted or kind not in OUTPUTS or name in MAKERS[wanted].get(kind, ()) or name.startswith("best."):
         return
     fit = [f"${{{one}{names[0] and '.'}{names[0]}}}" for one, data in steps.items()
@@ -161,11 +145,6 @@ def check_references(steps: Mapping[str, Any], step: str, key: KeyPath, text: st
     maker = next(iter(MAKERS[wanted]))
     raise SpecError(f"{text} is no {wanted}: {other} is {with_article(kind)} step", where=where,
                     remedy=f"did you mean {' or '.join(fit)}?" if fit else f"{with_article(maker)} step makes one")
-
-
-def with_article(kind: str) -> str:
-    """A kind as it stands in a sentence: `an evaluate`."""
-    return f"an {kind}" if kind[:1] in "aeiou" else f"a {kind}"
 
 
 def takes(kind: Any, key: KeyPath) -> str:
@@ -230,89 +209,6 @@ def stand_in(steps: Mapping[str, Any], value: Any) -> Any:
         values = next(iter(dimension.values()), None) if isinstance(dimension, dict) else None
         return values[0] if isinstance(values, list) and values else value
     return value
-
-
-def output(steps: Mapping[str, Any], reference: str, where: str) -> tuple[str, str]:
-    """(step, output) of a reference. Raises SpecError, with the nearest name, for what is not there."""
-    step, name = split(steps, reference)
-    if not step:
-        near = nearest(reference.split(".")[0], steps)
-        raise SpecError(f"${{{reference}}}: there is no such step", where=where,
-                        remedy=f"did you mean {near}?" if near else f"there are {', '.join(steps)}")
-    kind = str(steps[step].get("kind"))
-    if kind == "evaluate" and name.split(".")[0] == "tasks":
-        check_metric(steps[step], step, name, where)
-        return step, name
-    known = [*OUTPUTS.get(kind, ()), *(f"best.{key}" for key in space_of(steps[step]))]
-    if kind == "evaluate" and (objective := objective_of(steps, step)):
-        known = [*(LABELS if objective == "classify" else LANGUAGE)]
-    if kind == "tune" and name.startswith("best.") and not space_of(steps[step]):
-        return step, name                                  # the sweep has no space: told there
-    if name and kind in OUTPUTS and name not in known:
-        near = nearest(name, known)
-        raise SpecError(f"${{{reference}}}: {with_article(kind)} step has no output {name}", where=where,
-                        remedy=f"did you mean {near}?" if near else f"there are {', '.join(known)}")
-    return step, name
-
-
-def check_metric(evaluation: Mapping[str, Any], step: str, name: str, where: str) -> None:
-    """Raises SpecError where the tasks of an evaluation list no metric of this `name`. Where they cannot be read here, which those of a job
-    that is submitted need not, that is told where they are."""
-    from distlm.evaluate.tasks import metric_names, read_tasks
-
-    given = evaluation.get("tasks") or []
-    if not isinstance(given, list) or not all(isinstance(path, str) and "${" not in path for path in given):
-        return                                             # told where they are read
-    try:
-        files = read_tasks(given)
-    except DistlmError:
-        return
-    metrics = {file.config["task"]: metric_names(file) for file in files}
-    if meant := max((task for task in metrics if name.startswith(f"tasks.{task}.")), key=len, default=""):
-        metrics = {meant: metrics[meant]}
-        if metrics[meant] is None:
-            return                                         # functions of the file decide
-    known = [f"tasks.{task}.{metric}{more}" for task, found in metrics.items() for metric in found or ["METRIC"] for more in ("", STDERR)]
-    if name not in known:
-        near = "" if meant else nearest(name, known)
-        raise SpecError(f"${{{step}.{name}}}: the tasks of {step} do not come to it", where=where,
-                        remedy=f"did you mean {near}?" if near else f"there are {', '.join(known)}" if known else "it has no tasks")
-
-
-def objective_of(steps: Mapping[str, Any], step: str) -> str:
-    """What the model was trained for that a step makes, serves or measures; "" where that is not known here."""
-    for _ in steps:                                        # further than through all of them no reference leads
-        data = steps[step]
-        kind = data.get("kind")
-        data = data.get("train") if kind == "tune" else data
-        if kind in ("train", "tune"):
-            objective = data.get("objective", TrainSpec.model_fields["objective"].default) if isinstance(data, dict) else ""
-            return objective if isinstance(objective, str) and objective in OBJECTIVES else ""
-        given = data.get("model") or data.get("endpoint") if kind in ("evaluate", "serve") else None
-        whole = REFERENCE.fullmatch(given) if isinstance(given, str) else None
-        step = split(steps, whole[1])[0] if whole else ""
-        if not step:
-            return "pretrain" if kind in ("average", "compress") else ""
-    return ""
-
-
-def task_outputs(made: Mapping[str, Any]) -> dict[str, Any]:
-    """The metrics of an evaluation's tasks by the names that references have for them, `tasks.<task>.<metric>`, and their standard
-    errors; empty for what another kind of step made."""
-    return {f"tasks.{task}.{metric}{more}": one[key] for task, found in made.get("tasks", {}).items()
-            for metric, one in found["metrics"].items() for more, key in (("", "value"), (STDERR, "stderr"))}
-
-
-def space_of(step: Mapping[str, Any]) -> dict[str, Any]:
-    """The space of a sweep; empty for another kind of step, and where what is written is none, which `check_step` refuses."""
-    space = step.get("space") if step.get("kind") == "tune" else None
-    return space if isinstance(space, dict) else {}
-
-
-def split(steps: Mapping[str, Any], reference: str) -> tuple[str, str]:
-    """`train.val_loss` -> ("train", "val_loss"); names of steps may hold dots, so the longest that fits is meant."""
-    found = max((step for step in steps if reference == step or reference.startswith(f"{step}.")), key=len, default="")
-    return found, reference[len(found) + 1:] if found else ""
 
 
 def wants(steps: Mapping[str, Any], step: str) -> list[str]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from distlm.autoscale import DATA_CPUS, compress_bundles, evaluate_bundles, serve_bundles, total, train_bundles
 from distlm.errors import InputError, SpecError
+from distlm.model.build import check_served
 from distlm.model.find import check_name, find_model
 from distlm.spec import AverageSpec, CompressSpec, EvaluateSpec, PipelineSpec, PrepareSpec, ServeSpec, TrainSpec, TuneSpec
 from distlm.spec.base import Rule
@@ -368,6 +369,8 @@ def of_serve(spec: ServeSpec, storage: Storage) -> Rows:
         model = str(found or "what another step makes")
     except InputError as error:
         model = f"{spec.model}: not there yet ({error.message})"
+    if found is not None:
+        check_served(found)
     need = total(serve_bundles(spec))
     rows = [("model", model), *of_adapters(spec, found, storage), ("address", f"{spec.host}:{spec.port or 'a free port'}"),
             ("replicas", str(spec.replicas)), ("CPUs", f"{need['CPU']:g}")]

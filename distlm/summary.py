@@ -8,7 +8,7 @@ from typing import Any
 from distlm.errors import InputError, ServeError
 from distlm.progress import Progress
 from distlm.runs import RunFolder
-from distlm.serve.client import classify, query
+from distlm.serve.client import CUT, classify, query
 from distlm.serve.guard import read_key
 
 Step = tuple[str, RunFolder, dict[str, Any]]
@@ -125,7 +125,8 @@ def ask(made: dict[str, Any], prompt: str, chat: bool = False) -> str:
             return "".join(query(made["url"], key, prompt, model=made["model"], chat=chat, timeout_s=ANSWER_S, **SAMPLING))
         [found] = classify(made["url"], key, [prompt], model=made["model"], timeout_s=ANSWER_S)
         chances = found["probabilities"]
-        return ", ".join(f"{name} {chances[name]:.3f}" for name in sorted(chances, key=lambda name: -chances[name])[:MAX_LABELS])
+        told = ", ".join(f"{name} {chances[name]:.3f}" for name in sorted(chances, key=lambda name: -chances[name])[:MAX_LABELS])
+        return told + f"\n({CUT})" * found["truncated"]
     except (ServeError, InputError, ValueError, KeyError) as error:
         what = "classify a text" if made.get("classifier") else "complete a prompt"
         raise ServeError(f"the endpoint did not {what}: {error}", where=made["url"],

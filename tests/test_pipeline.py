@@ -22,6 +22,7 @@ TUNE: dict[str, Any] = {"kind": "tune", "train": {k: v for k, v in TRAIN.items()
 EVALUATE = {"kind": "evaluate", "model": "${train}", "corpus": "${prepare}"}
 SERVE = {"kind": "serve", "model": "${train}"}
 CLASSIFY = {**TRAIN, "objective": "classify"}
+COMPRESS = {"kind": "compress", "model": "${train}", "corpus": "${prepare}", "method": "magnitude", "sparsity": 0.5}
 ASK = {"kind": "evaluate", "endpoint": "${serve}", "corpus": "${prepare}"}
 
 
@@ -123,6 +124,20 @@ def test_steps_run_after_what_they_need_by_reference_or_by_needs() -> None:
      "steps.e: prompts: ['x'] has no effect with a classifier; leave it out"),
     ({"prepare": PREPARE, "train": CLASSIFY, "serve": SERVE, "e": {**ASK, "tasks": ["t.yaml"]}},
      "steps.e: tasks: tasks are questions to a language model, and what is measured is a classifier"),
+    ({"prepare": PREPARE, "train": TRAIN, "e": {**EVALUATE, "windows": "${train.f1_macro}"}},
+     "${train.f1_macro}: a train step has no output f1_macro; there are export, parameters"),
+    ({"prepare": PREPARE, "train": CLASSIFY, "e": {**EVALUATE, "windows": "${train.val_perplexity}"}}, "has no output val_perplexity"),
+    ({"prepare": PREPARE, "train": CLASSIFY, "e": {**EVALUATE, "windows": "${train.perplexity}"}}, "a train step has no output perplexity"),
+    ({"prepare": PREPARE, "train": {**TRAIN, "objective": "dpo"}, "e": {**EVALUATE, "windows": "${train.bits_per_byte}"}},
+     "a train step has no output bits_per_byte"),
+    ({"prepare": PREPARE, "train": TRAIN, "e": {"kind": "evaluate", "model": "${train}", "tasks": ["none.yaml"]},
+      "f": {**EVALUATE, "windows": "${e.loss}"}}, "${e.loss}: an evaluate step without a corpus has no output loss; there are tasks.TASK"),
+    ({"prepare": PREPARE, "train": CLASSIFY, "c": COMPRESS},
+     "steps.c.model: it is a classifier, and only language models can be here; `kind: evaluate` measures it"),
+    ({"prepare": PREPARE, "tune": {**TUNE, "train": {**TUNE["train"], "objective": "classify"}},
+      "c": {**COMPRESS, "model": "${tune.best}"}}, "steps.c.model: it is a classifier"),
+    ({"prepare": PREPARE, "one": TRAIN, "two": CLASSIFY, "mean": {"kind": "average", "models": ["${one}", "${two.export}"],
+                                                                  "corpus": "${prepare}"}}, "steps.mean.models: it is a classifier"),
     ({"prepare": PREPARE, "train": TRAIN, "one": {**SERVE, "host": "127.0.0.2"}, "two": SERVE}, "one takes 127.0.0.2, not 127.0.0.1"),
 ])
 def test_a_mistake_is_found_before_any_work(given: dict[str, Any], what: str) -> None:
@@ -138,6 +153,10 @@ def test_a_mistake_is_found_before_any_work(given: dict[str, Any], what: str) ->
     {"prepare": PREPARE, "train": TRAIN, "e": EVALUATE, "serve": {**SERVE, "needs": "e"},
      "ask": {"kind": "evaluate", "endpoint": "${serve}", "corpus": ["${prepare}", "other"]}},
     {"prepare": PREPARE, "train": TRAIN, "one": {**SERVE, "port": 8001}, "two": {**SERVE, "port": 8001}, "three": {**SERVE, "port": 0}},
+    *({"prepare": PREPARE, "train": {**TRAIN, "model": {"from": "m"}, "objective": objective},
+       "e": {**EVALUATE, "model": "m", "windows": f"${{train.{name}}}"}}
+      for objective, name in (("classify", "f1_macro"), ("dpo", "val_reward_margin"), ("sft", "val_ece"))),
+    {"prepare": PREPARE, "train": TRAIN, "c": COMPRESS, "mean": {"kind": "average", "models": ["${train}", "${c}"], "corpus": "c"}},
     {"prepare": PREPARE, "train": CLASSIFY, "e": EVALUATE, "f": {**EVALUATE, "windows": "${e.roc_auc}"}},
     {"prepare": PREPARE, "e": {**EVALUATE, "model": "m"}, "f": {**EVALUATE, "model": "m", "windows": "${e.perplexity}", "batch_windows":
                                                                "${e.f1_macro}"}},

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from distlm.jobs import Job, Submission
 
 app = typer.Typer()
-CUT = "the text is longer than the classifier's documents, and was cut as they were"
 
 
 @app.command()
@@ -234,6 +233,7 @@ def query(name: Name, prompt: Annotated[str, typer.Argument(help="The text to co
             raise InputError(f"{name} is a classifier and completes no text",
                              remedy="leave out --chat, --max-tokens, --temperature and --model")
         from distlm.progress import PlainProgress
+        from distlm.serve.client import CUT
 
         [found] = endpoints.classify(name, [prompt])
         chances = sorted(found["probabilities"].items(), key=lambda one: -one[1])
@@ -264,6 +264,7 @@ def explain(model: Annotated[str, typer.Argument(metavar="RUN", help="A run by n
     from distlm.attribution import explain as explained
     from distlm.attribution import write_page
     from distlm.progress import PlainProgress
+    from distlm.serve.client import CUT
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -19,7 +19,7 @@ import numpy as np
 from distlm.corpus.manifest import read_manifest
 from distlm.corpus.stream import START
 from distlm.errors import InputError, ServeError
-from distlm.evaluate.labels import Observed, observed
+from distlm.evaluate.labels import Observed, not_finite, observed
 from distlm.evaluate.task import Labelled, Reader, Rows, Task, check_classifier, with_labels
 from distlm.evaluate.worker import Asked, Said, Scores, said, sums
 from distlm.model.complete import check_prompts
@@ -28,6 +28,7 @@ from distlm.model.vocabulary import FILE, vocabulary_hash
 from distlm.progress import Progress
 from distlm.runs import RunFolder
 from distlm.serve.client import ADAPTERS, gone, healthy
+from distlm.serve.engine import NONFINITE, NotFinite
 from distlm.serve.guard import read_key
 from distlm.spec import EvaluateSpec
 from distlm.spec.load import nearest
@@ -265,11 +266,16 @@ class Client:
         return sums(self.task, rows, Scores(logprobs[rows.kept], best[rows.kept], sure[rows.kept]))
 
     def observe(self, batch: tuple[Labelled, int]) -> Observed:
-        """What a classifier makes of a batch, given with the token that ends a document: texts are sent without it, and without padding."""
+        """What a classifier makes of a batch, given with the token that ends a document: texts are sent without it, and without padding.
+        Raises EvaluationError where a logit is not finite."""
         (documents, end), found = batch, list[list[float]]()
-        texts = [row[:np.max(np.flatnonzero(row != end), initial=0) + 1].tolist() for row in documents.tokens]
+        texts = [row[:length].tolist() for row, length in zip(documents.tokens, documents.lengths(end), strict=True)]
         for first in range(0, len(texts), PROMPTS):
-            answer = self.ask("POST", "classify", {"model": self.model, "input": texts[first:first + PROMPTS], "use_activation": False})
+            asked = {"model": self.model, "input": texts[first:first + PROMPTS], "use_activation": False}
+            try:
+                answer = self.ask("POST", "classify", asked)
+            except NotFinite:
+                raise not_finite(documents) from None
             told = sorted(answer["data"], key=lambda one: int(one["index"]))
             found += [[one["logits"][name] for name in self.task.labels] for one in told]
         return observed(documents, np.concatenate([documents.labels, np.array(found)], 1, dtype=np.float32))
@@ -314,19 +320,21 @@ class Client:
             time.sleep(float(after) if after.isdigit() else 2)
 
     def read(self, answer: httpx.Response) -> dict[str, Any]:
-        """What an answer holds. Raises InputError, ServeError where it is an error."""
+        """What an answer holds. Raises InputError, ServeError where it is an error, NotFinite where that is the code of it."""
+        code = None
         try:
             told = answer.json()
             if answer.status_code == 200 and isinstance(told, dict):
                 return told
-            message = str(told["error"]["message"])
+            message, code = str(told["error"]["message"]), told["error"].get("code")
         except (ValueError, KeyError, TypeError):
             message = answer.text[:200]
         if answer.status_code in (401, 403):
             raise InputError("the endpoint refuses the key", where=f"endpoint: {self.endpoint.key_file}",
                              remedy="name the file that holds the endpoint's own key")
         cause = "bad_input" if answer.status_code < 500 else ""
-        raise ServeError(f"{message} (status {answer.status_code})", where=self.where, cause=cause)
+        kind = NotFinite if code == NONFINITE else ServeError
+        raise kind(f"{message} (status {answer.status_code})", where=self.where, cause=cause)
 
 
 def pieces(rows: Rows) -> Iterator[tuple[int, int, int]]:

@@ -27,9 +27,14 @@ class Observed(NamedTuple):
 def observed(documents: Labelled, rows: NDArray[np.float32]) -> Observed:
     """Of a batch. Raises EvaluationError where a logit is not finite."""
     if not np.isfinite(rows).all():
-        raise EvaluationError(f"the classifier's logits are not finite for a document of {documents.part.name}", cause="nonfinite_loss",
-                              remedy="its weights may be damaged, or too large for its dtype: try dtype: fp32")
+        raise not_finite(documents)
     return Observed(rows, documents.groups)
+
+
+def not_finite(documents: Labelled) -> EvaluationError:
+    """What is told where a logit of one of these is not finite."""
+    return EvaluationError(f"the classifier's logits are not finite for a document of {documents.part.name}", cause="nonfinite_loss",
+                           remedy="its weights may be damaged, or too large for its dtype: try dtype: fp32")
 
 
 def outcome(task: Task, made_by: str, batches: Sequence[Observed]) -> dict[str, Any]:

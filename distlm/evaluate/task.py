@@ -17,13 +17,26 @@ from distlm.corpus.manifest import Manifest, manifest_hash, read_manifest
 from distlm.corpus.stream import Windows, silent
 from distlm.errors import InputError, SpecError
 from distlm.evaluate.tasks import check_answers, read_tasks
-from distlm.model.build import Shape, check_labels, checkpoint_config, has_classifier, labels_of, read_config, settle_kind, skeleton
+from distlm.model.build import (
+    Shape,
+    check_labels,
+    check_tells_labels,
+    checkpoint_config,
+    has_classifier,
+    labels_of,
+    read_config,
+    settle_kind,
+    skeleton,
+)
 from distlm.model.find import find_model
 from distlm.model.vocabulary import vocabulary_hash
 from distlm.spec import EvaluateSpec
 from distlm.spec.base import Rule, without_effect
 from distlm.storage import Storage
 from distlm.train.recipe import check_tokenizer, find_corpus
+
+NO_LANGUAGE_MODEL = ("it is a classifier, and only language models can be here", "`kind: evaluate` measures it")
+"""What is told of a classifier that is to be averaged or compressed, and what to do with it."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +115,10 @@ class Labelled:
     groups: NDArray[np.int64]
     """[documents]: the source of each, by its number among those of all corpora."""
 
+    def lengths(self, end: int) -> NDArray[np.int64]:
+        """[documents]: the tokens of each up to the last that is not the end token, one at least."""
+        return np.maximum(((self.tokens != end) * np.arange(1, self.tokens.shape[1] + 1)).max(1), 1)
+
 
 class Reader:
     """The windows of a task's batches. A shard is checked when it is first opened."""
@@ -159,6 +176,7 @@ def make_task(spec: EvaluateSpec, storage: Storage) -> Task:
     if not has_classifier(config):
         check_model(model, manifests, any(part.mask_documents for part in parts))
         return task
+    check_tells_labels(config, where)
     check_classifier(spec, manifests, str(model))
     check_model(model, manifests, False)
     settle_kind(config)
@@ -194,8 +212,7 @@ def read_corpora(spec: EvaluateSpec, storage: Storage) -> list[Manifest]:
 def check_generates(folder: Path) -> None:
     """Raises InputError for a classifier."""
     if has_classifier(read_config(folder, f"model: {folder}")):
-        raise InputError("it is a classifier, and only language models can be here", where=f"model: {folder}",
-                         remedy="`kind: evaluate` measures it")
+        raise InputError(NO_LANGUAGE_MODEL[0], where=f"model: {folder}", remedy=NO_LANGUAGE_MODEL[1])
 
 
 def check_classifier(spec: EvaluateSpec, manifests: Sequence[Manifest], where: str) -> None:
@@ -248,7 +265,7 @@ def inputs_of(spec: EvaluateSpec, storage: Storage) -> dict[str, Any]:
 
     endpoint = find_endpoint(spec, storage)
     if endpoint.classifies:
-        check_classifier(spec, [read_manifest(part.corpus) for part in task.parts], f"what {endpoint.model} serves")
+        check_classifier(spec, [read_manifest(part.corpus) for part in task.parts], f"{endpoint.model} at {endpoint.url}")
     tokenizer = find_tokenizer(spec, task, endpoint, storage)
     check_answers(files, None, tokenizer, spec.chat)
     return {**endpoint.told(), **corpora, **({"tokenizer": {str(tokenizer): vocabulary_hash(tokenizer)}} if tokenizer else {})}

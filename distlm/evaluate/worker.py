@@ -58,7 +58,9 @@ class Worker:
             restore_buffers(self.model, kept)
         self.model = self.model.to(self.device)
         if self.task.labels:
-            give_padding(self.model.config, self.reader.end)
+            own = self.model.config.get_text_config().pad_token_id
+            self.padding = self.reader.end if own is None else own
+            give_padding(self.model.config, self.padding)
 
     def score(self, batch: int) -> Sums:
         """The sums of a batch. Raises EvaluationError where a loss is not finite."""
@@ -75,15 +77,17 @@ class Worker:
             return sums(self.task, rows, Scores(*(one[kept].cpu().numpy() for one in found)))
 
     def observe(self, batch: int) -> Observed:
-        """What a classifier makes of a batch. Raises EvaluationError where a logit is not finite."""
+        """What a classifier makes of a batch, filled up with its own padding. Raises EvaluationError where a logit is not finite."""
         import torch
 
         from distlm.model.loss import ClassifierLoss
 
         documents = self.reader.labelled(batch)
+        text = np.arange(documents.tokens.shape[1]) < documents.lengths(self.reader.end)[:, None]
+        tokens = np.where(text, documents.tokens, self.padding)
         module = ClassifierLoss(self.model, self.task.multiple_labels, None).eval()
         with torch.inference_mode():
-            module(*(torch.from_numpy(one).to(self.device) for one in (documents.tokens, documents.labels)))
+            module(*(torch.from_numpy(one).to(self.device) for one in (tokens, documents.labels)))
         assert module.observed is not None
         return observed(documents, module.observed.cpu().numpy())
 

@@ -17,6 +17,7 @@ from distlm.model.mup import check_mup, scale_weights
 from distlm.spec.load import nearest
 from distlm.spec.presets import PRESETS
 from distlm.spec.train import ModelSpec
+from distlm.storage import read_json
 
 if TYPE_CHECKING:
     import torch
@@ -82,7 +83,8 @@ def _give_labels(config: Any, shape: Shape, spec: ModelSpec) -> None:
         return
     kind = f"{'multi' if shape.multiple_labels else 'single'}_label_classification"
     if spec.source is not None and has_classifier(config):
-        check_labels(labels_of(config), config.problem_type, shape, f"model.from: {spec.source}",
+        check_tells_labels(config, where := f"model.from: {spec.source}")
+        check_labels(labels_of(config), config.problem_type, shape, where,
                      "take the model that it was trained from, whose last layer is new")
     config.id2label = dict(enumerate(shape.labels))
     config.label2id = {name: number for number, name in config.id2label.items()}
@@ -113,7 +115,39 @@ def give_padding(config: Any, token: int) -> None:
 
 def has_classifier(config: "PreTrainedConfig") -> bool:
     """Whether a checkpoint's configuration is that of a classifier of whole texts."""
-    return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+    return _are_classifiers(config.architectures)
+
+
+def is_classifier(folder: Path) -> bool:
+    """`has_classifier` of a folder's config.json, without transformers."""
+    return _are_classifiers(read_json(folder / "config.json").get("architectures"))
+
+
+def _are_classifiers(architectures: Sequence[str] | None) -> bool:
+    return any(name.endswith("ForSequenceClassification") for name in architectures or ())
+
+
+def check_tells_labels(config: Any, where: str) -> None:
+    """Raises InputError for the configuration of a classifier that gives a text one number, and no label of several."""
+    if config.problem_type == "regression" or (config.num_labels < 2 and config.problem_type != "multi_label_classification"):
+        raise InputError("it gives a text a number and tells no labels apart" if config.problem_type == "regression" else
+                         "it has one label, which every text would have", where=where,
+                         remedy="take a classifier of two labels or more, or set problem_type: multi_label_classification in its "
+                                "config.json if texts may have any number")
+
+
+def check_servable(config: Any, where: str) -> None:
+    """Raises InputError for the configuration of a classifier that tells no labels apart, or does not know its padding."""
+    check_tells_labels(config, where)
+    if config.get_text_config().pad_token_id is None:
+        raise InputError("the classifier's config.json names no pad_token_id, with which texts are filled up", where=where,
+                         remedy="add it: the token that texts never hold, such as the end token")
+
+
+def check_served(folder: Path) -> None:
+    """`check_servable` of a folder, where it holds a classifier."""
+    if is_classifier(folder):
+        check_servable(read_config(folder, where := f"model: {folder}"), where)
 
 
 def settle_kind(config: "PreTrainedConfig") -> None:

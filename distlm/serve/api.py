@@ -23,7 +23,7 @@ from starlette.exceptions import HTTPException
 
 from distlm import __version__
 from distlm.serve.answers import Chat, Completion, error, usage
-from distlm.serve.engine import Classifier, Engine, EngineFailed, EngineFull, NoMemory, Request, Token
+from distlm.serve.engine import NONFINITE, Classifier, Engine, EngineFailed, EngineFull, NoMemory, NotFinite, Request, Token
 from distlm.serve.fields import OFF, ChatRequest, ClassifyRequest, CompletionRequest, Sampling
 from distlm.serve.guard import Guard, proof
 from distlm.serve.metrics import Metrics
@@ -163,6 +163,10 @@ def create_app(engine: Engine | Classifier, card: Card, key: str, metrics: Metri
     @app.exception_handler(NoMemory)
     async def failed(_: HttpRequest, problem: EngineFailed | NoMemory) -> Response:
         return JSONResponse(failure(problem), 503)
+
+    @app.exception_handler(NotFinite)
+    async def not_finite(_: HttpRequest, problem: NotFinite) -> Response:
+        return JSONResponse(error(str(problem), kind="server_error", code=NONFINITE), 500)
 
     return app
 

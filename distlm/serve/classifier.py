@@ -9,22 +9,19 @@ import logging
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoTokenizer
 
-from distlm.errors import InputError, out_of_memory
-from distlm.model.build import load_model
+from distlm.errors import out_of_memory
+from distlm.model.build import check_servable, labels_of, load_model
+from distlm.model.reading import recorded_reading
 from distlm.model.vocabulary import vocabulary_hash
-from distlm.serve.engine import EngineFailed, EngineFull, NoMemory
+from distlm.serve.engine import EngineFailed, EngineFull, NoMemory, NotFinite
 from distlm.serve.metrics import Metrics
 from distlm.serve.torch_engine import DTYPES, context_of
-from distlm.spec.curate import Clean
-from distlm.storage import read_json
-from distlm.text.clean import clean
 
 log = logging.getLogger(__name__)
 
@@ -41,10 +38,10 @@ class TorchClassifier:
         self.model: Any = model.to(self.device).eval()
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         config = self.model.config
-        check_classifier(config, str(folder))
+        check_servable(config, str(folder))
         self.context, self.vocabulary = context_of(config), int(self.model.get_input_embeddings().num_embeddings)
         self.vocabulary_hash = vocabulary_hash(Path(folder))
-        self.labels = [str(config.id2label[i]) for i in range(config.num_labels)]
+        self.labels = labels_of(config)
         self.reading = recorded_reading(Path(folder))
         self.cut_tokens = self.reading.cut_tokens
         self.multiple = config.problem_type == "multi_label_classification"
@@ -91,6 +88,8 @@ class TorchClassifier:
         try:
             with torch.inference_mode():
                 return self._values(texts, activation)
+        except NotFinite:
+            raise
         except Exception as error:
             if out_of_memory(error):
                 raise NoMemory(f"there is no memory for {len(texts):,} texts", remedy="send fewer or shorter ones") from None
@@ -99,7 +98,7 @@ class TorchClassifier:
             raise self._error from error
 
     def _values(self, texts: Sequence[Sequence[int]], activation: bool) -> list[dict[str, float]]:
-        """Texts of like length go through the model together, `max_sequences` at a time."""
+        """Texts of like length go through the model together, `max_sequences` at a time. Raises NotFinite."""
         found: list[dict[str, float]] = [{} for _ in texts]
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         for first in range(0, len(order), self.max_sequences):
@@ -109,6 +108,9 @@ class TorchClassifier:
             for row, i in enumerate(rows):
                 tokens[row, :len(texts[i])] = torch.tensor(list(texts[i]), device=self.device)
             logits = self.model(input_ids=tokens, use_cache=False).logits.double()
+            if not logits.isfinite().all():
+                raise NotFinite("the classifier's logits are not finite",
+                                remedy="its weights may be damaged, or too large for its dtype: try dtype: fp32")
             values = logits if not activation else logits.sigmoid() if self.multiple else logits.softmax(1)
             for i, value in zip(rows, values.tolist(), strict=True):
                 found[i] = dict(zip(self.labels, value, strict=True))
@@ -116,46 +118,3 @@ class TorchClassifier:
             for _ in rows:
                 self.metrics.finished("stop")
         return found
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What a classifier's documents were made by of texts."""
-
-    clean: Clean | None = None
-    cut_tokens: int | None = None
-    """Tokens to which longer documents were cut; None where there were none."""
-
-    def cleaned(self, text: str) -> str:
-        return clean(text, self.clean).text if self.clean else text
-
-
-def recorded_reading(folder: Path) -> Reading:
-    """As the export's distlm.json tells. Raises InputError for what are no such rules, and where they need a library that is not
-    installed."""
-    told = folder / "distlm.json"
-    record = read_json(told) if told.is_file() else {}
-    rules, cut = record.get("clean"), record.get("cut_tokens")
-    if cut is not None and (type(cut) is not int or cut < 1):
-        raise InputError(f"cut_tokens: {cut!r} is no number of tokens", where=str(told), remedy="copy the export again, or leave it out")
-    try:
-        found = None if rules is None else Clean.model_validate(rules)
-    except ValueError:
-        raise InputError(f"clean: {rules} are no rules of cleaning", where=str(told),
-                         remedy="copy the export again, or leave clean out") from None
-    if found:
-        clean("é", found)                                  # not ASCII: that would need no library
-    return Reading(found, cut)
-
-
-def check_classifier(config: Any, where: str) -> None:
-    """Raises InputError for the configuration of a model that gives one number and no label, and for one that does not know its padding."""
-    multiple = config.problem_type == "multi_label_classification"
-    if config.problem_type == "regression" or (config.num_labels < 2 and not multiple):
-        raise InputError("it gives a text a number and tells no labels apart" if config.problem_type == "regression" else
-                         "it has one label, which every text would have", where=where,
-                         remedy="take a classifier of two labels or more, or set problem_type: multi_label_classification in its "
-                                "config.json if texts may have any number")
-    if config.get_text_config().pad_token_id is None:
-        raise InputError("the classifier's config.json names no pad_token_id, with which texts are filled up", where=where,
-                         remedy="add it: the token that texts never hold, such as the end token")

@@ -22,6 +22,8 @@ MODELS = "models"
 """In an endpoint's folder: the files that its replicas load, a folder for each version."""
 ADAPTERS = "adapters"
 """In that of a version: a folder for each adapter."""
+CUT = "the text is longer than the classifier's documents, and was cut as they were"
+"""What to say where an answer is `truncated`."""
 
 
 def query(url: str, api_key: str, prompt: str, max_tokens: int | None = None, *, model: str | None = None, chat: bool = False,

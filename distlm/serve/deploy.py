@@ -26,6 +26,7 @@ from ray.serve.exceptions import RayServeException
 from distlm.autoscale import require, serve_bundles
 from distlm.errors import DistlmError, InputError, ServeError
 from distlm.model.adapter_folder import CONFIG, WEIGHTS, AdapterFolder, find_adapters, home_of, tokenizer_files
+from distlm.model.build import is_classifier
 from distlm.model.complete import unheeded
 from distlm.model.find import find_model
 from distlm.progress import Progress
@@ -122,11 +123,6 @@ def serve(spec: ServeSpec, folder: RunFolder, storage: Storage, progress: Progre
     folder.event("running", message=f"serving at {base}/v1", url=f"{base}/v1")
     return {"": f"{base}/v1", "url": f"{base}/v1", "api_key_file": str(key_file), "model": spec.name,
             **({"classifier": True} if record["classifier"] else {}), **({"adapters": list(adapters)} if adapters else {})}
-
-
-def is_classifier(model: Path) -> bool:
-    """Whether a model's folder holds one that says which labels texts have."""
-    return any(name.endswith("ForSequenceClassification") for name in read_json(model / "config.json").get("architectures") or ())
 
 
 def lineage_of(folder: Path) -> dict[str, Any]:

@@ -10,6 +10,9 @@ from typing import Any, Protocol, runtime_checkable
 
 from distlm.errors import ServeError
 
+NONFINITE = "nonfinite_logits"
+"""The code by which the API tells of NotFinite."""
+
 
 class EngineFull(ServeError):
     """As many requests wait as may: the client should come again."""
@@ -23,6 +26,12 @@ class NoMemory(ServeError):
     """There is no memory for this request: others are answered."""
 
     cause = "oom"
+
+
+class NotFinite(ServeError):
+    """What the model makes of this request is no number: others are answered."""
+
+    cause = "nonfinite_loss"
 
 
 @dataclass(frozen=True)
@@ -93,7 +102,8 @@ class Classifier(Protocol):
 
     async def classify(self, texts: Sequence[Sequence[int]], activation: bool = True) -> list[dict[str, float]]:
         """The probability of each label of each text, given as its tokens, one at least and `context` at most. Those of a text add up to 1,
-        unless it may have several labels. Without `activation` the logits that they come of. Raises EngineFull, EngineFailed, NoMemory."""
+        unless it may have several labels. Without `activation` the logits that they come of. Raises EngineFull, EngineFailed, NoMemory,
+        NotFinite."""
 
     def check(self) -> None:
         """Raises EngineFailed where no request can be answered any more."""

@@ -35,18 +35,10 @@ class StreamOptions(StrictModel):
     include_usage: bool = False
 
 
-class Sampling(StrictModel):
-    """What both kinds of completion take."""
+class Body(StrictModel):
+    """What every request takes."""
 
     model: str
-    max_tokens: Count | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
-    top_p: Annotated[float, Field(ge=0, le=1)] = 1.0
-    seed: int | None = None
-    stop: Stop | None = None
-    n: Annotated[int, Field(ge=1, le=128)] = 1
-    stream: bool = False
-    stream_options: StreamOptions | None = None
     user: str | None = None
     """A label of the client's for itself."""
 
@@ -56,6 +48,19 @@ class Sampling(StrictModel):
         if not isinstance(data, dict):
             return data
         return {name: value for name, value in data.items() if value is not None and not is_off(name, value)}
+
+
+class Sampling(Body):
+    """What both kinds of completion take."""
+
+    max_tokens: Count | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
+    top_p: Annotated[float, Field(ge=0, le=1)] = 1.0
+    seed: int | None = None
+    stop: Stop | None = None
+    n: Annotated[int, Field(ge=1, le=128)] = 1
+    stream: bool = False
+    stream_options: StreamOptions | None = None
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -106,16 +111,13 @@ class CompletionRequest(Sampling):
         return super().conflict()
 
 
-class ClassifyRequest(StrictModel):
+class ClassifyRequest(Body):
     """POST /v1/classify"""
 
-    model: str
     input: str | Annotated[list[str], Field(min_length=1, max_length=2048)] | Annotated[list[int], Field(min_length=1)] | Annotated[
         list[Annotated[list[int], Field(min_length=1)]], Field(min_length=1, max_length=2048)]
     use_activation: bool = True
     """false: the logits of the labels in place of their probabilities; vLLM's name for it."""
-    user: str | None = None
-    """A label of the client's for itself."""
 
     @property
     def texts(self) -> list[str | list[int]]:

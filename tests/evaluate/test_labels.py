@@ -127,16 +127,6 @@ def test_several_corpora_are_measured_each_and_together(root: Path, tmp_path: Pa
     assert (counts[0] == counts[1] + counts[2]).all()
 
 
-def test_a_classifier_that_names_no_padding_reads_the_same_last_token(root: Path, tmp_path: Path) -> None:
-    whole = evaluated(spec(root), Storage(root))
-    shutil.copytree(root / "runs" / "one" / "export", tmp_path / "model")
-    config = read_json(tmp_path / "model" / "config.json")
-    for padding in (None, 5):
-        write_json(tmp_path / "model" / "config.json", {**config, "pad_token_id": padding, "problem_type": None})
-        found = evaluated(spec(root, model=str(tmp_path / "model")), Storage(root))
-        assert found["confusion"] == whole["confusion"] and found["loss"] == whole["loss"]
-
-
 def test_bfloat16_comes_near_and_logits_that_are_not_finite_are_told(root: Path, tmp_path: Path) -> None:
     task, whole = sums_of(spec(root), Storage(root))
     worker = Worker(task, "cpu", "bf16", None)
@@ -179,6 +169,34 @@ def test_an_endpoint_has_the_numbers_of_its_model(run: str, root: Path, servers:
     assert page.count('<table class="matrix">') == (3 if run == "many" else 1) and ("<svg" in page) == (run == "one")
 
 
+def test_a_classifier_keeps_its_own_padding_as_its_endpoint_does_and_takes_the_end_token_where_it_names_none(
+        root: Path, servers: dict[str, Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = evaluated(spec(root), Storage(root))
+    shutil.copytree(root / "runs" / "one" / "export", tmp_path / "model")
+    config = read_json(tmp_path / "model" / "config.json")
+    ends = [int(text[-1]) for text, _ in documents(root / "corpora" / "labelled", "val")]
+    last = ends[0]
+    for padding in (None, next(token for token in range(1, 100) if token not in ends), last):
+        write_json(tmp_path / "model" / "config.json", {**config, "pad_token_id": padding, "problem_type": None})
+        found = evaluated(spec(root, model=str(tmp_path / "model")), Storage(root))
+        same = abs(found["loss"] - whole["loss"]) < 1e-6
+        assert same == (padding != last), "behind a text that ends with its padding another token is read"
+    engine = servers["one"].engine
+    monkeypatch.setattr(engine, "pad", last)
+    monkeypatch.setattr(engine.model.config, "pad_token_id", last)
+    theirs = evaluate(asked(root, servers["one"], "labelled"), RunFolder(tmp_path), Storage(root), Records())
+    assert theirs["loss"] == pytest.approx(found["loss"], abs=1e-6) and theirs["confusion"] == found["confusion"]
+
+
+def test_an_endpoint_tells_of_logits_that_are_not_finite_as_its_model_does(root: Path, servers: dict[str, Server], tmp_path: Path,
+                                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = servers["one"].engine.model.score
+    monkeypatch.setattr(layer, "weight", torch.nn.Parameter(torch.full_like(layer.weight, torch.nan)))
+    with pytest.raises(EvaluationError, match="the classifier's logits are not finite for a document of labelled") as error:
+        evaluate(asked(root, servers["one"], "labelled"), RunFolder(tmp_path), Storage(root), Records())
+    assert error.value.cause == "nonfinite_loss"
+
+
 def test_a_language_model_is_measured_by_the_texts_alone(root: Path, servers: dict[str, Server], tmp_path: Path) -> None:
     shown = Records()
     found = evaluate(asked(root, servers["language"], "labelled"), RunFolder(tmp_path), Storage(root), shown)
@@ -199,7 +217,7 @@ def test_what_an_endpoint_of_a_classifier_cannot_be_asked_is_told(root: Path, se
     write_json(storage.endpoint("c") / "endpoint.json", {"url": f"{servers['one'].url}/v1", "model": "tiny", "classifier": True,
                                                          "api_key_file": str(root / "key"), "app": "c", "version": "v1"})
     assert find_endpoint(asked(root, servers["one"], "labelled", endpoint="c"), storage).classifies
-    with pytest.raises(InputError, match="corpus: what tiny serves is a classifier, and the documents of the corpus plain"):
+    with pytest.raises(InputError, match=r"corpus: tiny at http.*/v1 is a classifier, and the documents of the corpus plain"):
         inputs_of(asked(root, servers["one"], "plain", endpoint="c"), storage)
 
 
@@ -207,6 +225,7 @@ def test_what_an_endpoint_of_a_classifier_cannot_be_asked_is_told(root: Path, se
     ({"corpus": "plain"}, "corpus: .*/one/export is a classifier, and the documents of the corpus plain have no labels; prepare it with"),
     ({"corpus": "multiple"}, "model: .*the checkpoint gives a text one label, and the corpus any number; take a classifier of the"),
     ({"model": "renamed"}, "model: .*the checkpoint tells apart ham, one, two, and the corpus zero, one, two; take a classifier of the"),
+    ({"model": "number"}, "model: .*/number/export: it gives a text a number and tells no labels apart; take a classifier of two labels"),
     ({"model": "foreign"}, "model: .*the tokenizer of the checkpoint is not that of the corpus labelled"),
     ({"model": "encoder"}, "model: .* bert"),
     ({"prompts": ["x"]}, r"prompts: \['x'\] has no effect with a classifier; leave it out"),
@@ -218,6 +237,7 @@ def test_what_does_not_fit_a_classifier_is_refused_before_any_work(keys: dict[st
     (tmp_path / "corpora").symlink_to(root / "corpora")
     shutil.copytree(root / "runs", tmp_path / "runs")
     for name, file, change in (("renamed", "config.json", {"id2label": {"0": "ham", "1": "one", "2": "two"}}),
+                               ("number", "config.json", {"problem_type": "regression"}),
                                ("foreign", "tokenizer.json", {"model": {"type": "WordLevel", "vocab": {}, "unk_token": "x"}})):
         made = shutil.copytree(root / "runs" / "one" / "export", tmp_path / "runs" / name / "export")
         write_json(made / file, {**json.loads((made / file).read_text()), **change})

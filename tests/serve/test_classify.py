@@ -12,15 +12,16 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-from distlm import endpoints, summary
+from distlm import endpoints, execute, plan, summary
 from distlm.cli import jobs
 from distlm.errors import InputError, ServeError
 from distlm.serve.api import Card, create_app
 from distlm.serve.classifier import TorchClassifier
-from distlm.serve.client import classify
+from distlm.serve.client import CUT, classify
 from distlm.serve.engine import EngineFailed
 from distlm.serve.guard import make_key
 from distlm.serve.metrics import Metrics
+from distlm.spec import ServeSpec
 from distlm.storage import Storage, write_json
 from tests.serve.test_api import Server
 from tests.serve.tiny_models import make_classifier
@@ -92,7 +93,7 @@ def test_tokens_are_taken_by_their_ids_and_logits_are_given(tmp_path: Path, mult
     made = make_classifier(tmp_path, multiple=multiple)
     engine = TorchClassifier(made, threads=1, max_sequences=3)
     ids, model = [engine.encode(text) for text in TEXTS], AutoModelForSequenceClassification.from_pretrained(made).eval()
-    texts, tokens = answer(engine, input=TEXTS)[1], answer(engine, input=ids)[1]
+    texts, tokens = answer(engine, input=TEXTS)[1], answer(engine, input=ids, use_activation=None, user=None)[1]
     assert tokens == texts and answer(engine, input=ids[1])[1]["data"][0]["label"] == texts["data"][1]["label"]
     for one, given, other in zip(answer(engine, input=ids, use_activation=False)[1]["data"], ids, texts["data"], strict=True):
         with torch.no_grad():
@@ -196,6 +197,14 @@ def test_an_engine_that_fails_says_so_and_is_not_healthy(folder: Path, monkeypat
     broken(torch.OutOfMemoryError("CUDA out of memory"))
     status, found = answer(engine, input="x")
     assert (status, found["error"]["code"]) == (503, "out_of_memory") and asyncio.run(health(engine)).status_code == 200
+    monkeypatch.setattr(engine, "model", model)
+    kept = model.score.weight.detach().clone()
+    torch.nn.init.constant_(model.score.weight, torch.inf)
+    for activation in (True, False):
+        status, found = answer(engine, input="x", use_activation=activation)
+        assert (status, found["error"]["code"], found["error"]["type"]) == (500, "nonfinite_logits", "server_error")
+    model.score.weight.data.copy_(kept)
+    assert answer(engine, input="x")[0] == asyncio.run(health(engine)).status_code == 200, "others are answered"
     broken(RuntimeError("CUDA error: an illegal memory access was encountered"))
     said = "the engine has died: RuntimeError: CUDA error: an illegal memory access was encountered"
     status, found = answer(engine, input="x")
@@ -259,8 +268,10 @@ def test_a_model_that_tells_no_labels_apart_cannot_be_served(tmp_path: Path, cha
     if not text:
         assert TorchClassifier(made).labels == ["spam"]
         return
-    with pytest.raises(InputError, match=text):
-        TorchClassifier(made)
+    spec, storage = ServeSpec(name="s", model=str(made)), Storage(tmp_path)
+    for told in (lambda: TorchClassifier(made), lambda: execute.inputs(spec, storage), lambda: plan.of_serve(spec, storage)):
+        with pytest.raises(InputError, match=text):
+            told()
 
 
 def test_a_text_that_is_longer_than_the_documents_is_cut_as_they_were_and_that_is_told(tmp_path: Path) -> None:
@@ -278,6 +289,9 @@ def test_a_text_that_is_longer_than_the_documents_is_cut_as_they_were_and_that_i
     server = Server(made, TorchClassifier)
     try:
         assert [one["truncated"] for one in classify(server.url, KEY, [text, TEXTS[0]])] == [True, False]
+        asked = {"url": server.url, "model": "tiny", "api_key_file": str(make_key(tmp_path / "key")), "classifier": True}
+        (tmp_path / "key").write_text(KEY)
+        assert [CUT in summary.ask(asked, one) for one in (text, TEXTS[0])] == [True, False]
     finally:
         server.close()
     (made / "distlm.json").write_text(json.dumps({"cut_tokens": 0}))

@@ -202,6 +202,9 @@ def test_a_classifier_of_other_labels_is_refused(runs: Path, tmp_path: Path) -> 
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="the checkpoint tells apart none, one, two, and the corpus zero, one, two; take the model that"):
         recipe_of(runs / "labelled", model={"from": str(tmp_path / "model")})
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "problem_type": "regression"}))
+    with pytest.raises(InputError, match="it gives a text a number and tells no labels apart"):
+        recipe_of(runs / "labelled", model={"from": str(tmp_path / "model")})
     for corpus, model, said in (("many", "one", "gives a text one label, and the corpus any number; take"),
                                 ("labelled", "multiple", "gives a text any number of labels, and the corpus one; take")):
         with pytest.raises(InputError, match=said):
