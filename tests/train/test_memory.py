@@ -87,9 +87,11 @@ def test_rows_of_pairs_keep_no_more_than_a_plan_counts() -> None:
         kept[width] = sum(seen.values())
     assert kept[64] <= whole < max(kept.values()) == kept[32] <= counted
     given = spec(model={"from": "m"}, objective="dpo", precision="fp32")
-    sizes = [make_load(one, found, SHAPE, num_parameters(found), 1, 1, True).activations.kept(0) for one in (
-        given, given.model_copy(update={"compile": True}))]
-    assert sizes[0] == counted and sizes[1] < whole, "compiled layers have the windows as they are, and keep less of them"
+    sizes = [make_load(given, found, SHAPE, num_parameters(found), 1, 1, True, one).activations.kept(0) for one in (False, True)]
+    assert sizes == [counted, whole]
+    compiled = measure_activations(found, SHAPE, "fp32", on_gpu=False, masked=True, compiled=True)
+    given = given.model_copy(update={"compile": True})
+    assert make_load(given, found, SHAPE, num_parameters(found), 1, 1, True).activations == compiled, "of whole windows"
 
 
 @pytest.mark.skipif(not shutil.which("g++") and not shutil.which("clang++"), reason="there is no C++ compiler")
@@ -133,7 +135,8 @@ def test_model_states_and_the_memory_of_nodes_are_told_without_a_count_of_activa
     for keys in ({}, {"sharding": {"zero": 3, "offload": {"optimizer": "cpu", "parameters": "cpu"}}}):
         one = replace(load(**keys), count=count)
         check_states(one)
-        assert node_memory(one, 4) and host_memory(one) and not node_advice(one, 4, 0)
+        assert node_memory(one, 4) >= sum(host_memory(one).values()) > 0
+        node_advice(one, 4, 0)
         with pytest.raises(AssertionError):
             peak_memory(one)
 
