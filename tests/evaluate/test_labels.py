@@ -265,6 +265,7 @@ def test_jobs_of_language_models_refuse_a_classifier(root: Path) -> None:
             check()
 
 
+@pytest.mark.slow
 def test_a_job_leaves_the_numbers_the_page_and_what_it_was_made_of(root: Path) -> None:
     storage, shown = Storage(root), Records()
     given = {"kind": "evaluate", "name": "job", "model": "one", "corpus": "labelled", "workers": 2, "batch_windows": 4}

@@ -114,7 +114,7 @@ def test_other_objectives_train_the_same_adapter(objective: str, root: Path, tmp
 
 
 @pytest.mark.parametrize("adapter", [pytest.param({"dropout": 0.1}, id="lora", marks=pytest.mark.slow),
-                                     pytest.param({"method": "dora"}, id="dora"),
+                                     pytest.param({"method": "dora"}, id="dora", marks=pytest.mark.slow),
                                      pytest.param({"base": "nf4"}, id="nf4", marks=[quantized, pytest.mark.slow])])
 def test_a_layer_is_compiled_whole_and_no_further_once_all_its_variants_are(adapter: dict[str, Any], root: Path,
                                                                           monkeypatch: pytest.MonkeyPatch) -> None:

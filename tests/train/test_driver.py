@@ -333,6 +333,7 @@ def test_failures_of_a_cause_count_since_the_last_checkpoint(corpus: Path, tmp_p
     assert run("goes on", ("preempted", 4), ("preempted", 5), ("preempted", 7)) == ("", [("preempted", n) for n in (1, 1, 2)])
 
 
+@pytest.mark.slow
 def test_a_failure_that_comes_back_ends_the_run_with_its_cause(cluster: str, corpus: Path, tmp_path: Path) -> None:
     given = spec(corpus, optimizer={"lr": 1e30, "clip": 0.0}, duration={"steps": 30})
     folder = make_run(tmp_path, given)

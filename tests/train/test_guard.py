@@ -76,6 +76,7 @@ def test_a_spike_is_what_is_far_above_the_median_of_a_full_window() -> None:
     assert equal.limit(2.001) is None and equal.limit(2.1) is not None
 
 
+@pytest.mark.slow
 def test_a_spike_is_skipped_or_ends_the_run_and_a_resumed_run_decides_the_same(corpus: Path, tmp_path: Path) -> None:
     def case(action: str, zero: int, precision: str = "fp32") -> TrainSpec:
         return spec(corpus, scale=TWO, precision=precision, sharding={"zero": zero}, checkpoint={"every_steps": 5, "keep": 4},
