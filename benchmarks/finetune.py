@@ -93,11 +93,12 @@ def main() -> None:
         print(f"{kind}: {padding:.1%} of the windows are padding, {share:.0%} of the rest gives loss")
     print(f"{'':28} {'tokens/s':>10} {'lowest':>10} {'highest':>10} {'ratio':>7}{', GPU memory' * any(memory.values())}")
     for group in GROUPS:
+        first = next((side for side in group if side in found and not side.startswith(("trainer", "peft", "trl"))), "")
         for side in (side for side in group if side in found):
             middle = statistics.median(found[side])
-            ratio = f"{statistics.median(found[group[0]]) / middle:.2f}" if group[0] in found else ""
+            ratio = f"{statistics.median(found[first]) / middle:.2f}" if first else ""
             print(f"{SIDES[side]:28} {middle:10,.0f} {min(found[side]):10,.0f} {max(found[side]):10,.0f} {ratio:>7}{gib(memory[side])}")
-    print("ratio: distlm over this one, of the same kind")
+    print("ratio: the first side of distlm over this one, of the same kind")
 
 
 def gib(size: int) -> str:

@@ -50,9 +50,8 @@ def peak_bytes() -> int:
 
 def choose_micro(recipe: Recipe, folder: RunFolder, progress: Progress, launch: Callable[[Recipe], DistlmError | None]) -> Recipe:
     """The recipe with the largest micro-batch whose steps run, inside the memory that the spec says a worker has, with what pairs side by
-    side may take `beyond` them. A worker that is killed
-    has not fitted: where memory is short a kernel gives no other sign. A run that goes on keeps its choice. Raises TrainError where not one
-    sequence fits, and what `launch` returns if it is not for memory."""
+    side may take `beyond` them. A worker that is killed has not fitted: where memory is short a kernel gives no other sign. A run that goes
+    on keeps its choice. Raises TrainError where not one sequence fits, and what `launch` returns if it is not for memory."""
     chosen, place = folder.path / CHOSEN, folder.path / FOLDER
     if chosen.exists() and recipe.plan().piece % (micro := read_json(chosen)["micro_sequences"]) == 0:
         return replace(recipe, micro_sequences=micro)

@@ -92,8 +92,8 @@ def module(model: "PreTrainedModel", recipe: "Recipe") -> "PreferenceLoss":
 
 
 def make_batch(rows: "NDArray[Any]", recipe: "Recipe", device: "torch.device") -> PairBatch:
-    """rows: int64[n, 2, context + 1], tokens and marks; the second document of a window is the rejected answer's. It is
-    the module that leaves the padding out."""
+    """rows: int64[n, 2, context + 1], tokens and marks; the second document of a window is the rejected answer's. It is the
+    module that leaves the padding out."""
     import torch
 
     from distlm.train import batch
