@@ -37,8 +37,9 @@ SIDES = {"distlm": "distlm run", "compiled": "distlm run, compile: true", "fp8":
          "twin-workers": "the same, a process a core, compiled", "trainer": "transformers Trainer, bf16",
          "gpt": "GPT-2: distlm, a worker a core, compiled", "nanogpt": "GPT-2: bare loop in fp32"}
 GPT = ("gpt", "nanogpt")
-GPT_CONFIG = {"model_type": "gpt2", "n_layer": 6, "n_head": 6, "n_embd": 384, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-"""nanoGPT's size for Shakespeare: config/train_shakespeare_char.py."""
+GPT_CONFIG = {"model_type": "gpt2", "n_layer": 6, "n_head": 6, "n_embd": 384, "activation_function": "gelu", "resid_pdrop": 0.0,
+              "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+"""nanoGPT's size for Shakespeare, and its GELU: config/train_shakespeare_char.py, model.py."""
 
 
 def main() -> None:

@@ -45,8 +45,9 @@ HUGE_PAGES = "glibc.malloc.hugetlb=1"
 (docs/experiments.md)."""
 LOST_AFTER = {"RAY_gcs_rpc_server_reconnect_timeout_s": "15"}
 """For what has joined a head that starts here: one that is gone does not come back, and Ray would wait a minute (docs/experiments.md)."""
-RAY_SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_idle_worker_killing_time_threshold_ms": "20000"}
-"""Of every cluster that starts here. Worker processes wait 20 s for more work, not one: the next stage of a job need not start new ones."""
+RAY_SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_idle_worker_killing_time_threshold_ms": "20000", "RAY_num_workers_soft_limit": "1"}
+"""Of every cluster that starts here. Worker processes wait 20 s for more work, not one: the next stage of a job need not start new ones.
+Then all end but one, not one for each CPU: each wakes up a hundred times a second, which training on few cores feels."""
 PORTS = ("port", "dashboard_port", "dashboard_agent_listen_port", "dashboard_agent_grpc_port", "metrics_export_port",
          "runtime_env_agent_port", "node_manager_port", "object_manager_port", "ray_client_server_port")
 """Options of `ray start`, in the same words."""

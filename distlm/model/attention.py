@@ -4,6 +4,8 @@
     use_cpu_attention(model)        # a transformers model that would have used "sdpa"
 """
 
+import itertools
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -69,36 +71,40 @@ def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     return out.view(query.shape)
 
 
-@torch.library.custom_op("distlm::causal_attention", mutates_args=())
+@torch.library.custom_op("distlm::attend", mutates_args=())
 def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, mask: torch.Tensor | None, keep: bool,
             ahead: bool | None) -> tuple[torch.Tensor, torch.Tensor]:
     """The output, [batch · heads, tokens, width] as the arguments are, and the probabilities where the backward pass is given them. An
     operator of PyTorch's, so that a compiled layer takes it as it is."""
-    out, kept = torch.empty_like(query), _room(query, keep)
+    out, kept, whole = torch.empty_like(query), _room(query, keep, mask, ahead), _whole(mask, ahead)
     for part, rows, seen in _blocks(query, mask, ahead):
-        p = _probabilities(query, key, scale, mask, part, rows, seen)
-        if len(kept):
-            kept[part, rows, seen] = p
+        p = torch.softmax(_scores(query, key, scale, mask, part, rows, seen), -1)
+        p = _place(kept, query, part, rows, seen, whole).copy_(p) if len(kept) else p.to(query.dtype)
         out[part, rows] = torch.bmm(p, value[part, seen])
     return out, kept
 
 
-@torch.library.custom_op("distlm::causal_attention_backward", mutates_args=())
+@torch.library.custom_op("distlm::attend_backward", mutates_args=())
 def _attend_backward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kept: torch.Tensor, outer: torch.Tensor, scale: float,
                      mask: torch.Tensor | None, ahead: bool | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of query, key and value; `outer`: the output's gradient; all [batch · heads, tokens, width].
 
     Equations: FlashAttention, arXiv:2205.14135, appendix B.2."""
-    dq = torch.empty_like(query)
-    dk, dv = (torch.zeros_like(one, dtype=torch.float32) for one in (key, value))
-    for part, rows, seen in _blocks(query, mask, ahead):
-        p = kept[part, rows, seen] if len(kept) else _probabilities(query, key, scale, mask, part, rows, seen)
-        dp = torch.bmm(outer[part, rows], value[part, seen].transpose(1, 2))
-        ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
-        dq[part, rows] = torch.bmm(ds, key[part, seen])
-        dk[part, seen] += torch.bmm(ds.transpose(1, 2), query[part, rows])
-        dv[part, seen] += torch.bmm(p.transpose(1, 2), outer[part, rows])
-    return dq.mul_(scale), dk.mul_(scale).to(key.dtype), dv.to(value.dtype)
+    dq, dk, dv = (torch.empty_like(one) for one in (query, key, value))
+    for part, blocks in itertools.groupby(_blocks(query, mask, ahead), lambda block: block[0]):
+        by_key, by_value = (torch.zeros_like(one[part], dtype=torch.float32) for one in (key, value))
+        for _, rows, seen in blocks:
+            if len(kept):
+                p = _place(kept, query, part, rows, seen, _whole(mask, ahead))
+            else:
+                p = torch.softmax(_scores(query, key, scale, mask, part, rows, seen), -1).to(query.dtype)
+            by_row, asked = outer[part, rows], query[part, rows]
+            ds = torch._softmax_backward_data(torch.bmm(by_row, value[part, seen].transpose(1, 2)), p, -1, p.dtype)
+            dq[part, rows] = torch.bmm(ds, key[part, seen]).mul_(scale)
+            by_key[:, seen].add_(torch.bmm(ds.transpose(1, 2), asked))
+            by_value[:, seen].add_(torch.bmm(p.transpose(1, 2), by_row))
+        dk[part], dv[part] = by_key.mul_(scale), by_value
+    return dq, dk, dv
 
 
 def keeps(tokens: int, width: int) -> bool:
@@ -107,17 +113,35 @@ def keeps(tokens: int, width: int) -> bool:
     return tokens <= KEPT_WIDTHS * width
 
 
-def _room(query: torch.Tensor, keep: bool) -> torch.Tensor:
-    """For probabilities, [batch · heads, tokens, tokens], or for none."""
+def _whole(mask: torch.Tensor | None, ahead: bool | None) -> bool:
+    """Whether there is room for what lies beyond the diagonal: unless it is known to be left out."""
+    return mask is not None and ahead is not False
+
+
+def _room(query: torch.Tensor, keep: bool, mask: torch.Tensor | None, ahead: bool | None) -> torch.Tensor:
+    """For the probabilities of all blocks of queries, one after the other, or for none."""
     matrices, length, _ = query.shape
-    return query.new_empty((matrices, length, length) if keep else (0, 0, 0))
+    return query.new_empty(matrices * _before(length, length, _whole(mask, ahead)) if keep else 0)
+
+
+def _before(row: int, length: int, whole: bool) -> int:
+    """Room of one matrix for the blocks that come before the one which begins with query `row`."""
+    ends = [min(start + BLOCK_QUERIES, length) for start in range(0, row, BLOCK_QUERIES)]
+    return sum((end - start) * (length if whole else end) for start, end in itertools.pairwise([0, *ends]))
+
+
+def _place(kept: torch.Tensor, query: torch.Tensor, part: slice, rows: slice, seen: slice, whole: bool) -> torch.Tensor:
+    """Of a block's probabilities, [matrices of the part, queries, keys], dense."""
+    matrices, length, _ = query.shape
+    size, start = (matrices, rows.stop - rows.start, seen.stop), matrices * _before(rows.start, length, whole)
+    return kept[start:start + math.prod(size)].view(size)[part]
 
 
 def _blocks(query: torch.Tensor, mask: torch.Tensor | None, ahead: bool | None) -> Iterator[tuple[slice, slice, slice]]:
     """Which heads of which sequences, which queries, and the keys that those may see."""
-    matrices, length, _ = query.shape
     if ahead is None:
         ahead = mask is not None and looks_ahead(mask)
+    matrices, length, _ = query.shape
     rows = min(BLOCK_QUERIES, length)
     size = max(1, BLOCK_ELEMENTS // (rows * length))
     for first in range(0, matrices, size):
@@ -126,22 +150,25 @@ def _blocks(query: torch.Tensor, mask: torch.Tensor | None, ahead: bool | None) 
             yield slice(first, min(first + size, matrices)), slice(start, end), slice(0, length if ahead else end)
 
 
-def _probabilities(query: torch.Tensor, key: torch.Tensor, scale: float, mask: torch.Tensor | None, part: slice, rows: slice,
-                   seen: slice) -> torch.Tensor:
-    """Of a block, in the type of the query; scores are products in float32, without which large ones are four times less exact."""
+def _scores(query: torch.Tensor, key: torch.Tensor, scale: float, mask: torch.Tensor | None, part: slice, rows: slice,
+            seen: slice) -> torch.Tensor:
+    """Of a block, by products in float32, without which large ones are four times less exact. Where a query does not see a key: -inf, or
+    under a mask the least number, which is added, as filling in costs four times as much."""
     scores = torch.bmm(query[part, rows].float() * scale, key[part, seen].float().transpose(1, 2))
     if mask is None:
-        scores[..., rows] += torch.full((rows.stop - rows.start,) * 2, -torch.inf).triu_(1)
+        scores[..., rows].add_(torch.full((rows.stop - rows.start,) * 2, -torch.inf).triu_(1))
     else:
-        sequences = torch.arange(part.start, part.stop) // (len(query) // len(mask))
-        scores.masked_fill_(~mask[sequences, 0, rows, seen], torch.finfo(scores.dtype).min)      # no row is all -inf, which would be NaN
-    return torch.softmax(scores, -1).to(query.dtype)
+        heads = len(query) // len(mask)
+        first, last = part.start // heads, (part.stop - 1) // heads
+        hidden = (mask[first:last + 1, 0, rows, seen].to(scores.dtype) - 1) * torch.finfo(scores.dtype).max      # in which a score is lost:
+        scores.add_(hidden[torch.arange(part.start, part.stop) // heads - first])                  # none is -inf, of which a row gives NaN
+    return scores
 
 
 @_attend.register_fake
 def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, mask: torch.Tensor | None, keep: bool,
       ahead: bool | None) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.empty_like(query), _room(query, keep)
+    return torch.empty_like(query), _room(query, keep, mask, ahead)
 
 
 @_attend_backward.register_fake

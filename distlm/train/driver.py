@@ -185,6 +185,7 @@ def _launch(recipe: Recipe, folder: RunFolder, first_step: int, resume_from: Pat
     environment = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **({} if scale.gpus_per_worker else on_cpu),
                    **({name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()} if recipe.spec.deterministic else {})}
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")          # a process that nothing here asks
     data_context = ray.data.DataContext.get_current()
     data_context.enable_progress_bars = False
     data_context.execution_no_progress_timeout_s = -1      # a step may be slower than Ray's idea of progress
