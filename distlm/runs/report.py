@@ -5,12 +5,14 @@
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from distlm.runs.folder import RunFolder
 from distlm.runs.page import write_page
+from distlm.runs.sides import rows
 
 WIDTH, HEIGHT, MARGIN = 640, 200, 6
 MAX_POINTS = 400
@@ -75,11 +77,13 @@ class Sample:
     """The newest first."""
 
 
-def write_report(folder: RunFolder) -> Path:
-    """Write the page into the folder of a run that has metrics. Raises StorageError."""
+def write_report(folder: RunFolder, sides: Mapping[str, Mapping[str, Any]] | None = None) -> Path:
+    """Write the page into the folder of a run that has metrics. `sides`: the models that it stands beside, by their names, and itself.
+    Raises StorageError."""
     records, events = folder.read_metrics(), folder.events()
     return write_page(
-        folder, "distlm.runs", facts=facts(records), width=WIDTH, height=HEIGHT,
+        folder, "distlm.runs", facts=facts(records), width=WIDTH, height=HEIGHT, sides=rows(sides) if sides else None,
+        scored=max((side.get("tokens", 0) for side in (sides or {}).values()), default=0),
         curves=[one for title in CURVES if (one := curve(title, records))], matrices=matrices(records),
         parts=parts(records), colors=COLORS, samples=samples(records),
         events=[(time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(event["time"])), event["state"], event.get("cause", ""),
