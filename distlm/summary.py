@@ -79,8 +79,8 @@ def of_sweep(made: dict[str, Any]) -> list[tuple[str, str]]:
 def of_evaluation(made: dict[str, Any]) -> list[tuple[str, str]]:
     return [*(of_windows(made) if "corpora" in made else []),
             *((name, ", ".join(f"{metric} {shown(one['value'], '.4f')}" + f" ± {shown(one['stderr'], '.4f')}" * (one["stderr"] is not None)
-                               for metric, one in task["metrics"].items()) + f", {task['documents']:,} documents")
-              for name, task in made.get("tasks", {}).items())]
+                               for metric, one in found["metrics"].items()) + f", {found['documents']:,} documents")
+              for name, found in [*made.get("tasks", {}).items(), *made.get("groups", {}).items()] if found["metrics"])]
 
 
 def of_windows(made: dict[str, Any]) -> list[tuple[str, str]]:

@@ -14,9 +14,10 @@ from distlm.autoscale import evaluate_bundles, require
 from distlm.corpus.manifest import read_manifest
 from distlm.errors import EvaluationError, InputError, TrainError
 from distlm.evaluate import labels
+from distlm.evaluate.groups import read_tasks
 from distlm.evaluate.report import write_report
 from distlm.evaluate.task import Task, context_of, make_task
-from distlm.evaluate.tasks import check_answers, loaded, read_tasks
+from distlm.evaluate.tasks import check_answers, loaded
 from distlm.evaluate.worker import Asked, Said, Worker, default_threads
 from distlm.model.complete import check_prompts, encode_prompts, unheeded
 from distlm.model.find import find_model

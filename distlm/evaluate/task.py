@@ -16,7 +16,8 @@ from distlm.corpus.listing import tells_sources
 from distlm.corpus.manifest import Manifest, manifest_hash, read_manifest
 from distlm.corpus.stream import Windows, silent
 from distlm.errors import InputError, SpecError
-from distlm.evaluate.tasks import check_answers, read_tasks
+from distlm.evaluate.groups import read_tasks
+from distlm.evaluate.tasks import check_answers
 from distlm.model.build import (
     Shape,
     check_labels,

@@ -11,8 +11,9 @@ import pytest
 from distlm import execute
 from distlm.errors import DistlmError, InputError, SpecError
 from distlm.evaluate.driver import evaluate
+from distlm.evaluate.groups import read_tasks
 from distlm.evaluate.task import inputs_of
-from distlm.evaluate.tasks import loaded, read_tasks
+from distlm.evaluate.tasks import loaded
 from distlm.runs import RunFolder
 from distlm.spec.load import load_spec
 from distlm.storage import Storage
@@ -28,7 +29,7 @@ from tests.serve.test_api import Server
     ({"dataset_kwargs": {"data_files": {"test": "https://x.org/a.jsonl"}}}, "there is no local file https://x.org/a.jsonl"),
     ({"dataset_kwargs": {}}, "dataset_kwargs.data_files: it names no files"),
     ({"doc_to_txt": "x"}, r"task.yaml: doc_to_txt: unknown key; did you mean doc_to_text\?"),
-    ({"group": "several"}, "group: unknown key; a file is one task"), ({"task": None}, "it names no task"),
+    ({"group": "several"}, "it is a task and a group; leave `group` out"), ({"task": None}, "it names no task"),
     ({"metric_list": [{"metric": "bert_score"}]}, "the harness brings no metric bert_score, and none is downloaded"),
     ({"metric_list": [{"metric": "acc_nrm"}]}, r"no metric acc_nrm.*; did you mean acc_norm\?"),
     ({"metric_list": [{"metric": "acc", "hf_evaluate": True}]}, "and none is downloaded"),
