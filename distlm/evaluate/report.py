@@ -8,7 +8,7 @@ from typing import Any
 
 from distlm.runs import RunFolder
 from distlm.runs.page import write_page
-from distlm.runs.report import matrices
+from distlm.runs.report import confused, matrices
 
 SIDE = 320
 """Of the reliability diagram, in its own units."""
@@ -32,7 +32,7 @@ def write_report(folder: RunFolder, outputs: dict[str, Any]) -> Path:
         folder, "distlm.evaluate", outputs=outputs, tasks=tasks, groups=groups, unit=unit, guessed=guessed,
         facts=[(title, text) for (title, _, _), text in zip(columns, cells(outputs, columns), strict=True)],
         titles=[title for title, _, _ in columns], rows=[(what, cells(measured, columns)) for what, measured in measured_parts(outputs)],
-        matrices=matrices([outputs]), side=SIDE,
+        matrices=matrices([outputs]), confused=confused([outputs]), side=SIDE,
         diagrams=[(what, shown(measured["ece"], ".2%"), bars(measured["reliability"], unit)) for what, measured in measured_parts(outputs)
                   if measured["reliability"]],
         bins=[(f"{one['above']:.3f} to {one['up_to']:.3f}", f"{one[unit]:,}", shown(one["confidence"], ".2%"),
