@@ -33,7 +33,7 @@ from distlm.compress.methods import compress
 from distlm.compress.speed import file_bytes, held_bytes, speeds
 from distlm.compress.task import task_of
 from distlm.compress.worker import Compressor
-from distlm.evaluate.driver import outcome
+from distlm.evaluate.tokens import outcome
 from distlm.evaluate.worker import Worker
 from distlm.model.build import load_model
 from distlm.model.export import export_model

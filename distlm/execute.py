@@ -111,6 +111,10 @@ def run_loaded(loaded: Loaded, storage: Storage, progress: Progress, *, resume: 
         with connected(folder, clusters or storage, progress) as embedded:
             progress.stage(spec.kind, spec.name)
             outputs = (do or job(spec.kind))(spec, folder, storage, progress)
+            if isinstance(spec, TrainSpec) and not do and (spec.distill or spec.model.source):
+                from distlm.compress.beside import beside
+
+                outputs |= beside(spec, folder, storage, progress)
             folder.result(outputs)
             if hold and spec.kind != "pipeline":           # which shows its own
                 summary.show_job(spec.kind, folder, outputs, progress)

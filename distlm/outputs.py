@@ -28,6 +28,8 @@ OUTPUTS = {
 an evaluation what `task_outputs` names."""
 TEXTS = ("", "manifest_hash", "export", "checkpoint", "best", "best_spec", "metric", "url", "api_key_file", "model")
 """The outputs that are text; "" is the step itself, a folder. All others are numbers, but for `best.<key>`, which is what its key takes."""
+MEASURED = ("tasks", "groups")
+"""What of an evaluation's outputs has metrics by names of its own."""
 STDERR = "_stderr"
 """Behind the name of a task's metric, its standard error."""
 
@@ -40,7 +42,7 @@ def output(steps: Mapping[str, Any], reference: str, where: str) -> tuple[str, s
         raise SpecError(f"${{{reference}}}: there is no such step", where=where,
                         remedy=f"did you mean {near}?" if near else f"there are {', '.join(steps)}")
     kind = str(steps[step].get("kind"))
-    if kind == "evaluate" and name.split(".")[0] == "tasks":
+    if kind == "evaluate" and name.split(".")[0] in MEASURED:
         check_metric(steps[step], step, name, where)
         return step, name
     if kind == "tune" and name.startswith("best.") and not space_of(steps[step]):
@@ -67,9 +69,10 @@ def known_outputs(steps: Mapping[str, Any], step: str) -> list[str]:
 
 
 def check_metric(evaluation: Mapping[str, Any], step: str, name: str, where: str) -> None:
-    """Raises SpecError where the tasks of an evaluation list no metric of this `name`. Where they cannot be read here, which those of a job
-    that is submitted need not, that is told where they are."""
-    from distlm.evaluate.tasks import metric_names, read_tasks
+    """Raises SpecError where the tasks of an evaluation, or their groups, list no metric of this `name`. Where they cannot be read here,
+    which those of a job that is submitted need not, that is told where they are."""
+    from distlm.evaluate.groups import average_names, groups_of, read_tasks
+    from distlm.evaluate.tasks import metric_names
 
     given = evaluation.get("tasks") or []
     if not isinstance(given, list) or not all(isinstance(path, str) and "${" not in path for path in given):
@@ -78,12 +81,14 @@ def check_metric(evaluation: Mapping[str, Any], step: str, name: str, where: str
         files = read_tasks(given)
     except DistlmError:
         return
-    metrics = {file.config["task"]: metric_names(file) for file in files}
-    if meant := max((task for task in metrics if name.startswith(f"tasks.{task}.")), key=len, default=""):
+    metrics = {f"tasks.{file.config['task']}": metric_names(file) for file in files}
+    metrics |= {f"groups.{group.name}": average_names(group, its) for group, its in groups_of(files).items()}
+    if meant := max((one for one in metrics if name.startswith(f"{one}.")), key=len, default=""):
         metrics = {meant: metrics[meant]}
         if metrics[meant] is None:
             return                                         # functions of the file decide
-    known = [f"tasks.{task}.{metric}{more}" for task, found in metrics.items() for metric in found or ["METRIC"] for more in ("", STDERR)]
+    known = [f"{one}.{metric}{more}" for one, found in metrics.items() for metric in (["METRIC"] if found is None else found)
+             for more in ("", STDERR)]
     if name not in known:
         near = "" if meant else nearest(name, known)
         raise SpecError(f"${{{step}.{name}}}: the tasks of {step} do not come to it", where=where,
@@ -108,9 +113,9 @@ def objective_of(steps: Mapping[str, Any], step: str) -> str:
 
 
 def task_outputs(made: Mapping[str, Any]) -> dict[str, Any]:
-    """The metrics of an evaluation's tasks by the names that references have for them, `tasks.<task>.<metric>`, and their standard
-    errors; empty for what another kind of step made."""
-    return {f"tasks.{task}.{metric}{more}": one[key] for task, found in made.get("tasks", {}).items()
+    """The metrics of an evaluation's tasks and groups by the names that references have for them, `tasks.<task>.<metric>` and
+    `groups.<group>.<metric>`, and their standard errors; empty for what another kind of step made."""
+    return {f"{what}.{name}.{metric}{more}": one[key] for what in MEASURED for name, found in made.get(what, {}).items()
             for metric, one in found["metrics"].items() for more, key in (("", "value"), (STDERR, "stderr"))}
 
 

@@ -291,8 +291,8 @@ def described(dimension: Any) -> str:
 def of_evaluate(spec: EvaluateSpec, storage: Storage) -> Rows:
     """What another step makes, or does not exist yet, leaves open what depends on it."""
     from distlm.corpus.manifest import read_manifest
+    from distlm.evaluate.groups import groups_of, read_tasks
     from distlm.evaluate.task import make_task
-    from distlm.evaluate.tasks import read_tasks
     from distlm.train.recipe import find_corpus
 
     rows: Rows = []
@@ -314,7 +314,9 @@ def of_evaluate(spec: EvaluateSpec, storage: Storage) -> Rows:
         rows += [("labels", f"{len(task.labels):,}: {', '.join(task.labels[:MAX_LABELS])}")] if task.labels else []
         rows += of_forward(model, tokens) if model and task.parts else []
     if spec.tasks and not any("${" in name for name in spec.tasks):
-        rows += [("tasks", ", ".join(file.config["task"] for file in read_tasks(spec.tasks)))]
+        files = read_tasks(spec.tasks)
+        rows += [("tasks", ", ".join(file.config["task"] for file in files))]
+        rows += [(f"group {group.name}", ", ".join(file.config["task"] for file in its)) for group, its in groups_of(files).items()]
     need = total(evaluate_bundles(spec))
     if spec.endpoint is not None:
         place = spec.endpoint if isinstance(spec.endpoint, str) else spec.endpoint.url

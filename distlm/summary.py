@@ -8,6 +8,7 @@ from typing import Any
 from distlm.errors import InputError, ServeError
 from distlm.progress import Progress
 from distlm.runs import RunFolder
+from distlm.runs.sides import lines
 from distlm.serve.client import CUT, classify, query
 from distlm.serve.guard import read_key
 
@@ -56,7 +57,8 @@ def of_run(made: dict[str, Any]) -> list[tuple[str, str]]:
               [("reward accuracy", shown(made["val_reward_accuracy"])), ("reward margin", shown(made["val_reward_margin"]))]
               if "val_reward_accuracy" in made else
               [("perplexity", shown(made["perplexity"], ",.2f")), ("bits per byte", shown(made["bits_per_byte"]))]),
-            ("tokens/s", shown(made["tokens_per_s"], ",.0f"))]
+            ("tokens/s", shown(made["tokens_per_s"], ",.0f")),
+            *((f"{' -> '.join(sides)}: {what}", values) for sides in [made.get("sides", {})] if sides for what, values in lines(sides))]
 
 
 def shown(value: float | None, form: str = ".3f") -> str:
@@ -77,8 +79,8 @@ def of_sweep(made: dict[str, Any]) -> list[tuple[str, str]]:
 def of_evaluation(made: dict[str, Any]) -> list[tuple[str, str]]:
     return [*(of_windows(made) if "corpora" in made else []),
             *((name, ", ".join(f"{metric} {shown(one['value'], '.4f')}" + f" ± {shown(one['stderr'], '.4f')}" * (one["stderr"] is not None)
-                               for metric, one in task["metrics"].items()) + f", {task['documents']:,} documents")
-              for name, task in made.get("tasks", {}).items())]
+                               for metric, one in found["metrics"].items()) + f", {found['documents']:,} documents")
+              for name, found in [*made.get("tasks", {}).items(), *made.get("groups", {}).items()] if found["metrics"])]
 
 
 def of_windows(made: dict[str, Any]) -> list[tuple[str, str]]:
@@ -106,10 +108,9 @@ def of_average(made: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def of_compression(made: dict[str, Any]) -> list[tuple[str, str]]:
-    from distlm.compress.report import described, rows
+    from distlm.compress.report import described, sides_of
 
-    return [("method", described(made["compression"])),
-            *((what, f"{before} -> {after}, x {ratio}") for what, before, after, ratio in rows(made))]
+    return [("method", described(made["compression"])), *lines(sides_of(made))]
 
 
 def of_endpoint(made: dict[str, Any]) -> list[tuple[str, str]]:

@@ -2,13 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from distlm import cli
-from distlm.attribution import explain, integrated_gradients, write_page
+from distlm.attribution import Explanation, explain, integrated_gradients, write_page
 from distlm.errors import InputError
 from distlm.spec.curate import Clean
 from tests.serve.tiny_models import FAMILIES, make_classifier, make_model
@@ -46,6 +47,51 @@ def test_attributions_add_up_to_what_the_text_adds(language: Path) -> None:
     assert not explain(str(language), TEXT, steps=1).complete
     other = explain(str(language), TEXT, target="a", steps=256)
     assert other.target == "a" != found.target and other.probability < found.probability
+
+
+def captums(network: Any, ids: torch.Tensor, chosen: int, steps: int) -> torch.Tensor:
+    """What captum's LayerIntegratedGradients says that each token adds to the log-probability of `chosen`, from the mean of all embeddings:
+    it takes a beginning by its id, so that the mean is one more row of the table. Returns float[tokens]."""
+    attr = pytest.importorskip("captum.attr", exc_type=ImportError)
+    network.requires_grad_(False)
+    own = network.get_input_embeddings()
+    rows = own(torch.arange(own.num_embeddings))
+    table = torch.nn.Embedding.from_pretrained(torch.cat([rows, rows.mean(0, keepdim=True)]), freeze=False)
+
+    def score(tokens: torch.Tensor) -> torch.Tensor:
+        embedded = table(tokens)
+        logits = network(inputs_embeds=embedded, attention_mask=torch.ones(embedded.shape[:2], dtype=torch.long), use_cache=False).logits
+        last = logits if logits.dim() == 2 else logits[:, -1]
+        several = network.config.problem_type == "multi_label_classification"
+        return (last.sigmoid().log() if several else last.log_softmax(-1))[:, chosen]
+
+    found = attr.LayerIntegratedGradients(score, table).attribute(
+        ids[None], baselines=torch.full_like(ids, own.num_embeddings)[None], n_steps=steps, method="riemann_middle", internal_batch_size=8)
+    return found[0].sum(-1).detach().float()
+
+
+@pytest.mark.parametrize("steps", [2, 40])
+def test_attributions_are_captums(steps: int, language: Path) -> None:
+    found, tokenizer = explain(str(language), TEXT, steps=steps), AutoTokenizer.from_pretrained(language)
+    ids = torch.tensor(tokenizer(TEXT, add_special_tokens=False)["input_ids"])
+    network = AutoModelForCausalLM.from_pretrained(language, dtype=torch.float32).eval()
+    with torch.no_grad():
+        chosen = int(network(input_ids=ids[None]).logits[0, -1].argmax())
+    agree(found, captums(network, ids, chosen, steps))
+
+
+@pytest.mark.parametrize("steps", [2, 40])
+def test_attributions_of_a_label_are_captums(steps: int, classifier: Path) -> None:
+    found, tokenizer = explain(str(classifier), TEXT, target="spam", steps=steps), AutoTokenizer.from_pretrained(classifier)
+    ids = torch.tensor(tokenizer(TEXT, add_special_tokens=False)["input_ids"])
+    network = AutoModelForSequenceClassification.from_pretrained(classifier, dtype=torch.float32).eval()
+    agree(found, captums(network, ids, next(i for i, name in network.config.id2label.items() if name == "spam"), steps))
+
+
+def agree(found: Explanation, theirs: torch.Tensor) -> None:
+    """Every attribution, within what float32 rounds of the largest."""
+    ours = torch.tensor([one.attribution for one in found.tokens])
+    assert ours.abs().max() > 0.01 and (ours - theirs).abs().max() < 1e-5 * ours.abs().max()
 
 
 def test_what_matters_alone_has_all_of_it_and_a_straight_way_takes_one_step() -> None:

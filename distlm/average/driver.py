@@ -11,8 +11,9 @@ from distlm.average.report import write_report
 from distlm.average.weights import check_alike, write_mean
 from distlm.corpus.manifest import manifest_hash
 from distlm.errors import InputError
-from distlm.evaluate.driver import Workers, outcome
+from distlm.evaluate.driver import Workers
 from distlm.evaluate.task import Task, check_generates, check_model, make_task, read_corpora
+from distlm.evaluate.tokens import outcome
 from distlm.model.adapter import base_hash
 from distlm.model.find import find_model
 from distlm.progress import Progress

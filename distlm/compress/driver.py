@@ -8,8 +8,9 @@ from distlm.compress.report import write_report
 from distlm.compress.task import task_of
 from distlm.compress.worker import Compressor
 from distlm.errors import InputError
-from distlm.evaluate.driver import answer, outcome
+from distlm.evaluate.driver import answer
 from distlm.evaluate.task import Task
+from distlm.evaluate.tokens import outcome
 from distlm.progress import Progress
 from distlm.runs import RunFolder
 from distlm.spec import CompressSpec

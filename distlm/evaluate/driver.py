@@ -8,15 +8,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from distlm.autoscale import evaluate_bundles, require
 from distlm.corpus.manifest import read_manifest
 from distlm.errors import EvaluationError, InputError, TrainError
-from distlm.evaluate import labels
+from distlm.evaluate.groups import read_tasks
+from distlm.evaluate.kinds import kind_of
 from distlm.evaluate.report import write_report
 from distlm.evaluate.task import Task, context_of, make_task
-from distlm.evaluate.tasks import check_answers, loaded, read_tasks
+from distlm.evaluate.tasks import check_answers, loaded
 from distlm.evaluate.worker import Asked, Said, Worker, default_threads
 from distlm.model.complete import check_prompts, encode_prompts, unheeded
 from distlm.model.find import find_model
@@ -24,7 +23,6 @@ from distlm.progress import Progress
 from distlm.runs import RunFolder
 from distlm.spec import EvaluateSpec
 from distlm.storage import Storage
-from distlm.train.totals import Sums, measures
 
 AHEAD = 2
 """Batches that a worker has been given and has not answered."""
@@ -62,7 +60,7 @@ def evaluate(spec: EvaluateSpec, folder: RunFolder, storage: Storage, progress: 
                 check_choices(files, tasks, tokenizer, context)
 
         def scored(answering: Any, task: Task, made_by: str, tokenizer: Path | None, batches: list[Any], texts: list[str]) -> None:
-            measured = labels.outcome if task.labels else outcome
+            measured = kind_of(task).outcome
             for part in task.parts:
                 if not task.labels and read_manifest(part.corpus).labels:
                     progress.note(f"{part.name} has labels, and what is measured is no classifier: its texts are, and not its labels")
@@ -138,7 +136,7 @@ class Workers:
             done += batches[batch][2]
             self._progress.update("windows", done, self._task.windows)
 
-        return self._dealt("observe" if self._task.labels else "score", [(batch,) for batch in range(len(batches))], show)
+        return self._dealt(kind_of(self._task).METHOD, [(batch,) for batch in range(len(batches))], show)
 
     def complete(self, prompts: list[list[int]], max_tokens: int) -> list[str]:
         """What the model that was scored last adds to each prompt. Raises what a worker raises."""
@@ -198,16 +196,3 @@ def answer(ray: Any, reference: Any, log: Path) -> Any:
             raise found from None
         remedy = "lower batch_windows or workers" if found.cause == "oom" else f"its log is {log}"
         raise EvaluationError(found.message, cause=found.cause, remedy=remedy) from None
-
-
-def outcome(task: Task, made_by: str, sums: list[Sums]) -> dict[str, Any]:
-    """The measures of all tokens, of each corpus and of each of its sources that has tokens. Batches are added up in their order."""
-    whole = np.zeros_like(sums[0])
-    for one in sums:
-        whole += one
-    corpora = {}
-    for part in task.parts:
-        mine = whole[part.first_group:part.first_group + len(part.sources)]
-        sources = {name: measures(row) for name, row in zip(part.sources, mine, strict=True) if row[0]} if part.by_source else {}
-        corpora[part.name] = {**measures(mine.sum(0)), "windows": part.windows, "masked": part.mask_documents, "sources": sources}
-    return {"evaluated": made_by, "split": task.split, "windows": task.windows, **measures(whole.sum(0)), "corpora": corpora}

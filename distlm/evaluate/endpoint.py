@@ -19,6 +19,7 @@ import numpy as np
 from distlm.corpus.manifest import read_manifest
 from distlm.corpus.stream import START
 from distlm.errors import InputError, ServeError
+from distlm.evaluate.kinds import kind_of
 from distlm.evaluate.labels import Observed, not_finite, observed
 from distlm.evaluate.task import Labelled, Reader, Rows, Task, check_classifier, with_labels
 from distlm.evaluate.worker import Asked, Said, Scores, said, sums
@@ -194,9 +195,8 @@ class Client:
             done += batches[batch][2]
             self.progress.update("windows", done, self.task.windows)
 
-        if self.task.labels:
-            return self.at_once(self.observe, ((reader.labelled(batch), reader.end) for batch in range(len(batches))), show)
-        return self.at_once(self.score, map(reader.read, range(len(batches))), show)
+        kind = kind_of(self.task)
+        return self.at_once(getattr(self, kind.METHOD), (kind.read(reader, batch) for batch in range(len(batches))), show)
 
     def at_once(self, ask: Callable[[T], R], batches: Iterable[T], done: Callable[[int], None]) -> list[R]:
         """What is answered to every batch, in order; as many are asked at once as the spec says, and `done` is told the number of each."""
@@ -265,11 +265,11 @@ class Client:
                 logprobs[row, begin:end - 1], best[row, begin:end - 1], sure[row, begin:end - 1] = one
         return sums(self.task, rows, Scores(logprobs[rows.kept], best[rows.kept], sure[rows.kept]))
 
-    def observe(self, batch: tuple[Labelled, int]) -> Observed:
-        """What a classifier makes of a batch, given with the token that ends a document: texts are sent without it, and without padding.
-        Raises EvaluationError where a logit is not finite."""
-        (documents, end), found = batch, list[list[float]]()
-        texts = [row[:length].tolist() for row, length in zip(documents.tokens, documents.lengths(end), strict=True)]
+    def observe(self, documents: Labelled) -> Observed:
+        """What a classifier makes of a batch: texts are sent without the token that ends them, and without padding. Raises EvaluationError
+        where a logit is not finite."""
+        found: list[list[float]] = []
+        texts = [row[:length].tolist() for row, length in zip(documents.tokens, documents.lengths, strict=True)]
         for first in range(0, len(texts), PROMPTS):
             asked = {"model": self.model, "input": texts[first:first + PROMPTS], "use_activation": False}
             try:

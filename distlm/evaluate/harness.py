@@ -27,6 +27,7 @@ from transformers import AutoTokenizer
 
 from distlm.corpus.manifest import file_xxh3
 from distlm.errors import EvaluationError, InputError
+from distlm.evaluate.groups import averages
 from distlm.evaluate.tasks import FEWSHOT_SEED, TaskFile, make_questions, max_tokens, named, refused
 from distlm.evaluate.worker import Asked, Said
 from distlm.progress import Progress
@@ -203,8 +204,9 @@ def check_choices(files: list[TaskFile], tasks: dict[str, Any], tokenizer: Path,
 
 def run_tasks(files: list[TaskFile], tasks: dict[str, Any], spec: EvaluateSpec, tokenizer: Path, answering: Answering,
               folder: RunFolder, progress: Progress, keep: Callable[[dict[str, Any]], None]) -> None:
-    """Ask of one task after the other. `keep` is given after each `tasks`, the metrics of those that have been asked, and `harness`, what
-    else decides them; answers/ in the folder has a line for each document and filter. Raises InputError, and what `answering` raises."""
+    """Ask of one task after the other. `keep` is given after each `tasks`, the metrics of those that have been asked, `groups`, those of
+    the groups that are complete, and `harness`, what else decides them; answers/ in the folder has a line for each document and filter.
+    Raises InputError, and what `answering` raises."""
     model = Model(tokenizer, answering.context, answering, spec.batch_windows, progress)
     os.environ["DISABLE_MULTIPROC"] = "1"                  # the harness would fork this process, which Ray's threads are in
     made: dict[str, Any] = {}
@@ -220,8 +222,10 @@ def run_tasks(files: list[TaskFile], tasks: dict[str, Any], spec: EvaluateSpec, 
             "file": str(file.path), "hash": file_xxh3(file.path), "version": found["versions"].get(name), "shots": found["n-shot"][name],
             "documents": found["n-samples"][name]["effective"], "answers": str(answers.relative_to(folder.path)),
             "metrics": metrics(found["results"][name], found["higher_is_better"].get(name) or {})}
-        keep({"tasks": made, "harness": {"version": version("lm_eval"), "context": model.max_length, "truncated": model.truncated,
-                                         "fewshot_seed": FEWSHOT_SEED, "bootstrap": BOOTSTRAP, "chat": spec.chat}})
+        groups = averages(files, made)
+        keep({"tasks": made, **({"groups": groups} if groups else {}), "harness": {
+            "version": version("lm_eval"), "context": model.max_length, "truncated": model.truncated, "fewshot_seed": FEWSHOT_SEED,
+            "bootstrap": BOOTSTRAP, "chat": spec.chat}})
     if model.truncated:
         progress.note(told := f"{model.truncated:,} texts of tasks are longer than the context of {model.max_length:,} tokens, and lost "
                       "their beginning")

@@ -10,9 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distlm.errors import EvaluationError
-from distlm.evaluate.task import Labelled, Task
+from distlm.evaluate.task import Labelled, Reader, Task
 from distlm.train.scores import SCORES, scores_of, softmax
 from distlm.train.totals import calibration_error, reliability, tally
+
+METHOD = "observe"
 
 
 class Observed(NamedTuple):
@@ -22,6 +24,11 @@ class Observed(NamedTuple):
     """[documents, k + names]: labels as corpus.stream has them, and logits."""
     groups: NDArray[np.int64]
     """[documents]: the source of each, by its number among those of all corpora."""
+
+
+def read(reader: Reader, batch: int) -> Labelled:
+    """What a batch is. Raises CorpusError for a corpus that is damaged."""
+    return reader.labelled(batch)
 
 
 def observed(documents: Labelled, rows: NDArray[np.float32]) -> Observed:

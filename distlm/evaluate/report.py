@@ -8,7 +8,7 @@ from typing import Any
 
 from distlm.runs import RunFolder
 from distlm.runs.page import write_page
-from distlm.runs.report import matrices
+from distlm.runs.report import confused, matrices
 
 SIDE = 320
 """Of the reliability diagram, in its own units."""
@@ -24,15 +24,15 @@ LABEL_COLUMNS = (("documents", "documents", ",d"), ("loss", "loss", ".4f"), ("ac
 
 def write_report(folder: RunFolder, outputs: dict[str, Any]) -> Path:
     """Write the page into the folder of an evaluation with these outputs. Raises StorageError."""
-    tasks = task_rows(outputs)
+    tasks, groups = task_rows(outputs), group_rows(outputs)
     if "corpora" not in outputs:
-        return write_page(folder, "distlm.evaluate", outputs=outputs, tasks=tasks)
-    unit, columns = ("documents", LABEL_COLUMNS) if "labels" in outputs else ("tokens", COLUMNS)
+        return write_page(folder, "distlm.evaluate", outputs=outputs, tasks=tasks, groups=groups)
+    unit, guessed, columns = ("documents", "label", LABEL_COLUMNS) if "labels" in outputs else ("tokens", "token", COLUMNS)
     return write_page(
-        folder, "distlm.evaluate", outputs=outputs, tasks=tasks, unit=unit, guessed="label" if "labels" in outputs else "token",
+        folder, "distlm.evaluate", outputs=outputs, tasks=tasks, groups=groups, unit=unit, guessed=guessed,
         facts=[(title, text) for (title, _, _), text in zip(columns, cells(outputs, columns), strict=True)],
         titles=[title for title, _, _ in columns], rows=[(what, cells(measured, columns)) for what, measured in measured_parts(outputs)],
-        matrices=matrices([outputs]), side=SIDE,
+        matrices=matrices([outputs]), confused=confused([outputs]), side=SIDE,
         diagrams=[(what, shown(measured["ece"], ".2%"), bars(measured["reliability"], unit)) for what, measured in measured_parts(outputs)
                   if measured["reliability"]],
         bins=[(f"{one['above']:.3f} to {one['up_to']:.3f}", f"{one[unit]:,}", shown(one["confidence"], ".2%"),
@@ -42,10 +42,24 @@ def write_report(folder: RunFolder, outputs: dict[str, Any]) -> Path:
 def task_rows(outputs: dict[str, Any]) -> list[tuple[str, ...]]:
     """(task, version, examples before a question, documents, metric, value, standard error, which is better, file, its hash) of each metric
     of each task."""
-    return [(name, str(task["version"]), str(task["shots"]), f"{task['documents']:,}", metric, shown(one["value"], ".4f"),
-             shown(one["stderr"], ".4f"), "–" if one["higher_is_better"] is None else "more" if one["higher_is_better"] else "less",
-             task["file"], task["hash"])
+    return [(name, str(task["version"]), str(task["shots"]), f"{task['documents']:,}", *metric_cells(metric, one), task["file"],
+             task["hash"])
             for name, task in outputs.get("tasks", {}).items() for metric, one in task["metrics"].items()]
+
+
+def group_rows(outputs: dict[str, Any]) -> list[tuple[str, ...]]:
+    """(group, version, documents, metric, value, standard error, which is better, by what tasks count, the tasks that have it, file, its
+    hash) of each metric of each group."""
+    return [(name, str(group["version"]), f"{group['documents']:,}", *metric_cells(metric, one),
+             "documents" if one["weight_by_size"] else "all alike",
+             ", ".join(one["tasks"]) + f" ({len(one['tasks'])} of {len(group['tasks'])})", group["file"], group["hash"])
+            for name, group in outputs.get("groups", {}).items() for metric, one in group["metrics"].items()]
+
+
+def metric_cells(metric: str, one: dict[str, Any]) -> tuple[str, ...]:
+    """(metric, value, standard error, which is better)"""
+    return (metric, shown(one["value"], ".4f"), shown(one["stderr"], ".4f"),
+            "–" if one["higher_is_better"] is None else "more" if one["higher_is_better"] else "less")
 
 
 def measured_parts(outputs: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:

@@ -16,7 +16,8 @@ from distlm.corpus.listing import tells_sources
 from distlm.corpus.manifest import Manifest, manifest_hash, read_manifest
 from distlm.corpus.stream import Windows, silent
 from distlm.errors import InputError, SpecError
-from distlm.evaluate.tasks import check_answers, read_tasks
+from distlm.evaluate.groups import read_tasks
+from distlm.evaluate.tasks import check_answers
 from distlm.model.build import (
     Shape,
     check_labels,
@@ -114,10 +115,13 @@ class Labelled:
     """[documents, k], as corpus.stream has them."""
     groups: NDArray[np.int64]
     """[documents]: the source of each, by its number among those of all corpora."""
+    end: int
+    """The token that ends a document."""
 
-    def lengths(self, end: int) -> NDArray[np.int64]:
+    @property
+    def lengths(self) -> NDArray[np.int64]:
         """[documents]: the tokens of each up to the last that is not the end token, one at least."""
-        return np.maximum(((self.tokens != end) * np.arange(1, self.tokens.shape[1] + 1)).max(1), 1)
+        return np.maximum(((self.tokens != self.end) * np.arange(1, self.tokens.shape[1] + 1)).max(1), 1)
 
 
 class Reader:
@@ -127,18 +131,14 @@ class Reader:
         self.task, self._batches = task, task.batches
         self._windows = [Windows(part.corpus, task.split) for part in task.parts]
 
-    @property
-    def end(self) -> int:
-        """The token that ends a document."""
-        return self._windows[0].manifest.eos_id
-
     def labelled(self, batch: int) -> Labelled:
         """Raises CorpusError for a corpus that is damaged."""
         part, windows, shards, rows = self._places(batch)
         groups = np.full(len(rows), part.first_group, np.int64)
         if part.by_source:
             groups += windows.sources_of(windows.documents(shards, rows)[:, 0])
-        return Labelled(part, windows.read(shards, rows)[:, :-1].astype(np.int64), windows.labels(shards, rows).astype(np.int64), groups)
+        return Labelled(part, windows.read(shards, rows)[:, :-1].astype(np.int64), windows.labels(shards, rows).astype(np.int64), groups,
+                        windows.manifest.eos_id)
 
     def _places(self, batch: int) -> tuple[Part, Windows, NDArray[np.int64], NDArray[np.int64]]:
         """(the part, its windows, shard and row of each of the batch)"""

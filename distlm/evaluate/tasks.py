@@ -1,6 +1,6 @@
 """Task files of the lm-evaluation-harness: what they must hold so that nothing is downloaded, and the harness's tasks made of them.
 
-    files = read_tasks(spec.tasks)                         # checked, nothing loaded
+    files = read_tasks(spec.tasks)                         # of evaluate.groups: checked, nothing loaded
     with loaded(files, shots=None, limit=None) as tasks: ...                   # name -> the harness's own task, with its questions
 
 Only what the user has is read: data sets from local files, metrics that the harness brings. A task's file is code: the functions that it
@@ -8,14 +8,12 @@ names by `!function` and its templates run.
 """
 
 import contextlib
-import importlib.util
 import inspect
 import logging
-import os
 import random
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from glob import escape, glob
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,14 +22,43 @@ from typing import Any
 import numpy as np
 
 from distlm.corpus.manifest import file_xxh3
-from distlm.errors import DistlmError, InputError, SpecError
+from distlm.errors import DistlmError, InputError
 from distlm.spec.load import nearest
 
-EXTRA = "pip install 'distlm[lm-eval]'"
 FORMATS = ("json", "csv", "parquet", "arrow", "text")
 """The data sets of `datasets` that are made of files alone."""
 FEWSHOT_SEED = 1234
 """The harness's own default: by it the examples before a question are drawn."""
+
+
+@dataclass(frozen=True)
+class Average:
+    """A metric of a group: the mean of its tasks'."""
+
+    metric: str
+    filters: tuple[str, ...] | None
+    """Those whose answers count, or whichever there are."""
+    weight_by_size: bool
+    """Whether each task counts by its documents, or all count alike."""
+
+    def of(self, metrics: Sequence[str]) -> list[str]:
+        """What is averaged, as results name it: those of `metrics` that are of this one, or those of its own filters."""
+        if self.filters is None:
+            return [name for name in metrics if name.partition(",")[0] == self.metric]
+        return [named(self.metric, chosen) for chosen in self.filters]
+
+
+@dataclass(frozen=True)
+class TaskGroup:
+    """Tasks that have a name together."""
+
+    name: str
+    path: Path
+    """The file that has it."""
+    averages: tuple[Average, ...]
+    version: Any
+    where: str = field(compare=False)
+    """Its place in the spec, for errors."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +70,9 @@ class TaskFile:
     """Its place in the spec, for errors."""
     config: dict[str, Any]
     reads: tuple[Path, ...]
-    """The file, what it includes, modules of its functions, and its data."""
+    """The file, what it includes, those of its groups, modules of its functions, and its data."""
+    groups: tuple[TaskGroup, ...] = ()
+    """Those that it is in, the outermost first."""
 
     @property
     def hashes(self) -> dict[str, str]:
@@ -51,52 +80,30 @@ class TaskFile:
         return {str(path): file_xxh3(path) for path in self.reads}
 
 
-def read_tasks(tasks: Sequence[str]) -> list[TaskFile]:
-    """The `tasks` of a spec. Raises SpecError where the harness is not installed, InputError for a file that cannot be used."""
-    if not tasks:
-        return []
-    if importlib.util.find_spec("lm_eval") is None:
-        raise SpecError("the package lm-eval is not installed", where="tasks", remedy=EXTRA)
-    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}      # read where the harness is first imported
-    found: list[TaskFile] = []
-    for i, given in enumerate(tasks):
-        path = Path(given).expanduser().absolute()
-        if not path.is_file():
-            near = nearest(path.name, [one.name for one in path.parent.glob("*.y*ml")]) if path.parent.is_dir() else ""
-            raise InputError(f"there is no file {given}", where=f"tasks.{i}", remedy=f"did you mean {path.parent / near}?" if near else
-                             "tasks are the harness's YAML files, by their paths")
-        found.append(read_task(path, f"tasks.{i}: {given}"))
-        if (name := found[-1].config["task"]) in [one.config["task"] for one in found[:-1]]:
-            raise InputError(f"another file has a task {name} too", where=found[-1].where, remedy="give one of them another name")
-    return found
-
-
-def read_task(path: Path, where: str) -> TaskFile:
-    """Raises InputError for a file that is no task, has an unknown key, samples, or needs what is not local."""
-    with refused(where):
-        return checked(path, where)
-
-
-def checked(path: Path, where: str) -> TaskFile:
-    """`read_task`, which makes an error of a value of the wrong type one line."""
+def known_keys() -> set[str]:
+    """The keys that the file of a task may have."""
     from lm_eval.config.task import TaskConfig
-    from lm_eval.tasks._yaml_loader import load_yaml
 
-    config = load_yaml(path)
-    for key in ("tag", "task_list"):                       # by which the harness finds its own tasks
-        config.pop(key, None)
-    known = [field.name for field in fields(TaskConfig)]
-    if unknown := sorted(set(config) - set(known)):
-        near = "" if unknown[0] == "group" else nearest(unknown[0], known)
+    return {one.name for one in fields(TaskConfig)}
+
+
+def checked(config: dict[str, Any], path: Path, where: str, groups: tuple[TaskGroup, ...] = ()) -> TaskFile:
+    """The task of a file's keys. Raises InputError for a file that is no task, has an unknown key, samples, or needs what is not local;
+    call it in `refused`, which makes an error of a value of the wrong type one line."""
+    config = {key: value for key, value in config.items() if key not in ("tag", "task_list")}          # by which tasks are found
+    known = known_keys()
+    if unknown := sorted(set(config) - known):
+        near = nearest(unknown[0], [*known])
         raise InputError(f"{unknown[0]}: unknown key", where=where, remedy=f"did you mean {near}?" if near else
-                         "a file is one task, and its keys are the harness's")
+                         "a file is one task or a group of them, and its keys are the harness's")
     if not isinstance(config.get("task"), str) or not config["task"]:
         raise InputError("it names no task", where=where, remedy="a file is one task: add `task: NAME`")
     check_scoring(config, where)
     config["metadata"] = {**(config.get("metadata") or {}), "config_source": str(path)}
     data = local_data(config, path.parent, where)
     code = {Path(file) for value in functions(config) if (file := inspect.getsourcefile(value)) and "lm_eval" not in Path(file).parts}
-    return TaskFile(path, where, config, tuple(dict.fromkeys([*included(path), *sorted(code), *data])))
+    texts = [file for place in (path, *(group.path for group in groups)) for file in included(place)]
+    return TaskFile(path, where, config, tuple(dict.fromkeys([*texts, *sorted(code), *data])), groups)
 
 
 @contextlib.contextmanager

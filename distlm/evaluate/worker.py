@@ -40,7 +40,7 @@ class Worker:
         """Raises InputError where the model cannot be loaded, SpecError where it does not keep the documents of a window apart."""
         import torch
 
-        from distlm.model.build import buffers, give_padding, load_model, restore_buffers
+        from distlm.model.build import buffers, load_model, restore_buffers
         from distlm.model.documents import check_documents_apart
         from distlm.train.worker import log_to
 
@@ -57,10 +57,6 @@ class Worker:
             self.model = self.model.to(torch.bfloat16)
             restore_buffers(self.model, kept)
         self.model = self.model.to(self.device)
-        if self.task.labels:
-            own = self.model.config.get_text_config().pad_token_id
-            self.padding = self.reader.end if own is None else own
-            give_padding(self.model.config, self.padding)
 
     def score(self, batch: int) -> Sums:
         """The sums of a batch. Raises EvaluationError where a loss is not finite."""
@@ -80,11 +76,13 @@ class Worker:
         """What a classifier makes of a batch, filled up with its own padding. Raises EvaluationError where a logit is not finite."""
         import torch
 
+        from distlm.model.build import give_padding
         from distlm.model.loss import ClassifierLoss
 
-        documents = self.reader.labelled(batch)
-        text = np.arange(documents.tokens.shape[1]) < documents.lengths(self.reader.end)[:, None]
-        tokens = np.where(text, documents.tokens, self.padding)
+        documents, own = self.reader.labelled(batch), self.model.config.get_text_config().pad_token_id
+        padding = documents.end if own is None else own
+        give_padding(self.model.config, padding)
+        tokens = np.where(np.arange(documents.tokens.shape[1]) < documents.lengths[:, None], documents.tokens, padding)
         module = ClassifierLoss(self.model, self.task.multiple_labels, None).eval()
         with torch.inference_mode():
             module(*(torch.from_numpy(one).to(self.device) for one in (tokens, documents.labels)))

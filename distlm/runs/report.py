@@ -5,12 +5,14 @@
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from distlm.runs.folder import RunFolder
 from distlm.runs.page import write_page
+from distlm.runs.sides import rows
 
 WIDTH, HEIGHT, MARGIN = 640, 200, 6
 MAX_POINTS = 400
@@ -46,6 +48,15 @@ class Matrix:
     """(label, (count, its share of the row in percent) of each column)"""
 
 
+@dataclass(frozen=True)
+class Confused:
+    """What a classifier of too many labels for a matrix gets wrong most."""
+
+    note: str
+    heads: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
 PARTS = {"data_s": "waiting for samples", "forward_s": "forward pass", "backward_s": "backward pass",
          "update_s": "gradients exchanged, update", "evaluate_s": "evaluation", "checkpoint_stall_s": "checkpoints, steps standing still"}
 """Seconds of a record -> what they went to; the update's are what is left of `step_s`."""
@@ -75,12 +86,14 @@ class Sample:
     """The newest first."""
 
 
-def write_report(folder: RunFolder) -> Path:
-    """Write the page into the folder of a run that has metrics. Raises StorageError."""
+def write_report(folder: RunFolder, sides: Mapping[str, Mapping[str, Any]] | None = None) -> Path:
+    """Write the page into the folder of a run that has metrics. `sides`: the models that it stands beside, by their names, and itself.
+    Raises StorageError."""
     records, events = folder.read_metrics(), folder.events()
     return write_page(
-        folder, "distlm.runs", facts=facts(records), width=WIDTH, height=HEIGHT,
-        curves=[one for title in CURVES if (one := curve(title, records))], matrices=matrices(records),
+        folder, "distlm.runs", facts=facts(records), width=WIDTH, height=HEIGHT, sides=rows(sides) if sides else None,
+        scored=max((side.get("tokens", 0) for side in (sides or {}).values()), default=0),
+        curves=[one for title in CURVES if (one := curve(title, records))], matrices=matrices(records), confused=confused(records),
         parts=parts(records), colors=COLORS, samples=samples(records),
         events=[(time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(event["time"])), event["state"], event.get("cause", ""),
                  event.get("message", "")) for event in events])
@@ -140,6 +153,24 @@ def matrices(records: list[dict[str, Any]]) -> list[Matrix]:
     if isinstance(counts[0][0], int):
         return [_matrix("Confusion", labels, counts)]
     return [_matrix(label, ("without", "with"), each) for label, each in zip(labels, counts, strict=True)]
+
+
+def confused(records: list[dict[str, Any]]) -> Confused | None:
+    """The pairs of labels that are confused most, or where documents have several labels those with the most errors, of the last record
+    that has some; None where none has."""
+    found: dict[str, Any] = next((record["confused"] for record in reversed(records) if "confused" in record), {})
+    if not found:
+        return None
+    if "pairs" in found:
+        heads, what = ("label", "taken for", "documents", "of the label's", "share"), "pair"
+        rows = [(one["label"], one["taken_for"], f"{one['count']:,}", f"{one['documents']:,}", f"{one['count'] / one['documents']:.1%}")
+                for one in found["pairs"]]
+    else:
+        heads, what = ("label", "missed", "of", "wrongly given", "errors"), "label"
+        rows = [(one["label"], f"{one['missed']:,}", f"{one['documents']:,}", f"{one['wrongly']:,}", f"{one['missed'] + one['wrongly']:,}")
+                for one in found["labels"]]
+    note = f"{found['errors']:,} errors in {found['distinct']:,} {what}{'s' * (found['distinct'] != 1)}"
+    return Confused(note + f": the {len(rows)} with the most of them" * (len(rows) < found["distinct"]), heads, tuple(rows))
 
 
 def _matrix(title: str, labels: tuple[str, ...], counts: list[list[int]]) -> Matrix:

@@ -106,8 +106,8 @@ class EvaluateSpec(Scoring):
     """A prepared corpus, by name or path, or a list of them, all with the model's tokenizer, and with the labels of a classifier. Default:
     none, where there are tasks."""
     tasks: list[Annotated[str, Field(min_length=1)]] = []
-    """Files of tasks of the lm-evaluation-harness (YAML), whose data are local files: multiple choice, generated answers, perplexity of
-    texts. Needs the extra lm-eval."""
+    """Files of tasks of the lm-evaluation-harness (YAML), or of groups of them, whose data are local files: multiple choice, generated
+    answers, perplexity of texts. Needs the extra lm-eval."""
     shots: Annotated[int | None, Field(ge=0)] = None
     """Examples before each question of a task. Default: what its file says, else none."""
     limit: Annotated[int | None, Field(ge=1)] = None

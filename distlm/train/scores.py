@@ -11,9 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 SCORES = ("accuracy", "precision_macro", "recall_macro", "f1_macro", "precision_micro", "recall_micro", "f1_micro", "roc_auc")
-"""What is measured, but for the confusion matrix; `roc_auc` alone may not be there."""
+"""What is measured, but for what is confused with what; `roc_auc` alone may not be there."""
 MAX_CONFUSION = 64
-"""A matrix of more classes is not recorded."""
+"""A matrix of more classes is not made: in its place stand the MOST_CONFUSED."""
+MOST_CONFUSED = 40
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -29,12 +30,13 @@ def single_label(truth: Ints, logits: NDArray[Any], names: Sequence[str]) -> dic
     """truth: int64[n], logits: float[n, classes]. The first of the largest logits is the class that is predicted. The areas are those of
     one class against the rest, by its probability. Raises ValueError for a logit that is not a number, which predicts nothing."""
     check_numbers(logits)
-    counts = confusion(truth, logits.argmax(1), len(names))
+    predicted = logits.argmax(1)
+    hits, found, given = (np.bincount(one, minlength=len(names)) for one in (truth[truth == predicted], predicted, truth))
     scores = softmax(logits)
     areas = [roc_auc(truth == i, scores[:, i]) for i in range(len(names))]
-    return {"accuracy": float(np.trace(counts) / max(1, counts.sum())),
-            **averages(np.diag(counts), counts.sum(0), counts.sum(1)), **mean_area(areas),
-            **({"confusion": {"labels": [*names], "counts": counts.tolist()}} if len(names) <= MAX_CONFUSION else {})}
+    return {"accuracy": float(hits.sum() / max(1, len(truth))), **averages(hits, found, given), **mean_area(areas),
+            **({"confusion": {"labels": [*names], "counts": confusion(truth, predicted, len(names)).tolist()}}
+               if len(names) <= MAX_CONFUSION else {"confused": confused_pairs(truth, predicted, given, names)})}
 
 
 def multi_label(truth: NDArray[np.bool_], logits: NDArray[Any], names: Sequence[str]) -> dict[str, Any]:
@@ -46,7 +48,8 @@ def multi_label(truth: NDArray[np.bool_], logits: NDArray[Any], names: Sequence[
     areas = [roc_auc(truth[:, i], logits[:, i].astype(np.float64)) for i in range(len(names))]
     pairs = np.stack([len(truth) - found - given + hits, found - hits, given - hits, hits], 1)
     return {"accuracy": float((truth == predicted).all(1).mean()), **averages(hits, found, given), **mean_area(areas),
-            **({"confusion": {"labels": [*names], "counts": pairs.reshape(-1, 2, 2).tolist()}} if len(names) <= MAX_CONFUSION else {})}
+            **({"confusion": {"labels": [*names], "counts": pairs.reshape(-1, 2, 2).tolist()}} if len(names) <= MAX_CONFUSION else
+               {"confused": confused_labels(given - hits, found - hits, given, names)})}
 
 
 def check_numbers(logits: NDArray[Any]) -> None:
@@ -58,6 +61,26 @@ def check_numbers(logits: NDArray[Any]) -> None:
 def confusion(truth: Ints, predicted: Ints, classes: int) -> Ints:
     """int64[classes, classes]: how many samples of each class (rows) were taken for each (columns)."""
     return np.bincount(truth * classes + predicted, minlength=classes * classes).reshape(classes, classes)
+
+
+def confused_pairs(truth: Ints, predicted: Ints, given: Ints, names: Sequence[str]) -> dict[str, Any]:
+    """The pairs of classes whose samples were most often taken one for the other, the most frequent first, with all `errors` and the
+    `distinct` pairs that there are. given: int64[classes], the samples of each. No more is held than the samples have."""
+    wrong = truth != predicted
+    pairs, times = np.unique(truth[wrong] * len(names) + predicted[wrong], return_counts=True)
+    first = np.lexsort((pairs, -times))[:MOST_CONFUSED]
+    return {"errors": int(wrong.sum()), "distinct": len(pairs), "pairs": [
+        {"label": names[i], "taken_for": names[j], "count": int(count), "documents": int(given[i])}
+        for (i, j), count in zip((divmod(int(pair), len(names)) for pair in pairs[first]), times[first], strict=True)]}
+
+
+def confused_labels(missed: Ints, wrongly: Ints, given: Ints, names: Sequence[str]) -> dict[str, Any]:
+    """The labels with the most errors, those first, with all `errors` and the `distinct` labels that have any. missed, wrongly, given:
+    int64[labels], the samples that lack the label, that have it and should not, and that should have it."""
+    errors = missed + wrongly
+    first = [int(i) for i in np.argsort(-errors, kind="stable")[:MOST_CONFUSED] if errors[i]]
+    return {"errors": int(errors.sum()), "distinct": int((errors > 0).sum()), "labels": [
+        {"label": names[i], "missed": int(missed[i]), "wrongly": int(wrongly[i]), "documents": int(given[i])} for i in first]}
 
 
 def averages(hits: Ints, found: Ints, given: Ints) -> dict[str, float]:

@@ -5,7 +5,7 @@ from typing import Any
 
 from distlm.compress.task import task_of
 from distlm.compress.worker import Compressor
-from distlm.evaluate.driver import outcome
+from distlm.evaluate.tokens import outcome
 from distlm.spec import CompressSpec
 from distlm.storage import Storage
 

@@ -108,6 +108,11 @@ def test_a_plan_and_a_page_name_what_stays_whole(root: Path) -> None:
     assert described({"method": "int4_weight_only", "left_whole": ["a", "b"]}) == "int4_weight_only, left whole 2, such as a"
 
 
+def test_a_page_tells_of_channels_that_went_without_layers() -> None:
+    assert described({"method": "structured", "channels": 64, "layers": 3, "dropped_layers": []}) == (
+        "structured, channels 64, layers 3, dropped layers 0")
+
+
 @TORCHAO
 @pytest.mark.slow
 def test_an_endpoint_says_how_its_model_was_compressed(root: Path, storage: Storage) -> None:

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from distlm.corpus.conversations import Refused, turns_of
@@ -82,6 +84,33 @@ def test_pairs_become_windows_of_two_conversations(run: Callable[..., dict[str, 
             seen.add(number)
     assert len(seen) == 20
     assert [(one.part, one.shown.count("⟦")) for one in documents(corpus, ["7"])] == [(1, 1), (2, 1)]
+
+
+@pytest.mark.parametrize("messages", [True, False], ids=["list<struct>", "string"])
+def test_pairs_of_parquet_are_those_of_jsonl(messages: bool, run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    """Columns of messages, whose structs have a field more that is null, or of texts, one of them of 64-bit offsets."""
+    def answered(text: str | None) -> Any:
+        return text if text is None or not messages else [{"role": "assistant", "content": text, "name": None}]
+
+    records = [{"id": f"{i}", "prompt": said(f"q{i}") if messages else f"q{i}", "chosen": answered(f"good {i}"),
+                "rejected": answered(f"bad {i}, and longer")} for i in range(20)]
+    for name, chosen, rejected in (("equal", "a", "a"), ("empty", "", "b"), ("none", "a", None), ("long", "a" * 60, "b" * 60)):
+        records.append({"id": name, "prompt": said("q") if messages else "q", "chosen": answered(chosen), "rejected": answered(rejected)})
+    turn = pa.struct([("role", pa.string()), ("content", pa.large_string()), ("name", pa.string())])
+    kinds = [pa.list_(turn)] * 3 if messages else [pa.string(), pa.large_string(), pa.string()]
+    schema = pa.schema([("id", pa.string()), *zip(("prompt", "chosen", "rejected"), kinds, strict=True)])
+    pq.write_table(pa.Table.from_pylist(records, schema), tmp_path / "pairs.parquet", row_group_size=7)
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    made = {ending: run([str(tmp_path / f"pairs.{ending}")], root=ending, context=CONTEXT, shard_windows=8,
+                        conversations={"prompt_key": "prompt", "chosen_key": "chosen", "rejected_key": "rejected"},
+                        tokenizer={"train": "bytes"}, split={"val_fraction": 0.3}) for ending in ("jsonl", "parquet")}
+    corpora = {ending: Storage(tmp_path / ending).corpus("words") for ending in made}
+    verify(corpora["parquet"])
+    manifest = read_manifest(corpora["parquet"])
+    assert manifest.pairs and manifest.data["conversations"]["pairs"] == 20 and manifest.splits["val"].windows > 0
+    rejected = {"equal_answers": 1, "empty_answer": 1, "missing_field": 1, "longer_than_window": 1}
+    assert all({reason: one[f"rejected.{reason}"] for reason in rejected} == rejected for one in made.values())
+    assert manifest.data["splits"] == read_manifest(corpora["jsonl"]).data["splits"], "the same shards, to the byte"
 
 
 def test_answers_that_the_template_makes_equal_are_refused(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:

@@ -7,8 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from distlm.corpus.manifest import read_manifest
-from distlm.evaluate import labels
-from distlm.evaluate.driver import outcome
+from distlm.evaluate.kinds import kind_of
 from distlm.evaluate.task import Task, make_task
 from distlm.evaluate.worker import Worker
 from distlm.model.export import export_model
@@ -32,9 +31,9 @@ def sums_of(spec: EvaluateSpec, storage: Storage) -> tuple[Task, list[Any]]:
     task = make_task(spec, storage)
     worker = Worker(task, "cpu", "fp32", None)
     worker.load(Path(str(spec.model)))
-    return task, [(worker.observe if task.labels else worker.score)(batch) for batch in range(len(task.batches))]
+    return task, [getattr(worker, kind_of(task).METHOD)(batch) for batch in range(len(task.batches))]
 
 
 def evaluated(spec: EvaluateSpec, storage: Storage) -> dict[str, Any]:
     task, sums = sums_of(spec, storage)
-    return (labels.outcome if task.labels else outcome)(task, str(spec.model), sums)
+    return kind_of(task).outcome(task, str(spec.model), sums)

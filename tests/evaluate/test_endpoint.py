@@ -1,6 +1,7 @@
 """An endpoint that is asked for a corpus gives the numbers of its model; one that cannot be asked is told apart by why."""
 
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -161,3 +162,13 @@ def test_a_full_endpoint_is_asked_again_and_that_is_on_record(root: Path, server
     assert run(asked(root, servers["model"].url, windows=6, concurrent=1), root, tmp_path, shown)["tokens"] == 96
     assert shown.notes[-1] == "the endpoint was full, and requests were sent 2 times again"
     assert RunFolder(tmp_path).events()[-1]["message"] == shown.notes[-1]
+
+
+def test_an_endpoint_that_does_not_answer_is_told_from_one_that_is_not_there(root: Path, tmp_path: Path,
+                                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distlm.evaluate.endpoint.ANSWER_S", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        given = EvaluateSpec.model_validate({"name": "e", "corpus": str(root / "two"), "endpoint": {
+            "url": f"http://127.0.0.1:{silent.getsockname()[1]}", "api_key_file": str(root / "key")}})
+        with pytest.raises(ServeError, match=r"has not answered a request in 0\.1 s"):
+            evaluate(given, RunFolder(tmp_path), Storage(root), Records())

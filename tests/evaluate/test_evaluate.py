@@ -19,7 +19,7 @@ from distlm.corpus.manifest import read_manifest
 from distlm.corpus.stream import Windows
 from distlm.errors import DistlmError, EvaluationError, InputError
 from distlm.evaluate.driver import answer
-from distlm.evaluate.task import Reader, make_task
+from distlm.evaluate.task import Reader, check_generates, context_of, make_task
 from distlm.evaluate.worker import Worker
 from distlm.runs import RunFolder
 from distlm.spec import EvaluateSpec
@@ -280,3 +280,10 @@ def test_what_a_task_reads_is_checked(root: Path, tmp_path: Path) -> None:
     with pytest.raises(DistlmError, match="lists other documents than the windows hold"):
         Reader(task).read(0)
     assert dump(spec(root))["windows"] is None
+
+
+def test_a_model_whose_configuration_cannot_be_read_is_told_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{")
+    for ask in (check_generates, context_of):
+        with pytest.raises(InputError, match=r"cannot read its config\.json"):
+            ask(tmp_path)

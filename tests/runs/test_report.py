@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from distlm.runs import RunFolder
-from distlm.runs.report import MAX_POINTS, curve, matrices, parts, write_report
+from distlm.runs.report import MAX_POINTS, confused, curve, matrices, parts, write_report
 
 HOSTILE = "<script>alert(1)</script>"
 
@@ -40,6 +40,18 @@ def test_a_classifiers_page_has_its_scores_and_its_confusion_matrix(tmp_path: Pa
     assert re.search(r"var\(--a\) 75%, var\(--card\)\)\">30</td><td[^>]*25%[^>]*>10</td>", page)
     [one, two] = matrices([{"confusion": {"labels": ["a", "b"], "counts": [[[5, 1], [2, 3]], [[1, 0], [0, 1]]]}}])
     assert (one.title, two.title) == ("a", "b") and one.rows[1] == ("with", ((2, 40), (3, 60))) and matrices([{"step": 1}]) == []
+
+
+def test_a_page_of_many_labels_has_those_that_are_confused_most(tmp_path: Path) -> None:
+    folder = made(tmp_path / "run")
+    assert "Most confused" not in write_report(folder).read_text()
+    pairs = [{"label": HOSTILE, "taken_for": "ham", "count": 30, "documents": 1200}]
+    folder.metrics({"step": 1000, "confused": {"errors": 1234, "distinct": 99, "pairs": pairs}})
+    page = write_report(folder).read_text()
+    assert "1,234 errors in 99 pairs: the 1 with the most of them." in page and HOSTILE not in page
+    assert "<td>ham</td><td>30</td><td>1,200</td><td>2.5%</td>" in page
+    found = confused([{"confused": {"errors": 5, "distinct": 1, "labels": [{"label": "a", "missed": 3, "wrongly": 2, "documents": 9}]}}])
+    assert found and found.rows == (("a", "3", "9", "2", "5"),) and found.note == "5 errors in 1 label"
 
 
 def test_a_page_of_preferences_has_the_curves_of_their_rewards(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from distlm.train.scores import MAX_CONFUSION, multi_label, roc_auc, single_label, softmax
+from distlm.train.scores import MAX_CONFUSION, MOST_CONFUSED, confusion, multi_label, roc_auc, single_label, softmax
 
 
 def test_scores_of_one_label_are_scikit_learns() -> None:
@@ -61,6 +61,36 @@ def test_scores_by_hand() -> None:
     assert roc_auc(np.array([True, True]), np.array([1.0, 2.0])) is None
     many = single_label(np.array([0]), np.zeros((1, MAX_CONFUSION + 1), np.float32), [str(i) for i in range(MAX_CONFUSION + 1)])
     assert "confusion" not in many and "roc_auc" not in many and many["accuracy"] == 1
+    assert many["confused"] == {"errors": 0, "distinct": 0, "pairs": []}
+
+
+def test_of_many_classes_the_pairs_that_are_confused_most_are_those_of_the_matrix() -> None:
+    random, classes, n = np.random.default_rng(2), MAX_CONFUSION + 6, 4000
+    truth = random.integers(0, classes, n)
+    predicted = np.where(random.random(n) < 0.5, truth, (truth + random.integers(1, 4, n)) % classes)
+    names = [f"c{i}" for i in range(classes)]
+    found = single_label(truth, np.eye(classes, dtype=np.float32)[predicted], names)["confused"]
+    counts = confusion(truth, predicted, classes)
+    off = counts - np.diag(np.diag(counts))
+    wanted = sorted(((-off[i, j], i, j) for i, j in np.argwhere(off)))
+    assert found["errors"] == off.sum() and found["distinct"] == len(wanted) > MOST_CONFUSED == len(found["pairs"])
+    assert [(one["label"], one["taken_for"], one["count"], one["documents"]) for one in found["pairs"]] == [
+        (names[i], names[j], -count, counts[i].sum()) for count, i, j in wanted[:MOST_CONFUSED]]
+    rows = random.random((n, classes)) < 0.1
+    guessed = rows ^ (random.random((n, classes)) < np.linspace(0, 0.2, classes))
+    several = multi_label(rows, np.where(guessed, 1.0, -1.0), names)["confused"]
+    errors = (rows != guessed).sum(0)
+    order = np.argsort(-errors, kind="stable")[:MOST_CONFUSED]
+    assert several["errors"] == errors.sum() and several["distinct"] == (errors > 0).sum()
+    assert [(one["label"], one["missed"], one["wrongly"], one["documents"]) for one in several["labels"]] == [
+        (names[i], (rows & ~guessed)[:, i].sum(), (guessed & ~rows)[:, i].sum(), rows[:, i].sum()) for i in order]
+
+
+def test_many_thousand_classes_need_no_matrix() -> None:
+    classes = 60_000                                       # whose matrix would have 29 GB
+    found = single_label(np.array([0, 5, 5]), np.eye(3, classes, dtype=np.float32), [str(i) for i in range(classes)])
+    assert found["confused"]["pairs"] == [{"label": "5", "taken_for": "1", "count": 1, "documents": 2},
+                                          {"label": "5", "taken_for": "2", "count": 1, "documents": 2}]
 
 
 def test_logits_that_are_not_numbers_predict_nothing() -> None:
