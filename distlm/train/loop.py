@@ -32,7 +32,7 @@ from distlm.model.build import (
 from distlm.model.documents import check_documents_apart
 from distlm.model.export import export_model, stored_dtype
 from distlm.model.float8 import use_float8
-from distlm.model.sequence import exchange_in_attention
+from distlm.model.sequence import exchange_in_attention, sequence_group
 from distlm.model.tensor import dimension
 from distlm.runs import RunFolder
 from distlm.text.clean import common
@@ -80,7 +80,8 @@ def fit(recipe: Recipe, folder: RunFolder, steps: Iterator[NDArray[np.int64]], *
     if recipe.mask_documents:
         check_documents_apart(model)
     if spec.sharding.sequence_parallel > 1:
-        exchange_in_attention(model, distributed.new_subgroups(spec.sharding.sequence_parallel)[0], recipe.mask_documents)
+        group = sequence_group(spec.sharding.sequence_parallel, spec.sharding.tensor_parallel)
+        exchange_in_attention(model, group, recipe.mask_documents)
     if spec.activation_checkpointing:
         recompute(model, spec.activation_checkpointing)
     if spec.precision == "fp8":
