@@ -26,7 +26,7 @@ class Offload(Part):
     optimizer: Literal["cpu", "nvme"] | None = None
     """Where the optimizer's states and the fp32 weights lie, which are updated on the CPU: cpu from ZeRO stage 1 on, nvme with stage 3."""
     parameters: Literal["cpu", "nvme"] | None = None
-    """Where the weights lie until a layer needs them; with ZeRO stage 3."""
+    """Where the weights lie until a layer needs them; with ZeRO stage 3. nvme is refused: DeepSpeed's buffers for it fail."""
     path: Annotated[str | None, Field(min_length=1)] = None
     """A folder on a fast disk of every node, for nvme."""
 
@@ -119,6 +119,8 @@ def check_offload(spec: "TrainSpec") -> None:
         if averaged and on_disk:
             raise Rule(where, "weights on disks cannot be averaged; leave out ema and checkpoint.average, or set it to cpu" if device else
                        "weights on disks cannot be averaged; leave out ema and checkpoint.average, or set device: cpu")
+        if on_disk and ours == "parameters":
+            raise Rule(where, "nvme ends runs: DeepSpeed's buffers for weights from disks run out, or are taken twice; lay them on cpu")
 
 
 def check_divides(key: str, size: int, workers: int, what: str = "workers") -> None:

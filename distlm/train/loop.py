@@ -5,6 +5,7 @@
 
 import contextlib
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -40,6 +41,7 @@ from distlm.train import checkpoint, preempt
 from distlm.train.average import Ema, take_mean
 from distlm.train.batch import Batch
 from distlm.train.determinism import use_deterministic
+from distlm.train.disks import use_own_disks
 from distlm.train.dryrun import DryRun
 from distlm.train.evaluate import Evaluator
 from distlm.train.guard import Random, SpikeGuard, finite, nonfinite_gradient, nonfinite_loss, without_update
@@ -89,7 +91,9 @@ def fit(recipe: Recipe, folder: RunFolder, steps: Iterator[NDArray[np.int64]], *
     if spec.compile:
         compile_layers(model)
     kept = buffers(model)
-    engine = make_engine(spec, objective.module(model, recipe), deepspeed_config(spec, recipe.micro_sequences, recipe.accumulation))
+    settings = deepspeed_config(spec, recipe.micro_sequences, recipe.accumulation)
+    disks = use_own_disks(settings["zero_optimization"], folder.path)
+    engine = make_engine(spec, objective.module(model, recipe), settings)
     restore_buffers(engine.module.model, kept)
     engine.train()                                         # a loaded model is not in that mode
     torch.manual_seed((spec.seed << 24) + rank // spec.sharding.tensor_parallel)       # dropout; a checkpoint brings the state it had
@@ -167,6 +171,8 @@ def fit(recipe: Recipe, folder: RunFolder, steps: Iterator[NDArray[np.int64]], *
         if writer:
             writer.close()
         distributed.barrier()
+    for disk in disks:
+        shutil.rmtree(disk, ignore_errors=True)            # others of the node do it too
 
 
 def saved(recipe: Recipe, done: int) -> bool:
