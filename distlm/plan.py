@@ -247,7 +247,7 @@ def of_host(load: Any) -> Rows:
     found = node_advice(load, workers, limit)
     return [("warning of host memory", f"does not fit: {need / GIB:.3g} of the {limit / GIB:.3g} GiB of this machine with {workers} of "
              "the workers; " + (f"it would with {found}" if found else "no ZeRO stage makes it fit: take fewer workers a node, or "
-                                "lay on nvme what sharding.offload lays on cpu"))]
+                                "lay on nvme the states that sharding.offload lays on cpu"))]
 
 
 def local_gpu() -> tuple[str, int, int]:

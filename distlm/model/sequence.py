@@ -4,7 +4,7 @@ A rank computes with its part of the tokens. Attention alone looks at others: th
 tokens of some heads, and back. Weights are whole on every rank, so that for DeepSpeed each is a rank of data parallelism like any other.
 
     check_sequence(config, context=4096, degree=2)
-    exchange_in_attention(model, group)                    # positions must then say where in the sequence a rank's tokens stand
+    exchange_in_attention(model, sequence_group(2))        # positions must then say where in the sequence a rank's tokens stand
 """
 
 from typing import TYPE_CHECKING, Any
@@ -22,15 +22,16 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "olmo", "olmo2", "s
 NAME = "distlm_sequence"
 
 
-def check_sequence(config: "PreTrainedConfig", context: int, degree: int) -> None:
-    """Raises SpecError for a model whose sequences of `context` tokens cannot be divided over `degree` ranks."""
+def check_sequence(config: "PreTrainedConfig", context: int, degree: int, tensor: int = 1) -> None:
+    """Raises SpecError for a model whose sequences of `context` tokens cannot be divided over `degree` ranks, each with the heads of one of
+    `tensor` parts of the model."""
     where = "sharding.sequence_parallel"
     if config.model_type not in FAMILIES:
         raise SpecError(f"it is not known whether the {config.model_type} family looks at other tokens in attention alone", where=where,
                         remedy=f"leave it out, or take {', '.join(FAMILIES[:-1])} or {FAMILIES[-1]}")
-    heads = config.num_attention_heads
-    for what, count in (("tokens of context", context), ("attention heads", heads),
-                        ("key-value heads", getattr(config, "num_key_value_heads", None) or heads)):
+    heads, part = config.num_attention_heads, f" of a part by tensor_parallel: {tensor}" if tensor > 1 else ""
+    for what, count in (("tokens of context", context), (f"attention heads{part}", heads // tensor),
+                        (f"key-value heads{part}", (getattr(config, "num_key_value_heads", None) or heads) // tensor)):
         if count % degree:
             near = [str(n) for n in range(1, min(count, 64) + 1) if count % n == 0]
             raise SpecError(f"{degree} does not divide the {count} {what}", where=where, remedy=f"try {', '.join(near)}")
@@ -41,6 +42,15 @@ def check_sequence(config: "PreTrainedConfig", context: int, degree: int) -> Non
     if (config._attn_implementation_internal or "sdpa") != "sdpa":
         raise SpecError(f"{config._attn_implementation_internal} attention is not known to leave masks out", where=where,
                         remedy="take sdpa in model.config.attn_implementation")
+
+
+def sequence_group(degree: int, tensor: int = 1) -> "distributed.ProcessGroup":
+    """The ranks that divide sequences with this one: neighbours, or of neighbouring groups of `tensor` ranks those that hold the same part
+    of the model. All ranks take part."""
+    world = distributed.get_world_size()
+    whole = degree * tensor
+    groups = [[*range(first + part, first + whole, tensor)] for first in range(0, world, whole) for part in range(tensor)]
+    return distributed.new_subgroups_by_enumeration(groups)[0]
 
 
 def exchange_in_attention(model: "PreTrainedModel", group: "distributed.ProcessGroup", mask_documents: bool = False) -> None:

@@ -26,7 +26,7 @@ class Offload(Part):
     optimizer: Literal["cpu", "nvme"] | None = None
     """Where the optimizer's states and the fp32 weights lie, which are updated on the CPU: cpu from ZeRO stage 1 on, nvme with stage 3."""
     parameters: Literal["cpu", "nvme"] | None = None
-    """Where the weights lie until a layer needs them; with ZeRO stage 3."""
+    """Where the weights lie until a layer needs them; with ZeRO stage 3. nvme is refused: DeepSpeed's buffers for it fail."""
     path: Annotated[str | None, Field(min_length=1)] = None
     """A folder on a fast disk of every node, for nvme."""
 
@@ -66,7 +66,8 @@ class Sharding(Part):
     sequence_parallel: Annotated[int, Field(ge=1)] = 1
     """Neighbouring workers that divide each sequence among them (Jacobs et al. 2023): each computes with its part of the tokens, and in
     attention with its part of the heads over all of them. Activations take so much less memory, weights as much as without. A divisor of
-    scale.workers, of the context and of the model's attention and key-value heads."""
+    scale.workers, of the context and of the model's attention and key-value heads. With tensor_parallel, those that divide a sequence hold
+    the same part of the model, and the product of both is a divisor of the workers and heads."""
     offload: Offload | None = None
     """What lies in the host's memory or on its disks. Left out, all is on the device that computes."""
     zeropp: ZeroPlusPlus = ZeroPlusPlus()
@@ -118,13 +119,15 @@ def check_offload(spec: "TrainSpec") -> None:
         if averaged and on_disk:
             raise Rule(where, "weights on disks cannot be averaged; leave out ema and checkpoint.average, or set it to cpu" if device else
                        "weights on disks cannot be averaged; leave out ema and checkpoint.average, or set device: cpu")
+        if on_disk and ours == "parameters":
+            raise Rule(where, "nvme ends runs: DeepSpeed's buffers for weights from disks run out, or are taken twice; lay them on cpu")
 
 
-def check_divides(key: str, size: int, workers: int) -> None:
-    """Raises Rule where workers cannot be put into groups of `size`."""
+def check_divides(key: str, size: int, workers: int, what: str = "workers") -> None:
+    """Raises Rule where workers, or what they are, cannot be put into groups of `size`."""
     if workers % size:
         near = [n for n in range(1, workers + 1) if workers % n == 0]
-        raise Rule(key, f"{size} does not divide {workers} workers; try {', '.join(map(str, near))}")
+        raise Rule(key, f"{size} does not divide {workers} {what}; try {', '.join(map(str, near))}")
 
 
 def check_zeropp(spec: "TrainSpec") -> None:
@@ -162,10 +165,10 @@ def check_tensor_parallel(spec: "TrainSpec", zero: int) -> None:
 
 def check_sequence_parallel(spec: "TrainSpec") -> None:
     """Raises Rule where `sharding.sequence_parallel` does not fit the workers, or what else the spec asks for."""
-    degree, workers = spec.sharding.sequence_parallel, spec.scale.workers
+    degree, tensor = spec.sharding.sequence_parallel, spec.sharding.tensor_parallel
     if degree == 1:
         return
-    check_divides("sharding.sequence_parallel", degree, workers)
-    for where, given in (("compile", spec.compile), ("sharding.tensor_parallel", spec.sharding.tensor_parallel > 1)):
-        if given:
-            raise Rule(where, f"is not proved to make the same steps with sequence_parallel: {degree}; leave one of them out")
+    check_divides("sharding.sequence_parallel", degree, spec.scale.workers // tensor,
+                  "workers" if tensor == 1 else f"groups of {tensor} workers that hold a model together")
+    if spec.compile:
+        raise Rule("compile", f"is not proved to make the same steps with sequence_parallel: {degree}; leave one of them out")

@@ -22,6 +22,7 @@ from distlm.model.adapter import base_hash
 from distlm.runs import RunFolder
 from distlm.spec.train import TrainSpec
 from distlm.storage import read_json
+from distlm.train.disks import load_from_disks, on_disks
 from distlm.train.recipe import Recipe
 from distlm.train.zero import zero_options
 
@@ -165,8 +166,8 @@ LAYOUT = ("workers", "zero", "partition")
 def _keeps_layout(checkpoint: Checkpoint, recipe: Recipe) -> bool:
     """Where the state cannot be divided anew: DeepSpeed's Muon keeps whole matrices of what a partition touches, weights may lie on disks,
     and of tensor parallelism each part is a file of its own."""
-    options = [*zero_options(recipe.spec).values(), *checkpoint.manifest.get("partition", {}).values()]
-    return (any(isinstance(raw, dict) and raw.get("device") == "nvme" for raw in options)
+    options = zero_options(recipe.spec), checkpoint.manifest.get("partition", {})
+    return (any(on_disks(one) for one in options)
             or recipe.spec.sharding.tensor_parallel > 1
             or (recipe.spec.optimizer.name == "muon" and bool(checkpoint.manifest["zero"] or recipe.spec.sharding.zero)))
 
@@ -206,6 +207,8 @@ def load(engine: Any, checkpoint: Path, recipe: Recipe, rank: int, ema: "Ema | N
         load_resharded(engine, checkpoint, manifest, ema)
         if "loss_scale" in manifest:
             engine.optimizer.loss_scaler.cur_scale = manifest["loss_scale"]
+    elif on_disks(zero_options(recipe.spec)):
+        load_from_disks(engine, checkpoint / TAG, rank, manifest["step"])
     else:
         path, _ = engine.load_checkpoint(str(checkpoint), tag=TAG, load_module_strict=recipe.spec.adapter is None)
         if path is None:

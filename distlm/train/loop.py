@@ -5,6 +5,7 @@
 
 import contextlib
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,7 +33,7 @@ from distlm.model.build import (
 from distlm.model.documents import check_documents_apart
 from distlm.model.export import export_model, stored_dtype
 from distlm.model.float8 import use_float8
-from distlm.model.sequence import exchange_in_attention
+from distlm.model.sequence import exchange_in_attention, sequence_group
 from distlm.model.tensor import dimension
 from distlm.runs import RunFolder
 from distlm.text.clean import common
@@ -40,6 +41,7 @@ from distlm.train import checkpoint, preempt
 from distlm.train.average import Ema, take_mean
 from distlm.train.batch import Batch
 from distlm.train.determinism import use_deterministic
+from distlm.train.disks import use_own_disks
 from distlm.train.dryrun import DryRun
 from distlm.train.evaluate import Evaluator
 from distlm.train.guard import Random, SpikeGuard, finite, nonfinite_gradient, nonfinite_loss, without_update
@@ -80,7 +82,8 @@ def fit(recipe: Recipe, folder: RunFolder, steps: Iterator[NDArray[np.int64]], *
     if recipe.mask_documents:
         check_documents_apart(model)
     if spec.sharding.sequence_parallel > 1:
-        exchange_in_attention(model, distributed.new_subgroups(spec.sharding.sequence_parallel)[0], recipe.mask_documents)
+        group = sequence_group(spec.sharding.sequence_parallel, spec.sharding.tensor_parallel)
+        exchange_in_attention(model, group, recipe.mask_documents)
     if spec.activation_checkpointing:
         recompute(model, spec.activation_checkpointing)
     if spec.precision == "fp8":
@@ -88,7 +91,9 @@ def fit(recipe: Recipe, folder: RunFolder, steps: Iterator[NDArray[np.int64]], *
     if spec.compile:
         compile_layers(model)
     kept = buffers(model)
-    engine = make_engine(spec, objective.module(model, recipe), deepspeed_config(spec, recipe.micro_sequences, recipe.accumulation))
+    settings = deepspeed_config(spec, recipe.micro_sequences, recipe.accumulation)
+    disks = use_own_disks(settings["zero_optimization"], folder.path)
+    engine = make_engine(spec, objective.module(model, recipe), settings)
     restore_buffers(engine.module.model, kept)
     engine.train()                                         # a loaded model is not in that mode
     torch.manual_seed((spec.seed << 24) + rank // spec.sharding.tensor_parallel)       # dropout; a checkpoint brings the state it had
@@ -166,6 +171,8 @@ def fit(recipe: Recipe, folder: RunFolder, steps: Iterator[NDArray[np.int64]], *
         if writer:
             writer.close()
         distributed.barrier()
+    for disk in disks:
+        shutil.rmtree(disk, ignore_errors=True)            # others of the node do it too
 
 
 def saved(recipe: Recipe, done: int) -> bool:

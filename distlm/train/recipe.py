@@ -99,7 +99,7 @@ class Recipe:
     def part(self, rank: int) -> tuple[int, int]:
         """(which, of how many) of the parts of each sequence is a rank's."""
         parts = self.spec.sharding.sequence_parallel
-        return rank % parts, parts
+        return rank // self.spec.sharding.tensor_parallel % parts, parts
 
     @property
     def sizes(self) -> BatchSizes:
@@ -218,7 +218,7 @@ def make_recipe(spec: TrainSpec, storage: Storage) -> Recipe:
         check_family(config)
     taught = check_teacher(spec.distill.teacher, config, manifest, shape, masked) if spec.distill else 0.0
     if spec.sharding.sequence_parallel > 1:
-        check_sequence(config, context, spec.sharding.sequence_parallel)
+        check_sequence(config, context, spec.sharding.sequence_parallel, spec.sharding.tensor_parallel)
     recipe = Recipe(spec, str(manifest.path), mixture_hash(spec, manifests), shape, sum({**sizes, **trained}.values()), sequences,
                     micro, steps, spec.evaluate.every_steps or max(1, steps // 10),
                     spec.checkpoint.every_steps or max(1, min(1000, steps // 4)), (),

@@ -126,14 +126,14 @@ def _partitions(sizes: list[tuple[str, int]], rank: int, world: int) -> Iterator
 def _saved(folder: Path, manifest: dict[str, Any], with_ema: bool) -> Iterator[Saved]:
     """Every fragment of the checkpoint."""
     state, zero = folder / "state", manifest["zero"]
-    averages = [_read(folder / f"ema-{rank:05d}.pt") if with_ema else [] for rank in range(manifest["workers"] if zero else 1)]
+    averages = [read_file(folder / f"ema-{rank:05d}.pt") if with_ema else [] for rank in range(manifest["workers"] if zero else 1)]
     if zero == 0:
-        yield from _saved_whole(_read(state / "mp_rank_00_model_states.pt"), manifest, averages[0])
+        yield from _saved_whole(read_file(state / "mp_rank_00_model_states.pt"), manifest, averages[0])
         return
-    files = [_one(state, f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt") for rank in range(manifest["workers"])]
-    optimizers = [_read(file)["optimizer_state_dict"] for file in files]
+    files = [one_file(state, f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt") for rank in range(manifest["workers"])]
+    optimizers = [read_file(file)["optimizer_state_dict"] for file in files]
     if zero == 3:
-        shapes = _read(_one(state, "*zero_pp_rank_0_mp_rank_00_model_states.pt"))["param_shapes"]
+        shapes = read_file(one_file(state, "*zero_pp_rank_0_mp_rank_00_model_states.pt"))["param_shapes"]
         sizes = [(name, shape.numel()) for group in shapes for name, shape in group.items()]
         for rank, (optimizer, average) in enumerate(zip(optimizers, averages, strict=True)):
             fragments = list(_partitions(sizes, rank, len(files)))
@@ -172,13 +172,14 @@ def _values(weights: torch.Tensor, state: dict[str, Any], average: list[torch.Te
     return {WEIGHTS: weights.view(-1), **flat, **({EMA: average[i].view(-1)} if average else {})}
 
 
-def _one(folder: Path, pattern: str) -> Path:
+def one_file(folder: Path, pattern: str) -> Path:
+    """The file of a checkpoint's folder that is like `pattern`. Raises CheckpointError for none or several."""
     found = sorted(folder.glob(pattern))
     if len(found) != 1:
         raise CheckpointError(f"holds {len(found)} files like {pattern}, and one is needed", where=str(folder), cause="storage")
     return found[0]
 
 
-def _read(file: Path) -> Any:
+def read_file(file: Path) -> Any:
     """A file of a checkpoint whose hashes hold: DeepSpeed keeps objects of its own in it."""
     return torch.load(file, map_location="cpu", mmap=True, weights_only=False)

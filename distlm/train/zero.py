@@ -10,6 +10,7 @@ from distlm.model.tensor import layer_specs
 from distlm.spec.load import nearest
 from distlm.spec.sharding import ZEROPP_KEYS
 from distlm.spec.train import TrainSpec
+from distlm.train.disks import check_disks
 
 if TYPE_CHECKING:
     import torch
@@ -93,12 +94,7 @@ def check_node(spec: TrainSpec) -> None:
     if spec.adapter and spec.adapter.base and importlib.util.find_spec("bitsandbytes") is None:
         raise TrainError("the package bitsandbytes is not installed on a worker's node", where="adapter.base", cause="bad_input",
                          remedy=BITSANDBYTES)
-    if spec.sharding.offload and "nvme" in (spec.sharding.offload.optimizer, spec.sharding.offload.parameters):
-        from deepspeed.ops.op_builder import AsyncIOBuilder
-
-        if not AsyncIOBuilder().is_compatible(verbose=False):
-            raise TrainError("a worker's node lacks libaio, with which DeepSpeed reads and writes disks", where="sharding.offload",
-                             cause="bad_input", remedy="install it there (Debian and Ubuntu: apt install libaio-dev), or take cpu")
+    check_disks(zero_options(spec))
 
 
 def check_fp8() -> None:

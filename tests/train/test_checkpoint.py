@@ -170,7 +170,7 @@ def test_a_run_that_has_gone_further_than_the_spec_asks_is_refused(run: Path) ->
         checkpoint.check_fits(found, make_recipe(spec(_corpus(run), duration={"steps": 10}), Storage(run.parent)))
 
 
-NVME = {"zero": 3, "deepspeed": {"zero_optimization": {"offload_param": {"device": "nvme", "nvme_path": "/tmp"}}}}
+NVME = {"zero": 3, "deepspeed": {"zero_optimization": {"offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}}}}
 
 
 @pytest.mark.parametrize(("change", "name"), [({"scale": {"workers": 2}, "sharding": NVME}, "workers"), ({"sharding": NVME}, "zero"),

@@ -399,9 +399,11 @@ def test_a_job_that_the_cluster_can_never_hold_is_refused(cluster: str, corpus: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("key", ["tensor_parallel", "sequence_parallel"])
-def test_what_is_divided_over_workers_trains_as_by_plain_processes(cluster: str, corpus: Path, tmp_path: Path, key: str) -> None:
-    given = spec(corpus, duration={"steps": 6}, scale={"workers": 4}, sharding={key: 2, "zero": 2})
+@pytest.mark.parametrize("keys", [("tensor_parallel",), ("sequence_parallel",), ("tensor_parallel", "sequence_parallel")])
+def test_what_is_divided_over_workers_trains_as_by_plain_processes(cluster: str, corpus: Path, tmp_path: Path,
+                                                                   keys: tuple[str, ...]) -> None:
+    given = spec(corpus, duration={"steps": 6}, scale={"workers": 4}, sharding={**dict.fromkeys(keys, 2), "zero": 2}, model={"config": {
+        "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}})
     run_ranks({tmp_path / "plain": given})
     folder, shown = make_run(tmp_path, given), Records()
     with folder.running():
@@ -409,7 +411,7 @@ def test_what_is_divided_over_workers_trains_as_by_plain_processes(cluster: str,
     assert losses(folder.path) == losses(tmp_path / "plain")
     ours, theirs = ((run / "export" / "model.safetensors").read_bytes() for run in (folder.path, tmp_path / "plain"))
     assert ours == theirs
-    assert any("4 workers in groups of 2 under ZeRO-2" in note for note in shown.notes)
+    assert any(f"4 workers in groups of {2 ** len(keys)} under ZeRO-2" in note for note in shown.notes)
 
 
 @pytest.mark.slow

@@ -35,14 +35,14 @@ class Cell(NamedTuple):
     """packing: several documents, to which attention keeps; padding: a conversation, whose answers alone give loss, of every fourth
     nothing."""
     kind: str = "data"
-    """tensor or sequence: what two neighbouring ranks divide."""
+    """tensor or sequence: what two neighbouring ranks divide; both: what four do."""
     recomputed: int = 0
 
 
 def cells(ranks: Iterable[int], kind: str = "data") -> list[Cell]:
     """All of them, but what is refused: bf16 on divided matrices without ZeRO."""
     every = itertools.product(range(4), (1, 4), ("fp32", "bf16"), ranks, ("packing", "padding"), (kind,))
-    return [Cell(*one) for one in every if (kind, one[0], one[2]) != ("tensor", 0, "bf16")]
+    return [Cell(*one) for one in every if kind not in ("tensor", "both") or (one[0], one[2]) != (0, "bf16")]
 
 
 def recomputed(which: list[Cell]) -> list[Cell]:
@@ -57,13 +57,22 @@ SOME = [Cell(0, 1, "fp32", 1, "packing"), Cell(0, 4, "bf16", 2, "padding"), Cell
 """Any value of one column is here with any of another."""
 SOME_DIVIDED = [Cell(0, 1, "fp32", 2, "padding", "tensor"), Cell(1, 4, "fp32", 2, "packing", "tensor"),
                 Cell(3, 4, "bf16", 2, "padding", "tensor"), Cell(0, 4, "bf16", 2, "padding", "sequence"),
-                Cell(2, 1, "fp32", 2, "padding", "sequence"), Cell(3, 4, "fp32", 2, "packing", "sequence")]
+                Cell(2, 1, "fp32", 2, "padding", "sequence"), Cell(3, 4, "fp32", 2, "packing", "sequence"),
+                Cell(0, 4, "fp32", 4, "packing", "both"), Cell(2, 1, "bf16", 4, "padding", "both"),
+                Cell(3, 1, "fp32", 4, "padding", "both")]
+DIVIDED: dict[str, dict[str, int]] = {"data": {}, "tensor": {"tensor_parallel": 2}, "sequence": {"sequence_parallel": 2},
+                                      "both": {"tensor_parallel": 2, "sequence_parallel": 2}}
+"""Keys of `sharding`."""
+MODEL = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 8,
+         "num_key_value_heads": 4, "tie_word_embeddings": True}
 WITHIN = {"fp32": 1e-6, "bf16": math.sqrt(80) * 2**-8 / math.sqrt(3)}
 """How far each parameter's gradient may be from float64's, over its length. A rounding to bf16 is off by 2^-8 at most, by 2^-8/√3 in the
 root mean square; some 80 lie one after the other between weights and gradients of these two layers, taken to be independent."""
+BOTH_WITHIN = math.sqrt(100) * 2**-8 / math.sqrt(3)
+"""In bf16, where models and sequences are divided: what is added up of parts, hidden states and gradients, is rounded in each part too."""
 LOSSES_WITHIN = {"fp32": 1e-6, "bf16": 2**-12}
 """Of a loss, in which the roundings of many tokens' logits even out."""
-LAYOUTS_WITHIN = {"data": 2**-7, "sequence": 2**-7, "tensor": 2**-6}
+LAYOUTS_WITHIN = {"data": 2**-7, "sequence": 2**-7, "tensor": 2**-6, "both": 2**-6}
 """How far a first step's gradient in bf16 may be from that of one rank: the same products, added up in parts that are rounded each; where
 matrices are divided, hidden states are such sums too."""
 
@@ -96,11 +105,12 @@ def one_rank(corpora: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 
 
 def given(corpus: Path, cell: Cell, **sections: Any) -> TrainSpec:
-    packed, groups = cell.windows == "packing", cell.ranks // (1 if cell.kind == "data" else 2)
+    packed, divided = cell.windows == "packing", DIVIDED[cell.kind]
+    groups = cell.ranks // math.prod(divided.values())
     small = {"deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}}} if cell.zero == 3 else {}
-    divided = {} if cell.kind == "data" else {f"{cell.kind}_parallel": 2}
     return spec(corpus, **{
-        "objective": "pretrain" if packed else "sft", "precision": cell.precision, "duration": {"steps": STEPS}, "evaluate": {},
+        "model": {"config": MODEL}, "objective": "pretrain" if packed else "sft", "precision": cell.precision,
+        "duration": {"steps": STEPS}, "evaluate": {},
         "checkpoint": {}, "schedule": {"name": "constant"}, "activation_checkpointing": cell.recomputed,
         "optimizer": {"name": "sgd", "lr": RATE, "momentum": 0, "weight_decay": 0, "clip": 0}, "scale": {"workers": cell.ranks},
         "sharding": {"zero": cell.zero, **divided, **small},
@@ -171,7 +181,7 @@ def apart(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> dic
 def check(found: dict[Cell, list[dict[str, Any]]], expected: dict[str, list[Step]], one_rank: dict[str, list[dict[str, Any]]]) -> None:
     """Losses, counts, norms and gradients, by parameters and together; of activations that are computed again, to the bit."""
     for cell, steps in found.items():
-        within = WITHIN[cell.precision]
+        within = BOTH_WITHIN if (cell.kind, cell.precision) == ("both", "bf16") else WITHIN[cell.precision]
         for ours, theirs in zip(steps, expected[cell.windows], strict=True):
             norm = math.sqrt(math.fsum(float(gradient.square().sum()) for gradient in theirs.gradients.values()))
             assert ours["targets"] == theirs.targets, cell
@@ -209,7 +219,7 @@ def test_some_cells_of_divided_models_and_sequences(corpora: Path, expected: dic
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "ranks"), [("data", 1), ("data", 2), ("data", 4), ("tensor", 2), ("tensor", 4), ("sequence", 2),
-                                             ("sequence", 4)])
+                                             ("sequence", 4), ("both", 4)])
 def test_all_cells(kind: str, ranks: int, corpora: Path, expected: dict[str, list[Step]], one_rank: dict[str, list[dict[str, Any]]],
                    tmp_path: Path) -> None:
     which = cells([ranks], kind)

@@ -225,8 +225,8 @@ def test_what_is_offloaded_lies_in_the_memory_of_the_node_and_not_of_the_gpu() -
     assert host_memory(load(sharding={"zero": 2, "deepspeed": raw})) == host_memory(load(sharding={"zero": 2, "offload": optimizer}))
     raw["zero_optimization"]["offload_optimizer"]["device"] = "auto"
     assert peak_memory(load(sharding={"zero": 2, "deepspeed": raw})) == peak_memory(load(sharding={"zero": 2})), "which is none"
-    disks = load(sharding={"zero": 3, "offload": {"optimizer": "nvme", "parameters": "nvme", "path": "/d"}})
-    assert host_memory(disks) == {"gradients": 2 * part} and sum(own_states(disks).values()) == 0
+    disks = load(sharding={"zero": 3, "offload": {"optimizer": "nvme", "parameters": "cpu", "path": "/d"}})
+    assert host_memory(disks) == {"weights": 2 * part, "gradients": 2 * part} and sum(own_states(disks).values()) == 0
     on_cpu = [load(0, sharding={"zero": 2, **one}) for one in ({}, {"offload": optimizer})]
     assert peak_memory(on_cpu[0]) == peak_memory(on_cpu[1]) and host_memory(on_cpu[1]) == {}, "it is the same memory"
 

@@ -5,15 +5,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from deepspeed.ops.op_builder import AsyncIOBuilder
 
 from distlm import plan
-from distlm.errors import SpecError
+from distlm.errors import SpecError, TrainError
 from distlm.execute import resolve
 from distlm.spec.load import dump, load_spec
 from distlm.storage import Storage
-from distlm.train.zero import deepspeed_config
-from tests.train.ranks import losses, make_corpus, metrics, spec
-from tests.train.test_resume import case, check_going_on
+from distlm.train.disks import use_own_disks
+from distlm.train.zero import check_node, deepspeed_config
+from tests.train.ranks import losses, make_corpus, metrics, run_ranks, spec
+from tests.train.test_resume import case, check_going_on, records
 
 OPTIMIZER, BOTH = {"optimizer": "cpu"}, {"optimizer": "cpu", "parameters": "cpu"}
 
@@ -49,7 +51,65 @@ def test_every_stage(optimizer: str, precision: str, tmp_path: Path) -> None:
     check(tmp_path, {f"{zero}-{'-'.join(offload)}": (optimizer, precision, zero, offload) for zero, offload in stages})
 
 
-NVME = {"zero": 3, "offload": {"optimizer": "nvme", "parameters": "nvme", "path": "/scratch"}}
+WIDE = {"config": {"model_type": "llama", "hidden_size": 256, "intermediate_size": 2048, "num_hidden_layers": 2, "num_attention_heads": 4,
+                   "num_key_value_heads": 2, "tie_word_embeddings": True}}
+"""DeepSpeed leaves in memory what is less than a mebibyte on a rank."""
+with_disks = pytest.mark.skipif(not AsyncIOBuilder().is_compatible(verbose=False), reason="libaio is not installed")
+
+
+@with_disks
+@pytest.mark.slow
+@pytest.mark.parametrize(("optimizer", "precision", "parameters"), [
+    ("adamw", "fp32", {}), ("adamw", "bf16", {"parameters": "cpu"}), ("lion", "fp32", {"parameters": "cpu"}), ("sgd", "bf16", {})])
+def test_what_lies_on_disks_makes_the_same_steps_and_goes_on(tmp_path: Path, optimizer: str, precision: str,
+                                                             parameters: dict[str, str]) -> None:
+    disk, corpus = tmp_path / "disk", make_corpus(tmp_path / "c")
+    kept, away = (case(corpus, optimizer, precision, 3, model=WIDE, sharding=sharding(3, offload))
+                  for offload in (None, {"optimizer": "nvme", "path": str(disk), **parameters}))
+    run_ranks({tmp_path / "kept": kept})
+    run_ranks({tmp_path / "killed": away}, kill_before_step=5)
+    assert [path for path in disk.rglob("*.swp") if path.stat().st_size >= 1 << 20], "some of it lies there"
+    run_ranks({tmp_path / "whole": away})
+    run_ranks({tmp_path / "killed": away})
+    assert not list(disk.iterdir()), "nothing is left by runs that have ended"
+    assert records(tmp_path / "killed") == records(tmp_path / "whole")
+    ours, theirs = ((tmp_path / run / "export" / "model.safetensors").read_bytes() for run in ("killed", "whole"))
+    assert ours == theirs
+    np.testing.assert_allclose(losses(tmp_path / "whole"), losses(tmp_path / "kept"), rtol=1e-5 if precision == "fp32" else 5e-3)
+
+
+def test_a_node_without_what_disks_need_says_so_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(builder: Any, verbose: bool) -> None:
+        raise RuntimeError("Error building extension 'async_io': [1/3] c++ a.cpp\nb.h:7:10: fatal error: libaio.h: No such file\n")
+
+    (tmp_path / "file").touch()
+    given = spec(Path("c"), sharding={"zero": 3, "offload": {"optimizer": "nvme", "path": str(tmp_path / "file" / "disk")}})
+    option = {"offload_optimizer": {"device": "nvme", "nvme_path": "/proc"}}
+    raw = spec(Path("c"), sharding={"zero": 3, "deepspeed": {"zero_optimization": option}})
+    for can, load, one, message in (
+            (False, fails, given, "sharding.offload: a worker's node lacks libaio"),
+            (True, fails, given, "cannot build what DeepSpeed reads and writes disks with: b.h:7:10: fatal error: libaio.h: No such file"),
+            (True, lambda *_, **__: None, given, "/file/disk: a worker's node cannot write there: Not a directory"),
+            (True, lambda *_, **__: None, raw, "offload.path: /proc: a worker's node cannot write there: ")):
+        monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda *_, can=can, **__: can)
+        monkeypatch.setattr(AsyncIOBuilder, "load", load)
+        with pytest.raises(TrainError) as error:
+            check_node(one)
+        assert message in str(error.value) and "\n" not in str(error.value) and error.value.cause == "bad_input"
+
+
+def test_runs_that_share_a_disk_lie_apart(tmp_path: Path) -> None:
+    found = []
+    for run in ("a/run", "b/run"):
+        config = deepspeed_config(spec(Path("c"), sharding=NVME), 1, 1)
+        [folder] = use_own_disks(config["zero_optimization"], tmp_path / run)
+        assert config["zero_optimization"]["offload_optimizer"]["nvme_path"] == str(folder)
+        found.append(folder)
+    assert found[0] != found[1] and {one.parent for one in found} == {Path("/scratch")}
+    assert use_own_disks(deepspeed_config(spec(Path("c"), sharding=sharding(3, BOTH)), 1, 1)["zero_optimization"], tmp_path) == []
+
+
+NVME = {"zero": 3, "offload": {"optimizer": "nvme", "parameters": "cpu", "path": "/scratch"}}
 
 
 def test_deepspeed_takes_the_configuration_of_every_key() -> None:
@@ -58,8 +118,8 @@ def test_deepspeed_takes_the_configuration_of_every_key() -> None:
     raw = {"deepspeed": {"zero_optimization": {"offload_optimizer": {"buffer_count": 5}}}}
     zero = DeepSpeedZeroConfig(**deepspeed_config(spec(Path("c"), sharding={**NVME, **raw}), 1, 1)["zero_optimization"])
     assert zero.offload_optimizer and zero.offload_param and zero.offload_optimizer.buffer_count == 5
-    assert [one.device for one in (zero.offload_optimizer, zero.offload_param)] == ["nvme", "nvme"]
-    assert [str(one.nvme_path) for one in (zero.offload_optimizer, zero.offload_param)] == ["/scratch", "/scratch"]
+    assert [one.device for one in (zero.offload_optimizer, zero.offload_param)] == ["nvme", "cpu"]
+    assert str(zero.offload_optimizer.nvme_path) == "/scratch"
     zero = DeepSpeedZeroConfig(**deepspeed_config(spec(Path("c"), sharding=sharding(1, OPTIMIZER)), 1, 1)["zero_optimization"])
     assert zero.offload_optimizer and zero.offload_optimizer.device == "cpu" and zero.offload_param is None
 
@@ -72,6 +132,10 @@ def test_deepspeed_takes_the_configuration_of_every_key() -> None:
     ({"sharding": {"zero": 3, "offload": {"optimizer": "cpu", "path": "/d"}}}, "sharding.offload.path: /d has no effect"),
     ({"sharding": {"zero": 3, "offload": {}}}, "sharding.offload: neither optimizer nor parameters is given"),
     ({"sharding": NVME, "optimizer": {"name": "muon", "clip": 0}}, "sharding.offload.optimizer: nvme is not proved to make the same steps"),
+    ({"sharding": {"zero": 3, "offload": {"parameters": "nvme", "path": "/d"}}},
+     "sharding.offload.parameters: nvme ends runs: DeepSpeed"),
+    ({"sharding": {"zero": 3, "deepspeed": {"zero_optimization": {"offload_param": {"device": "nvme", "nvme_path": "/d"}}}}},
+     "sharding.deepspeed.zero_optimization.offload_param: nvme ends runs: DeepSpeed"),
     ({"sharding": NVME, "ema": {}}, "sharding.offload.optimizer: weights on disks cannot be averaged"),
     ({"sharding": {**sharding(2, OPTIMIZER), "deepspeed": {"zero_optimization": {"offload_optimizer": {"device": "none"}}}}},
      "sharding.deepspeed.zero_optimization.offload_optimizer.device: contradicts sharding.offload.optimizer")])

@@ -160,7 +160,6 @@ def test_every_family_has_one_workers_gradients_and_steps(corpus: Path, tmp_path
 @pytest.mark.parametrize(("sections", "message"), [
     ({"scale": {"workers": 3}}, "sharding.sequence_parallel: 2 does not divide 3 workers; try 1, 3"),
     ({"compile": True}, "compile: is not proved to make the same steps with sequence_parallel: 2"),
-    ({"sharding": divided(0, tensor_parallel=2), "scale": FOUR}, "sharding.tensor_parallel: is not proved to make the same steps with"),
     ({"sharding": divided(0, deepspeed={"sequence_parallel_size": 2})}, "sequence_parallel_size: contradicts sharding.sequence_parallel")])
 def test_what_cannot_be_is_refused_by_key(sections: dict[str, Any], message: str) -> None:
     with pytest.raises(SpecError) as error:
