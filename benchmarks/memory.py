@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES)[1:], help="default: all but tiny")
     parser.add_argument("--zero", nargs="+", type=int, choices=range(4), default=[0, 1, 2, 3])
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
+    parser.add_argument("--reduce", choices=["fp32", "same"], help="in what gradients are added up; default: as the spec has it")
     parser.add_argument("--compile", action="store_true", help="compiled layers, which stage 3 cannot have")
     parser.add_argument("--ranks", type=int, help="default: the GPUs, or 2 on CPU")
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
@@ -46,7 +47,8 @@ def main() -> None:
     if options.rank is not None:
         print(json.dumps(measured(options, ranks)))
         return
-    print(f"{options.precision}{', compiled' * options.compile}, {ranks} ranks; MB of rank 0")
+    sums = f", sums in {options.reduce}" if options.reduce else ""
+    print(f"{options.precision}{sums}{', compiled' * options.compile}, {ranks} ranks; MB of rank 0")
     print(f"{'shape':<13}{'ZeRO':>5}{'measured':>10}{'plan':>8}{'ratio':>7}  parts of the plan")
     within = 0
     for shape in options.shapes:
@@ -68,7 +70,8 @@ def make(shape: str, zero: int, ranks: int, options: argparse.Namespace) -> tupl
     one = SHAPES[shape]
     spec = TrainSpec.model_validate({
         "name": "x", "corpus": "x", "duration": {"steps": 3}, "precision": options.precision,
-        "activation_checkpointing": one.get("recompute", 0), "sharding": {"zero": zero}, "compile": options.compile,
+        "reduce_precision": options.reduce, "activation_checkpointing": one.get("recompute", 0), "sharding": {"zero": zero},
+        "compile": options.compile,
         "checkpoint": {"asynchronous": False},             # nothing is saved here
         "scale": {"workers": ranks, "gpus_per_worker": int(torch.cuda.is_available())},
         "batch": {"global_sequences": one["micro"] * one.get("accumulation", 1) * ranks, "micro_sequences": one["micro"]},
@@ -101,7 +104,7 @@ def measure(shape: str, zero: int, ranks: int, options: argparse.Namespace) -> f
     if not torch.cuda.is_available():
         environment["DS_ACCELERATOR"] = "cpu"
     words = [sys.executable, __file__, "--shapes", shape, "--zero", str(zero), "--precision", options.precision, "--ranks", str(ranks),
-             *(["--compile"] if options.compile else [])]
+             *(["--compile"] if options.compile else []), *(["--reduce", options.reduce] if options.reduce else [])]
     started = [subprocess.Popen([*words, "--rank", str(rank)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                 env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(ranks)]
     ended = [process.communicate() for process in started]

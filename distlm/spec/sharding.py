@@ -13,6 +13,7 @@ DEEPSPEED_KEYS = {"train_batch_size": "batch.global_sequences", "train_micro_bat
          "gradient_accumulation_steps": "batch.micro_sequences", "gradient_clipping": "optimizer.clip", "optimizer": "optimizer",
          "scheduler": "schedule", "bf16": "precision", "fp16": "precision",
          "amp": "precision", "torch_autocast": "precision",
+         "communication_data_type": "reduce_precision", "data_types.grad_accum_dtype": "reduce_precision",
          "activation_checkpointing": "activation_checkpointing", "zero_optimization.stage": "sharding.zero",
          "zero_optimization.cpu_offload": "sharding.offload", "zero_optimization.cpu_offload_param": "sharding.offload",
          "tensor_parallel": "sharding.tensor_parallel", "sequence_parallel_size": "sharding.sequence_parallel"}
@@ -121,6 +122,13 @@ def check_offload(spec: "TrainSpec") -> None:
                        "weights on disks cannot be averaged; leave out ema and checkpoint.average, or set device: cpu")
         if on_disk and ours == "parameters":
             raise Rule(where, "nvme ends runs: DeepSpeed's buffers for weights from disks run out, or are taken twice; lay them on cpu")
+
+
+def offloads_optimizer(spec: "TrainSpec") -> bool:
+    """Whether the optimizer's states lie outside of the device, also by raw keys."""
+    raw = spec.sharding.deepspeed.get("zero_optimization", {}).get("offload_optimizer", {})
+    return bool((spec.sharding.offload and spec.sharding.offload.optimizer)
+                or (isinstance(raw, dict) and raw.get("device") in ("cpu", "nvme")))
 
 
 def check_divides(key: str, size: int, workers: int, what: str = "workers") -> None:

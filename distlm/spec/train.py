@@ -14,7 +14,14 @@ from distlm.spec.gpus import CUDA_GIB, GPUS, find_gpu
 from distlm.spec.mixture import CorpusName, Mixture, Share, Shares, mixture
 from distlm.spec.optimizer import Optimizer, Regularization, Schedule, check_optimizer
 from distlm.spec.presets import PRESETS
-from distlm.spec.sharding import Sharding, check_offload, check_sequence_parallel, check_tensor_parallel, check_zeropp
+from distlm.spec.sharding import (
+    Sharding,
+    check_offload,
+    check_sequence_parallel,
+    check_tensor_parallel,
+    check_zeropp,
+    offloads_optimizer,
+)
 
 
 class Mup(Part):
@@ -255,6 +262,10 @@ class TrainSpec(Job):
     """bf16 computes in bfloat16 and keeps fp32 master weights; fp16 does so in float16 with a scaled loss, for GPUs without bfloat16. fp8
     is bf16 with the matrix products of the hidden layers in float8 while it trains (Micikevicius et al. 2022): faster steps of wide models,
     on GPUs of compute capability 8.9 and later such as L4 and H100, with compile and the extra `distlm[compress]`."""
+    reduce_precision: Literal["fp32", "same"] | None = None
+    """In what gradients are added up, over micro-batches and over workers: fp32, or the same precision as the weights, whose rounding grows
+    with the number of micro-batches, in half of the traffic and of a gradient's memory. Left out: fp32, but same where the optimizer is
+    offloaded under ZeRO stage 1 or 2, where DeepSpeed keeps what is in fp32 on the GPU, and with quantized_gradients."""
     loss_scale: LossScale = LossScale()
     """With fp16: what the loss is multiplied by, so that small gradients are not 0."""
     activation_checkpointing: Annotated[int, Field(ge=0)] = 0
@@ -296,6 +307,13 @@ class TrainSpec(Job):
         """Workers that read samples of their own; of a group that shares a model or its sequences one counts."""
         return self.scale.workers // self.sharding.tensor_parallel // self.sharding.sequence_parallel
 
+    @property
+    def fp32_sums(self) -> bool:
+        """Whether gradients are added up in fp32 where weights are computed with in less."""
+        if self.precision == "fp32" or self.reduce_precision:
+            return self.precision != "fp32" and self.reduce_precision == "fp32"
+        return not (self.sharding.zeropp.quantized_gradients or (self.sharding.zero < 3 and offloads_optimizer(self)))
+
     @model_validator(mode="after")
     def _rules(self) -> "TrainSpec":
         check_optimizer(self.optimizer, self.sharding.zero)
@@ -314,6 +332,7 @@ class TrainSpec(Job):
                                            "them out, and evaluate the run with kind: evaluate")
         check_fold(self)
         check_precision(self)
+        check_reduce(self, self.sharding.zero)
         check_compile(self, self.sharding.zero)
         if self.model.mup and self.optimizer.name not in ("adamw", "lion"):
             raise Rule("model.mup", f"its rules are for adamw and lion, not for {self.optimizer.name}; leave it out, or take adamw")
@@ -368,6 +387,20 @@ def check_precision(spec: TrainSpec) -> None:
                                 "bf16")
     if not spec.compile:
         raise Rule("compile", "fp8 is slower than bf16 where layers are not compiled; set compile: true, or take bf16")
+
+
+def check_reduce(spec: TrainSpec, zero: int) -> None:
+    """Raises Rule where gradients cannot be added up as the spec says, under a ZeRO stage."""
+    if spec.precision == "fp32":
+        without_effect(spec, "with precision: fp32, in which all is added up", "reduce_precision")
+    if spec.reduce_precision != "fp32":
+        return
+    if spec.sharding.zeropp.quantized_gradients:
+        raise Rule("reduce_precision", "fp32 cannot be with sharding.zeropp.quantized_gradients, which are added up in 4 bits; leave one "
+                                       "of them out")
+    if spec.optimizer.name == "muon" and zero < 3 and offloads_optimizer(spec):
+        raise Rule("reduce_precision", "fp32 cannot be with muon whose states are offloaded under ZeRO stage 1 or 2, where DeepSpeed adds "
+                                       "its matrices up as they come; leave it out, or set sharding.zero: 3")
 
 
 def check_compile(spec: TrainSpec, zero: int) -> None:

@@ -157,7 +157,8 @@ def check_annealing(checkpoint: Checkpoint, recipe: Recipe) -> None:
                               remedy=f"set duration to {size} steps, or start a new run")
 
 
-OLDER: dict[str, Any] = {"partition": {}, "tensor_parallel": 1, "batch_warmup": [], "adapter": None, "base": None, "teacher": None}
+OLDER: dict[str, Any] = {"partition": {}, "tensor_parallel": 1, "batch_warmup": [], "adapter": None, "base": None, "teacher": None,
+                         "reduce_precision": "same"}
 """What a manifest says that says nothing of it, as those of older versions."""
 LAYOUT = ("workers", "zero", "partition")
 """What may differ: the state is then divided anew."""
@@ -182,6 +183,7 @@ def facts(recipe: Recipe) -> dict[str, Any]:
     """What a manifest tells of the run."""
     return {"workers": recipe.world, "zero": recipe.spec.sharding.zero, "tensor_parallel": recipe.spec.sharding.tensor_parallel,
             "partition": _partition(recipe.spec), "precision": recipe.spec.precision,
+            "reduce_precision": "fp32" if recipe.spec.fp32_sums else "same",
             "global_sequences": recipe.global_sequences, "batch_warmup": [list(stage) for stage in recipe.warmup], "seed": recipe.spec.seed,
             "corpus_hash": recipe.corpus_hash, "adapter": recipe.spec.adapter and recipe.spec.adapter.model_dump(exclude_none=True)}
 

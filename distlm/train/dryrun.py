@@ -29,10 +29,13 @@ FOLDER, CHOSEN = "dry-run", "micro-sequences.json"
 
 class DryRun:
     """Follows the steps of one rank; the last one writes the most memory that they took. Before it the loop copies the state, as for a
-    checkpoint that is written beside it."""
+    checkpoint that is written beside it. It holds so many more bytes meanwhile."""
 
-    def __init__(self, folder: Path, rank: int) -> None:
+    def __init__(self, folder: Path, rank: int, held: int = 0) -> None:
+        import torch
+
         self.folder, self._file, self._done = folder, folder / f"{rank:05d}.json", 0
+        self._held = torch.ones(held, dtype=torch.uint8)   # written to, or the machine would not give them
 
     def step(self) -> None:
         """One more step is done."""
@@ -49,9 +52,9 @@ def peak_bytes() -> int:
 
 
 def choose_micro(recipe: Recipe, folder: RunFolder, progress: Progress, launch: Callable[[Recipe], DistlmError | None]) -> Recipe:
-    """The recipe with the largest micro-batch whose steps run, inside the memory that the spec says a worker has, with what pairs side by
-    side may take `beyond` them. A worker that is killed has not fitted: where memory is short a kernel gives no other sign. A run that goes
-    on keeps its choice. Raises TrainError where not one sequence fits, and what `launch` returns if it is not for memory."""
+    """The recipe with the largest micro-batch whose steps run, inside the memory that the spec says a worker has. A worker that is killed
+    has not fitted: where memory is short a kernel gives no other sign. A run that goes on keeps its choice. Raises TrainError where not one
+    sequence fits, and what `launch` returns if it is not for memory."""
     chosen, place = folder.path / CHOSEN, folder.path / FOLDER
     if chosen.exists() and recipe.plan().piece % (micro := read_json(chosen)["micro_sequences"]) == 0:
         return replace(recipe, micro_sequences=micro)
@@ -63,7 +66,7 @@ def choose_micro(recipe: Recipe, folder: RunFolder, progress: Progress, launch: 
         error = launch(trial(recipe, micro))
         if error is not None and error.cause not in ("oom", "worker_died"):
             raise error
-        peak = 0 if error else max(read_json(file)["bytes"] for file in place.glob("*.json")) + beyond(recipe, micro)
+        peak = 0 if error else max(read_json(file)["bytes"] for file in place.glob("*.json"))
         fits = error is None and (limit is None or peak <= limit)
         over = f", more than the {limit / GIB:.3g} there are" if peak and limit and not fits else ""
         took = f"{peak / GIB:.3g} GiB{over}" if not error else "out of memory" if error.cause == "oom" else "a worker was killed"
@@ -112,7 +115,7 @@ def _estimate(load: Load, micro: int) -> int:
 
 
 def trial(recipe: Recipe, micro: int) -> Recipe:
-    """A few steps of one or two micro-batches, which take the memory of any number of them, but for what `beyond` counts."""
+    """A few steps of one or two micro-batches, which with what is held beside them take the memory of any number."""
     share = recipe.global_sequences // recipe.spec.data_workers
     return replace(recipe, micro_sequences=micro, global_sequences=recipe.spec.data_workers * min(share, 2 * micro), num_steps=STEPS,
-                   warmup=(), whole=True)
+                   warmup=(), whole=True, held=beyond(recipe, micro))

@@ -111,6 +111,11 @@ class Load:
         """Of a weight as it is computed with."""
         return 4 if self.spec.precision == "fp32" else 2
 
+    @property
+    def gradient_bytes(self) -> int:
+        """Of a gradient as it is added up."""
+        return 4 if self.spec.fp32_sums else self.weight_bytes
+
     def varied(self, zero: int, recompute: int, micro_sequences: int, asynchronous: bool) -> "Load":
         """The same job under another sharding, another cut of the batch, and another way to save."""
         spec = self.spec.model_copy(update={"sharding": self.spec.sharding.model_copy(update={"zero": zero}),
@@ -249,7 +254,7 @@ def peak_memory(load: Load) -> Memory:
     Activations: measured on the meta device (`train/activations.py`), where Korthikanti et al. 2022, equation 2, counts by hand.
     """
     spec, n, zero = load.spec, load.parameters - load.frozen, load.spec.sharding.zero
-    world, p, on_gpu = load.ranks, load.weight_bytes, bool(spec.scale.gpus_per_worker)
+    world, p, g, on_gpu = load.ranks, load.weight_bytes, load.gradient_bytes, bool(spec.scale.gpus_per_worker)
     part, states, away = -(-n // world), own_states(load), places(spec)
     kept = load.micro_sequences * load.activations.kept(spec.activation_checkpointing)
     again = load.micro_sequences * max(load.activations.layers) if spec.activation_checkpointing else 0
@@ -258,14 +263,17 @@ def peak_memory(load: Load) -> Memory:
     bucket_size = raw_number(raw, "reduce_bucket_size", REDUCE_BUCKET)
     bucket = min(bucket_size, n)
     # the buckets of stages 1 to 3 are allocated whole; on a CPU what is not written to takes no memory
-    reserved = (bucket_size if on_gpu else bucket) * p
+    reserved = (bucket_size if on_gpu else bucket) * (p if zero == 2 else g)
+    sent = 0                                               # copies of a bucket and of this worker's part, where they are summed in fp32
     if zero == 0:
-        buffers, step = bucket * p if world > 1 else 0, 4 * n if p == 2 else 0
+        buffers, step = bucket * g if world > 1 else 0, 4 * n if g == 2 else 0
     elif zero < 3:
         buffers, step = reserved, part * (p + 4)
+        if g > p:
+            sent, step = 4 * part if zero == 1 else bucket * (p + 4), 0
     else:
         live = min(load.parameters, raw_number(raw, "stage3_max_live_parameters", MAX_LIVE))
-        buffers, step = reserved + live * p + 4 * part, 0
+        buffers, step, sent = reserved + live * p + 4 * part, 0, 4 * bucket if g > p else 0
     if "optimizer" in away:
         buffers, step = buffers - 4 * part if zero == 3 else buffers, 0
     gradients = states["gradients"]
@@ -274,7 +282,7 @@ def peak_memory(load: Load) -> Memory:
     peaks = {
         "loss": (held, kept, loss, early),
         "last layer": (held, kept + again, 0, early),
-        "first layer": (gradients, again, 0, buffers),
+        "first layer": (gradients, again, 0, buffers + sent),
         "step": (gradients, 0, 0, step + (buffers if zero == 3 else 0))}
     at = max(peaks.values(), key=sum)
     snapshot = 0 if on_gpu else sum(snapshot_bytes(load))
@@ -291,14 +299,15 @@ def own_states(load: Load) -> dict[str, int]:
     if zero == 3 and group > 1:                            # ZeRO++ keeps the weights once more, over the ranks of a node
         weights += -(-load.parameters * load.weight_bytes // group)
     if "optimizer" in away:                                # it is updated there, with gradients that stages 2 and 3 lay there too
-        states |= {"optimizer": 0, "ema": 0, "gradients": 0 if spec.scale.gpus_per_worker and zero > 1 else states["gradients"]}
+        there = spec.scale.gpus_per_worker and (zero == 3 or (zero == 2 and not spec.fp32_sums))
+        states |= {"optimizer": 0, "ema": 0, "gradients": 0 if there else states["gradients"]}
     return {**states, "weights": weights}
 
 
 def all_states(load: Load) -> dict[str, int]:
     """Weights, gradients, the optimizer's states and averages of a worker, wherever they lie. A teacher is none of them."""
     spec, n, p = load.spec, load.parameters - load.frozen, load.weight_bytes
-    states = model_states(n, spec.precision, spec.sharding.zero, load.ranks, STATE_BYTES[spec.optimizer.name])
+    states = model_states(n, spec.precision, spec.sharding.zero, load.ranks, STATE_BYTES[spec.optimizer.name], load.gradient_bytes)
     states["weights"] += -(-(load.frozen - load.nf4) * p // (load.ranks if spec.sharding.zero == 3 else 1)) + math.ceil(load.nf4 * BITS / 8)
     ema = model_states(n, "fp32", spec.sharding.zero, load.ranks, 4)["optimizer"] if spec.ema else 0
     return {**states, "ema": ema}
@@ -327,9 +336,10 @@ def host_memory(load: Load) -> dict[str, int]:
     if away.get("parameters") == "cpu":
         host["weights"] = states["weights"]
     if "optimizer" in away:
-        host["gradients"] = part * load.weight_bytes
-    if away.get("optimizer") == "cpu":                     # beside gradients in the weights' precision DeepSpeed has them in fp32 there
-        host |= {"gradients": part * (load.weight_bytes + 4), "optimizer": states["optimizer"], "ema": states["ema"]}
+        host["gradients"] = part * load.gradient_bytes
+    if away.get("optimizer") == "cpu":                     # beside gradients as they are added up DeepSpeed has them in fp32 there
+        kept = 0 if spec.fp32_sums and spec.sharding.zero < 3 else load.gradient_bytes
+        host |= {"gradients": part * (kept + 4), "optimizer": states["optimizer"], "ema": states["ema"]}
     return {name: value for name, value in (host | {"snapshot": sum(snapshot_bytes(load))}).items() if value}
 
 
@@ -346,15 +356,16 @@ def raw_number(raw: dict[str, Any], key: str, default: int) -> int:
     return default if value == "auto" else int(value)
 
 
-def model_states(parameters: int, precision: str, zero: int, workers: int, states: int = 8) -> dict[str, int]:
+def model_states(parameters: int, precision: str, zero: int, workers: int, states: int = 8, gradient: int = 0) \
+        -> dict[str, int]:
     """Bytes of model states on one worker (Rajbhandari et al. 2020, section 3): with adamw in bf16 2 + 2 + 12 a parameter, in fp32
-    4 + 4 + 8. `states`: bytes of the optimizer's own states of a parameter."""
+    4 + 4 + 8. `states`: bytes of the optimizer's own states of a parameter; `gradient`: of a gradient, if not a weight's."""
     weight, optimizer = (4, states) if precision == "fp32" else (2, 4 + states)
 
     def share(bytes_each: int, from_stage: int) -> int:
         return -(-parameters * bytes_each // (workers if zero >= from_stage else 1))
 
-    return {"weights": share(weight, 3), "gradients": share(weight, 2), "optimizer": share(optimizer, 1)}
+    return {"weights": share(weight, 3), "gradients": share(gradient or weight, 2), "optimizer": share(optimizer, 1)}
 
 
 def loss_bytes(load: Load, p: int) -> int:

@@ -85,6 +85,8 @@ class Recipe:
     """(sequences of a step, steps of that size) of the batch's warm-up."""
     whole: bool = False
     """A micro-batch of pairs is computed with all its padding, so that it has the most tokens that any may have: for a dry run."""
+    held: int = 0
+    """Bytes that a dry run holds beside its steps, in place of what only other micro-batches would take."""
 
     @property
     def world(self) -> int:

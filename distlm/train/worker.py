@@ -50,7 +50,7 @@ def work(config: dict[str, Task]) -> None:
         steps = ordered_steps(batches, plan, rank, task.first_step)
     device = ray.train.torch.get_device()
     look = (StepProfile(task.folder / "profile", rank, device.type == "cuda") if task.look == "profile" else
-            DryRun(task.folder / FOLDER, rank) if task.look else None)
+            DryRun(task.folder / FOLDER, rank, recipe.held) if task.look else None)
     fit(recipe, RunFolder(task.folder), steps, rank=rank, device=device, first_step=task.first_step, resume_from=task.resume_from,
         look=look)
 

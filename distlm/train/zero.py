@@ -24,6 +24,10 @@ def deepspeed_config(spec: TrainSpec, micro_sequences: int, accumulation: int) -
                        "loss_scale_window": 2**31 - 1},   # `update` looks after that
               "zero_optimization": {"stage": spec.sharding.zero}, "steps_per_print": 2**31 - 1,
               "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}       # ours are tested, and need no compiler
+    if spec.fp32_sums:
+        config["communication_data_type"] = "fp32"
+        if spec.sharding.zero:                             # without ZeRO DeepSpeed knows none; `make_engine` sees to it
+            config["data_types"] = {"grad_accum_dtype": "fp32"}
     if spec.sharding.tensor_parallel > 1:
         config["tensor_parallel"] = {"autotp_size": spec.sharding.tensor_parallel,
                                      "partition_config": {"use_default_specs": False, "layer_specs": layer_specs()}}
@@ -125,10 +129,34 @@ def make_engine(spec: TrainSpec, module: "torch.nn.Module", config: dict[str, An
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False   # an inference op; building it costs 20 s and a compiler
     from distlm.train.optimizer import make_optimizer
 
+    # for stage 1 with sums in fp32 DeepSpeed has an optimizer apart, whose checkpoints are others; its ZeRO does the same, as for fp16
+    deepspeed.DeepSpeedEngine._configure_bf16_optimizer = deepspeed.DeepSpeedEngine._configure_zero_optimizer
     engine, *_ = deepspeed.initialize(model=module, optimizer=make_optimizer(spec, module), config=config, dist_init_required=False)
     if hasattr(engine.optimizer, "optimizer") and not engine.zero_optimization_stage():
         engine.optimizer.optimizer.state.clear()           # bf16 without ZeRO: that empty step would count in bias corrections
+    if spec.fp32_sums and not engine.zero_optimization_stage():
+        _add_up_in_fp32(engine)
+    if spec.fp32_sums and spec.optimizer.name == "muon" and engine.zero_optimization_stage() == 2:
+        tensors = engine.optimizer.get_all_grad_tensors    # which DeepSpeed adds up as they are, not in their `dtype`
+        engine.optimizer.get_all_grad_tensors = lambda parts, dtype: [part.to(dtype) for part in tensors(parts, dtype)]
     return engine
+
+
+def _add_up_in_fp32(engine: Any) -> None:
+    """Let autograd add gradients up in float32, which DeepSpeed without ZeRO then reduces and gives to the optimizer as they are."""
+    import torch
+
+    trained, reduced = [p for p in engine.module.parameters() if p.requires_grad], engine._get_gradients_for_reduction
+    for parameter in trained:
+        parameter.grad_dtype = torch.float32
+
+    def whole() -> Any:
+        for parameter in trained:                          # DeepSpeed would fill in what has no gradient, in the weights' precision
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter, dtype=torch.float32)
+        return reduced()
+
+    engine._get_gradients_for_reduction = whole
 
 
 def tensor_group() -> Any:

@@ -3,6 +3,7 @@
 import math
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -168,6 +169,18 @@ def test_a_run_that_has_gone_further_than_the_spec_asks_is_refused(run: Path) ->
     assert found
     with pytest.raises(CheckpointError, match="has 20 steps done, and the spec asks for 10; set duration to 20 steps or more"):
         checkpoint.check_fits(found, make_recipe(spec(_corpus(run), duration={"steps": 10}), Storage(run.parent)))
+
+
+def test_one_whose_gradients_were_added_up_otherwise_is_refused_as_are_those_of_older_versions(run: Path) -> None:
+    found, _ = checkpoint.latest(run)
+    assert found and found.manifest["reduce_precision"] == "same", "in fp32 there is one way alone"
+    older = replace(found, manifest={key: value for key, value in found.manifest.items() if key != "reduce_precision"} | {
+        "precision": "bf16"})
+    summed, same = (make_recipe(spec(_corpus(run), precision="bf16", reduce_precision=how), Storage(run.parent))
+                    for how in ("fp32", "same"))
+    checkpoint.check_fits(older, same)
+    with pytest.raises(CheckpointError, match="was saved with reduce_precision same, and the spec says fp32"):
+        checkpoint.check_fits(older, summed)
 
 
 NVME = {"zero": 3, "deepspeed": {"zero_optimization": {"offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}}}}

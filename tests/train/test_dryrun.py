@@ -105,14 +105,24 @@ def test_pairs_side_by_side_are_given_room_for_what_short_rows_keep_on_a_cpu(tmp
     more = dryrun.beyond(made(0, "dpo"), 8)
     assert 8 * kept <= more <= 1.1 * 8 * kept, "and what the allocator loses"
     assert dryrun.beyond(made(1, "dpo"), 8) == dryrun.beyond(made(0, "pretrain"), 8) == 0
-    tried: list[int] = []
+    held: dict[int, int] = {}
 
     def launch(trial: Recipe) -> DistlmError | None:
-        tried.append(trial.micro_sequences)
-        write_json(folder.path / "dry-run" / "00000.json", {"bytes": 4 * 2**30 - (more // 2 if trial.micro_sequences == 8 else more)})
+        held[trial.micro_sequences] = trial.held
+        write_json(folder.path / "dry-run" / "00000.json", {"bytes": 4 * 2**30 - more * 3 // 4 + trial.held})
         return None
 
-    assert choose_micro(made(0, "dpo"), folder, Records(), launch).micro_sequences == 4 and tried == [8, 4]
+    chosen = choose_micro(made(0, "dpo"), folder, Records(), launch)
+    assert held == {8: more, 4: dryrun.beyond(made(0, "dpo"), 4)} and held[4] < 0.6 * more
+    assert (chosen.micro_sequences, chosen.held) == (4, 0)
+
+
+def test_what_a_dry_run_holds_is_in_its_peak_with_a_limit_and_without(tmp_path: Path) -> None:
+    before = dryrun.peak_bytes()
+    look = dryrun.DryRun(tmp_path, 0, before)
+    for _ in range(dryrun.STEPS):
+        look.step()
+    assert read_json(tmp_path / "00000.json")["bytes"] > 1.4 * before, "which the machine has given"
 
 
 def test_each_rank_leaves_its_peak_after_the_last_step(tmp_path: Path) -> None:

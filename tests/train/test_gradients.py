@@ -13,15 +13,20 @@ import torch
 from torch.nn import functional
 
 from distlm.corpus.stream import Windows
+from distlm.errors import SpecError
 from distlm.model.build import build_model, model_config
 from distlm.spec import TrainSpec
+from distlm.spec.load import dump, load_spec
 from distlm.storage import Storage
 from distlm.train.batch import make_batch
 from distlm.train.recipe import Recipe, make_recipe
+from distlm.train.zero import deepspeed_config
 from tests.train.ranks import make_packed_corpus, pack_corpus, run_ranks, spec
 
 SEQUENCES, STEPS, RATE = 16, 2, 0.5
 """The second step's gradients say what the first one's update was."""
+MANY = 256
+"""Windows of which each is a micro-batch."""
 
 
 class Cell(NamedTuple):
@@ -209,6 +214,61 @@ def test_windows_are_ragged(corpora: Path) -> None:
 
 def test_some_cells(corpora: Path, expected: dict[str, list[Step]], one_rank: dict[str, list[dict[str, Any]]], tmp_path: Path) -> None:
     check(run(corpora, tmp_path, SOME + recomputed([cell for cell in SOME if cell.ranks == 2])), expected, one_rank)
+
+
+def many_windows(corpus: Path, root: Path, cases: dict[str, tuple[Cell, str]]) -> dict[str, float]:
+    """How far the first gradient of MANY windows is from float64's, over its length, of each cell and its `reduce_precision`."""
+    runs = {root / name: given(corpus, cell, duration={"steps": 1}, reduce_precision=sums, batch={
+        "global_sequences": MANY, "micro_sequences": MANY // cell.ranks // cell.accumulation, "mask_documents": True})
+        for name, (cell, sums) in cases.items()}
+    recipe = make_recipe(next(iter(runs.values())), Storage(root))
+    rows = Windows(corpus).order(recipe.spec.seed).locate(np.arange(MANY))[1]
+    [theirs] = descend(precise(recipe), [documents(corpus, rows)])
+    for ranks in sorted({cell.ranks for cell, _ in cases.values()}):
+        run_ranks({path: one for path, one in runs.items() if one.scale.workers == ranks}, gradients=True)
+    return {path.name: apart(torch.load(path / "gradients.pt")[0]["gradients"], theirs.gradients)["all"] for path in runs}
+
+
+@pytest.mark.parametrize("stages", [pytest.param((0, 3), id="some"), pytest.param((1, 2), id="others", marks=pytest.mark.slow)])
+def test_in_fp32_many_micro_batches_are_added_up_as_exactly_as_one(stages: tuple[int, ...], tmp_path: Path) -> None:
+    """And those of two ranks; in bf16 each sum is rounded."""
+    corpus = make_packed_corpus(tmp_path / "packing", lengths=(1, 2, 2, 2, 3, 3, 4, 5, 6, 7, 18), times=200)
+    found = many_windows(corpus, tmp_path, {
+        "one": (Cell(0, 1, "bf16", 1, "packing"), "fp32"), "same": (Cell(stages[0], MANY, "bf16", 1, "packing"), "same"),
+        **{f"{zero} on {ranks}": (Cell(zero, MANY // ranks, "bf16", ranks, "packing"), "fp32") for zero in stages for ranks in (1, 2)}})
+    one, same = found.pop("one"), found.pop("same")
+    assert one < 0.007 and same > 2 * one and max(found.values()) < one, (one, same, found)
+
+
+@pytest.mark.parametrize(("sections", "message"), [
+    ({"precision": "fp32", "reduce_precision": "fp32"}, "reduce_precision: fp32 has no effect with precision: fp32"),
+    ({"precision": "bf16", "reduce_precision": "bf16"}, "reduce_precision: "),
+    ({"precision": "bf16", "sharding": {"zero": 1, "deepspeed": {"data_types": {"grad_accum_dtype": "fp32"}}}},
+     "sharding.deepspeed.data_types.grad_accum_dtype: contradicts reduce_precision"),
+    ({"precision": "bf16", "sharding": {"deepspeed": {"communication_data_type": "fp32"}}},
+     "sharding.deepspeed.communication_data_type: contradicts reduce_precision"),
+    ({"precision": "bf16", "reduce_precision": "fp32", "scale": {"gpus_per_worker": 1},
+      "sharding": {"zero": 3, "zeropp": {"quantized_gradients": True}}}, "fp32 cannot be with sharding.zeropp.quantized_gradients"),
+    ({"precision": "bf16", "reduce_precision": "fp32", "optimizer": {"name": "muon", "clip": 0},
+      "sharding": {"zero": 2, "offload": {"optimizer": "cpu"}}}, "fp32 cannot be with muon whose states are offloaded")])
+def test_sums_that_cannot_be_are_refused_by_key(sections: dict[str, Any], message: str) -> None:
+    with pytest.raises(SpecError) as error:
+        load_spec({**dump(spec(Path("c"))), **sections})
+    assert message in str(error.value)
+
+
+def test_sums_are_in_fp32_but_where_that_would_cost_what_was_to_be_saved() -> None:
+    def asked(**sections: Any) -> tuple[Any, Any]:
+        config = deepspeed_config(spec(Path("c"), **{"precision": "bf16", **sections}), 1, 1)
+        return config.get("communication_data_type"), config.get("data_types")
+
+    both = ("fp32", {"grad_accum_dtype": "fp32"})
+    assert asked() == ("fp32", None) and asked(sharding={"zero": 1}) == asked(sharding={"zero": 3}) == both
+    away = {"offload": {"optimizer": "cpu"}}
+    assert asked(sharding={"zero": 3, **away}) == asked(sharding={"zero": 2, **away}, reduce_precision="fp32") == both
+    for same in ({"precision": "fp32"}, {"reduce_precision": "same"}, {"sharding": {"zero": 2, **away}},
+                 {"sharding": {"zero": 3, "zeropp": {"quantized_gradients": True}}, "scale": {"gpus_per_worker": 1}}):
+        assert asked(**same) == (None, None), same
 
 
 @pytest.mark.slow
