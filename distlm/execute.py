@@ -30,7 +30,8 @@ JOBS = {"prepare": "distlm.corpus.prepare:prepare", "train": "distlm.train.drive
 """Kind, or what is done in its place -> the function that does the job: (spec, folder, storage, progress) -> outputs."""
 
 MAY_CHANGE = {"train": ("duration", "scale", "evaluate", "checkpoint", "retry", "track", "batch.micro_sequences",
-                        "guard.step_timeout_s", "sharding", "compile", "activation_checkpointing"), "tune": ("concurrent",),
+                        "guard.step_timeout_s", "sharding", "compile", "activation_checkpointing", "reduce_precision"),
+              "tune": ("concurrent",),
               "evaluate": ("workers", "cpus_per_worker", "threads_per_worker", "concurrent"), "prepare": ("workers",),
               "average": ("workers", "cpus_per_worker", "threads_per_worker"), "compress": ("cpus",),
               "serve": tuple(ServeSpec.model_fields), "pipeline": ("steps", "prompt", "chat")}

@@ -147,10 +147,12 @@ def test_a_text_of_several_lines_survives_in_the_recorded_spec(tmp_path: Path) -
 
 
 def test_what_an_endpoint_is_made_of_and_a_pipelines_prompt_may_change(tmp_path: Path) -> None:
+    """And that of older runs in what gradients were added up: the checkpoint says what it must be."""
     folder = RunFolder(tmp_path / "x")
     serve = {"kind": "serve", "name": "x", "model": "a"}
     step = {"steps": {"a": {"kind": "prepare", "sources": ["stdlib"]}}}
-    for before, now in [(serve, {**serve, "model": "b", "max_tokens": 7, "port": 0}),
+    train = {"kind": "train", "name": "x", "corpus": "c", "model": {"preset": "llama-tiny"}, "duration": {"steps": 1}}
+    for before, now in [(serve, {**serve, "model": "b", "max_tokens": 7, "port": 0}), (train, {**train, "reduce_precision": "same"}),
                         ({"kind": "pipeline", "name": "x", **step},
                          {"kind": "pipeline", "name": "x", "prompt": "def", "chat": True, **step})]:
         RunFolder.create(folder.path, to_yaml(dump(execute.resolve(before).spec)), {}, resume=True)

@@ -1,7 +1,7 @@
 """GELU's approximation by tanh, computed by the logistic function, of which tanh is a form: 1 + tanh(u) = 2 / (1 + exp(-2u)). What the
 compiler makes of tanh on a CPU takes more than twice as long (docs/experiments.md).
 
-    without_tanh(layer)         # before it is compiled
+    without_tanh(model)         # before its layers are compiled
 """
 
 import math
@@ -18,11 +18,11 @@ class LogisticGELU(nn.Module):
         return x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x))
 
 
-def without_tanh(layer: nn.Module) -> None:
-    """Replace the activations of a layer that are computed by tanh."""
+def without_tanh(model: nn.Module) -> None:
+    """Replace the activations that are computed by tanh."""
     from transformers.activations import GELUTanh, NewGELUActivation
 
-    for module in [*layer.modules()]:
+    for module in [*model.modules()]:
         for name, child in module.named_children():
             if isinstance(child, GELUTanh | NewGELUActivation):
                 setattr(module, name, LogisticGELU())

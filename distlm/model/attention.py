@@ -124,6 +124,11 @@ def _room(query: torch.Tensor, keep: bool, mask: torch.Tensor | None, ahead: boo
     return query.new_empty(matrices * _before(length, length, _whole(mask, ahead)) if keep else 0)
 
 
+def kept_probabilities(tokens: int) -> int:
+    """How many are kept of a head and a sequence of so many tokens, which do not look ahead."""
+    return _before(tokens, tokens, whole=False)
+
+
 def _before(row: int, length: int, whole: bool) -> int:
     """Room of one matrix for the blocks that come before the one which begins with query `row`."""
     ends = [min(start + BLOCK_QUERIES, length) for start in range(0, row, BLOCK_QUERIES)]

@@ -368,15 +368,12 @@ def compile_layers(model: "PreTrainedModel") -> None:
     known."""
     import torch
 
-    from distlm.model.activation import without_tanh
-
     layers = decoder_layers(model)
     if not layers:
         raise SpecError(f"the layers of the {model.config.model_type} family cannot be told from the rest of it", where="compile",
                         remedy="leave it out")
     torch._dynamo.config.recompile_limit = MAX_VARIANTS
     for layer in layers:
-        without_tanh(layer)
         layer.compile()
 
 

@@ -26,19 +26,18 @@ class Offload(Part):
 
     optimizer: Literal["cpu", "nvme"] | None = None
     """Where the optimizer's states and the fp32 weights lie, which are updated on the CPU: cpu from ZeRO stage 1 on, nvme with stage 3."""
-    parameters: Literal["cpu", "nvme"] | None = None
-    """Where the weights lie until a layer needs them; with ZeRO stage 3. nvme is refused: DeepSpeed's buffers for it fail."""
+    parameters: Literal["cpu"] | None = None
+    """Where the weights lie until a layer needs them; with ZeRO stage 3. Not on nvme: DeepSpeed's buffers for it fail."""
     path: Annotated[str | None, Field(min_length=1)] = None
     """A folder on a fast disk of every node, for nvme."""
 
     @model_validator(mode="after")
     def _rules(self) -> "Offload":
-        nvme = [key for key in ("optimizer", "parameters") if getattr(self, key) == "nvme"]
         if not self.optimizer and not self.parameters:
             raise Rule("", "neither optimizer nor parameters is given; give one of them, or leave offload out")
-        if nvme and not self.path:
-            raise Rule("path", f"{nvme[0]}: nvme needs a folder on a fast disk; give path, or set {nvme[0]}: cpu")
-        if self.path and not nvme:
+        if self.optimizer == "nvme" and not self.path:
+            raise Rule("path", "optimizer: nvme needs a folder on a fast disk; give path, or set optimizer: cpu")
+        if self.path and self.optimizer != "nvme":
             raise Rule("path", f"{self.path} has no effect where nothing lies on nvme; leave it out")
         return self
 
@@ -115,6 +114,8 @@ def check_offload(spec: "TrainSpec") -> None:
                        f"contradicts sharding.offload.{ours}, which sets it; leave one of them out")
         on_disk = "nvme" in (device, raw.get("device") if isinstance(raw, dict) else None)
         where = f"sharding.offload.{ours}" if device else f"sharding.deepspeed.zero_optimization.{key}"
+        if on_disk and not device and not raw.get("nvme_path"):
+            raise Rule(where, "device: nvme needs nvme_path, a folder on a fast disk of every node")
         if on_disk and spec.optimizer.name == "muon":
             raise Rule(where, "nvme is not proved to make the same steps with muon; lay it on cpu, or take adamw")
         if averaged and on_disk:
@@ -122,6 +123,12 @@ def check_offload(spec: "TrainSpec") -> None:
                        "weights on disks cannot be averaged; leave out ema and checkpoint.average, or set device: cpu")
         if on_disk and ours == "parameters":
             raise Rule(where, "nvme ends runs: DeepSpeed's buffers for weights from disks run out, or are taken twice; lay them on cpu")
+
+
+def quantizes_gradients(spec: "TrainSpec") -> bool:
+    """Whether gradients are reduced in 4 bits, also by raw keys."""
+    return bool(spec.sharding.zeropp.quantized_gradients
+                or spec.sharding.deepspeed.get("zero_optimization", {}).get("zero_quantized_gradients"))
 
 
 def offloads_optimizer(spec: "TrainSpec") -> bool:

@@ -21,6 +21,7 @@ from distlm.spec.sharding import (
     check_tensor_parallel,
     check_zeropp,
     offloads_optimizer,
+    quantizes_gradients,
 )
 
 
@@ -312,7 +313,7 @@ class TrainSpec(Job):
         """Whether gradients are added up in fp32 where weights are computed with in less."""
         if self.precision == "fp32" or self.reduce_precision:
             return self.precision != "fp32" and self.reduce_precision == "fp32"
-        return not (self.sharding.zeropp.quantized_gradients or (self.sharding.zero < 3 and offloads_optimizer(self)))
+        return not (quantizes_gradients(self) or (self.sharding.zero < 3 and offloads_optimizer(self)))
 
     @model_validator(mode="after")
     def _rules(self) -> "TrainSpec":
@@ -332,7 +333,7 @@ class TrainSpec(Job):
                                            "them out, and evaluate the run with kind: evaluate")
         check_fold(self)
         check_precision(self)
-        check_reduce(self, self.sharding.zero)
+        check_reduce(self)
         check_compile(self, self.sharding.zero)
         if self.model.mup and self.optimizer.name not in ("adamw", "lion"):
             raise Rule("model.mup", f"its rules are for adamw and lion, not for {self.optimizer.name}; leave it out, or take adamw")
@@ -389,16 +390,15 @@ def check_precision(spec: TrainSpec) -> None:
         raise Rule("compile", "fp8 is slower than bf16 where layers are not compiled; set compile: true, or take bf16")
 
 
-def check_reduce(spec: TrainSpec, zero: int) -> None:
-    """Raises Rule where gradients cannot be added up as the spec says, under a ZeRO stage."""
+def check_reduce(spec: TrainSpec) -> None:
+    """Raises Rule where gradients cannot be added up as the spec says."""
     if spec.precision == "fp32":
         without_effect(spec, "with precision: fp32, in which all is added up", "reduce_precision")
     if spec.reduce_precision != "fp32":
         return
-    if spec.sharding.zeropp.quantized_gradients:
-        raise Rule("reduce_precision", "fp32 cannot be with sharding.zeropp.quantized_gradients, which are added up in 4 bits; leave one "
-                                       "of them out")
-    if spec.optimizer.name == "muon" and zero < 3 and offloads_optimizer(spec):
+    if quantizes_gradients(spec):
+        raise Rule("reduce_precision", "fp32 cannot be with quantized gradients, which are added up in 4 bits; leave one of them out")
+    if spec.optimizer.name == "muon" and spec.sharding.zero < 3 and offloads_optimizer(spec):
         raise Rule("reduce_precision", "fp32 cannot be with muon whose states are offloaded under ZeRO stage 1 or 2, where DeepSpeed adds "
                                        "its matrices up as they come; leave it out, or set sharding.zero: 3")
 

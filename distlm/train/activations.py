@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from distlm.model.adapter import add_adapter
-from distlm.model.attention import KEPT_WIDTHS, causal_attention, keeps
+from distlm.model.attention import KEPT_WIDTHS, causal_attention, keeps, kept_probabilities
 from distlm.model.build import Shape, decoder_layers, skeleton
 from distlm.model.tensor import divide
 from distlm.spec.adapter import Adapter
@@ -101,8 +101,9 @@ def _count_attention(model: Any, on_gpu: bool, sequence: int, packed: bool) -> N
         @staticmethod
         def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
             batch, heads, tokens, width = query.shape[0], query.shape[1] // sequence, query.shape[2] * sequence, query.shape[3]
-            keys = min(tokens, KEPT_WIDTHS * width)
-            probabilities = [query.new_empty(batch, heads, tokens, keys)] if not on_gpu and (packed or keeps(tokens, width)) else []
+            row = min(tokens, KEPT_WIDTHS * width)
+            kept = kept_probabilities(row) * tokens // row
+            probabilities = [query.new_empty(batch, heads, kept)] if not on_gpu and (packed or keeps(tokens, width)) else []
             ctx.save_for_backward(query, key, value, *probabilities)
             return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
 

@@ -1,13 +1,17 @@
 """What `sharding.offload` lays on the disks of a node: DeepSpeed's files of the optimizer's states and of the fp32 weights.
 
     check_disks(zero_options(spec))                        # before any work
-    folders = use_own_disks(config["zero_optimization"], run)
-    load_from_disks(engine, checkpoint, rank)              # what DeepSpeed does not bring back itself
+    with own_disks(config["zero_optimization"], run, rank):
+        ...
+    load_from_disks(engine, checkpoint / TAG, rank, step)  # what DeepSpeed does not bring back itself
 """
 
+import contextlib
 import hashlib
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,14 +34,15 @@ def check_disks(options: dict[str, Any]) -> None:
         return
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
-    where, remedy = "sharding.offload", "install {} there (Debian and Ubuntu: apt install libaio-dev g++ ninja-build), or take cpu"
+    where = "sharding.offload"
+    remedy = "install {} there (Debian and Ubuntu: apt install libaio-dev g++ ninja-build; with GPUs the CUDA toolkit too), or take cpu"
     if not AsyncIOBuilder().is_compatible(verbose=False):
         raise TrainError("a worker's node lacks libaio, with which DeepSpeed reads and writes disks, or a C compiler", where=where,
                          cause="bad_input", remedy=remedy.format("them"))
     try:
         AsyncIOBuilder().load(verbose=False)
-    except (RuntimeError, ImportError, OSError) as error:
-        lines = str(error).splitlines()
+    except (RuntimeError, ImportError, OSError, TypeError) as error:           # the last where a GPU's node has no CUDA toolkit
+        lines = str(error).splitlines() or [type(error).__name__]
         raise TrainError("a worker's node cannot build what DeepSpeed reads and writes disks with: "
                          f"{next((line for line in lines if ' error: ' in line), lines[0])}", where=where, cause="bad_input",
                          remedy=remedy.format("what is missing")) from error
@@ -51,13 +56,23 @@ def check_disks(options: dict[str, Any]) -> None:
                              cause="bad_input", remedy="name a folder on a local disk that may be written to, or take cpu") from None
 
 
-def use_own_disks(options: dict[str, Any], run: Path) -> list[Path]:
-    """Let what lies on disks lie in a folder of the run's own: names of files there are numbers, which those of another run are too.
-    Returns the folders, which are of no use once the run has ended."""
+@contextlib.contextmanager
+def own_disks(options: dict[str, Any], run: Path, rank: int) -> Iterator[None]:
+    """Let what lies on disks lie in a folder of the run's own: names of files there are numbers, which those of another run are too. Files
+    of this rank go at the end of the block, however it ends: they are of no use to a run that goes on, which has its checkpoint."""
     own = f"{run.name}-{hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:8]}"
-    for one in on_disks(options):
+    parts = on_disks(options)
+    for one in parts:
         one["nvme_path"] = str(Path(one["nvme_path"], own))
-    return [Path(one["nvme_path"]) for one in on_disks(options)]
+    try:
+        yield
+    finally:
+        for folder in {Path(one["nvme_path"]) for one in parts}:
+            for mine in [*folder.rglob(f"rank{rank}")]:
+                shutil.rmtree(mine, ignore_errors=True)
+            for left in [*sorted(folder.rglob("*"), reverse=True), folder]:
+                with contextlib.suppress(OSError):         # that another rank still has files in
+                    left.rmdir()
 
 
 def load_from_disks(engine: Any, state: Path, rank: int, step: int) -> None:

@@ -5,7 +5,6 @@
 
 import contextlib
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import distributed
 
 from distlm.corpus.manifest import read_manifest
 from distlm.errors import TrainError
+from distlm.model.activation import without_tanh
 from distlm.model.adapter import add_adapter, base_hash, merge, put_adapter, save_adapter
 from distlm.model.attention import use_cpu_attention
 from distlm.model.build import (
@@ -41,7 +41,7 @@ from distlm.train import checkpoint, preempt
 from distlm.train.average import Ema, take_mean
 from distlm.train.batch import Batch
 from distlm.train.determinism import use_deterministic
-from distlm.train.disks import use_own_disks
+from distlm.train.disks import own_disks
 from distlm.train.dryrun import DryRun
 from distlm.train.evaluate import Evaluator
 from distlm.train.guard import Random, SpikeGuard, finite, nonfinite_gradient, nonfinite_loss, without_update
@@ -89,12 +89,21 @@ def fit(recipe: Recipe, folder: RunFolder, steps: Iterator[NDArray[np.int64]], *
     if spec.precision == "fp8":
         use_float8(model, emulate=device.type == "cpu")   # no spec asks that of a CPU, tests do
     if spec.compile:
+        if device.type == "cpu":
+            without_tanh(model)
         compile_layers(model)
     kept = buffers(model)
     settings = deepspeed_config(spec, recipe.micro_sequences, recipe.accumulation)
-    disks = use_own_disks(settings["zero_optimization"], folder.path)
-    engine = make_engine(spec, objective.module(model, recipe), settings)
-    restore_buffers(engine.module.model, kept)
+    with own_disks(settings["zero_optimization"], folder.path, rank):
+        engine = make_engine(spec, objective.module(model, recipe), settings)
+        restore_buffers(engine.module.model, kept)
+        _train(engine, recipe, folder, steps, rank, device, first_step, resume_from, look)
+
+
+def _train(engine: Any, recipe: Recipe, folder: RunFolder, steps: Iterator[NDArray[np.int64]], rank: int, device: torch.device,
+           first_step: int, resume_from: Path | None, look: StepProfile | DryRun | None) -> None:
+    """What `fit` does once there is an engine."""
+    spec, objective = recipe.spec, objective_of(recipe.spec)
     engine.train()                                         # a loaded model is not in that mode
     torch.manual_seed((spec.seed << 24) + rank // spec.sharding.tensor_parallel)       # dropout; a checkpoint brings the state it had
     ema = Ema(spec.ema.decay, engine) if spec.ema else None
@@ -171,8 +180,6 @@ def fit(recipe: Recipe, folder: RunFolder, steps: Iterator[NDArray[np.int64]], *
         if writer:
             writer.close()
         distributed.barrier()
-    for disk in disks:
-        shutil.rmtree(disk, ignore_errors=True)            # others of the node do it too
 
 
 def saved(recipe: Recipe, done: int) -> bool:

@@ -43,10 +43,12 @@ def spec(**keys: Any) -> TrainSpec:
     return TrainSpec.model_validate({"name": "x", "corpus": "c", "model": {"config": LLAMA}, "duration": {"steps": 1}, **keys})
 
 
-@pytest.mark.parametrize("config", [LLAMA, GPT2, {**LLAMA, "num_attention_heads": 2, "num_key_value_heads": 1}])   # wide heads: see `keeps`
-def test_activations_are_what_autograd_keeps_in_a_real_pass_on_the_cpu(config: dict[str, Any]) -> None:
-    given = spec(model={"config": config}, precision="fp32")
-    found = model_config(given.model, SHAPE)
+@pytest.mark.parametrize(("config", "tokens"), [
+    (LLAMA, 64), (GPT2, 64), *(({**LLAMA, "num_attention_heads": 2, "num_key_value_heads": 1}, tokens) for tokens in (64, 40)),
+    ({**LLAMA, "head_dim": 96}, 300)])                     # wide heads: see `keeps`; the last takes several blocks of queries
+def test_activations_are_what_autograd_keeps_in_a_real_pass_on_the_cpu(config: dict[str, Any], tokens: int) -> None:
+    given, shape = spec(model={"config": config}, precision="fp32"), replace(SHAPE, context=tokens)
+    found = model_config(given.model, shape)
     model = build_model(given.model, found, 0).train()
     use_cpu_attention(model)
     seen = {p.untyped_storage().data_ptr(): 0 for p in model.parameters()}
@@ -58,10 +60,10 @@ def test_activations_are_what_autograd_keeps_in_a_real_pass_on_the_cpu(config: d
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model.base_model(input_ids=torch.zeros(1, 64, dtype=torch.int64), use_cache=False)
-    counted = measure_activations(found, SHAPE, "fp32", on_gpu=False)
+        model.base_model(input_ids=torch.zeros(1, tokens, dtype=torch.int64), use_cache=False)
+    counted = measure_activations(found, shape, "fp32", on_gpu=False)
     assert counted.kept(0) == pytest.approx(sum(seen.values()), rel=0.02)
-    assert len(counted.layers) == 3 and counted.inputs == 64 * 32 * 4
+    assert len(counted.layers) == 3 and counted.inputs == tokens * 32 * 4
 
 
 def test_rows_of_pairs_keep_no_more_than_a_plan_counts() -> None:

@@ -12,7 +12,7 @@ from distlm.errors import SpecError, TrainError
 from distlm.execute import resolve
 from distlm.spec.load import dump, load_spec
 from distlm.storage import Storage
-from distlm.train.disks import use_own_disks
+from distlm.train.disks import own_disks
 from distlm.train.zero import check_node, deepspeed_config
 from tests.train.ranks import losses, make_corpus, metrics, run_ranks, spec
 from tests.train.test_resume import case, check_going_on, records
@@ -55,6 +55,22 @@ WIDE = {"config": {"model_type": "llama", "hidden_size": 256, "intermediate_size
                    "num_key_value_heads": 2, "tie_word_embeddings": True}}
 """DeepSpeed leaves in memory what is less than a mebibyte on a rank."""
 with_disks = pytest.mark.skipif(not AsyncIOBuilder().is_compatible(verbose=False), reason="libaio is not installed")
+
+
+def test_what_lies_on_disks_goes_when_a_rank_ends_however_it_does(tmp_path: Path) -> None:
+    options = {"offload_optimizer": {"device": "nvme", "nvme_path": str(tmp_path / "fast")}}
+    with pytest.raises(ZeroDivisionError), own_disks(options, tmp_path / "run", 0):
+        own = Path(options["offload_optimizer"]["nvme_path"], "zero_stage_3", "optimizer")
+        assert own.is_relative_to(tmp_path / "fast") and "run-" in str(own)
+        for rank in ("rank0", "rank1"):
+            (own / rank).mkdir(parents=True)
+            (own / rank / "1.tensor.swp").touch()
+        raise ZeroDivisionError
+    assert [one.name for one in (tmp_path / "fast").rglob("*.swp")] == ["1.tensor.swp"] and not (own / "rank0").exists()
+    options["offload_optimizer"]["nvme_path"] = str(tmp_path / "fast")
+    with own_disks(options, tmp_path / "run", 1):
+        pass
+    assert not [*(tmp_path / "fast").iterdir()]
 
 
 @with_disks
@@ -102,11 +118,12 @@ def test_runs_that_share_a_disk_lie_apart(tmp_path: Path) -> None:
     found = []
     for run in ("a/run", "b/run"):
         config = deepspeed_config(spec(Path("c"), sharding=NVME), 1, 1)
-        [folder] = use_own_disks(config["zero_optimization"], tmp_path / run)
-        assert config["zero_optimization"]["offload_optimizer"]["nvme_path"] == str(folder)
-        found.append(folder)
+        with own_disks(config["zero_optimization"], tmp_path / run, 0):
+            found.append(Path(config["zero_optimization"]["offload_optimizer"]["nvme_path"]))
     assert found[0] != found[1] and {one.parent for one in found} == {Path("/scratch")}
-    assert use_own_disks(deepspeed_config(spec(Path("c"), sharding=sharding(3, BOTH)), 1, 1)["zero_optimization"], tmp_path) == []
+    options = deepspeed_config(spec(Path("c"), sharding=sharding(3, BOTH)), 1, 1)["zero_optimization"]
+    with own_disks(before := dict(options), tmp_path, 0):
+        assert options == before, "nothing of it lies on disks"
 
 
 NVME = {"zero": 3, "offload": {"optimizer": "nvme", "parameters": "cpu", "path": "/scratch"}}
@@ -132,8 +149,8 @@ def test_deepspeed_takes_the_configuration_of_every_key() -> None:
     ({"sharding": {"zero": 3, "offload": {"optimizer": "cpu", "path": "/d"}}}, "sharding.offload.path: /d has no effect"),
     ({"sharding": {"zero": 3, "offload": {}}}, "sharding.offload: neither optimizer nor parameters is given"),
     ({"sharding": NVME, "optimizer": {"name": "muon", "clip": 0}}, "sharding.offload.optimizer: nvme is not proved to make the same steps"),
-    ({"sharding": {"zero": 3, "offload": {"parameters": "nvme", "path": "/d"}}},
-     "sharding.offload.parameters: nvme ends runs: DeepSpeed"),
+    ({"sharding": {"zero": 3, "deepspeed": {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}}},
+     "sharding.deepspeed.zero_optimization.offload_optimizer: device: nvme needs nvme_path"),
     ({"sharding": {"zero": 3, "deepspeed": {"zero_optimization": {"offload_param": {"device": "nvme", "nvme_path": "/d"}}}}},
      "sharding.deepspeed.zero_optimization.offload_param: nvme ends runs: DeepSpeed"),
     ({"sharding": NVME, "ema": {}}, "sharding.offload.optimizer: weights on disks cannot be averaged"),
