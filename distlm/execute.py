@@ -106,21 +106,28 @@ def run_loaded(loaded: Loaded, storage: Storage, progress: Progress, *, resume: 
             earlier = folder.lineage()
             made_of["earlier"] = [*earlier.pop("earlier", []), earlier]
     RunFolder.create(folder.path, spec_text(loaded, folder), made_of, resume=resume)
+    interrupted = False
     with folder.running(), Logged(progress, folder.path / "logs" / "driver.log") as progress:
         if changes:
             folder.event("note", message="resumed with " + ", ".join(changes))
         with connected(folder, clusters or storage, progress) as embedded:
             progress.stage(spec.kind, spec.name)
             outputs = (do or job(spec.kind))(spec, folder, storage, progress)
-            if isinstance(spec, TrainSpec) and not do and (spec.distill or spec.model.source):
-                from distlm.compress.beside import beside
-
-                outputs |= beside(spec, folder, storage, progress)
             folder.result(outputs)
+            if isinstance(spec, TrainSpec) and not do and (spec.distill or spec.model.source):
+                try:
+                    from distlm.compress.beside import beside
+
+                    outputs |= beside(spec, folder, storage, progress)
+                    folder.result(outputs)
+                except KeyboardInterrupt:                  # the run itself has ended well
+                    interrupted = True
             if hold and spec.kind != "pipeline":           # which shows its own
                 summary.show_job(spec.kind, folder, outputs, progress)
             if embedded and hold:
                 hold_endpoints(endpoints(spec, outputs), storage, progress)
+    if interrupted and not hold:                           # a pipeline does not go on
+        raise KeyboardInterrupt
     return outputs
 
 

@@ -92,7 +92,9 @@ def check_metric(evaluation: Mapping[str, Any], step: str, name: str, where: str
     if name not in known:
         near = "" if meant else nearest(name, known)
         raise SpecError(f"${{{step}.{name}}}: the tasks of {step} do not come to it", where=where,
-                        remedy=f"did you mean {near}?" if near else f"there are {', '.join(known)}" if known else "it has no tasks")
+                        remedy=f"did you mean {near}?" if near else f"there are {', '.join(known)}" if known else
+                        f"{meant} has no metrics" + ": its file has no aggregate_metric_list" * meant.startswith("groups.") if meant else
+                        "it has no tasks")
 
 
 def objective_of(steps: Mapping[str, Any], step: str) -> str:

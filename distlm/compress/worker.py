@@ -14,8 +14,10 @@ from distlm.train.totals import Sums
 class Sides:
     """Models in one process: the same windows, arithmetic and threads for all. Each is loaded first, and scored and measured then."""
 
-    def __init__(self, task: Task, device: str, dtype: str, threads: int, log: Path | None = None) -> None:
-        self.task, self.device, self.dtype, self.threads, self.log = task, device, dtype, threads, log
+    def __init__(self, task: Task, device: str, dtype: str, threads: int | None, log: Path | None = None) -> None:
+        """Without `threads`, as many as this node has cores."""
+        self.task, self.device, self.dtype, self.log = task, device, dtype, log
+        self.threads = threads or default_threads(1)
         self.sides: dict[str, Worker] = {}
 
     def add(self, side: str, folder: Path) -> None:
@@ -47,7 +49,7 @@ class Compressor(Sides):
 
     def __init__(self, spec: CompressSpec, task: Task, source: Path, target: Path, log: Path | None = None) -> None:
         dtype = spec.dtype if spec.dtype != "auto" else "bf16" if spec.gpus else "fp32"
-        super().__init__(task, "cuda" if spec.gpus else "cpu", dtype, spec.threads or default_threads(1), log)
+        super().__init__(task, "cuda" if spec.gpus else "cpu", dtype, spec.threads, log)
         self.spec, self.source, self.target = spec, source, target
 
     def load(self) -> None:

@@ -136,7 +136,7 @@ class Workers:
             done += batches[batch][2]
             self._progress.update("windows", done, self._task.windows)
 
-        return self._dealt(kind_of(self._task).METHOD, [(batch,) for batch in range(len(batches))], show)
+        return self._dealt(kind_of(self._task).measure, [(batch,) for batch in range(len(batches))], show)
 
     def complete(self, prompts: list[list[int]], max_tokens: int) -> list[str]:
         """What the model that was scored last adds to each prompt. Raises what a worker raises."""
@@ -147,14 +147,14 @@ class Workers:
 
     def continuations(self, batches: list[list[Asked]], done: Callable[[int], None]) -> list[list[Said]]:
         """As harness.Answering. Raises what a worker raises."""
-        return self._dealt("continuations", [(batch,) for batch in batches], done)
+        return self._dealt(lambda worker: worker.continuations, [(batch,) for batch in batches], done)
 
     def generations(self, batches: list[list[list[int]]], max_tokens: int, stops: list[str],
                     done: Callable[[int], None]) -> list[list[list[int]]]:
         """As harness.Answering. Raises what a worker raises."""
-        return self._dealt("generations", [(batch, max_tokens, stops) for batch in batches], done)
+        return self._dealt(lambda worker: worker.generations, [(batch, max_tokens, stops) for batch in batches], done)
 
-    def _dealt(self, method: str, batches: Sequence[tuple[Any, ...]], done: Callable[[int], None]) -> list[Any]:
+    def _dealt(self, method: Callable[[Any], Any], batches: Sequence[tuple[Any, ...]], done: Callable[[int], None]) -> list[Any]:
         """What a method of the workers answers to every batch, its arguments, in order: each worker takes every n-th batch, a few ahead."""
         waiting = [iter(range(i, len(batches), len(self._workers))) for i in range(len(self._workers))]
         found: dict[int, Any] = {}
@@ -163,7 +163,7 @@ class Workers:
         def give(worker: int) -> None:
             batch = next(waiting[worker], None)
             if batch is not None:
-                on_way[getattr(self._workers[worker], method).remote(*batches[batch])] = worker, batch
+                on_way[method(self._workers[worker]).remote(*batches[batch])] = worker, batch
 
         for worker in [*range(len(self._workers))] * AHEAD:
             give(worker)
@@ -184,8 +184,8 @@ def answers(ray: Any, references: dict[Any, int], logs: list[Path], take: Callab
         take(worker, answer(ray, reference, logs[worker]))
 
 
-def answer(ray: Any, reference: Any, log: Path) -> Any:
-    """What a worker answers. Raises its own error, or one that says why it does not."""
+def answer(ray: Any, reference: Any, log: Path, less: str = "lower batch_windows or workers") -> Any:
+    """What a worker answers. Raises its own error, or one that says why it does not; `less` is what to do where memory is short."""
     from distlm.train.failures import diagnose
 
     try:
@@ -194,5 +194,5 @@ def answer(ray: Any, reference: Any, log: Path) -> Any:
         found = diagnose(error)
         if not isinstance(found, TrainError):
             raise found from None
-        remedy = "lower batch_windows or workers" if found.cause == "oom" else f"its log is {log}"
+        remedy = less if found.cause == "oom" else f"its log is {log}"
         raise EvaluationError(found.message, cause=found.cause, remedy=remedy) from None

@@ -196,7 +196,7 @@ class Client:
             self.progress.update("windows", done, self.task.windows)
 
         kind = kind_of(self.task)
-        return self.at_once(getattr(self, kind.METHOD), (kind.read(reader, batch) for batch in range(len(batches))), show)
+        return self.at_once(kind.measure(self), (kind.read(reader, batch) for batch in range(len(batches))), show)
 
     def at_once(self, ask: Callable[[T], R], batches: Iterable[T], done: Callable[[int], None]) -> list[R]:
         """What is answered to every batch, in order; as many are asked at once as the spec says, and `done` is told the number of each."""

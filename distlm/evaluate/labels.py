@@ -3,7 +3,7 @@
     outcome(task, made_by, [worker.observe(batch) for batch in range(len(task.batches))])["f1_macro"]
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,8 +13,6 @@ from distlm.errors import EvaluationError
 from distlm.evaluate.task import Labelled, Reader, Task
 from distlm.train.scores import SCORES, scores_of, softmax
 from distlm.train.totals import calibration_error, reliability, tally
-
-METHOD = "observe"
 
 
 class Observed(NamedTuple):
@@ -27,8 +25,13 @@ class Observed(NamedTuple):
 
 
 def read(reader: Reader, batch: int) -> Labelled:
-    """What a batch is. Raises CorpusError for a corpus that is damaged."""
+    """The documents of a batch, with their labels. Raises CorpusError for a corpus that is damaged."""
     return reader.labelled(batch)
+
+
+def measure(by: Any) -> Callable[[Any], Any]:
+    """The method of a worker, or of whoever asks an endpoint."""
+    return by.observe
 
 
 def observed(documents: Labelled, rows: NDArray[np.float32]) -> Observed:

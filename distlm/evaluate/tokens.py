@@ -3,6 +3,7 @@
     outcome(task, made_by, [worker.score(batch) for batch in range(len(task.batches))])["loss"]
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,12 +11,15 @@ import numpy as np
 from distlm.evaluate.task import Reader, Rows, Task
 from distlm.train.totals import Sums, measures
 
-METHOD = "score"
-
 
 def read(reader: Reader, batch: int) -> Rows:
-    """What a batch is. Raises CorpusError for a corpus that is damaged."""
+    """The windows of a batch, and which of their predictions count. Raises CorpusError for a corpus that is damaged."""
     return reader.read(batch)
+
+
+def measure(by: Any) -> Callable[[Any], Any]:
+    """The method of a worker, or of whoever asks an endpoint."""
+    return by.score
 
 
 def outcome(task: Task, made_by: str, sums: list[Sums]) -> dict[str, Any]:

@@ -15,13 +15,14 @@ def spec(method: str, **keys: Any) -> CompressSpec:
                                         **keys})
 
 
-def compressed(root: Path, method: str, folder: Path, **keys: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+def compressed(root: Path, method: str, folder: Path, lineage: dict[str, Any] | None = None,
+               **keys: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """What was done, and the measures before and after, by a worker in this process."""
     one = spec(method, **keys)
     task, source = task_of(one, Storage(root))
     worker = Compressor(one, task, source, folder)
     worker.load()
-    done = worker.compress({})
+    done = worker.compress(lineage or {})
     before, after = (outcome(task, side, [worker.score(side, i) for i in range(len(task.batches))]) for side in ("before", "after"))
     measured = worker.measure(rounds=1)
     return done, before | measured["before"], after | measured["after"]

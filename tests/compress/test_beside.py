@@ -1,15 +1,19 @@
 """A run that makes a smaller model, or mends one, stands beside what it began with: size, speed and the loss of the same windows."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from distlm import cluster, execute
-from distlm.compress.beside import beside, models_of, task_of
+from distlm.compress.beside import beside, measured, models_of, task_of
+from distlm.compress.driver import lineage_of
 from distlm.compress.worker import Sides
+from distlm.errors import ClusterError
 from distlm.runs import RunFolder
 from distlm.runs.report import write_report
 from distlm.runs.sides import lines
@@ -38,11 +42,8 @@ def spec(root: Path, **keys: Any) -> TrainSpec:
 
 
 def pruned(root: Path, folder: Path, whole: Path) -> Path:
-    """A compress job's export, with the parent that such a job records."""
-    compressed(root, "magnitude", folder / "export", model=str(whole))
-    told = read_json(folder / "export" / "distlm.json")
-    (folder / "export" / "distlm.json").write_text(json.dumps({**told, "run": folder.name, "parent": {
-        "model": str(whole), **read_json(whole / "distlm.json")}}))
+    """A compress job's export."""
+    compressed(root, "magnitude", folder / "export", lineage_of(whole, RunFolder(folder)), model=str(whole))
     return folder / "export"
 
 
@@ -58,7 +59,7 @@ def test_a_student_that_is_mended_by_its_teacher_stands_beside_both(root: Path) 
     folders = {"teacher": whole, "pruned": storage.folder("compress", "fewer") / "export", "student": folder.path / "export"}
     assert folder.read_result() == made and [*sides] == [*folders]
     for name, side in sides.items():
-        found = evaluated(evaluation(root, "corpora/text", str(folders[name]), windows=9), storage)
+        found = evaluated(evaluation(root, "corpora/text", str(folders[name]), windows=9, batch_windows=2), storage)
         assert side["model"] == str(folders[name]) and side["loss"] == found["loss"] and side["tokens"] == found["tokens"] == 9 * 16
         assert all(side[key] > 0 for key in MEASURED)
     assert sides["student"]["loss"] == pytest.approx(made["val_loss"], rel=1e-5), "of the windows that the run evaluates"
@@ -86,8 +87,20 @@ def test_what_a_run_began_with_is_looked_up_in_what_it_was_trained_from(root: Pa
     assert models(model={"from": str(half)}, **taught) == {"teacher": whole, "pruned": half, "student": export}
     assert models(model={"from": str(whole)}, **taught) == {"teacher": whole, "student": export}
     assert models(model={"from": str(whole)}) == {"recovered": export}, "nothing was pruned"
-    (whole / "distlm.json").write_text('{"step": 8}')
+    (whole / "distlm.json").unlink()
+    assert models(model={"from": str(pruned(root, tmp_path / "plain", whole))})["whole"] == whole, "a folder that says nothing of itself"
+    weights = whole / "model.safetensors"
+    before = weights.read_bytes()
+    weights.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
     assert models(model={"from": str(half)}) == {"pruned": half, "recovered": export}, "another model lies there now"
+    weights.write_bytes(before)
+    assert models(model={"from": str(half)}) == mended
+    told = read_json(half / "distlm.json")
+    for parent in (None, "m", ["m"], {}, {"model": None}, {"model": 3, "weights_hash": 3}, {"model": str(whole)}):
+        (half / "distlm.json").write_text(json.dumps({**told, "parent": parent}))
+        assert models(model={"from": str(half)}) == {"pruned": half, "recovered": export}, parent
+    (half / "distlm.json").write_text("[]")
+    assert models(model={"from": str(half)}) == {"recovered": export}
 
 
 def test_a_run_that_compresses_nothing_stands_beside_nothing_and_what_cannot_be_measured_fails_nothing(root: Path, tmp_path: Path) -> None:
@@ -98,7 +111,61 @@ def test_a_run_that_compresses_nothing_stands_beside_nothing_and_what_cannot_be_
     assert beside(taught, folder, storage, shown) == {}
     [told] = shown.notes
     assert told.startswith("the run is not measured beside what it began with: distill.teacher: there is no run and no folder")
-    assert folder.events()[-1]["message"] == told
+    assert folder.events()[-1]["message"] == told and folder.events()[-1]["cause"] == "bad_input"
+
+
+def test_a_worker_that_dies_a_failure_and_an_interruption_leave_a_run_that_has_ended_well(
+        root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Dies(Sides):
+        def add(self, side: str, folder: Path) -> None:
+            (tmp_path / "fired").touch()
+            os._exit(1)
+
+    class Full(Sides):
+        def add(self, side: str, folder: Path) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    storage, at = Storage(root), "distlm.compress.beside"
+    keys: dict[str, Any] = {"model": {"from": "m"}, "objective": "distill", "distill": {"teacher": "m"}}
+    taught = spec(root, **{**keys, "model": {"from": str(root / "runs" / "m" / "export")},
+                           "distill": {"teacher": str(root / "runs" / "m" / "export")}})
+
+    def told(measures: str, by: Any, cause: str) -> str:
+        folder, shown = RunFolder.create(tmp_path / by.__name__, "", {}), Records()
+        shutil.copytree(root / "runs" / "m" / "export", folder.path / "export")
+        with monkeypatch.context() as patch:
+            patch.setattr(f"{at}.{measures}", by)
+            assert beside(taught, folder, storage, shown) == {}
+        last = folder.events()[-1]
+        assert (last["state"], last["cause"], last["message"]) == ("note", cause, shown.notes[-1])
+        return shown.notes[-1]
+
+    def fails(*_: Any) -> None:
+        raise ZeroDivisionError("by nothing")
+
+    def interrupted(recipe: Any, models: Any, storage: Storage, folder: RunFolder, progress: Any) -> None:
+        assert folder.state()[0] == "running" and folder.read_result()["export"] == str(folder.path / "export")
+        raise KeyboardInterrupt
+
+    assert told("measured", fails, "internal").endswith("began with: ZeroDivisionError: by nothing")
+    with cluster.connect(tmp_path / "driver.log", storage=storage):
+        assert "ended unexpectedly; its log is" in told("Sides", Dies, "worker_died") and (tmp_path / "fired").exists()
+        assert told("Sides", Full, "oom").endswith("; one worker holds all of them: `kind: evaluate` measures each alone, or lower "
+                                                   "batch.micro_sequences")
+        wide = spec(root, **keys, scale={"cpus_per_worker": 999})
+        models = {"student": root / "runs" / "m" / "export"}
+        with pytest.raises(ClusterError, match="the worker that measures needs 999 CPUs"):
+            measured(make_recipe(wide, storage), models, storage, RunFolder(tmp_path), Records())
+        monkeypatch.setattr(f"{at}.measured", interrupted)
+        made = execute.run(given(root, name="alone", **keys), storage=storage, progress=Records())
+        with pytest.raises(KeyboardInterrupt):             # whose pipeline does not go on
+            execute.run_loaded(load_spec(given(root, name="step", **keys)), storage, Records(), hold=False)
+    for name in ("alone", "step"):
+        folder = RunFolder(storage.run(name))
+        assert folder.state() == ("succeeded", "completed") and folder.read_result()["export"] and "sides" not in folder.read_result()
+        [note] = [event for event in folder.events() if event["cause"] == "user"]
+        assert note["state"] == "note" and note["message"].endswith("began with: interrupted")
+    assert RunFolder(storage.run("alone")).read_result() == made
 
 
 def test_of_a_mixture_the_windows_are_those_that_the_run_evaluates(root: Path, tmp_path: Path) -> None:
@@ -107,6 +174,7 @@ def test_of_a_mixture_the_windows_are_those_that_the_run_evaluates(root: Path, t
     model = root / "runs" / "m" / "export"
     recipe = make_recipe(spec(root, corpus=mix, model={"from": str(model)}, evaluate={"max_windows": 12}), Storage(tmp_path))
     task = task_of(recipe, model, Storage(tmp_path))
+    assert task.batch_windows == recipe.micro_sequences == 2
     assert [(part.corpus, part.windows) for part in task.parts] == [(one["corpus"], count) for one, count in zip(mix, (9, 3), strict=True)]
 
 

@@ -31,7 +31,7 @@ def sums_of(spec: EvaluateSpec, storage: Storage) -> tuple[Task, list[Any]]:
     task = make_task(spec, storage)
     worker = Worker(task, "cpu", "fp32", None)
     worker.load(Path(str(spec.model)))
-    return task, [getattr(worker, kind_of(task).METHOD)(batch) for batch in range(len(task.batches))]
+    return task, [kind_of(task).measure(worker)(batch) for batch in range(len(task.batches))]
 
 
 def evaluated(spec: EvaluateSpec, storage: Storage) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from ruamel.yaml import YAML
 from distlm import execute, plan
 from distlm.errors import InputError, SpecError
 from distlm.evaluate.driver import evaluate
-from distlm.evaluate.groups import averages, groups_of, read_tasks
+from distlm.evaluate.groups import Names, averages, groups_of, names_in, read_tasks
 from distlm.evaluate.task import inputs_of
 from distlm.evaluate.tasks import Average, TaskFile, TaskGroup
 from distlm.pipeline import fill
@@ -113,12 +113,54 @@ def test_a_group_has_names_paths_tags_and_tasks_of_its_own(root: Path, folder: P
 
 
 @needs_harness
+def test_a_file_and_a_group_are_one_by_whatever_path_they_are_named(root: Path, folder: Path) -> None:
+    (folder.parent / "groups").mkdir()
+    (folder.parent / "link").symlink_to(folder)
+    inner = group(folder, {"group": "inner", "task": "say"}, "inner")
+    paths = [group(folder.parent / "groups", {"group": name, "task": ["../tasks/pick.yaml", "../tasks/inner.yaml"]}, name) for name in "ab"]
+    files = read_tasks([*paths, str(folder / "pick.yaml"), inner, str(folder.parent / "groups" / ".." / "tasks" / "pick.yaml"),
+                        str(folder.parent / "link" / "inner.yaml"), str(folder.parent / "link" / "pick.yaml")])
+    assert [file.path for file in files] == [folder / "pick.yaml", folder / "say.yaml"]
+    assert {one.name: (one.path, len(its)) for one, its in groups_of(files).items()} == {
+        "a": (Path(paths[0]), 2), "b": (Path(paths[1]), 2), "inner": (Path(inner), 1)}
+
+
+@needs_harness
+def test_of_what_lies_beside_a_group_only_what_it_lists_must_be_readable_and_each_folder_is_read_once(
+        root: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for i, tag in enumerate(("5", "[[1], {a: 1}, mine]", "{a: 1}")):
+        (folder / f"other-{i}.yaml").write_text(f"task: other-{i}\ntag: {tag}\n")
+    read = list[Path]()
+
+    def counted(place: Path) -> Names:
+        read.append(place)
+        return names_in(place)
+
+    monkeypatch.setattr("distlm.evaluate.groups.names_in", counted)
+    group(folder, {"group": "inner", "task": ["say"]}, "inner")
+    listed = ["pick", "inner", {"group": "own", "task": ["last"]}]
+    files = read_tasks([group(folder, {"group": name, "task": listed}, name) for name in "gh"])
+    assert [file.config["task"] for file in files] == ["pick", "say", "last"] and read == [folder]
+    (folder / "pick.yaml").write_text("task: pick\nmetric_list: [\n")
+    (folder / "last.yaml").write_text("task: last\ninclude: gone.yaml\n")
+    for name, message in (("pick", r"the group g lists pick, and no file .* of this name; pick\.yaml cannot be read \(ParserError: "),
+                          ("last", r"the group g lists last, .*; last\.yaml cannot be read \(FileNotFoundError: .*gone\.yaml"),
+                          ("pick.yaml", r"g\.yaml: pick\.yaml: ParserError"),
+                          ("last.yaml", r"g\.yaml: last\.yaml: FileNotFoundError: .*gone")):
+        with pytest.raises(InputError, match=message) as error:
+            read_tasks([group(folder, {"group": "g", "task": [name]})])
+        assert "\n" not in str(error.value)
+
+
+@needs_harness
 @pytest.mark.parametrize(("change", "message"), [
     ({"task": []}, "the group g has no tasks; list them"), ({"task": None}, "the group g has no tasks"),
     ({"task": ["pikc"]}, r"the group g lists pikc, and no file beside it has .*; did you mean pick\?"),
     ({"task": ["nothing/like.yaml"]}, "lists nothing/like.yaml, and no file .*; list a file of another folder by its path from"),
     ({"task": [3]}, "the group g lists 3, which is no name"), ({"task": [{"tsk": "pick"}]}, "which is no name"),
     ({"task": ["g"]}, "the group g is in itself"), ({"group": 3}, "group: 3 is no name"),
+    ({"task": [{"group": "a", "task": ["pick"]}, {"group": "a", "task": ["last"]}]}, "the group g has two groups a; give one of them"),
+    ({"task": [{"group": "inner", "aggregate_metric_list": [MEAN]}]}, "aggregate_metric_list is a key of the group inner itself; write"),
     ({"task": ["twin"]}, "one.yaml and two.yaml are both twin"),
     ({"task": "pick", "dataset_path": "json"}, "it is a task and a group; leave `group` out"),
     ({"agregate_metric_list": []}, r"agregate_metric_list: unknown key; did you mean aggregate_metric_list\?"),
@@ -128,6 +170,9 @@ def test_a_group_has_names_paths_tags_and_tasks_of_its_own(root: Path, folder: P
     ({"aggregate_metric_list": [{"metric": "acc_nrm"}]},
      r"aggregate_metric_list: no task of the group g comes to acc_nrm; did you mean acc_norm\?"),
     ({"aggregate_metric_list": [{"metric": "acc", "filter_list": ["first"]}]}, "no task of the group g comes to acc,first"),
+    ({"aggregate_metric_list": [MEAN, {"metric": "acc", "weight_by_size": False}]}, "the group g has two means of acc; leave one out"),
+    ({"aggregate_metric_list": [{"metric": "acc"}, {"metric": "acc", "filter_list": ["first"]}]}, "the group g has two means of acc"),
+    ({"aggregate_metric_list": [{"metric": "acc", "filter_list": [name]} for name in ("a", "b")]}, "no task of the group g comes to acc,a"),
     ({"aggregate_metric_list": [{"metric": "acc", "aggregation": "median"}]}, "'mean' is the only pre-defined aggregation"),
     ({"aggregate_metric_list": [{"metric": "acc", "weight_by_size": "by"}]}, "weight_by_size: 'by'; a metric is a name, and "),
     ({"aggregate_metric_list": [{"metric": "acc", "weigth_by_size": True}]}, "unexpected keyword argument 'weigth_by_size'"),
@@ -135,6 +180,7 @@ def test_a_group_has_names_paths_tags_and_tasks_of_its_own(root: Path, folder: P
 def test_a_group_that_cannot_be_used_is_one_line_before_any_work(change: dict[str, Any], message: str, root: Path, folder: Path) -> None:
     for name in ("one", "two"):
         group(folder, {**CHOICE, "task": "twin"}, name)
+    group(folder, {"group": "inner", "task": ["say"]}, "inner")
     path = group(folder, {"group": "g", "task": ["pick", "last"], "aggregate_metric_list": [MEAN], **change})
     given = {"kind": "evaluate", "name": "bad", "model": "m", "tasks": [path]}
     with pytest.raises(InputError, match=message) as error:
@@ -192,5 +238,8 @@ def test_a_later_step_takes_the_mean_of_a_group(root: Path, folder: Path) -> Non
         check(f"e.{name}")
     with pytest.raises(SpecError, match=r"the tasks of e do not come to it; there are groups\.all\.acc, groups\.all\.acc_stderr"):
         check("e.groups.all.acc_norm")
+    path = group(folder, {"group": "bare", "task": ["last"]}, "bare")
+    with pytest.raises(SpecError, match=r"groups\.bare has no metrics: its file has no aggregate_metric_list"):
+        check("e.groups.bare.acc")
     made = {"e": {"": "/e", "groups": {"all": {"metrics": {"acc": {"value": 0.25, "stderr": 0.5}}}}}}
     assert fill(["${e.groups.all.acc}", "${e.groups.all.acc_stderr}"], {"e": {"kind": "evaluate"}}, made) == [0.25, 0.5]
