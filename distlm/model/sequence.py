@@ -63,8 +63,9 @@ def exchange_in_attention(model: "PreTrainedModel", group: "distributed.ProcessG
     mask: list[torch.Tensor | None] = [None]               # of the forward pass that goes on
 
     def gather_mask(_: torch.nn.Module, __: Any, inputs: dict[str, Any]) -> None:
-        mask[0] = document_mask(_gather(inputs["position_ids"], group))
-        mask[0].ahead = False                              # type: ignore[attr-defined]  # which attention on CPU would look for
+        whole: Any = document_mask(_gather(inputs["position_ids"], group))
+        whole.ahead = False                                # which attention on CPU would look for
+        mask[0] = whole
 
     def attend(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, *args: Any,
                **rest: Any) -> tuple[torch.Tensor, None]:
