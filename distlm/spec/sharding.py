@@ -114,13 +114,13 @@ def check_offload(spec: "TrainSpec") -> None:
                        f"contradicts sharding.offload.{ours}, which sets it; leave one of them out")
         on_disk = "nvme" in (device, raw.get("device") if isinstance(raw, dict) else None)
         where = f"sharding.offload.{ours}" if device else f"sharding.deepspeed.zero_optimization.{key}"
-        if on_disk and not device and not raw.get("nvme_path"):
-            raise Rule(where, "device: nvme needs nvme_path, a folder on a fast disk of every node")
         if on_disk and spec.optimizer.name == "muon":
             raise Rule(where, "nvme is not proved to make the same steps with muon; lay it on cpu, or take adamw")
         if averaged and on_disk:
             raise Rule(where, "weights on disks cannot be averaged; leave out ema and checkpoint.average, or set it to cpu" if device else
                        "weights on disks cannot be averaged; leave out ema and checkpoint.average, or set device: cpu")
+        if on_disk and not device and not raw.get("nvme_path"):
+            raise Rule(where, "device: nvme needs nvme_path, a folder on a fast disk of every node")
         if on_disk and ours == "parameters":
             raise Rule(where, "nvme ends runs: DeepSpeed's buffers for weights from disks run out, or are taken twice; lay them on cpu")
 

@@ -47,6 +47,7 @@ def pruned(root: Path, folder: Path, whole: Path) -> Path:
     return folder / "export"
 
 
+@pytest.mark.slow
 def test_a_student_that_is_mended_by_its_teacher_stands_beside_both(root: Path) -> None:
     storage, whole = Storage(root), root / "runs" / "m" / "export"
     small = {"kind": "compress", "name": "fewer", "model": "m", "method": "structured", "channels": 0.5, "corpus": "text", "threads": 1}
@@ -114,6 +115,7 @@ def test_a_run_that_compresses_nothing_stands_beside_nothing_and_what_cannot_be_
     assert folder.events()[-1]["message"] == told and folder.events()[-1]["cause"] == "bad_input"
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_a_failure_and_an_interruption_leave_a_run_that_has_ended_well(
         root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Dies(Sides):

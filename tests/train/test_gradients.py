@@ -248,7 +248,7 @@ def test_in_fp32_many_micro_batches_are_added_up_as_exactly_as_one(stages: tuple
     ({"precision": "bf16", "sharding": {"deepspeed": {"communication_data_type": "fp32"}}},
      "sharding.deepspeed.communication_data_type: contradicts reduce_precision"),
     ({"precision": "bf16", "reduce_precision": "fp32", "scale": {"gpus_per_worker": 1},
-      "sharding": {"zero": 3, "zeropp": {"quantized_gradients": True}}}, "fp32 cannot be with sharding.zeropp.quantized_gradients"),
+      "sharding": {"zero": 3, "zeropp": {"quantized_gradients": True}}}, "fp32 cannot be with quantized gradients"),
     ({"precision": "bf16", "reduce_precision": "fp32", "optimizer": {"name": "muon", "clip": 0},
       "sharding": {"zero": 2, "offload": {"optimizer": "cpu"}}}, "fp32 cannot be with muon whose states are offloaded")])
 def test_sums_that_cannot_be_are_refused_by_key(sections: dict[str, Any], message: str) -> None:
