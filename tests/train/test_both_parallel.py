@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from distlm.errors import SpecError
 from distlm.model.build import Shape, model_config
@@ -14,10 +13,10 @@ from distlm.spec.load import dump, load_spec
 from distlm.storage import Storage
 from distlm.train.memory import make_load, own_states
 from distlm.train.recipe import make_recipe
-from tests.train.ranks import CONTEXT, VOCABULARY, losses, make_corpus, make_packed_corpus, metrics, run_ranks, spec
+from tests.train.ranks import CONTEXT, VOCABULARY, make_corpus, make_packed_corpus, metrics, run_ranks, spec
 from tests.train.test_resume import check_going_on, records
 from tests.train.test_sequence_parallel import SHARDED
-from tests.train.test_tensor_parallel import MODELS, check_equal, check_export, exported, weights
+from tests.train.test_tensor_parallel import MODELS, check_equal, check_export, check_families, exported
 
 FOUR = {"workers": 4}
 CLIPPED = {"lr": 0.01, "clip": 0.3}
@@ -110,20 +109,8 @@ def test_options_make_the_same_steps(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("families", [SOME, tuple(sorted({*FAMILIES} - {*SOME}))])
 def test_every_family_has_one_workers_gradients_and_steps(corpus: Path, tmp_path: Path, families: tuple[str, ...]) -> None:
-    """AdamW's first step with an epsilon far above the gradient moves a weight by a hundred times its gradient."""
-    first = {"duration": {"steps": 1}, "schedule": {"name": "constant"}, "evaluate": {}, "checkpoint": {},
-             "optimizer": {"lr": 1e6, "eps": 1e4, "weight_decay": 0, "clip": 0}}
-    some = {"duration": {"steps": 5}, "schedule": {}, "optimizer": CLIPPED}
-    for workers, sharding in ((1, {}), (4, divided(1))):
-        run_ranks({tmp_path / f"{name}-{kind}-{workers}": spec(corpus, model=model(name), scale={"workers": workers}, sharding=sharding,
-                                                               **keys)
-                   for name in families for kind, keys in (("first", first), ("some", some))})
-    for name in families:
-        check_equal(tmp_path / f"{name}-some-4", tmp_path / f"{name}-some-1")
-        ours, theirs = weights(tmp_path / f"{name}-first-4"), weights(tmp_path / f"{name}-first-1")
-        assert ours.keys() == theirs.keys() and losses(tmp_path / f"{name}-some-4")
-        for key, value in ours.items():
-            assert torch.allclose(value, theirs[key], rtol=1e-5, atol=1e-5), (name, key)
+    check_families(lambda name, keys: spec(corpus, **{"model": model(name), "scale": {"workers": 4}, "sharding": divided(1), **keys}),
+                   families, tmp_path, 4)
 
 
 def test_workers_that_cannot_be_put_into_groups_are_refused_by_key() -> None:

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -178,22 +179,29 @@ def test_fp16_keeps_its_scale_and_skips_alike(corpus: Path, tmp_path: Path) -> N
         assert skipped[0] == skipped[1] and any(skipped[0]) == (power == 21) and scales[0] == scales[1]
 
 
-@pytest.mark.parametrize("families", [SOME, pytest.param(tuple(sorted({*FAMILIES} - {*SOME})), marks=pytest.mark.slow)])
-def test_every_family_has_one_workers_gradients_and_steps(corpus: Path, tmp_path: Path, families: tuple[str, ...]) -> None:
-    """AdamW's first step with an epsilon far above the gradient moves a weight by a hundred times its gradient."""
+def check_families(run: Callable[[str, dict[str, Any]], TrainSpec], families: tuple[str, ...], folder: Path, workers: int) -> None:
+    """Gradients and steps of each family are one worker's. `run`: the spec of a family, with more keys, for so many workers and for one.
+
+    AdamW's first step with an epsilon far above the gradient moves a weight by a hundred times its gradient."""
     first = {"duration": {"steps": 1}, "schedule": {"name": "constant"}, "evaluate": {}, "checkpoint": {},
              "optimizer": {"lr": 1e6, "eps": 1e4, "weight_decay": 0, "clip": 0}}
     some = {"duration": {"steps": 5}, "schedule": {}, "optimizer": CLIPPED}
-    for workers, sharding in ((1, {}), (2, divided(1))):
-        run_ranks({tmp_path / f"{name}-{kind}-{workers}": spec(corpus, model=model(name), scale={"workers": workers}, sharding=sharding,
-                                                               **keys)
+    for count in (1, workers):
+        alone = {"scale": {"workers": 1}, "sharding": {}} if count == 1 else {}
+        run_ranks({folder / f"{name}-{kind}-{count}": run(name, {**keys, **alone})
                    for name in families for kind, keys in (("first", first), ("some", some))})
     for name in families:
-        check_equal(tmp_path / f"{name}-some-2", tmp_path / f"{name}-some-1")
-        ours, theirs = weights(tmp_path / f"{name}-first-2"), weights(tmp_path / f"{name}-first-1")
+        check_equal(folder / f"{name}-some-{workers}", folder / f"{name}-some-1")
+        ours, theirs = weights(folder / f"{name}-first-{workers}"), weights(folder / f"{name}-first-1")
         assert ours.keys() == theirs.keys() and any(dimension(key) == 0 for key in ours) and any(dimension(key) == 1 for key in ours), name
         for key, value in ours.items():
             assert torch.allclose(value, theirs[key], rtol=1e-5, atol=1e-5), (name, key)
+
+
+@pytest.mark.parametrize("families", [SOME, pytest.param(tuple(sorted({*FAMILIES} - {*SOME})), marks=pytest.mark.slow)])
+def test_every_family_has_one_workers_gradients_and_steps(corpus: Path, tmp_path: Path, families: tuple[str, ...]) -> None:
+    check_families(lambda name, keys: spec(corpus, **{"model": model(name), "scale": {"workers": 2}, "sharding": divided(1), **keys}),
+                   families, tmp_path, 2)
 
 
 @pytest.mark.slow
