@@ -1,9 +1,8 @@
 """A corpus as a stream of training steps that continues exactly at any sample.
 
-The driver builds a Ray dataset of plan blocks, one per (chunk of steps, rank), in order; a task reads the rows of each;
-`streaming_split` deals block j to rank j mod world. Every row carries its step and slot, and the worker checks both:
+The driver builds a Ray dataset of plan blocks (corpus/blocks.py), one per (chunk of steps, rank), in order; a task reads the rows of
+each; `streaming_split` deals block j to rank j mod world. Every row carries its step and slot, and the worker checks both:
 
-    dataset = plan_dataset(plan, first_step=120)                       # driver
     for tokens in ordered_steps(batches, plan, rank, first_step=120):  # worker: int64[share, context + 1]
 
 A plan that is `marked` has marks beside the tokens: where documents begin, and what gives no loss. One that is `labelled` has labels
@@ -15,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -29,9 +28,6 @@ from distlm.corpus.mix import Mix
 from distlm.corpus.order import Order
 from distlm.errors import CorpusError
 from distlm.spec.fold import Fold
-
-if TYPE_CHECKING:
-    import ray.data
 
 BLOCK_BYTES = 8 << 20
 MAX_CHUNK_STEPS = 32
@@ -340,22 +336,6 @@ def joined(tokens: NDArray[Any], marks: NDArray[Any] | None = None, labels: NDAr
     if labels is not None:
         return np.concatenate([tokens.astype(np.int64), labels], 1)
     return tokens if marks is None else np.stack([tokens, marks], 1)
-
-
-def plan_dataset(plan: Plan, first_step: int) -> "ray.data.Dataset":
-    """A dataset of the blocks from `first_step` on, in order, block j for rank j mod world."""
-    import ray.data
-
-    size = plan.chunk_steps(_windows(plan.corpus).manifest.context)
-    num_chunks = -(-(plan.num_steps - first_step) // size)
-
-    def read(batch: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        chunk, rank = divmod(int(batch["id"][0]), plan.world)
-        first = first_step + chunk * size
-        return read_block(plan, range(first, min(first + size, plan.num_steps)), rank)
-
-    blocks = num_chunks * plan.world
-    return ray.data.range(blocks, override_num_blocks=blocks).map_batches(read, batch_size=1, num_cpus=0.25)
 
 
 def local_steps(plan: Plan, rank: int, first_step: int) -> Iterator[dict[str, NDArray[Any]]]:

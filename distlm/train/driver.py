@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from distlm.autoscale import require, train_bundles
-from distlm.corpus.stream import plan_dataset
 from distlm.errors import DistlmError, StorageError, TrainError
 from distlm.head import HUGE_PAGES
 from distlm.model.build import model_config
@@ -175,6 +174,7 @@ def _launch(recipe: Recipe, folder: RunFolder, first_step: int, resume_from: Pat
     from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchTrainer
 
+    from distlm.corpus.blocks import plan_dataset
     from distlm.train.backend import RankConfig
     from distlm.train.watchdog import FOLDER, verdict
 

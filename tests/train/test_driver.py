@@ -18,7 +18,8 @@ import psutil
 import pytest
 import ray
 
-from distlm.corpus.stream import START, Plan, local_steps, ordered_steps, plan_dataset
+from distlm.corpus.blocks import plan_dataset
+from distlm.corpus.stream import START, Plan, local_steps, ordered_steps
 from distlm.errors import ClusterError, SpecError, StorageError, TrainError
 from distlm.execute import profile
 from distlm.runs import RunFolder

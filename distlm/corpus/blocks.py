@@ -1,0 +1,46 @@
+"""The blocks of a plan as a Ray dataset: one task reads each. It needs Ray, which `corpus.stream` does not.
+
+    dataset = plan_dataset(plan, first_step=120)
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import ray.data
+from ray.data.block import Block, BlockAccessor, BlockMetadata
+from ray.data.datasource import Datasource, ReadTask
+
+from distlm.corpus.manifest import read_manifest
+from distlm.corpus.stream import Plan, read_block
+
+
+def plan_dataset(plan: Plan, first_step: int) -> ray.data.Dataset:
+    """A dataset of the blocks from `first_step` on, in order, block j for rank j mod world.
+
+    One task for each rank and one more run at a time. Each is a process that Ray starts first, seconds of a core: as many as there are
+    CPUs would take the cores from the workers that wait for them.
+    """
+    blocks = Blocks(plan, first_step)
+    return ray.data.read_datasource(blocks, num_cpus=0.25, concurrency=plan.world + 1, override_num_blocks=len(blocks.chunks) * plan.world)
+
+
+class Blocks(Datasource):
+    """What Ray Data reads. `chunks` are the steps of as many blocks as there are ranks."""
+
+    def __init__(self, plan: Plan, first_step: int) -> None:
+        self.plan = plan
+        size = plan.chunk_steps(read_manifest(plan.corpus).context)
+        self.chunks = [range(first, min(first + size, plan.num_steps)) for first in range(first_step, plan.num_steps, size)]
+
+    def estimate_inmemory_data_size(self) -> None:
+        return None
+
+    def get_read_tasks(self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None) -> list[ReadTask]:
+        """One for each block, however many Ray asks for."""
+        unknown = BlockMetadata(num_rows=None, size_bytes=None, exec_stats=None, input_files=None)
+        return [ReadTask(partial(_read, self.plan, steps, rank), unknown) for steps in self.chunks for rank in range(self.plan.world)]
+
+
+def _read(plan: Plan, steps: range, rank: int) -> Iterator[Block]:
+    yield BlockAccessor.batch_to_block(read_block(plan, steps, rank))
