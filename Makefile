@@ -8,7 +8,7 @@ VENV ?= .venv
 WORKERS ?= 2
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --durations=15
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=15
 
 export PATH := $(abspath $(BIN)):$(PATH)
 export HF_HUB_OFFLINE = 1

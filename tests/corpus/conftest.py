@@ -1,5 +1,6 @@
 """A local Ray for the tests of this folder, and small corpora."""
 
+import functools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,19 +24,21 @@ def cluster() -> Iterator[None]:
     ray.shutdown()
 
 
+def prepared(base: Path, sources: Any, root: str = "store", progress: Progress | None = None, **keys: Any) -> dict[str, Any]:
+    """Prepare a corpus of few words and small windows under `base`; keyword arguments are the spec's. `root` names the storage root. Ray is
+    running."""
+    given = {"kind": "prepare", "name": "words", "context": 16, "shard_windows": 32, "tokenizer": {"vocab_size": 300}, **keys}
+    spec: Any = load_spec({**given, "sources": sources if isinstance(sources, list) else [str(sources)]}).spec
+    storage = Storage(base / root)
+    folder = RunFolder(storage.corpus(spec.name))
+    folder.path.mkdir(parents=True, exist_ok=True)
+    return prepare(spec, folder, storage, progress or Records())
+
+
 @pytest.fixture
 def run(cluster: None, tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    """Prepare a corpus of few words and small windows; keyword arguments are the spec's. `root` names the storage root."""
-
-    def run(sources: Any, root: str = "store", progress: Progress | None = None, **keys: Any) -> dict[str, Any]:
-        given = {"kind": "prepare", "name": "words", "context": 16, "shard_windows": 32, "tokenizer": {"vocab_size": 300}, **keys}
-        spec: Any = load_spec({**given, "sources": sources if isinstance(sources, list) else [str(sources)]}).spec
-        storage = Storage(tmp_path / root)
-        folder = RunFolder(storage.corpus(spec.name))
-        folder.path.mkdir(parents=True, exist_ok=True)
-        return prepare(spec, folder, storage, progress or Records())
-
-    return run
+    """`prepared` in a folder of the test's own."""
+    return functools.partial(prepared, tmp_path)
 
 
 @pytest.fixture

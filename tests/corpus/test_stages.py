@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from distlm.corpus.manifest import read_manifest
 from distlm.corpus.split import SplitRule, content_hash
 from distlm.corpus.verify import verify
 from distlm.errors import CorpusError, DistlmError, InputError
-from tests.corpus.conftest import document
+from tests.corpus.conftest import document, prepared
 from tests.corpus.test_conversations import KEYS as CONVERSATIONS
 from tests.corpus.test_conversations import records
 from tests.corpus.test_filters import ENGLISH, GERMAN
@@ -39,10 +40,11 @@ HIDDEN = "Of twenty words or some more this page is made, and its copy of quite 
 CORE = "Twelve words that only this text has, whatever else stands around it"
 
 
-@pytest.fixture
-def many(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Documents with near-duplicates, a paragraph that repeats, addresses, repetition, an evaluation text; ids and urls beside some."""
-    folder = tmp_path / "many"
+    root = tmp_path_factory.mktemp("stages")
+    folder = root / "many"
     folder.mkdir()
     for i in range(40):
         (folder / f"{i:02}.txt").write_text(" ".join(f"{w}{(i * 31 + j * j) % 97}" for j in range(60) for w in ("w",))
@@ -68,11 +70,11 @@ def many(tmp_path: Path) -> Path:
     texts = [(folder / f"{i}.txt").read_text() for i in range(20, 23)]
     given = [texts[0], texts[1].replace("w", "v", 1), texts[2] + "\nOne line more\n",
              "Of its own, and with a word or two behind it."]
-    (tmp_path / "z-given.jsonl").write_text("".join(json.dumps({"text": text, "id": f"given-{i}"}) + "\n" for i, text in enumerate(given)))
+    (root / "z-given.jsonl").write_text("".join(json.dumps({"text": text, "id": f"given-{i}"}) + "\n" for i, text in enumerate(given)))
     weighed = [f"{FOOTER}\nThen write to nr{i}@weighed-company.com of number {i}" for i in range(30)]
     weighed += [text for i in range(8) for text in (f"pair{i} of", f"one{i}")]
-    (tmp_path / "weighed.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in weighed))
-    evaluation = tmp_path / "evaluation.jsonl"
+    (root / "weighed.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in weighed))
+    evaluation = root / "evaluation.jsonl"
     evaluation.write_text(json.dumps({"question": QUESTION}) + "\n")
     return folder
 
@@ -91,6 +93,18 @@ def sources(many: Path) -> list[Any]:
             {"path": str(many.parent / "weighed.jsonl"), "weight": 0.6, **OWN}]
 
 
+@pytest.fixture(scope="module")
+def shown() -> Records:
+    """What is told while `whole` is made."""
+    return Records()
+
+
+@pytest.fixture(scope="module")
+def whole(cluster: None, many: Path, shown: Records, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What one worker makes of all sources by every stage. Tests read it."""
+    return prepared(tmp_path_factory.mktemp("whole"), sources(many), progress=shown, workers=1, **keys(many))
+
+
 def files_of(folder: str) -> dict[str, bytes]:
     made = ("manifest.json", "inputs.json", "documents.parquet", "sources.jsonl", "duplicates.jsonl", "train", "val", "tokenizer",
             "rejects")
@@ -98,10 +112,8 @@ def files_of(folder: str) -> dict[str, bytes]:
             ([Path(folder, name)] if Path(folder, name).is_file() else sorted(Path(folder, name).rglob("*"))) if path.is_file()}
 
 
-def test_every_step_keeps_its_books_and_tells_its_reasons(run: Run, many: Path) -> None:
-    shown = Records()
-    result = run(sources(many), progress=shown, **keys(many))
-    manifest = verify(result[""])
+def test_every_step_keeps_its_books_and_tells_its_reasons(whole: dict[str, Any], shown: Records, many: Path) -> None:
+    result, manifest = whole, verify(whole[""])
     steps = {step["name"]: step for step in manifest.data["steps"]}
     assert [*steps] == ["read", "clean", "sample", "filter", "decontaminate", "dedup", "fuzzy", "boilerplate", "decontaminate_stripped",
                         "dedup_stripped", "fuzzy_stripped", "paragraphs", "decontaminate_shortened", "dedup_shortened", "fuzzy_shortened",
@@ -146,8 +158,8 @@ def test_every_step_keeps_its_books_and_tells_its_reasons(run: Run, many: Path) 
     assert own["weight"] == 0.6 and {key: own[key] for key in OWN} == OWN
 
 
-def test_documents_keep_their_ids_and_fields_in_the_order_of_the_corpus(run: Run, many: Path) -> None:
-    result = run(sources(many), **keys(many))
+def test_documents_keep_their_ids_and_fields_in_the_order_of_the_corpus(whole: dict[str, Any]) -> None:
+    result = whole
     table = pq.read_table(Path(result[""], "documents.parquet")).to_pylist()
     (more,) = [source["splits"] for source in read_manifest(result[""]).sources if source["name"] == "more.jsonl"]
     assert more["train"]["tokens"] > 0
@@ -168,9 +180,9 @@ def test_documents_keep_their_ids_and_fields_in_the_order_of_the_corpus(run: Run
     assert {row["split"] for row in table} == {"train", "val"} and known["doc-7"]["source"] == "more.jsonl"
 
 
-def test_a_source_that_is_given_for_validation_stays_whole_and_what_is_like_it_is_not_trained_on(run: Run, many: Path) -> None:
+def test_a_source_that_is_given_for_validation_stays_whole_and_what_is_like_it_is_not_trained_on(whole: dict[str, Any]) -> None:
     """Its documents come last by the names of their files; they are kept all the same, with the paragraphs that others hold."""
-    result = run(sources(many), **keys(many))
+    result = whole
     rows = pq.read_table(Path(result[""], "documents.parquet")).to_pylist()
     given = {row["id"]: row for row in rows if row["source"] == "z-given.jsonl"}
     assert len(given) == 4 and {row["split"] for row in given.values()} == {"val"}
@@ -183,13 +195,15 @@ def test_a_source_that_is_given_for_validation_stays_whole_and_what_is_like_it_i
     assert not any(NOTICE in window.text for window in windows(result[""], "train", 0, 10_000))
 
 
-def test_no_path_of_this_host_is_in_the_manifest_and_the_list_of_documents_is_verified(run: Run, many: Path) -> None:
-    result = run(sources(many), **keys(many))
-    file = Path(result[""], "documents.parquet")
-    assert str(many.parent) not in Path(result[""], "manifest.json").read_text()
+def test_no_path_of_this_host_is_in_the_manifest_and_the_list_of_documents_is_verified(
+        whole: dict[str, Any], many: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(whole[""], tmp_path / "copy")
+    file = copy / "documents.parquet"
+    assert str(many.parent) not in (copy / "manifest.json").read_text()
+    verify(copy)
     file.write_bytes(file.read_bytes()[:-1] + b"x")
     with pytest.raises(CorpusError, match=r"documents\.parquet: the file has been changed"):
-        verify(result[""])
+        verify(copy)
 
 
 def test_what_is_annotated_stays_with_its_reasons(run: Run, many: Path) -> None:
@@ -227,16 +241,15 @@ def test_a_function_that_fails_names_the_document_and_ends_the_job(run: Run, man
 
 @pytest.mark.parametrize("workers", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_the_bytes_are_equal_with_one_worker_and_several_and_on_other_partitions(
-        workers: int, run: Run, many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    chats = many.parent / "chats.jsonl"
+        workers: int, run: Run, whole: dict[str, Any], many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chats = tmp_path / "chats.jsonl"
     chats.write_text("".join(json.dumps(record) + "\n" for record in records()))
     said = [run(chats, "said", workers=1, **CONVERSATIONS)]
-    first = run(sources(many), "one", workers=1, **keys(many))
     monkeypatch.setattr(curate, "PARTITION_BYTES", 1000)   # more partitions, and more tasks to read
     monkeypatch.setattr(curate, "MAX_FILES_PER_TASK", 7)
     second = run(sources(many)[::-1], "several", workers=workers, **keys(many))
     said.append(run(chats, "said-again", workers=workers, **CONVERSATIONS))
-    for results in ((first, second), said):
+    for results in ((whole, second), said):
         one, several = (files_of(result[""]) for result in results)
         assert {name for name in one if one[name] != several.get(name)} == set() and set(one) == set(several)
 
@@ -258,8 +271,8 @@ prepare(spec, folder, storage, PlainProgress())
 """
 
 
-def test_a_job_that_is_killed_goes_on_where_it_was_and_makes_the_same_bytes(run: Run, many: Path, tmp_path: Path) -> None:
-    whole = run(sources(many), "whole", **keys(many))
+def test_a_job_that_is_killed_goes_on_where_it_was_and_makes_the_same_bytes(
+        run: Run, whole: dict[str, Any], many: Path, tmp_path: Path) -> None:
     spec = {"kind": "prepare", "name": "words", "context": 16, "shard_windows": 32, "tokenizer": {"vocab_size": 300},
             "sources": sources(many), **keys(many)}
     process = subprocess.Popen([sys.executable, "-c", JOB, json.dumps(spec), str(tmp_path / "killed")], start_new_session=True,

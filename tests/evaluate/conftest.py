@@ -1,4 +1,4 @@
-"""A storage root with a model and tasks, the model's server, and a cluster for each file."""
+"""A storage root with a model and tasks, the model's server, and one cluster for the files of this folder."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,8 +24,13 @@ def server(root: Path) -> Iterator[Server]:
     made.close()
 
 
+@pytest.fixture(scope="package")
+def joined(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    folder = tmp_path_factory.mktemp("cluster")
+    with cluster.connect(folder / "driver.log", storage=Storage(folder)):
+        yield
+
+
 @pytest.fixture(scope="module")
-def storage(root: Path) -> Iterator[Storage]:
-    storage = Storage(root)
-    with cluster.connect(root / "driver.log", storage=storage):
-        yield storage
+def storage(root: Path, joined: None) -> Storage:
+    return Storage(root)

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
-from distlm import cluster, execute, plan
+from distlm import execute, plan
 from distlm.corpus.decode import Decoder
 from distlm.corpus.manifest import read_manifest
 from distlm.corpus.stream import Windows
@@ -190,14 +189,12 @@ def test_what_cannot_be_evaluated_is_refused_before_any_work(keys: dict[str, Any
 
 
 @pytest.fixture(scope="module")
-def storage(root: Path) -> Iterator[Storage]:
-    storage = Storage(root)
+def storage(root: Path, joined: None) -> Storage:
     (root / "runs").mkdir()
     (root / "corpora").mkdir()
     (root / "runs" / "m").symlink_to(root / "model")
     (root / "corpora" / "two").symlink_to(root / "two")
-    with cluster.connect(root / "driver.log", storage=storage):
-        yield storage
+    return Storage(root)
 
 
 def test_a_job_leaves_the_numbers_the_page_and_what_it_was_made_of(root: Path, storage: Storage) -> None:

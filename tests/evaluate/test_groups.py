@@ -57,7 +57,7 @@ def test_the_means_of_groups_are_the_harness_own_by_a_checkpoint_and_by_its_endp
     from lm_eval.tasks import TaskManager
 
     paths = [group(folder, GROUP), str(folder / "say.yaml"), str(folder / "last.yaml")]
-    own = execute.run({"kind": "evaluate", "name": "by-group", "model": "m", "tasks": paths, "workers": 2}, storage=storage,
+    own = execute.run({"kind": "evaluate", "name": "by-group", "model": "m", "tasks": paths, "threads_per_worker": 1}, storage=storage,
                       progress=(shown := Records()))
     (tmp_path / "run").mkdir()
     asking = evaluate(asked(root, server, tasks=paths), RunFolder(tmp_path / "run"), Storage(root), Records())

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from distlm import cluster, execute, plan
+from distlm import execute, plan
 from distlm.corpus.manifest import read_manifest
 from distlm.errors import DistlmError, EvaluationError, InputError, SpecError
 from distlm.evaluate import labels
@@ -266,11 +266,10 @@ def test_jobs_of_language_models_refuse_a_classifier(root: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_job_leaves_the_numbers_the_page_and_what_it_was_made_of(root: Path) -> None:
+def test_a_job_leaves_the_numbers_the_page_and_what_it_was_made_of(root: Path, joined: None) -> None:
     storage, shown = Storage(root), Records()
     given = {"kind": "evaluate", "name": "job", "model": "one", "corpus": "labelled", "workers": 2, "batch_windows": 4}
-    with cluster.connect(root / "driver.log", storage=storage):
-        made = execute.run(given, storage=storage, progress=shown)
+    made = execute.run(given, storage=storage, progress=shown)
     expected = evaluated(spec(root, batch_windows=4), storage)
     assert {key: made[key] for key in expected if key != "evaluated"} == {key: expected[key] for key in expected if key != "evaluated"}
     folder = RunFolder(storage.evaluation("job"))

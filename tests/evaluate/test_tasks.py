@@ -75,7 +75,7 @@ def test_a_chat_comes_to_the_same_by_a_checkpoint_its_endpoint_and_the_harness_o
 
     names = ("pick", "say")
     keys = {"tasks": [str(root / "tasks" / f"{name}.yaml") for name in names], "shots": 2}
-    own = execute.run({"kind": "evaluate", "name": "in-chat", "model": "m", "chat": True, "workers": 2, **keys}, storage=storage,
+    own = execute.run({"kind": "evaluate", "name": "in-chat", "model": "m", "chat": True, "threads_per_worker": 1, **keys}, storage=storage,
                       progress=Records())
     asking = evaluate(asked(root, server, chat=True, **keys), RunFolder(tmp_path), Storage(root), Records())
     (tmp_path / "plain").mkdir()

@@ -40,7 +40,7 @@ LONG = {"duration": {"steps": 120}, "checkpoint": {"every_steps": 20}, "evaluate
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
-    context = ray.init(num_cpus=6, include_dashboard=False, log_to_driver=False)
+    context = ray.init(num_cpus=6, include_dashboard=False, log_to_driver=False, _system_config={"metrics_report_interval_ms": 500})
     yield context.address_info["address"]
     ray.shutdown()
 
