@@ -29,6 +29,9 @@ JOBS = {"prepare": "distlm.corpus.prepare:prepare", "train": "distlm.train.drive
         "serve": "distlm.serve.deploy:serve", "pipeline": "distlm.pipeline:pipeline", "profile": "distlm.train.driver:profile"}
 """Kind, or what is done in its place -> the function that does the job: (spec, folder, storage, progress) -> outputs."""
 
+AFTERWARDS = {"train": "distlm.compress.beside:beside"}
+"""Kind -> the function that measures more once its job has ended well, and fails nothing: (spec, folder, storage, progress) -> outputs."""
+
 MAY_CHANGE = {"train": ("duration", "scale", "evaluate", "checkpoint", "retry", "track", "batch.micro_sequences",
                         "guard.step_timeout_s", "sharding", "compile", "activation_checkpointing", "reduce_precision"),
               "tune": ("concurrent",),
@@ -64,7 +67,7 @@ def profile(source: str | Path | Mapping[str, Any], *, overrides: Sequence[str] 
     loaded = replace(loaded, spec=loaded.spec.model_copy(update={"name": name}))
     with progress or Progress.for_stdout() as shown:
         return run_loaded(loaded, Storage.given(storage, loaded.spec.storage), shown, hold=False, clusters=Storage.given(storage),
-                          do=job("profile"), extra={"profile": True})
+                          do=imported(JOBS["profile"]), extra={"profile": True})
 
 
 def run_loaded(loaded: Loaded, storage: Storage, progress: Progress, *, resume: bool = False, hold: bool = True,
@@ -112,13 +115,11 @@ def run_loaded(loaded: Loaded, storage: Storage, progress: Progress, *, resume: 
             folder.event("note", message="resumed with " + ", ".join(changes))
         with connected(folder, clusters or storage, progress) as embedded:
             progress.stage(spec.kind, spec.name)
-            outputs = (do or job(spec.kind))(spec, folder, storage, progress)
+            outputs = (do or imported(JOBS[spec.kind]))(spec, folder, storage, progress)
             folder.result(outputs)
-            if isinstance(spec, TrainSpec) and not do and (spec.distill or spec.model.source):
+            if spec.kind in AFTERWARDS and not do:
                 try:
-                    from distlm.compress.beside import beside
-
-                    outputs |= beside(spec, folder, storage, progress)
+                    outputs |= imported(AFTERWARDS[spec.kind])(spec, folder, storage, progress)
                     folder.result(outputs)
                 except KeyboardInterrupt:                  # the run itself has ended well
                     interrupted = True
@@ -147,9 +148,9 @@ def resolve(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = (
     return loaded
 
 
-def job(kind: str) -> Callable[..., dict[str, Any]]:
-    """The function that does a kind of job, imported when it is needed: Ray and torch are slow to load."""
-    module, name = JOBS[kind].split(":")
+def imported(place: str) -> Callable[..., dict[str, Any]]:
+    """A function of JOBS or AFTERWARDS, imported when it is needed: Ray and torch are slow to load."""
+    module, name = place.split(":")
     return getattr(importlib.import_module(module), name)
 
 

@@ -115,6 +115,20 @@ def test_a_changed_spec_is_not_taken_up_again_and_the_error_names_the_difference
     assert len(folder.lineage()["earlier"]) == 1
 
 
+def test_what_a_kind_measures_afterwards_is_among_the_outputs_of_its_job_and_of_no_job_in_its_place(
+        storage: Storage, texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(spec: Any, folder: RunFolder, *_: Any) -> dict[str, Any]:
+        assert folder.read_result()["documents"] == 6, "the job is done, and its result written"
+        return {"measured": spec.name}
+
+    monkeypatch.setattr("distlm.compress.beside.beside", measure)
+    monkeypatch.setitem(execute.AFTERWARDS, "prepare", execute.AFTERWARDS["train"])
+    made = execute.run(spec(texts, "more"), storage=storage, progress=Records())
+    assert made["measured"] == "more" and RunFolder(storage.corpus("more")).read_result() == made
+    other = execute.run_loaded(execute.resolve(spec(texts, "other")), storage, Records(), hold=False, do=lambda *_: {"": "x"})
+    assert other == {"": "x"}
+
+
 def test_a_job_that_was_submitted_takes_its_queued_folder(storage: Storage, texts: Path) -> None:
     folder = RunFolder(storage.corpus("queued"))
     folder.event("queued")

@@ -31,7 +31,7 @@ LESS = "one worker holds all of them: `kind: evaluate` measures each alone, or l
 def beside(spec: TrainSpec, folder: RunFolder, storage: Storage, progress: Progress) -> dict[str, Any]:
     """`sides`, the measures of each model by its name, which the page of the run then has too; empty for a run that does not compress.
     The run has ended well: what cannot be measured is told, and fails nothing. Ray is initialised. Raises KeyboardInterrupt alone."""
-    if spec.objective not in OBJECTIVES:
+    if spec.objective not in OBJECTIVES or not (spec.distill or spec.model.source):
         return {}
 
     def tell(cause: str, why: str) -> None:

@@ -192,7 +192,8 @@ class Guard(Part):
     step_timeout_s: Annotated[float, Field(ge=0)] = 600
     """Seconds that a step may stand still: each of its micro-batches may take so long, and the wait for its samples. Longer, and the ranks
     write their stacks to their logs and end with the cause hang, naming the rank that hangs. Evaluation, checkpoints and the export may
-    take longer, as long as every rank answers. 0 turns it off."""
+    take longer, as long as every rank answers and none waits for another for about half an hour, or twice this where that is more. 0 turns
+    it off."""
 
 
 class Track(Part):

@@ -176,7 +176,7 @@ def _launch(recipe: Recipe, folder: RunFolder, first_step: int, resume_from: Pat
 
     from distlm.corpus.blocks import plan_dataset
     from distlm.train.backend import RankConfig
-    from distlm.train.watchdog import FOLDER, verdict
+    from distlm.train.watchdog import FOLDER, collective_timeout, verdict
 
     scale, folder_ray = recipe.spec.scale, folder.path / "ray"
     resources = {"CPU": scale.cpus_per_worker, **({"GPU": scale.gpus_per_worker} if scale.gpus_per_worker else {})}
@@ -191,7 +191,8 @@ def _launch(recipe: Recipe, folder: RunFolder, first_step: int, resume_from: Pat
     data_context.execution_no_progress_timeout_s = -1      # a step may be slower than Ray's idea of progress
     trainer = TorchTrainer(
         work, train_loop_config={"task": Task(recipe, folder.path, first_step, resume_from, look)},
-        torch_config=RankConfig(backend="nccl" if scale.gpus_per_worker else "gloo", timeout_s=collective_timeout(recipe.spec)),
+        torch_config=RankConfig(backend="nccl" if scale.gpus_per_worker else "gloo",
+                                timeout_s=collective_timeout(recipe.spec.guard.step_timeout_s)),
         scaling_config=ScalingConfig(num_workers=scale.workers, use_gpu=bool(scale.gpus_per_worker), resources_per_worker=resources),
         datasets={"train": plan_dataset(recipe.plan(), first_step)} if first_step < recipe.num_steps else {},
         dataset_config=DataConfig(execution_options=ray.data.ExecutionOptions(preserve_order=True), enable_shard_locality=False),
@@ -213,12 +214,6 @@ def _launch(recipe: Recipe, folder: RunFolder, first_step: int, resume_from: Pat
     if not done:                                           # Ray returns normally from an abort
         raise KeyboardInterrupt
     return None
-
-
-def collective_timeout(spec: TrainSpec) -> int:
-    """Seconds that an exchange between ranks may take, saves and exports on rank 0 included: longer than the watchdog waits, which names
-    who hangs."""
-    return max(1800, round(2 * spec.guard.step_timeout_s)) if spec.guard.step_timeout_s else 7 * 24 * 3600
 
 
 @contextlib.contextmanager

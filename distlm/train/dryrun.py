@@ -111,7 +111,8 @@ def _load(recipe: Recipe, whole: bool = False) -> Load:
 def _estimate(load: Load, micro: int) -> int:
     """Bytes of a worker by the plan."""
     spec = load.spec
-    return peak_memory(load.varied(spec.sharding.zero, spec.activation_checkpointing, micro, spec.checkpoint.asynchronous)).total
+    return peak_memory(load.varied(spec.sharding.zero, spec.activation_checkpointing, micro, spec.checkpoint.asynchronous,
+                                   spec.reduce_precision)).total
 
 
 def trial(recipe: Recipe, micro: int) -> Recipe:

@@ -116,7 +116,7 @@ def _train(engine: Any, recipe: Recipe, folder: RunFolder, steps: Iterator[NDArr
     evaluator = Evaluator(recipe, rank, device)
     writer = MetricsWriter(folder, recipe, first_step) if rank == 0 and not look else None
     with Watchdog(folder.path, rank, spec.guard.step_timeout_s) as dog, Saver(engine, recipe, folder.path, rank) as saver:
-        dog.rest(first_step - 1)
+        dog.rest(first_step - 1, "evaluation")
         if not look and lacks_evaluation(recipe, folder, first_step, rank):
             with exported_weights(engine, ema):
                 measured = evaluator.measure(engine, first_step)
@@ -132,7 +132,7 @@ def _train(engine: Any, recipe: Recipe, folder: RunFolder, steps: Iterator[NDArr
             try:
                 result = train_step(engine, batch, recipe, rate, step, guard, dog, phases, request, saver.written)
             except TrainError:
-                dog.rest(step)                             # what is being saved is still finished
+                dog.rest(step, "save")                     # what is on its way is still finished
                 raise
             done, measured, leaving = step + 1, {}, result.leaving
             if ema and not result.skipped:
@@ -148,6 +148,7 @@ def _train(engine: Any, recipe: Recipe, folder: RunFolder, steps: Iterator[NDArr
                 saver.commit()
             due = saved(recipe, done)
             if evaluated(recipe, done):
+                dog.rest(step, "evaluation")
                 leaving = leaving or request.of_any()      # then there may be no time for it
                 if not leaving:
                     with exported_weights(engine, ema), phases("evaluate"):
@@ -157,6 +158,7 @@ def _train(engine: Any, recipe: Recipe, folder: RunFolder, steps: Iterator[NDArr
             if writer:
                 writer.step(done, result, rate, taken, measured, loss_scale(engine), saver.done())
             if due or leaving:
+                dog.rest(step, "save")
                 beside = spec.checkpoint.asynchronous and not leaving and done < recipe.num_steps
                 saver.save(done, ema, list(guard.losses), measured.get("val_loss"), due=due, beside=beside)
             if leaving:
@@ -166,6 +168,7 @@ def _train(engine: Any, recipe: Recipe, folder: RunFolder, steps: Iterator[NDArr
                                  remedy="go on with --resume")
         if look:
             return
+        dog.rest(recipe.num_steps - 1, "export")
         mean = {}
         if spec.checkpoint.average > 1:
             mean = {"averaged": take_mean(engine, folder, recipe, rank)}

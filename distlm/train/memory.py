@@ -15,7 +15,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from distlm.errors import SpecError
 from distlm.model.adapter import adapter_sizes
@@ -116,10 +116,10 @@ class Load:
         """Of a gradient as it is added up."""
         return 4 if self.spec.fp32_sums else self.weight_bytes
 
-    def varied(self, zero: int, recompute: int, micro_sequences: int, asynchronous: bool) -> "Load":
-        """The same job under another sharding, another cut of the batch, and another way to save."""
+    def varied(self, zero: int, recompute: int, micro_sequences: int, asynchronous: bool, sums: Literal["fp32", "same"] | None) -> "Load":
+        """The same job under another sharding, another cut of the batch, and another way to save and to add gradients up."""
         spec = self.spec.model_copy(update={"sharding": self.spec.sharding.model_copy(update={"zero": zero}),
-                                            "activation_checkpointing": recompute,
+                                            "activation_checkpointing": recompute, "reduce_precision": sums,
                                             "checkpoint": self.spec.checkpoint.model_copy(update={"asynchronous": asynchronous})})
         return replace(self, spec=spec, micro_sequences=micro_sequences,
                        accumulation=self.accumulation * self.micro_sequences // micro_sequences)
@@ -165,12 +165,29 @@ def places(spec: TrainSpec) -> dict[str, str]:
 
 def advice(load: Load, limit: int) -> str:
     """Of all ZeRO stages, with and without activation checkpointing, and cuts of the batch: the cheapest change with which the job fits, as
-    `sharding.zero: 3 and activation_checkpointing: 1, at 61.0 GiB`; empty where none does.
+    `sharding.zero: 3 and activation_checkpointing: 1, at 61.0 GiB`; empty where none does. `reduce_precision: same`, which costs precision,
+    is among them where nothing fits without, and stands behind the cheapest where it is enough by itself.
 
     Costs: stages 1 and 2 send as many bytes as none, stage 3 half as many again (Rajbhandari et al. 2020, section 7); a layer that is
     computed again takes a third of a step's arithmetic; halving a micro-batch is taken for 3 % of the time, and steps that wait for
     checkpoints for 2 %.
     """
+    exact = _fitting(load, limit, load.spec.reduce_precision)
+    if not rounds_sums(load.spec):
+        return _cheapest(exact)
+    if not exact:
+        return _cheapest(_fitting(load, limit, "same"))
+    total = peak_memory(replace(load, spec=load.spec.model_copy(update={"reduce_precision": "same"}))).total
+    return _cheapest(exact) + (f", or with reduce_precision: same, at {total / GIB:.3g} GiB" if total <= limit else "")
+
+
+def rounds_sums(spec: TrainSpec) -> bool:
+    """Whether `reduce_precision: same` would be another way to add gradients up than that of the spec."""
+    return spec.precision != "fp32" and spec.reduce_precision != "same"
+
+
+def _fitting(load: Load, limit: int, sums: Literal["fp32", "same"] | None) -> list[tuple[float, int, str]]:
+    """What `_change` says of each change with which the job fits, where gradients are added up so."""
     spec = load.spec
     smaller = [n for n in divisors(load.micro_sequences * load.accumulation) if n < load.micro_sequences]
     saving = dict.fromkeys((spec.checkpoint.asynchronous, spec.checkpoint.asynchronous and bool(spec.scale.gpus_per_worker)))
@@ -179,7 +196,7 @@ def advice(load: Load, limit: int) -> str:
         recomputing = dict.fromkeys((spec.activation_checkpointing, *((1,) if load.recomputable else ())))
         for again, beside in itertools.product(recomputing, saving):
             def takes(micro: int, zero: int = zero, again: int = again, beside: bool = beside) -> int:
-                return peak_memory(load.varied(zero, again, micro, beside)).total
+                return peak_memory(load.varied(zero, again, micro, beside, sums)).total
 
             micro = load.micro_sequences                   # one micro-batch alone holds no gradients beside it, smaller ones do
             if takes(micro) > limit:
@@ -187,8 +204,8 @@ def advice(load: Load, limit: int) -> str:
                 if not number:
                     continue
                 micro = smaller[number - 1]                # a still smaller one costs more
-            found.append(_change(load, load.varied(zero, again, micro, beside), takes(micro)))
-    return _cheapest(found)
+            found.append(_change(load, load.varied(zero, again, micro, beside, sums), takes(micro)))
+    return found
 
 
 def _change(load: Load, other: Load, total: int) -> tuple[float, int, str]:
@@ -196,7 +213,8 @@ def _change(load: Load, other: Load, total: int) -> tuple[float, int, str]:
     zero, spec, changed = other.spec.sharding.zero, load.spec, other.spec
     keys = {"sharding.zero": (spec.sharding.zero, zero), "batch.micro_sequences": (load.micro_sequences, other.micro_sequences),
             "activation_checkpointing": (spec.activation_checkpointing, changed.activation_checkpointing),
-            "checkpoint.asynchronous": (spec.checkpoint.asynchronous, changed.checkpoint.asynchronous)}
+            "checkpoint.asynchronous": (spec.checkpoint.asynchronous, changed.checkpoint.asynchronous),
+            "reduce_precision": (spec.reduce_precision, changed.reduce_precision)}
     new = {key: after for key, (before, after) in keys.items() if after != before}
     cost = (0.01 * zero + 0.1 * (zero == 3) + 0.03 * math.log2(load.micro_sequences / other.micro_sequences)
             + 0.33 * ("activation_checkpointing" in new) + 0.02 * ("checkpoint.asynchronous" in new))
@@ -226,10 +244,13 @@ def stages(spec: TrainSpec) -> list[int]:
 def node_advice(load: Load, workers: int, limit: int) -> str:
     """As `advice`, of what lies in the memory of a node with so many of the workers."""
     spec, found = load.spec, list[tuple[float, int, str]]()
-    for zero, beside in itertools.product(stages(spec), dict.fromkeys((spec.checkpoint.asynchronous, False))):
-        other = load.varied(zero, spec.activation_checkpointing, load.micro_sequences, beside)
-        if (total := node_memory(other, workers)) <= limit:
-            found.append(_change(load, other, total))
+    for sums in (spec.reduce_precision, *(("same",) if rounds_sums(spec) else ())):
+        for zero, beside in itertools.product(stages(spec), dict.fromkeys((spec.checkpoint.asynchronous, False))):
+            other = load.varied(zero, spec.activation_checkpointing, load.micro_sequences, beside, sums)
+            if (total := node_memory(other, workers)) <= limit:
+                found.append(_change(load, other, total))
+        if found:
+            break
     return _cheapest(found)
 
 

@@ -153,7 +153,8 @@ def run_ranks(runs: dict[Path, TrainSpec], *, device: str = "cpu", kill_before_s
               full_before_step: int | None = None, preempt_before_step: int | None = None, stop_before_step: int | None = None,
               poison: dict[str, object] | None = None, hold: tuple[int, int] | None = None, slow_s: float = 0,
               watch: bool = False, dry: bool = False, inside: tuple[signal.Signals, str, int] | None = None,
-              empty_step: int | None = None, gradients: bool = False) -> str:
+              empty_step: int | None = None, gradients: bool = False, plain_disks: bool = False,
+              environment: dict[str, str] | None = None, block_save: int | None = None) -> str:
     """Train each run, one after the other in one group of `scale.workers` processes on `device`, from its last committed checkpoint.
 
     `kill_before_step`: the last rank is sent SIGKILL when it asks for that step. `full_before_step`: from
@@ -165,7 +166,9 @@ def run_ranks(runs: dict[Path, TrainSpec], *, device: str = "cpu", kill_before_s
     says. `dry`: the runs are dry runs. `inside`: (signal, place, n): the last rank is sent it inside the n-th step, counted from 1, or
     inside what follows it, as `strike` has it, and the ranks must end as with the others. `empty_step`: no token of
     that step gives loss, on any rank, and the ranks must fail; for corpora with marks. `gradients`: runs take their steps alone, and rank 0
-    writes what `watch_gradients` says. Returns what the ranks printed."""
+    writes what `watch_gradients` says. `plain_disks`: disks are read and written by `use_plain_op`. `environment`: of the ranks, beside the
+    test's. `block_save`: the step whose checkpoint the last of two ranks hangs at, as `faults.block_save` has it, and it must end by
+    SIGKILL. Returns what the ranks printed."""
     for run, spec in runs.items():
         run.mkdir(parents=True, exist_ok=True)
         (run / "spec.yaml").write_text(to_yaml(dump(spec)))
@@ -180,13 +183,14 @@ def run_ranks(runs: dict[Path, TrainSpec], *, device: str = "cpu", kill_before_s
     with tempfile.TemporaryDirectory() as folder:
         try:
             for rank in range(world):
-                environment = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank),
-                               "LOCAL_RANK": str(rank), "DS_ACCELERATOR": device,
-                               **(ENVIRONMENT if any(spec.deterministic for spec in runs.values()) else {})}
+                own = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank),
+                       "LOCAL_RANK": str(rank), "DS_ACCELERATOR": device, **(environment or {}),
+                       **(ENVIRONMENT if any(spec.deterministic for spec in runs.values()) else {})}
                 ranks.append(context.Process(
-                    target=rank_process, args=(list(runs), environment, Path(folder, str(rank))),
+                    target=rank_process, args=(list(runs), own, Path(folder, str(rank))),
                     kwargs={**(alone if rank == world - 1 else {}), "full": full_before_step, "poison": poison, "hold": hold,
-                            "watch": watch, "dry": dry, "empty": empty_step, "gradients": gradients}))
+                            "watch": watch, "dry": dry, "empty": empty_step, "gradients": gradients, "plain_disks": plain_disks,
+                            "block": block_save}))
                 ranks[-1].start()
             deadline = time.monotonic() + 240
             for one in ranks:
@@ -197,7 +201,7 @@ def run_ranks(runs: dict[Path, TrainSpec], *, device: str = "cpu", kill_before_s
             for one in ranks:
                 one.kill()
     codes = [one.exitcode for one in ranks]
-    if kill_before_step is not None or stop_before_step is not None or (inside and inside[0] != signal.SIGTERM):
+    if {kill_before_step, stop_before_step, block_save} != {None} or (inside and inside[0] != signal.SIGTERM):
         assert codes[-1] == -signal.SIGKILL, outputs[-1][-3000:]
     else:
         fails = not {full_before_step, preempt_before_step, inside, empty_step} <= {None}
@@ -265,7 +269,8 @@ def windows_seen(run: Path) -> dict[int, list[int]]:
 def rank_process(runs: list[Path], environment: dict[str, str], output: Path, *, kill: int | None = None, preempt: int | None = None,
                  stop: int | None = None, full: int | None = None, poison: dict[str, Any] | None = None,
                  hold: tuple[int, int] | None = None, slow_s: float = 0, watch: bool = False, dry: bool = False,
-                 inside: tuple[signal.Signals, str, int] | None = None, empty: int | None = None, gradients: bool = False) -> None:
+                 inside: tuple[signal.Signals, str, int] | None = None, empty: int | None = None, gradients: bool = False,
+                 plain_disks: bool = False, block: int | None = None) -> None:
     """One rank. What it prints goes to `output`."""
     os.environ |= environment
     log = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -284,7 +289,8 @@ def rank_process(runs: list[Path], environment: dict[str, str], output: Path, *,
     from distlm.train import preempt as preemption
     from distlm.train.dryrun import DryRun
     from distlm.train.recipe import make_recipe
-    from tests.train.faults import hold_writes, strike, watch_base, watch_gradients, watch_poisoned
+    from tests.train.disks import use_plain_op
+    from tests.train.faults import block_save, hold_writes, strike, watch_base, watch_gradients, watch_poisoned
 
     rank = int(environment["RANK"])
     torch.set_num_threads(1)
@@ -297,6 +303,10 @@ def rank_process(runs: list[Path], environment: dict[str, str], output: Path, *,
     held, until = hold or (-1, -1)
     if inside:
         strike(*inside)
+    if plain_disks:
+        use_plain_op()
+    if block is not None:
+        block_save(block)
     hold_writes(held, released := threading.Event())
     for run in runs:
         recipe = make_recipe(load_spec(run / "spec.yaml").spec, Storage(run.parent))

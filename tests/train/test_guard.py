@@ -146,7 +146,8 @@ def test_a_rank_that_is_stopped_between_steps_is_named_and_ended_too(corpus: Pat
     given = spec(corpus, scale=TWO, sharding={"zero": 3}, guard={"step_timeout_s": 8},
                  checkpoint={"every_steps": 10, "asynchronous": False})
     output = run_ranks({run: given}, inside=(signal.SIGSTOP, place, step))
-    what = (rf"TrainError: guard\.step_timeout_s: what follows step {step}, evaluation, checkpoint or export, stood still for 8 s: "
+    phase = "evaluation" if place == "measure" else place
+    what = (rf"TrainError: guard\.step_timeout_s: the {phase} after step {step} stood still for 8 s: "
             r"rank 1 \(process (\d+) on .*\) does not answer; the stacks of the others are in ")
     [pid] = set(re.findall(what, output))
     assert not psutil.pid_exists(int(pid))
@@ -155,12 +156,31 @@ def test_a_rank_that_is_stopped_between_steps_is_named_and_ended_too(corpus: Pat
     assert [path.name for path in checkpoint.committed(run)] == {"measure": [], "save": [], "export": ["step-000010", "step-000020"]}[place]
 
 
+@pytest.mark.parametrize("beside", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_rank_whose_write_to_storage_never_returns_is_named_with_the_save(corpus: Path, tmp_path: Path, beside: bool) -> None:
+    """Its process answers all the while. Beside the steps it is found by the next save, which waits for it."""
+    run = tmp_path / "run"
+    given = spec(corpus, scale=TWO, guard={"step_timeout_s": 4}, checkpoint={"every_steps": 5, "asynchronous": beside})
+    output = run_ranks({run: given}, block_save=5)
+    step = 10 if beside else 5
+    what = (rf"TrainError: guard\.step_timeout_s: the save after step {step} stood still for 8 s: "
+            r"rank 1 \(process (\d+) on .*, in its save\) is behind the others; the stacks of all ranks are in ")
+    [pid] = set(re.findall(what, output))
+    assert not psutil.pid_exists(int(pid))
+    assert (found := verdict(run)) and found.cause == "hang"
+    others, mine = output.split("process of rank 1\n")
+    stacks = rf"no progress for [\d.]+ s in step {step} \(save\); all threads:\n"
+    assert re.search(stacks, mine) and "in entered" in mine and re.search(stacks, others) and "distributed_c10d.py" in others
+    assert len(losses(run)) == step and not checkpoint.committed(run) and not (run / "export").exists()
+
+
 def watchdogs(run: Path, *places: tuple[int, int], timeout_s: float = 0.5) -> list[Watchdog]:
     """One of each rank, at the given places, on hosts of their own: nobody is killed. None runs."""
     dogs = [object.__new__(Watchdog) for _ in places]
     for rank, (dog, at) in enumerate(zip(dogs, places, strict=True)):
         dog._folder, dog._rank, dog._timeout_s = run / "hang", rank, timeout_s
         dog._at, dog._beaten, dog._quiet_until = at, time.monotonic(), 0.0
+        dog._phase, dog._patience_s, dog._before, dog._begun, dog._since = "", 3600.0, 0, 0, 0.0
         dog._processes, dog._end = [{"host": f"host-{i}", "pid": 100 + i} for i in range(len(places))], threading.Event()
         dog._thread = threading.Thread(target=dog._watch, daemon=True)
     return dogs
@@ -185,7 +205,7 @@ def test_what_hangs_while_its_threads_live_is_behind_the_others(tmp_path: Path) 
     dogs = watchdogs(tmp_path, (7, 3), (7, 0), (7, 3))
     found = judged(tmp_path, dogs, (0, 1, 2))
     assert "step 8 stood still for 0.5 s: rank 1 (process 101 on host-1) is behind the others" in str(found)
-    dogs[0]._judge((7, 3), {0: {"at": (7, 3), "late": True}}, [2])
+    dogs[0]._judge((7, 3), {0: {"at": (7, 3), "late": True}}, [2], 0.5)
     assert "rank 1 (" in str(verdict(tmp_path)), "the first verdict holds"
 
 
@@ -215,10 +235,28 @@ def test_an_evaluation_a_save_or_an_export_may_take_long_as_long_as_all_answer(t
     assert "(what follows it)" not in capfd.readouterr().err, "while all answer there is nothing to write"
     assert not list((tmp_path / "alive" / "hang").glob("verdict*"))
     found = judged(tmp_path / "stopped", watchdogs(tmp_path / "stopped", (7, REST), *others), (1, 2))
-    what = "what follows step 8, evaluation, checkpoint or export," if others[0] == (7, REST) else "step 9"
+    what = "what follows step 8" if others[0] == (7, REST) else "step 9"
     assert f"{what} stood still for 0.5 s: rank 0 (process 100 on host-0) does not answer" in str(found)
     place = "step 8 (what follows it)" if others[0] == (7, REST) else "step 9 (micro-batch 2)"
     assert f"no progress for 0.5 s in {place}; all threads:\n" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("place", [(7, REST), (8, 2)])
+def test_who_does_not_come_to_an_exchange_that_another_has_waited_in_for_long_is_behind(tmp_path: Path, place: tuple[int, int]) -> None:
+    """Ranks 0 and 2 wait in their fifth exchange, and rank 1 has begun four."""
+    def dogs(run: Path, patience_s: float) -> list[Watchdog]:
+        made = watchdogs(run, place, (7, REST), place)
+        for dog, begun in zip(made, (5, 4, 5), strict=True):
+            dog._exchanges = lambda before, begun=begun: begun  # type: ignore[method-assign, misc]
+            dog._begun, dog._phase = begun, "save"
+            dog._patience_s = patience_s if begun == 5 else 0.1            # rank 1 has been busy for long, which is no fault yet
+        return made
+
+    found = judged(tmp_path / "long", dogs(tmp_path / "long", 1.0), (0, 1, 2))
+    what = "the save after step 8" if place == (7, REST) else "step 9"
+    assert f"{what} stood still for 1 s: rank 1 (process 101 on host-1, in its save) is behind the others; the stacks of all" in str(found)
+    short = dogs(tmp_path / "short", 3600.0)
+    assert judged(tmp_path / "short", short, (0, 1, 2), lambda: all(dog._quiet_until for dog in short)) is None, "they have just begun"
 
 
 def test_a_rank_that_rests_or_ends_while_it_hears_the_others_harms_none(tmp_path: Path) -> None:

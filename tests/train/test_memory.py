@@ -146,7 +146,7 @@ def test_model_states_and_the_memory_of_nodes_are_told_without_a_count_of_activa
 def test_a_load_counts_once() -> None:
     given = spec()
     one = make_load(given, model_config(given.model, SHAPE), SHAPE, 1, 1, 1)
-    assert one.activations is one.varied(1, 0, 1, True).activations
+    assert one.activations is one.varied(1, 0, 1, True, None).activations
 
 
 def test_a_layer_that_is_computed_again_keeps_its_input_alone() -> None:
@@ -282,6 +282,25 @@ def test_advice_is_the_cheapest_change_that_fits() -> None:
     for precision in ("bf16", "fp8"):
         compiled = load(parameters=8 * 10**9, compile=True, precision=precision)
         assert advice(compiled, 38 * GIB).startswith("sharding.zero: 2 and batch.micro_sequences: 2 and activation"), "no stage 3"
+
+
+def test_sums_in_less_than_fp32_are_the_last_advice() -> None:
+    one = load(sharding={"zero": 2})
+    same = peak_memory(load(sharding={"zero": 2}, reduce_precision="same")).total
+    for limit, alone in ((same, True), (same - 1, False)):
+        text = advice(one, limit)
+        first, _, other = text.partition(", or with ")
+        assert "reduce_precision" not in first and first.count(", at ") == 1
+        assert other == (f"reduce_precision: same, at {same / GIB:.3g} GiB" if alone else "")
+    exact, rounded = (min(peak_memory(one.varied(zero, 1, 1, True, sums)).total for zero in (2, 3)) for sums in ("fp32", "same"))
+    assert rounded < exact, "the least of each"
+    assert "reduce_precision" not in advice(one, exact) and " and reduce_precision: same, at " in advice(one, exact - 1)
+    assert advice(one, rounded - 1) == "" == advice(load(sharding={"zero": 2}, reduce_precision="same"), rounded - 1)
+    for given in ({"reduce_precision": "same"}, {"precision": "fp32"}):
+        whole = load(sharding={"zero": 2}, **given)
+        assert not any("reduce" in advice(whole, peak_memory(whole).total - less) for less in (1, GIB, 2 * GIB, 4 * GIB, 8 * GIB))
+    offloaded = load(sharding={"zero": 3, "offload": {"optimizer": "cpu"}}, checkpoint={"asynchronous": False})
+    assert node_advice(offloaded, 8, node_memory(offloaded, 8) - 1).startswith("reduce_precision: same, at ")
 
 
 def test_a_load_is_made_of_a_spec_and_half_a_batch_takes_half_the_activations() -> None:

@@ -1,5 +1,6 @@
 """Weights and the optimizer's states lie outside of the device, and the steps are the same."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from distlm.spec.load import dump, load_spec
 from distlm.storage import Storage
 from distlm.train.disks import own_disks
 from distlm.train.zero import check_node, deepspeed_config
+from tests.train.disks import build_op, lacking
 from tests.train.ranks import losses, make_corpus, metrics, run_ranks, spec
 from tests.train.test_resume import case, check_going_on, records
 
@@ -54,7 +56,15 @@ def test_every_stage(optimizer: str, precision: str, tmp_path: Path) -> None:
 WIDE = {"config": {"model_type": "llama", "hidden_size": 256, "intermediate_size": 2048, "num_hidden_layers": 2, "num_attention_heads": 4,
                    "num_key_value_heads": 2, "tie_word_embeddings": True}}
 """DeepSpeed leaves in memory what is less than a mebibyte on a rank."""
-with_disks = pytest.mark.skipif(not AsyncIOBuilder().is_compatible(verbose=False), reason="libaio is not installed")
+
+
+@pytest.fixture(scope="module")
+def op(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment of ranks that have DeepSpeed's own op."""
+    if missing := lacking():
+        pytest.skip(f"DeepSpeed's op for disks cannot be built: there is no {missing}")
+    root = tmp_path_factory.getbasetemp()                  # of all processes of pytest-xdist is its parent: the op is built once
+    return build_op((root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "op")
 
 
 def test_what_lies_on_disks_goes_when_a_rank_ends_however_it_does(tmp_path: Path) -> None:
@@ -73,25 +83,32 @@ def test_what_lies_on_disks_goes_when_a_rank_ends_however_it_does(tmp_path: Path
     assert not [*(tmp_path / "fast").iterdir()]
 
 
-@with_disks
-@pytest.mark.slow
-@pytest.mark.parametrize(("optimizer", "precision", "parameters"), [
-    ("adamw", "fp32", {}), ("adamw", "bf16", {"parameters": "cpu"}), ("lion", "fp32", {"parameters": "cpu"}), ("sgd", "bf16", {})])
-def test_what_lies_on_disks_makes_the_same_steps_and_goes_on(tmp_path: Path, optimizer: str, precision: str,
-                                                             parameters: dict[str, str]) -> None:
+def check_disks(tmp_path: Path, optimizer: str, precision: str, parameters: dict[str, str], **ranks: Any) -> None:
+    """A run that is killed goes on bit-equal from what lies on disks, has the losses of one that has all in memory, and leaves nothing."""
     disk, corpus = tmp_path / "disk", make_corpus(tmp_path / "c")
     kept, away = (case(corpus, optimizer, precision, 3, model=WIDE, sharding=sharding(3, offload))
                   for offload in (None, {"optimizer": "nvme", "path": str(disk), **parameters}))
-    run_ranks({tmp_path / "kept": kept})
-    run_ranks({tmp_path / "killed": away}, kill_before_step=5)
+    run_ranks({tmp_path / "killed": away}, kill_before_step=5, **ranks)
     assert [path for path in disk.rglob("*.swp") if path.stat().st_size >= 1 << 20], "some of it lies there"
-    run_ranks({tmp_path / "whole": away})
-    run_ranks({tmp_path / "killed": away})
+    run_ranks({tmp_path / "kept": kept, tmp_path / "whole": away, tmp_path / "killed": away}, **ranks)
     assert not list(disk.iterdir()), "nothing is left by runs that have ended"
     assert records(tmp_path / "killed") == records(tmp_path / "whole")
     ours, theirs = ((tmp_path / run / "export" / "model.safetensors").read_bytes() for run in ("killed", "whole"))
     assert ours == theirs
     np.testing.assert_allclose(losses(tmp_path / "whole"), losses(tmp_path / "kept"), rtol=1e-5 if precision == "fp32" else 5e-3)
+
+
+def test_what_lies_on_disks_makes_the_same_steps_and_goes_on(tmp_path: Path) -> None:
+    check_disks(tmp_path, "adamw", "bf16", {}, plain_disks=True)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)                                 # the op is built first
+@pytest.mark.parametrize(("optimizer", "precision", "parameters"), [
+    ("adamw", "fp32", {}), ("adamw", "bf16", {"parameters": "cpu"}), ("lion", "fp32", {"parameters": "cpu"}), ("sgd", "bf16", {})])
+def test_what_deepspeed_s_op_lays_on_disks_makes_the_same_steps_and_goes_on(
+        tmp_path: Path, op: dict[str, str], optimizer: str, precision: str, parameters: dict[str, str]) -> None:
+    check_disks(tmp_path, optimizer, precision, parameters, environment=op)
 
 
 def test_a_node_without_what_disks_need_says_so_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
