@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from distlm.errors import SpecError
 from distlm.model.adapter import adapter_sizes
+from distlm.model.attention import num_products
 from distlm.model.build import Shape, num_parameters, recomputable, skeleton
 from distlm.model.distill import teacher_config
 from distlm.model.loss import BLOCK_ELEMENTS, CHUNK_ELEMENTS, PLAIN_HEADS
@@ -43,6 +44,9 @@ REDUCE_BUCKET, MAX_LIVE = 500_000_000, 1_000_000_000
 """Elements, DeepSpeed's defaults: zero_optimization.reduce_bucket_size, and stage3_max_live_parameters and stage3_max_reuse_distance."""
 GIB = 1 << 30
 CUDA_BYTES = CUDA_GIB * GIB
+KERNEL_BYTES = 600_000
+"""What oneDNN keeps for good of each shape of a product in bf16, on a CPU with AVX-512: the code that it makes for it, as measured
+(docs/experiments.md)."""
 FRAGMENTATION = 0.05
 """Of all the rest: what the allocator holds and cannot use. An assumption."""
 
@@ -58,7 +62,7 @@ class Memory:
     activations: int
     loss: int
     buffers: int
-    """DeepSpeed's buckets, gathered parameters, and float32 copies of gradients."""
+    """DeepSpeed's buckets, gathered parameters, and float32 copies of gradients; on CPU what oneDNN keeps of attention's products too."""
     snapshot: int
     """Of workers on CPU, the copy of the state out of which a checkpoint is written beside the steps; a GPU's lies in the host's memory."""
     fragmentation: int
@@ -257,7 +261,8 @@ def peak_memory(load: Load) -> Memory:
 
         o + a_1 + ... + a_(L - 1) + b  in the last layer,  b + G  in the first,
 
-    and in those between no more than the larger of both, as the one grows evenly and the other shrinks.
+    and in those between no more than the larger of both, as the one grows evenly and the other shrinks. Beside it a CPU has the kernels of
+    attention's products, three for each block of queries of a window.
     """
     spec, n, zero = load.spec, load.parameters - load.frozen, load.spec.sharding.zero
     world, p, g, on_gpu = load.ranks, load.weight_bytes, load.gradient_bytes, bool(spec.scale.gpus_per_worker)
@@ -299,7 +304,8 @@ def peak_memory(load: Load) -> Memory:
         "step": (gradients, 0, 0, step + (buffers if zero == 3 else 0))}
     at = max(peaks.values(), key=sum)
     snapshot = 0 if on_gpu else sum(snapshot_bytes(load))
-    whole = Memory(states["weights"], at[0], states["optimizer"], states["ema"], at[1], at[2], at[3], snapshot, 0)
+    kernels = 0 if on_gpu or p == 4 else KERNEL_BYTES * num_products(load.context * spec.sharding.sequence_parallel)
+    whole = Memory(states["weights"], at[0], states["optimizer"], states["ema"], at[1], at[2], at[3] + kernels, snapshot, 0)
     return replace(whole, fragmentation=round(FRAGMENTATION * whole.total))
 
 

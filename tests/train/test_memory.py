@@ -20,6 +20,7 @@ from distlm.train.activations import Activations, measure_activations
 from distlm.train.driver import short_nodes
 from distlm.train.memory import (
     GIB,
+    KERNEL_BYTES,
     MAX_LIVE,
     REDUCE_BUCKET,
     Load,
@@ -216,8 +217,18 @@ def test_every_part_follows_from_the_stage() -> None:
 
 def test_activations_have_gone_when_a_bucket_is_sent_that_holds_all_gradients() -> None:
     for n, meanwhile in ((4 * 10**8, False), (10**9, True)):
-        found = peak_memory(load(0, n, activation_checkpointing=1, sharding={"zero": 1}, checkpoint={"asynchronous": False}))
+        found = peak_memory(load(0, n, precision="fp32", activation_checkpointing=1, sharding={"zero": 1}))
         assert found.activations and bool(found.buffers) == meanwhile
+
+
+def test_a_cpu_keeps_kernels_for_each_block_of_queries_of_a_window() -> None:
+    def buffers(gpus: int, context: int, precision: str, **sharding: int) -> int:
+        one = load(gpus, 10**6, activation_checkpointing=1, precision=precision, sharding=sharding)
+        return peak_memory(replace(one, context=context)).buffers
+
+    assert buffers(0, 4096, "bf16") - buffers(0, 1024, "bf16") == 3 * (32 - 8) * KERNEL_BYTES
+    assert buffers(0, 512, "bf16", sequence_parallel=2) == buffers(0, 1024, "bf16"), "attention has all tokens"
+    assert buffers(1, 4096, "bf16") == buffers(1, 1024, "bf16") and buffers(0, 4096, "fp32") == buffers(0, 1024, "fp32")
 
 
 def test_sums_in_fp32_are_counted() -> None:
