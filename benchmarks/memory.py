@@ -27,6 +27,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "vocabulary": {"width": 256, "layers": 3, "context": 128, "micro": 4, "vocab": 49152},
     "accumulated": {"width": 512, "layers": 4, "context": 128, "micro": 4, "vocab": 4096, "accumulation": 2},
     "recomputed": {"width": 512, "layers": 6, "context": 256, "micro": 4, "vocab": 4096, "recompute": 1},
+    "long-recomputed": {"width": 512, "layers": 4, "context": 4096, "micro": 1, "vocab": 4096, "recompute": 1},
 }
 
 

@@ -113,6 +113,12 @@ def keeps(tokens: int, width: int) -> bool:
     return tokens <= KEPT_WIDTHS * width
 
 
+def num_products(tokens: int) -> int:
+    """Shapes that products of probabilities have, both ways, for a sequence of so many tokens: with values, with them on the way back, and
+    transposed, for each number of keys that a block of queries sees."""
+    return 3 * -(-tokens // BLOCK_QUERIES)
+
+
 def _whole(mask: torch.Tensor | None, ahead: bool | None) -> bool:
     """Whether there is room for what lies beyond the diagonal: unless it is known to be left out."""
     return mask is not None and ahead is not False

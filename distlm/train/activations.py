@@ -1,12 +1,21 @@
-"""What autograd keeps of a sequence for the backward pass, by layer, counted on the meta device, where nothing is computed or allocated.
+"""What autograd keeps of a sequence for the backward pass, by layer, and what that pass takes beside it, counted on the meta device, where
+nothing is computed or allocated.
 
     kept = measure_activations(config, shape, "bf16", on_gpu=True).kept(every=0)           # bytes
 """
 
 import contextlib
+import itertools
 import sys
+import weakref
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from distlm.model.adapter import add_adapter
 from distlm.model.attention import KEPT_WIDTHS, causal_attention, keeps, kept_probabilities
@@ -28,27 +37,33 @@ class Activations:
     """What goes into a layer, which is all that is kept of one that is computed again."""
     outside: int
     """Before, between and after layers, the loss not counted."""
+    backward: int
+    """The most that there is at once as a layer is passed backward: what it keeps, until that has been used, and gradients of activations
+    on the way. What other layers keep and the gradients of weights do not count."""
 
     def kept(self, every: int) -> int:
         """With every n-th layer computed again, 0 for none (Chen et al. 2016)."""
         again = [i for i in range(len(self.layers)) if every and i % every == 0]
         return self.outside + sum(self.layers) + sum(self.inputs - self.layers[i] for i in again)
 
+    def last(self, every: int) -> int:
+        """As the last layer is passed backward, when all others keep what they do. One that is computed again has its input beside that."""
+        return self.kept(every) + self.backward - (0 if every and (len(self.layers) - 1) % every == 0 else self.layers[-1])
+
 
 def measure_activations(config: "PreTrainedConfig", shape: Shape, precision: str, on_gpu: bool, masked: bool = False,
                         tensor: int = 1, adapter: Adapter | None = None, sequence: int = 1, packed: bool = False,
                         compiled: bool = False) -> Activations:
-    """What autograd keeps of a sequence, counted in a forward pass.
+    """What autograd keeps of a sequence, counted in a forward pass, and what there is at once in the backward pass after it.
 
     Attention is counted as it is done: on CPU `causal_attention` keeps queries, and keys and values repeated for each head, and of short
     sequences the probabilities; a GPU's fused kernel keeps the first three as they are. Where the family's code needs values, and so cannot
     run there, it is Korthikanti et al. 2022, equation 2, without the scores, which no fused kernel keeps: 34 bytes a token and unit of
     width, at two bytes a number. `sequence`: ranks that have a part of a sequence each, and in attention all tokens of a part of the heads.
     `packed`: as many tokens may stand in shorter rows, at most as long as keep the most probabilities. `compiled`: what torch.compile's
-    partitioner would keep of a layer, which computes again what is cheap.
+    partitioner would keep of a layer, which computes again what is cheap; gradients on the way back are taken for those of a layer that is
+    not compiled, since between the same matrix products there are the same ones.
     """
-    import torch
-
     text = config.get_text_config()
     p = 4 if precision == "fp32" else 2
     inputs = shape.context * text.hidden_size * p
@@ -61,40 +76,111 @@ def measure_activations(config: "PreTrainedConfig", shape: Shape, precision: str
             _attend_with_gradient(model, on_gpu)
         else:
             _count_attention(model, on_gpu, sequence, packed)
-    seen: dict[int, Any] = {storage._cdata: storage for parameter in model.parameters() for storage in (parameter.untyped_storage(),)}
     layers = decoder_layers(model)
+    lives = _Lifetimes(model.parameters(), len(layers))
     unlimited: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
     if compiled:
         _partition(layers)
         # past torch's limit, by default at the ninth count of a process, layers would be left as they are without a word
         unlimited = torch._dynamo.config.patch(recompile_limit=sys.maxsize, accumulated_recompile_limit=sys.maxsize)
-    counts, current = [0] * (len(layers) + 1), [len(layers)]
     for i, layer in enumerate(layers):
-        layer.register_forward_pre_hook(lambda *_, i=i: current.__setitem__(0, i))
-        layer.register_forward_hook(lambda *_: current.__setitem__(0, len(layers)))
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in seen:
-            seen[storage._cdata] = storage                 # kept, so that its address is not another's
-            counts[current[0]] += storage.nbytes()
-        return tensor
+        layer.register_forward_pre_hook(lambda *_, i=i: lives.enter(i))
+        layer.register_forward_hook(lambda _, given, made, i=i: lives.leave(i, made if isinstance(made, torch.Tensor) else made[0]))
 
     mask = shape.context**2 * (1 + p) if masked else 0     # boolean, and as PyTorch adds it to the scores; one for all layers
     try:
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), unlimited:
+        with torch.autograd.graph.saved_tensors_hooks(lives.keep, lambda tensor: tensor), unlimited:
             tokens = torch.zeros(1, shape.context, dtype=torch.int64, device="meta")
             mask_ = torch.ones_like(tokens)                # without one, transformers would look into the positions
-            model.base_model(input_ids=tokens, attention_mask=mask_, use_cache=False)
-        assert layers and all(counts[:-1])
+            hidden = model.base_model(input_ids=tokens, attention_mask=mask_, use_cache=False)[0]
+            counts = lives.kept()
+            assert layers and all(counts[:-1])
+            if not compiled:
+                with lives:
+                    hidden.sum().backward()                # whose gradient takes no memory
     except Exception:                                      # a mixture of experts asks which tokens go where
-        return Activations((shape.context * text.hidden_size * 17 * p,) * text.num_hidden_layers, inputs, inputs + mask)
-    return Activations(tuple(counts[:-1]), inputs, counts[-1] + mask)
+        unit = shape.context * text.hidden_size * p        # on the way back: gradients of the output and of two that are four times as wide
+        return Activations((17 * unit,) * text.num_hidden_layers, inputs, inputs + mask, (17 + 9) * unit)
+    backward = lives.most()
+    if compiled:
+        plain = measure_activations(config, shape, precision, on_gpu, masked, tensor, adapter, sequence)
+        backward = max(counts[:-1]) + plain.backward - max(plain.layers)
+    return Activations(tuple(counts[:-1]), inputs, counts[-1] + mask, backward)
+
+
+class _Lifetimes(TorchDispatchMode):
+    """Which storages there are, from when a layer keeps one, or while this is entered an operator makes one, until it is freed."""
+
+    def __init__(self, parameters: Iterator[torch.nn.Parameter], layers: int) -> None:
+        super().__init__()
+        self.layers = self.layer = layers                  # in which a pass is; their number stands for what is outside
+        self.numbers, self.fresh = dict[int, int](), itertools.count()
+        """Of the storages that there are, by address."""
+        self.events: list[tuple[int, int, int, int | None]] = []
+        """The layer that the pass is in, the storage's number, its bytes, negative where they are freed, and which layer keeps it."""
+        self.sums: set[int] = set()
+        """The numbers of weights' gradients."""
+        for parameter in parameters:
+            self.numbers[parameter.untyped_storage()._cdata] = next(self.fresh)
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(self._forget)
+
+    def enter(self, layer: int) -> None:
+        self.layer = layer
+
+    def leave(self, layer: int, hidden: torch.Tensor) -> None:
+        """A layer has made `hidden`; the backward pass is in it from when it has the gradient of that."""
+        self.layer = self.layers
+        if hidden.requires_grad:
+            hidden.register_hook(lambda _: self.enter(layer))
+
+    def keep(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A layer keeps a tensor for the backward pass."""
+        self._see(tensor.untyped_storage(), self.layer)
+        return tensor
+
+    def kept(self) -> list[int]:
+        """Bytes that each layer keeps so far, and what is kept outside."""
+        return [sum(size for _, _, size, owner in self.events if owner == layer) for layer in range(self.layers + 1)]
+
+    def most(self) -> int:
+        """In a backward pass, of what other layers do not keep, weights' gradients left out."""
+        found, there = 0, Counter[int | None]()
+        for layer, number, size, owner in self.events:
+            if number not in self.sums:
+                there[owner] += size
+                found = max(found, there[None] + there[layer] if layer < self.layers else 0)
+        return found
+
+    def __torch_dispatch__(self, operator: Any, types: Any, given: Any = (), named: Any = None) -> Any:
+        made = operator(*given, **(named or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor):
+                self._see(tensor.untyped_storage(), None)
+        return made
+
+    def _see(self, storage: Any, owner: int | None) -> None:
+        address = storage._cdata
+        if address in self.numbers:
+            return
+        number, size = next(self.fresh), storage.nbytes()
+        self.numbers[address] = number
+        self.events.append((self.layer, number, size, owner))
+
+        def freed() -> None:
+            del self.numbers[address]                      # which may be another's soon
+            self.events.append((self.layer, number, -size, owner))
+
+        weakref.finalize(storage, freed)
+
+    def _forget(self, parameter: torch.Tensor) -> None:
+        assert parameter.grad is not None
+        self.sums.add(self.numbers[parameter.grad.untyped_storage()._cdata])
+        parameter.grad = None
 
 
 def _count_attention(model: Any, on_gpu: bool, sequence: int, packed: bool) -> None:
     """Let a model on the meta device keep what the fused kernels keep, without a mask."""
-    import torch
     from transformers import AttentionInterface, AttentionMaskInterface
 
     class Kept(torch.autograd.Function):
@@ -106,6 +192,11 @@ def _count_attention(model: Any, on_gpu: bool, sequence: int, packed: bool) -> N
             probabilities = [query.new_empty(batch, heads, kept)] if not on_gpu and (packed or keeps(tokens, width)) else []
             ctx.save_for_backward(query, key, value, *probabilities)
             return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
+
+        @staticmethod
+        def backward(ctx: Any, *_: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            query, key, value, *_ = ctx.saved_tensors
+            return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
     def attend(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, None]:
         groups = query.shape[1] // key.shape[1]
@@ -120,7 +211,6 @@ def _count_attention(model: Any, on_gpu: bool, sequence: int, packed: bool) -> N
 
 def _attend_with_gradient(model: Any, on_gpu: bool) -> None:
     """Let a model on the meta device attend by operators whose gradients a partitioner sees, without a mask."""
-    import torch
     from transformers import AttentionInterface, AttentionMaskInterface
 
     def attend(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, None]:
@@ -138,7 +228,6 @@ def _attend_with_gradient(model: Any, on_gpu: bool) -> None:
 
 def _partition(layers: list[Any]) -> None:
     """Let layers keep what they would when they are compiled; nothing is."""
-    import torch
     from torch._dynamo.backends.common import aot_autograd
     from torch._functorch.aot_autograd import make_boxed_func
     from torch._functorch.partitioners import min_cut_rematerialization_partition

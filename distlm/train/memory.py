@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from distlm.errors import SpecError
 from distlm.model.adapter import adapter_sizes
+from distlm.model.attention import num_products
 from distlm.model.build import Shape, num_parameters, recomputable, skeleton
 from distlm.model.distill import teacher_config
 from distlm.model.loss import BLOCK_ELEMENTS, CHUNK_ELEMENTS, PLAIN_HEADS
@@ -43,6 +44,9 @@ REDUCE_BUCKET, MAX_LIVE = 500_000_000, 1_000_000_000
 """Elements, DeepSpeed's defaults: zero_optimization.reduce_bucket_size, and stage3_max_live_parameters and stage3_max_reuse_distance."""
 GIB = 1 << 30
 CUDA_BYTES = CUDA_GIB * GIB
+KERNEL_BYTES = 600_000
+"""What oneDNN keeps for good of each shape of a product in bf16, on a CPU with AVX-512: the code that it makes for it, as measured
+(docs/experiments.md)."""
 FRAGMENTATION = 0.05
 """Of all the rest: what the allocator holds and cannot use. An assumption."""
 
@@ -58,7 +62,7 @@ class Memory:
     activations: int
     loss: int
     buffers: int
-    """DeepSpeed's buckets, gathered parameters, and float32 copies of gradients."""
+    """DeepSpeed's buckets, gathered parameters, and float32 copies of gradients; on CPU what oneDNN keeps of attention's products too."""
     snapshot: int
     """Of workers on CPU, the copy of the state out of which a checkpoint is written beside the steps; a GPU's lies in the host's memory."""
     fragmentation: int
@@ -266,19 +270,26 @@ def check_states(load: Load) -> None:
 
 
 def peak_memory(load: Load) -> Memory:
-    """The most that a worker holds, which is either as a backward pass begins or as the optimizer steps. What `places` has elsewhere does
-    not count.
+    """The most that a worker holds: as a backward pass begins, as it is in the last layer or in the first, as gradients are sent, or as the
+    optimizer steps. What `places` has elsewhere does not count.
 
     Model states: Rajbhandari et al. 2020, section 3, with p bytes of a weight: in fp32 p = 4, else p = 2 and the optimizer has the
     float32 weights too. In fp8 weights and activations are kept in bf16 all the same. What an adapter leaves as it is has its weights
     alone, in p bytes or in NF4.
-    Activations: measured on the meta device (`train/activations.py`), where Korthikanti et al. 2022, equation 2, counts by hand.
+    Activations: measured on the meta device (`train/activations.py`), where Korthikanti et al. 2022, equation 2, counts by hand. With a_i
+    bytes that layer i of L keeps (its input, where it is computed again), o that is kept outside of layers, b that one layer takes on its
+    way back, and G of gradients, a backward pass takes
+
+        o + a_1 + ... + a_(L - 1) + b  in the last layer,  b + G  in the first,
+
+    and in those between no more than the larger of both, as the one grows evenly and the other shrinks. Beside it a CPU has the kernels of
+    attention's products, three for each block of queries of a window.
     """
     spec, n, zero = load.spec, load.parameters - load.frozen, load.spec.sharding.zero
     world, p, g, on_gpu = load.ranks, load.weight_bytes, load.gradient_bytes, bool(spec.scale.gpus_per_worker)
     part, states, away = -(-n // world), own_states(load), places(spec)
     kept = load.micro_sequences * load.activations.kept(spec.activation_checkpointing)
-    again = load.micro_sequences * max(load.activations.layers) if spec.activation_checkpointing else 0
+    last, one = (load.micro_sequences * of for of in (load.activations.last(spec.activation_checkpointing), load.activations.backward))
     loss = loss_bytes(load, p)
     raw = spec.sharding.deepspeed.get("zero_optimization", {})
     bucket_size = raw_number(raw, "reduce_bucket_size", REDUCE_BUCKET)
@@ -300,14 +311,22 @@ def peak_memory(load: Load) -> Memory:
     gradients = states["gradients"]
     held = gradients if load.accumulation > 1 else 0       # the first backward pass begins without gradients
     early = buffers if zero == 3 or (zero and on_gpu) else 0                   # what there is before gradients fill buckets
+    if zero and n > bucket_size:                           # buckets are sent while the backward pass goes on
+        filled, beside = gradients, buffers + sent
+    elif zero < 2:                                         # of stage 1 the bucket is the gradients' place; without ZeRO there is none yet
+        filled, beside = gradients, reserved - bucket * g if zero else 0
+    else:
+        filled, beside = held if zero == 2 else gradients, buffers
     peaks = {
         "loss": (held, kept, loss, early),
-        "last layer": (held, kept + again, 0, early),
-        "first layer": (gradients, again, 0, buffers + sent),
+        "last layer": (held, last, 0, early),
+        "first layer": (filled, one, 0, beside),
+        "sent": (gradients, 0, 0, buffers + sent),
         "step": (gradients, 0, 0, step + (buffers if zero == 3 else 0))}
     at = max(peaks.values(), key=sum)
     snapshot = 0 if on_gpu else sum(snapshot_bytes(load))
-    whole = Memory(states["weights"], at[0], states["optimizer"], states["ema"], at[1], at[2], at[3], snapshot, 0)
+    kernels = 0 if on_gpu or p == 4 else KERNEL_BYTES * num_products(load.context * spec.sharding.sequence_parallel)
+    whole = Memory(states["weights"], at[0], states["optimizer"], states["ema"], at[1], at[2], at[3] + kernels, snapshot, 0)
     return replace(whole, fragmentation=round(FRAGMENTATION * whole.total))
 
 
