@@ -1,6 +1,6 @@
 """The blocks of a plan as a Ray dataset: one task reads each. It needs Ray, which `corpus.stream` does not.
 
-    dataset = plan_dataset(plan, first_step=120)
+    dataset = plan_dataset(plan, first_step=120, tasks=2)
 """
 
 from collections.abc import Iterator
@@ -15,14 +15,11 @@ from distlm.corpus.manifest import read_manifest
 from distlm.corpus.stream import Plan, read_block
 
 
-def plan_dataset(plan: Plan, first_step: int) -> ray.data.Dataset:
-    """A dataset of the blocks from `first_step` on, in order, block j for rank j mod world.
-
-    One task for each rank and one more run at a time. Each is a process that Ray starts first, seconds of a core: as many as there are
-    CPUs would take the cores from the workers that wait for them.
-    """
+def plan_dataset(plan: Plan, first_step: int, tasks: int) -> ray.data.Dataset:
+    """A dataset of the blocks from `first_step` on, in order, block j for rank j mod world, of which `tasks` are read at a time. Each task
+    is a process that Ray starts first, seconds of a core."""
     blocks = Blocks(plan, first_step)
-    return ray.data.read_datasource(blocks, num_cpus=0.25, concurrency=plan.world + 1, override_num_blocks=len(blocks.chunks) * plan.world)
+    return ray.data.read_datasource(blocks, num_cpus=0.25, concurrency=tasks, override_num_blocks=len(blocks.chunks) * plan.world)
 
 
 class Blocks(Datasource):

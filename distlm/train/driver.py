@@ -189,12 +189,14 @@ def _launch(recipe: Recipe, folder: RunFolder, first_step: int, resume_from: Pat
     data_context = ray.data.DataContext.get_current()
     data_context.enable_progress_bars = False
     data_context.execution_no_progress_timeout_s = -1      # a step may be slower than Ray's idea of progress
+    # beside GPUs cores are idle; of a CPU's workers as many as there are cores for would take the cores (docs/experiments.md)
+    readers = 4 * scale.workers if scale.gpus_per_worker else scale.workers + 1
     trainer = TorchTrainer(
         work, train_loop_config={"task": Task(recipe, folder.path, first_step, resume_from, look)},
         torch_config=RankConfig(backend="nccl" if scale.gpus_per_worker else "gloo",
                                 timeout_s=collective_timeout(recipe.spec.guard.step_timeout_s)),
         scaling_config=ScalingConfig(num_workers=scale.workers, use_gpu=bool(scale.gpus_per_worker), resources_per_worker=resources),
-        datasets={"train": plan_dataset(recipe.plan(), first_step)} if first_step < recipe.num_steps else {},
+        datasets={"train": plan_dataset(recipe.plan(), first_step, readers)} if first_step < recipe.num_steps else {},
         dataset_config=DataConfig(execution_options=ray.data.ExecutionOptions(preserve_order=True), enable_shard_locality=False),
         run_config=RunConfig(name=f"{folder.name}-{os.getpid()}-{look}{recipe.micro_sequences}-{attempt}", storage_path=str(folder_ray),
                              failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),  # type: ignore[call-arg]

@@ -437,9 +437,11 @@ def test_other_objectives_train_as_by_plain_processes(cluster: str, corpus: Path
 
 
 @pytest.mark.parametrize(("world", "group", "marked"), [(1, 1, False), (2, 1, True), (3, 1, False), (4, 2, False)])
-def test_ray_data_deals_the_planned_blocks_to_the_ranks(cluster: str, corpus: Path, world: int, group: int, marked: bool) -> None:
+def test_ray_data_deals_the_planned_blocks_to_the_ranks(cluster: str, corpus: Path, world: int, group: int, marked: bool,
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distlm.corpus.stream.MAX_CHUNK_STEPS", 1)             # 63 blocks for each rank, of which tasks end in any order
     plan = Plan(str(corpus), 12, world, 70, 0, marked=marked, group=group)
-    dataset = plan_dataset(plan, 7)
+    dataset = plan_dataset(plan, 7, 5)
     dataset.context.enable_progress_bars = False
     dataset.context.execution_options.preserve_order = True
     got: dict[int, list[np.ndarray]] = {}
