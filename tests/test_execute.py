@@ -89,7 +89,7 @@ def test_a_run_whose_export_is_gone_is_not_complete(storage: Storage, monkeypatc
     folder.result({"export": str(folder.path / "export")})
     folder.event("succeeded", "completed")
     monkeypatch.setattr(execute, "inputs", lambda *_: {})
-    monkeypatch.setattr(execute, "job", lambda kind: lambda *_: {"did": kind})
+    monkeypatch.setattr(execute, "imported", lambda place: lambda *_: {"did": "train"} if place == execute.JOBS["train"] else {})
     with pytest.raises(InputError, match="no checkpoint to write it from; take another name"):
         execute.run_loaded(loaded, storage, shown, resume=True, hold=False)
     step = folder.path / "checkpoints" / "step-000003"
