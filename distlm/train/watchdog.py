@@ -7,7 +7,7 @@ A rank that waits longer than the timeout writes all its threads' stacks to its 
 Whoever does not answer is stopped; if all do, the one that hangs is behind the others, and has been there for longer than the timeout
 too. To evaluate, to save and to export takes as long as it takes: there a rank asks first, and writes the stacks where one does not
 answer. If all do, an exchange that one does not come to fails after `collective_timeout`: shortly before, those that wait in it ask again,
-and whoever has begun fewer exchanges hangs, as in a write to storage that never returns. Nothing else is written while a run goes well.
+and who has begun the fewest exchanges hangs, as in a write to storage that never returns. Nothing else is written while a run goes well.
 """
 
 import contextlib
@@ -108,7 +108,8 @@ class Watchdog:
 
     @staticmethod
     def _exchanges(before: int) -> int:
-        """How many exchanges this rank has begun since there were `before`, over all groups. All ranks make them in the same order."""
+        """How many exchanges this rank has begun since there were `before`, over all groups. All ranks make as many in the same order, in
+        groups of their own: the others may be at different ones where they wait, and who keeps them waiting has begun the fewest."""
         count, groups = 0, list[Any](distributed_c10d._world.pg_map)
         for group in groups:
             with contextlib.suppress(RuntimeError):        # a backend that does not count
@@ -200,8 +201,8 @@ class Watchdog:
             return silent
         if stalled and answers:
             begun = {rank: answer["exchanges"] for rank, answer in answers.items()}
-            if behind := [rank for rank, count in begun.items() if count < begun[self._rank] == max(begun.values())]:
-                return behind
+            if begun[self._rank] > (least := min(begun.values())):
+                return [rank for rank, count in begun.items() if count == least]
         if at[1] == REST or any(not answer["late"] and places[rank] <= at for rank, answer in answers.items() if rank != self._rank):
             return None
         return [rank for rank, place in places.items() if place < max(places.values())]

@@ -259,6 +259,15 @@ def test_who_does_not_come_to_an_exchange_that_another_has_waited_in_for_long_is
     assert judged(tmp_path / "short", short, (0, 1, 2), lambda: all(dog._quiet_until for dog in short)) is None, "they have just begun"
 
 
+def test_where_groups_wait_for_groups_only_who_has_begun_the_fewest_exchanges_is_behind(tmp_path: Path) -> None:
+    """Rank 1 of two pairs never comes to an exchange with rank 0, and so rank 0 not to that with the other pair."""
+    for asked in (0, 2, 3):
+        dogs = watchdogs(tmp_path / str(asked), *[(7, REST)] * 4)
+        answers = {rank: {"at": (7, REST), "late": False, "exchanges": count} for rank, count in enumerate((11, 10, 12, 12))}
+        assert dogs[asked]._hanging((7, REST), answers, stalled=True) == [1]
+        assert dogs[1]._hanging((7, REST), answers, stalled=True) is None
+
+
 def test_a_rank_that_rests_or_ends_while_it_hears_the_others_harms_none(tmp_path: Path) -> None:
     for ended in (False, True):
         [dog, _] = watchdogs(tmp_path, (7, 3), (7, 3), timeout_s=0.3)
