@@ -213,7 +213,7 @@ class Watchdog:
         write_json(mine, {"ranks": hanging, "silent": not set(hanging) <= answers.keys(), "rest": at[1] == REST, "phase": self._phase,
                           "phases": [answers[rank]["phase"] if rank in answers else "" for rank in hanging],
                           "step": max([at[0], *(answer["at"][0] for answer in answers.values())]), "seconds": seconds,
-                          "processes": [self._processes[rank] for rank in hanging]})
+                          "exchange_s": collective_timeout(self._timeout_s), "processes": [self._processes[rank] for rank in hanging]})
         try:
             os.link(mine, self._folder / "verdict.json")
         except FileExistsError:
@@ -233,12 +233,19 @@ def verdict(run: Path) -> TrainError | None:
     what = f"{who} {'does not answer' if found['silent'] else 'is behind the others'}" if who else "no rank is behind the others"
     step = f"step {found['step'] + 1}"
     stacks = f"the stacks of {'the others' if found['silent'] else 'all ranks'} are in {run / 'logs'}"
+    slow = next(filter(None, found["phases"]), "rank" if found["rest"] else "")
+    if slow and not found["silent"]:
+        enough = found["exchange_s"]
+        remedy = (f"{stacks}; a slow {slow} needs a longer limit: ranks wait for each other for twice that, and half an hour at least, so "
+                  f"{enough} gives it {2 * enough / 60:.3g} minutes")
+    else:
+        remedy = stacks if found["rest"] else f"{stacks}; a slow micro-batch needs a longer limit"
     if found["rest"]:
         part = f"the {found['phase']} after" if found["phase"] else "what follows"
         return TrainError(f"{part} {step} stood still for {found['seconds']:g} s: {what}", where="guard.step_timeout_s", cause="hang",
-                          remedy=stacks)
+                          remedy=remedy)
     return TrainError(f"{step} stood still for {found['seconds']:g} s: {what}", where="guard.step_timeout_s", cause="hang",
-                      remedy=f"{stacks}; a slow micro-batch needs a longer limit")
+                      remedy=remedy)
 
 
 def _kill(process: dict[str, Any]) -> None:

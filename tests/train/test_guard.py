@@ -268,6 +268,17 @@ def test_where_groups_wait_for_groups_only_who_has_begun_the_fewest_exchanges_is
         assert dogs[1]._hanging((7, REST), answers, stalled=True) is None
 
 
+def test_what_is_slow_between_steps_is_told_a_limit_that_would_do(tmp_path: Path) -> None:
+    """Rank 0 exports for longer than the others may wait for it; they rest, or are in a step beside a save."""
+    for place, phase in (((7, REST), "export"), ((8, 2), "save")):
+        [_, dog] = watchdogs(tmp_path / phase, (7, REST), place, timeout_s=1200)
+        dog._folder.mkdir(parents=True)
+        dog._judge(place, {0: {"at": (7, REST), "late": False, "phase": phase}, 1: {"at": place, "late": True, "phase": ""}}, [0], 2220)
+        assert str(verdict(tmp_path / phase)).endswith(
+            f"; a slow {phase} needs a longer limit: ranks wait for each other for twice that, and half an hour at least, so 2400 gives it "
+            "80 minutes")
+
+
 def test_a_rank_that_rests_or_ends_while_it_hears_the_others_harms_none(tmp_path: Path) -> None:
     for ended in (False, True):
         [dog, _] = watchdogs(tmp_path, (7, 3), (7, 3), timeout_s=0.3)
