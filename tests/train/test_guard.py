@@ -1,5 +1,6 @@
 """What is not finite, or far from usual, is found before it does harm, the same on every rank."""
 
+import itertools
 import json
 import re
 import shutil
@@ -160,7 +161,7 @@ def test_a_rank_that_is_stopped_between_steps_is_named_and_ended_too(corpus: Pat
 def test_a_rank_whose_write_to_storage_never_returns_is_named_with_the_save(corpus: Path, tmp_path: Path, beside: bool) -> None:
     """Its process answers all the while. Beside the steps it is found by the next save, which waits for it."""
     run = tmp_path / "run"
-    given = spec(corpus, scale=TWO, guard={"step_timeout_s": 4}, checkpoint={"every_steps": 5, "asynchronous": beside})
+    given = spec(corpus, scale=TWO, guard={"step_timeout_s": 8}, checkpoint={"every_steps": 5, "asynchronous": beside})
     output = run_ranks({run: given}, block_save=5)
     step = 10 if beside else 5
     what = (rf"TrainError: guard\.step_timeout_s: the save after step {step} stood still for 8 s: "
@@ -172,6 +173,26 @@ def test_a_rank_whose_write_to_storage_never_returns_is_named_with_the_save(corp
     stacks = rf"no progress for [\d.]+ s in step {step} \(save\); all threads:\n"
     assert re.search(stacks, mine) and "in entered" in mine and re.search(stacks, others) and "distributed_c10d.py" in others
     assert len(losses(run)) == step and not checkpoint.committed(run) and not (run / "export").exists()
+
+
+@pytest.fixture(scope="module")
+def told(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What `faults.watch_rests` prints of a run that commits beside its steps."""
+    given = spec(corpus, scale=TWO, duration={"steps": 8}, evaluate={"every_steps": 4}, checkpoint={"every_steps": 4},
+                 guard={"step_timeout_s": 1200})
+    return run_ranks({tmp_path_factory.mktemp("told") / "run": given}, slow_s=0.3, rests=True)
+
+
+def test_what_follows_a_step_is_told_by_its_phase(told: str) -> None:
+    calls = re.findall(r"rank 0: (\w+) in '(\w*)'", told)
+    assert set(calls) == {("lacks_evaluation", ""), ("measure", "evaluation"), ("start", ""), ("step", ""), ("save", "save"),
+                          ("commit", "save")}
+    assert (("step", ""), ("commit", "save")) in itertools.pairwise(calls), "one is committed beside the steps"
+
+
+def test_ranks_on_cpu_are_forked_with_what_they_import(told: str) -> None:
+    """In the server an import that fails is silent."""
+    assert re.findall(r"rank (\d): preloaded (\w+)", told) == [("0", "True"), ("1", "True")]
 
 
 def watchdogs(run: Path, *places: tuple[int, int], timeout_s: float = 0.5) -> list[Watchdog]:
