@@ -19,6 +19,7 @@ import socket
 import sys
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -48,7 +49,8 @@ def collective_timeout(step_timeout_s: float) -> int:
 
 
 class Watchdog:
-    """Watches this rank from a thread of its own, from the first beat on. All ranks make one at the same time."""
+    """Watches this rank from a thread of its own, from the first beat on. All ranks make one at the same time, when all groups exist: an
+    exchange of any may take `collective_timeout` from then on, as DeepSpeed makes its groups with the defaults of their backends."""
 
     def __init__(self, run: Path, rank: int, timeout_s: float) -> None:
         self._folder, self._rank, self._timeout_s = run / FOLDER, rank, timeout_s
@@ -57,6 +59,9 @@ class Watchdog:
         me = {"host": socket.gethostname(), "pid": os.getpid(), "started": psutil.Process().create_time()}
         self._processes: list[Any] = [None] * distributed.get_world_size()
         distributed.all_gather_object(self._processes, me)
+        for group in list[Any](distributed_c10d._world.pg_map):
+            with contextlib.suppress(AttributeError, RuntimeError, ValueError):            # a backend that takes none keeps its own
+                distributed_c10d._set_pg_timeout(timedelta(seconds=collective_timeout(timeout_s)), group)
         self._at, self._beaten = (0, 0), 0.0
         """(step, micro-batches begun) and when; 0.0 before the first."""
         self._phase: Phase = ""

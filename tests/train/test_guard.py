@@ -190,6 +190,12 @@ def test_what_follows_a_step_is_told_by_its_phase(told: str) -> None:
     assert (("step", ""), ("commit", "save")) in itertools.pairwise(calls), "one is committed beside the steps"
 
 
+def test_an_exchange_may_take_as_long_in_every_group_of_the_engine(told: str) -> None:
+    found = re.findall(r"rank (\d): (\d+) groups, (.*)", told)
+    assert sorted(rank for rank, *_ in found) == ["0", "1"]
+    assert all(int(number) > 1 and seconds == "[2400.0]" for _, number, seconds in found), found
+
+
 def test_ranks_on_cpu_are_forked_with_what_they_import(told: str) -> None:
     """In the server an import that fails is silent."""
     assert re.findall(r"rank (\d): preloaded (\w+)", told) == [("0", "True"), ("1", "True")]
