@@ -272,7 +272,7 @@ def test_an_evaluation_a_save_or_an_export_may_take_long_as_long_as_all_answer(t
 def test_who_does_not_come_to_an_exchange_that_another_has_waited_in_for_long_is_behind(tmp_path: Path, place: tuple[int, int]) -> None:
     """Ranks 0 and 2 wait in their fifth exchange, and rank 1 has begun four."""
     def dogs(run: Path, patience_s: float) -> list[Watchdog]:
-        made = watchdogs(run, place, (7, REST), place)
+        made = watchdogs(run, place, (7, REST), place, timeout_s=2)       # for which answers are waited for too, on a machine that is busy
         for dog, begun in zip(made, (5, 4, 5), strict=True):
             dog._exchanges = lambda before, begun=begun: begun  # type: ignore[method-assign, misc]
             dog._begun, dog._phase = begun, "save"
