@@ -116,10 +116,12 @@ def _train(engine: Any, recipe: Recipe, folder: RunFolder, steps: Iterator[NDArr
     evaluator = Evaluator(recipe, rank, device)
     writer = MetricsWriter(folder, recipe, first_step) if rank == 0 and not look else None
     with Watchdog(folder.path, rank, spec.guard.step_timeout_s) as dog, Saver(engine, recipe, folder.path, rank) as saver:
-        dog.rest(first_step - 1, "evaluation")
+        dog.rest(first_step - 1)
         if not look and lacks_evaluation(recipe, folder, first_step, rank):
+            dog.rest(first_step - 1, "evaluation")
             with exported_weights(engine, ema):
                 measured = evaluator.measure(engine, first_step)
+            dog.rest(first_step - 1)
             if writer:
                 writer.start(measured, first_step)
         for step in range(first_step, recipe.num_steps):
@@ -145,6 +147,7 @@ def _train(engine: Any, recipe: Recipe, folder: RunFolder, steps: Iterator[NDArr
                 look.step()
                 continue
             if result.written:
+                dog.rest(step, "save")
                 saver.commit()
             due = saved(recipe, done)
             if evaluated(recipe, done):
@@ -154,6 +157,7 @@ def _train(engine: Any, recipe: Recipe, folder: RunFolder, steps: Iterator[NDArr
                     with exported_weights(engine, ema), phases("evaluate"):
                         measured = evaluator.measure(engine, done)
                     leaving = request.of_any()
+            dog.rest(step)
             taken = {"step_s": seconds, **phases.taken()}  # on every rank: what a GPU has timed is held until then
             if writer:
                 writer.step(done, result, rate, taken, measured, loss_scale(engine), saver.done())

@@ -7,7 +7,7 @@ A rank that waits longer than the timeout writes all its threads' stacks to its 
 Whoever does not answer is stopped; if all do, the one that hangs is behind the others, and has been there for longer than the timeout
 too. To evaluate, to save and to export takes as long as it takes: there a rank asks first, and writes the stacks where one does not
 answer. If all do, an exchange that one does not come to fails after `collective_timeout`: shortly before, those that wait in it ask again,
-and whoever has begun fewer exchanges hangs, as in a write to storage that never returns. Nothing else is written while a run goes well.
+and who has begun the fewest exchanges hangs, as in a write to storage that never returns. Nothing else is written while a run goes well.
 """
 
 import contextlib
@@ -19,6 +19,7 @@ import socket
 import sys
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -48,7 +49,8 @@ def collective_timeout(step_timeout_s: float) -> int:
 
 
 class Watchdog:
-    """Watches this rank from a thread of its own, from the first beat on. All ranks make one at the same time."""
+    """Watches this rank from a thread of its own, from the first beat on. All ranks make one at the same time, when all groups exist: an
+    exchange of any may take `collective_timeout` from then on, as DeepSpeed makes its groups with the defaults of their backends."""
 
     def __init__(self, run: Path, rank: int, timeout_s: float) -> None:
         self._folder, self._rank, self._timeout_s = run / FOLDER, rank, timeout_s
@@ -57,6 +59,9 @@ class Watchdog:
         me = {"host": socket.gethostname(), "pid": os.getpid(), "started": psutil.Process().create_time()}
         self._processes: list[Any] = [None] * distributed.get_world_size()
         distributed.all_gather_object(self._processes, me)
+        for group in list[Any](distributed_c10d._world.pg_map):
+            with contextlib.suppress(AttributeError, RuntimeError, ValueError):            # a backend that takes none keeps its own
+                distributed_c10d._set_pg_timeout(timedelta(seconds=collective_timeout(timeout_s)), group)
         self._at, self._beaten = (0, 0), 0.0
         """(step, micro-batches begun) and when; 0.0 before the first."""
         self._phase: Phase = ""
@@ -108,7 +113,8 @@ class Watchdog:
 
     @staticmethod
     def _exchanges(before: int) -> int:
-        """How many exchanges this rank has begun since there were `before`, over all groups. All ranks make them in the same order."""
+        """How many exchanges this rank has begun since there were `before`, over all groups. All ranks make as many in the same order, in
+        groups of their own: the others may be at different ones where they wait, and who keeps them waiting has begun the fewest."""
         count, groups = 0, list[Any](distributed_c10d._world.pg_map)
         for group in groups:
             with contextlib.suppress(RuntimeError):        # a backend that does not count
@@ -200,8 +206,8 @@ class Watchdog:
             return silent
         if stalled and answers:
             begun = {rank: answer["exchanges"] for rank, answer in answers.items()}
-            if behind := [rank for rank, count in begun.items() if count < begun[self._rank] == max(begun.values())]:
-                return behind
+            if begun[self._rank] > (least := min(begun.values())):
+                return [rank for rank, count in begun.items() if count == least]
         if at[1] == REST or any(not answer["late"] and places[rank] <= at for rank, answer in answers.items() if rank != self._rank):
             return None
         return [rank for rank, place in places.items() if place < max(places.values())]
@@ -212,7 +218,7 @@ class Watchdog:
         write_json(mine, {"ranks": hanging, "silent": not set(hanging) <= answers.keys(), "rest": at[1] == REST, "phase": self._phase,
                           "phases": [answers[rank]["phase"] if rank in answers else "" for rank in hanging],
                           "step": max([at[0], *(answer["at"][0] for answer in answers.values())]), "seconds": seconds,
-                          "processes": [self._processes[rank] for rank in hanging]})
+                          "exchange_s": collective_timeout(self._timeout_s), "processes": [self._processes[rank] for rank in hanging]})
         try:
             os.link(mine, self._folder / "verdict.json")
         except FileExistsError:
@@ -232,12 +238,19 @@ def verdict(run: Path) -> TrainError | None:
     what = f"{who} {'does not answer' if found['silent'] else 'is behind the others'}" if who else "no rank is behind the others"
     step = f"step {found['step'] + 1}"
     stacks = f"the stacks of {'the others' if found['silent'] else 'all ranks'} are in {run / 'logs'}"
+    slow = next(filter(None, found["phases"]), "rank" if found["rest"] else "")
+    if slow and not found["silent"]:
+        enough = found["exchange_s"]
+        remedy = (f"{stacks}; a slow {slow} needs a longer limit: ranks wait for each other for twice that, and half an hour at least, so "
+                  f"{enough} gives it {2 * enough / 60:.3g} minutes")
+    else:
+        remedy = stacks if found["rest"] else f"{stacks}; a slow micro-batch needs a longer limit"
     if found["rest"]:
         part = f"the {found['phase']} after" if found["phase"] else "what follows"
         return TrainError(f"{part} {step} stood still for {found['seconds']:g} s: {what}", where="guard.step_timeout_s", cause="hang",
-                          remedy=stacks)
+                          remedy=remedy)
     return TrainError(f"{step} stood still for {found['seconds']:g} s: {what}", where="guard.step_timeout_s", cause="hang",
-                      remedy=f"{stacks}; a slow micro-batch needs a longer limit")
+                      remedy=remedy)
 
 
 def _kill(process: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 import math
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -145,7 +146,7 @@ def block_save(step: int) -> None:
     on all ranks."""
     from distlm.train import checkpoint, watchdog
 
-    watchdog.EXCHANGE_S = 16
+    watchdog.EXCHANGE_S = 24
     if os.environ["RANK"] == "0":
         return
     print(f"process of rank {os.environ['RANK']}", flush=True)
@@ -158,6 +159,45 @@ def block_save(step: int) -> None:
         return entry(file, root)
 
     checkpoint.entry = entered
+
+
+def watch_rests() -> None:
+    """Let this rank print in which phase of what follows a step it does what, once how many groups there are and what seconds their
+    exchanges may take, and whether `preload` was there before."""
+    import torch
+    from torch.distributed import distributed_c10d
+
+    from distlm.train import loop
+    from distlm.train.evaluate import Evaluator
+    from distlm.train.metrics import MetricsWriter
+    from distlm.train.saver import Saver
+    from distlm.train.watchdog import Watchdog
+
+    rank, phases, rest, begin = os.environ["RANK"], [""], Watchdog.rest, Watchdog.__enter__
+    print(f"rank {rank}: preloaded {'tests.train.preload' in sys.modules}", flush=True)
+
+    def rested(dog: Watchdog, step: int, phase: Any = "") -> None:
+        phases.append(phase)
+        rest(dog, step, phase)
+
+    def entered(dog: Watchdog) -> Watchdog:
+        groups: list[Any] = list(distributed_c10d._world.pg_map)
+        seconds = {group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups}
+        print(f"rank {rank}: {len(groups)} groups, {sorted(seconds)}", flush=True)
+        return begin(dog)
+
+    def told(call: Callable[..., Any], name: str) -> Callable[..., Any]:
+        def called(*args: Any, **more: Any) -> Any:
+            print(f"rank {rank}: {name} in {phases[-1]!r}", flush=True)
+            return call(*args, **more)
+
+        return called
+
+    for owner, name, put in ((Watchdog, "rest", rested), (Watchdog, "__enter__", entered)):
+        setattr(owner, name, put)
+    for place, name in ((loop, "lacks_evaluation"), (Evaluator, "measure"), (MetricsWriter, "start"), (MetricsWriter, "step"),
+                        (Saver, "save"), (Saver, "commit")):
+        setattr(place, name, told(getattr(place, name), name))
 
 
 def watch_gradients() -> Callable[[Path], None]:

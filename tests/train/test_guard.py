@@ -1,5 +1,6 @@
 """What is not finite, or far from usual, is found before it does harm, the same on every rank."""
 
+import itertools
 import json
 import re
 import shutil
@@ -160,7 +161,7 @@ def test_a_rank_that_is_stopped_between_steps_is_named_and_ended_too(corpus: Pat
 def test_a_rank_whose_write_to_storage_never_returns_is_named_with_the_save(corpus: Path, tmp_path: Path, beside: bool) -> None:
     """Its process answers all the while. Beside the steps it is found by the next save, which waits for it."""
     run = tmp_path / "run"
-    given = spec(corpus, scale=TWO, guard={"step_timeout_s": 4}, checkpoint={"every_steps": 5, "asynchronous": beside})
+    given = spec(corpus, scale=TWO, guard={"step_timeout_s": 8}, checkpoint={"every_steps": 5, "asynchronous": beside})
     output = run_ranks({run: given}, block_save=5)
     step = 10 if beside else 5
     what = (rf"TrainError: guard\.step_timeout_s: the save after step {step} stood still for 8 s: "
@@ -172,6 +173,32 @@ def test_a_rank_whose_write_to_storage_never_returns_is_named_with_the_save(corp
     stacks = rf"no progress for [\d.]+ s in step {step} \(save\); all threads:\n"
     assert re.search(stacks, mine) and "in entered" in mine and re.search(stacks, others) and "distributed_c10d.py" in others
     assert len(losses(run)) == step and not checkpoint.committed(run) and not (run / "export").exists()
+
+
+@pytest.fixture(scope="module")
+def told(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What `faults.watch_rests` prints of a run that commits beside its steps."""
+    given = spec(corpus, scale=TWO, duration={"steps": 8}, evaluate={"every_steps": 4}, checkpoint={"every_steps": 4},
+                 guard={"step_timeout_s": 1200})
+    return run_ranks({tmp_path_factory.mktemp("told") / "run": given}, slow_s=0.3, rests=True)
+
+
+def test_what_follows_a_step_is_told_by_its_phase(told: str) -> None:
+    calls = re.findall(r"rank 0: (\w+) in '(\w*)'", told)
+    assert set(calls) == {("lacks_evaluation", ""), ("measure", "evaluation"), ("start", ""), ("step", ""), ("save", "save"),
+                          ("commit", "save")}
+    assert (("step", ""), ("commit", "save")) in itertools.pairwise(calls), "one is committed beside the steps"
+
+
+def test_an_exchange_may_take_as_long_in_every_group_of_the_engine(told: str) -> None:
+    found = re.findall(r"rank (\d): (\d+) groups, (.*)", told)
+    assert sorted(rank for rank, *_ in found) == ["0", "1"]
+    assert all(int(number) > 1 and seconds == "[2400.0]" for _, number, seconds in found), found
+
+
+def test_ranks_on_cpu_are_forked_with_what_they_import(told: str) -> None:
+    """In the server an import that fails is silent."""
+    assert re.findall(r"rank (\d): preloaded (\w+)", told) == [("0", "True"), ("1", "True")]
 
 
 def watchdogs(run: Path, *places: tuple[int, int], timeout_s: float = 0.5) -> list[Watchdog]:
@@ -245,7 +272,7 @@ def test_an_evaluation_a_save_or_an_export_may_take_long_as_long_as_all_answer(t
 def test_who_does_not_come_to_an_exchange_that_another_has_waited_in_for_long_is_behind(tmp_path: Path, place: tuple[int, int]) -> None:
     """Ranks 0 and 2 wait in their fifth exchange, and rank 1 has begun four."""
     def dogs(run: Path, patience_s: float) -> list[Watchdog]:
-        made = watchdogs(run, place, (7, REST), place)
+        made = watchdogs(run, place, (7, REST), place, timeout_s=2)       # for which answers are waited for too, on a machine that is busy
         for dog, begun in zip(made, (5, 4, 5), strict=True):
             dog._exchanges = lambda before, begun=begun: begun  # type: ignore[method-assign, misc]
             dog._begun, dog._phase = begun, "save"
@@ -257,6 +284,26 @@ def test_who_does_not_come_to_an_exchange_that_another_has_waited_in_for_long_is
     assert f"{what} stood still for 1 s: rank 1 (process 101 on host-1, in its save) is behind the others; the stacks of all" in str(found)
     short = dogs(tmp_path / "short", 3600.0)
     assert judged(tmp_path / "short", short, (0, 1, 2), lambda: all(dog._quiet_until for dog in short)) is None, "they have just begun"
+
+
+def test_where_groups_wait_for_groups_only_who_has_begun_the_fewest_exchanges_is_behind(tmp_path: Path) -> None:
+    """Rank 1 of two pairs never comes to an exchange with rank 0, and so rank 0 not to that with the other pair."""
+    for asked in (0, 2, 3):
+        dogs = watchdogs(tmp_path / str(asked), *[(7, REST)] * 4)
+        answers = {rank: {"at": (7, REST), "late": False, "exchanges": count} for rank, count in enumerate((11, 10, 12, 12))}
+        assert dogs[asked]._hanging((7, REST), answers, stalled=True) == [1]
+        assert dogs[1]._hanging((7, REST), answers, stalled=True) is None
+
+
+def test_what_is_slow_between_steps_is_told_a_limit_that_would_do(tmp_path: Path) -> None:
+    """Rank 0 exports for longer than the others may wait for it; they rest, or are in a step beside a save."""
+    for place, phase in (((7, REST), "export"), ((8, 2), "save")):
+        [_, dog] = watchdogs(tmp_path / phase, (7, REST), place, timeout_s=1200)
+        dog._folder.mkdir(parents=True)
+        dog._judge(place, {0: {"at": (7, REST), "late": False, "phase": phase}, 1: {"at": place, "late": True, "phase": ""}}, [0], 2220)
+        assert str(verdict(tmp_path / phase)).endswith(
+            f"; a slow {phase} needs a longer limit: ranks wait for each other for twice that, and half an hour at least, so 2400 gives it "
+            "80 minutes")
 
 
 def test_a_rank_that_rests_or_ends_while_it_hears_the_others_harms_none(tmp_path: Path) -> None:
