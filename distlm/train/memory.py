@@ -277,19 +277,20 @@ def peak_memory(load: Load) -> Memory:
     float32 weights too. In fp8 weights and activations are kept in bf16 all the same. What an adapter leaves as it is has its weights
     alone, in p bytes or in NF4.
     Activations: measured on the meta device (`train/activations.py`), where Korthikanti et al. 2022, equation 2, counts by hand. With a_i
-    bytes that layer i of L keeps (its input, where it is computed again), o that is kept outside of layers, b that one layer takes on its
-    way back, and G of gradients, a backward pass takes
+    bytes that layer i of L keeps (its input, where it is computed again), o that is kept outside of layers, m of it a mask of documents,
+    b_i that a layer takes on its way back, and G of gradients, a backward pass takes
 
-        o + a_1 + ... + a_(L - 1) + b  in the last layer,  b + G  in the first,
+        o + a_1 + ... + a_(L - 1) + b_L  in the last layer,  m + b_1 + G  in the first,
 
-    and in those between no more than the larger of both, as the one grows evenly and the other shrinks. Beside it a CPU has the kernels of
-    attention's products, three for each block of queries of a window.
+    and in those between, where all layers are alike, no more than the larger of both, as the one grows evenly and the other shrinks. Where
+    they are not, such as a dense layer before those of experts, one between may take more, which is not counted. Beside it a CPU has the
+    kernels of attention's products. What torch.compile leaves behind in a process, some 25 MB on a CPU, is not counted either.
     """
     spec, n, zero = load.spec, load.parameters - load.frozen, load.spec.sharding.zero
     world, p, g, on_gpu = load.ranks, load.weight_bytes, load.gradient_bytes, bool(spec.scale.gpus_per_worker)
     part, states, away = -(-n // world), own_states(load), places(spec)
     kept = load.micro_sequences * load.activations.kept(spec.activation_checkpointing)
-    last, one = (load.micro_sequences * of for of in (load.activations.last(spec.activation_checkpointing), load.activations.backward))
+    last, one = (load.micro_sequences * of for of in (load.activations.last(spec.activation_checkpointing), load.activations.first()))
     loss = loss_bytes(load, p)
     raw = spec.sharding.deepspeed.get("zero_optimization", {})
     bucket_size = raw_number(raw, "reduce_bucket_size", REDUCE_BUCKET)
