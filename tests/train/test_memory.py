@@ -21,6 +21,7 @@ from distlm.train.driver import short_nodes
 from distlm.train.memory import (
     GIB,
     KERNEL_BYTES,
+    MAX_KERNELS,
     MAX_LIVE,
     REDUCE_BUCKET,
     Load,
@@ -271,12 +272,14 @@ def test_activations_have_gone_when_a_bucket_is_sent_that_holds_all_gradients() 
 
 
 def test_a_cpu_keeps_kernels_for_each_block_of_queries_of_a_window() -> None:
-    def buffers(gpus: int, context: int, precision: str, **sharding: int) -> int:
+    def buffers(gpus: int, context: int, precision: str, heads: int = 16, **sharding: int) -> int:
         one = load(gpus, 10**6, activation_checkpointing=1, precision=precision, sharding=sharding)
-        return peak_memory(replace(one, context=context)).buffers
+        return peak_memory(replace(one, context=context, heads=heads, micro_sequences=1)).buffers
 
     assert buffers(0, 4096, "bf16") - buffers(0, 1024, "bf16") == 3 * (32 - 8) * KERNEL_BYTES
     assert buffers(0, 512, "bf16", sequence_parallel=2) == buffers(0, 1024, "bf16"), "attention has all tokens"
+    assert buffers(0, 1024, "bf16", 18) - buffers(0, 1024, "bf16", 0) == 2 * 3 * 8 * KERNEL_BYTES, "4 at once, and a last block of 2"
+    assert buffers(0, 1 << 20, "bf16") - buffers(0, 1 << 20, "bf16", 0) == MAX_KERNELS * KERNEL_BYTES, "the last of them"
     assert buffers(1, 4096, "bf16") == buffers(1, 1024, "bf16") and buffers(0, 4096, "fp32") == buffers(0, 1024, "fp32")
 
 
