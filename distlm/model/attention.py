@@ -113,10 +113,17 @@ def keeps(tokens: int, width: int) -> bool:
     return tokens <= KEPT_WIDTHS * width
 
 
-def num_products(tokens: int) -> int:
-    """Shapes that products of probabilities have, both ways, for a sequence of so many tokens: with values, with them on the way back, and
-    transposed, for each number of keys that a block of queries sees."""
-    return 3 * -(-tokens // BLOCK_QUERIES)
+def num_products(tokens: int, matrices: int) -> int:
+    """Shapes that products of probabilities have, both ways, for sequences of so many tokens: with values, with them on the way back, and
+    transposed, for each number of keys that a block of queries sees; twice as many where the last of `matrices`, of all heads and
+    sequences, are fewer than are taken at once."""
+    size = _at_once(tokens)
+    return 3 * -(-tokens // BLOCK_QUERIES) * ((matrices >= size) + (matrices % size > 0))
+
+
+def _at_once(tokens: int) -> int:
+    """Heads and sequences of a block."""
+    return max(1, BLOCK_ELEMENTS // (min(BLOCK_QUERIES, tokens) * tokens))
 
 
 def _whole(mask: torch.Tensor | None, ahead: bool | None) -> bool:
@@ -153,8 +160,7 @@ def _blocks(query: torch.Tensor, mask: torch.Tensor | None, ahead: bool | None) 
     if ahead is None:
         ahead = mask is not None and looks_ahead(mask)
     matrices, length, _ = query.shape
-    rows = min(BLOCK_QUERIES, length)
-    size = max(1, BLOCK_ELEMENTS // (rows * length))
+    rows, size = min(BLOCK_QUERIES, length), _at_once(length)
     for first in range(0, matrices, size):
         for start in range(0, length, rows):
             end = min(start + rows, length)

@@ -26,6 +26,11 @@ from distlm.spec.adapter import Adapter
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+MANY_TENSORS = 500
+"""That layers keep, on average, past which their backward pass is not counted, as it would take seconds: they go from token to token."""
+BACKWARD = 2
+"""What a layer takes on its way back over what it keeps, where that is not counted: so it is of Mamba's layers, where it is."""
+
 
 @dataclass(frozen=True)
 class Activations:
@@ -37,9 +42,11 @@ class Activations:
     """What goes into a layer, which is all that is kept of one that is computed again."""
     outside: int
     """Before, between and after layers, the loss not counted."""
-    backward: int
-    """The most that there is at once as a layer is passed backward: what it keeps, until that has been used, and gradients of activations
-    on the way. What other layers keep and the gradients of weights do not count."""
+    backward: tuple[int, ...]
+    """The most that there is at once as each layer is passed backward: what it keeps, until that has been used, and gradients of
+    activations on the way. What other layers keep and the gradients of weights do not count."""
+    mask: int = 0
+    """Of `outside`, the mask of documents, which each layer uses and which is there until the first has been passed backward."""
 
     def kept(self, every: int) -> int:
         """With every n-th layer computed again, 0 for none (Chen et al. 2016)."""
@@ -48,7 +55,11 @@ class Activations:
 
     def last(self, every: int) -> int:
         """As the last layer is passed backward, when all others keep what they do. One that is computed again has its input beside that."""
-        return self.kept(every) + self.backward - (0 if every and (len(self.layers) - 1) % every == 0 else self.layers[-1])
+        return self.kept(every) + self.backward[-1] - (0 if every and (len(self.layers) - 1) % every == 0 else self.layers[-1])
+
+    def first(self) -> int:
+        """As the first layer is passed backward, when others keep nothing any more."""
+        return self.backward[0] + self.mask
 
 
 def measure_activations(config: "PreTrainedConfig", shape: Shape, precision: str, on_gpu: bool, masked: bool = False,
@@ -59,7 +70,8 @@ def measure_activations(config: "PreTrainedConfig", shape: Shape, precision: str
     Attention is counted as it is done: on CPU `causal_attention` keeps queries, and keys and values repeated for each head, and of short
     sequences the probabilities; a GPU's fused kernel keeps the first three as they are. Where the family's code needs values, and so cannot
     run there, it is Korthikanti et al. 2022, equation 2, without the scores, which no fused kernel keeps: 34 bytes a token and unit of
-    width, at two bytes a number. `sequence`: ranks that have a part of a sequence each, and in attention all tokens of a part of the heads.
+    width, at two bytes a number. Where only its backward pass cannot run there, or would take long, a layer takes `BACKWARD` times what it
+    keeps on its way back. `sequence`: ranks that have a part of a sequence each, and in attention all tokens of a part of the heads.
     `packed`: as many tokens may stand in shorter rows, at most as long as keep the most probabilities. `compiled`: what torch.compile's
     partitioner would keep of a layer, which computes again what is cheap; gradients on the way back are taken for those of a layer that is
     not compiled, since between the same matrix products there are the same ones.
@@ -88,24 +100,32 @@ def measure_activations(config: "PreTrainedConfig", shape: Shape, precision: str
         layer.register_forward_hook(lambda _, given, made, i=i: lives.leave(i, made if isinstance(made, torch.Tensor) else made[0]))
 
     mask = shape.context**2 * (1 + p) if masked else 0     # boolean, and as PyTorch adds it to the scores; one for all layers
-    try:
+    hidden: Any = None
+    with contextlib.suppress(Exception):                   # the family's own, of whatever kind: code that needs values
         with torch.autograd.graph.saved_tensors_hooks(lives.keep, lambda tensor: tensor), unlimited:
             tokens = torch.zeros(1, shape.context, dtype=torch.int64, device="meta")
             mask_ = torch.ones_like(tokens)                # without one, transformers would look into the positions
             hidden = model.base_model(input_ids=tokens, attention_mask=mask_, use_cache=False)[0]
-            counts = lives.kept()
-            assert layers and all(counts[:-1])
-            if not compiled:
-                with lives:
-                    hidden.sum().backward()                # whose gradient takes no memory
-    except Exception:                                      # a mixture of experts asks which tokens go where
+    *counts, outside = lives.kept()
+    if hidden is None or not counts or not all(counts):
         unit = shape.context * text.hidden_size * p        # on the way back: gradients of the output and of two that are four times as wide
-        return Activations((17 * unit,) * text.num_hidden_layers, inputs, inputs + mask, (17 + 9) * unit)
-    backward = lives.most()
+        layers_ = text.num_hidden_layers
+        return Activations((17 * unit,) * layers_, inputs, inputs + mask, ((17 + 9) * unit,) * layers_, mask)
     if compiled:
         plain = measure_activations(config, shape, precision, on_gpu, masked, tensor, adapter, sequence)
-        backward = max(counts[:-1]) + plain.backward - max(plain.layers)
-    return Activations(tuple(counts[:-1]), inputs, counts[-1] + mask, backward)
+        backward = [count + plain.backward[i] - plain.layers[i] for i, count in enumerate(counts)]
+    else:
+        backward = [BACKWARD * count for count in counts]
+        if len(lives.numbers) <= MANY_TENSORS * len(layers):
+            try:
+                with lives:
+                    hidden.sum().backward()                # whose gradient takes no memory
+                backward = lives.most()
+            except (AssertionError, KeyError):             # of the count itself
+                raise
+            except Exception:                              # the family's, as above
+                pass
+    return Activations(tuple(counts), inputs, outside + mask, tuple(backward), mask)
 
 
 class _Lifetimes(TorchDispatchMode):
@@ -143,14 +163,14 @@ class _Lifetimes(TorchDispatchMode):
         """Bytes that each layer keeps so far, and what is kept outside."""
         return [sum(size for _, _, size, owner in self.events if owner == layer) for layer in range(self.layers + 1)]
 
-    def most(self) -> int:
-        """In a backward pass, of what other layers do not keep, weights' gradients left out."""
-        found, there = 0, Counter[int | None]()
+    def most(self) -> list[int]:
+        """In the backward pass of each layer, of what others do not keep, weights' gradients left out."""
+        found, there = [0] * (self.layers + 1), Counter[int | None]()
         for layer, number, size, owner in self.events:
             if number not in self.sums:
                 there[owner] += size
-                found = max(found, there[None] + there[layer] if layer < self.layers else 0)
-        return found
+                found[layer] = max(found[layer], there[None] + there[layer])
+        return found[:-1]
 
     def __torch_dispatch__(self, operator: Any, types: Any, given: Any = (), named: Any = None) -> Any:
         made = operator(*given, **(named or {}))

@@ -44,9 +44,9 @@ REDUCE_BUCKET, MAX_LIVE = 500_000_000, 1_000_000_000
 """Elements, DeepSpeed's defaults: zero_optimization.reduce_bucket_size, and stage3_max_live_parameters and stage3_max_reuse_distance."""
 GIB = 1 << 30
 CUDA_BYTES = CUDA_GIB * GIB
-KERNEL_BYTES = 600_000
-"""What oneDNN keeps for good of each shape of a product in bf16, on a CPU with AVX-512: the code that it makes for it, as measured
-(docs/experiments.md)."""
+KERNEL_BYTES, MAX_KERNELS = 600_000, 1024
+"""What oneDNN keeps of each shape of a product in bf16, on a CPU with AVX-512: the code that it makes for it, as measured
+(docs/experiments.md); and of how many shapes, the last that were used (its ONEDNN_PRIMITIVE_CACHE_CAPACITY)."""
 FRAGMENTATION = 0.05
 """Of all the rest: what the allocator holds and cannot use. An assumption."""
 
@@ -100,6 +100,8 @@ class Load:
     """Of these, those that are held in 4 bits."""
     teacher: int = 0
     """Parameters of a teacher, which each worker holds whole beside them."""
+    heads: int = 0
+    """Of attention, those that a worker computes; none where the family has none."""
 
     @property
     def activations(self) -> Activations:
@@ -144,7 +146,8 @@ def make_load(spec: TrainSpec, config: "PreTrainedConfig", shape: Shape, paramet
                                                         spec.adapter, spec.sharding.sequence_parallel, packed, spec.compile))
     return Load(spec, parameters, count, text.hidden_size, (config.num_labels or 0) if config.problem_type else text.vocab_size,
                 shape.context, micro_sequences, accumulation, config.model_type in PLAIN_HEADS and not config.problem_type,
-                bool(recomputable(skeleton(config))), frozen, nf4, teacher)
+                bool(recomputable(skeleton(config))), frozen, nf4, teacher,
+                getattr(text, "num_attention_heads", 0) // (tensor * spec.sharding.sequence_parallel))
 
 
 def memory_limit(spec: TrainSpec) -> int | None:
@@ -277,19 +280,20 @@ def peak_memory(load: Load) -> Memory:
     float32 weights too. In fp8 weights and activations are kept in bf16 all the same. What an adapter leaves as it is has its weights
     alone, in p bytes or in NF4.
     Activations: measured on the meta device (`train/activations.py`), where Korthikanti et al. 2022, equation 2, counts by hand. With a_i
-    bytes that layer i of L keeps (its input, where it is computed again), o that is kept outside of layers, b that one layer takes on its
-    way back, and G of gradients, a backward pass takes
+    bytes that layer i of L keeps (its input, where it is computed again), o that is kept outside of layers, m of it a mask of documents,
+    b_i that a layer takes on its way back, and G of gradients, a backward pass takes
 
-        o + a_1 + ... + a_(L - 1) + b  in the last layer,  b + G  in the first,
+        o + a_1 + ... + a_(L - 1) + b_L  in the last layer,  m + b_1 + G  in the first,
 
-    and in those between no more than the larger of both, as the one grows evenly and the other shrinks. Beside it a CPU has the kernels of
-    attention's products, three for each block of queries of a window.
+    and in those between, where all layers are alike, no more than the larger of both, as the one grows evenly and the other shrinks. Where
+    they are not, such as a dense layer before those of experts, one between may take more, which is not counted. Beside it a CPU has the
+    kernels of attention's products. What torch.compile leaves behind in a process, some 25 MB on a CPU, is not counted either.
     """
     spec, n, zero = load.spec, load.parameters - load.frozen, load.spec.sharding.zero
     world, p, g, on_gpu = load.ranks, load.weight_bytes, load.gradient_bytes, bool(spec.scale.gpus_per_worker)
     part, states, away = -(-n // world), own_states(load), places(spec)
     kept = load.micro_sequences * load.activations.kept(spec.activation_checkpointing)
-    last, one = (load.micro_sequences * of for of in (load.activations.last(spec.activation_checkpointing), load.activations.backward))
+    last, one = (load.micro_sequences * of for of in (load.activations.last(spec.activation_checkpointing), load.activations.first()))
     loss = loss_bytes(load, p)
     raw = spec.sharding.deepspeed.get("zero_optimization", {})
     bucket_size = raw_number(raw, "reduce_bucket_size", REDUCE_BUCKET)
@@ -325,7 +329,8 @@ def peak_memory(load: Load) -> Memory:
         "step": (gradients, 0, 0, step + (buffers if zero == 3 else 0))}
     at = max(peaks.values(), key=sum)
     snapshot = 0 if on_gpu else sum(snapshot_bytes(load))
-    kernels = 0 if on_gpu or p == 4 else KERNEL_BYTES * num_products(load.context * spec.sharding.sequence_parallel)
+    products = num_products(load.context * spec.sharding.sequence_parallel, load.micro_sequences * load.heads)
+    kernels = 0 if on_gpu or p == 4 else KERNEL_BYTES * min(products, MAX_KERNELS)
     whole = Memory(states["weights"], at[0], states["optimizer"], states["ema"], at[1], at[2], at[3] + kernels, snapshot, 0)
     return replace(whole, fragmentation=round(FRAGMENTATION * whole.total))
 

@@ -136,3 +136,10 @@ def test_probabilities_are_kept_for_a_backward_pass_alone() -> None:
         with torch.autograd.graph.saved_tensors_hooks(lambda one, sizes=sizes: sizes.append(one.numel()) or one, lambda one: one):
             causal_attention(query.clone().requires_grad_(learns), query, query, 0.5)
         assert (kept in sizes) is learns
+
+
+@pytest.mark.parametrize(("tokens", "matrices"), [(64, 24), (64, 130), (200, 7), (1024, 8), (1024, 3), (1024, 6), (4096, 8)])
+def test_products_have_as_many_shapes_as_blocks_have(tokens: int, matrices: int) -> None:
+    query = torch.empty(matrices, tokens, 16, device="meta")
+    shapes = {tuple(one.stop - one.start for one in block) for block in attention._blocks(query, None, None)}
+    assert attention.num_products(tokens, matrices) == 3 * len(shapes)

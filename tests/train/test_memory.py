@@ -16,11 +16,12 @@ from distlm.model.build import Shape, build_model, compile_layers, model_config,
 from distlm.spec import TrainSpec
 from distlm.spec.adapter import Adapter
 from distlm.storage import Storage
-from distlm.train.activations import Activations, measure_activations
+from distlm.train.activations import BACKWARD, Activations, measure_activations
 from distlm.train.driver import short_nodes
 from distlm.train.memory import (
     GIB,
     KERNEL_BYTES,
+    MAX_KERNELS,
     MAX_LIVE,
     REDUCE_BUCKET,
     Load,
@@ -154,10 +155,10 @@ def test_a_load_counts_once() -> None:
 
 
 def test_a_layer_that_is_computed_again_keeps_its_input_alone() -> None:
-    one = Activations((100, 100, 100), 10, 5, 170)
+    one = Activations((100, 100, 100), 10, 5, (180, 175, 170))
     assert (one.kept(0), one.kept(1), one.kept(2)) == (305, 35, 125)
     assert (one.last(0), one.last(1), one.last(2)) == (375, 205, 295), "one layer on its way back, beside what others keep"
-    assert replace(one, layers=(100, 100)).last(2) == 10 + 5 + 170, "the last is not computed again"
+    assert replace(one, layers=(100, 100), backward=(180, 170)).last(2) == 10 + 5 + 170, "the last is not computed again"
 
 
 @pytest.mark.parametrize("every", [0, 1, 2])
@@ -191,12 +192,61 @@ def test_what_a_backward_pass_takes_is_what_a_real_one_allocates_on_the_cpu(ever
 
 def test_a_family_that_needs_values_is_counted_by_hand() -> None:
     config = model_config(spec(model={"config": {**LLAMA, "model_type": "mixtral", "num_local_experts": 4}}).model, SHAPE)
-    assert measure_activations(config, SHAPE, "bf16", on_gpu=True).layers[0] >= 34 * 64 * 32
+    plain, by_hand = (measure_activations(config, SHAPE, "bf16", on_gpu=True, adapter=adapter) for adapter in (None, Adapter(rank=2)))
+    assert by_hand.layers == (34 * 64 * 32,) * 3 and plain.layers[0] != by_hand.layers[0], "adapters of experts look where tokens go"
+
+
+def test_a_backward_pass_that_cannot_be_counted_leaves_the_forward_pass_s_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = model_config(spec().model, SHAPE)
+    counted = measure_activations(config, SHAPE, "fp32", on_gpu=False)
+
+    def fail(error: Exception) -> None:
+        raise error
+
+    monkeypatch.setattr(torch.Tensor, "backward", lambda _: fail(NotImplementedError()))
+    found = measure_activations(config, SHAPE, "fp32", on_gpu=False)
+    assert found == replace(counted, backward=tuple(BACKWARD * kept for kept in counted.layers)) != counted
+    monkeypatch.setattr(torch.Tensor, "backward", lambda _: fail(KeyError()))
+    with pytest.raises(KeyError):                          # a mistake of the count's
+        measure_activations(config, SHAPE, "fp32", on_gpu=False)
+
+
+def test_layers_that_go_from_token_to_token_are_not_passed_backward() -> None:
+    mamba = {"model_type": "mamba", "hidden_size": 16, "num_hidden_layers": 1}
+    ratios = []
+    for tokens in (32, 300):
+        shape = replace(SHAPE, context=tokens)
+        found = measure_activations(model_config(spec(model={"config": mamba}).model, shape), shape, "bf16", on_gpu=False)
+        ratios.append(found.backward[0] / found.layers[0])
+    assert ratios[0] == pytest.approx(BACKWARD, rel=0.03) and ratios[0] != ratios[1] == BACKWARD
+
+
+def test_each_layer_takes_what_is_its_own_on_its_way_back() -> None:
+    def count(wide: int) -> Activations:
+        deepseek = {"model_type": "deepseek_v3", "hidden_size": 32, "intermediate_size": wide, "moe_intermediate_size": 16,
+                    "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 2, "n_routed_experts": 4, "n_group": 2,
+                    "topk_group": 1, "num_experts_per_tok": 2, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
+                    "qk_nope_head_dim": 8, "v_head_dim": 16, "first_k_dense_replace": 1}
+        return measure_activations(model_config(spec(model={"config": deepseek}).model, SHAPE), SHAPE, "bf16", on_gpu=False)
+
+    small, large = count(64), count(8192)                  # the first layer has the width, and no experts
+    assert large.first() > large.layers[0] > 10 * small.first()
+    assert small.last(0) - small.layers[0] == large.last(0) - large.layers[0] and small.last(1) == large.last(1)
+
+
+def test_the_mask_of_documents_is_there_until_the_first_layer_has_been_passed_backward() -> None:
+    config = model_config(spec().model, SHAPE)
+    plain, masked = (measure_activations(config, SHAPE, "bf16", on_gpu=False, masked=wanted) for wanted in (False, True))
+    assert masked == replace(plain, mask=64**2 * 3, outside=plain.outside + 64**2 * 3)
+    one = load(activation_checkpointing=1)
+    one = replace(one, accumulation=1, count=lambda: replace(load().activations, mask=GIB // 64))
+    assert peak_memory(one).activations == 8 * (3 * GIB // 2 + GIB // 64), "as gradients are there"
 
 
 def load(gpus: int = 1, parameters: int = 10**9, **keys: Any) -> Load:
     given = spec(scale={"workers": 8, "gpus_per_worker": gpus}, **keys)
-    return Load(given, parameters, lambda: Activations((GIB,) * 4, GIB // 32, GIB // 16, 3 * GIB // 2), 2048, 32000, 4096, 8, 2, True, True)
+    activations = Activations((GIB,) * 4, GIB // 32, GIB // 16, (3 * GIB // 2,) * 4)
+    return Load(given, parameters, lambda: activations, 2048, 32000, 4096, 8, 2, True, True)
 
 
 def test_every_part_follows_from_the_stage() -> None:
@@ -222,12 +272,14 @@ def test_activations_have_gone_when_a_bucket_is_sent_that_holds_all_gradients() 
 
 
 def test_a_cpu_keeps_kernels_for_each_block_of_queries_of_a_window() -> None:
-    def buffers(gpus: int, context: int, precision: str, **sharding: int) -> int:
+    def buffers(gpus: int, context: int, precision: str, heads: int = 16, **sharding: int) -> int:
         one = load(gpus, 10**6, activation_checkpointing=1, precision=precision, sharding=sharding)
-        return peak_memory(replace(one, context=context)).buffers
+        return peak_memory(replace(one, context=context, heads=heads, micro_sequences=1)).buffers
 
     assert buffers(0, 4096, "bf16") - buffers(0, 1024, "bf16") == 3 * (32 - 8) * KERNEL_BYTES
     assert buffers(0, 512, "bf16", sequence_parallel=2) == buffers(0, 1024, "bf16"), "attention has all tokens"
+    assert buffers(0, 1024, "bf16", 18) - buffers(0, 1024, "bf16", 0) == 2 * 3 * 8 * KERNEL_BYTES, "4 at once, and a last block of 2"
+    assert buffers(0, 1 << 20, "bf16") - buffers(0, 1 << 20, "bf16", 0) == MAX_KERNELS * KERNEL_BYTES, "the last of them"
     assert buffers(1, 4096, "bf16") == buffers(1, 1024, "bf16") and buffers(0, 4096, "fp32") == buffers(0, 1024, "fp32")
 
 
