@@ -1,4 +1,4 @@
-"""The plan's memory of a worker beside what a worker takes: six shapes under ZeRO 0 to 3, plain ranks over gloo or NCCL.
+"""The plan's memory of a worker beside what a worker takes: seven shapes under ZeRO 0 to 3, plain ranks over gloo or NCCL.
 
     python benchmarks/memory.py                       # on CPU two ranks share the machine; on GPU one rank per GPU
     python benchmarks/memory.py --shapes wide --zero 0 3
