@@ -10,7 +10,8 @@ MFU is of a GPU's peak by its data sheet, or of what products of matrices reach 
 They differ in what they keep: distlm and Trainer hold fp32 weights and compute in bf16, the bare loop holds bf16 alone. `kept` is the
 bare loop with the settings of the C library that distlm gives to its workers on CPU. `twin` is a loop of distlm's own parts, fp32
 weights, loss, attention and those settings, without Ray, DeepSpeed, stream and records: what is left between the two is their cost.
-`twin-workers` is that loop compiled, in a process a core that add up their gradients over gloo: so for `workers-compiled`.
+`twin-workers` is that loop compiled, in a process a core that add up their gradients over gloo: so for `workers-compiled`. `engine` is
+distlm's own training in such processes, DeepSpeed, stream, records and all, without Ray: it tells what of the difference is distlm's.
 `gpt` and `nanogpt` train another model, a GPT-2 of nanoGPT's size on bytes: distlm as in `workers-compiled`, and fp32 throughout, as
 nanoGPT does on a CPU. Their MFU is not shown, as it would be of that model.
 """
@@ -32,7 +33,7 @@ from typing import Any
 WARM_UP = 3
 SIDES = {"distlm": "distlm run", "compiled": "distlm run, compile: true", "fp8": "the same in fp8",
          "workers": "distlm run, a worker a core", "workers-zero2": "the same, ZeRO-2",
-         "workers-compiled": "the same, compile: true",
+         "workers-compiled": "the same, compile: true", "engine": "the same in plain processes, without Ray",
          "bare": "bare loop, pure bf16", "kept": "bare loop, memory kept", "twin": "bare loop, distlm's parts",
          "twin-workers": "the same, a process a core, compiled", "trainer": "transformers Trainer, bf16",
          "gpt": "GPT-2: distlm, a worker a core, compiled", "nanogpt": "GPT-2: bare loop in fp32"}
@@ -91,7 +92,7 @@ def main() -> None:
 def measure(side: str, storage: str, options: argparse.Namespace) -> list[float]:
     """Seconds of every step of one side, in a process of its own."""
     settings = {name: getattr(options, name) for name in ("steps", "preset", "context", "sequences", "micro", "vocab", "threads")}
-    return run_side(__file__, side, storage, settings, keep_memory=side in ("kept", "twin", "twin-workers"))["seconds"]
+    return run_side(__file__, side, storage, settings, keep_memory=side in ("kept", "twin", "twin-workers", "engine"))["seconds"]
 
 
 def run_side(script: str, side: str, storage: str, settings: dict[str, Any], keep_memory: bool = False) -> dict[str, Any]:
@@ -139,19 +140,60 @@ def run_distlm(options: argparse.Namespace) -> list[float]:
     """Step ends as rank 0 writes them to metrics.jsonl."""
     import distlm
 
-    name = f"bench-{time.time_ns()}"
-    workers = options.threads if options.side.startswith("workers") or options.side == "gpt" else 1
+    spec = job(options)
+    distlm.run(spec, storage=options.storage, progress=quiet())
+    return recorded(options.storage / "runs" / spec["name"])
+
+
+def job(options: argparse.Namespace) -> dict[str, Any]:
+    workers = options.threads if options.side.startswith("workers") or options.side in ("gpt", "engine") else 1
     model = {"config": GPT_CONFIG} if options.side == "gpt" else {"preset": options.preset}
-    spec = {"kind": "train", "name": name, "corpus": corpus_of(options.side), "model": model,
+    return {"kind": "train", "name": f"bench-{time.time_ns()}", "corpus": corpus_of(options.side), "model": model,
             "batch": {"global_sequences": options.sequences, "micro_sequences": options.micro // workers},
-            "duration": {"steps": options.steps}, "compile": options.side in ("fp8", "gpt") or options.side.endswith("compiled"),
+            "duration": {"steps": options.steps},
+            "compile": options.side in ("fp8", "gpt", "engine") or options.side.endswith("compiled"),
             "sharding": {"zero": 2 if options.side == "workers-zero2" else 0},
             "scale": {"workers": workers, "threads_per_worker": options.threads // workers, "gpus_per_worker": int(device() == "cuda")},
             "evaluate": {"every_steps": options.steps}, "checkpoint": {"every_steps": options.steps},
             "precision": "fp8" if options.side == "fp8" else "bf16"}
-    distlm.run(spec, storage=options.storage, progress=quiet())
-    lines = (options.storage / "runs" / name / "metrics.jsonl").read_text().splitlines()
+
+
+def recorded(run: Path) -> list[float]:
+    """Seconds from the end of one step to that of the next, but for the last, which evaluates and saves."""
+    lines = (run / "metrics.jsonl").read_text().splitlines()
     return intervals([record["time"] for record in map(json.loads, lines) if "loss" in record][:-1])
+
+
+def run_engine(options: argparse.Namespace) -> list[float]:
+    """What `distlm run` gives to each of its workers, in processes of one thread that nothing watches."""
+    import torch
+
+    spec = job(options)
+    run = options.storage / "runs" / spec["name"]
+    run.mkdir(parents=True)
+    os.environ |= {"DS_ACCELERATOR": "cpu", "WORLD_SIZE": str(options.threads)}
+    torch.multiprocessing.spawn(engine, (spec, options.storage, run), options.threads)           # raises where one has failed
+    return recorded(run)
+
+
+def engine(rank: int, spec: dict[str, Any], storage: Path, run: Path) -> None:
+    """A rank of a run, as `train/worker.py` has it inside Ray Train."""
+    import torch
+    from torch import distributed
+
+    from distlm.corpus.stream import local_steps, ordered_steps
+    from distlm.runs import RunFolder
+    from distlm.spec.load import load_spec
+    from distlm.storage import Storage
+    from distlm.train.loop import fit
+    from distlm.train.recipe import make_recipe
+
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    distributed.init_process_group("gloo", init_method=f"file://{run}/ranks", rank=rank, world_size=spec["scale"]["workers"])
+    recipe = make_recipe(load_spec(spec).spec, Storage(storage))
+    plan = recipe.plan()
+    fit(recipe, RunFolder(run), ordered_steps(local_steps(plan, rank, 0), plan, rank, 0), rank=rank, device=torch.device("cpu"))
 
 
 def run_bare(options: argparse.Namespace) -> list[float]:
@@ -330,7 +372,7 @@ def quiet() -> Any:
 SIDE: dict[str, Callable[[argparse.Namespace], list[float]]] = {
     "corpus": prepare_corpus, "bytes": prepare_corpus, "gpt": run_distlm, "nanogpt": run_bare, "twin-workers": run_twin_workers,
     "distlm": run_distlm, "compiled": run_distlm, "fp8": run_distlm, "workers": run_distlm,
-    "workers-zero2": run_distlm, "workers-compiled": run_distlm,
+    "workers-zero2": run_distlm, "workers-compiled": run_distlm, "engine": run_engine,
     "bare": run_bare, "kept": run_bare, "twin": run_twin,
     "trainer": run_trainer}
 

@@ -1,5 +1,6 @@
 """Why a worker group ended: Ray's exceptions to one error with a cause."""
 
+import re
 import socket
 from collections.abc import Container
 from pathlib import Path
@@ -13,6 +14,8 @@ PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pi
 REMOVED = "another rank could not write it, and has removed it"
 """What a rank says of a checkpoint whose folder has gone under it."""
 RAYS_LOG = "its log is in Ray's log folder"
+CUT_SHORT = re.compile(r"(/\S+\.so): (?:file too short|invalid ELF header)")
+"""What the loader says of a library whose compiler was ended as it wrote it. It stays in torch.compile's cache, for all later runs."""
 ANSWER_S = 2
 """Within which a node's raylet takes a connection, if there is one."""
 
@@ -85,6 +88,8 @@ def _explain(error: BaseException) -> tuple[int, DistlmError]:
         return int(REMOVED in error.message), error        # the other rank's error says why
     if out_of_memory(error):
         return 1, TrainError(f"out of memory: {line}", remedy="lower batch.micro_sequences, or raise sharding.zero", cause="oom")
+    if library := CUT_SHORT.search(str(error)):
+        return 1, TrainError(f"{library[1]} was cut short as it was compiled", cause="storage", remedy="delete it: it is compiled anew")
     if isinstance(error, ray.exceptions.NodeDiedError) or (isinstance(error, ray.exceptions.RayActorError)
                                                           and "node has died" in str(error).lower()):
         return 2, TrainError(f"a node was lost: {line}", cause="node_lost")

@@ -1,5 +1,6 @@
 """The cause of an end is the one that a person would name."""
 
+import ctypes
 import threading
 from datetime import timedelta
 from pathlib import Path
@@ -89,3 +90,14 @@ def test_what_is_no_fault_of_the_disk_is_not_told_as_one(error: RuntimeError, tm
         raise RuntimeError("file write failed")
     with pytest.raises(StorageError, match="another rank could not write it, and has removed it"), _told(tmp_path / "gone"):
         (tmp_path / "gone" / "shard").write_bytes(b"x")
+
+
+def test_a_library_that_was_cut_short_as_it_was_compiled_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "kernel.so"
+    path.write_bytes(b"\x7fELF")
+    with pytest.raises(OSError) as error:
+        ctypes.CDLL(str(path))
+    compiler = RuntimeError(f"InductorError: {error.value}\n\nSet TORCHDYNAMO_VERBOSE=1 for the internal stack trace")
+    found = diagnose(WorkerGroupError("failed", {0: GLOO, 1: compiler}))
+    assert (found.cause, found.message) == ("storage", f"{path} was cut short as it was compiled")
+    assert found.remedy == "delete it: it is compiled anew"
