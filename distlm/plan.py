@@ -152,7 +152,7 @@ def of_model(spec: TrainSpec, shape: Any, tokens: int | None, cut: tuple[int, in
     from distlm.model.build import model_config, parameter_sizes
     from distlm.model.distill import teacher_config
     from distlm.train.flops import config_flops, forward_flops
-    from distlm.train.memory import all_states, host_memory, make_load, peak_memory
+    from distlm.train.memory import all_states, host_memory, make_load, peak_memory, start_bytes
 
     config = model_config(spec.model, shape, spec.regularization.dropout)
     sizes = parameter_sizes(config)
@@ -170,6 +170,8 @@ def of_model(spec: TrainSpec, shape: Any, tokens: int | None, cut: tuple[int, in
     return [("parameters", f"{parameters:,}{own}"), *teacher, ("arithmetic", f"{total}{flops:.2e} FLOPs a token"),
             *of_speed(spec, flops, tokens, load.width), ("memory a worker", summed(memory.parts())),
             *([("host memory a worker", summed(host))] if (host := host_memory(load)) else []),
+            *([("host memory at the start", f"{size(sum(start))} of {'each worker' if start[0] else 'rank 0'}")]
+              if spec.scale.gpus_per_worker and any(start := start_bytes(load)) else []),
             *([("on disks a worker", summed(disks))] if (disks := on_disks(spec, all_states(load))) else []),
             *of_limit(load, memory.total), *of_host(load)]
 

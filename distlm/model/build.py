@@ -237,6 +237,18 @@ def last_line(error: BaseException) -> str:
     return (lines[0] if len(lines) == 1 else f"{lines[0]} {lines[-1]}" if lines else type(error).__name__)[:300]
 
 
+def blank_model(config: "PreTrainedConfig") -> "PreTrainedModel":
+    """The model in fp32 on the CPU as `build_model` makes it, but for its weights: they are whatever its memory held, which takes none
+    until something is written there."""
+    import torch
+    from transformers.initialization import no_init_weights
+
+    with no_init_weights():
+        model: PreTrainedModel = _auto_class(config).from_config(copy.deepcopy(config), dtype=torch.float32)
+    model.tie_weights()
+    return model
+
+
 def build_model(spec: ModelSpec, config: "PreTrainedConfig", seed: int, dtype: "torch.dtype | None" = None,
                 device: "torch.device | None" = None, nf4: bool = False) -> "PreTrainedModel":
     """The model in `dtype`, fp32 unless given, on `device`, the CPU unless given, with weights drawn from `seed`, or those of the

@@ -21,6 +21,7 @@ from distlm.model.activation import without_tanh
 from distlm.model.adapter import add_adapter, base_hash, merge, put_adapter, save_adapter
 from distlm.model.attention import use_cpu_attention
 from distlm.model.build import (
+    blank_model,
     buffers,
     build_model,
     compile_layers,
@@ -54,7 +55,17 @@ from distlm.train.recipe import Recipe, manifest_of
 from distlm.train.saver import Saver
 from distlm.train.schedule import learning_rate
 from distlm.train.watchdog import Watchdog
-from distlm.train.zero import check_node, deepspeed_config, gather_parts, loss_scale, make_engine, set_accumulation, tensor_group, update
+from distlm.train.zero import (
+    check_node,
+    deepspeed_config,
+    drawn_once,
+    gather_parts,
+    loss_scale,
+    make_engine,
+    set_accumulation,
+    tensor_group,
+    update,
+)
 from distlm.train.zeros import keep_zeros
 
 
@@ -69,17 +80,20 @@ def fit(recipe: Recipe, folder: RunFolder, steps: Iterator[NDArray[np.int64]], *
     check_node(spec)
     use_deterministic(spec.deterministic)
     config = model_config(spec.model, recipe.shape, spec.regularization.dropout)
+    blank = rank > 0 and drawn_once(spec)
     if spec.adapter:                                       # what stands still is held once, in the precision that it is computed with
         place = None if spec.sharding.zero == 3 else device                    # stage 3 divides it first
         model = build_model(spec.model, config, spec.seed, precision_dtype(spec.precision), place, spec.adapter.base == "nf4")
         add_adapter(model, spec.adapter, spec.seed, spec.compile)
+    elif blank:
+        model = blank_model(config)
     else:
         model = build_model(spec.model, config, spec.seed)
     if spec.keep_zeros:
         keep_zeros(model)
     if device.type == "cpu":
         use_cpu_attention(model)
-    if recipe.mask_documents:
+    if recipe.mask_documents and not blank:
         check_documents_apart(model)
     if spec.sharding.sequence_parallel > 1:
         group = sequence_group(spec.sharding.sequence_parallel, spec.sharding.tensor_parallel)

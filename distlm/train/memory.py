@@ -32,7 +32,7 @@ from distlm.spec.optimizer import check_optimizer
 from distlm.spec.sharding import check_tensor_parallel
 from distlm.spec.train import TrainSpec, check_base, check_compile
 from distlm.train.activations import Activations, measure_activations
-from distlm.train.zero import zero_options
+from distlm.train.zero import divided_first, drawn_once, zero_options
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -53,7 +53,7 @@ FRAGMENTATION = 0.05
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one worker at the peak of a step."""
+    """Bytes of one worker at the peak of a step, or at the start, where stage 3 takes more: then they are `weights` alone."""
 
     weights: int
     gradients: int
@@ -102,6 +102,8 @@ class Load:
     """Parameters of a teacher, which each worker holds whole beside them."""
     heads: int = 0
     """Of attention, those that a worker computes; none where the family has none."""
+    undivided: int = 0
+    """Of a model that is divided over a group, the parameters of the whole one."""
 
     @property
     def activations(self) -> Activations:
@@ -134,7 +136,7 @@ class Load:
 def make_load(spec: TrainSpec, config: "PreTrainedConfig", shape: Shape, parameters: int, micro_sequences: int, accumulation: int,
               masked: bool = False, whole: bool = False) -> Load:
     """`parameters`: of the whole model, with its adapter. `whole`: as a dry run has it, whose pairs stand in windows and not in rows."""
-    text, tensor = config.get_text_config(), spec.sharding.tensor_parallel
+    text, tensor, undivided = config.get_text_config(), spec.sharding.tensor_parallel, parameters
     shape = replace(shape, context=shape.context // spec.sharding.sequence_parallel)
     if tensor > 1:
         parameters = sum(part.numel() for part in divide(skeleton(config), tensor).parameters())
@@ -147,7 +149,7 @@ def make_load(spec: TrainSpec, config: "PreTrainedConfig", shape: Shape, paramet
     return Load(spec, parameters, count, text.hidden_size, (config.num_labels or 0) if config.problem_type else text.vocab_size,
                 shape.context, micro_sequences, accumulation, config.model_type in PLAIN_HEADS and not config.problem_type,
                 bool(recomputable(skeleton(config))), frozen, nf4, teacher,
-                getattr(text, "num_attention_heads", 0) // (tensor * spec.sharding.sequence_parallel))
+                getattr(text, "num_attention_heads", 0) // (tensor * spec.sharding.sequence_parallel), undivided)
 
 
 def memory_limit(spec: TrainSpec) -> int | None:
@@ -332,7 +334,12 @@ def peak_memory(load: Load) -> Memory:
     products = num_products(load.context * spec.sharding.sequence_parallel, load.micro_sequences * load.heads)
     kernels = 0 if on_gpu or p == 4 else KERNEL_BYTES * min(products, MAX_KERNELS)
     whole = Memory(states["weights"], at[0], states["optimizer"], states["ema"], at[1], at[2], at[3] + kernels, snapshot, 0)
-    return replace(whole, fragmentation=round(FRAGMENTATION * whole.total))
+    whole = replace(whole, fragmentation=round(FRAGMENTATION * whole.total))
+    if on_gpu:                                             # tensor parallelism moves each part there in float32
+        start = 4 * load.parameters if zero == 3 and not divided_first(spec) else 0
+    else:
+        start = sum(start_bytes(load))
+    return Memory(start, *[0] * 8) if start > whole.total else whole
 
 
 def own_states(load: Load) -> dict[str, int]:
@@ -371,9 +378,18 @@ def snapshot_bytes(load: Load) -> tuple[int, int]:
     return (own + ema, p * n if zero < 3 else 0) if zero else (ema, own + p * n)         # rank 0 saves what is whole
 
 
+def start_bytes(load: Load) -> tuple[int, int]:
+    """(each rank's, what rank 0 has beside its own) of the weights as the model is built under stage 3, on the host, whole, before they are
+    divided: in float32, or with an adapter as they are computed with. Below stage 3 they are not counted."""
+    if load.spec.sharding.zero < 3:
+        return 0, 0
+    built = (load.undivided or load.parameters) * (load.weight_bytes if load.spec.adapter else 4)
+    return (0, built) if drawn_once(load.spec) else (built, 0)
+
+
 def host_memory(load: Load) -> dict[str, int]:
     """Bytes that a worker on a GPU holds of its node's memory, by part, those of rank 0; none for a worker on CPU, whose own memory it is.
-    Buffers through which disks are read, and what a process takes before it trains, do not count."""
+    What the start takes, buffers through which disks are read, and what a process takes before it trains do not count."""
     spec, part = load.spec, -(-(load.parameters - load.frozen) // load.ranks)
     if not spec.scale.gpus_per_worker:
         return {}
@@ -389,9 +405,11 @@ def host_memory(load: Load) -> dict[str, int]:
 
 
 def node_memory(load: Load, workers: int) -> int:
-    """Bytes of `host_memory` of a node that has so many of the workers, rank 0 among them."""
-    beside = snapshot_bytes(load)[1] if load.spec.scale.gpus_per_worker else 0
-    return workers * (sum(host_memory(load).values()) - beside) + beside
+    """Bytes of `host_memory` of a node that has so many of the workers, rank 0 among them, or of `start_bytes` if they are more."""
+    if not load.spec.scale.gpus_per_worker:
+        return 0
+    beside, (each, first) = snapshot_bytes(load)[1], start_bytes(load)
+    return max(workers * (sum(host_memory(load).values()) - beside) + beside, workers * each + first)
 
 
 def raw_number(raw: dict[str, Any], key: str, default: int) -> int:

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from distlm.errors import SpecError, TrainError
+from distlm.model.build import precision_dtype
 from distlm.model.find import TORCHAO
 from distlm.model.float8 import CAPABILITY
 from distlm.model.nf4 import BITSANDBYTES
@@ -131,7 +132,10 @@ def make_engine(spec: TrainSpec, module: "torch.nn.Module", config: dict[str, An
 
     # for stage 1 with sums in fp32 DeepSpeed has an optimizer apart, whose checkpoints are others; its ZeRO does the same, as for fp16
     deepspeed.DeepSpeedEngine._configure_bf16_optimizer = deepspeed.DeepSpeedEngine._configure_zero_optimizer
-    engine, *_ = deepspeed.initialize(model=module, optimizer=make_optimizer(spec, module), config=config, dist_init_required=False)
+    optimizer = make_optimizer(spec, module)               # by the shapes of parameters, which are then divided
+    if divided_first(spec):
+        _divide(spec, module, config)
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)
     if hasattr(engine.optimizer, "optimizer") and not engine.zero_optimization_stage():
         engine.optimizer.optimizer.state.clear()           # bf16 without ZeRO: that empty step would count in bias corrections
     if spec.fp32_sums and not engine.zero_optimization_stage():
@@ -140,6 +144,35 @@ def make_engine(spec: TrainSpec, module: "torch.nn.Module", config: dict[str, An
         tensors = engine.optimizer.get_all_grad_tensors    # which DeepSpeed adds up as they are, not in their `dtype`
         engine.optimizer.get_all_grad_tensors = lambda parts, dtype: [part.to(dtype) for part in tensors(parts, dtype)]
     return engine
+
+
+def divided_first(spec: TrainSpec) -> bool:
+    """Whether parameters are divided over the ranks before a device has the whole model. Matrices that tensor parallelism cuts are divided
+    by DeepSpeed's engine alone, which has each rank's part of the model whole on its device first."""
+    return spec.sharding.zero == 3 and spec.sharding.tensor_parallel == 1
+
+
+def drawn_once(spec: TrainSpec) -> bool:
+    """Whether rank 0 alone draws the weights: where they are divided first, all ranks have their parts from it."""
+    return divided_first(spec) and spec.model.source is None
+
+
+def _divide(spec: TrainSpec, module: "torch.nn.Module", config: dict[str, Any]) -> None:
+    """Give each rank its part of every parameter, in the precision that the steps are computed in, as DeepSpeed's engine would once it had
+    moved the whole module to the device. Here one parameter after the other is moved, sent by rank 0 and divided. All ranks take part."""
+    import deepspeed
+    import torch
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.utils import groups
+
+    deepspeed.init_distributed(get_accelerator().communication_backend_name(), dist_init_required=False)
+    init = deepspeed.zero.Init(torch.nn.Module(), config_dict_or_path=config,
+                               zero_param_parallel_group=groups._get_zero_param_intra_parallel_group())
+    for parameter in module.parameters():                  # what was drawn is whole in this precision for one at a time, on the host too
+        parameter.data = parameter.data.to(precision_dtype(spec.precision))
+        init._convert_to_zero_parameters([parameter])
+    for buffer in module.buffers():
+        buffer.data = buffer.data.to(init.local_device)
 
 
 def _add_up_in_fp32(engine: Any) -> None:

@@ -2,12 +2,23 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from distlm.errors import InputError, SpecError
-from distlm.model.build import DROPOUTS, Shape, buffers, build_model, model_config, num_parameters, recompute, restore_buffers
+from distlm.model.build import (
+    DROPOUTS,
+    Shape,
+    blank_model,
+    buffers,
+    build_model,
+    model_config,
+    num_parameters,
+    recompute,
+    restore_buffers,
+)
 from distlm.model.export import export_model
 from distlm.spec.presets import PRESETS
 from distlm.spec.train import ModelSpec
@@ -49,6 +60,32 @@ def test_the_seed_decides_the_weights_and_nothing_else_does() -> None:
     second, other = build_model(TINY, config, 1), build_model(TINY, config, 2)
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
     assert not torch.equal(next(first.parameters()), next(other.parameters()))
+
+
+BLOCKS = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}
+HEADS = {**BLOCKS, "num_key_value_heads": 4}
+FAMILIES = [
+    {"model_type": "llama", **HEADS}, {"model_type": "qwen3", "tie_word_embeddings": True, **HEADS}, {"model_type": "gpt_neox", **BLOCKS},
+    {"model_type": "gemma3_text", "head_dim": 8, **HEADS}, {"model_type": "gpt2", "n_embd": 32, "n_head": 4, "n_layer": 2},
+    {"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 2},
+    {"model_type": "gpt_neo", "hidden_size": 32, "num_heads": 4, "num_layers": 2, "attention_types": [[["global", "local"], 1]]},
+    {"model_type": "deepseek_v3", "n_routed_experts": 4, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2, "kv_lora_rank": 16,
+     "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16, **HEADS}]
+
+
+@pytest.mark.parametrize("config", FAMILIES, ids=lambda config: config["model_type"])
+def test_a_model_without_weights_has_all_else_as_it_is_drawn(config: dict[str, Any]) -> None:
+    given = ModelSpec(config=config)
+    found = model_config(given, Shape(64, 16, 0))
+    random = torch.get_rng_state()
+    blank, drawn = blank_model(found), build_model(given, found, 0)
+    assert torch.equal(torch.get_rng_state(), random)
+    shapes = [{name: (one.shape, one.dtype, one.requires_grad, one.device) for name, one in model.named_parameters()}
+              for model in (blank, drawn)]
+    assert shapes[0] == shapes[1] and [*shapes[0]] == [*shapes[1]], "tied ones once, in the same order"
+    ours, theirs = dict(blank.named_buffers()), dict(drawn.named_buffers())
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert blank.training == drawn.training and type(blank) is type(drawn)
 
 
 def test_rotary_frequencies_survive_the_cast_to_bf16() -> None:

@@ -118,6 +118,36 @@ def watch_base() -> Callable[[], str]:
     return report
 
 
+def watch_start() -> None:
+    """Let this rank print of each run how many parameters its model has as DeepSpeed's engine is made, in which precisions, how many are
+    whole, and what part of all elements it holds; and let what it has not drawn be no number."""
+    import deepspeed
+    import torch
+
+    from distlm.train import loop
+
+    initialize, blank, rank = deepspeed.initialize, loop.blank_model, os.environ["RANK"]
+
+    def made(*, model: Any, **more: Any) -> Any:
+        all_of_it = [*model.parameters()]
+        whole = sum(not hasattr(one, "ds_id") or one.numel() > 0 for one in all_of_it)
+        held = sum(one.numel() + (one.ds_tensor.numel() if hasattr(one, "ds_id") else 0) for one in all_of_it)
+        total = sum(getattr(one, "ds_numel", one.numel()) for one in all_of_it)
+        precisions = sorted({str(one.dtype) for one in all_of_it})
+        print(f"rank {rank}: {len(all_of_it)} parameters in {precisions}, {whole} whole, {held / total:.2f} held", flush=True)
+        return initialize(model=model, **more)
+
+    def blanked(*args: Any) -> Any:
+        model = blank(*args)
+        with torch.no_grad():
+            for one in model.parameters():
+                one.fill_(math.nan)
+        print(f"rank {rank}: not drawn", flush=True)
+        return model
+
+    deepspeed.initialize, loop.blank_model = made, blanked
+
+
 def strike(what: signal.Signals, place: str, number: int) -> None:
     """Let this rank be sent a signal as the `number`-th step begins its arithmetic ("step"), as the evaluation after it begins ("measure"),
     the save ("save") or the export ("export"), or when the first file of the checkpoint is written ("write")."""

@@ -33,6 +33,7 @@ from distlm.train.memory import (
     node_memory,
     own_states,
     peak_memory,
+    start_bytes,
 )
 from distlm.train.recipe import make_recipe
 from tests.train.ranks import make_corpus
@@ -347,6 +348,24 @@ def test_what_is_offloaded_lies_in_the_memory_of_the_node_and_not_of_the_gpu() -
     assert host_memory(summed)["gradients"] == own_states(summed)["gradients"] == 4 * part, "sums stay on the GPU until the end"
     on_cpu = [load(0, sharding={"zero": 2, **one}, reduce_precision="same") for one in ({}, {"offload": optimizer})]
     assert peak_memory(on_cpu[0]) == peak_memory(on_cpu[1]) and host_memory(on_cpu[1]) == {}, "it is the same memory"
+
+
+def test_under_stage_3_the_start_takes_memory_of_rank_0_or_of_each_that_reads_a_checkpoint() -> None:
+    n, still = 10**9, {"checkpoint": {"asynchronous": False}}
+    drawn, read = load(sharding={"zero": 3}, **still), load(sharding={"zero": 3}, model={"from": "m"}, **still)
+    assert start_bytes(drawn) == (0, 4 * n) and start_bytes(read) == (4 * n, 0)
+    assert node_memory(drawn, 4) == 4 * n and node_memory(read, 4) == 4 * 4 * n
+    tuned = load(sharding={"zero": 3}, model={"from": "m"}, adapter={"rank": 4}, precision="bf16", **still)
+    assert node_memory(tuned, 4) == 4 * 2 * n, "which is read in bf16"
+    assert node_memory(load(sharding={"zero": 3}), 8) == 12 * n, "the copy of a checkpoint takes more than the start"
+    assert peak_memory(drawn).total == peak_memory(read).total, "no GPU has it whole"
+    own = peak_memory(load(0, parameters=10**11, sharding={"zero": 3}, **still))
+    assert own.parts() == {**dict.fromkeys(own.parts(), 0), "weights": 4 * 10**11}, "a worker on CPU has it in its own memory"
+    half = replace(load(parameters=10**11, sharding={"zero": 3, "tensor_parallel": 2}, **still), undivided=2 * 10**11)
+    half = replace(half, spec=half.spec.model_copy(update={"scale": half.spec.scale.model_copy(update={"workers": 64})}))
+    assert start_bytes(half) == (8 * 10**11, 0), "each has the whole model first"
+    assert peak_memory(half).total == 4 * 10**11 > peak_memory(replace(half, spec=half.spec.model_copy(update={
+        "sharding": drawn.spec.sharding}))).total, "and its part of it in float32 on its GPU"
 
 
 def test_a_checkpoint_beside_the_steps_takes_host_memory_once_for_each_worker_of_a_node() -> None:
