@@ -99,7 +99,8 @@ class Scale(Part):
     gpu: Annotated[str | None, Field(min_length=1)] = None
     """The kind of GPU, such as H100 or L4, whose peak and memory `distlm plan` knows. Default: this machine's, where it has one."""
     memory_gib: Annotated[float | None, Field(gt=0)] = None
-    """Memory of a worker: its GPU's, or its share of a node's. A job whose model states exceed it is refused. Default: that of `gpu`."""
+    """Memory of a worker: its GPU's, or its share of a node's. A job whose model states exceed it is refused. Default: that of `gpu`;
+    for workers on CPU where the machine is the whole cluster, its memory over them, beyond which a plan warns."""
     price_per_worker_hour: Annotated[float | None, Field(ge=0)] = None
     """What a worker costs an hour, in any currency: `distlm plan` says what the job will."""
 
