@@ -373,12 +373,13 @@ def check_precision(spec: TrainSpec) -> None:
     if spec.precision == "fp16" and not spec.sharding.zero:
         raise Rule("sharding.zero", "0 cannot be with fp16, whose loss scale DeepSpeed handles rightly under ZeRO alone; set zero: 1, "
                                     "or take bf16")
+    gpu = find_gpu(spec.scale.gpu) if spec.scale.gpu else None
+    if gpu and not gpu.multiplies(spec.precision):
+        able = ", ".join(name for name, one in GPUS.items() if one.multiplies(spec.precision))
+        instead = "bf16" if gpu.bf16 else "fp16 with sharding.zero: 1, or fp32"
+        raise Rule("precision", f"{spec.precision} is not in the hardware of {spec.scale.gpu}; take {instead}, or one of {able}")
     if spec.precision != "fp8":
         return
-    gpu = find_gpu(spec.scale.gpu) if spec.scale.gpu else None
-    if gpu and not gpu.fp8:
-        able = ", ".join(name for name, one in GPUS.items() if one.fp8)
-        raise Rule("precision", f"fp8 is not in the hardware of {spec.scale.gpu}; take bf16, or one of {able}")
     for where, given in (("sharding.tensor_parallel", spec.sharding.tensor_parallel > 1),
                          ("sharding.sequence_parallel", spec.sharding.sequence_parallel > 1)):
         if given:
