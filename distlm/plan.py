@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from distlm.autoscale import DATA_CPUS, compress_bundles, evaluate_bundles, serve_bundles, total, train_bundles
 from distlm.errors import InputError, SpecError
+from distlm.machine import machine_memory
 from distlm.model.build import check_served
 from distlm.model.find import check_name, find_model
 from distlm.spec import AverageSpec, CompressSpec, EvaluateSpec, PipelineSpec, PrepareSpec, ServeSpec, TrainSpec, TuneSpec
@@ -105,7 +106,8 @@ def of_train(spec: TrainSpec, storage: Storage, cluster: "RayUpFile | None" = No
              f"none: {without_val(read_corpora(spec, storage))[0]}"),
             ("checkpoints", f"every {recipe.checkpoint_every:,} steps" + ", written beside them" * spec.checkpoint.asynchronous),
             *of_model(recipe.spec, recipe.shape, recipe.tokens(recipe.num_steps),
-                      (recipe.micro_sequences, recipe.accumulation), recipe.mask_documents), *of_scale(spec),
+                      (recipe.micro_sequences, recipe.accumulation), recipe.mask_documents, room_of(spec, storage, cluster)),
+            *of_scale(spec),
             *([("nodes", f"{nodes.text} an hour")] if nodes else [])]
 
 
@@ -146,8 +148,10 @@ def assumed_mfu(on_gpu: bool, width: int) -> float:
     return GPU_MFU if on_gpu else CPU_MFU * min(1.0, width / CPU_WIDTH)
 
 
-def of_model(spec: TrainSpec, shape: Any, tokens: int | None, cut: tuple[int, int] = (1, 1), masked: bool = False) -> Rows:
-    """Parameters and activations are counted on the meta device: nothing is allocated. `cut`: micro_sequences and accumulation."""
+def of_model(spec: TrainSpec, shape: Any, tokens: int | None, cut: tuple[int, int] = (1, 1), masked: bool = False,
+             room: int | None = None) -> Rows:
+    """Parameters and activations are counted on the meta device: nothing is allocated. `cut`: micro_sequences and accumulation; `room`: a
+    worker's share of this machine's memory, in bytes, where the job would run on it."""
     from distlm.model.adapter import adapter_sizes
     from distlm.model.build import model_config, parameter_sizes
     from distlm.model.distill import teacher_config
@@ -173,7 +177,7 @@ def of_model(spec: TrainSpec, shape: Any, tokens: int | None, cut: tuple[int, in
             *([("host memory at the start", f"{size(sum(start))} of {'each worker' if start[0] else 'rank 0'}")]
               if spec.scale.gpus_per_worker and any(start := start_bytes(load)) else []),
             *([("on disks a worker", summed(disks))] if (disks := on_disks(spec, all_states(load))) else []),
-            *of_limit(load, memory.total), *of_host(load)]
+            *of_limit(load, memory.total, room), *of_host(load)]
 
 
 def on_disks(spec: TrainSpec, states: dict[str, int]) -> dict[str, int]:
@@ -215,18 +219,36 @@ def of_speed(spec: TrainSpec, flops: float, tokens: int | None, width: int) -> R
     return rows
 
 
-def of_limit(load: Any, total: int) -> Rows:
-    """A warning where a worker's memory is known and the estimate exceeds it, with the cheapest change that fits."""
+def room_of(spec: TrainSpec, storage: Storage, file: "RayUpFile | None") -> int | None:
+    """A CPU worker's share of this machine's memory, where the job would run on this machine: in a cluster that is up here, or in one for
+    itself, if that holds its workers. None elsewhere."""
+    from distlm import cluster, head
+
+    if spec.scale.gpus_per_worker or file:
+        return None
+    try:
+        found = cluster.find(storage)
+    except InputError:                                     # several are up: `distlm run` will ask which
+        return None
+    here = found.address.startswith("127.0.0.1:") if found else total(train_bundles(spec))["CPU"] <= head.default_cpus()
+    return machine_memory() // spec.scale.workers if here else None
+
+
+def of_limit(load: Any, total: int, room: int | None) -> Rows:
+    """A warning where a worker's memory is known, or else its `room` on this machine, and the estimate exceeds it, with the cheapest change
+    that fits."""
     from distlm.train.memory import CUDA_BYTES, GIB, advice, memory_limit
 
     spec = load.spec
-    limit, local = memory_limit(spec), local_gpu()[1]
+    limit, local, whose = memory_limit(spec), local_gpu()[1], ""
     if limit is None and spec.scale.gpus_per_worker and local:
         limit = local - CUDA_BYTES
+    elif limit is None and room:
+        limit, whose = room, f" that each of {spec.scale.workers} has of this machine" if spec.scale.workers > 1 else " of this machine"
     if limit is None or total <= limit:
         return []
     found = advice(load, limit)
-    return [("warning", f"does not fit: {total / GIB:.3g} of {limit / GIB:.3g} GiB; "
+    return [("warning", f"does not fit: {total / GIB:.3g} of {limit / GIB:.3g} GiB{whose}; "
                         + (f"it would with {found}" if found else "no ZeRO stage, checkpointing or micro-batch makes it fit: take more "
                            "workers, or a smaller model"))]
 
@@ -234,8 +256,6 @@ def of_limit(load: Any, total: int) -> Rows:
 def of_host(load: Any) -> Rows:
     """A warning where the workers on GPUs of this machine take more of its own memory than it has, with the cheapest change that fits. What
     GPUs of another kind would have for a node is not known."""
-    import psutil
-
     from distlm.spec.gpus import find_gpu
     from distlm.train.memory import GIB, node_advice, node_memory
 
@@ -243,7 +263,7 @@ def of_host(load: Any) -> Rows:
     name, _, count = local_gpu()
     if not scale.gpus_per_worker or not count or (scale.gpu and find_gpu(scale.gpu) != find_gpu(name)):
         return []
-    workers, limit = min(scale.workers, count), psutil.virtual_memory().total
+    workers, limit = min(scale.workers, count), machine_memory()
     if (need := node_memory(load, workers)) <= limit:
         return []
     found = node_advice(load, workers, limit)
@@ -445,7 +465,8 @@ def _of_step(pipe: PipelineSpec, spec: Spec, storage: Storage, cluster: "RayUpFi
         context = made_by.get("context", PrepareSpec.model_fields["context"].default)
         labels = ("0", "1") if train.objective == "classify" else ()                   # how many there are is not known yet
         shape = Shape(vocabulary, context, 0, labels)
-        rows += [(prefix + what, text) for what, text in of_model(train, shape, None, cut_of(train, context))]
+        rows += [(prefix + what, text) for what, text in of_model(train, shape, None, cut_of(train, context),
+                                                                    room=room_of(train, storage, cluster))]
     nodes = nodes_of(train, cluster)                       # the hours are not known before the corpus
     more = [*of_scale(train), *([("nodes", f"{nodes.text} an hour")] if nodes else [])]
     return rows + [(prefix + what, text) for what, text in more]

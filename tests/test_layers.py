@@ -7,9 +7,9 @@ import pytest
 
 import distlm
 
-ORDER = ["errors", "process", "storage", "spec", "runs", "progress", "head", "cluster", "autoscale", "clusterfile", "init", "dashboard",
-         "upload", "text", "corpus", "model", "train", "tune", "serve", "evaluate", "average", "compress", "attribution", "summary",
-         "outputs", "execute", "plan", "jobs", "endpoints", "stopping", "submitting", "logs", "cli", "__main__"]
+ORDER = ["errors", "process", "machine", "storage", "spec", "runs", "progress", "head", "cluster", "autoscale", "clusterfile", "init",
+         "dashboard", "upload", "text", "corpus", "model", "train", "tune", "serve", "evaluate", "average", "compress", "attribution",
+         "summary", "outputs", "execute", "plan", "jobs", "endpoints", "stopping", "submitting", "logs", "cli", "__main__"]
 ONE = {"pipeline": "execute", "reads": "execute"}
 """A pipeline is a job whose steps are jobs, and asks of each what it reads: they call each other."""
 STRANGERS = {"serve": {"corpus", "train", "tune"}, "model": {"corpus"}}

@@ -150,6 +150,23 @@ def test_host_memory_is_judged_by_this_machine_where_the_job_s_gpus_are_its_own(
     assert "take fewer workers a node, or lay on nvme" in needs(storage, **given, scale=scale)["warning of host memory"]
 
 
+def test_workers_on_cpu_have_this_machine_s_memory_where_the_job_would_run_here(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "machine_memory", lambda: 1 << 20)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    given = {"kind": "train", "corpus": "c", "model": MODEL, "duration": {"steps": 5}, "batch": {"global_sequences": 8}}
+    for workers, room in ((1, "0.000977 GiB of this machine"), (2, "0.000488 GiB that each of 2 has of this machine")):
+        text = needs(storage, **given, scale={"workers": workers})["warning"]
+        assert re.match(rf"does not fit: [\d.]+ of {room}; ", text), text
+    assert "warning" not in needs(storage, **given, scale={"memory_gib": 1}), "what the spec says comes first"
+    assert "warning" not in needs(storage, **given, scale={"workers": 8, "cpus_per_worker": 1000}), "which no cluster here would hold"
+    for address, here in (("127.0.0.1:6379", True), ("10.0.0.5:6379", False), ("http://127.0.0.1:8265", False)):
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        assert ("warning" in needs(storage, **given)) == here, address
+    monkeypatch.delenv("RAY_ADDRESS")
+    monkeypatch.setattr(plan, "machine_memory", lambda: 8 << 30)
+    assert "warning" not in needs(storage, **given)
+
+
 def test_a_context_that_is_not_the_corpus_s_is_refused(storage: Storage) -> None:
     with pytest.raises(SpecError, match="32 is not the context of the corpus c, 16"):
         needs(storage, kind="train", corpus="c", model={**MODEL, "context": 32}, duration={"steps": 1})

@@ -10,12 +10,21 @@ from pydantic_core import PydanticUndefined
 
 from distlm.spec.base import Overriding
 from distlm.spec.explain import models, shown
+from distlm.spec.gpus import GPUS
 from distlm.spec.load import KINDS
 
 HEAD = """# Specs
 
 Every key that a spec takes, by kind. A key without a default must be given. `--set key.path=value` overrides any of them.
 This file is generated: `python -m distlm.spec.reference > docs/specs.md`."""
+GPU_HEAD = """
+## GPUs
+
+What `scale.gpu` may name, or a device's whole name in which one of these stands: dense products in 10^12 operations a second and memory, as
+NVIDIA's data sheets have them, and the precisions that it computes in.
+
+| name | fp16 and bf16 | fp32 | GiB | precision |
+|---|---|---|---|---|"""
 PLAIN = {str: "text", int: "whole number", float: "number", bool: "true or false", Any: "anything", dict: "section"}
 
 
@@ -25,6 +34,9 @@ def reference() -> str:
     for kind, model in KINDS.items():
         parts += [f"\n## kind: {kind}\n\n{_sentence(model.__doc__)}\n", "| key | value | default | meaning |", "|---|---|---|---|"]
         parts += [f"| `{key}` | {value} | {default} | {meaning} |" for key, value, default, meaning in rows(model) if key != "kind"]
+    parts += [GPU_HEAD]
+    parts += [f"| `{name}` | {one.half_flops / 1e12:g} | {one.fp32_flops / 1e12:g} | {one.memory_gib} | "
+              f"{', '.join(p for p in ('fp32', 'fp16', 'bf16', 'fp8') if one.multiplies(p))} |" for name, one in GPUS.items()]
     return "\n".join(parts) + "\n"
 
 

@@ -99,7 +99,8 @@ class Scale(Part):
     gpu: Annotated[str | None, Field(min_length=1)] = None
     """The kind of GPU, such as H100 or L4, whose peak and memory `distlm plan` knows. Default: this machine's, where it has one."""
     memory_gib: Annotated[float | None, Field(gt=0)] = None
-    """Memory of a worker: its GPU's, or its share of a node's. A job whose model states exceed it is refused. Default: that of `gpu`."""
+    """Memory of a worker: its GPU's, or its share of a node's. A job whose model states exceed it is refused. Default: that of `gpu`;
+    for workers on CPU where the machine is the whole cluster, its memory over them, beyond which a plan warns."""
     price_per_worker_hour: Annotated[float | None, Field(ge=0)] = None
     """What a worker costs an hour, in any currency: `distlm plan` says what the job will."""
 
@@ -372,12 +373,13 @@ def check_precision(spec: TrainSpec) -> None:
     if spec.precision == "fp16" and not spec.sharding.zero:
         raise Rule("sharding.zero", "0 cannot be with fp16, whose loss scale DeepSpeed handles rightly under ZeRO alone; set zero: 1, "
                                     "or take bf16")
+    gpu = find_gpu(spec.scale.gpu) if spec.scale.gpu else None
+    if gpu and not gpu.multiplies(spec.precision):
+        able = ", ".join(name for name, one in GPUS.items() if one.multiplies(spec.precision))
+        instead = "bf16" if gpu.bf16 else "fp16 with sharding.zero: 1, or fp32"
+        raise Rule("precision", f"{spec.precision} is not in the hardware of {spec.scale.gpu}; take {instead}, or one of {able}")
     if spec.precision != "fp8":
         return
-    gpu = find_gpu(spec.scale.gpu) if spec.scale.gpu else None
-    if gpu and not gpu.fp8:
-        able = ", ".join(name for name, one in GPUS.items() if one.fp8)
-        raise Rule("precision", f"fp8 is not in the hardware of {spec.scale.gpu}; take bf16, or one of {able}")
     for where, given in (("sharding.tensor_parallel", spec.sharding.tensor_parallel > 1),
                          ("sharding.sequence_parallel", spec.sharding.sequence_parallel > 1)):
         if given:

@@ -46,7 +46,8 @@ class Activations:
     """The most that there is at once as each layer is passed backward: what it keeps, until that has been used, and gradients of
     activations on the way. What other layers keep and the gradients of weights do not count."""
     mask: int = 0
-    """Of `outside`, the mask of documents, which each layer uses and which is there until the first has been passed backward."""
+    """Of `outside`, the mask of documents, which each layer uses and which is there until the first has been passed backward; where
+    sequences are divided, until the next one is made."""
 
     def kept(self, every: int) -> int:
         """With every n-th layer computed again, 0 for none (Chen et al. 2016)."""
@@ -71,10 +72,12 @@ def measure_activations(config: "PreTrainedConfig", shape: Shape, precision: str
     sequences the probabilities; a GPU's fused kernel keeps the first three as they are. Where the family's code needs values, and so cannot
     run there, it is Korthikanti et al. 2022, equation 2, without the scores, which no fused kernel keeps: 34 bytes a token and unit of
     width, at two bytes a number. Where only its backward pass cannot run there, or would take long, a layer takes `BACKWARD` times what it
-    keeps on its way back. `sequence`: ranks that have a part of a sequence each, and in attention all tokens of a part of the heads.
-    `packed`: as many tokens may stand in shorter rows, at most as long as keep the most probabilities. `compiled`: what torch.compile's
-    partitioner would keep of a layer, which computes again what is cheap; gradients on the way back are taken for those of a layer that is
-    not compiled, since between the same matrix products there are the same ones.
+    keeps on its way back. `sequence`: ranks that have a part of a sequence each, and in attention all tokens of a part of the heads, with
+    the mask of all tokens. `masked`: documents are kept apart, by a boolean mask for all layers, of which PyTorch's kernels make one of the
+    scores' precision in each layer and keep that; eager attention is given one of these for all layers. `packed`: as many tokens may stand
+    in shorter rows, at most as long as keep the most probabilities. `compiled`: what torch.compile's partitioner would keep of a layer,
+    which computes again what is cheap; gradients on the way back are taken for those of a layer that is not compiled, since between the
+    same matrix products there are the same ones.
     """
     text = config.get_text_config()
     p = 4 if precision == "fp32" else 2
@@ -83,7 +86,7 @@ def measure_activations(config: "PreTrainedConfig", shape: Shape, precision: str
     if adapter:
         add_adapter(model, adapter, 0, compiled)
     model = model.to(torch.float32 if precision == "fp32" else torch.bfloat16).train()
-    if model.config._attn_implementation == "sdpa":
+    if fused := model.config._attn_implementation == "sdpa":
         if compiled:
             _attend_with_gradient(model, on_gpu)
         else:
@@ -99,7 +102,8 @@ def measure_activations(config: "PreTrainedConfig", shape: Shape, precision: str
         layer.register_forward_pre_hook(lambda *_, i=i: lives.enter(i))
         layer.register_forward_hook(lambda _, given, made, i=i: lives.leave(i, made if isinstance(made, torch.Tensor) else made[0]))
 
-    mask = shape.context**2 * (1 + p) if masked else 0     # boolean, and as PyTorch adds it to the scores; one for all layers
+    seen = (shape.context * sequence)**2 if masked else 0
+    mask, own = (seen, seen * p * on_gpu) if fused else (seen * p, 0)          # one for all layers, and one of each layer's
     hidden: Any = None
     with contextlib.suppress(Exception):                   # the family's own, of whatever kind: code that needs values
         with torch.autograd.graph.saved_tensors_hooks(lives.keep, lambda tensor: tensor), unlimited:
@@ -110,9 +114,9 @@ def measure_activations(config: "PreTrainedConfig", shape: Shape, precision: str
     if hidden is None or not counts or not all(counts):
         unit = shape.context * text.hidden_size * p        # on the way back: gradients of the output and of two that are four times as wide
         layers_ = text.num_hidden_layers
-        return Activations((17 * unit,) * layers_, inputs, inputs + mask, ((17 + 9) * unit,) * layers_, mask)
+        return Activations((17 * unit + own,) * layers_, inputs, inputs + mask, ((17 + 9) * unit + own,) * layers_, mask)
     if compiled:
-        plain = measure_activations(config, shape, precision, on_gpu, masked, tensor, adapter, sequence)
+        plain = measure_activations(config, shape, precision, on_gpu, False, tensor, adapter, sequence)
         backward = [count + plain.backward[i] - plain.layers[i] for i, count in enumerate(counts)]
     else:
         backward = [BACKWARD * count for count in counts]
@@ -125,7 +129,7 @@ def measure_activations(config: "PreTrainedConfig", shape: Shape, precision: str
                 raise
             except Exception:                              # the family's, as above
                 pass
-    return Activations(tuple(counts), inputs, outside + mask, tuple(backward), mask)
+    return Activations(tuple(one + own for one in counts), inputs, outside + mask, tuple(one + own for one in backward), mask)
 
 
 class _Lifetimes(TorchDispatchMode):

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from distlm.autoscale import require, train_bundles
 from distlm.errors import DistlmError, StorageError, TrainError
 from distlm.head import HUGE_PAGES
+from distlm.machine import machine_memory
 from distlm.model.build import model_config
 from distlm.model.export import export_lacks
 from distlm.progress import Progress
@@ -116,7 +117,15 @@ def _cut(recipe: Recipe, folder: RunFolder, progress: Progress) -> Recipe:
     """The recipe with its micro-batches as they are run."""
     if recipe.spec.batch.micro_sequences != "auto":
         return recipe
-    return choose_micro(recipe, folder, progress, lambda trial: _launch(trial, folder, 0, None, 0, "dry_run"))
+    return choose_micro(recipe, folder, progress, lambda trial: _launch(trial, folder, 0, None, 0, "dry_run"), room_of(recipe.spec))
+
+
+def room_of(spec: TrainSpec) -> int | None:
+    """A CPU worker's share of this machine's memory, where the cluster is this machine alone."""
+    import ray
+
+    alone = len([node for node in ray.nodes() if node["Alive"]]) == 1
+    return machine_memory() // spec.scale.workers if alone and not spec.scale.gpus_per_worker else None
 
 
 def require_workers(spec: TrainSpec, progress: Progress) -> None:

@@ -51,14 +51,16 @@ def peak_bytes() -> int:
     return torch.cuda.max_memory_reserved() if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def choose_micro(recipe: Recipe, folder: RunFolder, progress: Progress, launch: Callable[[Recipe], DistlmError | None]) -> Recipe:
-    """The recipe with the largest micro-batch whose steps run, inside the memory that the spec says a worker has. A worker that is killed
-    has not fitted: where memory is short a kernel gives no other sign. A run that goes on keeps its choice. Raises TrainError where not one
-    sequence fits, and what `launch` returns if it is not for memory."""
+def choose_micro(recipe: Recipe, folder: RunFolder, progress: Progress, launch: Callable[[Recipe], DistlmError | None],
+                 room: int | None = None) -> Recipe:
+    """The recipe with the largest micro-batch whose steps run, inside the memory that the spec says a worker has, else in `room` bytes. A
+    worker that is killed has not fitted: where memory is short a kernel gives no other sign. A run that goes on keeps its choice. Raises
+    TrainError where not one sequence fits, and what `launch` returns if it is not for memory."""
     chosen, place = folder.path / CHOSEN, folder.path / FOLDER
     if chosen.exists() and recipe.plan().piece % (micro := read_json(chosen)["micro_sequences"]) == 0:
         return replace(recipe, micro_sequences=micro)
-    limit = memory_limit(recipe.spec)
+    stated = memory_limit(recipe.spec)
+    limit = room if stated is None else stated
     error: DistlmError | None = None
     for micro in candidates(recipe, limit):
         shutil.rmtree(place, ignore_errors=True)
@@ -80,8 +82,9 @@ def choose_micro(recipe: Recipe, folder: RunFolder, progress: Progress, launch: 
     if error is not None and error.cause == "worker_died":                     # it may have another reason, which its log tells
         raise error
     beside = ", or set checkpoint.asynchronous: false" if recipe.spec.checkpoint.asynchronous else ""
+    share = f", or say scale.memory_gib: a worker's share of this machine is {limit / GIB:.3g} GiB" if limit and stated is None else ""
     raise TrainError("not one sequence of the batch fits the memory of a worker", where="batch.micro_sequences", cause="oom",
-                     remedy=f"set activation_checkpointing: 1, or raise sharding.zero{beside}")
+                     remedy=f"set activation_checkpointing: 1, or raise sharding.zero{beside}{share}")
 
 
 def candidates(recipe: Recipe, limit: int | None) -> Iterator[int]:

@@ -12,10 +12,12 @@ from distlm.spec.gpus import find_gpu
 
 
 def peak_flops(name: str, precision: str = "bf16") -> float | None:
-    """Operations a second of a GPU by its name, None where the table does not know it. For fp8 they are those of bf16, in which attention
-    and the last layer compute: so MFU tells what fp8 gains."""
+    """Operations a second of a GPU by its name, None where the table does not know it or it has no such products. For fp8 they are those of
+    bf16, in which attention and the last layer compute: so MFU tells what fp8 gains."""
     gpu = find_gpu(name)
-    return None if gpu is None else gpu.fp32_flops if precision == "fp32" else gpu.bf16_flops
+    if gpu is None or (precision == "bf16" and not gpu.bf16):
+        return None
+    return gpu.fp32_flops if precision == "fp32" else gpu.half_flops
 
 
 def config_flops(config: Any, sizes: dict[str, int], context: int, trained: dict[str, int] | None = None) -> float:

@@ -296,6 +296,7 @@ def peak_memory(load: Load) -> Memory:
     part, states, away = -(-n // world), own_states(load), places(spec)
     kept = load.micro_sequences * load.activations.kept(spec.activation_checkpointing)
     last, one = (load.micro_sequences * of for of in (load.activations.last(spec.activation_checkpointing), load.activations.first()))
+    left = load.micro_sequences * load.activations.mask * (spec.sharding.sequence_parallel > 1)          # `model/sequence.py` keeps it
     loss = loss_bytes(load, p)
     raw = spec.sharding.deepspeed.get("zero_optimization", {})
     bucket_size = raw_number(raw, "reduce_bucket_size", REDUCE_BUCKET)
@@ -327,8 +328,8 @@ def peak_memory(load: Load) -> Memory:
         "loss": (held, kept, loss, early),
         "last layer": (held, last, 0, early),
         "first layer": (filled, one, 0, beside),
-        "sent": (gradients, 0, 0, buffers + sent),
-        "step": (gradients, 0, 0, step + (buffers if zero == 3 else 0))}
+        "sent": (gradients, left, 0, buffers + sent),
+        "step": (gradients, left, 0, step + (buffers if zero == 3 else 0))}
     at = max(peaks.values(), key=sum)
     snapshot = 0 if on_gpu else sum(snapshot_bytes(load))
     products = num_products(load.context * spec.sharding.sequence_parallel, load.micro_sequences * load.heads)

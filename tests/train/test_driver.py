@@ -22,6 +22,7 @@ from distlm.corpus.blocks import plan_dataset
 from distlm.corpus.stream import START, Plan, local_steps, ordered_steps
 from distlm.errors import ClusterError, SpecError, StorageError, TrainError
 from distlm.execute import profile
+from distlm.machine import machine_memory
 from distlm.runs import RunFolder
 from distlm.spec import TrainSpec
 from distlm.spec.load import dump, to_yaml
@@ -391,6 +392,16 @@ def test_micro_batches_are_as_large_as_the_memory_of_a_worker_allows(cluster: st
     fixed = make_run(tmp_path, given("fixed", chosen["micro_sequences"]))
     train(given("fixed", chosen["micro_sequences"]), fixed, Storage(tmp_path), Records())
     assert losses(folder.path) == losses(fixed.path)
+
+
+def test_workers_on_cpu_have_the_memory_of_a_machine_that_is_the_whole_cluster(cluster: str, corpus: Path,
+                                                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    assert driver.room_of(spec(corpus, scale={"workers": 2})) == machine_memory() // 2
+    assert driver.room_of(spec(corpus, scale={"gpus_per_worker": 1})) is None
+    nodes = ray.nodes()
+    for others, room in ([{"Alive": True}], None), ([{"Alive": False}], machine_memory()):
+        monkeypatch.setattr(ray, "nodes", lambda others=others: [*nodes, *others])
+        assert driver.room_of(spec(corpus)) == room
 
 
 def test_a_job_that_the_cluster_can_never_hold_is_refused(cluster: str, corpus: Path, tmp_path: Path) -> None:

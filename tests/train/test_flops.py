@@ -9,10 +9,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from distlm.model.build import Shape, build_model, decoder_layers, model_config, parameter_sizes
 from distlm.runs import RunFolder
-from distlm.spec.gpus import find_gpu
+from distlm.spec import TrainSpec
+from distlm.spec.gpus import GPUS, find_gpu
 from distlm.spec.train import ModelSpec
 from distlm.storage import Storage
 from distlm.train import flops, metrics
+from distlm.train.memory import GIB, memory_limit
 from distlm.train.metrics import MetricsWriter, StepResult
 from distlm.train.recipe import make_recipe
 from tests.train.ranks import make_corpus, spec
@@ -74,10 +76,38 @@ def test_of_a_mixture_of_experts_those_that_a_token_goes_to_count() -> None:
     ("NVIDIA H100 80GB HBM3", 989e12, 80), ("NVIDIA H100 PCIe", 756e12, 80), ("NVIDIA H200", 989e12, 141),
     ("NVIDIA A100-SXM4-40GB", 312e12, 40), ("NVIDIA A100-SXM4-80GB", 312e12, 80), ("NVIDIA A100 80GB PCIe", 312e12, 80),
     ("NVIDIA L4", 121e12, 24), ("NVIDIA L40S", 362e12, 48), ("Tesla V100-SXM2-16GB", 125e12, 16), ("Tesla V100-SXM2-32GB", 125e12, 32),
-    ("NVIDIA GeForce RTX 4090", 165.2e12, 24), ("NVIDIA B200", 2250e12, 180)])
+    ("NVIDIA GeForce RTX 4090", 165.2e12, 24), ("NVIDIA B200", 2250e12, 180), ("Tesla T4", 65e12, 16)])
 def test_a_gpu_is_known_by_its_name(name: str, peak: float, memory: int) -> None:
     gpu = find_gpu(name)
-    assert gpu and flops.peak_flops(name) == flops.peak_flops(name, "fp8") == peak and gpu.memory_gib == memory
+    assert gpu and flops.peak_flops(name, "fp16") == flops.peak_flops(name, "fp8") == peak and gpu.memory_gib == memory
+
+
+@pytest.mark.parametrize("precision", ["fp32", "half"])
+@pytest.mark.parametrize("name", GPUS)
+def test_a_job_may_name_each_gpu_of_the_table_with_what_it_multiplies_in(name: str, precision: str) -> None:
+    def given(precision: str) -> TrainSpec:
+        return TrainSpec.model_validate({"name": "x", "corpus": "c", "model": {"config": LLAMA}, "duration": {"steps": 1}, "compile": True,
+                                         "sharding": {"zero": 1}, "precision": precision, "scale": {"gpus_per_worker": 1, "gpu": name}})
+
+    gpu = find_gpu(name)
+    assert gpu is GPUS[name], "no row before it has its name"
+    if precision == "fp32":
+        assert flops.peak_flops(name, "fp32") == gpu.fp32_flops < gpu.half_flops
+        assert memory_limit(given("fp32")) == (gpu.memory_gib - 1) * GIB
+        return
+    able = [one for one in ("fp16", "bf16", "fp8") if gpu.multiplies(one)]
+    assert {flops.peak_flops(name, one) for one in able} == {gpu.half_flops} and "fp16" in able
+    for one in ("fp16", "bf16", "fp8"):
+        if one in able:
+            assert given(one).scale.gpu == name
+        else:
+            instead = "bf16" if "bf16" in able else "fp16 with sharding.zero: 1, or fp32"
+            with pytest.raises(ValueError, match=f"{one} is not in the hardware of {name}; take {instead}, or one of B200"):
+                given(one)
+
+
+def test_a_gpu_without_bfloat16_has_no_peak_of_it() -> None:
+    assert [name for name in GPUS if flops.peak_flops(name) is None] == ["V100-SXM2-32GB", "V100", "T4"]
 
 
 def test_a_gpu_that_the_table_does_not_know_has_no_peak() -> None:

@@ -235,10 +235,45 @@ def test_each_layer_takes_what_is_its_own_on_its_way_back() -> None:
     assert small.last(0) - small.layers[0] == large.last(0) - large.layers[0] and small.last(1) == large.last(1)
 
 
+@pytest.mark.parametrize("own_kernel", [True, False])
+def test_the_mask_of_documents_takes_what_it_does_in_a_real_pass(own_kernel: bool) -> None:
+    """PyTorch's kernel on CPU makes the same of a mask as those on GPU."""
+    given = spec(model={"config": LLAMA}, precision="fp32")
+    found = model_config(given.model, SHAPE)
+    model, masks = build_model(given.model, found, 0).train(), list[torch.Tensor]()
+    if own_kernel:
+        use_cpu_attention(model)
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.shape == (1, 1, 64, 64):
+            masks.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model.base_model(input_ids=torch.zeros(1, 64, dtype=torch.int64), position_ids=torch.arange(16).repeat(1, 4), use_cache=False)
+    kept = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in masks}
+    assert [*kept.values()] == ([64**2] if own_kernel else [4 * 64**2] * 3)
+    plain, masked = (measure_activations(found, SHAPE, "fp32", on_gpu=not own_kernel, masked=wanted) for wanted in (False, True))
+    assert masked.kept(0) - plain.kept(0) == sum(kept.values()) + 64**2 * (not own_kernel), "and the boolean one, of which they are made"
+    assert masked.kept(1) - plain.kept(1) == 64**2 == masked.mask, "a layer that is computed again makes its own again"
+
+
+@pytest.mark.parametrize("config", [LLAMA, {**LLAMA, "model_type": "mixtral", "num_local_experts": 4}])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_gpu_s_layers_each_keep_a_mask_of_their_own(config: dict[str, Any], compiled: bool) -> None:
+    found = model_config(spec(model={"config": config}).model, SHAPE)
+    plain, masked = (measure_activations(found, SHAPE, "bf16", on_gpu=True, masked=wanted, compiled=compiled, adapter=Adapter(rank=2))
+                     for wanted in (False, True))
+    mine = 2 * 64**2
+    assert masked.layers == tuple(one + mine for one in plain.layers) and masked.backward == tuple(one + mine for one in plain.backward)
+
+
 def test_the_mask_of_documents_is_there_until_the_first_layer_has_been_passed_backward() -> None:
     config = model_config(spec().model, SHAPE)
     plain, masked = (measure_activations(config, SHAPE, "bf16", on_gpu=False, masked=wanted) for wanted in (False, True))
-    assert masked == replace(plain, mask=64**2 * 3, outside=plain.outside + 64**2 * 3)
+    assert masked == replace(plain, mask=64**2, outside=plain.outside + 64**2)
+    eager = model_config(spec(model={"config": {**LLAMA, "attn_implementation": "eager"}}).model, SHAPE)
+    assert measure_activations(eager, SHAPE, "bf16", on_gpu=True, masked=True).mask == 2 * 64**2
     one = load(activation_checkpointing=1)
     one = replace(one, accumulation=1, count=lambda: replace(load().activations, mask=GIB // 64))
     assert peak_memory(one).activations == 8 * (3 * GIB // 2 + GIB // 64), "as gradients are there"

@@ -1,6 +1,7 @@
 """Sequences that are divided over a group of ranks make one worker's steps; what cannot be divided is refused at plan."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,12 @@ from safetensors.torch import load_file
 
 from distlm.errors import SpecError
 from distlm.model.build import Shape, model_config
-from distlm.model.sequence import FAMILIES
+from distlm.model.sequence import FAMILIES, document_mask
 from distlm.spec import TrainSpec
 from distlm.spec.load import dump, load_spec
 from distlm.storage import Storage
 from distlm.train.batch import TokenBatch
-from distlm.train.memory import make_load, own_states
+from distlm.train.memory import make_load, own_states, peak_memory
 from distlm.train.recipe import make_recipe
 from tests.train.ranks import CONTEXT, VOCABULARY, losses, make_corpus, make_packed_corpus, metrics, run_ranks, spec
 from tests.train.test_resume import check_going_on, records
@@ -198,3 +199,17 @@ def test_plan_counts_the_activations_of_a_part() -> None:
                           1000, 2, 3) for degree in (1, 2))
     assert two.activations.layers[0] * 2 == one.activations.layers[0] and two.context * 2 == one.context
     assert own_states(one) == own_states(two)
+
+
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_plan_counts_the_mask_of_whole_sequences_on_each_rank(gpus: int) -> None:
+    """It stays until the next one is made."""
+    shape, config = Shape(VOCABULARY, CONTEXT, 0), spec(Path("c")).model
+    made = document_mask(torch.zeros(1, CONTEXT, dtype=torch.int64)).untyped_storage().nbytes()
+    for degree in (1, 2):
+        given = spec(Path("c"), scale={"workers": degree, "gpus_per_worker": gpus}, sharding=divided(0, degree))
+        plain, masked = (make_load(given, model_config(config, shape), shape, 1000, 2, 3, wanted) for wanted in (False, True))
+        assert masked.activations.mask == made == masked.activations.outside - plain.activations.outside
+        assert masked.activations.layers[0] - plain.activations.layers[0] == 4 * made * gpus
+    sending = [peak_memory(replace(one, parameters=10**8)).activations for one in (plain, masked)]       # the most is held then
+    assert sending == [0, 2 * made]
