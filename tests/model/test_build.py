@@ -138,6 +138,7 @@ def test_a_checkpoint_that_lacks_weights_is_an_error(tmp_path: Path) -> None:
 
 def test_dropout_is_set_wherever_the_family_has_it() -> None:
     assert model_config(ModelSpec(preset="llama-tiny"), SHAPE, 0.1).attention_dropout == 0.1
+    assert model_config(ModelSpec(config={"model_type": "seed_oss"}), SHAPE).residual_dropout == 0, "0.1 by its own default"
     gpt2 = model_config(ModelSpec(preset="gpt2-124m"), Shape(50257, 1024, 0), 0.2)
     assert (gpt2.resid_pdrop, gpt2.embd_pdrop, gpt2.attn_pdrop) == (0.2, 0.2, 0.2)
     assert model_config(ModelSpec(preset="gpt2-124m"), Shape(50257, 1024, 0)).resid_pdrop == 0.0
