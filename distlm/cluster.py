@@ -11,6 +11,7 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -23,13 +24,15 @@ from typing import Any, TextIO
 import psutil
 
 from distlm import head as heads
-from distlm.errors import ClusterError, InputError
-from distlm.process import signals_held
-from distlm.storage import Storage, writing
+from distlm.errors import ClusterError, InputError, StorageError
+from distlm.process import living, signals_held
+from distlm.storage import Storage, read_json, write_json, writing
 
 NAME_TOKEN = "RAY_AUTH_TOKEN_PATH must name the cluster's token"
 CLEAR_S = 10
 """So long an embedded cluster's folder is tried to be removed."""
+OWNER = "owner.json"
+"""In an embedded cluster's folder: the process with which it ends."""
 
 
 @dataclass(frozen=True)
@@ -278,8 +281,10 @@ def _embed(stack: contextlib.ExitStack) -> Connection:
 
     base = "/tmp" if os.path.isdir("/tmp") else tempfile.gettempdir()
     with writing(base, "free space there, or use a cluster that is up"):
+        _clear_orphans(Path(base))
         folder = Path(tempfile.mkdtemp(prefix="distlm-", dir=base))
         stack.callback(_clear, folder)
+        write_json(folder / OWNER, {"host": socket.gethostname(), "pid": os.getpid(), "started": psutil.Process().create_time()})
         token_file = folder / "token"
         token_file.touch(mode=0o600)
         token_file.write_text(secrets.token_hex(32))
@@ -314,6 +319,16 @@ def _hang_up_kept() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _clear_orphans(base: Path) -> None:
+    """Remove what embedded clusters of this host whose process was killed have left in `base`: their folders, and processes of Ray's, of
+    which some live on for a minute."""
+    for file in base.glob(f"distlm-*/{OWNER}"):
+        with contextlib.suppress(StorageError, KeyError, TypeError):           # another user's, or one that goes just now
+            owner = read_json(file)
+            if owner["host"] == socket.gethostname() and living(owner["pid"], owner["started"]) is None:
+                _clear(file.parent)
 
 
 def _clear(folder: Path) -> None:

@@ -3,9 +3,11 @@
 import contextlib
 import errno
 import io
+import json
 import logging
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -17,7 +19,11 @@ import pytest
 
 from distlm import cluster
 from distlm.errors import ClusterError, StorageError
-from distlm.storage import Storage
+from distlm.runs import RunFolder
+from distlm.spec.load import dump, to_yaml
+from distlm.storage import Storage, write_json
+from tests.train.ranks import make_corpus, spec
+from tests.train.test_driver import steps_done, wait_for, workers
 
 WARNED = """
 import os, sys, time
@@ -86,6 +92,49 @@ def left_in(folder: str) -> list[str]:
             if process.environ().get("RAY_TMPDIR") == folder:
                 found.append(process.name())
     return found
+
+
+@pytest.mark.slow
+def test_of_a_job_that_is_killed_with_its_embedded_cluster_the_workers_end_and_the_next_start_clears_the_rest(tmp_path):
+    given = spec(make_corpus(tmp_path / "c"), duration={"steps": 100_000}, checkpoint={"every_steps": 1000},
+                 evaluate={"every_steps": 1000}, scale={"workers": 2})
+    file, run = tmp_path / "run.yaml", RunFolder(Storage(tmp_path).run(given.name))
+    file.write_text(to_yaml(dump(given)))
+    environment = {**{k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}, "DISTLM_STORAGE": str(tmp_path)}
+    job = subprocess.Popen([sys.executable, "-m", "distlm", "run", str(file)], env=environment, stdout=subprocess.DEVNULL,
+                           stderr=subprocess.DEVNULL)
+    try:
+        wait_for(lambda: steps_done(run.path) >= 20 or job.poll() is not None, "step 20", 180)
+        assert job.poll() is None
+        trained = workers(job.pid)
+        [folder] = {process.environ()["RAY_TMPDIR"] for process in trained}
+        assert len(trained) == 2 and folder.startswith("/tmp/distlm-")
+    finally:
+        job.kill()
+        job.wait()
+    shown = subprocess.run([sys.executable, "-m", "distlm", "status", given.name, "--json"], env=environment, capture_output=True)
+    found = json.loads(shown.stdout)
+    assert (found["state"], found["cause"]) == ("failed", "head_lost")
+    psutil.wait_procs(trained, timeout=60)
+    assert not any(process.is_running() for process in trained)
+    wait_for(lambda: not [name for name in left_in(folder) if "Agent" not in name], "the end of all of Ray's but its agents", 60)
+    assert Path(folder).exists()
+    done = subprocess.run([sys.executable, "-c", WARNED, str(tmp_path / "driver.log")], env=environment, capture_output=True, timeout=120)
+    assert done.returncode == 0 and not Path(folder).exists() and left_in(folder) == []
+
+
+def test_folders_are_cleared_of_embedded_clusters_of_this_host_that_are_dead(tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    dead = {"host": socket.gethostname(), "pid": ended.pid, "started": psutil.Process(ended.pid).create_time()}
+    ended.wait()
+    mine = {"host": socket.gethostname(), "pid": os.getpid(), "started": psutil.Process().create_time()}
+    for name, owner in {"dead": dead, "again": {**mine, "started": 1.0}, "living": mine, "elsewhere": {**dead, "host": "other"},
+                        "torn": [], "head": None}.items():
+        (tmp_path / f"distlm-{name}" / "ray").mkdir(parents=True)
+        if owner is not None:
+            write_json(tmp_path / f"distlm-{name}" / cluster.OWNER, owner)
+    cluster._clear_orphans(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"distlm-living", "distlm-elsewhere", "distlm-torn", "distlm-head"}
 
 
 @pytest.mark.parametrize("orphaned", [True, False])

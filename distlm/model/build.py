@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 
-DROPOUTS = ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout", "activation_dropout", "layerdrop",
-            "hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout_prob", "classifier_dropout")
+DROPOUTS = ("attention_dropout", "hidden_dropout", "residual_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout",
+            "activation_dropout", "layerdrop", "hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout_prob",
+            "classifier_dropout")
 """Every family's names for it. All are 0 unless the configuration says otherwise."""
 NO_ACTIVATIONS = ("layerdrop", "classifier_dropout")
 """Those that leave out whole layers, or that no language model reads."""

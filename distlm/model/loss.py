@@ -21,9 +21,13 @@ TRIM_TOKENS = 16
 """Padding that no sequence of a classifier's micro-batch needs is cut off, down to a multiple of this."""
 IGNORED = -100
 """A target that gives no loss, as transformers has it."""
-PLAIN_HEADS = frozenset({"gpt2", "gpt_neox", "llama", "mistral", "mixtral", "olmo", "olmo2", "phi", "phi3", "qwen2",
-                         "qwen2_moe", "qwen3", "qwen3_moe", "smollm3", "starcoder2"})
-"""Families whose logits are their last hidden states times one matrix, and nothing after it. Others scale or cap them."""
+PLAIN_HEADS = frozenset({"apertus", "arcee", "cwm", "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5", "ernie4_5_moe", "exaone4",
+                         "flex_olmo", "gemma", "glm", "glm4", "glm4_moe", "gpt2", "gpt_neox", "gpt_oss", "helium", "hunyuan_v1_dense",
+                         "hunyuan_v1_moe", "jais2", "llama", "minimax_m2", "ministral", "ministral3", "mistral", "mixtral", "nemotron",
+                         "olmo", "olmo2", "olmo3", "olmoe", "persimmon", "phi", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3",
+                         "qwen3_moe", "seed_oss", "smollm3", "stablelm", "starcoder2"})
+"""Families whose logits are their last hidden states times one matrix, perhaps with a bias, and nothing after it. Others scale or cap them.
+Of a mixture of experts the router's own loss is no part of the training loss, whatever the head."""
 
 
 class CausalLoss(nn.Module):

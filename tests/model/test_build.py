@@ -1,5 +1,6 @@
 """A model is what the spec says, drawn from the seed, with positions that keep their precision."""
 
+import functools
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from distlm.model.build import (
     recompute,
     restore_buffers,
 )
-from distlm.model.export import export_model
+from distlm.model.export import INDEX, export_lacks, export_model, weight_files
 from distlm.spec.presets import PRESETS
 from distlm.spec.train import ModelSpec
 from distlm.storage import Storage, read_json, write_json
@@ -138,6 +139,25 @@ def test_a_run_goes_on_from_an_exported_model(tmp_path: Path) -> None:
         make_recipe(spec(corpus, model={"from": "first"}), storage)
 
 
+def test_an_export_in_several_files_is_as_whole_as_one_in_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+
+    corpus, folder, inner = make_corpus(tmp_path / "c"), tmp_path / "export", PreTrainedModel.save_pretrained
+    given = spec(corpus).model
+    model = build_model(given, model_config(given, Shape(64, 16, 0)), 5).eval()
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", functools.partialmethod(inner, max_shard_size="20KB"))
+    export_model(model, None, corpus / "tokenizer", folder, {"run": "first"})
+    files = sorted(path.name for path in folder.glob("*.safetensors"))
+    assert len(files) > 2 and files == weight_files(folder) == sorted(set(read_json(folder / INDEX)["weight_map"].values()))
+    assert not export_lacks(folder) and read_json(folder / "distlm.json") == {"run": "first"}
+    assert GenerationConfig.from_pretrained(folder).eos_token_id == 0 and len(AutoTokenizer.from_pretrained(folder)) == 64
+    tokens = torch.arange(15)[None]
+    with torch.no_grad():
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(folder)(tokens).logits, model(tokens).logits)
+    (folder / files[1]).unlink()
+    assert files[1] in export_lacks(folder)
+
+
 def test_the_tokens_that_end_a_turn_of_a_checkpoint_stay(tmp_path: Path) -> None:
     corpus = make_corpus(tmp_path / "c")
     given = spec(corpus)
@@ -175,6 +195,7 @@ def test_a_checkpoint_that_lacks_weights_is_an_error(tmp_path: Path) -> None:
 
 def test_dropout_is_set_wherever_the_family_has_it() -> None:
     assert model_config(ModelSpec(preset="llama-tiny"), SHAPE, 0.1).attention_dropout == 0.1
+    assert model_config(ModelSpec(config={"model_type": "seed_oss"}), SHAPE).residual_dropout == 0, "0.1 by its own default"
     gpt2 = model_config(ModelSpec(preset="gpt2-124m"), Shape(50257, 1024, 0), 0.2)
     assert (gpt2.resid_pdrop, gpt2.embd_pdrop, gpt2.attn_pdrop) == (0.2, 0.2, 0.2)
     assert model_config(ModelSpec(preset="gpt2-124m"), Shape(50257, 1024, 0)).resid_pdrop == 0.0

@@ -14,17 +14,17 @@ from distlm.model import documents, loss
 from distlm.model.attention import NAME, use_cpu_attention
 from distlm.model.documents import check_documents_apart, check_family
 from distlm.train.batch import make_batch
+from tests.model.families import tiny
 
 TINY = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "max_position_embeddings": 32, "pad_token_id": None, "bos_token_id": 0, "eos_token_id": 0}
-GPT2 = {"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 32, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}
 GEMMA = {**TINY, "head_dim": 8, "final_logit_softcapping": 3.0}
 LENGTHS = [[12, 9], [1, 1, 19], [20], [5, 4, 3, 2, 1]]
 """Of the documents in windows of 21 tokens; what is left of one is padding."""
 
 
 def build(family: str, attention: str, **more: Any) -> Any:
-    values = {"gpt2": GPT2, "gemma2": GEMMA}.get(family, TINY)
+    values = GEMMA if family == "gemma2" else tiny(family, 2)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(
         family, **values, **more, attn_implementation="eager" if attention == "eager" else "sdpa"), dtype=torch.float32)
@@ -96,15 +96,16 @@ def test_targets_that_are_ignored_give_no_loss_and_no_gradient(family: str) -> N
     assert wrapped(tokens).item() == pytest.approx(wrapped(tokens, tokens[:, 1:]).item(), rel=1e-6)
 
 
-@pytest.mark.parametrize("family", sorted(loss.PLAIN_HEADS))
-def test_the_families_whose_head_is_ours_keep_documents_apart(family: str) -> None:
+@pytest.mark.parametrize("family", sorted(documents.KEPT_APART))
+def test_the_families_that_need_no_look_keep_documents_apart(family: str) -> None:
     check_documents_apart(build(family, NAME))
 
 
 @pytest.mark.parametrize(("family", "values"), [("bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4}),
-                                                ("mamba", {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8})])
+                                                ("mamba", {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}),
+                                                ("gpt_oss", {**tiny("gpt_oss", 2), "attn_implementation": "eager"})])
 def test_a_family_that_does_not_is_refused(family: str, values: dict[str, Any]) -> None:
-    config = AutoConfig.for_model(family, vocab_size=97, **values)
+    config = AutoConfig.for_model(family, **{"vocab_size": 97, **values})
     model = AutoModelForCausalLM.from_config(config)
     said = f"batch.mask_documents: the {family} family of transformers does not keep the documents .* false"
     with pytest.raises(SpecError, match=said):

@@ -6,6 +6,7 @@ from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from distlm.model import loss
+from tests.model.families import MIXTURES, tiny
 
 
 @pytest.mark.parametrize("elements", [1, 700, 1 << 19])
@@ -49,12 +50,10 @@ TINY = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidde
 @pytest.mark.parametrize("family", sorted(loss.PLAIN_HEADS))
 def test_a_head_by_blocks_gives_the_loss_and_gradients_of_whole_logits(family: str, tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(loss.BLOCK_ELEMENTS, "cpu", 97 * 7)
-    values = dict(TINY)
-    if family == "gpt2":
-        values = {"vocab_size": 97, "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 32, "resid_pdrop": 0,
-                  "embd_pdrop": 0, "attn_pdrop": 0}
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, tie_word_embeddings=tied, **values))
+    layers = 2 if family in MIXTURES else 1                # the first of several is dense
+    config = AutoConfig.for_model(family, **tiny(family, layers), tie_word_embeddings=tied)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     torch.nn.init.normal_(model.get_output_embeddings().weight, std=0.3)
     tokens = torch.randint(0, 97, (3, 20))
     logits = model(input_ids=tokens[:, :-1]).logits.flatten(0, 1)

@@ -17,6 +17,7 @@ import numpy as np
 import psutil
 import pytest
 import ray
+from ray.util import placement_group_table
 
 from distlm.corpus.blocks import plan_dataset
 from distlm.corpus.stream import START, Plan, local_steps, ordered_steps
@@ -343,6 +344,8 @@ def test_a_failure_that_comes_back_ends_the_run_with_its_cause(cluster: str, cor
         train(given, folder, Storage(tmp_path), Records())
     assert folder.state() == ("failed", "nonfinite_loss")
     assert not (folder.path / "export").exists()
+    wait_for(lambda: not workers() and all(group["state"] == "REMOVED" for group in placement_group_table().values()),
+             "the end of all that the run had started", 20)
 
 
 def test_what_a_step_measured_is_shown_at_the_cluster_s_metrics_endpoint(cluster: str) -> None:

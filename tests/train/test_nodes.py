@@ -53,14 +53,15 @@ def nodes(tmp_path: Path) -> Iterator[Nodes]:
         down(head)
 
 
-def lose(node: "subprocess.Popen[bytes]") -> None:
-    """All of its processes at once, as when a machine loses its power."""
+def lose(node: "subprocess.Popen[bytes]") -> list[psutil.Process]:
+    """All of its processes at once, as when a machine loses its power. Returns them, when they are gone."""
     processes = [psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)]
     for process in processes:
         process.suspend()                                  # none may tell that another has gone
     for process in processes:
         process.kill()
     psutil.wait_procs(processes)
+    return processes
 
 
 def test_a_node_that_is_lost_costs_the_steps_since_the_last_checkpoint(nodes: Nodes, tmp_path: Path) -> None:
@@ -74,9 +75,12 @@ def test_a_node_that_is_lost_costs_the_steps_since_the_last_checkpoint(nodes: No
                            env={**nodes.environment, "RAY_ADDRESS": nodes.head.address, "DISTLM_STORAGE": str(tmp_path)})
     wait_for(lambda: steps_done(folder.path) >= 25 or job.poll() is not None, "step 25", 240)
     assert job.poll() is None, job.communicate()[0].decode()
-    lose(next(node for node in joined if workers(node.pid)))
+    lost, kept = sorted(joined, key=lambda node: not workers(node.pid))
+    trained = [*workers(lost.pid), *workers(kept.pid), *workers(nodes.head.pid)]
+    assert len(trained) == 2
+    gone = lose(lost)
     wait_for(lambda: nodes.alive() == 2, "the loss of a node")
-    nodes.join("127.0.0.4")
+    joined.append(nodes.join("127.0.0.4"))
     output = job.communicate(timeout=300)[0].decode()
     assert job.returncode == 0, output
     failures = [event["cause"] for event in folder.events() if event["state"] == "note" and event["cause"]]
@@ -86,4 +90,7 @@ def test_a_node_that_is_lost_costs_the_steps_since_the_last_checkpoint(nodes: No
     assert losses(folder.path) == losses(tmp_path / "undisturbed")
     ours, theirs = ((run / "export" / "model.safetensors").read_bytes() for run in (folder.path, tmp_path / "undisturbed"))
     assert ours == theirs
+    assert set(trained) & set(gone) and not any(process.is_running() for process in gone)
+    living = [nodes.head.pid, kept.pid, joined[-1].pid]
+    wait_for(lambda: not any(process.is_running() for process in trained) and not any(map(workers, living)), "the end of all workers", 60)
 
