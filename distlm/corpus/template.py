@@ -64,6 +64,8 @@ class Template:
         self._markup_ids = lru_cache(10_000)(lambda text: self._markup.encode(text, add_special_tokens=False).ids)
         self._names = [token.content for token in self._markup.get_added_tokens_decoder().values() if token.special]
         self._end, self._ended = "", self._by_generation
+        self.end_id: int | None = None
+        """The special token that ends every answer and gives loss with it; None where a text or nothing does."""
         try:
             self._probe()
         except Refused as refused:
@@ -73,19 +75,21 @@ class Template:
     def _probe(self) -> None:
         for turns in PROBES:
             try:
-                alone = self._render(turns)[0]
+                alone, spans = self._render(turns)
                 break
             except Refused:
                 if turns is PROBES[-1]:
                     raise
+        answer = turns[-1][1]
+        behind = (alone[:spans[-1][1]] if spans else alone).partition(answer)[2]
         if not self._by_generation:
-            answer = turns[-1][1]
-            behind = alone.partition(answer)[2]
             with contextlib.suppress(Refused):             # of a template for one question
                 more = self._render([*turns, *QUESTION])[0].partition(answer)[2]
                 behind = behind[:next((i for i, pair in enumerate(zip(behind, more, strict=False)) if pair[0] != pair[1]), len(more))]
-            first = re.search("|".join(map(re.escape, sorted(self._names, key=len, reverse=True))) or "(?!)", behind)
+        first = re.search("|".join(map(re.escape, sorted(self._names, key=len, reverse=True))) or "(?!)", behind)
+        if not self._by_generation:
             self._end, self._ended = behind[:first.end()] if first else behind.rstrip(), bool(first)
+        self.end_id = self._markup.token_to_id(first[0]) if first else None
         tokens, loss = self.encode(turns)
         text = self._markup.decode(tokens, skip_special_tokens=False)
         if not text.startswith(alone):

@@ -17,20 +17,29 @@ from distlm.corpus.diff import diff
 from distlm.corpus.encode import EncodeTask, _turns_encoder
 from distlm.corpus.files import find_files
 from distlm.corpus.inspect import documents, find, summary, windows
-from distlm.corpus.manifest import body_hash, outputs
+from distlm.corpus.manifest import body_hash, outputs, read_manifest
 from distlm.corpus.read import Reader
 from distlm.corpus.split import SplitRule
 from distlm.corpus.stream import NO_LOSS, START, Windows
 from distlm.corpus.verify import verify
 from distlm.errors import CorpusError, InputError
+from distlm.model.adapter import add_adapter
+from distlm.model.build import build_model, load_model, model_config
+from distlm.model.export import export_model
 from distlm.model.loss import IGNORED
+from distlm.serve.engine import Request
+from distlm.serve.torch_engine import TorchEngine
 from distlm.spec.curate import Clean
 from distlm.spec.prepare import Conversations, Source
-from distlm.storage import Storage
+from distlm.storage import Storage, read_json
 from distlm.train.batch import make_batch
+from distlm.train.loop import export
 from distlm.train.recipe import make_recipe
+from tests.corpus.test_template import CHATML, NAMES
 from tests.corpus.test_tokenizer import make
 from tests.records import Records
+from tests.serve.test_torch_engine import collect
+from tests.serve.test_torch_engine import run as served
 from tests.train.ranks import spec
 
 Run = Callable[..., dict[str, Any]]
@@ -249,6 +258,44 @@ def test_the_targets_of_training_are_the_tokens_of_the_answers_and_nothing_else(
             said = bytes(0 if token == 0 else token - 4 for token in targets[targets != IGNORED].tolist()).decode()
             seen += said.split("\0")[:-1]
     assert sorted(seen) == sorted([*expected, "Answer 99, ä.", "Answer 1000, ä.", "No. Mail <|email|>"])
+
+
+def test_what_ends_an_answer_ends_it_when_the_export_is_served_and_so_does_an_adapters(run: Run, chats: Path, tmp_path: Path) -> None:
+    """Of a template that ends turns with another token than the corpus ends documents. The model says that token and no other."""
+    result = run(chats, **KEYS | {"tokenizer": {"train": "bytes", "special_tokens": NAMES, "chat_template": CHATML}})
+    manifest = read_manifest(result[""])
+    assert manifest.ends == (0, 5) and read_manifest(run(chats, "other", **KEYS)[""]).ends == (0, 0)
+    tiny = {"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2}
+    given = spec(manifest.path, objective="sft", model={"config": tiny}, evaluate={}, checkpoint={})
+    recipe = make_recipe(given, Storage(tmp_path))
+    model: Any = build_model(given.model, model_config(given.model, recipe.shape), 0)
+    with torch.no_grad():
+        model.transformer.ln_f.weight.zero_()
+        model.transformer.ln_f.bias.fill_(1)
+        model.transformer.wte.weight[5] = 1
+    export(recipe, model, model.state_dict(), tmp_path / "export", {"val_loss": None})
+    base = tmp_path / "base"
+    export_model(model, None, manifest.tokenizer, base, {})
+    assert [read_json(folder / "generation_config.json")["eos_token_id"] for folder in (tmp_path / "export", base)] == [[0, 5], 0]
+    tuned = make_recipe(spec(manifest.path, objective="sft", model={"from": str(base)}, adapter={"rank": 2}, evaluate={}, checkpoint={}),
+                        Storage(tmp_path))
+    whole = load_model(str(base), "base", torch.float32)
+    assert tuned.spec.adapter
+    add_adapter(whole, tuned.spec.adapter, 0)
+    weights = {name: value.detach() for name, value in whole.named_parameters() if value.requires_grad}
+    export(tuned, None, weights, tmp_path / "tuned" / "export", {"val_loss": None})
+    adapters = {"tuned": tmp_path / "tuned" / "export" / "adapter"}
+    for folder, adapter, reason in ((tmp_path / "export", "", "stop"), (base, "", "length"), (base, "tuned", "stop")):
+        engine = TorchEngine(folder, threads=1, adapters=adapters)
+        try:
+            (chunks,) = served(collect(engine, Request((6, 7), 3, adapter=adapter)))
+            assert [token for chunk in chunks for token in chunk.ids] == [5] * (1 if reason == "stop" else 3)
+            assert chunks[-1].finish_reason == reason
+        finally:
+            engine.close()
+    old = {**manifest.data, "conversations": {key: value for key, value in manifest.data["conversations"].items() if key != "end_id"}}
+    (manifest.path / "manifest.json").write_text(json.dumps({**old, "hash": body_hash(old)}))
+    assert read_manifest(manifest.path).ends == (), "a corpus from before the manifest told"
 
 
 def test_a_val_split_that_no_window_holds_is_told_when_it_is_lost_and_when_it_is_wanted(run: Run, tmp_path: Path) -> None:

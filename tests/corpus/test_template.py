@@ -127,6 +127,14 @@ def test_the_text_is_what_transformers_writes_and_its_tokens_begin_as_a_prompt_d
     assert tokens[:len(prompt)] == prompt and loss.index(True) == len(prompt)
 
 
+@pytest.mark.parametrize(("source", "expected"), [
+    (CHAT_TEMPLATE, END), (CHATML, "<|im_end|>"), (GENERATION, "<|im_end|>"), (NO_END, None), (CHATML.replace("<|im_end|>", "###"), None),
+    (GENERATION.replace("{{ m.content + '<|im_end|>' }}{% endgeneration %}", "{{ m.content }}{% endgeneration %}<|im_end|>"), None)])
+def test_the_special_token_that_ends_answers_is_known_where_there_is_one_and_it_gives_loss(source: str, expected: str | None) -> None:
+    for loss in ("assistant", "all"):
+        assert template(source, NAMES, loss).end_id == ([*SPECIAL_TOKENS, *NAMES].index(expected) if expected else None)
+
+
 @pytest.mark.parametrize(("source", "turns", "reason"), [
     ("{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHAT_TEMPLATE, TURNS, "template_refuses"),
     (CHAT_TEMPLATE.replace("message['content'] }}", "message['content'][:40] }}"), [("user", 50 * "x"), ("assistant", "a")],
