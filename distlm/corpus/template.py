@@ -165,12 +165,12 @@ class Template:
         return text, spans[0] if self._by_generation else []
 
 
-def read_template(folder: Path, eos: str, loss: str, where: str) -> Template:
-    """The chat template of a tokenizer's folder. Raises InputError."""
+def read_template(folder: Path, eos: str, loss: str, where: str, given: str | None = None) -> Template:
+    """The chat template of a tokenizer's folder, or the `given` one with that tokenizer. Raises InputError."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     try:
-        source = tokenizer.get_chat_template()
+        source = given or tokenizer.get_chat_template()
     except ValueError as error:
         raise InputError(f"the tokenizer has no chat template: {str(error).splitlines()[0]}", where=where,
-                         remedy="put a chat_template.jinja into its folder") from None
+                         remedy="give one as tokenizer.chat_template") from None
     return Template(tokenizer.backend_tokenizer, source, tokenizer.special_tokens_map, eos, loss, where)

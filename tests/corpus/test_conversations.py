@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from distlm import plan
 from distlm.corpus.conversations import Refused, Turns, clean_turns, divided, joined, parted, turns_of, without_system
@@ -23,6 +24,7 @@ from distlm.corpus.split import SplitRule
 from distlm.corpus.stream import NO_LOSS, START, Windows
 from distlm.corpus.verify import verify
 from distlm.errors import CorpusError, InputError
+from distlm.evaluate.harness import Model
 from distlm.model.adapter import add_adapter
 from distlm.model.build import build_model, load_model, model_config
 from distlm.model.export import export_model
@@ -296,6 +298,40 @@ def test_what_ends_an_answer_ends_it_when_the_export_is_served_and_so_does_an_ad
     old = {**manifest.data, "conversations": {key: value for key, value in manifest.data["conversations"].items() if key != "end_id"}}
     (manifest.path / "manifest.json").write_text(json.dumps({**old, "hash": body_hash(old)}))
     assert read_manifest(manifest.path).ends == (), "a corpus from before the manifest told"
+
+
+def test_a_given_tokenizer_takes_the_template_of_the_spec_to_whoever_reads_the_corpus_or_the_export(run: Run, chats: Path,
+                                                                                                        tmp_path: Path) -> None:
+    """Whether it has none of its own, or one in either of its files."""
+    folder = make(tmp_path / "given", train="bytes", special_tokens=NAMES).folder
+    settings = read_json(folder / "tokenizer_config.json")
+    hashes, rendered = set(), CHATML.replace("<|im_start|>", "<|im_start|>the ")
+    for n, (config, file) in enumerate(((None, None), (TEMPLATE, None), (TEMPLATE, TEMPLATE))):
+        (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": config}))
+        if file:
+            (folder / "chat_template.jinja").write_text(file)
+        keys = {**KEYS, "tokenizer": {"from": str(folder), "chat_template": rendered}}
+        result = run(chats, str(n), **keys)
+        verify(result[""])
+        hashes.add(body_hash(json.loads(Path(result[""], "manifest.json").read_text())["splits"]))
+        corpus = read_manifest(result[""]).tokenizer
+        assert (corpus / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
+        assert AutoTokenizer.from_pretrained(corpus).get_chat_template() == rendered
+        assert find(result[""], "Answer 7")[0].excerpt.count("<|im_start|>the assistant\nAnswer 7, ä.")
+    assert len(hashes) == 1 and "chat_template" not in read_json(corpus / "tokenizer_config.json")
+    progress = Records()
+    assert run(chats, str(n), progress=progress, **keys) == result and "nothing to do" in progress.notes[-1]
+    other = run(chats, str(n), **{**KEYS, "tokenizer": {"from": str(folder)}})
+    assert other["manifest_hash"] != result["manifest_hash"], "another template makes another corpus"
+    given = spec(read_manifest(run(chats, str(n), **keys)[""]).path, objective="sft", evaluate={}, checkpoint={})
+    recipe = make_recipe(given, Storage(tmp_path))
+    model = build_model(given.model, model_config(given.model, recipe.shape), 0)
+    export(recipe, model, model.state_dict(), tmp_path / "export", {"val_loss": None})
+    engine, asked = TorchEngine(tmp_path / "export", threads=1), [message("user", "Why?")]
+    engine.close()
+    for text in (engine.tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True),
+                 Model(tmp_path / "export", None).apply_chat_template(asked)):
+        assert text == "<|im_start|>the user\nWhy?<|im_end|>\n<|im_start|>the assistant\n"
 
 
 def test_a_val_split_that_no_window_holds_is_told_when_it_is_lost_and_when_it_is_wanted(run: Run, tmp_path: Path) -> None:

@@ -168,8 +168,12 @@ def test_a_given_tokenizer_without_a_template_or_that_changes_text_is_refused(tm
     with pytest.raises(InputError, match=r"tokenizer\.from.*not_exact"):
         check_template(Tokenizer(source=str(folder)), Conversations())
     (folder / "tokenizer_config.json").write_text(json.dumps({key: value for key, value in config.items() if key != "chat_template"}))
-    with pytest.raises(InputError, match="no chat template"):
+    (folder / "tokenizer.json").write_text(json.dumps(model))
+    with pytest.raises(InputError, match=r"no chat template.*; give one as tokenizer\.chat_template"):
         check_template(Tokenizer(source=str(folder)), Conversations())
+    check_template(Tokenizer(source=str(folder), chat_template=CHAT_TEMPLATE), Conversations())
+    with pytest.raises(InputError, match=r"tokenizer\.chat_template.*template_refuses: TemplateError: never"):
+        check_template(Tokenizer(source=str(folder), chat_template="{{ raise_exception('never') }}"), Conversations())
 
 
 @pytest.mark.parametrize(("keys", "message"), [
