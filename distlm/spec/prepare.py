@@ -156,6 +156,8 @@ class Tokenizer(Part):
                 jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(GENERATION.sub("", self.chat_template))
             except jinja2.TemplateSyntaxError as error:
                 raise Rule("chat_template", f"line {error.lineno} is no Jinja: {error.message}") from None
+            except Exception as error:                     # such as of parentheses without end
+                raise Rule("chat_template", f"cannot be read as Jinja: {type(error).__name__}: {error}") from None
         if self.source or self.train == "bytes":
             without_effect(self, f"beside {'from' if self.source else 'train: bytes'}", "vocab_size", "sample_bytes")
         return self

@@ -317,7 +317,7 @@ def test_a_given_tokenizer_takes_the_template_of_the_spec_to_whoever_reads_the_c
         corpus = read_manifest(result[""]).tokenizer
         assert (corpus / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
         assert AutoTokenizer.from_pretrained(corpus).get_chat_template() == rendered
-        assert find(result[""], "Answer 7")[0].excerpt.count("<|im_start|>the assistant\nAnswer 7, ä.")
+        assert "<|im_start|>the assistant\nAnswer 7, ä." in find(result[""], "Answer 7")[0].excerpt
     assert len(hashes) == 1 and "chat_template" not in read_json(corpus / "tokenizer_config.json")
     progress = Records()
     assert run(chats, str(n), progress=progress, **keys) == result and "nothing to do" in progress.notes[-1]

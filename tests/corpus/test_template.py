@@ -140,6 +140,7 @@ def test_the_special_token_that_ends_answers_is_known_where_there_is_one_and_it_
     (CHAT_TEMPLATE.replace("message['content'] }}", "message['content'][:40] }}"), [("user", 50 * "x"), ("assistant", "a")],
      "template_changes_text"),
     ("{% set messages = messages[-2:] %}" + CHAT_TEMPLATE, TURNS, "template_changes_text"),
+    ("{{ 1 // (messages[0].content | length - 1) }}" + CHAT_TEMPLATE, TURNS, "template_refuses"),
     (CHAT_TEMPLATE, [("system", "s"), ("user", "u")], "no_loss")])
 def test_a_conversation_that_would_lose_something_or_teach_nothing_is_refused(source: str, turns: Turns, reason: str) -> None:
     with pytest.raises(Refused) as refused:
@@ -149,7 +150,9 @@ def test_a_conversation_that_would_lose_something_or_teach_nothing_is_refused(so
 
 @pytest.mark.parametrize(("source", "message"), [
     ("{{ raise_exception('never') }}", "template_refuses: TemplateError: never"), ("{{ messages[0].content }}", "template_changes_text"),
-    ("{{ strftime_now('%d') }}" + CHAT_TEMPLATE, "no_clock"), ("{{ nothing.at.all }}", "UndefinedError")])
+    ("{{ strftime_now('%d') }}" + CHAT_TEMPLATE, "no_clock"), ("{{ nothing.at.all }}", "UndefinedError"),
+    ("{{ 1 // 0 }}", "ZeroDivisionError"), ("{% for i in range(10 ** 7) %}{% endfor %}", "OverflowError"),
+    ("{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}", "RecursionError")])
 def test_a_template_that_no_conversation_passes_is_an_error_before_any_work(source: str, message: str) -> None:
     with pytest.raises(InputError, match=f"tokenizer.chat_template.*{message}"):
         check_template(Tokenizer(chat_template=source), Conversations())
