@@ -109,6 +109,8 @@ class _Shards:
         note, each = self.job.progress.note, [one for result in encoded for one in result.values()]
         loss = {f"{name}_loss_tokens": sum(result[name].loss_tokens for result in encoded) for name in self.curated.rule.names}
         template = given_template(vocabulary.folder, rules.loss)
+        if template.note:
+            note(template.note)
         end = {} if template.end_id is None else {"end_id": template.end_id}
         found = {"loss": rules.loss, **end, **loss, "loss_share": round(sum(loss.values()) / sum(one.tokens for one in each), 6)}
         if rules.loss == "assistant" and (empty := sum(one.empty_answers for one in each)):

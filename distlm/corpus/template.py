@@ -65,13 +65,15 @@ class Template:
         self._end, self._ended = "", self._by_generation
         self.end_id: int | None = None
         """The special token that ends every answer and gives loss with it; None where a text or nothing does."""
+        self.note = ""
+        """What stands before every answer in training and not behind a question that is asked, in words; "" where nothing does."""
         try:
-            self._probe()
+            self._probe(where)
         except Refused as refused:
             raise InputError(f"the chat template cannot write a question and its answer: {refused.reason}: {refused.detail}", where=where,
                              remedy="give a template that does") from None
 
-    def _probe(self) -> None:
+    def _probe(self, where: str) -> None:
         for turns in PROBES:
             try:
                 alone, spans = self._render(turns)
@@ -84,7 +86,7 @@ class Template:
         if not self._by_generation:
             with contextlib.suppress(Refused):             # of a template for one question
                 more = self._render([*turns, *QUESTION])[0].partition(answer)[2]
-                behind = behind[:next((i for i, pair in enumerate(zip(behind, more, strict=False)) if pair[0] != pair[1]), len(more))]
+                behind = behind[:_num_alike(behind, more)]
         first = re.search("|".join(map(re.escape, sorted(self._names, key=len, reverse=True))) or "(?!)", behind)
         if not self._by_generation:
             self._end, self._ended = behind[:first.end()] if first else behind.rstrip(), bool(first)
@@ -95,6 +97,26 @@ class Template:
             raise Refused("not_exact", f"its parts become {text!r} and not {alone!r}, as of a tokenizer that changes text or adds spaces")
         if not any(loss[1:]):
             raise Refused("no_loss", "no token of the answer gives loss")
+        begin = min([alone.index(answer), *(start for start, _ in spans)])
+        self.note = self._lacks(self._render(turns[:-1], ask=True)[0], self._render(turns[:-1])[0], alone[:begin], where)
+
+    def _lacks(self, asked: str, bare: str, trained: str, where: str) -> str:
+        """What a question lacks as it is `asked`, in words, beside what stands before an answer that is `trained` on; `bare`: the question
+        without a generation prompt. Raises InputError where it has something else there, or nothing of what begins an answer."""
+        if not trained.startswith(asked):
+            same = _num_alike(trained, asked)
+            raise InputError(f"under add_generation_prompt the chat template ends a question with {asked[same:]!r}, and in training "
+                             f"{trained[same:]!r} stands there before an answer", where=where,
+                             remedy="write the same at both places, in a tokenizer.chat_template")
+        lost = trained[len(asked):]
+        if lost.strip() and asked == bare:
+            raise InputError(f"the chat template writes {lost!r} before an answer, and nothing under add_generation_prompt, so that an "
+                             "endpoint would ask without it", where=where, remedy="give a tokenizer.chat_template that ends with "
+                             f"{{% if add_generation_prompt %}}{{{{ {lost!r} }}}}{{% endif %}}")
+        if not lost.strip() or self._loss == "all":
+            return ""
+        return (f"the chat template writes {lost!r} before every answer, and not behind a question that is asked: an endpoint leaves that "
+                "to the model, which is not trained to write it")
 
     def encode(self, turns: Turns, first: int = 0) -> tuple[list[int], list[bool]]:
         """(tokens with the end token, whether each gives loss), which turns before the `first` do not. Raises Refused."""
@@ -152,11 +174,11 @@ class Template:
                 pieces.append(Piece(text[begin:end], content, loss))
         return pieces
 
-    def _render(self, turns: Turns) -> tuple[str, list[tuple[int, int]]]:
-        """(the conversation as text, where in it `{% generation %}` stands)."""
+    def _render(self, turns: Turns, ask: bool = False) -> tuple[str, list[tuple[int, int]]]:
+        """(the conversation as text, where in it `{% generation %}` stands); `ask`: as a question that is to be answered."""
         messages = [{"role": role, "content": content} for role, content in turns]
         try:
-            rendered: Any = render_jinja_template([messages], chat_template=self._source, **self._special,
+            rendered: Any = render_jinja_template([messages], chat_template=self._source, add_generation_prompt=ask, **self._special,
                                                   return_assistant_tokens_mask=self._by_generation)
         except Exception as error:                         # a template is a program, and fails as it likes
             raise Refused("template_refuses", " ".join(f"{type(error).__name__}: {error}".split())) from None
@@ -173,3 +195,8 @@ def read_template(folder: Path, eos: str, loss: str, where: str, given: str | No
         raise InputError(f"the tokenizer has no chat template: {str(error).splitlines()[0]}", where=where,
                          remedy="give one as tokenizer.chat_template") from None
     return Template(tokenizer.backend_tokenizer, source, tokenizer.special_tokens_map, eos, loss, where)
+
+
+def _num_alike(one: str, other: str) -> int:
+    """The characters with which both texts begin."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

@@ -66,16 +66,16 @@ def check_given(rules: Tokenizer) -> None:
         respelled(plain(tokenizer, end), end, f"tokenizer.from: {rules.source}")
 
 
-def check_template(rules: Tokenizer, conversations: Conversations) -> None:
-    """Raises InputError where the chat template cannot write a question and its answer."""
+def check_template(rules: Tokenizer, conversations: Conversations) -> str:
+    """What is to be told of the chat template, "" where nothing is. Raises InputError where it cannot write a question and its answer, or
+    asks otherwise than it answers."""
     if rules.source:
         where = "tokenizer.chat_template" if rules.chat_template else f"tokenizer.from: {rules.source}"
-        given_template(Path(rules.source).expanduser(), conversations.loss, where, rules.chat_template)
-        return
+        return given_template(Path(rules.source).expanduser(), conversations.loss, where, rules.chat_template).note
     from distlm.corpus.template import Template
 
-    Template(_bytes([*SPECIAL_TOKENS, *rules.special_tokens]), rules.chat_template or CHAT_TEMPLATE, {"eos_token": END, "pad_token": END},
-             END, conversations.loss, "tokenizer.chat_template")
+    return Template(_bytes([*SPECIAL_TOKENS, *rules.special_tokens]), rules.chat_template or CHAT_TEMPLATE,
+                    {"eos_token": END, "pad_token": END}, END, conversations.loss, "tokenizer.chat_template").note
 
 
 def given_template(folder: Path, loss: str, where: str = "tokenizer", given: str | None = None) -> "Template":

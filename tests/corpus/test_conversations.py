@@ -31,6 +31,7 @@ from distlm.model.export import export_model
 from distlm.model.loss import IGNORED
 from distlm.serve.engine import Request
 from distlm.serve.torch_engine import TorchEngine
+from distlm.spec import load_spec
 from distlm.spec.curate import Clean
 from distlm.spec.prepare import Conversations, Source
 from distlm.storage import Storage, read_json
@@ -66,7 +67,8 @@ BAD: dict[str, Any] = {
     "template_refuses": [message("assistant", "First."), *exchange(0)]}
 TEMPLATE = ("{% if messages[0].role == 'assistant' %}{{ raise_exception('a user begins') }}{% endif %}"
             "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}"
-            "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}")
+            "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+            "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
 
 
 def records() -> list[dict[str, Any]]:
@@ -332,6 +334,18 @@ def test_a_given_tokenizer_takes_the_template_of_the_spec_to_whoever_reads_the_c
     for text in (engine.tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True),
                  Model(tmp_path / "export", None).apply_chat_template(asked)):
         assert text == "<|im_start|>the user\nWhy?<|im_end|>\n<|im_start|>the assistant\n"
+
+
+def test_what_a_template_leaves_to_the_model_is_a_note_of_plan_and_job(run: Run, chats: Path) -> None:
+    thinking = TEMPLATE.replace("'<|' + m.role + '|>' +", "'<|' + m.role + '|>' + ('<think></think>' if m.role == 'assistant' else '') +")
+    keys = {**KEYS, "tokenizer": {"train": "bytes", "chat_template": thinking}}
+    given: Any = load_spec({"kind": "prepare", "name": "words", "sources": [str(chats)], **keys}).spec
+    told, progress = dict(plan.of_prepare(given))["chat template"], Records()
+    assert told.startswith("the chat template writes '<think></think>' before every answer")
+    run(chats, progress=progress, **keys)
+    assert told in progress.notes
+    plain: Any = load_spec({"kind": "prepare", "name": "words", "sources": [str(chats)], **KEYS}).spec
+    assert "chat template" not in dict(plan.of_prepare(plain))
 
 
 def test_a_val_split_that_no_window_holds_is_told_when_it_is_lost_and_when_it_is_wanted(run: Run, tmp_path: Path) -> None:
