@@ -94,7 +94,12 @@ class Template:
         tokens, loss = self.encode(turns)
         text = self._markup.decode(tokens, skip_special_tokens=False)
         if not text.startswith(alone):
-            raise Refused("not_exact", f"its parts become {text!r} and not {alone!r}, as of a tokenizer that changes text or adds spaces")
+            begin = max(0, _num_alike(text, alone) - 20)
+            spaces = text.replace(" ", "").startswith(alone.replace(" ", ""))
+            raise InputError(f"the tokenizer {'puts spaces before or into' if spaces else 'changes'} the parts of a conversation: "
+                             f"{alone[begin:begin + 60]!r} becomes {text[begin:begin + 60]!r}", where=where,
+                             remedy="name a tokenizer that gives text back as it was, "
+                             f"{'such as one with add_prefix_space: false' if spaces else 'with no normalizer'}; no template mends that")
         if not any(loss[1:]):
             raise Refused("no_loss", "no token of the answer gives loss")
         begin = min([alone.index(answer), *(start for start, _ in spans)])

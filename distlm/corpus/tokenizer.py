@@ -70,7 +70,7 @@ def check_template(rules: Tokenizer, conversations: Conversations) -> str:
     """What is to be told of the chat template, "" where nothing is. Raises InputError where it cannot write a question and its answer, or
     asks otherwise than it answers."""
     if rules.source:
-        where = "tokenizer.chat_template" if rules.chat_template else f"tokenizer.from: {rules.source}"
+        where = f"tokenizer.{'chat_template, with ' * bool(rules.chat_template)}from: {rules.source}"
         return given_template(Path(rules.source).expanduser(), conversations.loss, where, rules.chat_template).note
     from distlm.corpus.template import Template
 

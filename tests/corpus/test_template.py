@@ -211,7 +211,11 @@ def test_a_given_tokenizer_without_a_template_or_that_changes_text_is_refused(tm
     check_template(Tokenizer(source=str(folder)), Conversations())
     config, model = (json.loads((folder / name).read_text()) for name in ("tokenizer_config.json", "tokenizer.json"))
     (folder / "tokenizer.json").write_text(json.dumps({**model, "normalizer": {"type": "Lowercase"}}))
-    with pytest.raises(InputError, match=r"tokenizer\.from.*not_exact"):
+    for own in (None, CHAT_TEMPLATE):
+        with pytest.raises(InputError, match=rf"from: {folder}: the tokenizer changes .*>What is .* becomes .*>what is .*no normalizer"):
+            check_template(Tokenizer(source=str(folder), chat_template=own), Conversations())
+    (folder / "tokenizer.json").write_text(json.dumps({**model, "pre_tokenizer": {**model["pre_tokenizer"], "add_prefix_space": True}}))
+    with pytest.raises(InputError, match=r"tokenizer\.from: .*: the tokenizer puts spaces before or into .*add_prefix_space: false"):
         check_template(Tokenizer(source=str(folder)), Conversations())
     (folder / "tokenizer_config.json").write_text(json.dumps({key: value for key, value in config.items() if key != "chat_template"}))
     (folder / "tokenizer.json").write_text(json.dumps(model))
