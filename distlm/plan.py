@@ -61,15 +61,17 @@ def _needs(spec: Spec, storage: Storage, cluster: "RayUpFile | None") -> Rows:
 def of_prepare(spec: PrepareSpec) -> Rows:
     from distlm.corpus.documents import check
     from distlm.corpus.files import find_files
+    from distlm.corpus.tokenizer import check_template
 
     later = "${" in (spec.tokenizer.source or "")          # another step makes the tokenizer
     files = find_files(spec.sources) if later else check(spec)[0]
     vocabulary = f"taken from {spec.tokenizer.source}" if spec.tokenizer.source else (
         "256 bytes" if spec.tokenizer.train == "bytes" else f"{spec.tokenizer.vocab_size:,} tokens, trained")
     loss = [("loss", f"conversations: {spec.conversations.loss}")] if spec.conversations else []
+    told = check_template(spec.tokenizer, spec.conversations) if spec.conversations and not later else ""
     labels = [("labels", f"{spec.labels.label_key}{', any number' * spec.labels.multiple}")] if spec.labels else []
     return [("files", f"{len(files):,}"), ("bytes", size(sum(file.bytes for file in files))), ("vocabulary", vocabulary),
-            *loss, *labels, ("context", f"{spec.context:,} tokens"),
+            *loss, *([("chat template", told)] if told else []), *labels, ("context", f"{spec.context:,} tokens"),
             ("CPUs", str(spec.workers) if spec.workers else "as many as the cluster has")]
 
 

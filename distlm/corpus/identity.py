@@ -41,7 +41,8 @@ def is_complete(spec: PrepareSpec, rules: dict[str, Any], folder: Path, files: l
 def parameters(spec: PrepareSpec, evaluations: Evaluations | None) -> dict[str, Any]:
     """All of the spec that decides what the corpus holds beside the files' contents: no name, no path, no number of workers."""
     data = dump(spec)
-    tokenizer = {"from": tokenizer_hash(Path(spec.tokenizer.source).expanduser())} if spec.tokenizer.source else \
+    own = {"chat_template": spec.tokenizer.chat_template} if spec.tokenizer.chat_template else {}
+    tokenizer = {"from": tokenizer_hash(Path(spec.tokenizer.source).expanduser()), **own} if spec.tokenizer.source else \
         {key: value for key, value in data["tokenizer"].items() if key != "from"} | {"train": spec.tokenizer.train or "bpe"}
     contents = _contents(data["filter"])
     if spec.decontaminate and evaluations:

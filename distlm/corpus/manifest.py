@@ -126,6 +126,13 @@ class Manifest:
         return "pairs" in self.data.get("conversations", {})
 
     @property
+    def ends(self) -> tuple[int, ...]:
+        """Tokens that end an answer, where the template of conversations writes one behind each: the end token, and that one. None for
+        texts, and for conversations from before the manifest told."""
+        end = self.data.get("conversations", {}).get("end_id")
+        return () if end is None else (self.eos_id, end)
+
+    @property
     def labels(self) -> tuple[str, ...]:
         """The labels that documents have, by their numbers; none where the corpus is not for classification."""
         return tuple(self.data.get("labels", {}).get("names", ()))
@@ -297,7 +304,7 @@ def outputs(manifest: Manifest) -> dict[str, Any]:
     return {"": str(manifest.path), **totals,
             **{f"{name}_{unit}": getattr(split, unit) for unit in units for name, split in splits.items()},
             **({"padding_share": manifest.data["pack"]["padding_share"]} if manifest.best_fit else {}),
-            **{key: value for key, value in conversations.items() if key != "loss"}, "vocab_size": manifest.vocab_size,
+            **{key: value for key, value in conversations.items() if key not in ("loss", "end_id")}, "vocab_size": manifest.vocab_size,
             "rejected": sum(rejected.values()), **{f"rejected.{reason}": count for reason, count in sorted(rejected.items())},
             "manifest_hash": manifest_hash(manifest.path)}
 

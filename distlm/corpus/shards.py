@@ -18,7 +18,7 @@ from distlm.corpus.job import Job
 from distlm.corpus.labels import check_labels
 from distlm.corpus.manifest import Shard
 from distlm.corpus.pack import PackTask, num_windows, write_shard
-from distlm.corpus.tokenizer import Vocabulary, VocabularyTask, make_tokenizer
+from distlm.corpus.tokenizer import Vocabulary, VocabularyTask, given_template, make_tokenizer
 from distlm.errors import CorpusError
 from distlm.spec.prepare import Conversations, Labels
 
@@ -86,7 +86,7 @@ class _Shards:
             job.figures["labels"] = figures = self._labels(spec.labels, encoded)
             labels = tuple(figures["names"])
         if spec.conversations:
-            job.figures["conversations"] = self._conversations(spec.conversations, encoded, tokenize)
+            job.figures["conversations"] = self._conversations(spec.conversations, vocabulary, encoded, tokenize)
         return encoded, labels
 
     def tokens(self, partition: int) -> Path:
@@ -103,11 +103,16 @@ class _Shards:
         return {"multiple": rules.multiple, "names": names, **{split: {name: found[name] for name in names}
                                                                for split, found in counts.items()}, "cut_documents": cut}
 
-    def _conversations(self, rules: Conversations, encoded: list[dict[str, Encoded]], tokenize: Step) -> dict[str, Any]:
-        """What gives loss, and what was split."""
+    def _conversations(self, rules: Conversations, vocabulary: Vocabulary, encoded: list[dict[str, Encoded]],
+                       tokenize: Step) -> dict[str, Any]:
+        """What gives loss, what ends answers, and what was split."""
         note, each = self.job.progress.note, [one for result in encoded for one in result.values()]
         loss = {f"{name}_loss_tokens": sum(result[name].loss_tokens for result in encoded) for name in self.curated.rule.names}
-        found = {"loss": rules.loss, **loss, "loss_share": round(sum(loss.values()) / sum(one.tokens for one in each), 6)}
+        template = given_template(vocabulary.folder, rules.loss)
+        if template.note:
+            note(template.note)
+        end = {} if template.end_id is None else {"end_id": template.end_id}
+        found = {"loss": rules.loss, **end, **loss, "loss_share": round(sum(loss.values()) / sum(one.tokens for one in each), 6)}
         if rules.loss == "assistant" and (empty := sum(one.empty_answers for one in each)):
             found["empty_answers"] = empty
             note(f"{empty:,} empty answer{'s give' if empty > 1 else ' gives'} no loss")

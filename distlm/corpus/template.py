@@ -21,7 +21,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -64,34 +63,65 @@ class Template:
         self._markup_ids = lru_cache(10_000)(lambda text: self._markup.encode(text, add_special_tokens=False).ids)
         self._names = [token.content for token in self._markup.get_added_tokens_decoder().values() if token.special]
         self._end, self._ended = "", self._by_generation
+        self.end_id: int | None = None
+        """The special token that ends every answer and gives loss with it; None where a text or nothing does."""
+        self.note = ""
+        """What stands before every answer in training and not behind a question that is asked, in words; "" where nothing does."""
         try:
-            self._probe()
+            self._probe(where)
         except Refused as refused:
             raise InputError(f"the chat template cannot write a question and its answer: {refused.reason}: {refused.detail}", where=where,
                              remedy="give a template that does") from None
 
-    def _probe(self) -> None:
+    def _probe(self, where: str) -> None:
         for turns in PROBES:
             try:
-                alone = self._render(turns)[0]
+                alone, spans = self._render(turns)
                 break
             except Refused:
                 if turns is PROBES[-1]:
                     raise
+        answer = turns[-1][1]
+        behind = (alone[:spans[-1][1]] if spans else alone).partition(answer)[2]
         if not self._by_generation:
-            answer = turns[-1][1]
-            behind = alone.partition(answer)[2]
             with contextlib.suppress(Refused):             # of a template for one question
                 more = self._render([*turns, *QUESTION])[0].partition(answer)[2]
-                behind = behind[:next((i for i, pair in enumerate(zip(behind, more, strict=False)) if pair[0] != pair[1]), len(more))]
-            first = re.search("|".join(map(re.escape, sorted(self._names, key=len, reverse=True))) or "(?!)", behind)
+                behind = behind[:_num_alike(behind, more)]
+        first = re.search("|".join(map(re.escape, sorted(self._names, key=len, reverse=True))) or "(?!)", behind)
+        if not self._by_generation:
             self._end, self._ended = behind[:first.end()] if first else behind.rstrip(), bool(first)
+        self.end_id = self._markup.token_to_id(first[0]) if first else None
         tokens, loss = self.encode(turns)
         text = self._markup.decode(tokens, skip_special_tokens=False)
         if not text.startswith(alone):
-            raise Refused("not_exact", f"its parts become {text!r} and not {alone!r}, as of a tokenizer that changes text or adds spaces")
+            begin = max(0, _num_alike(text, alone) - 20)
+            spaces = text.replace(" ", "").startswith(alone.replace(" ", ""))
+            raise InputError(f"the tokenizer {'puts spaces before or into' if spaces else 'changes'} the parts of a conversation: "
+                             f"{alone[begin:begin + 60]!r} becomes {text[begin:begin + 60]!r}", where=where,
+                             remedy="name a tokenizer that gives text back as it was, "
+                             f"{'such as one with add_prefix_space: false' if spaces else 'with no normalizer'}; no template mends that")
         if not any(loss[1:]):
             raise Refused("no_loss", "no token of the answer gives loss")
+        begin = min([alone.index(answer), *(start for start, _ in spans)])
+        self.note = self._lacks(self._render(turns[:-1], ask=True)[0], self._render(turns[:-1])[0], alone[:begin], where)
+
+    def _lacks(self, asked: str, bare: str, trained: str, where: str) -> str:
+        """What a question lacks as it is `asked`, in words, beside what stands before an answer that is `trained` on; `bare`: the question
+        without a generation prompt. Raises InputError where it has something else there, or nothing of what begins an answer."""
+        if not trained.startswith(asked):
+            same = _num_alike(trained, asked)
+            raise InputError(f"under add_generation_prompt the chat template ends a question with {asked[same:]!r}, and in training "
+                             f"{trained[same:]!r} stands there before an answer", where=where,
+                             remedy="write the same at both places, in a tokenizer.chat_template")
+        lost = trained[len(asked):]
+        if lost.strip() and asked == bare:
+            raise InputError(f"the chat template writes {lost!r} before an answer, and nothing under add_generation_prompt, so that an "
+                             "endpoint would ask without it", where=where, remedy="give a tokenizer.chat_template that ends with "
+                             f"{{% if add_generation_prompt %}}{{{{ {lost!r} }}}}{{% endif %}}")
+        if not lost.strip() or self._loss == "all":
+            return ""
+        return (f"the chat template writes {lost!r} before every answer, and not behind a question that is asked: an endpoint leaves that "
+                "to the model, which is not trained to write it")
 
     def encode(self, turns: Turns, first: int = 0) -> tuple[list[int], list[bool]]:
         """(tokens with the end token, whether each gives loss), which turns before the `first` do not. Raises Refused."""
@@ -149,24 +179,29 @@ class Template:
                 pieces.append(Piece(text[begin:end], content, loss))
         return pieces
 
-    def _render(self, turns: Turns) -> tuple[str, list[tuple[int, int]]]:
-        """(the conversation as text, where in it `{% generation %}` stands)."""
+    def _render(self, turns: Turns, ask: bool = False) -> tuple[str, list[tuple[int, int]]]:
+        """(the conversation as text, where in it `{% generation %}` stands); `ask`: as a question that is to be answered."""
         messages = [{"role": role, "content": content} for role, content in turns]
         try:
-            rendered: Any = render_jinja_template([messages], chat_template=self._source, **self._special,
+            rendered: Any = render_jinja_template([messages], chat_template=self._source, add_generation_prompt=ask, **self._special,
                                                   return_assistant_tokens_mask=self._by_generation)
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
-            raise Refused("template_refuses", f"{type(error).__name__}: {error}") from None
+        except Exception as error:                         # a template is a program, and fails as it likes
+            raise Refused("template_refuses", " ".join(f"{type(error).__name__}: {error}".split())) from None
         (text,), spans = rendered
         return text, spans[0] if self._by_generation else []
 
 
-def read_template(folder: Path, eos: str, loss: str, where: str) -> Template:
-    """The chat template of a tokenizer's folder. Raises InputError."""
+def read_template(folder: Path, eos: str, loss: str, where: str, given: str | None = None) -> Template:
+    """The chat template of a tokenizer's folder, or the `given` one with that tokenizer. Raises InputError."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     try:
-        source = tokenizer.get_chat_template()
+        source = given or tokenizer.get_chat_template()
     except ValueError as error:
         raise InputError(f"the tokenizer has no chat template: {str(error).splitlines()[0]}", where=where,
-                         remedy="put a chat_template.jinja into its folder") from None
+                         remedy="give one as tokenizer.chat_template") from None
     return Template(tokenizer.backend_tokenizer, source, tokenizer.special_tokens_map, eos, loss, where)
+
+
+def _num_alike(one: str, other: str) -> int:
+    """The characters with which both texts begin."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

@@ -25,7 +25,7 @@ from distlm.corpus.plain import plain, respelled
 from distlm.corpus.split import SplitRule, split_documents
 from distlm.errors import InputError
 from distlm.spec.prepare import SPECIAL_TOKENS, Conversations, Tokenizer
-from distlm.storage import writing
+from distlm.storage import read_json, writing
 
 if TYPE_CHECKING:
     from distlm.corpus.template import Template
@@ -66,22 +66,23 @@ def check_given(rules: Tokenizer) -> None:
         respelled(plain(tokenizer, end), end, f"tokenizer.from: {rules.source}")
 
 
-def check_template(rules: Tokenizer, conversations: Conversations) -> None:
-    """Raises InputError where the chat template cannot write a question and its answer."""
+def check_template(rules: Tokenizer, conversations: Conversations) -> str:
+    """What is to be told of the chat template, "" where nothing is. Raises InputError where it cannot write a question and its answer, or
+    asks otherwise than it answers."""
     if rules.source:
-        given_template(Path(rules.source).expanduser(), conversations.loss, f"tokenizer.from: {rules.source}")
-        return
+        where = f"tokenizer.{'chat_template, with ' * bool(rules.chat_template)}from: {rules.source}"
+        return given_template(Path(rules.source).expanduser(), conversations.loss, where, rules.chat_template).note
     from distlm.corpus.template import Template
 
-    Template(_bytes([*SPECIAL_TOKENS, *rules.special_tokens]), rules.chat_template or CHAT_TEMPLATE, {"eos_token": END, "pad_token": END},
-             END, conversations.loss, "tokenizer.chat_template")
+    return Template(_bytes([*SPECIAL_TOKENS, *rules.special_tokens]), rules.chat_template or CHAT_TEMPLATE,
+                    {"eos_token": END, "pad_token": END}, END, conversations.loss, "tokenizer.chat_template").note
 
 
-def given_template(folder: Path, loss: str, where: str = "tokenizer") -> "Template":
-    """The chat template of the tokenizer in a folder. Raises InputError."""
+def given_template(folder: Path, loss: str, where: str = "tokenizer", given: str | None = None) -> "Template":
+    """The chat template of the tokenizer in a folder, or the `given` one with that tokenizer. Raises InputError."""
     from distlm.corpus.template import read_template  # imports transformers, which texts need not
 
-    return read_template(folder, _given(folder)[1], loss, where)
+    return read_template(folder, _given(folder)[1], loss, where, given)
 
 
 def token_bytes(folder: Path) -> npt.NDArray[np.int64] | None:
@@ -123,6 +124,11 @@ def make_tokenizer(task: VocabularyTask) -> Vocabulary:
         if not (folder / "tokenizer_config.json").exists():
             _write(folder / "tokenizer_config.json", json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end,
                                                                  "clean_up_tokenization_spaces": False}, indent=2))
+        if rules.chat_template:
+            settings = read_json(folder / "tokenizer_config.json")
+            settings.pop("chat_template", None)            # one at one place: not every reader takes the file first
+            _write(folder / "tokenizer_config.json", json.dumps(settings, indent=2))
+            _write(folder / "chat_template.jinja", rules.chat_template)
     else:
         end, special = END, [*SPECIAL_TOKENS, *rules.special_tokens]
         tokenizer = _bytes(special) if rules.train == "bytes" else _trained(rules.vocab_size, special, _sample(task, sampled))

@@ -71,6 +71,13 @@ def home_of(folder: Path) -> Path:
     return folder.parent if folder.name == "adapter" and (folder.parent / "distlm.json").is_file() else folder
 
 
+def ends_of(folder: Path) -> frozenset[int]:
+    """Tokens that end a sequence by the generation_config.json of an adapter's run; none where there is no such file."""
+    path = home_of(folder) / "generation_config.json"
+    ends = read_json(path).get("eos_token_id") if path.is_file() else None
+    return frozenset([] if ends is None else [ends] if isinstance(ends, int) else ends)
+
+
 def tokenizer_files(home: Path) -> list[Path]:
     """Those from which the tokenizer there is read; none where it lies beside no adapter, which then has its model's."""
     found = sorted(file for file in home.iterdir() if not of_a_model(file) and file.suffix in TOKENIZER_ENDINGS and file.name != CONFIG)

@@ -14,7 +14,6 @@ from collections.abc import AsyncIterator, Awaitable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import jinja2
 from fastapi import FastAPI
 from fastapi import Request as HttpRequest
 from fastapi.exceptions import RequestValidationError
@@ -236,8 +235,9 @@ async def chat_tokens(tokenizer: Any, body: ChatRequest) -> list[int]:
     try:
         return await asyncio.to_thread(tokenizer.apply_chat_template, messages, tokenize=True, add_generation_prompt=True,
                                        return_dict=False)
-    except jinja2.TemplateError as problem:
-        raise Refused(400, f"the model's chat_template refuses these messages: {problem}", param="messages") from None
+    except Exception as problem:                           # a template is a program, and fails as it likes
+        said = " ".join(f"{type(problem).__name__}: {problem}".split())
+        raise Refused(400, f"the model's chat_template refuses these messages: {said}", param="messages") from None
 
 
 def encodable(text: str, param: str) -> None:

@@ -26,7 +26,7 @@ from transformers import AutoTokenizer, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from distlm.errors import ServeError, out_of_memory
-from distlm.model.adapter_folder import load_tokenizers
+from distlm.model.adapter_folder import ends_of, load_tokenizers
 from distlm.model.build import load_model
 from distlm.model.quantize import rounds_inputs
 from distlm.model.vocabulary import vocabulary_hash
@@ -345,12 +345,13 @@ class TorchEngine:
         return self.adapters[request.adapter].tokenizer if request.adapter else self.tokenizer
 
     def _variants(self, model: Path, folders: Mapping[str, Path]) -> dict[str, Variant]:
-        """Raises InputError as `load_tokenizers`. A tokenizer of an adapter's own says by itself what ends a sequence, beside what ends the
-        model's."""
+        """Raises InputError as `load_tokenizers`. A tokenizer of an adapter's own says by itself what ends a sequence, and so does the
+        generation_config.json of its run, beside what ends the model's."""
         found = dict[str, Variant]()
         for name, (home, tokenizer) in load_tokenizers(folders, model, self.tokenizer, self.vocabulary).items():
             end = None if tokenizer is self.tokenizer else tokenizer.eos_token_id
-            found[name] = Variant(tokenizer, vocabulary_hash(home), frozenset() if end is None else frozenset([end]))
+            ends = ends_of(folders[name]) | frozenset([] if end is None else [end])
+            found[name] = Variant(tokenizer, vocabulary_hash(home), ends - self.ends)
         return found
 
     def _forward(self, ids: Sequence[int], keep: int, adapter: str = "") -> tuple[DynamicCache, torch.Tensor]:

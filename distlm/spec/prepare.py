@@ -127,7 +127,8 @@ class Tokenizer(Part):
     special_tokens: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Further special tokens, such as `<|tool|>`, beside the end token and the three roles; text that spells one stays text."""
     chat_template: str | None = None
-    """How transformers writes a conversation, in Jinja. Default: each role's token and its text, with the end token after an answer."""
+    """How transformers writes a conversation, in Jinja, also in place of a given tokenizer's own. Default: the given tokenizer's, else each
+    role's token and its text, with the end token after an answer."""
     source: Annotated[str | None, Field(alias="from")] = None
     """A folder with a tokenizer.json."""
 
@@ -136,7 +137,7 @@ class Tokenizer(Part):
         if self.train and self.source:
             raise Rule("train", "a tokenizer is either trained or taken from a folder: give train or from, not both")
         if self.source:
-            without_effect(self, "beside from", "special_tokens", "chat_template")
+            without_effect(self, "beside from", "special_tokens")
         names = [*SPECIAL_TOKENS, *self.special_tokens]
         for place, token in enumerate(self.special_tokens):
             if not token.strip():
@@ -155,6 +156,8 @@ class Tokenizer(Part):
                 jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(GENERATION.sub("", self.chat_template))
             except jinja2.TemplateSyntaxError as error:
                 raise Rule("chat_template", f"line {error.lineno} is no Jinja: {error.message}") from None
+            except Exception as error:                     # such as of parentheses without end
+                raise Rule("chat_template", f"cannot be read as Jinja: {type(error).__name__}: {error}") from None
         if self.source or self.train == "bytes":
             without_effect(self, f"beside {'from' if self.source else 'train: bytes'}", "vocab_size", "sample_bytes")
         return self

@@ -342,8 +342,9 @@ def export(recipe: Recipe, model: Any, weights: dict[str, torch.Tensor], folder:
     """Write the model, or an adapter's `weights` merged into the base in the precision of its checkpoint's files, and the adapter alone
     beside it. The val_loss of a model that was trained through a rounded base is not the export's, and is named so."""
     spec, tokenizer = recipe.spec, manifest_of(recipe).tokenizer
+    ends = [end for corpus in recipe.corpora for end in read_manifest(corpus).ends]
     if spec.adapter is None:
-        export_model(model, weights, tokenizer, folder, lineage)
+        export_model(model, weights, tokenizer, folder, lineage, ends=ends)
         return
     source, config = str(spec.model.source), model_config(spec.model, recipe.shape, spec.regularization.dropout)
     whole = load_model(source, f"model.from: {source}", stored_dtype(Path(source)), config)
@@ -356,7 +357,7 @@ def export(recipe: Recipe, model: Any, weights: dict[str, torch.Tensor], folder:
         merge(whole)
 
     held = {"base_held_in": spec.adapter.base, "val_loss": None, "val_loss_as_held": lineage["val_loss"]} if spec.adapter.base else {}
-    export_model(whole, None, tokenizer, folder, {**lineage, "base": source, "base_hash": base_hash(source), **held}, adapter)
+    export_model(whole, None, tokenizer, folder, {**lineage, "base": source, "base_hash": base_hash(source), **held}, adapter, ends)
 
 
 def export_lineage(recipe: Recipe, folder: RunFolder) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from distlm import plan
 from distlm.corpus.conversations import Refused, Turns, clean_turns, divided, joined, parted, turns_of, without_system
@@ -17,20 +18,31 @@ from distlm.corpus.diff import diff
 from distlm.corpus.encode import EncodeTask, _turns_encoder
 from distlm.corpus.files import find_files
 from distlm.corpus.inspect import documents, find, summary, windows
-from distlm.corpus.manifest import body_hash, outputs
+from distlm.corpus.manifest import body_hash, outputs, read_manifest
 from distlm.corpus.read import Reader
 from distlm.corpus.split import SplitRule
 from distlm.corpus.stream import NO_LOSS, START, Windows
 from distlm.corpus.verify import verify
 from distlm.errors import CorpusError, InputError
+from distlm.evaluate.harness import Model
+from distlm.model.adapter import add_adapter
+from distlm.model.build import build_model, load_model, model_config
+from distlm.model.export import export_model
 from distlm.model.loss import IGNORED
+from distlm.serve.engine import Request
+from distlm.serve.torch_engine import TorchEngine
+from distlm.spec import load_spec
 from distlm.spec.curate import Clean
 from distlm.spec.prepare import Conversations, Source
-from distlm.storage import Storage
+from distlm.storage import Storage, read_json
 from distlm.train.batch import make_batch
+from distlm.train.loop import export
 from distlm.train.recipe import make_recipe
+from tests.corpus.test_template import CHATML, NAMES
 from tests.corpus.test_tokenizer import make
 from tests.records import Records
+from tests.serve.test_torch_engine import collect
+from tests.serve.test_torch_engine import run as served
 from tests.train.ranks import spec
 
 Run = Callable[..., dict[str, Any]]
@@ -55,7 +67,8 @@ BAD: dict[str, Any] = {
     "template_refuses": [message("assistant", "First."), *exchange(0)]}
 TEMPLATE = ("{% if messages[0].role == 'assistant' %}{{ raise_exception('a user begins') }}{% endif %}"
             "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}"
-            "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}")
+            "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+            "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
 
 
 def records() -> list[dict[str, Any]]:
@@ -249,6 +262,90 @@ def test_the_targets_of_training_are_the_tokens_of_the_answers_and_nothing_else(
             said = bytes(0 if token == 0 else token - 4 for token in targets[targets != IGNORED].tolist()).decode()
             seen += said.split("\0")[:-1]
     assert sorted(seen) == sorted([*expected, "Answer 99, ä.", "Answer 1000, ä.", "No. Mail <|email|>"])
+
+
+def test_what_ends_an_answer_ends_it_when_the_export_is_served_and_so_does_an_adapters(run: Run, chats: Path, tmp_path: Path) -> None:
+    """Of a template that ends turns with another token than the corpus ends documents. The model says that token and no other."""
+    result = run(chats, **KEYS | {"tokenizer": {"train": "bytes", "special_tokens": NAMES, "chat_template": CHATML}})
+    manifest = read_manifest(result[""])
+    assert manifest.ends == (0, 5) and read_manifest(run(chats, "other", **KEYS)[""]).ends == (0, 0)
+    tiny = {"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2}
+    given = spec(manifest.path, objective="sft", model={"config": tiny}, evaluate={}, checkpoint={})
+    recipe = make_recipe(given, Storage(tmp_path))
+    model: Any = build_model(given.model, model_config(given.model, recipe.shape), 0)
+    with torch.no_grad():
+        model.transformer.ln_f.weight.zero_()
+        model.transformer.ln_f.bias.fill_(1)
+        model.transformer.wte.weight[5] = 1
+    export(recipe, model, model.state_dict(), tmp_path / "export", {"val_loss": None})
+    base = tmp_path / "base"
+    export_model(model, None, manifest.tokenizer, base, {})
+    assert [read_json(folder / "generation_config.json")["eos_token_id"] for folder in (tmp_path / "export", base)] == [[0, 5], 0]
+    tuned = make_recipe(spec(manifest.path, objective="sft", model={"from": str(base)}, adapter={"rank": 2}, evaluate={}, checkpoint={}),
+                        Storage(tmp_path))
+    whole = load_model(str(base), "base", torch.float32)
+    assert tuned.spec.adapter
+    add_adapter(whole, tuned.spec.adapter, 0)
+    weights = {name: value.detach() for name, value in whole.named_parameters() if value.requires_grad}
+    export(tuned, None, weights, tmp_path / "tuned" / "export", {"val_loss": None})
+    adapters = {"tuned": tmp_path / "tuned" / "export" / "adapter"}
+    for folder, adapter, reason in ((tmp_path / "export", "", "stop"), (base, "", "length"), (base, "tuned", "stop")):
+        engine = TorchEngine(folder, threads=1, adapters=adapters)
+        try:
+            (chunks,) = served(collect(engine, Request((6, 7), 3, adapter=adapter)))
+            assert [token for chunk in chunks for token in chunk.ids] == [5] * (1 if reason == "stop" else 3)
+            assert chunks[-1].finish_reason == reason
+        finally:
+            engine.close()
+    old = {**manifest.data, "conversations": {key: value for key, value in manifest.data["conversations"].items() if key != "end_id"}}
+    (manifest.path / "manifest.json").write_text(json.dumps({**old, "hash": body_hash(old)}))
+    assert read_manifest(manifest.path).ends == (), "a corpus from before the manifest told"
+
+
+def test_a_given_tokenizer_takes_the_template_of_the_spec_to_whoever_reads_the_corpus_or_the_export(run: Run, chats: Path,
+                                                                                                        tmp_path: Path) -> None:
+    """Whether it has none of its own, or one in either of its files."""
+    folder = make(tmp_path / "given", train="bytes", special_tokens=NAMES).folder
+    settings = read_json(folder / "tokenizer_config.json")
+    hashes, rendered = set(), CHATML.replace("<|im_start|>", "<|im_start|>the ")
+    for n, (config, file) in enumerate(((None, None), (TEMPLATE, None), (TEMPLATE, TEMPLATE))):
+        (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": config}))
+        if file:
+            (folder / "chat_template.jinja").write_text(file)
+        keys = {**KEYS, "tokenizer": {"from": str(folder), "chat_template": rendered}}
+        result = run(chats, str(n), **keys)
+        verify(result[""])
+        hashes.add(body_hash(json.loads(Path(result[""], "manifest.json").read_text())["splits"]))
+        corpus = read_manifest(result[""]).tokenizer
+        assert (corpus / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
+        assert AutoTokenizer.from_pretrained(corpus).get_chat_template() == rendered
+        assert "<|im_start|>the assistant\nAnswer 7, ä." in find(result[""], "Answer 7")[0].excerpt
+    assert len(hashes) == 1 and "chat_template" not in read_json(corpus / "tokenizer_config.json")
+    progress = Records()
+    assert run(chats, str(n), progress=progress, **keys) == result and "nothing to do" in progress.notes[-1]
+    other = run(chats, str(n), **{**KEYS, "tokenizer": {"from": str(folder)}})
+    assert other["manifest_hash"] != result["manifest_hash"], "another template makes another corpus"
+    given = spec(read_manifest(run(chats, str(n), **keys)[""]).path, objective="sft", evaluate={}, checkpoint={})
+    recipe = make_recipe(given, Storage(tmp_path))
+    model = build_model(given.model, model_config(given.model, recipe.shape), 0)
+    export(recipe, model, model.state_dict(), tmp_path / "export", {"val_loss": None})
+    engine, asked = TorchEngine(tmp_path / "export", threads=1), [message("user", "Why?")]
+    engine.close()
+    for text in (engine.tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True),
+                 Model(tmp_path / "export", None).apply_chat_template(asked)):
+        assert text == "<|im_start|>the user\nWhy?<|im_end|>\n<|im_start|>the assistant\n"
+
+
+def test_what_a_template_leaves_to_the_model_is_a_note_of_plan_and_job(run: Run, chats: Path) -> None:
+    thinking = TEMPLATE.replace("'<|' + m.role + '|>' +", "'<|' + m.role + '|>' + ('<think></think>' if m.role == 'assistant' else '') +")
+    keys = {**KEYS, "tokenizer": {"train": "bytes", "chat_template": thinking}}
+    given: Any = load_spec({"kind": "prepare", "name": "words", "sources": [str(chats)], **keys}).spec
+    told, progress = dict(plan.of_prepare(given))["chat template"], Records()
+    assert told.startswith("the chat template writes '<think></think>' before every answer")
+    run(chats, progress=progress, **keys)
+    assert told in progress.notes
+    plain: Any = load_spec({"kind": "prepare", "name": "words", "sources": [str(chats)], **KEYS}).spec
+    assert "chat template" not in dict(plan.of_prepare(plain))
 
 
 def test_a_val_split_that_no_window_holds_is_told_when_it_is_lost_and_when_it_is_wanted(run: Run, tmp_path: Path) -> None:

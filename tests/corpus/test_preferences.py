@@ -114,7 +114,8 @@ def test_pairs_of_parquet_are_those_of_jsonl(messages: bool, run: Callable[..., 
 
 
 def test_answers_that_the_template_makes_equal_are_refused(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
-    template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content | trim }}{{ eos_token }}{% endfor %}"
+    template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content | trim }}{{ eos_token }}{% endfor %}" \
+               "{% if add_generation_prompt %}<|assistant|>{% endif %}"
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"q{i}", "chosen": "a", "rejected": "a  b" if i else " a"}) + "\n" for i in range(6)))
     made = run([str(path)], conversations={"prompt_key": "prompt", "chosen_key": "chosen", "rejected_key": "rejected"}, context=CONTEXT,

@@ -21,8 +21,10 @@ CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content 
           "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 GENERATION = ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
               "{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}"
-              "{% else %}{{ m.content + '<|im_end|>' }}{% endif %}{% endfor %}")
-NO_END = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+              "{% else %}{{ m.content + '<|im_end|>' }}{% endif %}{% endfor %}"
+              "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+NO_END = ("{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+          "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}")
 TURNS = [("system", "s"), ("user", "ué"), ("assistant", "a"), ("user", "v"), ("assistant", "bc")]
 BYTE = len(SPECIAL_TOKENS)
 """The token of byte 0."""
@@ -91,11 +93,13 @@ FAMILIES = {
         "<s>[INST] s\n\nu [/INST] [a][ <|endoftext|>]<s>[INST] v [/INST] [b][ <|endoftext|>]"),
     "role_renamed": (
         "{{ bos_token }}{% for m in messages %}{% set role = 'model' if m.role == 'assistant' else m.role %}"
-        "{{ '<|im_start|>' + role + '\n' + m.content | trim + '<|im_end|>\n' }}{% endfor %}",
+        "{{ '<|im_start|>' + role + '\n' + m.content | trim + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>model\n' }}{% endif %}",
         "<s><|im_start|>system\ns<|im_end|>\n<|im_start|>user\nu<|im_end|>\n<|im_start|>model\n[a][<|im_end|>]\n"
         "<|im_start|>user\nv<|im_end|>\n<|im_start|>model\n[b][<|im_end|>]\n"),
     "text_ends_answers": (
-        "{% for m in messages %}{{ m.role + ': ' + m.content | trim + '###\n' }}{% endfor %}",
+        "{% for m in messages %}{{ m.role + ': ' + m.content | trim + '###\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}",
         "system: s###\nuser: u###\nassistant: [a][###]\nuser: v###\nassistant: [b][###]\n")}
 """How templates of well-known models write, and what of it gives loss."""
 
@@ -127,11 +131,59 @@ def test_the_text_is_what_transformers_writes_and_its_tokens_begin_as_a_prompt_d
     assert tokens[:len(prompt)] == prompt and loss.index(True) == len(prompt)
 
 
+@pytest.mark.parametrize(("source", "expected"), [
+    (CHAT_TEMPLATE, END), (CHATML, "<|im_end|>"), (GENERATION, "<|im_end|>"), (NO_END, None), (CHATML.replace("<|im_end|>", "###"), None),
+    (GENERATION.replace("{{ m.content + '<|im_end|>' }}{% endgeneration %}", "{{ m.content }}{% endgeneration %}<|im_end|>"), None)])
+def test_the_special_token_that_ends_answers_is_known_where_there_is_one_and_it_gives_loss(source: str, expected: str | None) -> None:
+    for loss in ("assistant", "all"):
+        assert template(source, NAMES, loss).end_id == ([*SPECIAL_TOKENS, *NAMES].index(expected) if expected else None)
+
+
+def asking(before: str, prompt: str, around: str = "{{ '<|im_start|>' + m.role + '\n' + BEFORE + m.content + '<|im_end|>\n' }}") -> str:
+    """A template that writes `before` at the beginning of what the model says, and `prompt` under add_generation_prompt."""
+    said = around.replace("BEFORE", f"({before!r} if m.role == 'assistant' else '')")
+    return f"{{% for m in messages %}}{said}{{% endfor %}}{{% if add_generation_prompt %}}{{{{ {prompt!r} }}}}{{% endif %}}"
+
+
+THOUGHT = "<think>\n\n</think>\n\n"
+
+
+@pytest.mark.parametrize(("source", "note"), [
+    (CHAT_TEMPLATE, ""), (CHATML, ""), (GENERATION, ""), (FAMILIES["system_in_first_user"][0], ""), (FAMILIES["role_renamed"][0], ""),
+    (asking("", "<|h|>assistant<|/h|>\n\n", "{{ '<|h|>' + m.role + '<|/h|>\n\n' + BEFORE + m.content | trim + '<|eot|>' }}"), ""),
+    (asking("", "<|assistant|>", "{{ '<|' + m.role + '|>\n' + BEFORE + m.content + eos_token + '\n' }}"), ""),
+    (asking(THOUGHT, "<|im_start|>assistant\n"), THOUGHT), (asking(THOUGHT, "<|im_start|>assistant\n<think>\n"), "\n</think>\n\n"),
+    (asking("", "<|im_start|>assistant", "{{ '<|im_start|>' + m.role + '<|c|>final' + BEFORE + m.content + '<|im_end|>' }}"), "<|c|>final"),
+    (GENERATION.replace("{% generation %}", "{% generation %}{{ '<think></think>' }}"), "")],
+    ids=["own", "chatml", "generation", "mistral", "gemma", "llama_3", "zephyr", "qwen_3", "qwen_3_think", "harmony", "thought_with_loss"])
+def test_a_question_is_asked_as_answers_begin_in_training_or_what_it_lacks_is_told(source: str, note: str) -> None:
+    tokenizer, special = bytes_tokenizer([*SPECIAL_TOKENS, *NAMES, "<s>"]), {"eos_token": END, "bos_token": "<s>"}
+    told = Template(tokenizer, source, special, END, "assistant", "here").note
+    assert told == "" if not note else f"writes {note!r} before every answer, and not behind a question that is asked" in told
+    assert Template(tokenizer, source, special, END, "all", "here").note == "", "what gives loss is learned"
+
+
+@pytest.mark.parametrize(("source", "message"), [
+    (CHATML.partition("{% if add")[0], r"writes '<\|im_start\|>assistant\\n' before an answer, and nothing under add_generation_prompt.*"
+     r"ends with {% if add_generation_prompt %}{{ '<\|im_start\|>assistant\\n' }}{% endif %}$"),
+    (NO_END.partition("{% if add")[0], "writes 'assistant: ' before an answer"),
+    (GENERATION.partition("{% if add")[0], "writes '<.im_start.>assistant.n' before an answer"),
+    (asking("", "<|im_start|>assistant\n<think>\n"), r"ends a question with '<think>\\n', and in training '' stands there"),
+    (CHATML.replace("assistant\n", "model\n"), r"ends a question with 'model\\n', and in training 'assistant\\n' stands there")])
+def test_a_template_that_asks_otherwise_than_it_answers_is_an_error_that_says_what_to_write(source: str, message: str) -> None:
+    with pytest.raises(InputError, match=message) as told:
+        check_template(Tokenizer(special_tokens=NAMES, chat_template=source), Conversations())
+    if "before an answer, and nothing" in str(told.value):
+        more = str(told.value).partition("ends with ")[2]
+        assert check_template(Tokenizer(special_tokens=NAMES, chat_template=source + more), Conversations()) == ""
+
+
 @pytest.mark.parametrize(("source", "turns", "reason"), [
     ("{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHAT_TEMPLATE, TURNS, "template_refuses"),
     (CHAT_TEMPLATE.replace("message['content'] }}", "message['content'][:40] }}"), [("user", 50 * "x"), ("assistant", "a")],
      "template_changes_text"),
     ("{% set messages = messages[-2:] %}" + CHAT_TEMPLATE, TURNS, "template_changes_text"),
+    ("{{ 1 // (messages[0].content | length - 1) }}" + CHAT_TEMPLATE, TURNS, "template_refuses"),
     (CHAT_TEMPLATE, [("system", "s"), ("user", "u")], "no_loss")])
 def test_a_conversation_that_would_lose_something_or_teach_nothing_is_refused(source: str, turns: Turns, reason: str) -> None:
     with pytest.raises(Refused) as refused:
@@ -141,7 +193,9 @@ def test_a_conversation_that_would_lose_something_or_teach_nothing_is_refused(so
 
 @pytest.mark.parametrize(("source", "message"), [
     ("{{ raise_exception('never') }}", "template_refuses: TemplateError: never"), ("{{ messages[0].content }}", "template_changes_text"),
-    ("{{ strftime_now('%d') }}" + CHAT_TEMPLATE, "no_clock"), ("{{ nothing.at.all }}", "UndefinedError")])
+    ("{{ strftime_now('%d') }}" + CHAT_TEMPLATE, "no_clock"), ("{{ nothing.at.all }}", "UndefinedError"),
+    ("{{ 1 // 0 }}", "ZeroDivisionError"), ("{% for i in range(10 ** 7) %}{% endfor %}", "OverflowError"),
+    ("{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}", "RecursionError")])
 def test_a_template_that_no_conversation_passes_is_an_error_before_any_work(source: str, message: str) -> None:
     with pytest.raises(InputError, match=f"tokenizer.chat_template.*{message}"):
         check_template(Tokenizer(chat_template=source), Conversations())
@@ -157,11 +211,19 @@ def test_a_given_tokenizer_without_a_template_or_that_changes_text_is_refused(tm
     check_template(Tokenizer(source=str(folder)), Conversations())
     config, model = (json.loads((folder / name).read_text()) for name in ("tokenizer_config.json", "tokenizer.json"))
     (folder / "tokenizer.json").write_text(json.dumps({**model, "normalizer": {"type": "Lowercase"}}))
-    with pytest.raises(InputError, match=r"tokenizer\.from.*not_exact"):
+    for own in (None, CHAT_TEMPLATE):
+        with pytest.raises(InputError, match=rf"from: {folder}: the tokenizer changes .*>What is .* becomes .*>what is .*no normalizer"):
+            check_template(Tokenizer(source=str(folder), chat_template=own), Conversations())
+    (folder / "tokenizer.json").write_text(json.dumps({**model, "pre_tokenizer": {**model["pre_tokenizer"], "add_prefix_space": True}}))
+    with pytest.raises(InputError, match=r"tokenizer\.from: .*: the tokenizer puts spaces before or into .*add_prefix_space: false"):
         check_template(Tokenizer(source=str(folder)), Conversations())
     (folder / "tokenizer_config.json").write_text(json.dumps({key: value for key, value in config.items() if key != "chat_template"}))
-    with pytest.raises(InputError, match="no chat template"):
+    (folder / "tokenizer.json").write_text(json.dumps(model))
+    with pytest.raises(InputError, match=r"no chat template.*; give one as tokenizer\.chat_template"):
         check_template(Tokenizer(source=str(folder)), Conversations())
+    check_template(Tokenizer(source=str(folder), chat_template=CHAT_TEMPLATE), Conversations())
+    with pytest.raises(InputError, match=r"tokenizer\.chat_template.*template_refuses: TemplateError: never"):
+        check_template(Tokenizer(source=str(folder), chat_template="{{ raise_exception('never') }}"), Conversations())
 
 
 @pytest.mark.parametrize(("keys", "message"), [

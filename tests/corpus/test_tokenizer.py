@@ -113,7 +113,8 @@ def test_further_special_tokens_and_a_chat_template_are_those_of_the_spec(tmp_pa
     ({"special_tokens": ["#"]}, r"special_tokens\.0: '#' is the name of a byte"), ({"special_tokens": ["Ġ"]}, "'Ġ' is the name of a byte"),
     ({"special_tokens": ["<|a|>"], "vocab_size": 260}, "vocab_size: 260 is less than 256 bytes and 5 special tokens; give 261 at least"),
     ({"special_tokens": ["<|a|>"], "from": "x"}, "has no effect beside from"),
-    ({"chat_template": "x", "from": "x"}, "has no effect beside from"),
+    ({"chat_template": "{% for %}", "from": "x"}, r"tokenizer\.chat_template: line 1 is no Jinja"),
+    ({"chat_template": "{{ " + 9000 * "(" + "1" + 9000 * ")" + " }}"}, r"chat_template: .*cannot be read as Jinja: RecursionError"),
     ({"chat_template": "{% for %}"}, r"tokenizer\.chat_template: line 1 is no Jinja")])
 def test_special_tokens_that_cannot_be_are_refused(rules: dict[str, Any], message: str) -> None:
     with pytest.raises(SpecError, match=message):

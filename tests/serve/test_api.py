@@ -286,6 +286,16 @@ def test_an_empty_prompt_starts_a_document(server: Server) -> None:
     assert server.complete(prompt="")["choices"][0]["text"] == server.complete(prompt=[0])["choices"][0]["text"]
 
 
+@pytest.mark.parametrize(("template", "problem"), [
+    ("{{ raise_exception('roles alternate') }}", "TemplateError: roles alternate"), ("{{ 1 // 0 }}", "ZeroDivisionError"),
+    ("{% for i in range(10 ** 7) %}{% endfor %}", "OverflowError"),
+    ("{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}", "RecursionError")])
+def test_a_template_that_fails_is_the_requests_error(template: str, problem: str, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server.engine.tokenizer, "chat_template", template)
+    status, error = server.refused("chat/completions")
+    assert (status, error["param"]) == (400, "messages") and f"refuses these messages: {problem}" in error["message"]
+
+
 def test_chat_uses_the_template_and_refuses_without_one(server: Server, tmp_path: Path) -> None:
     body = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 5, "temperature": 0}
     chat = server.http.post("/v1/chat/completions", json=body).json()
