@@ -6,6 +6,7 @@
 
 import copy
 import inspect
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,8 +85,12 @@ def _give_labels(config: Any, shape: Shape, spec: ModelSpec) -> None:
     kind = f"{'multi' if shape.multiple_labels else 'single'}_label_classification"
     if spec.source is not None and has_classifier(config):
         check_tells_labels(config, where := f"model.from: {spec.source}")
-        check_labels(labels_of(config), config.problem_type, shape, where,
-                     "take the model that it was trained from, whose last layer is new")
+        remedy = "or take the model that it was trained from, whose last layer is new"
+        if (names := labels_of(config)) != [*shape.labels]:
+            raise InputError(f"the checkpoint tells apart {', '.join(names)}, and the corpus {', '.join(shape.labels)}", where=where,
+                             remedy=f"prepare the corpus with labels.names: {json.dumps(names, ensure_ascii=False)}, {remedy}")
+        check_counts(config.problem_type, shape.multiple_labels, where, f"prepare the corpus with labels.multiple: "
+                                                                        f"{str(not shape.multiple_labels).lower()}, {remedy}")
     config.id2label = dict(enumerate(shape.labels))
     config.label2id = {name: number for number, name in config.id2label.items()}
     config.problem_type = kind
@@ -97,14 +102,11 @@ def labels_of(config: Any) -> list[str]:
     return [str(config.id2label[i]) for i in range(config.num_labels)]
 
 
-def check_labels(names: Sequence[str], kind: str | None, shape: Shape, where: str, remedy: str) -> None:
-    """Raises InputError where the labels of a checkpoint are not those of the corpus. `kind`: its `problem_type`; None where it tells of
-    none."""
-    if [*names] != [*shape.labels]:
-        raise InputError(f"the checkpoint tells apart {', '.join(names)}, and the corpus {', '.join(shape.labels)}", where=where,
-                         remedy=remedy)
-    if kind not in (None, f"{'multi' if shape.multiple_labels else 'single'}_label_classification"):
-        counts = ("one label", "any number") if shape.multiple_labels else ("any number of labels", "one")
+def check_counts(kind: str | None, multiple: bool, where: str, remedy: str) -> None:
+    """Raises InputError where a checkpoint gives a text one label and a corpus any number, or the other way round. `kind`: the
+    checkpoint's `problem_type`; None where it tells of none."""
+    if kind not in (None, f"{'multi' if multiple else 'single'}_label_classification"):
+        counts = ("one label", "any number") if multiple else ("any number of labels", "one")
         raise InputError(f"the checkpoint gives a text {counts[0]}, and the corpus {counts[1]}", where=where, remedy=remedy)
 
 

@@ -140,6 +140,28 @@ def test_bfloat16_comes_near_and_logits_that_are_not_finite_are_told(root: Path,
     assert error.value.cause == "nonfinite_loss"
 
 
+@pytest.mark.parametrize("run", RUNS)
+def test_a_corpus_may_lack_labels_of_the_classifier_and_number_them_otherwise(run: str, root: Path, tmp_path: Path) -> None:
+    sklearn = pytest.importorskip("sklearn.metrics")
+    corpus = make_labelled_corpus(tmp_path / "fewer", multiple=run == "many", names=("two", "zero"))
+    found = evaluated(spec(root, run, corpus=str(corpus)), Storage(root))
+    texts = [(tokens, [{0: 2, 1: 0}[label] for label in given]) for tokens, given in documents(corpus, "val")]
+    loss, logits = by_hand(exported(root / "runs" / run), texts)
+    assert found["loss"] == pytest.approx(loss, rel=1e-5) and found["labels"] == ["zero", "one", "two"]
+    has = np.stack([np.isin(range(3), given) for _, given in texts])
+    assert has.any(0).tolist() == [True, False, True]
+    right, guess = (has, logits > 0) if run == "many" else (has.argmax(1), logits.argmax(1))
+    for kind in ("macro", "micro"):
+        wanted = sklearn.precision_recall_fscore_support(right, guess, labels=range(3), average=kind, zero_division=0)[:3]
+        assert [found[f"{name}_{kind}"] for name in ("precision", "recall", "f1")] == pytest.approx(wanted), kind
+    matrix = sklearn.multilabel_confusion_matrix(right, guess) if run == "many" else sklearn.confusion_matrix(right, guess, labels=range(3))
+    assert found["confusion"] == {"labels": ["zero", "one", "two"], "counts": matrix.tolist()}
+    assert found["roc_auc"] == pytest.approx(np.mean([sklearn.roc_auc_score(has[:, i], (
+        torch.from_numpy(logits).sigmoid() if run == "many" else torch.from_numpy(logits).softmax(1)).numpy()[:, i]) for i in (0, 2)]))
+    whole = evaluated(spec(root, run, corpus=[str(root / "corpora" / RUNS[run]), str(corpus)]), Storage(root))
+    assert whole["documents"] == 21 + len(texts) and whole["corpora"]["fewer"]["confusion"] == found["confusion"]
+
+
 @pytest.fixture(scope="module")
 def servers(root: Path) -> Iterator[dict[str, Server]]:
     made = {run: Server(root / "runs" / run / "export", TorchClassifier, max_sequences=3, max_queued=1) for run in RUNS}
@@ -224,7 +246,8 @@ def test_what_an_endpoint_of_a_classifier_cannot_be_asked_is_told(root: Path, se
 @pytest.mark.parametrize(("keys", "message"), [
     ({"corpus": "plain"}, "corpus: .*/one/export is a classifier, and the documents of the corpus plain have no labels; prepare it with"),
     ({"corpus": "multiple"}, "model: .*the checkpoint gives a text one label, and the corpus any number; take a classifier of the"),
-    ({"model": "renamed"}, "model: .*the checkpoint tells apart ham, one, two, and the corpus zero, one, two; take a classifier of the"),
+    ({"model": "renamed"}, r"model: .*the checkpoint tells apart ham, one, two, and documents of labelled have the label zero; prepare "
+                           r'labelled with labels.names: \["ham", "one", "two"\], which leaves out documents with others, or take a'),
     ({"model": "number"}, "model: .*/number/export: it gives a text a number and tells no labels apart; take a classifier of two labels"),
     ({"model": "foreign"}, "model: .*the tokenizer of the checkpoint is not that of the corpus labelled"),
     ({"model": "encoder"}, "model: .* bert"),

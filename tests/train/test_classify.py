@@ -160,6 +160,8 @@ def test_balanced_weights_are_those_of_scikit_learn(corpus: Path, root: Path) ->
     np.testing.assert_allclose(weights, len(truth) / (3 * counts), rtol=1e-6)
     given = class_weights(recipe_of(corpus, class_weights={"two": 4.0}))
     assert given is not None and given.tolist() == [1, 1, 4]
+    lacks = class_weights(recipe_of(make_labelled_corpus(root / "lacks", names=("zero", "one", "two", "three")), class_weights="balanced"))
+    assert lacks is not None and lacks.tolist() == [*weights.tolist(), 1], "of a class that no document has"
     many = recipe_of(make_labelled_corpus(root / "everywhere", multiple=True), class_weights="balanced")
     manifest = root / "everywhere" / "manifest.json"
     data = json.loads(manifest.read_text())
@@ -200,13 +202,16 @@ def test_a_classifier_of_other_labels_is_refused(runs: Path, tmp_path: Path) -> 
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     config["id2label"]["0"] = "none"
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match="the checkpoint tells apart none, one, two, and the corpus zero, one, two; take the model that"):
+    with pytest.raises(InputError, match="the checkpoint tells apart none, one, two, and the corpus zero, one, two; prepare the "
+                                         r'corpus with labels.names: \["none", "one", "two"\], or take the model that'):
         recipe_of(runs / "labelled", model={"from": str(tmp_path / "model")})
     (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "problem_type": "regression"}))
     with pytest.raises(InputError, match="it gives a text a number and tells no labels apart"):
         recipe_of(runs / "labelled", model={"from": str(tmp_path / "model")})
-    for corpus, model, said in (("many", "one", "gives a text one label, and the corpus any number; take"),
-                                ("labelled", "multiple", "gives a text any number of labels, and the corpus one; take")):
+    for corpus, model, said in (("many", "one", "gives a text one label, and the corpus any number; prepare the corpus with "
+                                 "labels.multiple: false"),
+                                ("labelled", "multiple", "gives a text any number of labels, and the corpus one; prepare the corpus with "
+                                 "labels.multiple: true")):
         with pytest.raises(InputError, match=said):
             recipe_of(runs / corpus, model={"from": str(runs / model / "export")})
 

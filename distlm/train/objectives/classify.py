@@ -83,7 +83,8 @@ def module(model: "PreTrainedModel", recipe: "Recipe") -> "ClassifierLoss":
 def class_weights(recipe: "Recipe") -> NDArray[np.float32] | None:
     """float32[labels]: what the loss of each label is multiplied by; None where all count the same. Balanced ones are those of
     scikit-learn, n / (classes x samples of the class), over the training documents; where a document may have several labels, that of a
-    label counts where it is there alone, and is the documents without it over those with it."""
+    label counts where it is there alone, and is the documents without it over those with it. A label that no training document has
+    counts 1."""
     wanted, names = recipe.spec.class_weights, recipe.shape.labels
     if wanted is None:
         return None
@@ -95,8 +96,9 @@ def class_weights(recipe: "Recipe") -> NDArray[np.float32] | None:
     counts = np.sum([[one.data["labels"]["train"][name] for name in names] for one in manifests], axis=0)
     total = sum(one.splits["train"].documents for one in manifests)
     if recipe.shape.multiple_labels:
-        return np.asarray(np.where(counts < total, (total - counts) / counts, 1), np.float32)      # 0 would teach nothing
-    return np.asarray(total / (len(names) * counts), np.float32)
+        return np.asarray(np.where((counts > 0) & (counts < total), (total - counts) / np.maximum(counts, 1), 1), np.float32)
+    there = counts > 0                                     # as scikit-learn counts the classes
+    return np.asarray(np.where(there, total / (there.sum() * np.maximum(counts, 1)), 1), np.float32)
 
 
 def num_targets(recipe: "Recipe", step: int) -> int | None:
