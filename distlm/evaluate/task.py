@@ -38,7 +38,7 @@ from distlm.storage import Storage
 from distlm.train.recipe import check_tokenizer, find_corpus
 
 NO_LANGUAGE_MODEL = ("it is a classifier, and only language models can be here", "`kind: evaluate` measures it")
-"""What is told of a classifier that is to be averaged or compressed, and what to do with it."""
+"""What is told of a classifier that is to be compressed, and what to do with it."""
 
 
 @dataclass(frozen=True)

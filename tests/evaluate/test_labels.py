@@ -23,7 +23,7 @@ from distlm.evaluate.worker import Worker
 from distlm.model.export import export_model
 from distlm.runs import RunFolder
 from distlm.serve.classifier import TorchClassifier
-from distlm.spec import AverageSpec, CompressSpec, EvaluateSpec
+from distlm.spec import CompressSpec, EvaluateSpec
 from distlm.storage import Storage, read_json, write_json
 from distlm.train.scores import SCORES
 from tests.evaluate.models import evaluated, make_model, sums_of
@@ -276,16 +276,12 @@ def test_what_does_not_fit_a_classifier_is_refused_before_any_work(keys: dict[st
         plan.needs(execute.resolve(given), storage)
 
 
-def test_jobs_of_language_models_refuse_a_classifier(root: Path) -> None:
-    from distlm.average.driver import find_models
+def test_a_compression_refuses_a_classifier(root: Path) -> None:
     from distlm.compress.task import task_of
 
-    shutil.copytree(root / "runs" / "one", root / "runs" / "again", dirs_exist_ok=True)
-    average = AverageSpec(name="mean", models=["one", "again"], corpus="labelled")
     compress = CompressSpec(name="small", model="one", corpus="labelled", method="magnitude", sparsity=0.5)
-    for check in (lambda: find_models(average, Storage(root)), lambda: task_of(compress, Storage(root))):
-        with pytest.raises(InputError, match="it is a classifier, and only language models can be here; `kind: evaluate` measures it"):
-            check()
+    with pytest.raises(InputError, match="it is a classifier, and only language models can be here; `kind: evaluate` measures it"):
+        task_of(compress, Storage(root))
 
 
 @pytest.mark.slow
