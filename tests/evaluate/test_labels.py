@@ -64,6 +64,13 @@ def test_the_numbers_are_those_of_trainings_last_evaluation(run: str, root: Path
     assert found["confusion"] == last["confusion"] and found["labels"] == ["zero", "one", "two"]
     for name in SCORES:
         assert found[name] == pytest.approx(last[name], abs=1e-9), name
+    assert last.get("val_ece") == (None if run == "many" else pytest.approx(found["ece"], abs=1e-6))
+    sources = found["corpora"][RUNS[run]]["sources"]
+    assert {*last["val_by_source"]} == {f"{RUNS[run]}: news", f"{RUNS[run]}: mail"}
+    for source, theirs in sources.items():
+        ours = last["val_by_source"][f"{RUNS[run]}: {source}"]
+        known = {name: theirs[name] for name in ("loss", *SCORES, "ece") if theirs[name] is not None}
+        assert ours == {name: pytest.approx(value, rel=1e-5, abs=1e-6) for name, value in known.items()}
 
 
 @pytest.mark.parametrize("run", RUNS)

@@ -34,7 +34,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def corpus(root: Path) -> Path:
-    return make_labelled_corpus(root / "labelled")
+    return make_labelled_corpus(root / "labelled", sources=("news", "mail"))
 
 
 @pytest.fixture(scope="module")
@@ -85,9 +85,11 @@ def test_two_workers_under_any_stage_give_one_workers_losses_and_scores(runs: Pa
     np.testing.assert_allclose(losses(runs / f"zero{zero}"), losses(runs / "one"), rtol=1e-5)
     for ours, theirs in zip(metrics(runs / f"zero{zero}"), metrics(runs / "one"), strict=True):
         assert ours.get("confusion") == theirs.get("confusion")
-        for key in ("val_loss", *SCORES):
+        for key in ("val_loss", "val_ece", *SCORES):
             assert (key in ours) == (key in theirs) and ours.get(key, 0) == pytest.approx(theirs.get(key, 0), rel=1e-5), key
-    assert all(key in ours for key in ("confusion", "val_loss", *SCORES)), "of the last step"
+        for name, found in theirs.get("val_by_source", {}).items():
+            assert ours["val_by_source"][name] == {key: pytest.approx(value, rel=1e-5) for key, value in found.items()}, name
+    assert all(key in ours for key in ("confusion", "val_loss", "val_ece", "val_by_source", *SCORES)), "of the last step"
 
 
 @pytest.mark.parametrize("name", ["one", "weighted", "multiple"])
@@ -100,7 +102,11 @@ def test_the_first_losses_are_those_of_transformers_a_document_at_a_time(runs: P
     _, rows = Windows(corpus).order(0).locate(np.arange(recipe.global_sequences))
     first, step = metrics(runs / name)[:2]
     assert step["loss"] == pytest.approx(by_hand(model, documents(corpus, "train", rows), weights)[0], rel=1e-5)
-    assert first["val_loss"] == pytest.approx(by_hand(model, documents(corpus, "val"), weights)[0], rel=1e-5)
+    texts = documents(corpus, "val")
+    assert first["val_loss"] == pytest.approx(by_hand(model, texts, weights)[0], rel=1e-5)
+    for i, source in enumerate(("news", "mail") * (name != "multiple")):
+        found = first["val_by_source"][f"labelled: {source}"]
+        assert found["loss"] == pytest.approx(by_hand(model, texts[i::2], weights)[0], rel=1e-5), "as heavy as in val_loss"
 
 
 @pytest.mark.parametrize("name", ["one", "zero3", "multiple", "bf16"])
