@@ -33,6 +33,8 @@ COMMON = ("vocab_size", "max_position_embeddings", "use_cache", "bos_token_id", 
 """Keys that every family takes."""
 HEAD = "score.weight"
 """The last layer of transformers' classifiers of whole texts by causal families."""
+PLAIN_ROTATIONS = ("default", "linear", "llama3")
+"""Kinds of rotary positions that do not change with the number of positions."""
 LM_HEADS = frozenset({"lm_head.weight", "lm_head.bias", "embed_out.weight"})
 MAX_VARIANTS = 64
 """Of a compiled layer: with a sliding window or without, computed again or not, in training and in evaluation, for every size of batch."""
@@ -55,7 +57,8 @@ class Shape:
 def model_config(spec: ModelSpec, shape: Shape, dropout: float | None = None) -> "PreTrainedConfig":
     """The configuration that the spec describes, with `dropout` wherever the family has one. Raises SpecError for one that transformers
     does not accept, and InputError for a checkpoint that is missing or does not fit the corpus."""
-    config = checkpoint_config(Path(spec.source), shape) if spec.source is not None else _new_config(spec, shape)
+    config = checkpoint_config(Path(spec.source), shape, longer=spec.context is not None) if spec.source is not None else \
+        _new_config(spec, shape)
     if spec.source is not None:
         check_whole(Path(spec.source), "model.from")
     _give_labels(config, shape, spec)
@@ -204,9 +207,9 @@ def _new_config(spec: ModelSpec, shape: Shape) -> "PreTrainedConfig":
     return config
 
 
-def checkpoint_config(folder: Path, shape: Shape, key: str = "model.from") -> "PreTrainedConfig":
-    """The configuration of a checkpoint. `key` is the spec's key, for the error. Raises InputError for one that is not whole, or does not
-    fit the corpus."""
+def checkpoint_config(folder: Path, shape: Shape, key: str = "model.from", longer: bool = False) -> "PreTrainedConfig":
+    """The configuration of a checkpoint, with `longer` for windows that are longer than it takes. `key` is the spec's key, for the error.
+    Raises InputError for one that is not whole, or does not fit the corpus."""
     where = f"{key}: {folder}"
     config = read_config(folder, where)
     if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
@@ -215,12 +218,38 @@ def checkpoint_config(folder: Path, shape: Shape, key: str = "model.from") -> "P
         raise InputError(f"the checkpoint has {config.vocab_size} tokens and the corpus {shape.vocab_size}", where=where,
                          remedy=f"prepare the corpus with tokenizer: {{from: {folder}}}")
     longest = getattr(config, "max_position_embeddings", None)
-    if longest is not None and longest < shape.context:
+    short = longest is not None and longest < shape.context
+    if short and not longer:
+        more = f", or set model.context: {shape.context} where its positions are rotary" if key == "model.from" else ""
         raise InputError(f"the checkpoint takes {longest} tokens of context and the corpus has windows of {shape.context}", where=where,
-                         remedy=f"prepare the corpus with context: {longest}")
+                         remedy=f"prepare the corpus with context: {longest}{more}")
     check_loadable(folder, key)
+    if short:
+        _lengthen(config, shape.context, where)
     config.use_cache = False
     return config
+
+
+def _lengthen(config: "PreTrainedConfig", context: int, where: str) -> None:
+    """Let the model take so many tokens. Raises InputError for a family whose weights have a row for each position, and for rotations that
+    go by how many there are."""
+    remedy = f"prepare the corpus with context: {config.max_position_embeddings}"
+    if scaled := next((kind for kind in _rotations(getattr(config, "rope_parameters", None)) if kind not in PLAIN_ROTATIONS), ""):
+        raise InputError(f"its rotations are scaled by {scaled}, which goes by the tokens that it takes: more are other rotations",
+                         where=where, remedy=remedy)
+    before = parameter_sizes(config)
+    config.max_position_embeddings = context
+    if learned := next((name for name, size in parameter_sizes(config).items() if size != before[name]), ""):
+        raise InputError(f"the {config.model_type} family has learned a row of {learned} for each of its tokens of context, and no more",
+                         where="model.context", remedy=f"leave it out, and {remedy}, or take a family with rotary positions such as llama")
+
+
+def _rotations(parameters: Any) -> list[str]:
+    """The kinds of rotary positions that a configuration names, also where layers differ."""
+    if not isinstance(parameters, dict):
+        return []
+    return [str(value) for key, value in parameters.items() if key == "rope_type"] + [
+        kind for value in parameters.values() for kind in _rotations(value)]
 
 
 def read_config(folder: str | Path, where: str) -> "PreTrainedConfig":
