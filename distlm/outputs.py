@@ -15,12 +15,13 @@ from distlm.train.scores import SCORES
 LANGUAGE = ("loss", "perplexity", "bits_per_byte", "accuracy", "ece", "tokens")
 LABELS = ("loss", *SCORES, "ece", "documents")
 """What an evaluation of a language model comes to, and of a classifier."""
+BOTH = tuple(dict.fromkeys((*LANGUAGE, *LABELS)))
 OUTPUTS = {
     "prepare": ("documents", "bytes", "tokens", "train_tokens", "val_tokens", "val_bytes", "rejected", "manifest_hash"),
     "train": ("export", "parameters", "loss_first", "loss_last", "val_loss_first", "tokens_per_s", "steps", "tokens", "checkpoint"),
     "tune": ("best", "best_spec", "metric", "value", "trials"),
-    "average": ("export", "loss", "perplexity", "bits_per_byte", "accuracy", "ece", "tokens", "averaged", "best", "best_loss"),
-    "evaluate": (*LANGUAGE, *(name for name in LABELS if name not in LANGUAGE)),
+    "average": ("export", *BOTH, "averaged", "best", "best_loss"),
+    "evaluate": BOTH,
     "compress": ("export", "loss", "loss_before", "bytes", "bytes_before"),
     "serve": ("url", "api_key_file", "model"),
 }
@@ -63,8 +64,8 @@ def known_outputs(steps: Mapping[str, Any], step: str) -> list[str]:
         return [*OUTPUTS[kind], *(name for name in ("perplexity", "bits_per_byte") if f"val_{name}" in names), *names]
     if kind == "evaluate" and not data.get("corpus"):
         return ["tasks.TASK.METRIC"]
-    if kind == "evaluate" and objective:
-        return [*(LABELS if objective == "classify" else LANGUAGE)]
+    if kind in ("average", "evaluate") and objective:
+        return [*(LABELS if objective == "classify" else LANGUAGE), *(name for name in OUTPUTS[kind] if name not in BOTH)]
     return [*OUTPUTS[kind], *(f"best.{key}" for key in space_of(data))]
 
 
@@ -107,10 +108,12 @@ def objective_of(steps: Mapping[str, Any], step: str) -> str:
             objective = data.get("objective", TrainSpec.model_fields["objective"].default) if isinstance(data, dict) else ""
             return objective if isinstance(objective, str) and objective in OBJECTIVES else ""
         given = data.get("model") or data.get("endpoint") if kind in ("evaluate", "serve") else None
+        if kind == "average" and isinstance(data.get("models"), list):
+            given = data["models"][0] if data["models"] else None
         whole = REFERENCE.fullmatch(given) if isinstance(given, str) else None
         step = split(steps, whole[1])[0] if whole else ""
         if not step:
-            return "pretrain" if kind in ("average", "compress") else ""
+            return "pretrain" if kind == "compress" else ""
     return ""
 
 

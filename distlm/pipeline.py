@@ -125,8 +125,8 @@ def check_step(steps: Mapping[str, Any], step: str, where: Callable[[KeyPath], s
 
 
 def check_references(steps: Mapping[str, Any], step: str, key: KeyPath, text: str, where: str) -> None:
-    """Raises SpecError where a text names an output that is not there, or is as a whole a reference to what `key` does not take, or to a
-    classifier where only language models can be."""
+    """Raises SpecError where a text names an output that is not there, or is as a whole a reference to what `key` does not take, to a
+    classifier where only language models can be, or to one whose mean with a language model there is not."""
     if "${" in REFERENCE.sub("", text):
         raise SpecError(f"{text!r}: a reference is not closed", where=where, remedy="write ${step} or ${step.output}")
     for reference in REFERENCE.findall(text):
@@ -134,10 +134,14 @@ def check_references(steps: Mapping[str, Any], step: str, key: KeyPath, text: st
     whole, wanted = REFERENCE.fullmatch(text), takes(steps[step].get("kind"), key)
     other, name = split(steps, whole[1]) if whole else ("", "")
     kind = str(steps[other].get("kind")) if whole else ""
-    if wanted == "model" and whole and steps[step].get("kind") in ("average", "compress") and objective_of(steps, other) == "classify":
+    if wanted == "model" and whole and steps[step].get("kind") == "compress" and objective_of(steps, other) == "classify":
         from distlm.evaluate.task import NO_LANGUAGE_MODEL
 
         raise SpecError(NO_LANGUAGE_MODEL[0], where=where, remedy=NO_LANGUAGE_MODEL[1])
+    if wanted == "model" and whole and steps[step].get("kind") == "average":
+        objectives = {objective_of(steps, other), objective_of(steps, step)} - {""}
+        if "classify" in objectives and len(objectives) > 1:
+            raise SpecError("a classifier and a language model have no mean", where=where, remedy="leave one of them out")
     if not wanted or kind not in OUTPUTS or name in MAKERS[wanted].get(kind, ()) or name.startswith("best."):
         return
     fit = [f"${{{one}{names[0] and '.'}{names[0]}}}" for one, data in steps.items()

@@ -103,7 +103,8 @@ def of_windows(made: dict[str, Any]) -> list[tuple[str, str]]:
 def of_average(made: dict[str, Any]) -> list[tuple[str, str]]:
     return [("averaged", f"{made['averaged']} of {len(made['models'])} models, {made['method']}"), ("loss", shown(made["loss"], ".4f")),
             *((one["model"], f"loss {shown(one['loss'], '.4f')}, {'taken' if one['taken'] else 'left out'}") for one in made["models"]),
-            ("perplexity", shown(made["perplexity"], ",.2f")), ("bits per byte", shown(made["bits_per_byte"], ".4f")),
+            *([("macro F1", shown(made["f1_macro"], ".4f"))] if "labels" in made else
+              [("perplexity", shown(made["perplexity"], ",.2f")), ("bits per byte", shown(made["bits_per_byte"], ".4f"))]),
             ("accuracy", shown(made["accuracy"], ".2%"))]
 
 

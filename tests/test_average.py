@@ -14,14 +14,17 @@ from distlm import execute, plan, reads, summary
 from distlm.average import driver
 from distlm.average.weights import write_mean
 from distlm.errors import InputError, SpecError
+from distlm.evaluate.kinds import kind_of
 from distlm.evaluate.worker import Worker
 from distlm.model.adapter import base_hash
 from distlm.runs import RunFolder
 from distlm.spec import AverageSpec
 from distlm.storage import Storage, read_json, write_json
-from tests.evaluate.models import sums_of
+from distlm.train.scores import SCORES
+from tests.evaluate.models import evaluated, sums_of
 from tests.records import Records
-from tests.train.ranks import make_corpus, run_ranks, spec
+from tests.train.ranks import make_corpus, make_labelled_corpus, run_ranks, spec
+from tests.train.test_classify import by_hand, documents, exported
 
 
 class Here:
@@ -38,7 +41,7 @@ class Here:
     def score(self, model: Path) -> Any:
         worker = Worker(self.task, "cpu", "fp32", None)
         worker.load(model)
-        return [worker.score(batch) for batch in range(len(self.task.batches))]
+        return [kind_of(self.task).measure(worker)(batch) for batch in range(len(self.task.batches))]
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +104,34 @@ def test_greedy_keeps_what_lowers_the_loss_and_uniform_takes_all(root: Path, mon
     every, whole = averaged(root, monkeypatch, name="uniform", method="uniform")
     ours, wanted = load_file(whole.path / "export" / "model.safetensors"), weights(root, first, second, "far")
     assert all(torch.equal(ours[key], wanted[key]) for key in ours) and every["averaged"] == 3 and every["loss"] > made["loss"]
+
+
+@pytest.mark.parametrize("multiple", [False, True])
+def test_classifiers_have_a_mean_whose_scores_are_those_of_an_evaluation(multiple: bool, tmp_path: Path,
+                                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus = make_labelled_corpus(tmp_path / "corpora" / "c", multiple=multiple)
+    run_ranks({tmp_path / "runs" / name: spec(corpus, objective="classify", duration={"steps": 8}, evaluate={}, checkpoint={},
+                                              optimizer={"lr": lr}) for name, lr in (("a", 0.005), ("b", 0.01), ("far", 0.2))})
+    alone = {name: by_hand(exported(tmp_path / "runs" / name), documents(corpus, "val"))[0] for name in ("a", "b", "far")}
+    made = {}
+    for method in ("uniform", "greedy"):
+        made[method], folder = averaged(tmp_path, monkeypatch, name=method, method=method)
+        given = AverageSpec.model_validate({"name": "e", "models": ["a", "b"], "corpus": "c"}).scoring(str(folder.path / "export"))
+        theirs = evaluated(given, Storage(tmp_path))
+        assert {name: made[method][name] for name in ("loss", *SCORES, "ece", "documents", "labels")} == {
+            name: theirs[name] for name in ("loss", *SCORES, "ece", "documents", "labels")}
+        assert made[method]["loss"] == pytest.approx(by_hand(exported(folder.path), documents(corpus, "val"))[0], rel=1e-5)
+        assert [one["model"] for one in made[method]["models"]] == sorted(alone, key=lambda name: alone[name])
+        assert f"{theirs['f1_macro']:.4f}" in (folder.path / "report.html").read_text()
+        assert dict(summary.of_average(made[method]))["macro F1"] == f"{theirs['f1_macro']:.4f}"
+    ours, wanted = load_file(tmp_path / "runs" / "uniform" / "export" / "model.safetensors"), weights(tmp_path, *(
+        one["model"] for one in made["uniform"]["models"]))
+    assert "score.weight" in ours and all(torch.equal(ours[key], wanted[key]) for key in ours)
+    assert made["greedy"]["loss"] <= made["greedy"]["best_loss"] == pytest.approx(min(alone.values()), rel=1e-5)
+    run_ranks({tmp_path / "runs" / "language": spec(corpus, duration={"steps": 1}, schedule={}, evaluate={}, checkpoint={})})
+    other = AverageSpec.model_validate({"name": "s", "models": ["a", "language"], "corpus": "c"})
+    with pytest.raises(InputError, match=r"models\.1: .*: its architectures is \['LlamaForCausalLM'\], and that of"):
+        execute.inputs(other, Storage(tmp_path))
 
 
 def test_the_mean_of_a_model_with_itself_is_the_model_in_any_layout_of_files(root: Path, tmp_path: Path) -> None:

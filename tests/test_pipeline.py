@@ -137,7 +137,10 @@ def test_steps_run_after_what_they_need_by_reference_or_by_needs() -> None:
     ({"prepare": PREPARE, "tune": {**TUNE, "train": {**TUNE["train"], "objective": "classify"}},
       "c": {**COMPRESS, "model": "${tune.best}"}}, "steps.c.model: it is a classifier"),
     ({"prepare": PREPARE, "one": TRAIN, "two": CLASSIFY, "mean": {"kind": "average", "models": ["${one}", "${two.export}"],
-                                                                  "corpus": "${prepare}"}}, "steps.mean.models: it is a classifier"),
+                                                                  "corpus": "${prepare}"}},
+     "steps.mean.models: a classifier and a language model have no mean; leave one of them out"),
+    ({"prepare": PREPARE, "one": CLASSIFY, "two": CLASSIFY, "mean": {"kind": "average", "models": ["${one}", "${two}"], "corpus": "c"},
+      "e": {**EVALUATE, "model": "${mean}", "windows": "${mean.tokens}"}}, "an average step has no output tokens; there are loss, acc"),
     ({"prepare": PREPARE, "train": TRAIN, "one": {**SERVE, "host": "127.0.0.2"}, "two": SERVE}, "one takes 127.0.0.2, not 127.0.0.1"),
 ])
 def test_a_mistake_is_found_before_any_work(given: dict[str, Any], what: str) -> None:
@@ -158,6 +161,8 @@ def test_a_mistake_is_found_before_any_work(given: dict[str, Any], what: str) ->
       for objective, name in (("classify", "f1_macro"), ("dpo", "val_reward_margin"), ("sft", "val_ece"))),
     {"prepare": PREPARE, "train": TRAIN, "c": COMPRESS, "mean": {"kind": "average", "models": ["${train}", "${c}"], "corpus": "c"}},
     {"prepare": PREPARE, "train": CLASSIFY, "e": EVALUATE, "f": {**EVALUATE, "windows": "${e.roc_auc}"}},
+    {"prepare": PREPARE, "one": CLASSIFY, "two": CLASSIFY, "mean": {"kind": "average", "models": ["${one}", "${two}"], "corpus": "c"},
+     "e": {**EVALUATE, "model": "${mean}", "windows": "${mean.f1_macro}"}, "f": {**EVALUATE, "model": "m", "windows": "${e.f1_macro}"}},
     {"prepare": PREPARE, "e": {**EVALUATE, "model": "m"}, "f": {**EVALUATE, "model": "m", "windows": "${e.perplexity}", "batch_windows":
                                                                "${e.f1_macro}"}},
 ])

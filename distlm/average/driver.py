@@ -12,16 +12,19 @@ from distlm.average.weights import check_alike, write_mean
 from distlm.corpus.manifest import manifest_hash
 from distlm.errors import InputError
 from distlm.evaluate.driver import Workers
-from distlm.evaluate.task import Task, check_generates, check_model, make_task, read_corpora
-from distlm.evaluate.tokens import outcome
+from distlm.evaluate.kinds import kind_of
+from distlm.evaluate.task import Task, check_model, make_task, read_corpora
 from distlm.model.adapter import base_hash
 from distlm.model.find import find_model
 from distlm.progress import Progress
 from distlm.runs import RunFolder
 from distlm.spec import AverageSpec
 from distlm.storage import Storage
+from distlm.train.scores import SCORES
 
 MEASURES = ("loss", "perplexity", "bits_per_byte", "accuracy", "ece", "tokens")
+LABEL_MEASURES = ("loss", *SCORES, "ece", "documents")
+"""The same of classifiers."""
 
 
 def average(spec: AverageSpec, folder: RunFolder, storage: Storage, progress: Progress) -> dict[str, Any]:
@@ -48,11 +51,13 @@ def average(spec: AverageSpec, folder: RunFolder, storage: Storage, progress: Pr
         write_mean([models[i] for i in taken], folder.path / "export", lineage_of(spec, folder, [models[i] for i in taken], task, soup))
     finally:
         shutil.rmtree(candidate, ignore_errors=True)
+    keys = LABEL_MEASURES if task.labels else MEASURES
     outputs = {"": str(folder.path), "export": str(folder.path / "export"), "method": spec.method, "split": spec.split,
-               "windows": task.windows, **{key: soup[key] for key in MEASURES}, "averaged": len(taken),
+               "windows": task.windows, **({"labels": [*task.labels]} if task.labels else {}), **{key: soup[key] for key in keys},
+               "averaged": len(taken),
                "best": str(models[order[0]]), "best_loss": alone[order[0]]["loss"],
                "models": [{"model": spec.models[i], "path": str(models[i]), "taken": i in taken, "with": tried.get(i),
-                           **{key: alone[i][key] for key in MEASURES}} for i in order]}
+                           **{key: alone[i][key] for key in keys}} for i in order]}
     write_report(folder, outputs)
     return outputs
 
@@ -74,8 +79,8 @@ def greedy(spec: AverageSpec, task: Task, models: list[Path], alone: list[dict[s
 
 def measured(task: Task, model: Path, workers: Workers) -> dict[str, Any]:
     """The scores of one model. Raises InputError where no token of the windows gives loss."""
-    found = outcome(task, str(model), workers.score(model))
-    if not found["tokens"]:
+    found = kind_of(task).outcome(task, str(model), workers.score(model))
+    if found.get("tokens") == 0:
         raise InputError(f"no token of the {task.windows:,} windows gives loss", where="windows",
                          remedy="take more windows, or other corpora")
     return found
@@ -93,7 +98,6 @@ def find_models(spec: AverageSpec, storage: Storage) -> list[Path]:
         raise InputError(f"it is {spec.models[models.index(models[twice])]} again", where=f"models.{twice}: {models[twice]}",
                          remedy="give it once")
     check_alike(models, "models")
-    check_generates(models[0])
     masked = any(part.mask_documents for part in make_task(spec.scoring(str(models[0])), storage).parts)
     for model in models[1:]:
         check_model(model, read_corpora(spec.scoring(str(model)), storage), masked)

@@ -69,7 +69,7 @@ def folded(manifest: Manifest, fold: Fold) -> Manifest:
     which = f"fold {fold.index} of {fold.of}"
     if not splits["val"].windows:
         raise InputError(f"{which} holds out no document of {manifest.name}", where="fold", remedy="take fewer folds")
-    if unseen := [name for name, count in counts["train"].items() if not count]:
+    if unseen := [name for name, count in counts["train"].items() if not count and counts["val"][name]]:
         raise InputError(f"{which} holds out every document with the label {unseen[0]}", where="fold",
                          remedy="leave out labels of so few documents, give more of them, or take more folds")
     return replace(manifest, splits=splits, data={**manifest.data, "labels": {**manifest.data["labels"], **counts}})

@@ -51,7 +51,7 @@ def parameters(spec: PrepareSpec, evaluations: Evaluations | None) -> dict[str, 
     return {key: data[key] for key in ("clean", "filter", "decontaminate", "dedup", "split", "context", "shard_windows", "seed")} | \
         {"tokenizer": tokenizer} | ({"contents": contents} if contents else {}) | \
         ({"pack": {"method": "best_fit"}} if spec.padded and not spec.labels else {}) | \
-        ({"labels": data["labels"]} if spec.labels else {}) | \
+        ({"labels": {key: value for key, value in data["labels"].items() if value is not None}} if spec.labels else {}) | \
         ({"conversations": data["conversations"]} if spec.conversations else {})
 
 

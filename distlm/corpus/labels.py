@@ -1,7 +1,7 @@
 """Documents with labels, for classification: what a record's label is called, and which labels a corpus has.
 
 A label is known by its name, the text of its JSON value in Unicode's form NFC; its number is its place among the names of the training
-split.
+split, or among those that the spec gives.
 """
 
 import json
@@ -28,6 +28,8 @@ def labels_of(value: Any, rules: Labels) -> list[str]:
     names = [_name(one, rules.label_key) for one in (value if rules.multiple else [value])]
     if len(set(names)) < len(names):
         raise Refused("bad_label", f"{rules.label_key!r} has {Counter(names).most_common(1)[0][0]!r} twice")
+    if rules.names is not None and (other := next((name for name in names if name not in rules.names), None)) is not None:
+        raise Refused("unknown_label", f"{rules.label_key!r} has {other!r}, which is none of labels.names")
     return names
 
 
@@ -57,17 +59,24 @@ def ordered(names: Iterable[str]) -> list[str]:
 
 
 def check_labels(counts: dict[str, Counter[str]], rules: Labels, where: str) -> list[str]:
-    """The labels of a corpus, in order, out of those of its documents by split. Raises CorpusError where there is nothing to tell apart,
-    and where a held-out document has a label that no training document has."""
+    """The labels of a corpus, in order: those that the rules name, or those of its documents by split. Raises CorpusError where there is
+    then nothing to tell apart, or a held-out document has a label that no training document has."""
+    if rules.names is not None:
+        return rules.names
     names = ordered(counts["train"])
     for split, found in counts.items():
         if unseen := ordered(found.keys() - counts["train"].keys()):
-            shown = ", ".join(f"{name} ({found[name]:,})" for name in unseen[:MAX_SHOWN])
-            more = f" and {len(unseen) - MAX_SHOWN} more" if len(unseen) > MAX_SHOWN else ""
-            raise CorpusError(f"no training document has the label {shown}{more} of documents of the {split} split", where=where,
-                              remedy="leave out labels of so few documents, give more of them, or lower split.val_fraction")
+            shown = first_of([f"{name} ({found[name]:,})" for name in unseen])
+            raise CorpusError(f"no training document has the label {shown} of documents of the {split} split", where=where,
+                              remedy="leave out labels of so few documents, give more of them, lower split.val_fraction, or list all "
+                                     "labels under labels.names")
     if len(names) < (1 if rules.multiple else 2):
         what = f"has the label {names[0]}" if names else "is left with a label"
         raise CorpusError(f"{'every' if names else 'no'} training document {what}: there is nothing to tell apart", where=where,
-                          remedy="give texts of another label, or look at labels.label_key")
+                          remedy="give texts of another label, look at labels.label_key, or list all labels under labels.names")
     return names
+
+
+def first_of(names: list[str]) -> str:
+    """The first few, and how many more there are."""
+    return ", ".join(names[:MAX_SHOWN]) + (f" and {len(names) - MAX_SHOWN} more" if len(names) > MAX_SHOWN else "")

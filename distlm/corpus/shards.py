@@ -15,7 +15,7 @@ from distlm.corpus.bestfit import BestFitTask, Packed, document_groups, groups, 
 from distlm.corpus.curate import Curated
 from distlm.corpus.encode import Encoded, EncodeTask, encode_partition
 from distlm.corpus.job import Job
-from distlm.corpus.labels import check_labels
+from distlm.corpus.labels import check_labels, first_of
 from distlm.corpus.manifest import Shard
 from distlm.corpus.pack import PackTask, num_windows, write_shard
 from distlm.corpus.tokenizer import Vocabulary, VocabularyTask, given_template, make_tokenizer
@@ -98,6 +98,8 @@ class _Shards:
         counts = {name: sum((result[name].labels for result in encoded), Counter[str]()) for name in self.curated.rule.names}
         names = check_labels(counts, rules, self.job.spec.name)
         cut = sum(one.cut_documents for result in encoded for one in result.values())
+        if absent := [name for name in names if not counts["train"][name]]:
+            self.job.progress.note(f"no training document has the label {first_of(absent)}")
         if cut:
             self.job.progress.note(f"{cut:,} document{'s' if cut > 1 else ''} longer than a window {'were' if cut > 1 else 'was'} cut")
         return {"multiple": rules.multiple, "names": names, **{split: {name: found[name] for name in names}

@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 
 from distlm.errors import EvaluationError
 from distlm.evaluate.task import Labelled, Reader, Task
-from distlm.train.scores import SCORES, scores_of, softmax
-from distlm.train.totals import calibration_error, reliability, tally
+from distlm.train.scores import SCORES, calibration, scores_of
 
 
 class Observed(NamedTuple):
@@ -72,10 +71,3 @@ def measures(task: Task, rows: NDArray[np.float32]) -> dict[str, Any]:
     return {"documents": len(rows), "loss": float(loss) / len(rows), **dict.fromkeys(SCORES),
             **scores_of(rows, task.labels, task.multiple_labels),
             **({"ece": None, "reliability": []} if task.multiple_labels else calibration(given[:, 0], logits, task.bins))}
-
-
-def calibration(truth: NDArray[np.float32], logits: NDArray[np.float32], bins: int) -> dict[str, Any]:
-    """Of the likeliest label of each document. truth: [documents], logits: [documents, names]."""
-    blank = np.zeros(len(truth))
-    sums = tally(blank, logits.argmax(1), softmax(logits).max(1), truth.astype(np.int64), blank, blank.astype(np.int64), 1, bins)[0]
-    return {"ece": calibration_error(sums), "reliability": reliability(sums, "documents")}

@@ -4,6 +4,7 @@
     rows = Reader(task).read(0)                            # the windows of the first batch
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from distlm.evaluate.groups import read_tasks
 from distlm.evaluate.tasks import check_answers
 from distlm.model.build import (
     Shape,
-    check_labels,
+    check_counts,
     check_tells_labels,
     checkpoint_config,
     has_classifier,
@@ -37,7 +38,7 @@ from distlm.storage import Storage
 from distlm.train.recipe import check_tokenizer, find_corpus
 
 NO_LANGUAGE_MODEL = ("it is a classifier, and only language models can be here", "`kind: evaluate` measures it")
-"""What is told of a classifier that is to be averaged or compressed, and what to do with it."""
+"""What is told of a classifier that is to be compressed, and what to do with it."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ class Part:
     """Whether it does tell."""
     first_group: int
     """The number of its first source among those of all corpora."""
+    label_ids: tuple[int, ...] = ()
+    """The classifier's number of each of the corpus's labels."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,7 @@ class Labelled:
     tokens: NDArray[np.int64]
     """[documents, context], filled up with the end token."""
     labels: NDArray[np.int64]
-    """[documents, k], as corpus.stream has them."""
+    """[documents, k], as corpus.stream has them, by the classifier's numbers."""
     groups: NDArray[np.int64]
     """[documents]: the source of each, by its number among those of all corpora."""
     end: int
@@ -137,8 +140,13 @@ class Reader:
         groups = np.full(len(rows), part.first_group, np.int64)
         if part.by_source:
             groups += windows.sources_of(windows.documents(shards, rows)[:, 0])
-        return Labelled(part, windows.read(shards, rows)[:, :-1].astype(np.int64), windows.labels(shards, rows).astype(np.int64), groups,
-                        windows.manifest.eos_id)
+        given = windows.labels(shards, rows).astype(np.int64)
+        if self.task.multiple_labels:
+            labels = np.zeros((len(rows), len(self.task.labels)), np.int64)
+            labels[:, part.label_ids] = given
+        else:
+            labels = np.asarray(part.label_ids)[given]
+        return Labelled(part, windows.read(shards, rows)[:, :-1].astype(np.int64), labels, groups, windows.manifest.eos_id)
 
     def _places(self, batch: int) -> tuple[Part, Windows, NDArray[np.int64], NDArray[np.int64]]:
         """(the part, its windows, shard and row of each of the batch)"""
@@ -232,12 +240,20 @@ def check_classifier(spec: EvaluateSpec, manifests: Sequence[Manifest], where: s
 
 
 def with_labels(task: Task, manifests: Sequence[Manifest], names: Sequence[str], kind: str | None, where: str) -> Task:
-    """The task of a classifier of these names; `kind` is its `problem_type`. Raises InputError where they are not those of a corpus."""
+    """The task of a classifier of these names; `kind` is its `problem_type`. Raises InputError where a corpus has a label that it does not
+    know. The corpus may lack labels, and number them in its own order."""
+    ids = {name: number for number, name in enumerate(names)}
     for manifest in manifests:
-        check_labels(names, kind, Shape(manifest.vocab_size, manifest.context, manifest.eos_id, manifest.labels, manifest.multiple_labels),
-                     where, f"take a classifier of the labels of {manifest.name}, or prepare it with those of the classifier")
-    return replace(task, parts=tuple(replace(part, mask_documents=False) for part in task.parts), labels=tuple(names),
-                   multiple_labels=manifests[0].multiple_labels)
+        if other := [name for name in manifest.labels if name not in ids]:
+            raise InputError(f"the checkpoint tells apart {', '.join(names)}, and documents of {manifest.name} have the label "
+                             f"{', '.join(other)}", where=where,
+                             remedy=f"prepare {manifest.name} with labels.names: {json.dumps([*names], ensure_ascii=False)}, which leaves "
+                                    "out documents with others, or take a classifier of its labels")
+        check_counts(kind, manifest.multiple_labels, where, f"take a classifier of the labels of {manifest.name}, or prepare it with "
+                                                            f"labels.multiple: {str(not manifest.multiple_labels).lower()}")
+    parts = [replace(part, mask_documents=False, label_ids=tuple(ids[name] for name in manifest.labels))
+             for part, manifest in zip(task.parts, manifests, strict=True)]
+    return replace(task, parts=tuple(parts), labels=tuple(names), multiple_labels=manifests[0].multiple_labels)
 
 
 def check_model(folder: Path, manifests: list[Manifest], masked: bool) -> None:

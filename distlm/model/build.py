@@ -6,6 +6,7 @@
 
 import copy
 import inspect
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,8 @@ COMMON = ("vocab_size", "max_position_embeddings", "use_cache", "bos_token_id", 
 """Keys that every family takes."""
 HEAD = "score.weight"
 """The last layer of transformers' classifiers of whole texts by causal families."""
+PLAIN_ROTATIONS = ("default", "linear", "llama3")
+"""Kinds of rotary positions that do not change with the number of positions."""
 LM_HEADS = frozenset({"lm_head.weight", "lm_head.bias", "embed_out.weight"})
 MAX_VARIANTS = 64
 """Of a compiled layer: with a sliding window or without, computed again or not, in training and in evaluation, for every size of batch."""
@@ -55,7 +58,8 @@ class Shape:
 def model_config(spec: ModelSpec, shape: Shape, dropout: float | None = None) -> "PreTrainedConfig":
     """The configuration that the spec describes, with `dropout` wherever the family has one. Raises SpecError for one that transformers
     does not accept, and InputError for a checkpoint that is missing or does not fit the corpus."""
-    config = checkpoint_config(Path(spec.source), shape) if spec.source is not None else _new_config(spec, shape)
+    config = checkpoint_config(Path(spec.source), shape, longer=spec.context is not None) if spec.source is not None else \
+        _new_config(spec, shape)
     if spec.source is not None:
         check_whole(Path(spec.source), "model.from")
     _give_labels(config, shape, spec)
@@ -85,8 +89,12 @@ def _give_labels(config: Any, shape: Shape, spec: ModelSpec) -> None:
     kind = f"{'multi' if shape.multiple_labels else 'single'}_label_classification"
     if spec.source is not None and has_classifier(config):
         check_tells_labels(config, where := f"model.from: {spec.source}")
-        check_labels(labels_of(config), config.problem_type, shape, where,
-                     "take the model that it was trained from, whose last layer is new")
+        remedy = "or take the model that it was trained from, whose last layer is new"
+        if (names := labels_of(config)) != [*shape.labels]:
+            raise InputError(f"the checkpoint tells apart {', '.join(names)}, and the corpus {', '.join(shape.labels)}", where=where,
+                             remedy=f"prepare the corpus with labels.names: {json.dumps(names, ensure_ascii=False)}, {remedy}")
+        check_counts(config.problem_type, shape.multiple_labels, where, f"prepare the corpus with labels.multiple: "
+                                                                        f"{str(not shape.multiple_labels).lower()}, {remedy}")
     config.id2label = dict(enumerate(shape.labels))
     config.label2id = {name: number for number, name in config.id2label.items()}
     config.problem_type = kind
@@ -98,14 +106,11 @@ def labels_of(config: Any) -> list[str]:
     return [str(config.id2label[i]) for i in range(config.num_labels)]
 
 
-def check_labels(names: Sequence[str], kind: str | None, shape: Shape, where: str, remedy: str) -> None:
-    """Raises InputError where the labels of a checkpoint are not those of the corpus. `kind`: its `problem_type`; None where it tells of
-    none."""
-    if [*names] != [*shape.labels]:
-        raise InputError(f"the checkpoint tells apart {', '.join(names)}, and the corpus {', '.join(shape.labels)}", where=where,
-                         remedy=remedy)
-    if kind not in (None, f"{'multi' if shape.multiple_labels else 'single'}_label_classification"):
-        counts = ("one label", "any number") if shape.multiple_labels else ("any number of labels", "one")
+def check_counts(kind: str | None, multiple: bool, where: str, remedy: str) -> None:
+    """Raises InputError where a checkpoint gives a text one label and a corpus any number, or the other way round. `kind`: the
+    checkpoint's `problem_type`; None where it tells of none."""
+    if kind not in (None, f"{'multi' if multiple else 'single'}_label_classification"):
+        counts = ("one label", "any number") if multiple else ("any number of labels", "one")
         raise InputError(f"the checkpoint gives a text {counts[0]}, and the corpus {counts[1]}", where=where, remedy=remedy)
 
 
@@ -203,9 +208,9 @@ def _new_config(spec: ModelSpec, shape: Shape) -> "PreTrainedConfig":
     return config
 
 
-def checkpoint_config(folder: Path, shape: Shape, key: str = "model.from") -> "PreTrainedConfig":
-    """The configuration of a checkpoint. `key` is the spec's key, for the error. Raises InputError for one that is not whole, or does not
-    fit the corpus."""
+def checkpoint_config(folder: Path, shape: Shape, key: str = "model.from", longer: bool = False) -> "PreTrainedConfig":
+    """The configuration of a checkpoint, with `longer` for windows that are longer than it takes. `key` is the spec's key, for the error.
+    Raises InputError for one that is not whole, or does not fit the corpus."""
     where = f"{key}: {folder}"
     config = read_config(folder, where)
     if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
@@ -214,12 +219,38 @@ def checkpoint_config(folder: Path, shape: Shape, key: str = "model.from") -> "P
         raise InputError(f"the checkpoint has {config.vocab_size} tokens and the corpus {shape.vocab_size}", where=where,
                          remedy=f"prepare the corpus with tokenizer: {{from: {folder}}}")
     longest = getattr(config, "max_position_embeddings", None)
-    if longest is not None and longest < shape.context:
+    short = longest is not None and longest < shape.context
+    if short and not longer:
+        more = f", or set model.context: {shape.context} where its positions are rotary" if key == "model.from" else ""
         raise InputError(f"the checkpoint takes {longest} tokens of context and the corpus has windows of {shape.context}", where=where,
-                         remedy=f"prepare the corpus with context: {longest}")
+                         remedy=f"prepare the corpus with context: {longest}{more}")
     check_loadable(folder, key)
+    if short:
+        _lengthen(config, shape.context, where)
     config.use_cache = False
     return config
+
+
+def _lengthen(config: "PreTrainedConfig", context: int, where: str) -> None:
+    """Let the model take so many tokens. Raises InputError for a family whose weights have a row for each position, and for rotations that
+    go by how many there are."""
+    remedy = f"prepare the corpus with context: {config.max_position_embeddings}"
+    if scaled := next((kind for kind in _rotations(getattr(config, "rope_parameters", None)) if kind not in PLAIN_ROTATIONS), ""):
+        raise InputError(f"its rotations are scaled by {scaled}, which goes by the tokens that it takes: more are other rotations",
+                         where=where, remedy=remedy)
+    before = parameter_sizes(config)
+    config.max_position_embeddings = context
+    if learned := next((name for name, size in parameter_sizes(config).items() if size != before[name]), ""):
+        raise InputError(f"the {config.model_type} family has learned a row of {learned} for each of its tokens of context, and no more",
+                         where="model.context", remedy=f"leave it out, and {remedy}, or take a family with rotary positions such as llama")
+
+
+def _rotations(parameters: Any) -> list[str]:
+    """The kinds of rotary positions that a configuration names, also where layers differ."""
+    if not isinstance(parameters, dict):
+        return []
+    return [str(value) for key, value in parameters.items() if key == "rope_type"] + [
+        kind for value in parameters.values() for kind in _rotations(value)]
 
 
 def read_config(folder: str | Path, where: str) -> "PreTrainedConfig":

@@ -14,7 +14,8 @@ class AverageSpec(Scoring):
     kind: Literal["average"] = "average"
     """The kind of the job."""
     models: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=2)]
-    """Runs by name or path, or folders that `AutoModelForCausalLM.from_pretrained` loads, all of one shape and one tokenizer."""
+    """Runs by name or path, or folders that `transformers` loads, all of one shape and one tokenizer: language models, or classifiers
+    of the same labels."""
     method: Literal["uniform", "greedy"] = "greedy"
     """uniform: the mean of all. greedy: models are tried in the order of their losses, and each is kept whose mean with those kept before
     has no higher loss (recipe 1)."""

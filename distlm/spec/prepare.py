@@ -1,6 +1,7 @@
 """`kind: prepare`: from raw text to a checksummed, tokenized corpus."""
 
 import re
+import unicodedata
 from typing import Annotated, Any, Literal, TypeVar
 
 import jinja2
@@ -234,6 +235,14 @@ class Conversations(Part):
         return (self.prompt_key, self.completion_key) if self.prompt_key and self.completion_key else (self.messages_key,)
 
 
+def _label_names(value: Any) -> Any:
+    """Names as labels have them: of a whole number or a truth value its text, as of a record's."""
+    if not isinstance(value, list):
+        return value
+    texts = [str(one).lower() if isinstance(one, bool) else str(one) if isinstance(one, int) else one for one in value]
+    return [unicodedata.normalize("NFC", one.strip()) if isinstance(one, str) else one for one in texts]
+
+
 class Labels(Part):
     """Documents have labels, for classification. Each is a window of its own, filled up with the end token, and no two equal texts have
     two labels: of duplicates the first is kept, and the others are counted as `duplicate_other_label` where their labels differ."""
@@ -243,9 +252,24 @@ class Labels(Part):
     rejected with the reason `no_label`."""
     multiple: bool = False
     """Whether it is a list, of any number of labels."""
+    names: Annotated[list[Annotated[str, Field(min_length=1)]] | None, BeforeValidator(
+        _label_names, json_schema_input_type=Annotated[list[str | int | bool], Field(min_length=1)] | None)] = None
+    """The labels that there are, by their numbers, such as those of a classifier that is to be evaluated or trained further. A document
+    with another is rejected with the reason `unknown_label`, and there may be a label that no document has. Default: those of the training
+    split, in their order."""
     too_long: Literal["reject", "cut"] = "reject"
     """What becomes of a document that is longer than a window. reject: it is rejected with the reason `longer_than_window`. cut: its
     beginning is kept, and how many were cut is counted."""
+
+    @model_validator(mode="after")
+    def _told_apart(self) -> "Labels":
+        if self.names is None:
+            return self
+        if twice := next((name for i, name in enumerate(self.names) if name in self.names[:i]), None):
+            raise Rule("names", f"{twice} is there twice; give it once")
+        if len(self.names) < (least := 1 if self.multiple else 2):
+            raise Rule("names", f"{len(self.names)} leaves nothing to tell apart; give {least} or more")
+        return self
 
 
 class PrepareSpec(Job):

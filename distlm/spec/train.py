@@ -43,7 +43,8 @@ class ModelSpec(Part):
     source: Annotated[str | None, Field(alias="from")] = None
     """A folder that `AutoModelForCausalLM.from_pretrained` loads, or a run of ours by name or path."""
     context: Annotated[int | None, Field(ge=8)] = None
-    """Tokens of context. Default, and only value possible: the corpus's."""
+    """Tokens of context. Default, and only value possible: the corpus's. With from it is what lets the corpus have longer windows than the
+    checkpoint takes: the positions of a family that rotates by them go on, and the export takes so many."""
     mup: Mup | None = None
     """Initial weights and learning rates that transfer across widths, with adamw or lion. Left out, both are the same at every width."""
 

@@ -39,6 +39,8 @@ class Evaluator:
         """Each with its part: no batch holds windows of two corpora."""
         self._predictions: list[Predictions] = []
         """Where the objective measures each token: of each batch."""
+        self._groups: list[NDArray[np.int64]] = []
+        """Where it measures samples: of each part the group of each sample, as Predictions has them."""
         readers, first_group = recipe.spec.data_workers, 0
         for i, part in enumerate(recipe.val):
             windows = Windows(part.corpus, "val", recipe.spec.fold)
@@ -49,12 +51,14 @@ class Evaluator:
             rounds = -(-part.windows // (size * readers))
             batches = [self._make(mine[j * size:(j + 1) * size], rank, device) for j in range(rounds)]
             self._batches += [(i, batch) for batch in batches]
+            groups = np.full((len(rows), recipe.shape.context + 1), first_group)
+            if part.sources:
+                groups += windows.sources_of(windows.documents(shards, rows))
             if self._objective.BY_TOKEN:
-                groups = np.full((len(rows), recipe.shape.context), first_group)
-                if part.sources:
-                    groups += windows.sources_of(windows.documents(shards, rows)[:, 1:])
-                self._predictions += [self._predict(batch, groups[j * size:(j + 1) * size], windows) for j, batch in enumerate(batches)]
-                first_group += max(1, len(part.sources))
+                self._predictions += [self._predict(batch, groups[j * size:(j + 1) * size, 1:], windows) for j, batch in enumerate(batches)]
+            else:
+                self._groups.append(groups[:, 0])
+            first_group += max(1, len(part.sources))
             self._idle = self._make(np.zeros((1, *mine.shape[1:]), np.int64), rank, device)
         self._num_groups = first_group
         self._device = device
@@ -104,11 +108,15 @@ class Evaluator:
         measured = {} if seen is None else self._objective.measure(seen, self._recipe)
         return {"val_loss": val_loss, **({"val_by_source": by_corpus} if by_corpus else {}), **measured, **samples}
 
-    def _gathered(self, observed: list[torch.Tensor]) -> NDArray[np.float32] | None:
-        """What was observed of the samples of all ranks, on rank 0. All ranks take part."""
+    def _gathered(self, observed: list[torch.Tensor]) -> list[NDArray[np.float32]] | None:
+        """What was observed of the samples of all ranks, by their groups, on rank 0. All ranks take part."""
         everyone: list[Any] | None = [None] * distributed.get_world_size() if self._rank == 0 else None
-        distributed.gather_object([one.cpu().numpy() for one in observed], everyone)
-        return None if everyone is None else np.concatenate([one for found in everyone[::self._recipe.group] for one in found])
+        distributed.gather_object(([one.cpu().numpy() for one in observed], np.concatenate(self._groups)), everyone)
+        if everyone is None:
+            return None
+        rows = np.concatenate([one for found, _ in everyone[::self._recipe.group] for one in found])
+        groups = np.concatenate([one for _, one in everyone[::self._recipe.group]])
+        return [rows[groups == i] for i in range(self._num_groups)]
 
     def _summed(self, observed: list[TokenScores]) -> NDArray[np.float64] | None:
         """The sums over the tokens of all ranks, on rank 0; ranks that have the same ones count as many times, which no mean shows. All

@@ -49,8 +49,8 @@ class ValPart:
     name: str
     """That of the corpus; of several of one name, its folder."""
     sources: tuple[str, ...] = ()
-    """The names of its sources by their places, where each is measured by itself: those of a language model's tokens, if there are
-    several."""
+    """The names of its sources by their places, where each is measured by itself, if there are several: not those of pairs, nor of a
+    fold, whose documents are those of two splits."""
 
 
 @dataclass(frozen=True)
@@ -340,10 +340,10 @@ def val_parts(recipe: Recipe, manifests: list[Manifest]) -> tuple[ValPart, ...]:
         return ()
     shares = shares / shares.sum()
     wanted = np.maximum(1, np.floor(shares * recipe.spec.evaluate.max_windows)).astype(int)
-    names, by_token = [manifest.name for manifest in manifests], objective_of(recipe.spec).BY_TOKEN
+    names, known = [manifest.name for manifest in manifests], not recipe.spec.fold and not any(one.pairs for one in manifests)
     return tuple(ValPart(str(manifest.path), int(min(want, has)), float(share),
                          manifest.name if names.count(manifest.name) == 1 else str(manifest.path),
-                         tuple(manifest.source_names) if by_token and len(manifest.sources) > 1 and tells_sources(manifest) else ())
+                         tuple(manifest.source_names) if known and len(manifest.sources) > 1 and tells_sources(manifest) else ())
                  for manifest, want, has, share in zip(manifests, wanted, have, shares, strict=True) if has)
 
 

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from distlm.train.totals import calibration_error, reliability, tally
+
 SCORES = ("accuracy", "precision_macro", "recall_macro", "f1_macro", "precision_micro", "recall_micro", "f1_micro", "roc_auc")
 """What is measured, but for what is confused with what; `roc_auc` alone may not be there."""
 MAX_CONFUSION = 64
@@ -110,6 +112,13 @@ def mean_area(areas: list[float | None]) -> dict[str, float]:
     """Without the classes that have none; nothing where all have none."""
     known = [area for area in areas if area is not None]
     return {"roc_auc": float(np.mean(known))} if known else {}
+
+
+def calibration(truth: NDArray[np.float32], logits: NDArray[np.float32], bins: int) -> dict[str, Any]:
+    """Of the likeliest label of each document. truth: [documents], logits: [documents, names]."""
+    blank = np.zeros(len(truth))
+    sums = tally(blank, logits.argmax(1), softmax(logits).max(1), truth.astype(np.int64), blank, blank.astype(np.int64), 1, bins)[0]
+    return {"ece": calibration_error(sums), "reliability": reliability(sums, "documents")}
 
 
 def softmax(logits: NDArray[Any]) -> Floats:

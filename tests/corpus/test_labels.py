@@ -137,6 +137,19 @@ def test_a_corpus_that_nothing_can_be_learned_from_is_an_error(run: Run, tmp_pat
         run(tmp_path / "plain.txt", labels={}, **BYTES)
 
 
+def test_names_that_are_given_are_all_labels_in_their_order(run: Run, tmp_path: Path) -> None:
+    result = run(write(tmp_path / "a.jsonl", records()), labels={"label_key": "kind.name", "names": ["odd", "never", 3]}, **BYTES)
+    corpus = Path(result[""])
+    manifest = verify(corpus)
+    assert manifest.labels == ("odd", "never", "3") and result["rejected.unknown_label"] == 31 and result["rejected.bad_label"] == 2
+    assert {name for split in ("train", "val") for _, [name] in texts_and_labels(corpus, split)} == {"odd"}
+    assert [manifest.data["labels"][split]["never"] for split in ("train", "val")] == [0, 0]
+    sample = json.loads((corpus / "rejects" / "unknown_label.jsonl").read_text().splitlines()[0])
+    assert sample["detail"] == "'kind.name' has 'even', which is none of labels.names"
+    assert make_recipe(spec(corpus, objective="classify", batch={"global_sequences": 4, "micro_sequences": 2}),
+                       Storage(tmp_path)).shape.labels == ("odd", "never", "3")
+
+
 def test_what_a_label_may_be() -> None:
     one, many = Labels(), Labels(multiple=True)
     assert [labels_of(value, one) for value in (" spam ", 3, 3.0, True, "3")] == [["spam"], ["3"], ["3"], ["true"], ["3"]]
@@ -162,6 +175,9 @@ def test_what_a_label_may_be() -> None:
     ({"labels": {}, "pack": {"method": "best_fit"}}, "pack.method: a document with a label is a window of its own"),
     ({"labels": {}, "dedup": "none"}, "dedup.exact: equal texts might have two labels"),
     ({"labels": {}, "sources": [{"path": "x", "format": "warc"}]}, r"sources.0.format: warc holds no labels"),
+    ({"labels": {"names": ["a", " a "]}}, "labels.names: a is there twice; give it once"),
+    ({"labels": {"names": ["a"]}}, "labels.names: 1 leaves nothing to tell apart; give 2 or more"),
+    ({"labels": {"names": ["a", " "]}}, "labels.names.1: "),
     ({"labels": {"columm": "x"}}, "labels.columm")])
 def test_what_cannot_be_is_refused(keys: dict[str, Any], text: str) -> None:
     with pytest.raises(SpecError, match=text):

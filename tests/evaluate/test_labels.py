@@ -23,7 +23,7 @@ from distlm.evaluate.worker import Worker
 from distlm.model.export import export_model
 from distlm.runs import RunFolder
 from distlm.serve.classifier import TorchClassifier
-from distlm.spec import AverageSpec, CompressSpec, EvaluateSpec
+from distlm.spec import CompressSpec, EvaluateSpec
 from distlm.storage import Storage, read_json, write_json
 from distlm.train.scores import SCORES
 from tests.evaluate.models import evaluated, make_model, sums_of
@@ -64,6 +64,13 @@ def test_the_numbers_are_those_of_trainings_last_evaluation(run: str, root: Path
     assert found["confusion"] == last["confusion"] and found["labels"] == ["zero", "one", "two"]
     for name in SCORES:
         assert found[name] == pytest.approx(last[name], abs=1e-9), name
+    assert last.get("val_ece") == (None if run == "many" else pytest.approx(found["ece"], abs=1e-6))
+    sources = found["corpora"][RUNS[run]]["sources"]
+    assert {*last["val_by_source"]} == {f"{RUNS[run]}: news", f"{RUNS[run]}: mail"}
+    for source, theirs in sources.items():
+        ours = last["val_by_source"][f"{RUNS[run]}: {source}"]
+        known = {name: theirs[name] for name in ("loss", *SCORES, "ece") if theirs[name] is not None}
+        assert ours == {name: pytest.approx(value, rel=1e-5, abs=1e-6) for name, value in known.items()}
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -138,6 +145,28 @@ def test_bfloat16_comes_near_and_logits_that_are_not_finite_are_told(root: Path,
     with pytest.raises(EvaluationError, match="the classifier's logits are not finite for a document of labelled") as error:
         sums_of(spec(root, model=str(tmp_path / "broken")), Storage(root))
     assert error.value.cause == "nonfinite_loss"
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_a_corpus_may_lack_labels_of_the_classifier_and_number_them_otherwise(run: str, root: Path, tmp_path: Path) -> None:
+    sklearn = pytest.importorskip("sklearn.metrics")
+    corpus = make_labelled_corpus(tmp_path / "fewer", multiple=run == "many", names=("two", "zero"))
+    found = evaluated(spec(root, run, corpus=str(corpus)), Storage(root))
+    texts = [(tokens, [{0: 2, 1: 0}[label] for label in given]) for tokens, given in documents(corpus, "val")]
+    loss, logits = by_hand(exported(root / "runs" / run), texts)
+    assert found["loss"] == pytest.approx(loss, rel=1e-5) and found["labels"] == ["zero", "one", "two"]
+    has = np.stack([np.isin(range(3), given) for _, given in texts])
+    assert has.any(0).tolist() == [True, False, True]
+    right, guess = (has, logits > 0) if run == "many" else (has.argmax(1), logits.argmax(1))
+    for kind in ("macro", "micro"):
+        wanted = sklearn.precision_recall_fscore_support(right, guess, labels=range(3), average=kind, zero_division=0)[:3]
+        assert [found[f"{name}_{kind}"] for name in ("precision", "recall", "f1")] == pytest.approx(wanted), kind
+    matrix = sklearn.multilabel_confusion_matrix(right, guess) if run == "many" else sklearn.confusion_matrix(right, guess, labels=range(3))
+    assert found["confusion"] == {"labels": ["zero", "one", "two"], "counts": matrix.tolist()}
+    assert found["roc_auc"] == pytest.approx(np.mean([sklearn.roc_auc_score(has[:, i], (
+        torch.from_numpy(logits).sigmoid() if run == "many" else torch.from_numpy(logits).softmax(1)).numpy()[:, i]) for i in (0, 2)]))
+    whole = evaluated(spec(root, run, corpus=[str(root / "corpora" / RUNS[run]), str(corpus)]), Storage(root))
+    assert whole["documents"] == 21 + len(texts) and whole["corpora"]["fewer"]["confusion"] == found["confusion"]
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +253,8 @@ def test_what_an_endpoint_of_a_classifier_cannot_be_asked_is_told(root: Path, se
 @pytest.mark.parametrize(("keys", "message"), [
     ({"corpus": "plain"}, "corpus: .*/one/export is a classifier, and the documents of the corpus plain have no labels; prepare it with"),
     ({"corpus": "multiple"}, "model: .*the checkpoint gives a text one label, and the corpus any number; take a classifier of the"),
-    ({"model": "renamed"}, "model: .*the checkpoint tells apart ham, one, two, and the corpus zero, one, two; take a classifier of the"),
+    ({"model": "renamed"}, r"model: .*the checkpoint tells apart ham, one, two, and documents of labelled have the label zero; prepare "
+                           r'labelled with labels.names: \["ham", "one", "two"\], which leaves out documents with others, or take a'),
     ({"model": "number"}, "model: .*/number/export: it gives a text a number and tells no labels apart; take a classifier of two labels"),
     ({"model": "foreign"}, "model: .*the tokenizer of the checkpoint is not that of the corpus labelled"),
     ({"model": "encoder"}, "model: .* bert"),
@@ -253,16 +283,12 @@ def test_what_does_not_fit_a_classifier_is_refused_before_any_work(keys: dict[st
         plan.needs(execute.resolve(given), storage)
 
 
-def test_jobs_of_language_models_refuse_a_classifier(root: Path) -> None:
-    from distlm.average.driver import find_models
+def test_a_compression_refuses_a_classifier(root: Path) -> None:
     from distlm.compress.task import task_of
 
-    shutil.copytree(root / "runs" / "one", root / "runs" / "again", dirs_exist_ok=True)
-    average = AverageSpec(name="mean", models=["one", "again"], corpus="labelled")
     compress = CompressSpec(name="small", model="one", corpus="labelled", method="magnitude", sparsity=0.5)
-    for check in (lambda: find_models(average, Storage(root)), lambda: task_of(compress, Storage(root))):
-        with pytest.raises(InputError, match="it is a classifier, and only language models can be here; `kind: evaluate` measures it"):
-            check()
+    with pytest.raises(InputError, match="it is a classifier, and only language models can be here; `kind: evaluate` measures it"):
+        task_of(compress, Storage(root))
 
 
 @pytest.mark.slow

@@ -103,14 +103,15 @@ def pack_corpus(folder: Path, train: tuple[Any, ...], val: tuple[Any, ...]) -> P
     return folder
 
 
-def make_labelled_corpus(folder: Path, documents: tuple[int, int] = (60, 21), multiple: bool = False, sources: Sequence[str] = ()) \
-        -> Path:
+def make_labelled_corpus(folder: Path, documents: tuple[int, int] = (60, 21), multiple: bool = False, sources: Sequence[str] = (),
+                         names: Sequence[str] = ("zero", "one", "two")) -> Path:
     """A corpus of random documents for training and validation, each of up to a window, whose label is the remainder of its last token by
-    three, or labels, its last two. Rare labels are 2. Each ends with token 0. Documents are of the sources in turns."""
+    three, or by two where there are so many names, or labels, its last two. Rare labels are 2. Each ends with token 0. Documents are of
+    the sources in turns."""
     make_corpus(folder, windows=(1,), val=1)
     random, data = np.random.default_rng(1), json.loads((folder / "manifest.json").read_text())
     del data["format"]
-    names, counts, lists = ["zero", "one", "two"], {}, []
+    of, counts, lists = min(3, len(names)), {}, []
     for split, number in zip(("train", "val"), documents, strict=True):
         sizes = np.append(random.integers(3, CONTEXT + 2, number - 1), CONTEXT + 1)
         starts = np.cumsum(sizes) - sizes
@@ -118,7 +119,7 @@ def make_labelled_corpus(folder: Path, documents: tuple[int, int] = (60, 21), mu
         ends = np.append(starts[1:], len(tokens))
         tokens[ends - 1] = 0
         tokens[ends - 2] -= (tokens[ends - 2] % 3 == 2) & (random.random(number) < 0.6) & (tokens[ends - 2] > 2)
-        labels = [sorted({int(token) % 3 for token in tokens[end - (3 if multiple else 2):end - 1]}) for end in ends]
+        labels = [sorted({int(token) % of for token in tokens[end - (3 if multiple else 2):end - 1]}) for end in ends]
         content, windows, repeated = best_fit_bytes(tokens, starts, 0, CONTEXT, "uint16", 0, labels=labels)
         file = folder / split / "00000.arrow"
         file.write_bytes(content)
@@ -132,7 +133,7 @@ def make_labelled_corpus(folder: Path, documents: tuple[int, int] = (60, 21), mu
             content_hash(tokens[start:end].tobytes()) for start, end in zip(starts, ends, strict=True)], pa.binary(HASH_BYTES))}))
     pq.write_table(pa.concat_tables(lists), folder / "documents.parquet")
     data["sources"] = [{"name": name, "format": "auto", "text_key": "text", "files": 1, "bytes": 100, "xxh3": name} for name in sources]
-    write_manifest(folder, {**data, "labels": {"multiple": multiple, "names": names, **counts, "cut_documents": 0},
+    write_manifest(folder, {**data, "labels": {"multiple": multiple, "names": [*names], **counts, "cut_documents": 0},
                             "pack": {"method": "document", "padding_tokens": 0, "padding_share": 0.1, "repeated_tokens": 0}})
     return folder
 

@@ -53,12 +53,16 @@ def exported(run: Path) -> list[bytes]:
 def test_every_stage_trains_the_same_adapter_and_leaves_the_base_alone(root: Path, tmp_path: Path) -> None:
     runs = {tmp_path / f"zero{zero}": tuned(root, scale=TWO, sharding=SHARDED if zero == 3 else {"zero": zero}) for zero in range(4)}
     dora = {tmp_path / f"dora{zero}": tuned(root, adapter={"method": "dora"}, scale=TWO, sharding=SHARDED if zero == 3 else {"zero": zero},
-                                            duration={"steps": 2}, schedule={}, evaluate={}, checkpoint={}) for zero in (0, 3)}
+                                            duration={"steps": 2}, schedule={}, evaluate={}, checkpoint={}) for zero in range(4)}
     printed = run_ranks({**runs, **dora}, watch=True)
     for run in (*runs, *dora):
         said = f"{run.name}: loaded ['torch.float32'] held ['torch.float32'] kept"
         assert printed.count(said) == 2, "on both ranks: " + printed[-2000:]
-    np.testing.assert_allclose(*map(losses, dora), rtol=1e-5)
+    alone = load_file(tmp_path / "dora0" / ADAPTER)
+    for run in dora:
+        np.testing.assert_allclose(losses(run), losses(tmp_path / "dora0"), rtol=1e-5, err_msg=run.name)
+        found = load_file(run / ADAPTER)
+        assert found.keys() == alone.keys() and all(torch.allclose(found[name], alone[name], atol=1e-5) for name in alone), run.name
     expected = losses_by_hand(tuned(root), root / "c")
     base, first = load_file(root / "base" / "model.safetensors"), load_file(tmp_path / "zero0" / ADAPTER)
     for run in runs:
@@ -73,6 +77,20 @@ def test_every_stage_trains_the_same_adapter_and_leaves_the_base_alone(root: Pat
                 assert torch.equal(merged[name], weight), name
             else:
                 assert torch.allclose(merged[name], weight + 8 * b @ a, atol=1e-6) and not torch.equal(merged[name], weight), name
+
+
+def test_ranks_that_divide_sequences_train_one_workers_adapter(root: Path, tmp_path: Path) -> None:
+    run_ranks({tmp_path / "one": tuned(root)})
+    runs = {tmp_path / f"zero{sharding.get('zero', 0)}": tuned(root, scale=TWO, sharding={**sharding, "sequence_parallel": 2})
+            for sharding in ({}, {"zero": 2}, SHARDED)}
+    run_ranks(runs)
+    alone = load_file(tmp_path / "one" / ADAPTER)
+    for run in runs:
+        np.testing.assert_allclose(losses(run), losses(tmp_path / "one"), rtol=1e-5, err_msg=run.name)
+        found = load_file(run / ADAPTER)
+        assert found.keys() == alone.keys() and all(torch.allclose(found[name], alone[name], atol=1e-5) for name in alone), run.name
+        for file in ("windows-0.txt", "windows-1.txt"):
+            assert (run / file).read_text() == (tmp_path / "one" / "windows-0.txt").read_text(), "both read the same"
 
 
 @pytest.mark.parametrize("method", ["lora", pytest.param("dora", marks=pytest.mark.slow)])

@@ -34,7 +34,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def corpus(root: Path) -> Path:
-    return make_labelled_corpus(root / "labelled")
+    return make_labelled_corpus(root / "labelled", sources=("news", "mail"))
 
 
 @pytest.fixture(scope="module")
@@ -85,9 +85,11 @@ def test_two_workers_under_any_stage_give_one_workers_losses_and_scores(runs: Pa
     np.testing.assert_allclose(losses(runs / f"zero{zero}"), losses(runs / "one"), rtol=1e-5)
     for ours, theirs in zip(metrics(runs / f"zero{zero}"), metrics(runs / "one"), strict=True):
         assert ours.get("confusion") == theirs.get("confusion")
-        for key in ("val_loss", *SCORES):
+        for key in ("val_loss", "val_ece", *SCORES):
             assert (key in ours) == (key in theirs) and ours.get(key, 0) == pytest.approx(theirs.get(key, 0), rel=1e-5), key
-    assert all(key in ours for key in ("confusion", "val_loss", *SCORES)), "of the last step"
+        for name, found in theirs.get("val_by_source", {}).items():
+            assert ours["val_by_source"][name] == {key: pytest.approx(value, rel=1e-5) for key, value in found.items()}, name
+    assert all(key in ours for key in ("confusion", "val_loss", "val_ece", "val_by_source", *SCORES)), "of the last step"
 
 
 @pytest.mark.parametrize("name", ["one", "weighted", "multiple"])
@@ -100,7 +102,11 @@ def test_the_first_losses_are_those_of_transformers_a_document_at_a_time(runs: P
     _, rows = Windows(corpus).order(0).locate(np.arange(recipe.global_sequences))
     first, step = metrics(runs / name)[:2]
     assert step["loss"] == pytest.approx(by_hand(model, documents(corpus, "train", rows), weights)[0], rel=1e-5)
-    assert first["val_loss"] == pytest.approx(by_hand(model, documents(corpus, "val"), weights)[0], rel=1e-5)
+    texts = documents(corpus, "val")
+    assert first["val_loss"] == pytest.approx(by_hand(model, texts, weights)[0], rel=1e-5)
+    for i, source in enumerate(("news", "mail") * (name != "multiple")):
+        found = first["val_by_source"][f"labelled: {source}"]
+        assert found["loss"] == pytest.approx(by_hand(model, texts[i::2], weights)[0], rel=1e-5), "as heavy as in val_loss"
 
 
 @pytest.mark.parametrize("name", ["one", "zero3", "multiple", "bf16"])
@@ -160,6 +166,8 @@ def test_balanced_weights_are_those_of_scikit_learn(corpus: Path, root: Path) ->
     np.testing.assert_allclose(weights, len(truth) / (3 * counts), rtol=1e-6)
     given = class_weights(recipe_of(corpus, class_weights={"two": 4.0}))
     assert given is not None and given.tolist() == [1, 1, 4]
+    lacks = class_weights(recipe_of(make_labelled_corpus(root / "lacks", names=("zero", "one", "two", "three")), class_weights="balanced"))
+    assert lacks is not None and lacks.tolist() == [*weights.tolist(), 1], "of a class that no document has"
     many = recipe_of(make_labelled_corpus(root / "everywhere", multiple=True), class_weights="balanced")
     manifest = root / "everywhere" / "manifest.json"
     data = json.loads(manifest.read_text())
@@ -200,13 +208,16 @@ def test_a_classifier_of_other_labels_is_refused(runs: Path, tmp_path: Path) -> 
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     config["id2label"]["0"] = "none"
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match="the checkpoint tells apart none, one, two, and the corpus zero, one, two; take the model that"):
+    with pytest.raises(InputError, match="the checkpoint tells apart none, one, two, and the corpus zero, one, two; prepare the "
+                                         r'corpus with labels.names: \["none", "one", "two"\], or take the model that'):
         recipe_of(runs / "labelled", model={"from": str(tmp_path / "model")})
     (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "problem_type": "regression"}))
     with pytest.raises(InputError, match="it gives a text a number and tells no labels apart"):
         recipe_of(runs / "labelled", model={"from": str(tmp_path / "model")})
-    for corpus, model, said in (("many", "one", "gives a text one label, and the corpus any number; take"),
-                                ("labelled", "multiple", "gives a text any number of labels, and the corpus one; take")):
+    for corpus, model, said in (("many", "one", "gives a text one label, and the corpus any number; prepare the corpus with "
+                                 "labels.multiple: false"),
+                                ("labelled", "multiple", "gives a text any number of labels, and the corpus one; prepare the corpus with "
+                                 "labels.multiple: true")):
         with pytest.raises(InputError, match=said):
             recipe_of(runs / corpus, model={"from": str(runs / model / "export")})
 

@@ -59,9 +59,10 @@ class Objective(Protocol):
     def num_targets(self, recipe: "Recipe", step: int) -> int | None:
         """What the loss of a step is divided by, summed over all ranks, where the recipe alone tells; else None, and the batches count."""
 
-    def measure(self, observed: "NDArray[Any]", recipe: "Recipe") -> dict[str, Any]:
-        """What evaluation records beside `val_loss`, from what the module observed: float32[samples of all ranks, any], or where each token
-        is measured, the train.totals.Sums of the corpora and sources of `recipe.val`. One rank calls it."""
+    def measure(self, observed: Any, recipe: "Recipe") -> dict[str, Any]:
+        """What evaluation records beside `val_loss`, from what the module observed of each corpus of `recipe.val`, or of each of its
+        sources where it has some: float32[samples of all ranks, any], or where each token is measured, a row of train.totals.Sums. One
+        rank calls it."""
 
 
 OBJECTIVES: MappingProxyType[str, Objective] = MappingProxyType({"pretrain": language, "sft": language, "distill": distill, "dpo": dpo,

@@ -4,7 +4,7 @@ The head is transformers' own: one linear layer over the hidden state of a docum
 behind a document is padding too, and whoever asks the export need not put it there.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +16,8 @@ from distlm.errors import SpecError
 from distlm.model.build import Shape
 from distlm.spec.train import TrainSpec
 from distlm.train.objectives.metric import Metric
-from distlm.train.scores import SCORES, scores_of
+from distlm.train.scores import SCORES, calibration, scores_of
+from distlm.train.totals import BINS
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 MEANS: tuple[str, ...] = ()
 BY_TOKEN = False
 METRICS: Mapping[str, Metric] = {
-    **{name: Metric("max") for name in SCORES}, "val_loss": Metric("min", scaled_by=("class_weights",)),
+    **{name: Metric("max") for name in SCORES}, "val_ece": Metric("min"), "val_loss": Metric("min", scaled_by=("class_weights",)),
     "loss": Metric("min", evaluated=False, scaled_by=("class_weights",))}
 
 
@@ -83,7 +84,8 @@ def module(model: "PreTrainedModel", recipe: "Recipe") -> "ClassifierLoss":
 def class_weights(recipe: "Recipe") -> NDArray[np.float32] | None:
     """float32[labels]: what the loss of each label is multiplied by; None where all count the same. Balanced ones are those of
     scikit-learn, n / (classes x samples of the class), over the training documents; where a document may have several labels, that of a
-    label counts where it is there alone, and is the documents without it over those with it."""
+    label counts where it is there alone, and is the documents without it over those with it. A label that no training document has
+    counts 1."""
     wanted, names = recipe.spec.class_weights, recipe.shape.labels
     if wanted is None:
         return None
@@ -95,8 +97,9 @@ def class_weights(recipe: "Recipe") -> NDArray[np.float32] | None:
     counts = np.sum([[one.data["labels"]["train"][name] for name in names] for one in manifests], axis=0)
     total = sum(one.splits["train"].documents for one in manifests)
     if recipe.shape.multiple_labels:
-        return np.asarray(np.where(counts < total, (total - counts) / counts, 1), np.float32)      # 0 would teach nothing
-    return np.asarray(total / (len(names) * counts), np.float32)
+        return np.asarray(np.where((counts > 0) & (counts < total), (total - counts) / np.maximum(counts, 1), 1), np.float32)
+    there = counts > 0                                     # as scikit-learn counts the classes
+    return np.asarray(np.where(there, total / (there.sum() * np.maximum(counts, 1)), 1), np.float32)
 
 
 def num_targets(recipe: "Recipe", step: int) -> int | None:
@@ -104,5 +107,38 @@ def num_targets(recipe: "Recipe", step: int) -> int | None:
     return recipe.sizes.of(step)
 
 
-def measure(observed: NDArray[np.float32], recipe: "Recipe") -> dict[str, Any]:
-    return scores_of(observed, recipe.shape.labels, recipe.shape.multiple_labels)
+def measure(observed: Sequence[NDArray[np.float32]], recipe: "Recipe") -> dict[str, Any]:
+    """The scores, and the calibration error of the likeliest label where a document has one, as `kind: evaluate` has them; and under
+    `val_by_source` those of each corpus, if there are several, and of each source that has documents, with the loss as val_loss has it."""
+    parts, first = dict[str, NDArray[np.float32]](), 0
+    for part in recipe.val:
+        groups = observed[first:first + max(1, len(part.sources))]
+        first += len(groups)
+        if len(recipe.val) > 1:
+            parts[part.name] = np.concatenate(groups)
+        parts |= {f"{part.name}: {name}": rows for name, rows in zip(part.sources, groups, strict=False) if len(rows)}
+    scores = _scores(np.concatenate(observed), recipe)
+    ece = {"val_ece": scores.pop("ece")} if "ece" in scores else {}
+    weights = class_weights(recipe) if parts else None
+    by_source = {name: {"loss": _loss(rows, recipe, weights), **{key: value for key, value in _scores(rows, recipe).items()
+                                                                 if not isinstance(value, dict)}} for name, rows in parts.items()}
+    return {**scores, **ece, **({"val_by_source": by_source} if by_source else {})}
+
+
+def _scores(rows: NDArray[np.float32], recipe: "Recipe") -> dict[str, Any]:
+    """Of documents, [documents, labels and logits]."""
+    names, multiple = recipe.shape.labels, recipe.shape.multiple_labels
+    return {**scores_of(rows, names, multiple), **({} if multiple else {
+        "ece": calibration(rows[:, 0], rows[:, -len(names):], BINS)["ece"]})}
+
+
+def _loss(rows: NDArray[np.float32], recipe: "Recipe", weights: NDArray[np.float32] | None) -> float:
+    """The mean over documents, in nats."""
+    import torch
+
+    from distlm.model.loss import label_loss
+
+    size = len(recipe.shape.labels)
+    given, logits = (torch.from_numpy(one) for one in (rows[:, :-size].astype(np.int64), rows[:, -size:].astype(np.float64)))
+    weighted = None if weights is None else torch.from_numpy(weights.astype(np.float64))
+    return float(label_loss(logits, given, recipe.shape.multiple_labels, weighted)) / len(rows)

@@ -7,7 +7,7 @@ What the model makes of all pairs at first is computed once, before the first st
 import io
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -113,11 +113,12 @@ def num_targets(recipe: "Recipe", step: int) -> int:
     return recipe.sizes.of(step)
 
 
-def measure(observed: "NDArray[np.float32]", recipe: "Recipe") -> dict[str, Any]:
+def measure(observed: "Sequence[NDArray[np.float32]]", recipe: "Recipe") -> dict[str, Any]:
     """The mean margin of the rewards of chosen and rejected answers, and the share of pairs in which it is above 0."""
-    margin = observed[:, 2] - observed[:, 3]
+    pairs = np.concatenate(observed)
+    margin = pairs[:, 2] - pairs[:, 3]
     return {"val_reward_margin": float(margin.mean()), "val_reward_accuracy": float((margin > 0).mean()),
-            "val_chosen_log_prob": float(observed[:, 0].mean()), "val_rejected_log_prob": float(observed[:, 1].mean())}
+            "val_chosen_log_prob": float(pairs[:, 0].mean()), "val_rejected_log_prob": float(pairs[:, 1].mean())}
 
 
 def begin(engine: Any, recipe: "Recipe", folder: RunFolder, rank: int, device: "torch.device") -> None:
