@@ -152,8 +152,8 @@ def assumed_mfu(on_gpu: bool, width: int) -> float:
 
 def of_model(spec: TrainSpec, shape: Any, tokens: int | None, cut: tuple[int, int] = (1, 1), masked: bool = False,
              room: int | None = None) -> Rows:
-    """Parameters and activations are counted on the meta device: nothing is allocated. `cut`: micro_sequences and accumulation; `room`: a
-    worker's share of this machine's memory, in bytes, where the job would run on it."""
+    """Parameters and activations are counted on the meta device: nothing is allocated. `cut`: micro_sequences and accumulation; `room`:
+    bytes of this machine's memory, where the job would run on it."""
     from distlm.model.adapter import adapter_sizes
     from distlm.model.build import model_config, parameter_sizes
     from distlm.model.distill import teacher_config
@@ -222,8 +222,8 @@ def of_speed(spec: TrainSpec, flops: float, tokens: int | None, width: int) -> R
 
 
 def room_of(spec: TrainSpec, storage: Storage, file: "RayUpFile | None") -> int | None:
-    """A CPU worker's share of this machine's memory, where the job would run on this machine: in a cluster that is up here, or in one for
-    itself, if that holds its workers. None elsewhere."""
+    """Bytes of this machine's memory, where workers on CPU would run on it: in a cluster that is up here, or in one for the job itself, if
+    that holds them. None elsewhere."""
     from distlm import cluster, head
 
     if spec.scale.gpus_per_worker or file:
@@ -232,27 +232,31 @@ def room_of(spec: TrainSpec, storage: Storage, file: "RayUpFile | None") -> int 
         found = cluster.find(storage)
     except InputError:                                     # several are up: `distlm run` will ask which
         return None
-    here = found.address.startswith("127.0.0.1:") if found else total(train_bundles(spec))["CPU"] <= head.default_cpus()
-    return machine_memory() // spec.scale.workers if here else None
+    here = (found.address.startswith(("127.0.0.1:", "localhost:")) if found else
+            total(train_bundles(spec))["CPU"] <= head.default_cpus())
+    return machine_memory() if here else None
 
 
 def of_limit(load: Any, total: int, room: int | None) -> Rows:
-    """A warning where a worker's memory is known, or else its `room` on this machine, and the estimate exceeds it, with the cheapest change
-    that fits."""
-    from distlm.train.memory import CUDA_BYTES, GIB, advice, memory_limit
+    """A warning where a worker's memory is known and the estimate exceeds it, or where all workers take more than the `room` on this
+    machine, with the cheapest change that fits."""
+    from distlm.train.memory import CUDA_BYTES, GIB, advice, machine_bytes, memory_limit
 
     spec = load.spec
-    limit, local, whose = memory_limit(spec), local_gpu()[1], ""
+    limit, local = memory_limit(spec), local_gpu()[1]
     if limit is None and spec.scale.gpus_per_worker and local:
         limit = local - CUDA_BYTES
-    elif limit is None and room:
-        limit, whose = room, f" that each of {spec.scale.workers} has of this machine" if spec.scale.workers > 1 else " of this machine"
+    more, whose = "take more workers", ""
+    if limit is None and room:
+        several = spec.scale.workers > 1
+        total, limit, more = machine_bytes(load), room, "take fewer workers, a larger machine" if several else "take a larger machine"
+        whose = f" of this machine with all {spec.scale.workers} workers" if several else " of this machine"
     if limit is None or total <= limit:
         return []
-    found = advice(load, limit)
+    found = advice(load, limit // spec.scale.workers if whose else limit)
     return [("warning", f"does not fit: {total / GIB:.3g} of {limit / GIB:.3g} GiB{whose}; "
-                        + (f"it would with {found}" if found else "no ZeRO stage, checkpointing or micro-batch makes it fit: take more "
-                           "workers, or a smaller model"))]
+                        + (f"it would with {found}{' a worker' * bool(whose)}" if found else
+                           f"no ZeRO stage, checkpointing or micro-batch makes it fit: {more}, or a smaller model"))]
 
 
 def of_host(load: Any) -> Rows:

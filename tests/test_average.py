@@ -17,6 +17,7 @@ from distlm.errors import InputError, SpecError
 from distlm.evaluate.kinds import kind_of
 from distlm.evaluate.worker import Worker
 from distlm.model.adapter import base_hash
+from distlm.model.reading import recorded_reading
 from distlm.runs import RunFolder
 from distlm.spec import AverageSpec
 from distlm.storage import Storage, read_json, write_json
@@ -113,9 +114,16 @@ def test_classifiers_have_a_mean_whose_scores_are_those_of_an_evaluation(multipl
     run_ranks({tmp_path / "runs" / name: spec(corpus, objective="classify", duration={"steps": 8}, evaluate={}, checkpoint={},
                                               optimizer={"lr": lr}) for name, lr in (("a", 0.005), ("b", 0.01), ("far", 0.2))})
     alone = {name: by_hand(exported(tmp_path / "runs" / name), documents(corpus, "val"))[0] for name in ("a", "b", "far")}
+    for name, cut in (("a", 12), ("b", 16), ("far", 16)):
+        told = tmp_path / "runs" / name / "export" / "distlm.json"
+        write_json(told, {**read_json(told), "clean": {"unicode": "NFC", "redact": ["email"]}, "cut_tokens": cut})
     made = {}
     for method in ("uniform", "greedy"):
         made[method], folder = averaged(tmp_path, monkeypatch, name=method, method=method)
+        reading = recorded_reading(folder.path / "export")
+        assert reading.clean and (reading.clean.unicode, reading.clean.redact) == ("NFC", ("email",))
+        assert reading.cut_tokens == 12 + 4 * (method == "greedy" and not any(
+            one["taken"] for one in made[method]["models"] if one["model"] == "a"))
         given = AverageSpec.model_validate({"name": "e", "models": ["a", "b"], "corpus": "c"}).scoring(str(folder.path / "export"))
         theirs = evaluated(given, Storage(tmp_path))
         assert {name: made[method][name] for name in ("loss", *SCORES, "ece", "documents", "labels")} == {

@@ -154,12 +154,12 @@ def test_workers_on_cpu_have_this_machine_s_memory_where_the_job_would_run_here(
     monkeypatch.setattr(plan, "machine_memory", lambda: 1 << 20)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     given = {"kind": "train", "corpus": "c", "model": MODEL, "duration": {"steps": 5}, "batch": {"global_sequences": 8}}
-    for workers, room in ((1, "0.000977 GiB of this machine"), (2, "0.000488 GiB that each of 2 has of this machine")):
+    for workers, room in ((1, "0.000977 GiB of this machine"), (2, "0.000977 GiB of this machine with all 2 workers")):
         text = needs(storage, **given, scale={"workers": workers})["warning"]
         assert re.match(rf"does not fit: [\d.]+ of {room}; ", text), text
     assert "warning" not in needs(storage, **given, scale={"memory_gib": 1}), "what the spec says comes first"
     assert "warning" not in needs(storage, **given, scale={"workers": 8, "cpus_per_worker": 1000}), "which no cluster here would hold"
-    for address, here in (("127.0.0.1:6379", True), ("10.0.0.5:6379", False), ("http://127.0.0.1:8265", False)):
+    for address, here in (("127.0.0.1:6379", True), ("localhost:6379", True), ("10.0.0.5:6379", False), ("http://127.0.0.1:8265", False)):
         monkeypatch.setenv("RAY_ADDRESS", address)
         assert ("warning" in needs(storage, **given)) == here, address
     monkeypatch.delenv("RAY_ADDRESS")

@@ -4,6 +4,7 @@ The scores of a candidate are those of its file, so that what was measured is wh
 """
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from distlm.evaluate.kinds import kind_of
 from distlm.evaluate.task import Task, check_model, make_task, read_corpora
 from distlm.model.adapter import base_hash
 from distlm.model.find import find_model
+from distlm.model.reading import recorded_reading
 from distlm.progress import Progress
 from distlm.runs import RunFolder
 from distlm.spec import AverageSpec
 from distlm.storage import Storage
+from distlm.text.clean import common
 from distlm.train.scores import SCORES
 
 MEASURES = ("loss", "perplexity", "bits_per_byte", "accuracy", "ece", "tokens")
@@ -117,4 +120,14 @@ def lineage_of(spec: AverageSpec, folder: RunFolder, taken: list[Path], task: Ta
     return {"run": folder.name, "trial": None, "corpus": ", ".join(part.name for part in task.parts),
             "corpus_hash": ", ".join(manifest_hash(part.corpus) for part in task.parts), "checkpoint": None,
             "val_loss": soup["loss"] if spec.split == "val" else None, "method": spec.method,
-            "averaged": {str(model): base_hash(str(model)) for model in taken}}
+            "averaged": {str(model): base_hash(str(model)) for model in taken}, **(reading_of(taken) if task.labels else {})}
+
+
+def reading_of(models: Sequence[Path]) -> dict[str, Any]:
+    """What an endpoint makes of a text before classifiers read it, where all of them have it made: the rules of cleaning on which they
+    agree, and the shortest length to which they have it cut. Raises InputError for what are no such rules."""
+    found = [recorded_reading(model) for model in models]
+    rules = [one.clean.model_dump() for one in found if one.clean]
+    cuts = [one.cut_tokens for one in found if one.cut_tokens]
+    return {**({"clean": common(rules)} if len(rules) == len(models) else {}),
+            **({"cut_tokens": min(cuts)} if len(cuts) == len(models) else {})}

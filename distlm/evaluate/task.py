@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from distlm.corpus.labels import first_of
 from distlm.corpus.listing import tells_sources
 from distlm.corpus.manifest import Manifest, manifest_hash, read_manifest
 from distlm.corpus.stream import Windows, silent
@@ -245,8 +246,8 @@ def with_labels(task: Task, manifests: Sequence[Manifest], names: Sequence[str],
     ids = {name: number for number, name in enumerate(names)}
     for manifest in manifests:
         if other := [name for name in manifest.labels if name not in ids]:
-            raise InputError(f"the checkpoint tells apart {', '.join(names)}, and documents of {manifest.name} have the label "
-                             f"{', '.join(other)}", where=where,
+            raise InputError(f"the checkpoint tells apart {first_of([*names])}, and documents of {manifest.name} have the label "
+                             f"{first_of(other)}", where=where,
                              remedy=f"prepare {manifest.name} with labels.names: {json.dumps([*names], ensure_ascii=False)}, which leaves "
                                     "out documents with others, or take a classifier of its labels")
         check_counts(kind, manifest.multiple_labels, where, f"take a classifier of the labels of {manifest.name}, or prepare it with "

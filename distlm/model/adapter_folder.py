@@ -19,6 +19,7 @@ import xxhash
 from distlm.errors import InputError, StorageError
 from distlm.model.adapter import base_hash
 from distlm.model.build import has_classifier, last_line, read_config, skeleton
+from distlm.model.complete import end_ids
 from distlm.model.export import of_a_model
 from distlm.model.find import check_whole
 from distlm.spec.load import nearest
@@ -74,8 +75,7 @@ def home_of(folder: Path) -> Path:
 def ends_of(folder: Path) -> frozenset[int]:
     """Tokens that end a sequence by the generation_config.json of an adapter's run; none where there is no such file."""
     path = home_of(folder) / "generation_config.json"
-    ends = read_json(path).get("eos_token_id") if path.is_file() else None
-    return frozenset([] if ends is None else [ends] if isinstance(ends, int) else ends)
+    return frozenset(end_ids(read_json(path).get("eos_token_id") if path.is_file() else None))
 
 
 def tokenizer_files(home: Path) -> list[Path]:

@@ -92,7 +92,8 @@ def _give_labels(config: Any, shape: Shape, spec: ModelSpec) -> None:
         remedy = "or take the model that it was trained from, whose last layer is new"
         if (names := labels_of(config)) != [*shape.labels]:
             raise InputError(f"the checkpoint tells apart {', '.join(names)}, and the corpus {', '.join(shape.labels)}", where=where,
-                             remedy=f"prepare the corpus with labels.names: {json.dumps(names, ensure_ascii=False)}, {remedy}")
+                             remedy=f"prepare the corpus with labels.names: {json.dumps(names, ensure_ascii=False)}, which leaves out "
+                                    f"documents with others, {remedy}")
         check_counts(config.problem_type, shape.multiple_labels, where, f"prepare the corpus with labels.multiple: "
                                                                         f"{str(not shape.multiple_labels).lower()}, {remedy}")
     config.id2label = dict(enumerate(shape.labels))

@@ -27,6 +27,11 @@ def unheeded(model: Path) -> dict[str, Any]:
     return {name: settings[name] for name, off in UNHEEDED.items() if settings.get(name) not in (None, off)}
 
 
+def end_ids(told: int | Sequence[int] | None) -> list[int]:
+    """Tokens that end a text, as a model's settings tell them: one, several or none."""
+    return [] if told is None else [told] if isinstance(told, int) else [*told]
+
+
 def encode_prompts(tokenizer: Path, texts: Sequence[str]) -> list[list[int]]:
     """The tokens of each text by a tokenizer's folder; special tokens are written into it by name, and none is added."""
     import tokenizers
@@ -65,9 +70,8 @@ def generate(model: Any, tokenizer: Any, prompts: list[list[int]], max_tokens: i
     import torch
     from transformers import StoppingCriteria, StoppingCriteriaList
 
-    width, ends = max(map(len, prompts)), model.generation_config.eos_token_id
-    ends = tokenizer.eos_token_id if ends is None else ends
-    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    width, told = max(map(len, prompts)), model.generation_config.eos_token_id
+    ends = end_ids(tokenizer.eos_token_id if told is None else told)
     tokens = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
 

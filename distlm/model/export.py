@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distlm.errors import DistlmError
+from distlm.model.complete import end_ids
 from distlm.storage import read_json, write_json, writing
 
 if TYPE_CHECKING:
@@ -39,9 +40,8 @@ def export_model(model: "PreTrainedModel", weights: dict[str, "torch.Tensor"] | 
         config["use_cache"] = True                         # training turns the cache off; whoever generates wants it
         write_json(partial / "config.json", config)
         if not model.config.problem_type:                  # a classifier generates nothing
-            known = model.generation_config.eos_token_id   # of a checkpoint that ends turns with another token, both
-            known = config.get("eos_token_id") if known is None else known
-            every = list(dict.fromkeys([*([] if known is None else [known] if isinstance(known, int) else known), *ends]))
+            told = model.generation_config.eos_token_id    # of a checkpoint that ends turns with another token, both
+            every = list(dict.fromkeys([*end_ids(config.get("eos_token_id") if told is None else told), *ends]))
             GenerationConfig(eos_token_id=every if every[1:] else every[0] if every else None, bos_token_id=config.get("bos_token_id"),
                              do_sample=False).save_pretrained(partial)
         for file in tokenizer.iterdir():

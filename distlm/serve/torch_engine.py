@@ -28,6 +28,7 @@ from transformers.cache_utils import DynamicLayer
 from distlm.errors import ServeError, out_of_memory
 from distlm.model.adapter_folder import ends_of, load_tokenizers
 from distlm.model.build import load_model
+from distlm.model.complete import end_ids
 from distlm.model.quantize import rounds_inputs
 from distlm.model.vocabulary import vocabulary_hash
 from distlm.serve.engine import Chunk, EngineFailed, EngineFull, NoMemory, Request, Token, Variant
@@ -113,9 +114,8 @@ class TorchEngine:
         self.context = context_of(self.model.config)
         self.vocabulary: int = self.model.get_input_embeddings().num_embeddings
         self.vocabulary_hash = vocabulary_hash(Path(folder))
-        ends = self.model.generation_config.eos_token_id
-        ends = self.tokenizer.eos_token_id if ends is None else ends
-        self.ends = frozenset([] if ends is None else [ends] if isinstance(ends, int) else ends)
+        told = self.model.generation_config.eos_token_id
+        self.ends = frozenset(end_ids(self.tokenizer.eos_token_id if told is None else told))
         self.adapters = self._variants(Path(folder), adapters or {})
         self._lora = Adapters(self.model, adapters or {})
         self.metrics = metrics or Metrics()

@@ -127,7 +127,7 @@ class Tokenizer(Part):
     """Bytes of the training split, chosen by content hash, that the vocabulary is learned from."""
     special_tokens: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Further special tokens, such as `<|tool|>`, beside the end token and the three roles; text that spells one stays text."""
-    chat_template: str | None = None
+    chat_template: Annotated[str, Field(min_length=1)] | None = None
     """How transformers writes a conversation, in Jinja, also in place of a given tokenizer's own. Default: the given tokenizer's, else each
     role's token and its text, with the end token after an answer."""
     source: Annotated[str | None, Field(alias="from")] = None

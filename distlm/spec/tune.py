@@ -67,10 +67,10 @@ class TuneSpec(Job):
     all keys are `grid`; such a space drawn again varies the seed."""
     metric: Annotated[str, Field(min_length=1)] = "val_loss"
     """What trials are judged by, at their last evaluation: val_loss; of objective pretrain, sft and distill val_perplexity,
-    val_bits_per_byte, val_accuracy, val_ece; of classify accuracy, roc_auc, val_ece, and precision, recall and f1 with _macro or _micro;
-    of dpo val_reward_accuracy, val_reward_margin, val_chosen_log_prob, val_rejected_log_prob. Or at their last step: loss; of distill
-    cross_entropy, kl; of dpo reward_accuracy, reward_margin. A loss that the space scales (class_weights, dpo.beta, distill.alpha) is
-    refused."""
+    val_bits_per_byte, val_accuracy, val_ece; of classify accuracy, roc_auc, val_ece (of one label a document), and precision, recall and f1
+    with _macro or _micro; of dpo val_reward_accuracy, val_reward_margin, val_chosen_log_prob, val_rejected_log_prob. Or at their last step:
+    loss; of distill cross_entropy, kl; of dpo reward_accuracy, reward_margin. A loss that the space scales (class_weights, dpo.beta,
+    distill.alpha) is refused."""
     mode: Literal["min", "max"] | None = None
     """Whether less or more of the metric is better. Default: what it is of the metric; val_chosen_log_prob and val_rejected_log_prob have
     none, and need it."""

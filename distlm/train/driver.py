@@ -117,15 +117,15 @@ def _cut(recipe: Recipe, folder: RunFolder, progress: Progress) -> Recipe:
     """The recipe with its micro-batches as they are run."""
     if recipe.spec.batch.micro_sequences != "auto":
         return recipe
-    return choose_micro(recipe, folder, progress, lambda trial: _launch(trial, folder, 0, None, 0, "dry_run"), room_of(recipe.spec))
+    return choose_micro(recipe, folder, progress, lambda trial: _launch(trial, folder, 0, None, 0, "dry_run"), machine_room(recipe.spec))
 
 
-def room_of(spec: TrainSpec) -> int | None:
-    """A CPU worker's share of this machine's memory, where the cluster is this machine alone."""
+def machine_room(spec: TrainSpec) -> int | None:
+    """Bytes that this machine has for all workers on CPU, where the cluster is this machine alone."""
     import ray
 
     alone = len([node for node in ray.nodes() if node["Alive"]]) == 1
-    return machine_memory() // spec.scale.workers if alone and not spec.scale.gpus_per_worker else None
+    return machine_memory() if alone and not spec.scale.gpus_per_worker else None
 
 
 def require_workers(spec: TrainSpec, progress: Progress) -> None:

@@ -15,7 +15,7 @@ from distlm.progress import Progress
 from distlm.runs import RunFolder
 from distlm.spec.batch import divisors
 from distlm.storage import read_json, write_json
-from distlm.train.memory import GIB, Load, make_load, memory_limit, peak_memory
+from distlm.train.memory import GIB, Load, machine_bytes, make_load, memory_limit, peak_memory
 from distlm.train.recipe import Recipe
 
 STEPS = 2
@@ -53,24 +53,26 @@ def peak_bytes() -> int:
 
 def choose_micro(recipe: Recipe, folder: RunFolder, progress: Progress, launch: Callable[[Recipe], DistlmError | None],
                  room: int | None = None) -> Recipe:
-    """The recipe with the largest micro-batch whose steps run, inside the memory that the spec says a worker has, else in `room` bytes. A
-    worker that is killed has not fitted: where memory is short a kernel gives no other sign. A run that goes on keeps its choice. Raises
-    TrainError where not one sequence fits, and what `launch` returns if it is not for memory."""
+    """The recipe with the largest micro-batch whose steps run, inside the memory that the spec says a worker has, else all workers together
+    in `room` bytes. A worker that is killed has not fitted: where memory is short a kernel gives no other sign. A run that goes on keeps
+    its choice. Raises TrainError where not one sequence fits, and what `launch` returns if it is not for memory."""
     chosen, place = folder.path / CHOSEN, folder.path / FOLDER
     if chosen.exists() and recipe.plan().piece % (micro := read_json(chosen)["micro_sequences"]) == 0:
         return replace(recipe, micro_sequences=micro)
-    stated = memory_limit(recipe.spec)
-    limit = room if stated is None else stated
+    limit = memory_limit(recipe.spec)
+    room = room if limit is None else None
     error: DistlmError | None = None
-    for micro in candidates(recipe, limit):
+    for micro in candidates(recipe, limit, room):
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir(parents=True)
         error = launch(trial(recipe, micro))
         if error is not None and error.cause not in ("oom", "worker_died"):
             raise error
-        peak = 0 if error else max(read_json(file)["bytes"] for file in place.glob("*.json"))
-        fits = error is None and (limit is None or peak <= limit)
-        over = f", more than the {limit / GIB:.3g} there are" if peak and limit and not fits else ""
+        taken = [0] if error else [read_json(file)["bytes"] for file in place.glob("*.json")]
+        peak = max(taken)
+        fits = error is None and (limit is None or peak <= limit) and (room is None or sum(taken) <= room)
+        over = "" if fits else (f", more than the {limit / GIB:.3g} there are" if limit else
+                                f", and all workers {sum(taken) / GIB:.3g}, more than the {(room or 0) / GIB:.3g} of this machine")
         took = f"{peak / GIB:.3g} GiB{over}" if not error else "out of memory" if error.cause == "oom" else "a worker was killed"
         text = f"{micro} sequence{'s' * (micro > 1)} in a micro-batch: {took}"
         progress.note(text)
@@ -82,18 +84,20 @@ def choose_micro(recipe: Recipe, folder: RunFolder, progress: Progress, launch: 
     if error is not None and error.cause == "worker_died":                     # it may have another reason, which its log tells
         raise error
     beside = ", or set checkpoint.asynchronous: false" if recipe.spec.checkpoint.asynchronous else ""
-    share = f", or say scale.memory_gib: a worker's share of this machine is {limit / GIB:.3g} GiB" if limit and stated is None else ""
+    known = f", or say scale.memory_gib: this machine has {room / GIB:.3g} GiB for all workers" if room else ""
     raise TrainError("not one sequence of the batch fits the memory of a worker", where="batch.micro_sequences", cause="oom",
-                     remedy=f"set activation_checkpointing: 1, or raise sharding.zero{beside}{share}")
+                     remedy=f"set activation_checkpointing: 1, or raise sharding.zero{beside}{known}")
 
 
-def candidates(recipe: Recipe, limit: int | None) -> Iterator[int]:
+def candidates(recipe: Recipe, limit: int | None, room: int | None = None) -> Iterator[int]:
     """Divisors of a worker's share, the largest first, without those that are hopeless by the estimate. One is always there."""
     spec, share = recipe.spec, recipe.plan().piece
     load = _load(recipe)
     most = share if spec.scale.gpus_per_worker else CPU_SEQUENCES
     for micro in reversed([n for n in divisors(share) if n <= most]):
-        if micro == 1 or limit is None or _estimate(load, micro) <= SLACK * limit:
+        hopeless = ((limit is not None and _estimate(load, micro) > SLACK * limit) or
+                    (room is not None and machine_bytes(_cut(load, micro)) > SLACK * room))
+        if micro == 1 or not hopeless:
             yield micro
 
 
@@ -113,9 +117,12 @@ def _load(recipe: Recipe, whole: bool = False) -> Load:
 
 def _estimate(load: Load, micro: int) -> int:
     """Bytes of a worker by the plan."""
+    return peak_memory(_cut(load, micro)).total
+
+
+def _cut(load: Load, micro: int) -> Load:
     spec = load.spec
-    return peak_memory(load.varied(spec.sharding.zero, spec.activation_checkpointing, micro, spec.checkpoint.asynchronous,
-                                   spec.reduce_precision)).total
+    return load.varied(spec.sharding.zero, spec.activation_checkpointing, micro, spec.checkpoint.asynchronous, spec.reduce_precision)
 
 
 def trial(recipe: Recipe, micro: int) -> Recipe:

@@ -31,6 +31,7 @@ from distlm.model.build import (
     recompute,
     restore_buffers,
 )
+from distlm.model.complete import end_ids
 from distlm.model.documents import check_documents_apart
 from distlm.model.export import export_model, stored_dtype
 from distlm.model.float8 import use_float8
@@ -89,11 +90,12 @@ def fit(recipe: Recipe, folder: RunFolder, steps: Iterator[NDArray[np.int64]], *
         model = blank_model(config)
     else:
         model = build_model(spec.model, config, spec.seed)
+    end_at_answers(model, recipe)
     if spec.keep_zeros:
         keep_zeros(model)
     if device.type == "cpu":
         use_cpu_attention(model)
-    if recipe.mask_documents and not blank:
+    if recipe.mask_documents and not blank:                # where rank 0 refuses, the others end with it
         check_documents_apart(model)
     if spec.sharding.sequence_parallel > 1:
         group = sequence_group(spec.sharding.sequence_parallel, spec.sharding.tensor_parallel)
@@ -342,7 +344,7 @@ def export(recipe: Recipe, model: Any, weights: dict[str, torch.Tensor], folder:
     """Write the model, or an adapter's `weights` merged into the base in the precision of its checkpoint's files, and the adapter alone
     beside it. The val_loss of a model that was trained through a rounded base is not the export's, and is named so."""
     spec, tokenizer = recipe.spec, manifest_of(recipe).tokenizer
-    ends = [end for corpus in recipe.corpora for end in read_manifest(corpus).ends]
+    ends = answer_ends(recipe)
     if spec.adapter is None:
         export_model(model, weights, tokenizer, folder, lineage, ends=ends)
         return
@@ -358,6 +360,17 @@ def export(recipe: Recipe, model: Any, weights: dict[str, torch.Tensor], folder:
 
     held = {"base_held_in": spec.adapter.base, "val_loss": None, "val_loss_as_held": lineage["val_loss"]} if spec.adapter.base else {}
     export_model(whole, None, tokenizer, folder, {**lineage, "base": source, "base_hash": base_hash(source), **held}, adapter, ends)
+
+
+def end_at_answers(model: Any, recipe: Recipe) -> None:
+    """Let completions of prompts stop where those of the export do."""
+    if ends := answer_ends(recipe):
+        model.generation_config.eos_token_id = [*dict.fromkeys([*end_ids(model.generation_config.eos_token_id), *ends])]
+
+
+def answer_ends(recipe: Recipe) -> list[int]:
+    """Tokens that end an answer, by the templates of all corpora."""
+    return [end for corpus in recipe.corpora for end in read_manifest(corpus).ends]
 
 
 def export_lineage(recipe: Recipe, folder: RunFolder) -> dict[str, Any]:

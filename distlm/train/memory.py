@@ -53,7 +53,7 @@ FRAGMENTATION = 0.05
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one worker at the peak of a step, or at the start, where stage 3 takes more: then they are `weights` alone."""
+    """Bytes of one worker, rank 0, at the peak of a step, or at the start, where stage 3 takes more: then they are `start` alone."""
 
     weights: int
     gradients: int
@@ -66,6 +66,8 @@ class Memory:
     snapshot: int
     """Of workers on CPU, the copy of the state out of which a checkpoint is written beside the steps; a GPU's lies in the host's memory."""
     fragmentation: int
+    start: int = 0
+    """Whole weights, before they are divided."""
 
     @property
     def total(self) -> int:
@@ -275,8 +277,24 @@ def check_states(load: Load) -> None:
 
 
 def peak_memory(load: Load) -> Memory:
-    """The most that a worker holds: as a backward pass begins, as it is in the last layer or in the first, as gradients are sent, or as the
-    optimizer steps. What `places` has elsewhere does not count.
+    """The most that a worker holds, as its steps are made or at the start. What `places` has elsewhere does not count."""
+    spec, step = load.spec, step_memory(load)
+    if not spec.scale.gpus_per_worker:
+        start = sum(start_bytes(load))
+    else:                                                  # tensor parallelism moves each part there in float32
+        start = 4 * load.parameters if spec.sharding.zero == 3 and not divided_first(spec) else 0
+    return Memory(0, 0, 0, 0, 0, 0, 0, 0, 0, start) if start > step.total else step
+
+
+def machine_bytes(load: Load) -> int:
+    """Bytes that all workers on CPU take together: what rank 0 has beside its own counts once."""
+    workers, beside, (each, first) = load.spec.scale.workers, snapshot_bytes(load)[1], start_bytes(load)
+    return max(workers * (step_memory(load).total - beside) + beside, workers * each + first)
+
+
+def step_memory(load: Load) -> Memory:
+    """The most that a worker holds in a step: as a backward pass begins, as it is in the last layer or in the first, as gradients are sent,
+    or as the optimizer steps.
 
     Model states: Rajbhandari et al. 2020, section 3, with p bytes of a weight: in fp32 p = 4, else p = 2 and the optimizer has the
     float32 weights too. In fp8 weights and activations are kept in bf16 all the same. What an adapter leaves as it is has its weights
@@ -335,12 +353,7 @@ def peak_memory(load: Load) -> Memory:
     products = num_products(load.context * spec.sharding.sequence_parallel, load.micro_sequences * load.heads)
     kernels = 0 if on_gpu or p == 4 else KERNEL_BYTES * min(products, MAX_KERNELS)
     whole = Memory(states["weights"], at[0], states["optimizer"], states["ema"], at[1], at[2], at[3] + kernels, snapshot, 0)
-    whole = replace(whole, fragmentation=round(FRAGMENTATION * whole.total))
-    if on_gpu:                                             # tensor parallelism moves each part there in float32
-        start = 4 * load.parameters if zero == 3 and not divided_first(spec) else 0
-    else:
-        start = sum(start_bytes(load))
-    return Memory(start, *[0] * 8) if start > whole.total else whole
+    return replace(whole, fragmentation=round(FRAGMENTATION * whole.total))
 
 
 def own_states(load: Load) -> dict[str, int]:

@@ -166,6 +166,9 @@ def check_metric(spec: TuneSpec, trials: list[TrainSpec], storage: Storage) -> N
         if not any(one.splits["val"].windows for one in manifests):
             why, remedy = without_val(manifests)
             raise InputError(f"no trial would have a {spec.metric}: {why}", where="metric", remedy=f"set metric: loss, or {remedy}")
+        if spec.metric == "val_ece" and any(one.multiple_labels for one in manifests):
+            raise InputError("no trial would have a val_ece: documents have any number of labels", where="metric",
+                             remedy="set metric: val_loss")
 
 
 def check_key(key: str, where: str) -> None:

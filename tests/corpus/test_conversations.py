@@ -36,7 +36,7 @@ from distlm.spec.curate import Clean
 from distlm.spec.prepare import Conversations, Source
 from distlm.storage import Storage, read_json
 from distlm.train.batch import make_batch
-from distlm.train.loop import export
+from distlm.train.loop import end_at_answers, export
 from distlm.train.recipe import make_recipe
 from tests.corpus.test_template import CHATML, NAMES
 from tests.corpus.test_tokenizer import make
@@ -284,7 +284,9 @@ def test_what_ends_an_answer_ends_it_when_the_export_is_served_and_so_does_an_ad
     tuned = make_recipe(spec(manifest.path, objective="sft", model={"from": str(base)}, adapter={"rank": 2}, evaluate={}, checkpoint={}),
                         Storage(tmp_path))
     whole = load_model(str(base), "base", torch.float32)
-    assert tuned.spec.adapter
+    assert whole.generation_config.eos_token_id == 0 and tuned.spec.adapter
+    end_at_answers(whole, tuned)
+    assert whole.generate(torch.tensor([[6, 7]]), max_new_tokens=3).tolist() == [[6, 7, 5]], "as prompts are completed in training"
     add_adapter(whole, tuned.spec.adapter, 0)
     weights = {name: value.detach() for name, value in whole.named_parameters() if value.requires_grad}
     export(tuned, None, weights, tmp_path / "tuned" / "export", {"val_loss": None})

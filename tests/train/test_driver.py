@@ -399,12 +399,12 @@ def test_micro_batches_are_as_large_as_the_memory_of_a_worker_allows(cluster: st
 
 def test_workers_on_cpu_have_the_memory_of_a_machine_that_is_the_whole_cluster(cluster: str, corpus: Path,
                                                                                monkeypatch: pytest.MonkeyPatch) -> None:
-    assert driver.room_of(spec(corpus, scale={"workers": 2})) == machine_memory() // 2
-    assert driver.room_of(spec(corpus, scale={"gpus_per_worker": 1})) is None
+    assert driver.machine_room(spec(corpus, scale={"workers": 2})) == machine_memory()
+    assert driver.machine_room(spec(corpus, scale={"gpus_per_worker": 1})) is None
     nodes = ray.nodes()
     for others, room in ([{"Alive": True}], None), ([{"Alive": False}], machine_memory()):
         monkeypatch.setattr(ray, "nodes", lambda others=others: [*nodes, *others])
-        assert driver.room_of(spec(corpus)) == room
+        assert driver.machine_room(spec(corpus)) == room
 
 
 def test_a_job_that_the_cluster_can_never_hold_is_refused(cluster: str, corpus: Path, tmp_path: Path) -> None:

@@ -64,13 +64,13 @@ def test_one_that_runs_in_more_memory_than_a_worker_has_is_not_taken(recipe: Rec
     assert tried == [24, 12, 8, 6, 4, 3, 2, 1] and error.value.cause == "oom"
 
 
-def test_the_share_of_a_machine_is_the_limit_where_the_spec_says_none(tmp_path: Path, recipe: Recipe, folder: RunFolder) -> None:
+def test_all_workers_together_have_the_machine_where_the_spec_says_no_limit(tmp_path: Path, recipe: Recipe, folder: RunFolder) -> None:
     tried: list[int] = []
     stated = recipe.spec.scale
     unknown = replace(recipe, spec=recipe.spec.model_copy(update={"scale": stated.model_copy(update={"memory_gib": None,
                                                                                                      "gpus_per_worker": 0})}))
-    room = 2 << 30
-    with pytest.raises(TrainError, match=r"raise sharding.zero.*, or say scale.memory_gib: a worker's share of this machine is 2 GiB"):
+    room = 3 << 30                                         # of which the two workers take one and a half times what the larger does
+    with pytest.raises(TrainError, match=r"raise sharding.zero.*, or say scale.memory_gib: this machine has 3 GiB for all workers"):
         choose_micro(unknown, folder, Records(), launcher(folder, tried, lambda n: "", gib=2.1), room)
     assert choose_micro(unknown, folder, Records(), launcher(folder, tried, lambda n: "", gib=1.9), room).micro_sequences == 12
     (folder.path / "micro-sequences.json").unlink()

@@ -28,12 +28,14 @@ from distlm.train.memory import (
     advice,
     check_states,
     host_memory,
+    machine_bytes,
     make_load,
     node_advice,
     node_memory,
     own_states,
     peak_memory,
     start_bytes,
+    step_memory,
 )
 from distlm.train.recipe import make_recipe
 from tests.train.ranks import make_corpus
@@ -395,7 +397,9 @@ def test_under_stage_3_the_start_takes_memory_of_rank_0_or_of_each_that_reads_a_
     assert node_memory(load(sharding={"zero": 3}), 8) == 12 * n, "the copy of a checkpoint takes more than the start"
     assert peak_memory(drawn).total == peak_memory(read).total, "no GPU has it whole"
     own = peak_memory(load(0, parameters=10**11, sharding={"zero": 3}, **still))
-    assert own.parts() == {**dict.fromkeys(own.parts(), 0), "weights": 4 * 10**11}, "a worker on CPU has it in its own memory"
+    assert own.parts() == {**dict.fromkeys(own.parts(), 0), "start": 4 * 10**11}, "a worker on CPU has it in its own memory"
+    several = load(0, parameters=10**10, sharding={"zero": 3}, **still)
+    assert machine_bytes(several) == max(several.spec.scale.workers * step_memory(several).total, 4 * 10**10), "rank 0 alone draws it"
     half = replace(load(parameters=10**11, sharding={"zero": 3, "tensor_parallel": 2}, **still), undivided=2 * 10**11)
     half = replace(half, spec=half.spec.model_copy(update={"scale": half.spec.scale.model_copy(update={"workers": 64})}))
     assert start_bytes(half) == (8 * 10**11, 0), "each has the whole model first"

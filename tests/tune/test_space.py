@@ -6,11 +6,14 @@ from typing import Any
 
 import pytest
 
-from distlm.errors import SpecError
+from distlm.errors import InputError, SpecError
 from distlm.execute import resolve
 from distlm.spec.load import dump
 from distlm.spec.tune import TuneSpec
+from distlm.storage import Storage
 from distlm.tune import space
+from tests.train.ranks import make_labelled_corpus
+from tests.train.ranks import spec as trial
 
 TRAIN = {"corpus": "c", "model": {"preset": "llama-tiny"}, "duration": {"steps": 10}}
 
@@ -198,3 +201,14 @@ def test_folds_try_every_point_once_for_each_with_the_same_values() -> None:
     ({"folds": 100, "train": CLASSIFY, "space": {"seed": {"grid": list(range(101))}}}, "101 points, each 100 times")])
 def test_folds_that_cannot_be_are_refused(keys: dict[str, Any], what: str) -> None:
     assert what in refused(**keys)
+
+
+def test_calibration_of_any_number_of_labels_is_no_metric_of_a_sweep(tmp_path: Path) -> None:
+    sweep = spec(metric="val_ece", space={"optimizer.lr": {"grid": [0.1]}})
+    for multiple in (False, True):
+        one = trial(make_labelled_corpus(tmp_path / str(multiple), multiple=multiple), objective="classify")
+        if not multiple:
+            space.check_metric(sweep, [one], Storage(tmp_path))
+            continue
+        with pytest.raises(InputError, match="metric: no trial would have a val_ece: documents have any number of labels; set metric:"):
+            space.check_metric(sweep, [one], Storage(tmp_path))
