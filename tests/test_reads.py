@@ -27,7 +27,7 @@ READ = {"prepare": {"sources.path", "decontaminate.against", "filter.language.mo
 TEXT = {"prepare": {"sources.text_key", "sources.id_key", "sources.keep", "sources.filter.language.keep", "sources.filter.license.keep",
                     "conversations.messages_key", "conversations.role_key", "conversations.content_key", "conversations.roles",
                     "conversations.ignore_keys", "conversations.prompt_key", "conversations.completion_key",
-                    "conversations.chosen_key", "conversations.rejected_key", "labels.label_key",
+                    "conversations.chosen_key", "conversations.rejected_key", "labels.label_key", "labels.names",
                     "filter.language.keep", "filter.license.keep", "decontaminate.text_keys",
                     "tokenizer.special_tokens", "tokenizer.chat_template"},
         "train": {"model.preset", "model.config", "optimizer.groups.match", "sharding.deepspeed", "sharding.offload.path",

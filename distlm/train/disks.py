@@ -68,11 +68,11 @@ def own_disks(options: dict[str, Any], run: Path, rank: int) -> Iterator[None]:
         yield
     finally:
         for folder in {Path(one["nvme_path"]) for one in parts}:
-            for mine in [*folder.rglob(f"rank{rank}")]:
-                shutil.rmtree(mine, ignore_errors=True)
-            for left in [*sorted(folder.rglob("*"), reverse=True), folder]:
-                with contextlib.suppress(OSError):         # that another rank still has files in
-                    left.rmdir()
+            for place, *_ in os.walk(folder, topdown=False):                   # of which other ranks remove some meanwhile
+                if Path(place).name == f"rank{rank}":
+                    shutil.rmtree(place, ignore_errors=True)
+                with contextlib.suppress(OSError):         # gone, or another rank still has files in it
+                    os.rmdir(place)
 
 
 def load_from_disks(engine: Any, state: Path, rank: int, step: int) -> None:

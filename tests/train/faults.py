@@ -48,13 +48,16 @@ def watch_poisoned(poison: dict[str, Any]) -> Callable[[Exception], None]:
     from distlm.train import loop
     from distlm.train.average import masters
 
-    build, make, train = loop.build_model, loop.make_engine, loop.train_step
+    make, train = loop.make_engine, loop.train_step
     state, rank = dict[str, Any](), os.environ["RANK"]
 
-    def built(*args: Any) -> Any:
-        model = build(*args)
-        add_poison(model, **poison)
-        return model
+    def poisoned(build: Callable[..., Any]) -> Callable[..., Any]:
+        def built(*args: Any) -> Any:
+            model = build(*args)
+            add_poison(model, **poison)
+            return model
+
+        return built
 
     def made(*args: Any) -> Any:
         state["engine"] = make(*args)
@@ -77,7 +80,8 @@ def watch_poisoned(poison: dict[str, Any]) -> Callable[[Exception], None]:
 
     import torch
 
-    loop.build_model, loop.make_engine, loop.train_step = built, made, step
+    loop.build_model, loop.blank_model = poisoned(loop.build_model), poisoned(loop.blank_model)
+    loop.make_engine, loop.train_step = made, step
     return report
 
 
