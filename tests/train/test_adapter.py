@@ -79,6 +79,7 @@ def test_every_stage_trains_the_same_adapter_and_leaves_the_base_alone(root: Pat
                 assert torch.allclose(merged[name], weight + 8 * b @ a, atol=1e-6) and not torch.equal(merged[name], weight), name
 
 
+@pytest.mark.slow
 def test_ranks_that_divide_sequences_train_one_workers_adapter(root: Path, tmp_path: Path) -> None:
     run_ranks({tmp_path / "one": tuned(root)})
     runs = {tmp_path / f"zero{sharding.get('zero', 0)}": tuned(root, scale=TWO, sharding={**sharding, "sequence_parallel": 2})

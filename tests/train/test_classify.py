@@ -209,7 +209,7 @@ def test_a_classifier_of_other_labels_is_refused(runs: Path, tmp_path: Path) -> 
     config["id2label"]["0"] = "none"
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="the checkpoint tells apart none, one, two, and the corpus zero, one, two; prepare the "
-                                         r'corpus with labels.names: \["none", "one", "two"\], which leaves out documents with others, or '):
+                                         r'corpus with labels.names: \["none", "one", "two"\], which leaves out documents with others, '):
         recipe_of(runs / "labelled", model={"from": str(tmp_path / "model")})
     (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "problem_type": "regression"}))
     with pytest.raises(InputError, match="it gives a text a number and tells no labels apart"):
