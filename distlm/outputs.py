@@ -10,11 +10,8 @@ from distlm.errors import DistlmError, SpecError
 from distlm.spec import TrainSpec
 from distlm.spec.load import REFERENCE, nearest
 from distlm.train.objectives import OBJECTIVES
-from distlm.train.scores import SCORES
+from distlm.train.scores import LABELS, LANGUAGE
 
-LANGUAGE = ("loss", "perplexity", "bits_per_byte", "accuracy", "ece", "tokens")
-LABELS = ("loss", *SCORES, "ece", "documents")
-"""What an evaluation of a language model comes to, and of a classifier."""
 BOTH = tuple(dict.fromkeys((*LANGUAGE, *LABELS)))
 OUTPUTS = {
     "prepare": ("documents", "bytes", "tokens", "train_tokens", "val_tokens", "val_bytes", "rejected", "manifest_hash"),

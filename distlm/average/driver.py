@@ -23,11 +23,7 @@ from distlm.runs import RunFolder
 from distlm.spec import AverageSpec
 from distlm.storage import Storage
 from distlm.text.clean import common
-from distlm.train.scores import SCORES
-
-MEASURES = ("loss", "perplexity", "bits_per_byte", "accuracy", "ece", "tokens")
-LABEL_MEASURES = ("loss", *SCORES, "ece", "documents")
-"""The same of classifiers."""
+from distlm.train.scores import LABELS, LANGUAGE
 
 
 def average(spec: AverageSpec, folder: RunFolder, storage: Storage, progress: Progress) -> dict[str, Any]:
@@ -54,7 +50,7 @@ def average(spec: AverageSpec, folder: RunFolder, storage: Storage, progress: Pr
         write_mean([models[i] for i in taken], folder.path / "export", lineage_of(spec, folder, [models[i] for i in taken], task, soup))
     finally:
         shutil.rmtree(candidate, ignore_errors=True)
-    keys = LABEL_MEASURES if task.labels else MEASURES
+    keys = LABELS if task.labels else LANGUAGE
     outputs = {"": str(folder.path), "export": str(folder.path / "export"), "method": spec.method, "split": spec.split,
                "windows": task.windows, **({"labels": [*task.labels]} if task.labels else {}), **{key: soup[key] for key in keys},
                "averaged": len(taken),

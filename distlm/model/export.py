@@ -3,12 +3,11 @@
 import functools
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distlm.errors import DistlmError
-from distlm.model.complete import end_ids
 from distlm.storage import read_json, write_json, writing
 
 if TYPE_CHECKING:
@@ -22,11 +21,10 @@ MODEL_FILES = ("config.json", "generation_config.json", "distlm.json")
 
 
 def export_model(model: "PreTrainedModel", weights: dict[str, "torch.Tensor"] | None, tokenizer: Path, folder: Path,
-                 lineage: dict[str, Any], before: Callable[[Path], None] | None = None, ends: Sequence[int] = ()) -> None:
+                 lineage: dict[str, Any], before: Callable[[Path], None] | None = None) -> None:
     """Write config.json, model.safetensors, generation_config.json, the tokenizer's files and distlm.json (the lineage) to
     `folder`, which appears whole or not at all. One rank calls it. Without `weights` the model's own are written. `tokenizer` may be a
-    checkpoint that has one. `before` is called with the folder that will be it, first of all. `ends`: tokens that end an answer, beside
-    those that end a sequence of the model's."""
+    checkpoint that has one. `before` is called with the folder that will be it, first of all."""
     from transformers import GenerationConfig
 
     partial = folder.with_name(f".{folder.name}.partial")
@@ -40,9 +38,8 @@ def export_model(model: "PreTrainedModel", weights: dict[str, "torch.Tensor"] | 
         config["use_cache"] = True                         # training turns the cache off; whoever generates wants it
         write_json(partial / "config.json", config)
         if not model.config.problem_type:                  # a classifier generates nothing
-            told = model.generation_config.eos_token_id    # of a checkpoint that ends turns with another token, both
-            every = list(dict.fromkeys([*end_ids(config.get("eos_token_id") if told is None else told), *ends]))
-            GenerationConfig(eos_token_id=every if every[1:] else every[0] if every else None, bos_token_id=config.get("bos_token_id"),
+            ends = model.generation_config.eos_token_id    # of a model that ends turns with another token, both
+            GenerationConfig(eos_token_id=config.get("eos_token_id") if ends is None else ends, bos_token_id=config.get("bos_token_id"),
                              do_sample=False).save_pretrained(partial)
         for file in tokenizer.iterdir():
             if not of_a_model(file):

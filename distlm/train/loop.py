@@ -344,12 +344,12 @@ def export(recipe: Recipe, model: Any, weights: dict[str, torch.Tensor], folder:
     """Write the model, or an adapter's `weights` merged into the base in the precision of its checkpoint's files, and the adapter alone
     beside it. The val_loss of a model that was trained through a rounded base is not the export's, and is named so."""
     spec, tokenizer = recipe.spec, manifest_of(recipe).tokenizer
-    ends = answer_ends(recipe)
     if spec.adapter is None:
-        export_model(model, weights, tokenizer, folder, lineage, ends=ends)
+        export_model(model, weights, tokenizer, folder, lineage)
         return
     source, config = str(spec.model.source), model_config(spec.model, recipe.shape, spec.regularization.dropout)
     whole = load_model(source, f"model.from: {source}", stored_dtype(Path(source)), config)
+    end_at_answers(whole, recipe)
     add_adapter(whole, spec.adapter, spec.seed)
     weights = {name: value.float() for name, value in weights.items()}
     put_adapter(whole, weights)
@@ -359,18 +359,15 @@ def export(recipe: Recipe, model: Any, weights: dict[str, torch.Tensor], folder:
         merge(whole)
 
     held = {"base_held_in": spec.adapter.base, "val_loss": None, "val_loss_as_held": lineage["val_loss"]} if spec.adapter.base else {}
-    export_model(whole, None, tokenizer, folder, {**lineage, "base": source, "base_hash": base_hash(source), **held}, adapter, ends)
+    export_model(whole, None, tokenizer, folder, {**lineage, "base": source, "base_hash": base_hash(source), **held}, adapter)
 
 
 def end_at_answers(model: Any, recipe: Recipe) -> None:
-    """Let completions of prompts stop where those of the export do."""
-    if ends := answer_ends(recipe):
-        model.generation_config.eos_token_id = [*dict.fromkeys([*end_ids(model.generation_config.eos_token_id), *ends])]
-
-
-def answer_ends(recipe: Recipe) -> list[int]:
-    """Tokens that end an answer, by the templates of all corpora."""
-    return [end for corpus in recipe.corpora for end in read_manifest(corpus).ends]
+    """Let what the model says end at the tokens that end an answer by the templates of all corpora, too: completions of prompts, and those
+    of the export."""
+    known = end_ids(model.generation_config.eos_token_id)
+    if new := dict.fromkeys(end for corpus in recipe.corpora for end in read_manifest(corpus).ends if end not in known):
+        model.generation_config.eos_token_id = [*known, *new]
 
 
 def export_lineage(recipe: Recipe, folder: RunFolder) -> dict[str, Any]:

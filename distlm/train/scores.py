@@ -14,6 +14,9 @@ from distlm.train.totals import calibration_error, reliability, tally
 
 SCORES = ("accuracy", "precision_macro", "recall_macro", "f1_macro", "precision_micro", "recall_micro", "f1_micro", "roc_auc")
 """What is measured, but for what is confused with what; `roc_auc` alone may not be there."""
+LANGUAGE = ("loss", "perplexity", "bits_per_byte", "accuracy", "ece", "tokens")
+LABELS = ("loss", *SCORES, "ece", "documents")
+"""What an evaluation of a language model comes to, and of a classifier."""
 MAX_CONFUSION = 64
 """A matrix of more classes is not made: in its place stand the MOST_CONFUSED."""
 MOST_CONFUSED = 40

@@ -43,7 +43,7 @@ from tests.corpus.test_tokenizer import make
 from tests.records import Records
 from tests.serve.test_torch_engine import collect
 from tests.serve.test_torch_engine import run as served
-from tests.train.ranks import spec
+from tests.train.ranks import run_ranks, spec
 
 Run = Callable[..., dict[str, Any]]
 CONTEXT = 64
@@ -277,9 +277,10 @@ def test_what_ends_an_answer_ends_it_when_the_export_is_served_and_so_does_an_ad
         model.transformer.ln_f.weight.zero_()
         model.transformer.ln_f.bias.fill_(1)
         model.transformer.wte.weight[5] = 1
-    export(recipe, model, model.state_dict(), tmp_path / "export", {"val_loss": None})
     base = tmp_path / "base"
     export_model(model, None, manifest.tokenizer, base, {})
+    end_at_answers(model, recipe)
+    export(recipe, model, model.state_dict(), tmp_path / "export", {"val_loss": None})
     assert [read_json(folder / "generation_config.json")["eos_token_id"] for folder in (tmp_path / "export", base)] == [[0, 5], 0]
     tuned = make_recipe(spec(manifest.path, objective="sft", model={"from": str(base)}, adapter={"rank": 2}, evaluate={}, checkpoint={}),
                         Storage(tmp_path))
@@ -302,6 +303,12 @@ def test_what_ends_an_answer_ends_it_when_the_export_is_served_and_so_does_an_ad
     old = {**manifest.data, "conversations": {key: value for key, value in manifest.data["conversations"].items() if key != "end_id"}}
     (manifest.path / "manifest.json").write_text(json.dumps({**old, "hash": body_hash(old)}))
     assert read_manifest(manifest.path).ends == (), "a corpus from before the manifest told"
+
+
+def test_a_run_on_conversations_exports_what_ends_an_answer(run: Run, chats: Path, tmp_path: Path) -> None:
+    corpus = run(chats, **KEYS | {"tokenizer": {"train": "bytes", "special_tokens": NAMES, "chat_template": CHATML}})[""]
+    run_ranks({tmp_path / "run": spec(corpus, objective="sft", duration={"steps": 1}, schedule={}, evaluate={}, checkpoint={})})
+    assert read_json(tmp_path / "run" / "export" / "generation_config.json")["eos_token_id"] == [0, 5]
 
 
 def test_a_given_tokenizer_takes_the_template_of_the_spec_to_whoever_reads_the_corpus_or_the_export(run: Run, chats: Path,
