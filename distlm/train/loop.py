@@ -365,9 +365,9 @@ def export(recipe: Recipe, model: Any, weights: dict[str, torch.Tensor], folder:
 def end_at_answers(model: Any, recipe: Recipe) -> None:
     """Let what the model says end at the tokens that end an answer by the templates of all corpora, too: completions of prompts, and those
     of the export."""
-    known = end_ids(model.generation_config.eos_token_id)
-    if new := dict.fromkeys(end for corpus in recipe.corpora for end in read_manifest(corpus).ends if end not in known):
-        model.generation_config.eos_token_id = [*known, *new]
+    if ends := [end for corpus in recipe.corpora for end in read_manifest(corpus).ends]:     # a classifier's corpora have none
+        every = [*dict.fromkeys([*end_ids(model.generation_config.eos_token_id), *ends])]
+        model.generation_config.eos_token_id = every if every[1:] else every[0]
 
 
 def export_lineage(recipe: Recipe, folder: RunFolder) -> dict[str, Any]:
