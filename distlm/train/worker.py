@@ -1,9 +1,12 @@
 """One rank of a run inside Ray Train: finds its device and its part of the stream, then runs the loop."""
 
+import itertools
 import os
 import socket
 import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -35,8 +38,6 @@ def work(config: dict[str, Task]) -> None:
     import torch
 
     from distlm.corpus.stream import ordered_steps
-    from distlm.runs import RunFolder
-    from distlm.train.loop import fit
 
     task = config["task"]
     recipe, context = task.recipe, ray.train.get_context()
@@ -47,12 +48,34 @@ def work(config: dict[str, Task]) -> None:
     steps: Iterator[NDArray[np.int64]] = iter(())
     if task.first_step < recipe.num_steps:                 # else only the export is left to be made
         batches = ray.train.get_dataset_shard("train").iter_batches(batch_size=plan.piece, batch_format="numpy", prefetch_batches=2)
-        steps = ordered_steps(batches, plan, rank, task.first_step)
+        steps = begun(ordered_steps(batches, plan, rank, task.first_step))
+    # the stream's processes start while these load
+    from distlm.runs import RunFolder
+    from distlm.train.loop import fit
+
     device = ray.train.torch.get_device()
     look = (StepProfile(task.folder / "profile", rank, device.type == "cuda") if task.look == "profile" else
             DryRun(task.folder / FOLDER, rank, recipe.held) if task.look else None)
     fit(recipe, RunFolder(task.folder), steps, rank=rank, device=device, first_step=task.first_step, resume_from=task.resume_from,
         look=look)
+
+
+def begun(steps: Iterator[NDArray[np.int64]]) -> Iterator[NDArray[np.int64]]:
+    """The same steps, of which the first is asked for now, on a thread of its own. What that raises the first `next` raises."""
+    first: Future[list[NDArray[np.int64]]] = Future()
+
+    def ask() -> None:
+        try:
+            first.set_result([*itertools.islice(steps, 1)])
+        except BaseException as error:
+            first.set_exception(error)
+
+    def in_order() -> Iterator[NDArray[np.int64]]:
+        yield from first.result()
+        yield from steps
+
+    threading.Thread(target=ask, daemon=True, name="first-step").start()
+    return in_order()
 
 
 def worker_log(folder: Path, rank: int) -> Path:
