@@ -79,7 +79,7 @@ def test_the_losses_are_those_of_a_loop_written_by_hand(corpus: Path, one_worker
     assert expected[-1] < expected[0] - 0.5
 
 
-@pytest.mark.parametrize("names", [             # test_resume.py goes on at every stage, and test_driver.py after kills under zero2
+@pytest.mark.parametrize("names", [             # test_resume.py goes on at every stage, test_quickstart.py after a kill under zero2
     pytest.param(("zero3", "bf16-zero2"), id="some"),
     pytest.param(("zero0", "zero1", "zero2", "bf16-zero0"), id="others", marks=pytest.mark.slow)])
 def test_a_killed_run_goes_on_bit_equal_and_sees_each_window_once(corpus: Path, undisturbed: Path, names: tuple[str, ...],
