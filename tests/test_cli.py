@@ -298,6 +298,7 @@ def test_an_interrupt_says_which_endpoints_go_on_and_how_to_stop_them(kind, tmp_
     assert capsys.readouterr().err.splitlines() == [*go_on, "ask goes on at http://127.0.0.1:1/ask/v1: `distlm stop ask` ends it"]
 
 
+@pytest.mark.slow                                          # tests/test_submit.py has logs of such a job, and a run of one within a cluster
 def test_logs_shows_the_progress_of_a_job_that_was_not_submitted(distlm, tmp_path):
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("words " * 1000)

@@ -4,9 +4,11 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import httpx
@@ -16,15 +18,19 @@ import yaml
 from distlm import cluster, execute, head
 from distlm.runs import RunFolder
 from distlm.serve.client import healthy
+from distlm.spec import load_spec
 from distlm.storage import Storage, read_json
+from distlm.train.determinism import ENVIRONMENT
 from tests.records import Records
+from tests.train.ranks import losses, run_ranks
+from tests.train.test_driver import steps_done, wait_for, workers
 
 TRAIN: dict[str, Any] = {"corpus": "${prepare}", "model": {"preset": "llama-tiny"}, "batch": {"global_sequences": 4},
                          "evaluate": {"every_steps": 4, "max_windows": 4}, "scale": {"threads_per_worker": 1}}
 
 
 @pytest.mark.timeout(900)
-def test_a_pipeline_prepares_tunes_trains_and_serves_and_a_rerun_does_nothing_again(tmp_path: Path) -> None:
+def test_a_pipeline_prepares_tunes_trains_past_a_killed_worker_and_serves_and_a_rerun_does_nothing_again(tmp_path: Path) -> None:
     storage = Storage(tmp_path / "storage")
     texts = tmp_path / "texts"
     texts.mkdir()
@@ -34,26 +40,46 @@ def test_a_pipeline_prepares_tunes_trains_and_serves_and_a_rerun_does_nothing_ag
         "prepare": {"kind": "prepare", "sources": [str(texts)], "context": 32, "tokenizer": {"train": "bytes"},
                     "split": {"val_fraction": 0.2}},
         "tune": {"kind": "tune", "train": {**TRAIN, "duration": {"steps": 6}}, "space": {"optimizer.lr": {"grid": [3e-3]}}},
-        "train": {**TRAIN, "kind": "train", "duration": {"steps": 10}, "optimizer": {"lr": "${tune.best.optimizer.lr}"},
+        "train": {**TRAIN, "kind": "train", "duration": {"steps": 60}, "optimizer": {"lr": "${tune.best.optimizer.lr}"},
+                  "evaluate": {"every_steps": 20, "max_windows": 4}, "checkpoint": {"every_steps": 10}, "deterministic": True,
                   "scale": {"workers": 2, "threads_per_worker": 1}, "sharding": {"zero": 2}},
-        "evaluate": {"kind": "evaluate", "model": "${train}", "corpus": "${prepare}", "windows": 4, "prompts": ["1 is"], "max_tokens": 4},
         "serve": {"kind": "serve", "model": "${train}", "port": 0},
-        "ask": {"kind": "evaluate", "endpoint": "${serve}", "corpus": "${prepare}", "windows": 4}}
+        "evaluate": {"kind": "evaluate", "endpoint": "${serve}", "corpus": "${prepare}", "windows": 4, "prompts": ["1 is"],
+                     "max_tokens": 4}}
     given = {"kind": "pipeline", "name": "whole", "prompt": "1 is followed by", "steps": steps}
-    shown, again = Records(), Records()
+    shown, again, train, killed = Records(), Records(), RunFolder(storage.run("whole-train")), list[dict[str, str]]()
+
+    def kill() -> None:
+        wait_for(lambda: steps_done(train.path) >= 15, "step 15", 600)
+        victim = workers()[-1]
+        killed.append(victim.environ())
+        victim.send_signal(signal.SIGKILL)
+
+    killer = Thread(target=kill, daemon=True)
+    killer.start()
     with cluster.connect(tmp_path / "driver.log", storage=storage):
         made = execute.run(given, storage=storage, progress=shown)
+        killer.join()
         repeated = execute.run(given, storage=storage, progress=again)
         curl = next(text for text in shown.notes if text.startswith("curl "))
         answer = json.loads(subprocess.run(["bash", "-c", curl], capture_output=True, text=True, check=True, timeout=120).stdout)
     assert made["tune.best.optimizer.lr"] == 3e-3 and made["train.val_loss"] < made["train.val_loss_first"]
-    assert RunFolder(storage.run("whole-train")).path.joinpath("spec.yaml").read_text().count("lr: 0.003") == 1
+    assert train.path.joinpath("spec.yaml").read_text().count("lr: 0.003") == 1
+    [environment] = killed                                 # the fault fired
+    assert {name: environment[name] for name in ENVIRONMENT} == ENVIRONMENT, "before anything was loaded"
+    assert [event["cause"] for event in train.events() if event["state"] == "note" and event["cause"]] == ["worker_died"]
+    began = [int(event["message"].removeprefix("from step ")) for event in train.events() if event["state"] == "running"]
+    assert began[0] == 0 and began[1] in range(10, 60, 10), "from a checkpoint"
+    undisturbed: Any = load_spec(train.path / "spec.yaml").spec
+    run_ranks({tmp_path / "undisturbed": undisturbed})     # by plain processes: what Ray adds must not show
+    assert losses(train.path) == losses(tmp_path / "undisturbed")
+    ours, theirs = ((run / "export" / "model.safetensors").read_bytes() for run in (train.path, tmp_path / "undisturbed"))
+    assert ours == theirs
     [table] = [record for record in shown.records if record["distlm"] == "table" and record["title"] == "result"]
     rows = {(row[0], row[1]): row[2] for row in table["rows"]}
     assert rows["prepare", "documents"] == "20" and rows["tune", "best"] == "optimizer.lr = 0.003" and "->" in rows["train", "loss"]
     assert rows["serve", "url"] == made["serve.url"] and shlex.split(curl)[1].startswith(made["serve.url"])
     assert made["evaluate.loss"] == pytest.approx(made["train.val_loss"], abs=0.02)    # which bfloat16 has computed
-    assert made["ask.loss"] == pytest.approx(made["evaluate.loss"], abs=1e-5) and made["ask.accuracy"] == made["evaluate.accuracy"]
     assert rows["evaluate", "loss"] == f"{made['evaluate.loss']:.4f}" and made["evaluate.samples"][0]["prompt"] == "1 is"
     assert isinstance(answer["choices"][0]["text"], str) and answer["usage"]["prompt_tokens"] == len("1 is followed by")
     assert any("completes:\n1 is followed by" in text for text in shown.notes)

@@ -107,8 +107,7 @@ def test_a_job_leaves_an_export_a_page_and_what_it_was_made_of(root: Path, stora
     assert ["method", "int8_weight_only, matrices 22"] in [[*row] for row in table["rows"]]
     again = execute.run(given, storage=storage, progress=Records(), resume=True)
     assert again == made
-    same = execute.run({"kind": "evaluate", "name": "after", "model": "small", "corpus": "text", "windows": 512}, storage=storage,
-                       progress=Records())
+    same = evaluated(evaluation(root, "corpora/text", made["export"], windows=512), storage)
     assert same["loss"] == made["loss"]
     next((folder.path / "export").glob("*.safetensors")).unlink()
     with pytest.raises(DistlmError, match="is missing"):

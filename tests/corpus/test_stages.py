@@ -245,8 +245,8 @@ def test_the_bytes_are_equal_with_one_worker_and_several_and_on_other_partitions
     chats = tmp_path / "chats.jsonl"
     chats.write_text("".join(json.dumps(record) + "\n" for record in records()))
     said = [run(chats, "said", workers=1, **CONVERSATIONS)]
-    monkeypatch.setattr(curate, "PARTITION_BYTES", 1000)   # more partitions, and more tasks to read
-    monkeypatch.setattr(curate, "MAX_FILES_PER_TASK", 7)
+    monkeypatch.setattr(curate, "PARTITION_BYTES", 2500)   # more partitions, and more tasks to read
+    monkeypatch.setattr(curate, "MAX_FILES_PER_TASK", 20)
     second = run(sources(many)[::-1], "several", workers=workers, **keys(many))
     said.append(run(chats, "said-again", workers=workers, **CONVERSATIONS))
     for results in ((whole, second), said):

@@ -193,7 +193,7 @@ def test_an_error_on_the_way_back_does_not_hide_the_first(fake: FakeServe, tmp_p
     assert "could not be taken down: Serve's controller has died" in shown.notes[-1]
 
 
-def test_an_endpoint_from_start_to_end_on_ray_serve(cluster: None, storage: Storage, torn: str) -> None:
+def test_an_endpoint_from_start_to_end_on_ray_serve_and_a_classifier_beside_it(cluster: None, storage: Storage, torn: str) -> None:
     with pytest.raises(ClusterError, match="100 replicas"):
         deploy.serve(*endpoint(storage, replicas=100))
     with socket.create_server(("127.0.0.1", 0)) as other, pytest.raises(ServeError, match="is taken"):
@@ -240,13 +240,13 @@ def test_an_endpoint_from_start_to_end_on_ray_serve(cluster: None, storage: Stor
     assert deploy.serve(*endpoint(storage, max_tokens=3)) == outputs and (folder / "api_key").read_text().strip() == key
     assert client.completions.create(model="py", prompt=ids, temperature=0).usage.completion_tokens == 3, "replaced, with the key it had"
 
-    other = deploy.serve(*endpoint(storage, name="second", model=str(storage.run("tiny"))))
-    assert other["url"] == f"{base}/second/v1" and "".join(query(other["url"], (storage.endpoint("second") / "api_key").read_text().strip(),
-                                                                "x", 2)) is not None
-    assert httpx.get(f"{base}/second/v1/models").status_code == 401
+    made = make_classifier(storage.run("sorted") / "export")
+    other = deploy.serve(*endpoint(storage, name="sorter", model=str(storage.run("sorted"))))
+    assert other["url"] == f"{base}/sorter/v1" and httpx.get(f"{base}/sorter/v1/models").status_code == 401
+    classifies(other, made, storage)
     with pytest.raises(ServeError, match="a cluster has one address"):
         deploy.serve(*endpoint(storage, name="third", port=1))
-    deploy.undeploy("second", storage)
+    deploy.undeploy("sorter", storage)
 
     *given, _ = endpoint(storage, name="ended")
     with pytest.raises(KeyboardInterrupt):
@@ -373,22 +373,18 @@ def leave(base: str, key: str, body: dict[str, Any]) -> None:
         httpx.post(f"{base}/v1/completions", json=body, headers={"Authorization": f"Bearer {key}"}, timeout=0.3)
 
 
-def test_a_classifier_is_served_on_ray_serve(cluster: None, storage: Storage) -> None:
-    made = make_classifier(storage.run("sorted") / "export")
-    outputs = deploy.serve(*endpoint(storage, name="sorter", model="sorted"))
-    try:
-        assert outputs["classifier"] is True
-        wanted = classified(made, "the cat sat")
-        text = summary.ask(outputs, "the cat sat")
-        assert text.split(", ") == [f"{name} {chance:.3f}" for chance, name in sorted(
-            zip(wanted, ("ham", "spam", "eggs"), strict=True), reverse=True)]
-        [found] = endpoints.classify("sorter", ["the cat sat"], storage=storage)
-        assert endpoints.serves_classifier("sorter", storage) and [*found["probabilities"].values()] == pytest.approx(wanted, abs=1e-6)
-        assert "/v1/classify -H" in summary.curl(outputs, "the cat sat")
-        with pytest.raises(ServeError, match="'sorter' is a classifier and completes no text; use /v1/classify"):
-            list(query(outputs["url"], Path(outputs["api_key_file"]).read_text().strip(), "hi", 4))
-    finally:
-        deploy.undeploy("sorter", storage)
+def classifies(outputs: dict[str, Any], made: Path, storage: Storage) -> None:
+    """The endpoint `sorter` of the classifier in the folder `made`."""
+    assert outputs["classifier"] is True
+    wanted = classified(made, "the cat sat")
+    text = summary.ask(outputs, "the cat sat")
+    assert text.split(", ") == [f"{name} {chance:.3f}" for chance, name in sorted(
+        zip(wanted, ("ham", "spam", "eggs"), strict=True), reverse=True)]
+    [found] = endpoints.classify("sorter", ["the cat sat"], storage=storage)
+    assert endpoints.serves_classifier("sorter", storage) and [*found["probabilities"].values()] == pytest.approx(wanted, abs=1e-6)
+    assert "/v1/classify -H" in summary.curl(outputs, "the cat sat")
+    with pytest.raises(ServeError, match="'sorter' is a classifier and completes no text; use /v1/classify"):
+        list(query(outputs["url"], Path(outputs["api_key_file"]).read_text().strip(), "hi", 4))
 
 
 def again(storage: Storage, **fields: Any) -> dict[str, Any]:

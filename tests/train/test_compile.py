@@ -21,8 +21,8 @@ compiler = pytest.mark.skipif(not shutil.which("g++") and not shutil.which("clan
 
 @compiler
 def test_compiled_layers_give_the_same_losses(tmp_path: Path) -> None:
-    corpus = make_corpus(tmp_path / "c")
-    short = {"duration": {"steps": 8}}
+    corpus = make_corpus(tmp_path / "c", val=0)            # an evaluation would be compiled too
+    short = {"duration": {"steps": 8}, "evaluate": {}, "checkpoint": {}}
     run_ranks({tmp_path / "eager": spec(corpus, **short), tmp_path / "compiled": spec(corpus, compile=True, **short)})
     assert losses(tmp_path / "compiled") != losses(tmp_path / "eager"), "nothing was compiled"
     np.testing.assert_allclose(losses(tmp_path / "compiled"), losses(tmp_path / "eager"), rtol=1e-6)
@@ -32,7 +32,7 @@ def test_compiled_layers_give_the_same_losses(tmp_path: Path) -> None:
 @pytest.mark.parametrize("gradient", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_layer_is_named_whose_output_or_gradient_is_not_finite(tmp_path: Path, gradient: bool) -> None:
     run = tmp_path / "run"
-    given = spec(make_corpus(tmp_path / "c"), compile=True)
+    given = spec(make_corpus(tmp_path / "c", val=0), compile=True, evaluate={}, checkpoint={})
     output = run_ranks({run: given}, poison={"window": 46, "module": "model.layers.1.mlp.down_proj", "gradient": gradient})
     [(what, name, cause)] = re.findall(r"rank 0 ended: .*, first in the (output|gradient) of (\S+), samples .* \[(.*)\]", output)
     assert (what, cause) == ("gradient" if gradient else "output", "nonfinite_loss")

@@ -10,7 +10,9 @@ import torch
 
 from distlm.corpus.stream import Windows
 from distlm.model.attention import use_cpu_attention
-from tests.train.ranks import losses, losses_by_hand, make_corpus, metrics, run_ranks, spec, windows_seen
+from distlm.spec import TrainSpec
+from tests.train.ranks import losses, losses_by_hand, make_corpus, metrics, run_ranks, windows_seen
+from tests.train.ranks import spec as any_spec
 
 SHARDED = {"zero": 3, "deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}}}
 """So that small parameters are sharded too, which DeepSpeed else keeps whole."""
@@ -21,9 +23,14 @@ CASES = {"zero0": {"sharding": {"zero": 0}}, "zero1": {"sharding": {"zero": 1}},
 TWO = {"workers": 2}
 
 
+def spec(corpus: Path, **sections: object) -> TrainSpec:
+    """Ten steps of twelve windows."""
+    return any_spec(corpus, **{"duration": {"steps": 10}, "evaluate": {"every_steps": 5}, "checkpoint": {"every_steps": 3}, **sections})
+
+
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_corpus(tmp_path_factory.mktemp("corpus") / "c")
+    return make_corpus(tmp_path_factory.mktemp("corpus") / "c", windows=(10, 9, 5))
 
 
 @pytest.fixture(scope="module")
@@ -72,14 +79,14 @@ def test_the_losses_are_those_of_a_loop_written_by_hand(corpus: Path, one_worker
     assert expected[-1] < expected[0] - 0.5
 
 
-@pytest.mark.parametrize("names", [             # test_resume.py goes on at every stage, and test_driver.py after kills under zero2
+@pytest.mark.parametrize("names", [             # test_resume.py goes on at every stage, test_quickstart.py after a kill under zero2
     pytest.param(("zero3", "bf16-zero2"), id="some"),
     pytest.param(("zero0", "zero1", "zero2", "bf16-zero0"), id="others", marks=pytest.mark.slow)])
 def test_a_killed_run_goes_on_bit_equal_and_sees_each_window_once(corpus: Path, undisturbed: Path, names: tuple[str, ...],
                                                                   tmp_path: Path) -> None:
     runs = {tmp_path / name: spec(corpus, scale=TWO, **CASES[name]) for name in names}
     for run, given in runs.items():
-        run_ranks({run: given}, kill_before_step=13)
+        run_ranks({run: given}, kill_before_step=8)
         assert not (run / "export").exists()
     run_ranks(runs)
     for run in runs:
@@ -90,7 +97,7 @@ def test_a_killed_run_goes_on_bit_equal_and_sees_each_window_once(corpus: Path, 
         ours, theirs = ((path / "export" / "model.safetensors").read_bytes() for path in (run, again))
         assert ours == theirs, run.name
         counted = [n for numbers in windows_seen(run).values() for n in numbers]
-        assert len(counted) == 20 * 12 and all(counted.count(n) == 240 // 48 for n in range(48)), "each of 48 windows five times"
+        assert len(counted) == 10 * 12 and all(counted.count(n) == 120 // 24 for n in range(24)), "each of 24 windows five times"
 
 
 @pytest.mark.parametrize("name", ["zero0", "zero3", "bf16-zero2"])
@@ -113,4 +120,4 @@ def test_the_export_is_the_model_that_was_trained(corpus: Path, undisturbed: Pat
         tolerance = 1e-5 if exact or model.dtype == torch.float32 else 3e-4
         assert loss == pytest.approx(metrics(undisturbed / name)[-1]["val_loss"], rel=tolerance)
     lineage = json.loads((folder / "distlm.json").read_text())
-    assert lineage["run"] == name and lineage["checkpoint"] == "step-000020" and len(lineage["corpus_hash"]) == 64
+    assert lineage["run"] == name and lineage["checkpoint"] == "step-000010" and len(lineage["corpus_hash"]) == 64

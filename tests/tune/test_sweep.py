@@ -25,6 +25,7 @@ from distlm.spec import TrainSpec, TuneSpec, load_spec
 from distlm.spec.presets import PRESETS
 from distlm.storage import Storage, read_json, write_json
 from distlm.train import checkpoint
+from tests.corpus.made import Doc, make
 from tests.records import Records
 
 TRAIN: dict[str, Any] = {"corpus": "c", "model": {"preset": "llama-tiny"}, "duration": {"steps": 12}, "precision": "fp32",
@@ -44,12 +45,9 @@ KEPT_BY_DATA = ("_StatsActor", "_AutoscalingCoordinatorActor", "AutoscalingReque
 @pytest.fixture(scope="module")
 def storage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Storage]:
     root = Storage(tmp_path_factory.mktemp("storage"))
-    (root.root / "texts").mkdir()
-    for i in range(12):
-        (root.root / "texts" / f"{i}.txt").write_text(f"{i} is followed by {i + 1}, and that by {i + 2}. " * 40)
+    make(root.corpus("c"), [Doc(f"{i} is followed by {i + 1}, and that by {i + 2}. " * 40, split="val" if i % 5 == 4 else "train")
+                            for i in range(12)], context=32, shard_windows=1000)
     with cluster.connect(root.root / "driver.log", storage=root):
-        execute.run({"kind": "prepare", "name": "c", "sources": [str(root.root / "texts")], "context": 32, "tokenizer": {"train": "bytes"},
-                     "split": {"val_fraction": 0.2}}, storage=root, progress=Records())
         yield root
 
 
