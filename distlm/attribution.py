@@ -15,6 +15,7 @@ import jinja2
 
 from distlm.errors import InputError
 from distlm.model.build import check_servable, has_classifier, labels_of, load_model
+from distlm.model.encoder import Frame, check_frame, is_encoder, read_frame, room
 from distlm.model.find import check_whole, find_model
 from distlm.model.reading import Reading, recorded_reading
 from distlm.serve.text import HALF_PAIR, has_half_pair
@@ -80,7 +81,7 @@ def explain(model: str, text: str, *, target: str | None = None, steps: int = ST
     of the next token after `text`, or of a classifier's label; the likeliest one unless `target` names another.
 
     The path leads over input embeddings, from the mean of all tokens' in every place, at the midpoints of `steps` equal parts, in float32.
-    (From zero it would not do, nor from a padding token, which often is zero: a model that begins with a norm sees the same direction all
+    Special tokens around a text that an encoder reads stay as they are. (From zero it would not do, nor from a padding token, which often is zero: a model that begins with a norm sees the same direction all
     the way.) `model` is a run by name or path, or a folder that transformers loads. Raises InputError."""
     import torch
     from transformers import AutoTokenizer
@@ -99,7 +100,11 @@ def explain(model: str, text: str, *, target: str | None = None, steps: int = ST
         check_servable(network.config, str(folder))
         labels = labels_of(network.config)
         reading = recorded_reading(folder)                 # as its endpoint reads it
-    context = getattr(network.config.get_text_config(), "max_position_embeddings", None)
+    frame, context = Frame(), getattr(network.config.get_text_config(), "max_position_embeddings", None)
+    if is_encoder(network.config):
+        frame = read_frame(folder)
+        check_frame(network.config, frame, str(folder))
+        context = room(network.config, frame)
     ids, pieces, truncated = _tokens(tokenizer, reading.cleaned(text), reading.cut_tokens, context)
     several = network.config.problem_type == "multi_label_classification"
 
@@ -110,11 +115,19 @@ def explain(model: str, text: str, *, target: str | None = None, steps: int = ST
 
     embed = network.get_input_embeddings()
     given = embed(ids)
-    here = _forward(network, log_probs, given[None])[0]
+    before, behind = (embed(torch.tensor(each, dtype=torch.long)) for each in frame)
+
+    def forward(points: "torch.Tensor") -> "torch.Tensor":
+        """float[n, tokens, width] to float[n, any]; what stands around the text stays as it is."""
+        rows = torch.cat([before.expand(len(points), -1, -1), points, behind.expand(len(points), -1, -1)], 1)
+        cache = {} if frame.size else {"use_cache": False}
+        return log_probs(network(inputs_embeds=rows, attention_mask=torch.ones(rows.shape[:2], dtype=torch.long), **cache).logits)
+
+    here = forward(given[None])[0]
     chosen = int(here.argmax()) if target is None else _label(labels, target) if labels else _token(tokenizer, target)
     base = embed(torch.arange(embed.num_embeddings)).mean(0).expand_as(given)
-    attributions = integrated_gradients(lambda points: _forward(network, log_probs, points)[:, chosen], base, given, steps)
-    added = float(here[chosen] - _forward(network, log_probs, base[None])[0, chosen])
+    attributions = integrated_gradients(lambda points: forward(points)[:, chosen], base, given, steps)
+    added = float(here[chosen] - forward(base[None])[0, chosen])
     surprisals = [None] * len(ids) if labels else [None, *_surprisal(network, ids)]
     return Explanation(str(folder), labels[chosen] if labels else tokenizer.decode([chosen]), float(here[chosen].exp()),
                        tuple(TokenFacts(*each) for each in zip(pieces, surprisals, attributions.tolist(), strict=True)), added, steps,
@@ -150,12 +163,6 @@ def write_page(found: Explanation, file: Path) -> None:
         attributed=[(_visible(one.text), round(80 * abs(one.attribution) / strongest), f"{one.attribution:+.3f} nats", one.attribution < 0)
                     for one in found.tokens])
     write_atomic(file, page.encode("utf-8", "replace"))
-
-
-def _forward(network: Any, log_probs: "Callable[[torch.Tensor], torch.Tensor]", points: "torch.Tensor") -> "torch.Tensor":
-    import torch
-
-    return log_probs(network(inputs_embeds=points, attention_mask=torch.ones(points.shape[:2], dtype=torch.long), use_cache=False).logits)
 
 
 def _surprisal(network: Any, ids: "torch.Tensor") -> list[float]:

@@ -165,15 +165,16 @@ def _given(source: Path) -> tuple[tokenizers.Tokenizer, str]:
         tokenizer = tokenizers.Tokenizer.from_file(str(source / "tokenizer.json"))
     except Exception as error:                             # the library raises bare Exception
         raise InputError(f"tokenizer.json cannot be read: {error}", where=where, remedy="save the tokenizer again") from None
-    end: Any = None
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        if end is None and (source / name).is_file():
+    told = dict[str, Any]()
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (source / name).is_file():
             try:
-                end = json.loads((source / name).read_text(encoding="utf-8")).get("eos_token")
+                told |= {key: value for key, value in json.loads((source / name).read_text(encoding="utf-8")).items() if value is not None}
             except (ValueError, AttributeError) as error:
                 raise InputError(f"{name} cannot be read: {error}", where=where, remedy="save the tokenizer again") from None
+    known = next((token for token in (END, "</s>") if tokenizer.token_to_id(token) is not None), None)
+    end = told.get("eos_token") or known or told.get("sep_token")                          # the last is what encoders have
     end = end["content"] if isinstance(end, dict) else end
-    end = end or next((token for token in (END, "</s>") if tokenizer.token_to_id(token) is not None), None)
     if end is None or tokenizer.token_to_id(end) is None:
         raise InputError("the tokenizer has no end token", where=where, remedy='give "eos_token" in its tokenizer_config.json')
     return tokenizer, end

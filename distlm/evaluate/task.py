@@ -23,6 +23,7 @@ from distlm.evaluate.tasks import check_answers
 from distlm.model.build import (
     Shape,
     check_counts,
+    check_predicts,
     check_tells_labels,
     checkpoint_config,
     has_classifier,
@@ -31,6 +32,7 @@ from distlm.model.build import (
     settle_kind,
     skeleton,
 )
+from distlm.model.encoder import Frame, is_encoder, read_frame
 from distlm.model.find import find_model
 from distlm.model.vocabulary import vocabulary_hash
 from distlm.spec import EvaluateSpec
@@ -183,6 +185,7 @@ def make_task(spec: EvaluateSpec, storage: Storage) -> Task:
     model = find_model(spec.model, storage)
     config = read_config(model, where := f"model: {model}")
     if not has_classifier(config):
+        check_predicts(config, where)
         check_model(model, manifests, any(part.mask_documents for part in parts))
         return task
     check_tells_labels(config, where)
@@ -260,8 +263,10 @@ def with_labels(task: Task, manifests: Sequence[Manifest], names: Sequence[str],
 def check_model(folder: Path, manifests: list[Manifest], masked: bool) -> None:
     """Raises InputError where a model cannot read the windows of a corpus, and SpecError where it cannot keep documents apart."""
     for manifest in manifests:
-        config = checkpoint_config(folder, Shape(manifest.vocab_size, manifest.context, manifest.eos_id), "model")
-        check_tokenizer(folder, manifest, "model")
+        frame = read_frame(manifest.tokenizer) if manifest.labels else Frame()
+        shape = Shape(manifest.vocab_size, manifest.context, manifest.eos_id, manifest.labels, frame=frame)
+        config = checkpoint_config(folder, shape, "model")
+        check_tokenizer(folder, manifest, "model", is_encoder(config))
     if masked:
         from distlm.model.documents import check_family
 

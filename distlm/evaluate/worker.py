@@ -77,13 +77,19 @@ class Worker:
         import torch
 
         from distlm.model.build import give_padding
+        from distlm.model.encoder import is_encoder, read_frame
         from distlm.model.loss import ClassifierLoss
 
-        documents, own = self.reader.labelled(batch), self.model.config.get_text_config().pad_token_id
-        padding = documents.end if own is None else own
-        give_padding(self.model.config, padding)
-        tokens = np.where(np.arange(documents.tokens.shape[1]) < documents.lengths[:, None], documents.tokens, padding)
-        module = ClassifierLoss(self.model, self.task.multiple_labels, None).eval()
+        documents = self.reader.labelled(batch)
+        tokens, framed = documents.tokens, ()
+        if is_encoder(self.model.config):
+            framed = read_frame(Path(documents.part.corpus) / "tokenizer"), documents.end
+        else:
+            own = self.model.config.get_text_config().pad_token_id
+            padding = documents.end if own is None else own
+            give_padding(self.model.config, padding)
+            tokens = np.where(np.arange(tokens.shape[1]) < documents.lengths[:, None], tokens, padding)
+        module = ClassifierLoss(self.model, self.task.multiple_labels, None, *framed).eval()
         with torch.inference_mode():
             module(*(torch.from_numpy(one).to(self.device) for one in (tokens, documents.labels)))
         assert module.observed is not None

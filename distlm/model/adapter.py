@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 from distlm.errors import SpecError
-from distlm.model.build import HEAD, last_line, skeleton
+from distlm.model.build import HEAD, head_names, last_line, skeleton
+from distlm.model.encoder import is_encoder
 from distlm.spec.adapter import Adapter
 
 if TYPE_CHECKING:
@@ -26,12 +27,11 @@ if TYPE_CHECKING:
 
 NAME = "default"
 """peft's own name for an adapter of which there is one."""
-HEAD_LAYER = HEAD.removesuffix(".weight")
 
 
 def add_adapter(model: "PreTrainedModel", adapter: Adapter, seed: int, compiled: bool = False) -> None:
-    """Put an adapter that changes nothing yet into the model, which then has it alone to train; a classifier's last layer, which may be
-    drawn at random, is trained whole beside it. A is drawn from `seed`. `compiled`: the model's layers will be. Raises SpecError where peft
+    """Put an adapter that changes nothing yet into the model, which then has it alone to train; a classifier's head, which may be drawn at
+    random, is trained whole beside it. A is drawn from `seed`. `compiled`: the model's layers will be. Raises SpecError where peft
     is not installed, no module is the target, or one that cannot be: that layer, or one whose matrix is another's too; and what
     `check_dora` raises."""
     if importlib.util.find_spec("peft") is None:
@@ -41,6 +41,8 @@ def add_adapter(model: "PreTrainedModel", adapter: Adapter, seed: int, compiled:
 
     options: dict[str, Any] = {"lora_alpha": adapter.alpha, "target_modules": adapter.target_modules,
                                "task_type": "SEQ_CLS" if model.config.problem_type else "CAUSAL_LM"}
+    if is_encoder(model.config):                           # heads of several layers
+        options["exclude_modules"] = [name.rpartition(".")[0] for name in sorted(head_names(model)) if name.endswith(".weight")]
     shared = _shared(model)
     config = LoraConfig(r=adapter.rank, lora_dropout=adapter.dropout, use_dora=adapter.method == "dora", **options)
     with torch.random.fork_rng(devices=[]):
@@ -58,10 +60,12 @@ def add_adapter(model: "PreTrainedModel", adapter: Adapter, seed: int, compiled:
         raise SpecError(f"the matrix of {tied[0]} is that of {shared[tied[0]]} too, which merging would change with it",
                         where="adapter.target_modules", remedy="name other layers")
     if model.config.problem_type:
-        if HEAD not in dict(model.named_parameters()):
-            raise SpecError(f"the last layer of a classifier, {HEAD_LAYER}, is trained whole", where="adapter.target_modules",
-                            remedy="name other layers")
-        model.get_parameter(HEAD).requires_grad_(True)
+        head = head_names(model)
+        if not head <= dict(model.named_parameters()).keys():
+            raise SpecError(f"the last layer of a classifier, {HEAD.removesuffix('.weight')}, is trained whole",
+                            where="adapter.target_modules", remedy="name other layers")
+        for name in head:
+            model.get_parameter(name).requires_grad_(True)
     if adapter.method == "dora" and compiled:
         _let_dora_compile()
 
@@ -124,7 +128,7 @@ def put_adapter(model: "PreTrainedModel", weights: "dict[str, torch.Tensor]") ->
 
 def merge(model: "PreTrainedModel") -> None:
     """Add the adapter to the matrices that it changes, and take it out. With an adapter in float32 a sum is made in float32, and rounded
-    once to what the matrix is held in, as is the last layer of a classifier."""
+    once to what the matrix is held in, as is the head of a classifier."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for name, module in list(model.named_modules()):
@@ -133,21 +137,25 @@ def merge(model: "PreTrainedModel") -> None:
             model.set_submodule(name, module.get_base_layer())
     if model.config.problem_type:
         embeddings: Any = model.get_input_embeddings()
-        model.get_submodule(HEAD_LAYER).to(embeddings.weight.dtype)
+        for name in head_names(model):
+            parameter = model.get_parameter(name)
+            parameter.data = parameter.data.to(embeddings.weight.dtype)
     vars(model).pop("peft_config", None)
 
 
 def save_adapter(model: "PreTrainedModel", weights: "dict[str, torch.Tensor]", source: str, folder: Path) -> None:
     """Write an adapter's `weights`, by their names in the model that has it, as peft does: adapter_config.json and
-    adapter_model.safetensors. The last layer of a classifier is among them."""
+    adapter_model.safetensors. The head of a classifier is among them."""
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True)
     config: Any = model.peft_config[NAME]
     config.base_model_name_or_path, config.inference_mode = source, True
-    head = {HEAD: weights[HEAD]} if HEAD in weights else {}
-    config.modules_to_save = [HEAD_LAYER] if head else None
+    head = {name: weights[name] for name in sorted(head_names(model) & weights.keys())} if model.config.problem_type else {}
+    base = f"{model.base_model_prefix}."
+    config.modules_to_save = sorted({name.removeprefix(base).partition(".")[0] for name in head}) or None
+    config.exclude_modules = None                          # which is for where they are put
     config.save_pretrained(str(folder))
     found = {**get_peft_model_state_dict(model, state_dict=weights, adapter_name=NAME), **head}
     save_file({f"base_model.model.{name}": value.contiguous() for name, value in found.items()}, folder / "adapter_model.safetensors",

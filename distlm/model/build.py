@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from distlm.errors import InputError, SpecError
+from distlm.model.encoder import FAMILIES as ENCODERS
+from distlm.model.encoder import Frame, check_frame, is_encoder, room
 from distlm.model.find import check_loadable, check_whole
 from distlm.model.mup import check_mup, scale_weights
 from distlm.spec.load import nearest
@@ -26,10 +28,10 @@ if TYPE_CHECKING:
 
 DROPOUTS = ("attention_dropout", "hidden_dropout", "residual_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout",
             "activation_dropout", "layerdrop", "hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout_prob",
-            "classifier_dropout")
+            "embedding_dropout", "mlp_dropout", "pooler_dropout", "seq_classif_dropout", "classifier_dropout_prob", "classifier_dropout")
 """Every family's names for it. All are 0 unless the configuration says otherwise."""
 NO_ACTIVATIONS = ("layerdrop", "classifier_dropout")
-"""Those that leave out whole layers, or that no language model reads."""
+"""Those that leave out whole layers, or that no causal model reads."""
 COMMON = ("vocab_size", "max_position_embeddings", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "attn_implementation")
 """Keys that every family takes."""
 HEAD = "score.weight"
@@ -53,6 +55,8 @@ class Shape:
     """Of a classifier, by their numbers; none for a language model."""
     multiple_labels: bool = False
     """Whether a document may have any number of labels."""
+    frame: Frame = Frame()
+    """What stands around a text that an encoder reads."""
 
 
 def model_config(spec: ModelSpec, shape: Shape, dropout: float | None = None) -> "PreTrainedConfig":
@@ -66,7 +70,8 @@ def model_config(spec: ModelSpec, shape: Shape, dropout: float | None = None) ->
     if spec.mup:
         check_mup(config)
     if dropout is not None:
-        names = [name for name in DROPOUTS if name not in NO_ACTIVATIONS and hasattr(config, name)]
+        left = NO_ACTIVATIONS[:1] if is_encoder(config) else NO_ACTIVATIONS
+        names = [name for name in DROPOUTS if name not in left and hasattr(config, name)]
         if dropout and not names:
             raise SpecError(f"the {config.model_type} family has no dropout", where="regularization.dropout", remedy="leave it out")
         if given := [name for name in names if name in (spec.config or {})]:
@@ -77,8 +82,8 @@ def model_config(spec: ModelSpec, shape: Shape, dropout: float | None = None) ->
 
 
 def _give_labels(config: Any, shape: Shape, spec: ModelSpec) -> None:
-    """Make it that of a classifier whose padding is the end token, or of a language model. Raises InputError for the checkpoint of a
-    classifier where a language model is trained, or one that tells other labels apart."""
+    """Make it that of a classifier, whose padding is the end token unless it is an encoder, or of a language model. Raises InputError for
+    the checkpoint of a classifier where a language model is trained, or one that tells other labels apart."""
     if not shape.labels:
         if spec.source is not None and has_classifier(config):
             raise InputError(f"the checkpoint is a classifier of {', '.join(map(str, config.id2label.values()))}, and predicts no tokens",
@@ -99,7 +104,8 @@ def _give_labels(config: Any, shape: Shape, spec: ModelSpec) -> None:
     config.id2label = dict(enumerate(shape.labels))
     config.label2id = {name: number for number, name in config.id2label.items()}
     config.problem_type = kind
-    give_padding(config, shape.eos_id)
+    if not is_encoder(config):
+        give_padding(config, shape.eos_id)
 
 
 def labels_of(config: Any) -> list[str]:
@@ -118,6 +124,13 @@ def check_counts(kind: str | None, multiple: bool, where: str, remedy: str) -> N
 def give_padding(config: Any, token: int) -> None:
     """Let a classifier take this token for padding: it reads the last token of a text that is another."""
     config.pad_token_id = config.get_text_config().pad_token_id = token
+
+
+def check_predicts(config: "PreTrainedConfig", where: str, more: str = "") -> None:
+    """Raises InputError for the configuration of an encoder that is no classifier."""
+    if is_encoder(config) and not has_classifier(config):
+        raise InputError(f"the checkpoint is an encoder of the {config.model_type} family: it sees the tokens that it would predict",
+                         where=where, remedy=f"take a causal family such as llama, qwen3 or gpt2{more}")
 
 
 def has_classifier(config: "PreTrainedConfig") -> bool:
@@ -152,9 +165,11 @@ def check_servable(config: Any, where: str) -> None:
 
 
 def check_served(folder: Path) -> None:
-    """`check_servable` of a folder, where it holds a classifier."""
+    """Raises InputError for a folder with an encoder that is no classifier, and what `check_servable` does for a classifier."""
+    config = read_config(folder, where := f"model: {folder}")
+    check_predicts(config, where)
     if is_classifier(folder):
-        check_servable(read_config(folder, where := f"model: {folder}"), where)
+        check_servable(config, where)
 
 
 def settle_kind(config: "PreTrainedConfig") -> None:
@@ -172,7 +187,7 @@ def _auto_class(config: "PreTrainedConfig") -> Any:
 def _new_config(spec: ModelSpec, shape: Shape) -> "PreTrainedConfig":
     from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING, AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     values = dict(PRESETS[spec.preset] if spec.preset is not None else spec.config or {})
     family = str(values.pop("model_type"))
@@ -199,9 +214,14 @@ def _new_config(spec: ModelSpec, shape: Shape) -> "PreTrainedConfig":
     if getattr(config, "output_router_logits", False):
         raise SpecError("the router's auxiliary loss is not a part of the training loss", where="model.config.output_router_logits",
                         remedy="leave it out")
-    if family in MODEL_FOR_MASKED_LM_MAPPING_NAMES and getattr(config, "is_decoder", True) is False:
-        raise SpecError(f"{family} is an encoder: it sees the tokens that it is to predict", where="model.config.is_decoder",
-                        remedy="set is_decoder: true, or take a causal family such as llama")
+    if is_encoder(config):
+        causal = hasattr(config, "is_decoder") and family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        if shape.labels:
+            raise SpecError(f"{family} is an encoder, and one with random weights knows no language that labels could be told by",
+                            where="model.config.model_type", remedy="name a checkpoint of it with model.from")
+        raise SpecError(f"{family} is an encoder: it sees the tokens that it is to predict",
+                        where=f"model.config.{'is_decoder' if causal else 'model_type'}",
+                        remedy="set is_decoder: true, or take a causal family such as llama" if causal else CAUSAL_REMEDY)
     for key, value in (("vocab_size", shape.vocab_size), ("max_position_embeddings", shape.context)):
         if getattr(config, key, value) < value:
             raise SpecError(f"{getattr(config, key)} is less than the corpus needs, {value}", where=f"model.config.{key}",
@@ -219,11 +239,17 @@ def checkpoint_config(folder: Path, shape: Shape, key: str = "model.from", longe
     if config.vocab_size < shape.vocab_size:
         raise InputError(f"the checkpoint has {config.vocab_size} tokens and the corpus {shape.vocab_size}", where=where,
                          remedy=f"prepare the corpus with tokenizer: {{from: {folder}}}")
-    longest = getattr(config, "max_position_embeddings", None)
+    longest, framed = getattr(config, "max_position_embeddings", None), False
+    if not shape.labels:
+        check_predicts(config, where, ", or set objective: classify" * (key == "model.from"))
+    elif framed := is_encoder(config):
+        check_frame(config, shape.frame, where)
+        longest = room(config, shape.frame)
     short = longest is not None and longest < shape.context
-    if short and not longer:
-        more = f", or set model.context: {shape.context} where its positions are rotary" if key == "model.from" else ""
-        raise InputError(f"the checkpoint takes {longest} tokens of context and the corpus has windows of {shape.context}", where=where,
+    if short and (framed or not longer):
+        more = f", or set model.context: {shape.context} where its positions are rotary" if key == "model.from" and not framed else ""
+        beside = f" beside {shape.frame.size} special ones" if framed else " of context"
+        raise InputError(f"the checkpoint takes {longest} tokens{beside} and the corpus has windows of {shape.context}", where=where,
                          remedy=f"prepare the corpus with context: {longest}{more}")
     check_loadable(folder, key)
     if short:
@@ -305,15 +331,15 @@ def load_model(source: str | Path, where: str, dtype: "torch.dtype | None", conf
     """The model of a checkpoint, in the precision that it is stored in where `dtype` is None, with `nf4` as `model/nf4.py` has it. To a GPU
     each weight is copied by itself, and rounded there: neither it nor the CPU ever holds them all as they were. Raises InputError, which
     says `where`, for one that does not hold every weight of the model: the rest would be drawn at random. Unless `exact` it may hold more.
-    Where `config` is a classifier's and the checkpoint a language model's, the last layer is drawn at random in the place of the other."""
+    Where `config` is a classifier's and the checkpoint a language model's, the head is drawn at random in the place of the other."""
     from safetensors import SafetensorError
 
     of = read_config(source, where)
     if config is None:
         config = of
+        check_predicts(config, where)
         settle_kind(config)
     loader: Any = _auto_class(config)
-    head, replaced = ({HEAD}, LM_HEADS) if config.problem_type and not has_classifier(of) else (set(), frozenset())
     remedy = "copy the checkpoint again, or mend its config.json"
     options: dict[str, Any] = {}
     if nf4 or (device and device.type != "cpu"):
@@ -328,8 +354,12 @@ def load_model(source: str | Path, where: str, dtype: "torch.dtype | None", conf
                                                output_loading_info=True, **options)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise InputError(f"transformers cannot load the weights: {last_line(error)}", where=where, remedy=remedy) from None
-    for what, names in (("has no weights for", set(report["missing_keys"]) - head), ("has other shapes for", report["mismatched_keys"]),
-                        ("has weights that the model has not:", set(report["unexpected_keys"]) - replaced if exact else ())):
+    missing, more = set(report["missing_keys"]), set(report["unexpected_keys"])
+    if config.problem_type and not has_classifier(of):
+        missing -= head_names(model)
+        more = {name for name in more if not _is_replaced(name, model)}
+    for what, names in (("has no weights for", missing), ("has other shapes for", report["mismatched_keys"]),
+                        ("has weights that the model has not:", more if exact else ())):
         if names:
             first = sorted(map(str, names))[:3]
             raise InputError(f"the checkpoint {what} {', '.join(first)}{f' and {len(names) - 3} more' if len(names) > 3 else ''}",
@@ -341,6 +371,23 @@ def load_model(source: str | Path, where: str, dtype: "torch.dtype | None", conf
 
         use_kernels(model)
     return cast("PreTrainedModel", model)
+
+
+def head_names(model: "PreTrainedModel") -> set[str]:
+    """The parameters of a classifier that a language model of the family need not have; of an encoder the pooler, which reads its first
+    token, is among them."""
+    if not is_encoder(model.config):
+        return {HEAD}
+    base = f"{model.base_model_prefix}."
+    return {name for name, _ in model.named_parameters() if not name.startswith(base) or name.startswith(f"{base}pooler.")}
+
+
+def _is_replaced(name: str, model: "PreTrainedModel") -> bool:
+    """Whether a weight of a language model's checkpoint is of what a classifier has another in place of, or computes."""
+    if not is_encoder(model.config):
+        return name in LM_HEADS
+    base = f"{model.base_model_prefix}."
+    return not name.startswith(base) or name.startswith(f"{base}pooler.") or name.endswith(".position_ids")
 
 
 def precision_dtype(precision: str) -> "torch.dtype":
@@ -377,7 +424,12 @@ def skeleton(config: "PreTrainedConfig") -> "PreTrainedModel":
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
     from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as CLASSIFIERS
 
-    if config.model_type not in CAUSAL:                    # transformers would list all that are
+    if encoder := is_encoder(config):
+        if not config.problem_type or config.model_type not in ENCODERS:
+            raise SpecError(f"{config.model_type} is an encoder" + (", and none whose classifiers are known to read a text alone as beside "
+                            "others" if config.problem_type else ": it sees the tokens that it would predict"), where="model",
+                            remedy=f"take one of {', '.join(ENCODERS)}" if config.problem_type else CAUSAL_REMEDY)
+    elif config.model_type not in CAUSAL:                  # transformers would list all that are
         raise SpecError(f"{config.model_type} is no causal language model", where="model", remedy=CAUSAL_REMEDY)
     what = "classifier" if config.problem_type else "causal language model"
     try:
@@ -386,7 +438,7 @@ def skeleton(config: "PreTrainedConfig") -> "PreTrainedModel":
         with torch.device("meta"):
             model: PreTrainedModel = _auto_class(config).from_config(copy.deepcopy(config))
             model.tie_weights()
-        if config.problem_type and HEAD not in dict(model.named_parameters()):
+        if config.problem_type and not encoder and HEAD not in dict(model.named_parameters()):
             raise ValueError(f"that of the family {config.model_type} is not a layer behind the last token")
     except (ValueError, TypeError, KeyError, AttributeError, AssertionError, RuntimeError, ImportError) as error:
         raise SpecError(f"no {what} can be built from it: {last_line(error)}", where="model") from None

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distlm.errors import DistlmError
+from distlm.model.encoder import is_encoder
 from distlm.storage import read_json, write_json, writing
 
 if TYPE_CHECKING:
@@ -45,7 +46,8 @@ def export_model(model: "PreTrainedModel", weights: dict[str, "torch.Tensor"] | 
             if not of_a_model(file):
                 shutil.copy2(file, partial / file.name)
         settings = partial / "tokenizer_config.json"
-        if model.config.problem_type and settings.is_file() and (given := read_json(settings)).get("eos_token"):
+        padded = model.config.problem_type and not is_encoder(model.config)                # an encoder's padding is its tokenizer's
+        if padded and settings.is_file() and (given := read_json(settings)).get("eos_token"):
             write_json(settings, {**given, "pad_token": given["eos_token"]})           # texts that are classified together are padded
         write_json(partial / "distlm.json", lineage)
         shutil.rmtree(folder, ignore_errors=True)

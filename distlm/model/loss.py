@@ -9,6 +9,8 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from distlm.model.encoder import Frame, lengths_of
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -154,25 +156,36 @@ class LossHead(nn.Module):
 class ClassifierLoss(nn.Module):
     """Wraps a sequence classifier; its forward pass is the loss."""
 
-    def __init__(self, model: "PreTrainedModel", multiple: bool, weights: torch.Tensor | None) -> None:
+    def __init__(self, model: "PreTrainedModel", multiple: bool, weights: torch.Tensor | None, frame: Frame | None = None,
+                 end: int | None = None) -> None:
+        """`frame`: of an encoder, what stands around a text, and `end`, with which texts are filled up that it is given; a causal model
+        knows its padding."""
         super().__init__()
-        self.model, self.multiple = model, multiple
+        self.model, self.multiple, self.frame, self.end = model, multiple, frame, end
         self.weights = weights                             # no buffer, which the engine would round to bf16
         self.observed: torch.Tensor | None = None
 
     def forward(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """The sum over all sequences of weight x -log p(label), or of the mean over labels of the binary cross-entropy, a float32 scalar in
         nats. tokens: int64[batch, context], labels: as `LabelledBatch` has them."""
-        logits = self.model(input_ids=tokens[:, :self._used(tokens)], use_cache=False, return_dict=True).logits.float()
+        logits = self.model(**self._inputs(tokens), return_dict=True).logits.float()
         if not self.training:
             self.observed = torch.cat([labels.float(), logits], 1)
         return label_loss(logits, labels, self.multiple, None if self.weights is None else self.weights.to(logits.device))
 
-    def _used(self, tokens: torch.Tensor) -> int:
+    def _inputs(self, tokens: torch.Tensor) -> dict[str, Any]:
         """Tokens up to the last that is no padding, rounded up."""
-        filled = (tokens != self.model.config.pad_token_id).any(0)
-        used = int((torch.arange(1, len(filled) + 1, device=tokens.device) * filled).amax())
-        return min(len(filled), max(TRIM_TOKENS, -(-used // TRIM_TOKENS) * TRIM_TOKENS))
+        padding: int = self.model.config.pad_token_id
+        if self.frame is not None:
+            assert self.end is not None
+            return self.frame.inputs(tokens, lengths_of(tokens, self.end), padding)
+        used = int(lengths_of(tokens, padding).amax())
+        return {"input_ids": tokens[:, :trimmed(used, tokens.shape[1])], "use_cache": False}
+
+
+def trimmed(used: int, most: int) -> int:
+    """The width of rows of which so many tokens are used: rounded up, that there are few widths."""
+    return min(most, -(-used // TRIM_TOKENS) * TRIM_TOKENS)
 
 
 def label_loss(logits: torch.Tensor, labels: torch.Tensor, multiple: bool, weights: torch.Tensor | None = None) -> torch.Tensor:

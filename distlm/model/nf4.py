@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from distlm.errors import InputError, SpecError
 from distlm.model.build import skeleton
+from distlm.model.encoder import is_encoder
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +25,7 @@ BITSANDBYTES = "pip install 'distlm[qlora]'"
 
 def check_nf4(config: "PreTrainedConfig") -> None:
     """Raises SpecError where bitsandbytes is not installed, the family's weights are no matrices, or its linear layers are of a kind of
-    their own, as falcon's are, which transformers leaves whole."""
+    their own, as falcon's are, which transformers leaves whole, and for an encoder."""
     import torch
     from transformers.pytorch_utils import Conv1D
 
@@ -32,6 +33,8 @@ def check_nf4(config: "PreTrainedConfig") -> None:
 
     if importlib.util.find_spec("bitsandbytes") is None:
         raise SpecError("the package bitsandbytes is not installed", where="adapter.base", remedy=BITSANDBYTES)
+    if is_encoder(config):
+        raise SpecError("only causal models are held in 4 bits, and this is an encoder", where="adapter.base", remedy="leave it out")
     model = skeleton(config)
     try:
         check_matrices(model)

@@ -217,6 +217,9 @@ async def classified_tokens(engine: Classifier, text: str | list[int]) -> tuple[
         ids = whole[:engine.cut_tokens]
     else:
         ids = whole = known_tokens(engine, text, "input")
+        if engine.before and tuple(ids[:len(engine.before)]) == engine.before:
+            raise Refused(400, "input: the tokens begin with the special ones that the endpoint itself puts around a text; leave them out",
+                          param="input")
     if not ids:
         raise Refused(400, "input: an empty text has no label", param="input")
     if len(ids) > engine.context:

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 
 from distlm.errors import out_of_memory
 from distlm.model.build import check_servable, labels_of, load_model
+from distlm.model.encoder import check_frame, is_encoder, read_frame, room
 from distlm.model.reading import recorded_reading
 from distlm.model.vocabulary import vocabulary_hash
 from distlm.serve.engine import EngineFailed, EngineFull, NoMemory, NotFinite
@@ -39,7 +40,12 @@ class TorchClassifier:
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         config = self.model.config
         check_servable(config, str(folder))
-        self.context, self.vocabulary = context_of(config), int(self.model.get_input_embeddings().num_embeddings)
+        self.frame = read_frame(Path(folder)) if is_encoder(config) else None
+        if self.frame is not None:
+            check_frame(config, self.frame, str(folder))
+        self.before = self.frame.before if self.frame else ()
+        self.context = context_of(config) if self.frame is None else room(config, self.frame)
+        self.vocabulary = int(self.model.get_input_embeddings().num_embeddings)
         self.vocabulary_hash = vocabulary_hash(Path(folder))
         self.labels = labels_of(config)
         self.reading = recorded_reading(Path(folder))
@@ -107,7 +113,10 @@ class TorchClassifier:
             tokens = torch.full((len(rows), longest), self.pad, device=self.device)
             for row, i in enumerate(rows):
                 tokens[row, :len(texts[i])] = torch.tensor(list(texts[i]), device=self.device)
-            logits = self.model(input_ids=tokens, use_cache=False).logits.double()
+            lengths = torch.tensor([len(texts[i]) for i in rows], device=self.device)
+            inputs: dict[str, Any] = {"input_ids": tokens, "use_cache": False} if self.frame is None else \
+                self.frame.inputs(tokens, lengths, self.pad)
+            logits = self.model(**inputs).logits.double()
             if not logits.isfinite().all():
                 raise NotFinite("the classifier's logits are not finite",
                                 remedy="its weights may be damaged, or too large for its dtype: try dtype: fp32")

@@ -96,6 +96,8 @@ class Classifier(Protocol):
     """Whether a text may have any number of labels."""
     cut_tokens: int | None
     """Tokens to which documents were cut, and longer texts are; None where these are refused."""
+    before: tuple[int, ...]
+    """Special tokens that the engine puts before a text; none where it puts none around it."""
 
     def encode(self, text: str) -> list[int]:
         """The tokens that a document of this text was trained on as: cleaned as that was, and without special tokens."""

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from distlm.model.adapter import add_adapter
 from distlm.model.attention import KEPT_WIDTHS, causal_attention, keeps, kept_probabilities
 from distlm.model.build import Shape, decoder_layers, skeleton
+from distlm.model.encoder import is_encoder
 from distlm.model.tensor import divide
 from distlm.spec.adapter import Adapter
 
@@ -69,7 +70,7 @@ def measure_activations(config: "PreTrainedConfig", shape: Shape, precision: str
     """What autograd keeps of a sequence, counted in a forward pass, and what there is at once in the backward pass after it.
 
     Attention is counted as it is done: on CPU `causal_attention` keeps queries, and keys and values repeated for each head, and of short
-    sequences the probabilities; a GPU's fused kernel keeps the first three as they are. Where the family's code needs values, and so cannot
+    sequences the probabilities; a GPU's fused kernel, and PyTorch's own of an encoder, keeps the first three as they are. Where the family's code needs values, and so cannot
     run there, it is Korthikanti et al. 2022, equation 2, without the scores, which no fused kernel keeps: 34 bytes a token and unit of
     width, at two bytes a number. Where only its backward pass cannot run there, or would take long, a layer takes `BACKWARD` times what it
     keeps on its way back. `sequence`: ranks that have a part of a sequence each, and in attention all tokens of a part of the heads, with
@@ -90,7 +91,7 @@ def measure_activations(config: "PreTrainedConfig", shape: Shape, precision: str
         if compiled:
             _attend_with_gradient(model, on_gpu)
         else:
-            _count_attention(model, on_gpu, sequence, packed)
+            _count_attention(model, on_gpu or is_encoder(config), sequence, packed)
     layers = decoder_layers(model)
     lives = _Lifetimes(model.parameters(), len(layers))
     unlimited: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()

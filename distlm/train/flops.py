@@ -8,6 +8,7 @@ import os
 import time
 from typing import Any
 
+from distlm.model.encoder import is_encoder
 from distlm.spec.gpus import find_gpu
 
 
@@ -35,7 +36,8 @@ def attention_flops(config: Any, context: int) -> float:
     """Operations of a token in attention's own products, forward and backward: 6 h (q + v) for each key that a token sees on average and
     each layer, with h heads whose queries have q numbers and values v: 12 h q, where both are alike. Causal, a token sees half of the
     `context`; the half that is masked does not count. With a sliding window of w < context tokens it sees w - w² / 2 context, in chunks of
-    w tokens w / 2. Layers of another kind, such as recurrent ones, have no such products."""
+    w tokens w / 2. In an encoder it sees what stands behind it too. Layers of another kind, such as recurrent ones, have no such
+    products."""
     text = config.get_text_config()
     heads = getattr(text, "num_attention_heads", None) or 0
     width = getattr(text, "head_dim", None) or (text.hidden_size // heads if heads else 0)
@@ -48,12 +50,12 @@ def keys_seen(config: Any, context: int) -> list[float]:
     text = config.get_text_config()
     window = getattr(text, "sliding_window", None)
     kinds = getattr(text, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * text.num_hidden_layers
-    seen = []
+    seen, sides = [], 2 if is_encoder(config) else 1
     for kind in kinds:
         width = window if "sliding" in kind else getattr(text, "attention_chunk_size", None) if "chunked" in kind else None
         width = min(width or context, context)
         recurrent = "linear" in kind or not ("attention" in kind or kind == "hybrid")
-        seen.append(0.0 if recurrent else width / 2 if "chunked" in kind else width - width**2 / (2 * context))
+        seen.append(0.0 if recurrent else width / 2 if "chunked" in kind else sides * (width - width**2 / (2 * context)))
     return seen
 
 
@@ -67,14 +69,15 @@ def multiplied(config: Any, sizes: dict[str, int]) -> int:
 
     `sizes`: the elements of each parameter by name, tied ones once, as `model.build.parameter_sizes` has them."""
     text = config.get_text_config()
-    tied = bool(getattr(text, "tie_word_embeddings", False))
+    tied = bool(getattr(text, "tie_word_embeddings", False)) and not config.problem_type   # a classifier has no such last layer
     names = ("num_local_experts", "num_experts", "n_routed_experts")
     experts = next((getattr(text, name) for name in names if getattr(text, name, None)), 0)
     share = min(1.0, (getattr(text, "num_experts_per_tok", None) or experts) / experts) if experts else 1.0
     total = 0.0
     for name, size in sizes.items():
-        looked_up = name.endswith(("wpe.weight", "embed_positions.weight")) or (
-            not tied and name.endswith(("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")))
+        looked_up = name.endswith(("wpe.weight", "embed_positions.weight", "position_embeddings.weight", "token_type_embeddings.weight")) \
+            or (not tied and name.endswith(("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight",
+                                            "tok_embeddings.weight")))
         total += 0 if looked_up else size * (share if ".experts." in name else 1.0)
     return round(total)
 

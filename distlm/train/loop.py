@@ -33,6 +33,7 @@ from distlm.model.build import (
 )
 from distlm.model.complete import end_ids
 from distlm.model.documents import check_documents_apart
+from distlm.model.encoder import is_encoder
 from distlm.model.export import export_model, stored_dtype
 from distlm.model.float8 import use_float8
 from distlm.model.sequence import exchange_in_attention, sequence_group
@@ -93,7 +94,7 @@ def fit(recipe: Recipe, folder: RunFolder, steps: Iterator[NDArray[np.int64]], *
     end_at_answers(model, recipe)
     if spec.keep_zeros:
         keep_zeros(model)
-    if device.type == "cpu":
+    if device.type == "cpu" and not is_encoder(config):   # it is causal
         use_cpu_attention(model)
     if recipe.mask_documents and not blank:                # where rank 0 refuses, the others end with it
         check_documents_apart(model)

@@ -22,6 +22,7 @@ from distlm.model.adapter import adapter_sizes
 from distlm.model.attention import num_products
 from distlm.model.build import Shape, num_parameters, recomputable, skeleton
 from distlm.model.distill import teacher_config
+from distlm.model.encoder import is_encoder
 from distlm.model.loss import BLOCK_ELEMENTS, CHUNK_ELEMENTS, PLAIN_HEADS
 from distlm.model.nf4 import BITS, nf4_elements
 from distlm.model.tensor import divide
@@ -139,7 +140,8 @@ def make_load(spec: TrainSpec, config: "PreTrainedConfig", shape: Shape, paramet
               masked: bool = False, whole: bool = False) -> Load:
     """`parameters`: of the whole model, with its adapter. `whole`: as a dry run has it, whose pairs stand in windows and not in rows."""
     text, tensor, undivided = config.get_text_config(), spec.sharding.tensor_parallel, parameters
-    shape = replace(shape, context=shape.context // spec.sharding.sequence_parallel)
+    around = shape.frame.size if is_encoder(config) else 0
+    shape = replace(shape, context=(shape.context + around) // spec.sharding.sequence_parallel)
     if tensor > 1:
         parameters = sum(part.numel() for part in divide(skeleton(config), tensor).parameters())
     frozen = parameters - sum(adapter_sizes(config, spec.adapter).values()) if spec.adapter else 0

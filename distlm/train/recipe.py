@@ -19,6 +19,7 @@ from distlm.errors import InputError, SpecError
 from distlm.model.adapter import adapter_sizes, check_dora
 from distlm.model.build import Shape, model_config, parameter_sizes, recompute, skeleton
 from distlm.model.complete import check_prompts, encode_prompts
+from distlm.model.encoder import is_encoder, read_frame
 from distlm.model.find import check_torchao, find_model
 from distlm.model.float8 import check_float8
 from distlm.model.nf4 import check_nf4
@@ -211,7 +212,7 @@ def make_recipe(spec: TrainSpec, storage: Storage) -> Recipe:
     except Rule as rule:
         raise SpecError(str(rule), where=rule.key) from None
     if spec.model.source is not None:
-        check_tokenizer(Path(spec.model.source), manifest)
+        check_tokenizer(Path(spec.model.source), manifest, framed=is_encoder(config))
     padded = not shape.labels and any(one.best_fit for one in manifests)
     masked = padded if spec.batch.mask_documents is None else spec.batch.mask_documents
     if masked:
@@ -377,10 +378,12 @@ def find_corpus(name: str, storage: Storage, where: str = "corpus") -> Path:
     return folder
 
 
-def check_tokenizer(model: Path, manifest: Manifest, key: str = "model.from") -> None:
-    """Raises InputError where a checkpoint brings another tokenizer than the corpus's: its weights would read other tokens."""
+def check_tokenizer(model: Path, manifest: Manifest, key: str = "model.from", framed: bool = False) -> None:
+    """Raises InputError where a checkpoint brings another tokenizer than the corpus's: its weights would read other tokens. `framed`: also
+    where it puts other tokens around a text."""
     ours, theirs = manifest.tokenizer / "tokenizer.json", model / "tokenizer.json"
-    if theirs.is_file() and read_json(ours).get("model") != read_json(theirs).get("model"):
+    if theirs.is_file() and (read_json(ours).get("model") != read_json(theirs).get("model")
+                             or (framed and read_frame(manifest.tokenizer) != read_frame(model))):
         raise InputError(f"the tokenizer of the checkpoint is not that of the corpus {manifest.name}", where=f"{key}: {model}",
                          remedy=f"prepare the corpus with tokenizer: {{from: {model}}}")
 

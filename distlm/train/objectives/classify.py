@@ -1,7 +1,9 @@
-"""`objective: classify`: which labels a document has, by what the model has read at its last token.
+"""`objective: classify`: which labels a document has, by what a causal model has read at its last token, or an encoder, as its family
+does, at its first.
 
-The head is transformers' own: one linear layer over the hidden state of a document's last token. Padding is the end token, so that the one
-behind a document is padding too, and whoever asks the export need not put it there.
+The head is transformers' own: over a causal model one linear layer over the hidden state of a document's last token. Padding is then the
+end token, so that the one behind a document is padding too, and whoever asks the export need not put it there. How an encoder is given a
+document: `model/encoder.py`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,6 +16,7 @@ from distlm.corpus.folds import folded
 from distlm.corpus.manifest import Manifest, read_manifest
 from distlm.errors import SpecError
 from distlm.model.build import Shape
+from distlm.model.encoder import is_encoder, read_frame
 from distlm.spec.train import TrainSpec
 from distlm.train.objectives.metric import Metric
 from distlm.train.scores import SCORES, calibration, scores_of
@@ -54,7 +57,8 @@ def check(spec: TrainSpec, manifests: list[Manifest]) -> None:
 
 
 def shape(manifest: Manifest) -> Shape:
-    return Shape(manifest.vocab_size, manifest.context, manifest.eos_id, manifest.labels, manifest.multiple_labels)
+    return Shape(manifest.vocab_size, manifest.context, manifest.eos_id, manifest.labels, manifest.multiple_labels,
+                 read_frame(manifest.tokenizer))
 
 
 def begin(engine: Any, recipe: "Recipe", folder: "RunFolder", rank: int, device: "torch.device") -> None:
@@ -77,8 +81,9 @@ def module(model: "PreTrainedModel", recipe: "Recipe") -> "ClassifierLoss":
 
     from distlm.model.loss import ClassifierLoss
 
-    weights = class_weights(recipe)
-    return ClassifierLoss(model, recipe.shape.multiple_labels, None if weights is None else torch.from_numpy(weights))
+    weights, shape = class_weights(recipe), recipe.shape
+    return ClassifierLoss(model, shape.multiple_labels, None if weights is None else torch.from_numpy(weights),
+                          *((shape.frame, shape.eos_id) if is_encoder(model.config) else ()))
 
 
 def class_weights(recipe: "Recipe") -> NDArray[np.float32] | None:
