@@ -40,6 +40,8 @@ from distlm.train.zero import loss_scale
 Write = Callable[[Any, Path], None]
 SHARED_CAUSES = ("nonfinite_loss", "loss_spike", "bad_input")
 """Of errors that all ranks end with at the same step."""
+REMOVE_S = 10.0
+"""How long a rank tries to take away what it could not write."""
 
 
 @dataclass
@@ -196,8 +198,10 @@ class Saver:
             return False
         pending: list[Future[Any]] = [one for one in (*now.files, now.commit) if one and not one.done()]
         wait(pending, timeout=60)
-        if not (now.path / checkpoint.MARKER).exists():
-            shutil.rmtree(now.path, ignore_errors=True)    # another rank that still writes fails too
+        deadline = time.monotonic() + REMOVE_S
+        while not (now.path / checkpoint.MARKER).exists() and now.path.exists() and time.monotonic() < deadline:
+            shutil.rmtree(now.path, ignore_errors=True)    # not all goes where another rank begins a file meanwhile; its next one fails
+            time.sleep(0.02)
         return not now.path.exists()
 
     def _seal(self, now: Save, entries: list[dict[str, Any]]) -> None:
