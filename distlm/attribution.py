@@ -15,7 +15,7 @@ import jinja2
 
 from distlm.errors import InputError
 from distlm.model.build import check_servable, has_classifier, labels_of, load_model
-from distlm.model.encoder import Frame, check_frame, is_encoder, read_frame, room
+from distlm.model.encoder import UNFRAMED, check_frame, is_encoder, read_frame, room
 from distlm.model.find import check_whole, find_model
 from distlm.model.reading import Reading, recorded_reading
 from distlm.serve.text import HALF_PAIR, has_half_pair
@@ -81,7 +81,8 @@ def explain(model: str, text: str, *, target: str | None = None, steps: int = ST
     of the next token after `text`, or of a classifier's label; the likeliest one unless `target` names another.
 
     The path leads over input embeddings, from the mean of all tokens' in every place, at the midpoints of `steps` equal parts, in float32.
-    Special tokens around a text that an encoder reads stay as they are. (From zero it would not do, nor from a padding token, which often is zero: a model that begins with a norm sees the same direction all
+    Special tokens around a text that an encoder reads stay as they are. (From zero it would not do, nor from a padding token, which often
+    is zero: a model that begins with a norm sees the same direction all
     the way.) `model` is a run by name or path, or a folder that transformers loads. Raises InputError."""
     import torch
     from transformers import AutoTokenizer
@@ -100,7 +101,7 @@ def explain(model: str, text: str, *, target: str | None = None, steps: int = ST
         check_servable(network.config, str(folder))
         labels = labels_of(network.config)
         reading = recorded_reading(folder)                 # as its endpoint reads it
-    frame, context = Frame(), getattr(network.config.get_text_config(), "max_position_embeddings", None)
+    frame, context = UNFRAMED, getattr(network.config.get_text_config(), "max_position_embeddings", None)
     if is_encoder(network.config):
         frame = read_frame(folder)
         check_frame(network.config, frame, str(folder))

@@ -32,7 +32,7 @@ from distlm.model.build import (
     settle_kind,
     skeleton,
 )
-from distlm.model.encoder import Frame, is_encoder, read_frame
+from distlm.model.encoder import UNFRAMED, is_encoder, read_frame
 from distlm.model.find import find_model
 from distlm.model.vocabulary import vocabulary_hash
 from distlm.spec import EvaluateSpec
@@ -222,9 +222,11 @@ def read_corpora(spec: EvaluateSpec, storage: Storage) -> list[Manifest]:
 
 
 def check_generates(folder: Path) -> None:
-    """Raises InputError for a classifier."""
-    if has_classifier(read_config(folder, f"model: {folder}")):
-        raise InputError(NO_LANGUAGE_MODEL[0], where=f"model: {folder}", remedy=NO_LANGUAGE_MODEL[1])
+    """Raises InputError for a classifier and for an encoder."""
+    config = read_config(folder, where := f"model: {folder}")
+    check_predicts(config, where)
+    if has_classifier(config):
+        raise InputError(NO_LANGUAGE_MODEL[0], where=where, remedy=NO_LANGUAGE_MODEL[1])
 
 
 def check_classifier(spec: EvaluateSpec, manifests: Sequence[Manifest], where: str) -> None:
@@ -263,7 +265,7 @@ def with_labels(task: Task, manifests: Sequence[Manifest], names: Sequence[str],
 def check_model(folder: Path, manifests: list[Manifest], masked: bool) -> None:
     """Raises InputError where a model cannot read the windows of a corpus, and SpecError where it cannot keep documents apart."""
     for manifest in manifests:
-        frame = read_frame(manifest.tokenizer) if manifest.labels else Frame()
+        frame = read_frame(manifest.tokenizer) if manifest.labels else UNFRAMED
         shape = Shape(manifest.vocab_size, manifest.context, manifest.eos_id, manifest.labels, frame=frame)
         config = checkpoint_config(folder, shape, "model")
         check_tokenizer(folder, manifest, "model", is_encoder(config))

@@ -81,7 +81,7 @@ class Worker:
         from distlm.model.loss import ClassifierLoss
 
         documents = self.reader.labelled(batch)
-        tokens, framed = documents.tokens, ()
+        tokens, framed = documents.tokens, tuple[Any, ...]()
         if is_encoder(self.model.config):
             framed = read_frame(Path(documents.part.corpus) / "tokenizer"), documents.end
         else:

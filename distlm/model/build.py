@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from distlm.errors import InputError, SpecError
 from distlm.model.encoder import FAMILIES as ENCODERS
-from distlm.model.encoder import Frame, check_frame, is_encoder, room
+from distlm.model.encoder import UNFRAMED, Frame, check_frame, is_encoder, room
 from distlm.model.find import check_loadable, check_whole
 from distlm.model.mup import check_mup, scale_weights
 from distlm.spec.load import nearest
@@ -55,7 +55,7 @@ class Shape:
     """Of a classifier, by their numbers; none for a language model."""
     multiple_labels: bool = False
     """Whether a document may have any number of labels."""
-    frame: Frame = Frame()
+    frame: Frame = UNFRAMED
     """What stands around a text that an encoder reads."""
 
 

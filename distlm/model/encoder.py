@@ -1,9 +1,9 @@
 """Encoders that classify texts: which families, what stands around a text, and how texts stand beside each other.
 
-A text has a row of its own, as its tokenizer's post-processor writes it, `[CLS] text [SEP]`, and padding behind that, which attention leaves
-out. So no text sees another, and positions begin anew with each, as the family counts them; a corpus with labels has a window for each
-document anyhow. The head is the family's own, which reads the first token or what the checkpoint says: what was trained of it goes on, and
-AutoModelForSequenceClassification loads the export with nothing of ours.
+A text has a row of its own, as its tokenizer's post-processor writes it, `[CLS] text [SEP]`, and padding behind that, which
+attention leaves out. So no text sees another, and positions begin anew with each, as the family counts them; a corpus with labels has
+a window for each document anyhow. The head is the family's own, which reads the first token or what the checkpoint says: what was
+trained of it goes on, and AutoModelForSequenceClassification loads the export with nothing of ours.
 """
 
 from pathlib import Path
@@ -14,8 +14,8 @@ from distlm.errors import InputError
 if TYPE_CHECKING:
     import torch
 
-FAMILIES = ("albert", "bert", "camembert", "data2vec-text", "deberta", "deberta-v2", "distilbert", "electra", "ernie", "eurobert", "gte",
-            "megatron-bert", "mobilebert", "modernbert", "mpnet", "nomic_bert", "rembert", "roberta", "roberta-prelayernorm",
+FAMILIES = ("albert", "bert", "camembert", "data2vec-text", "deberta", "deberta-v2", "distilbert", "electra", "ernie", "eurobert",
+            "gte", "megatron-bert", "mobilebert", "modernbert", "mpnet", "nomic_bert", "rembert", "roberta", "roberta-prelayernorm",
             "roformer", "squeezebert", "xlm-roberta", "xlm-roberta-xl")
 """Those of which a test has that they read a text beside a longer one as they do alone, and how many tokens they take."""
 BEHIND_PADDING = frozenset({"camembert", "data2vec-text", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl"})
@@ -49,6 +49,9 @@ class Frame(NamedTuple):
         return {"input_ids": ids, "attention_mask": (places < ends + len(self.behind)).long()}
 
 
+UNFRAMED = Frame()
+
+
 def is_encoder(config: Any) -> bool:
     """Whether a model of this configuration sees all tokens of a text, and so predicts none."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
@@ -66,13 +69,13 @@ def read_frame(tokenizer: Path) -> Frame:
     made.no_padding()
     own, whole = (made.encode("a", add_special_tokens=framed).ids for framed in (False, True))
     at = next((i for i in range(len(whole) - len(own) + 1) if own and whole[i:i + len(own)] == own), None)
-    return Frame() if at is None else Frame(tuple(whole[:at]), tuple(whole[at + len(own):]))
+    return UNFRAMED if at is None else Frame(tuple(whole[:at]), tuple(whole[at + len(own):]))
 
 
 def room(config: Any, frame: Frame) -> int:
     """The tokens that a text may have, special ones not counted."""
-    most, padding = config.max_position_embeddings, 1 if config.model_type == "mpnet" else config.pad_token_id            # mpnet's is fixed
-    return int(most - frame.size - (padding + 1 if config.model_type in BEHIND_PADDING else 0))
+    padding = 1 if config.model_type == "mpnet" else config.pad_token_id       # whatever mpnet's config.json says
+    return int(config.max_position_embeddings - frame.size - (padding + 1 if config.model_type in BEHIND_PADDING else 0))
 
 
 def check_frame(config: Any, frame: Frame, where: str) -> None:

@@ -70,9 +70,10 @@ def measure_activations(config: "PreTrainedConfig", shape: Shape, precision: str
     """What autograd keeps of a sequence, counted in a forward pass, and what there is at once in the backward pass after it.
 
     Attention is counted as it is done: on CPU `causal_attention` keeps queries, and keys and values repeated for each head, and of short
-    sequences the probabilities; a GPU's fused kernel, and PyTorch's own of an encoder, keeps the first three as they are. Where the family's code needs values, and so cannot
-    run there, it is Korthikanti et al. 2022, equation 2, without the scores, which no fused kernel keeps: 34 bytes a token and unit of
-    width, at two bytes a number. Where only its backward pass cannot run there, or would take long, a layer takes `BACKWARD` times what it
+    sequences the probabilities; a GPU's fused kernel, and PyTorch's own of an encoder, keeps the first three as they are. Where the
+    family's code needs values, and so cannot run there, it is Korthikanti et al. 2022, equation 2, without the scores, which no fused
+    kernel keeps: 34 bytes a token and unit of width, at two bytes a number. Where only its backward pass cannot run there, or would take
+    long, a layer takes `BACKWARD` times what it
     keeps on its way back. `sequence`: ranks that have a part of a sequence each, and in attention all tokens of a part of the heads, with
     the mask of all tokens. `masked`: documents are kept apart, by a boolean mask for all layers, of which PyTorch's kernels make one of the
     scores' precision in each layer and keep that; eager attention is given one of these for all layers. `packed`: as many tokens may stand

@@ -11,7 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+from transformers import AutoTokenizer, BertTokenizerFast, RobertaTokenizerFast
 
+from distlm.corpus.bpe import byte_characters
 from distlm.corpus.conversations import Refused
 from distlm.corpus.inspect import documents, summary
 from distlm.corpus.labels import check_labels, labels_of, ordered
@@ -20,6 +23,7 @@ from distlm.corpus.stream import Plan, Windows, local_steps, ordered_steps
 from distlm.corpus.verify import verify
 from distlm.errors import CorpusError, InputError, SpecError
 from distlm.model.build import build_model, model_config
+from distlm.model.encoder import lengths_of, read_frame
 from distlm.model.export import export_model
 from distlm.runs import RunFolder
 from distlm.serve.api import classified_tokens
@@ -235,3 +239,36 @@ def test_a_rule_that_not_all_sources_have_is_applied_to_no_text_that_is_sent(run
     corpus = Path(run(sources, clean={"whitespace": "trim", "unicode": "NFKC"}, labels={"label_key": "kind"}, **BYTES)[""])
     assert common(read_manifest(corpus).cleaning) == {"unicode": "NFKC", "control_characters": "remove", "fix_encoding": False,
                                                       "whitespace": "keep", "redact": []}
+
+
+def encoders_tokenizer(folder: Path, family: str) -> Any:
+    """That of a family of encoders, of single characters."""
+    if family == "bert":
+        signs = [*map(chr, range(ord("!"), ord("A"))), *map(chr, range(ord("["), ord("~")))]
+        words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *signs, *(f"##{sign}" for sign in signs), "even", "odd"]
+        made: Any = BertTokenizerFast(vocab={word: i for i, word in enumerate(words)})
+    else:
+        words = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", *byte_characters()]
+        made = RobertaTokenizerFast(vocab={word: i for i, word in enumerate(words)}, merges=[])
+    made.save_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_an_encoder_reads_a_document_as_its_tokenizer_writes_and_cuts_the_text(family: str, run: Run, tmp_path: Path) -> None:
+    tokenizer = encoders_tokenizer(tmp_path / "encoder", family)
+    given = [{"text": f"{name} {'x' * (i % 20)} {i}", "label": name} for i in range(40) for name in ("even", "odd")]
+    given += [{"text": f"x {tokenizer.sep_token} {tokenizer.cls_token} y", "label": "odd"}]
+    result = run(write(tmp_path / "a.jsonl", given), labels={"too_long": "cut"}, tokenizer={"from": str(tmp_path / "encoder")},
+                 context=CONTEXT, split={"val_fraction": 0.25})
+    manifest = verify(Path(result[""]))
+    assert manifest.eos_id == tokenizer.sep_token_id and manifest.data["labels"]["cut_documents"] > 0
+    frame, found = read_frame(manifest.tokenizer), Counter[tuple[int, ...]]()
+    for split in ("train", "val"):
+        windows = Windows(manifest.path, split)
+        rows = torch.from_numpy(windows.read(*windows.first(len(windows)))[:, :CONTEXT].astype(np.int64))
+        inputs = frame.inputs(rows, lengths_of(rows, manifest.eos_id), tokenizer.pad_token_id)
+        found.update(tuple(row[mask > 0].tolist()) for row, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True))
+        assert all((row[mask == 0] == tokenizer.pad_token_id).all() for row, mask in zip(*inputs.values(), strict=True))
+    assert found == Counter(tuple(tokenizer(one["text"], truncation=True, max_length=CONTEXT + 2, split_special_tokens=True)["input_ids"])
+                            for one in given)

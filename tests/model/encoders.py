@@ -22,7 +22,8 @@ SIZES: dict[str, Any] = {
 
 def make_tokenizer(folder: Path) -> Path:
     """One of words, which puts [CLS] before a text and [SEP] behind it."""
-    tokenizer = Tokenizer(models.WordLevel({**{f"t{i}": i for i in range(WORDS)}, "[CLS]": CLS, "[SEP]": SEP, "[PAD]": PAD}, unk_token="t0"))
+    words = {f"t{i}": i for i in range(WORDS)}
+    tokenizer = Tokenizer(models.WordLevel({**words, "[CLS]": CLS, "[SEP]": SEP, "[PAD]": PAD}, unk_token="t0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.add_special_tokens([AddedToken(name, special=True) for name in ("[CLS]", "[SEP]", "[PAD]")])
     tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]",

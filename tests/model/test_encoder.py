@@ -70,8 +70,9 @@ def test_the_frame_is_what_the_tokenizers_post_processor_puts_around_a_text(tmp_
     assert read_frame(make_tokenizer(tmp_path)) == FRAME and FRAME.size == 2
 
 
-@pytest.mark.parametrize(("family", "loader"), [("bert", AutoModelForMaskedLM), ("roberta", AutoModel), ("modernbert", AutoModelForMaskedLM),
-                                                ("distilbert", AutoModelForMaskedLM), ("deberta-v2", AutoModel), ("electra", AutoModel)])
+@pytest.mark.parametrize(("family", "loader"), [
+    ("bert", AutoModelForMaskedLM), ("roberta", AutoModel), ("modernbert", AutoModelForMaskedLM), ("distilbert", AutoModelForMaskedLM),
+    ("deberta-v2", AutoModel), ("electra", AutoModel)])
 def test_what_a_checkpoint_knows_is_taken_and_its_head_is_drawn_from_the_seed(family: str, loader: Any, tmp_path: Path) -> None:
     spec = ModelSpec.model_validate({"from": str(make_encoder(tmp_path, family, loader))})
     config = model_config(spec, SHAPE)
@@ -109,8 +110,8 @@ def test_dropout_is_that_of_the_whole_encoder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("shape", "more", "text"), [
-    (Shape(WORDS, 16, 0), {}, "an encoder of the bert family: it sees the tokens that it would predict; take a causal family such as llama, "
-                              "qwen3 or gpt2, or set objective: classify"),
+    (Shape(WORDS, 16, 0), {}, "an encoder of the bert family: it sees the tokens that it would predict; take a causal family such as "
+                              "llama, qwen3 or gpt2, or set objective: classify"),
     (Shape(WORDS, MOST, 0, ("a", "b"), frame=FRAME), {}, f"the checkpoint takes {MOST - 2} tokens beside 2 special ones and the corpus has "
                                                          f"windows of {MOST}; prepare the corpus with context: {MOST - 2}$"),
     (Shape(WORDS, 16, 0, ("a", "b")), {}, "its tokenizer puts no special token before a text"),
@@ -128,6 +129,6 @@ def test_an_encoder_begins_with_a_checkpoint_and_is_of_a_known_family(tmp_path: 
         with pytest.raises(SpecError, match=text):
             model_config(ModelSpec(config={"model_type": family}), shape)
     spec = ModelSpec.model_validate({"from": str(make_encoder(tmp_path, "convbert"))})
-    with pytest.raises(SpecError, match="convbert is an encoder, and none whose classifiers are known to read a text alone as beside others; "
-                                        "take one of albert, bert, "):
+    with pytest.raises(SpecError, match="convbert is an encoder, and none whose classifiers are known to read a text alone as beside "
+                                        "others; take one of albert, bert, "):
         skeleton(model_config(spec, SHAPE))

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForSequenceClassification
 
 from distlm.model.build import Shape, build_model, decoder_layers, model_config, parameter_sizes
 from distlm.runs import RunFolder
@@ -17,6 +18,7 @@ from distlm.train import flops, metrics
 from distlm.train.memory import GIB, memory_limit
 from distlm.train.metrics import MetricsWriter, StepResult
 from distlm.train.recipe import make_recipe
+from tests.model.encoders import config_of
 from tests.train.ranks import make_corpus, spec
 
 LLAMA = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -61,6 +63,22 @@ def test_the_arithmetic_is_what_torch_counts_in_products_less_the_scores_that_ar
     expected = counter.get_total_flops() - 6 * heads * both * masked + 6 * tokens * vectors
     assert flops.config_flops(found, parameter_sizes(found), tokens) * tokens == pytest.approx(expected, rel=0.003)
     assert tokens * flops.attention_flops(found, tokens) > 0.25 * expected, "a mistake in attention's part would be seen"
+
+
+@pytest.mark.parametrize("family", ["bert", "modernbert"])
+def test_the_arithmetic_of_an_encoder_is_what_torch_counts_less_the_scores_that_are_masked(family: str) -> None:
+    """But for the head, which reads one token of a text, and is counted for each."""
+    tokens, window = 256, 32
+    config = config_of(family, hidden_size=64, intermediate_size=256, num_hidden_layers=4, max_position_embeddings=tokens,
+                       local_attention=2 * window, num_labels=2, problem_type="single_label_classification",
+                       attn_implementation="eager")
+    model = AutoModelForSequenceClassification.from_config(config).train()
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=torch.full((1, tokens), 3), attention_mask=torch.ones(1, tokens, dtype=torch.long)).logits.sum().backward()
+    vectors = sum(p.numel() for p in model.parameters() if p.dim() < 2)
+    masked = 0 if family == "bert" else 2 * (tokens - window)**2               # of two layers of four, on either side
+    expected = counter.get_total_flops() - 6 * 2 * 64 * masked + 6 * tokens * vectors
+    assert flops.config_flops(config, parameter_sizes(config), tokens) * tokens == pytest.approx(expected, rel=0.02)
 
 
 def test_of_a_mixture_of_experts_those_that_a_token_goes_to_count() -> None:
