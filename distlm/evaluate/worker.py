@@ -63,13 +63,15 @@ class Worker:
         import torch
 
         from distlm.model.loss import IGNORED, token_scores
-        from distlm.train.batch import make_batch
+        from distlm.train.batch import make_batch, send
 
         rows = self.reader.read(batch)
-        given = make_batch(np.stack([rows.tokens, rows.marks], 1), rows.part.mask_documents, torch.device(self.device))
+        given = make_batch(np.stack([rows.tokens, rows.marks], 1), rows.part.mask_documents)
+        tokens, targets, positions = (send(one, torch.device(self.device)) for one in (given.tokens, given.targets, given.positions))
+        assert tokens is not None
         with torch.inference_mode():
-            found = token_scores(self.model, given.tokens, given.targets, given.positions)
-            kept = given.targets != IGNORED
+            found = token_scores(self.model, tokens, targets, positions)
+            kept = targets != IGNORED
             return sums(self.task, rows, Scores(*(one[kept].cpu().numpy() for one in found)))
 
     def observe(self, batch: int) -> Observed:
@@ -77,7 +79,7 @@ class Worker:
         import torch
 
         from distlm.model.build import give_padding
-        from distlm.model.loss import ClassifierLoss
+        from distlm.model.loss import ClassifierLoss, trimmed
 
         documents, own = self.reader.labelled(batch), self.model.config.get_text_config().pad_token_id
         padding = documents.end if own is None else own
@@ -85,7 +87,7 @@ class Worker:
         tokens = np.where(np.arange(documents.tokens.shape[1]) < documents.lengths[:, None], documents.tokens, padding)
         module = ClassifierLoss(self.model, self.task.multiple_labels, None).eval()
         with torch.inference_mode():
-            module(*(torch.from_numpy(one).to(self.device) for one in (tokens, documents.labels)))
+            module(*(one.to(self.device) for one in (trimmed(torch.from_numpy(tokens), padding), torch.from_numpy(documents.labels))))
         assert module.observed is not None
         return observed(documents, module.observed.cpu().numpy())
 

@@ -61,7 +61,7 @@ def begin(engine: Any, recipe: "Recipe", folder: "RunFolder", rank: int, device:
     """There is nothing to be done."""
 
 
-def make_batch(rows: NDArray[Any], recipe: "Recipe", device: "torch.device") -> "LabelledBatch":
+def make_batch(rows: NDArray[Any], recipe: "Recipe") -> "LabelledBatch":
     """rows: int64[n, context + 1 + k], as `corpus.stream.ordered_steps` yields them. The last token of a window is padding or an end."""
     import torch
 
@@ -69,7 +69,7 @@ def make_batch(rows: NDArray[Any], recipe: "Recipe", device: "torch.device") -> 
 
     context = recipe.shape.context
     arrays = (rows[:, :context], rows[:, context + 1:])
-    return LabelledBatch(*(torch.from_numpy(np.ascontiguousarray(array)).to(device) for array in arrays))
+    return LabelledBatch(*(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays), recipe.shape.eos_id)
 
 
 def module(model: "PreTrainedModel", recipe: "Recipe") -> "ClassifierLoss":
