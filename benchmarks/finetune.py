@@ -272,7 +272,7 @@ def samples(options: argparse.Namespace) -> list[dict[str, Any]]:
 
     found = []
     for rows, marks in steps(options):
-        batch = make_batch(np.stack([rows, marks], 1).astype(np.int64), True, torch.device("cpu"))
+        batch = make_batch(np.stack([rows, marks], 1).astype(np.int64), True)
         assert batch.targets is not None and batch.positions is not None
         labels = torch.cat([torch.full((len(rows), 1), -100), batch.targets[:, :-1]], 1)
         found += [{"input_ids": x, "labels": y, "position_ids": p}

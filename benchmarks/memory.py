@@ -166,7 +166,7 @@ def train(shape: str, options: argparse.Namespace, ranks: int, device: Any) -> f
     engine.train()
     peak, unwatched = 0.0, cast(Any, SimpleNamespace(beat=lambda *_: None, rest=lambda *_: None))
     for step in range(3):
-        batch = TokenBatch(torch.randint(0, one["vocab"], (one["micro"] * accumulation, one["context"] + 1), device=device))
+        batch = TokenBatch(torch.randint(0, one["vocab"], (one["micro"] * accumulation, one["context"] + 1)))
         if step:
             reset(device)
         train_step(engine, batch, cut, 1e-4, step, SpikeGuard(None, []), unwatched, Phases(False))

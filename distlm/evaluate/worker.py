@@ -63,13 +63,15 @@ class Worker:
         import torch
 
         from distlm.model.loss import IGNORED, token_scores
-        from distlm.train.batch import make_batch
+        from distlm.train.batch import make_batch, send
 
         rows = self.reader.read(batch)
-        given = make_batch(np.stack([rows.tokens, rows.marks], 1), rows.part.mask_documents, torch.device(self.device))
+        given = make_batch(np.stack([rows.tokens, rows.marks], 1), rows.part.mask_documents)
+        tokens, targets, positions = (send(one, torch.device(self.device)) for one in (given.tokens, given.targets, given.positions))
+        assert tokens is not None
         with torch.inference_mode():
-            found = token_scores(self.model, given.tokens, given.targets, given.positions)
-            kept = given.targets != IGNORED
+            found = token_scores(self.model, tokens, targets, positions)
+            kept = targets != IGNORED
             return sums(self.task, rows, Scores(*(one[kept].cpu().numpy() for one in found)))
 
     def observe(self, batch: int) -> Observed:
@@ -78,20 +80,21 @@ class Worker:
 
         from distlm.model.build import give_padding
         from distlm.model.encoder import is_encoder, read_frame
-        from distlm.model.loss import ClassifierLoss
+        from distlm.model.loss import ClassifierLoss, trimmed
 
-        documents = self.reader.labelled(batch)
-        tokens, framed = documents.tokens, tuple[Any, ...]()
+        documents, frame = self.reader.labelled(batch), None
+        tokens, lengths = documents.tokens, torch.from_numpy(documents.lengths)
         if is_encoder(self.model.config):
-            framed = read_frame(Path(documents.part.corpus) / "tokenizer"), documents.end
+            frame = read_frame(Path(documents.part.corpus) / "tokenizer")
         else:
             own = self.model.config.get_text_config().pad_token_id
             padding = documents.end if own is None else own
             give_padding(self.model.config, padding)
             tokens = np.where(np.arange(tokens.shape[1]) < documents.lengths[:, None], tokens, padding)
-        module = ClassifierLoss(self.model, self.task.multiple_labels, None, *framed).eval()
+        module = ClassifierLoss(self.model, self.task.multiple_labels, None, frame).eval()
+        given = trimmed(torch.from_numpy(tokens), lengths), torch.from_numpy(documents.labels), lengths
         with torch.inference_mode():
-            module(*(torch.from_numpy(one).to(self.device) for one in (tokens, documents.labels)))
+            module(*(one.to(self.device) for one in given))
         assert module.observed is not None
         return observed(documents, module.observed.cpu().numpy())
 

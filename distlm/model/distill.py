@@ -26,6 +26,7 @@ from distlm.model.loss import (
     loss_inputs,
     scaled,
 )
+from distlm.model.masks import documents_known
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -115,15 +116,21 @@ class DistillationLoss(CausalLoss):
         self.sums = torch.zeros(2)
         """Of the last pass of training: the cross-entropy, and KL(teacher || student) at the temperature, in nats, summed over tokens."""
 
-    def forward(self, tokens: torch.Tensor, targets: torch.Tensor | None = None, positions: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, tokens: torch.Tensor, targets: torch.Tensor | None = None, positions: torch.Tensor | None = None,
+                kept: torch.Tensor | None = None, several: bool | None = None) -> torch.Tensor:
         """The sum over all predictions, a float32 scalar in nats, of
 
             (1 - alpha) -log p(token) + alpha temperature² KL(teacher || student)
 
         The divergence's gradient has a factor of 1 / temperature² (section 2), which is taken out so. Arguments are those of CausalLoss."""
         if not self.training:
-            return super().forward(tokens, targets, positions)
-        inputs, wanted, kept = loss_inputs(tokens, targets, positions)
+            return super().forward(tokens, targets, positions, kept, several)
+        inputs, wanted, kept = loss_inputs(tokens, targets, positions, kept)
+        with documents_known(several if positions is not None else False):
+            return self._mixed(inputs, wanted, kept)
+
+    def _mixed(self, inputs: dict[str, Any], wanted: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
+        """The mixed loss; arguments are what `loss_inputs` returns."""
         soft = self.teacher(inputs, kept)
         head = self.model.get_output_embeddings()
         if isinstance(head, StudentHead):

@@ -33,17 +33,15 @@ class Frame(NamedTuple):
         return len(self.before) + len(self.behind)
 
     def inputs(self, tokens: "torch.Tensor", lengths: "torch.Tensor", padding: int) -> "dict[str, torch.Tensor]":
-        """What an encoder is called with for texts: input_ids and attention_mask, int64[texts, any], no longer than the longest needs.
-        tokens: int64[texts, any], of which the first `lengths`, int64[texts], are a text's."""
+        """What an encoder is called with for texts: input_ids and attention_mask, int64[texts, width + size]. tokens: int64[texts, width],
+        of which the first `lengths`, int64[texts], are a text's."""
         import torch
 
-        from distlm.model.loss import trimmed
-
-        width = trimmed(int(lengths.amax()) + self.size, tokens.shape[1] + self.size)
         ends = lengths[:, None]
-        places = torch.arange(width, device=tokens.device) - len(self.before)
+        places = torch.arange(tokens.shape[1] + self.size, device=tokens.device) - len(self.before)
         ids = torch.where((places >= 0) & (places < ends), tokens[:, places.clamp(0, tokens.shape[1] - 1)], padding)
-        ids[:, :len(self.before)] = tokens.new_tensor(self.before)
+        for i, token in enumerate(self.before):            # each in a kernel's arguments: none is a copy to the device
+            ids = torch.where(places == i - len(self.before), token, ids)
         for i, token in enumerate(self.behind):
             ids = torch.where(places == ends + i, token, ids)
         return {"input_ids": ids, "attention_mask": (places < ends + len(self.behind)).long()}

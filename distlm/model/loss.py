@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from distlm.model.encoder import Frame, lengths_of
+from distlm.model.encoder import Frame
+from distlm.model.masks import documents_known
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,22 +51,32 @@ class CausalLoss(nn.Module):
             model.set_output_embeddings(LossHead(model.get_output_embeddings(), self.penalties))
         self.model = model
 
-    def forward(self, tokens: torch.Tensor, targets: torch.Tensor | None = None, positions: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, tokens: torch.Tensor, targets: torch.Tensor | None = None, positions: torch.Tensor | None = None,
+                kept: torch.Tensor | None = None, several: bool | None = None) -> torch.Tensor:
         """The sum over all predictions of -log p(token), a float32 scalar in nats. tokens: int64[batch, context + 1].
 
         targets: int64[batch, context], IGNORED for a prediction that gives no loss; default: the tokens after the first, all of them.
-        positions: int64[batch, context], from 0 in each document, to which attention keeps; default: the whole window is one."""
-        inputs, targets, kept = loss_inputs(tokens, targets, positions)
+        positions: int64[batch, context], from 0 in each document, to which attention keeps; default: the whole window is one.
+
+        A GPU is waited for unless it is given what follows from these. kept: int64[rows], `places_with_loss`; targets are then int64[rows],
+        those there. several: whether a window holds several documents."""
+        inputs, targets, kept = loss_inputs(tokens, targets, positions, kept)
         self.observed = None if self.training else blank_scores(targets)
         head = self.model.get_output_embeddings()
-        if not isinstance(head, LossHead):
-            logits = self.model(**inputs).logits.flatten(0, 1)
-            return summed_cross_entropy(logits if kept is None else logits[kept], targets, self.penalties, self.observed)
-        head.targets, head.kept, head.told = targets, kept, self.observed
-        return self.model(**inputs).logits
+        with documents_known(several if positions is not None else False):
+            if not isinstance(head, LossHead):
+                logits = self.model(**inputs).logits.flatten(0, 1)
+                return summed_cross_entropy(logits if kept is None else logits[kept], targets, self.penalties, self.observed)
+            head.targets, head.kept, head.told = targets, kept, self.observed
+            return self.model(**inputs).logits
 
 
-def loss_inputs(tokens: torch.Tensor, targets: torch.Tensor | None, positions: torch.Tensor | None) \
+def places_with_loss(targets: torch.Tensor) -> torch.Tensor:
+    """int64[rows]: where in the flattened batch the targets are that give loss. targets: int64[batch, context]."""
+    return (targets.flatten() != IGNORED).nonzero().squeeze(1)
+
+
+def loss_inputs(tokens: torch.Tensor, targets: torch.Tensor | None, positions: torch.Tensor | None, kept: torch.Tensor | None) \
         -> tuple[dict[str, Any], torch.Tensor, torch.Tensor | None]:
     """What a model is called with; the targets that give loss, int64[rows]; and which rows of the flattened batch those are, None for all.
     Arguments are those of `CausalLoss`."""
@@ -73,9 +84,10 @@ def loss_inputs(tokens: torch.Tensor, targets: torch.Tensor | None, positions: t
               **({} if positions is None else {"position_ids": positions})}
     if targets is None:
         return inputs, tokens[:, 1:].flatten(), None
-    targets = targets.flatten()
-    kept = (targets != IGNORED).nonzero().squeeze(1)
-    return inputs, targets[kept], kept
+    if kept is None:
+        kept = places_with_loss(targets)
+        targets = targets.flatten()[kept]
+    return inputs, targets, kept
 
 
 class TokenScores(NamedTuple):
@@ -156,36 +168,30 @@ class LossHead(nn.Module):
 class ClassifierLoss(nn.Module):
     """Wraps a sequence classifier; its forward pass is the loss."""
 
-    def __init__(self, model: "PreTrainedModel", multiple: bool, weights: torch.Tensor | None, frame: Frame | None = None,
-                 end: int | None = None) -> None:
-        """`frame`: of an encoder, what stands around a text, and `end`, with which texts are filled up that it is given; a causal model
-        knows its padding."""
+    def __init__(self, model: "PreTrainedModel", multiple: bool, weights: torch.Tensor | None, frame: Frame | None = None) -> None:
+        """`frame`: of an encoder, what stands around a text."""
         super().__init__()
-        self.model, self.multiple, self.frame, self.end = model, multiple, frame, end
+        self.model, self.multiple, self.frame = model, multiple, frame
         self.weights = weights                             # no buffer, which the engine would round to bf16
         self.observed: torch.Tensor | None = None
 
-    def forward(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def forward(self, tokens: torch.Tensor, labels: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """The sum over all sequences of weight x -log p(label), or of the mean over labels of the binary cross-entropy, a float32 scalar in
-        nats. tokens: int64[batch, context], labels: as `LabelledBatch` has them."""
-        logits = self.model(**self._inputs(tokens), return_dict=True).logits.float()
+        nats. tokens: int64[batch, any], documents of which each stands at the beginning of a row, and has so many tokens there as lengths,
+        int64[batch], say; behind them stands a causal model's padding. labels: as `LabelledBatch` has them."""
+        inputs = {"input_ids": tokens, "use_cache": False} if self.frame is None else \
+            self.frame.inputs(tokens, lengths, self.model.config.pad_token_id)
+        with documents_known(False):
+            logits = self.model(**inputs, return_dict=True).logits.float()
         if not self.training:
             self.observed = torch.cat([labels.float(), logits], 1)
         return label_loss(logits, labels, self.multiple, None if self.weights is None else self.weights.to(logits.device))
 
-    def _inputs(self, tokens: torch.Tensor) -> dict[str, Any]:
-        """Tokens up to the last that is no padding, rounded up."""
-        padding: int = self.model.config.pad_token_id
-        if self.frame is not None:
-            assert self.end is not None
-            return self.frame.inputs(tokens, lengths_of(tokens, self.end), padding)
-        used = int(lengths_of(tokens, padding).amax())
-        return {"input_ids": tokens[:, :trimmed(used, tokens.shape[1])], "use_cache": False}
 
-
-def trimmed(used: int, most: int) -> int:
-    """The width of rows of which so many tokens are used: rounded up, that there are few widths."""
-    return min(most, -(-used // TRIM_TOKENS) * TRIM_TOKENS)
+def trimmed(tokens: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """As many tokens of each row as the longest has, rounded up, that there are few widths. tokens: int64[batch, context], lengths:
+    int64[batch], on the host."""
+    return tokens[:, :-(-int(lengths.amax()) // TRIM_TOKENS) * TRIM_TOKENS]
 
 
 def label_loss(logits: torch.Tensor, labels: torch.Tensor, multiple: bool, weights: torch.Tensor | None = None) -> torch.Tensor:

@@ -2,17 +2,18 @@
 
     loss = PreferenceLoss(model, beta=0.1)
     loss.reference = Reference(keys, log_probs)            # of the model as it was at first
-    loss(tokens, targets, positions, keys)                 # equation 7, summed over the pairs
+    loss(keys, *lay_out(tokens, targets, positions))       # equation 7, summed over the pairs
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from distlm.model.loss import BLOCK_ELEMENTS, CHUNK_ELEMENTS, IGNORED, PLAIN_HEADS
+from distlm.model.loss import BLOCK_ELEMENTS, CHUNK_ELEMENTS, PLAIN_HEADS, places_with_loss
+from distlm.model.masks import documents_known, holds_several
 from distlm.model.rows import pack
 
 if TYPE_CHECKING:
@@ -34,13 +35,47 @@ class Reference:
         return torch.where((self.keys[place] == keys)[:, None], self.log_probs[place], torch.nan)
 
 
+class Laid(NamedTuple):
+    """Pairs of answers as the model reads them."""
+
+    tokens: torch.Tensor
+    """int64[rows, width]."""
+    positions: torch.Tensor
+    """int64[rows, width], from 0 in each conversation, to which attention keeps."""
+    kept: torch.Tensor
+    """int64[n]: where in the flattened rows a token of an answer is predicted."""
+    targets: torch.Tensor
+    """int64[n]: those tokens."""
+    answers: torch.Tensor
+    """int64[n]: whose each is, 2 i for the chosen answer of pair i, 2 i + 1 for the rejected one."""
+    lengths: torch.Tensor
+    """int64[2 · pairs]: the tokens of each conversation that are read for that; what stands behind them changes nothing."""
+    several: bool
+    """Whether a row holds several conversations."""
+
+
+def lay_out(tokens: torch.Tensor, targets: torch.Tensor, positions: torch.Tensor, packed: bool = True) -> Laid:
+    """Pairs as they stand in windows; `packed`: side by side, in as few rows as hold them, else as they come, with padding.
+
+    tokens: int64[pairs, context + 1], both answers behind their prompts. targets: int64[pairs, context], IGNORED outside of the answers.
+    positions: int64[pairs, context], from 0 in each conversation; what begins second is the rejected one. On the host: how rows are laid
+    out depends on what they hold."""
+    pairs, kept = len(tokens), places_with_loss(targets)
+    owners = 2 * torch.arange(pairs)[:, None] + ((positions == 0).cumsum(1) > 1)
+    wanted, of = targets.flatten()[kept], owners.flatten()[kept]
+    lengths = targets.new_zeros(2 * pairs).scatter_reduce(0, of, positions.flatten()[kept] + 1, "amax")
+    tokens = tokens[:, :-1]
+    if packed:
+        tokens, positions, kept = pack(tokens, positions, owners, kept, lengths)
+    return Laid(tokens, positions, kept, wanted, of, lengths, holds_several(positions))
+
+
 class PreferenceLoss(nn.Module):
     """Wraps a causal language model; its forward pass is the loss of pairs. The model's head is replaced where that saves the logits."""
 
-    def __init__(self, model: "PreTrainedModel", beta: float, label_smoothing: float = 0.0, packed: bool = True) -> None:
-        """`packed`: the model reads the pairs of a batch side by side, in as few rows as hold them; else as they come, with padding."""
+    def __init__(self, model: "PreTrainedModel", beta: float, label_smoothing: float = 0.0) -> None:
         super().__init__()
-        self.beta, self.label_smoothing, self.packed = beta, label_smoothing, packed
+        self.beta, self.label_smoothing = beta, label_smoothing
         if model.config.model_type in PLAIN_HEADS and isinstance(model.get_output_embeddings(), nn.Linear):
             model.set_output_embeddings(AnswerHead(model.get_output_embeddings()))
         self.model = model
@@ -51,15 +86,17 @@ class PreferenceLoss(nn.Module):
         self.observed = torch.zeros(0, 4)
         """Of the last pass without training, float32[pairs, 4]: log p of the chosen and of the rejected answer, and their rewards."""
 
-    def forward(self, tokens: torch.Tensor, targets: torch.Tensor, positions: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    def forward(self, keys: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor, kept: torch.Tensor, targets: torch.Tensor,
+                answers: torch.Tensor, lengths: torch.Tensor, several: bool) -> torch.Tensor:
         """The loss summed over the pairs, a float32 scalar in nats:
 
             -(1 - s) log sigmoid(margin) - s log sigmoid(-margin), margin = beta (log p/p_ref of the chosen - that of the rejected)
 
-        tokens: int64[pairs, context + 1], both answers behind their prompts. targets: int64[pairs, context], IGNORED outside of the
-        answers. positions: int64[pairs, context], from 0 in each conversation; what begins second is the rejected one. keys: int64[pairs],
-        by which the reference knows them."""
-        log_probs, lengths = self._log_probs(tokens, targets, positions)
+        keys: int64[pairs], by which the reference knows them; the others as `Laid` has them."""
+        inputs = {"input_ids": tokens, "position_ids": positions, "use_cache": False, "return_dict": True}
+        with documents_known(several):
+            each = self._of_each(inputs, kept, targets)
+        log_probs = each.new_zeros(2 * len(keys)).index_add(0, answers, each).view(-1, 2)
         reference = log_probs.detach() if self.reference is None else self.reference.of(keys)
         rewards = self.beta * (log_probs - reference)
         margin = rewards[:, 0] - rewards[:, 1]
@@ -70,25 +107,15 @@ class PreferenceLoss(nn.Module):
         smoothing = self.label_smoothing
         return -((1 - smoothing) * functional.logsigmoid(margin) + smoothing * functional.logsigmoid(-margin)).sum()
 
-    def _log_probs(self, tokens: torch.Tensor, targets: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """float32[pairs, 2], log p of the chosen answer and of the rejected one, given the prompt; and int64[2 · pairs], the tokens of each
-        conversation that are read for that: what stands behind them changes nothing."""
-        head, pairs = self.model.get_output_embeddings(), len(tokens)
-        kept = (targets.flatten() != IGNORED).nonzero().squeeze(1)
-        owners = 2 * torch.arange(pairs, device=tokens.device)[:, None] + ((positions == 0).cumsum(1) > 1)
-        wanted, of = targets.flatten()[kept], owners.flatten()[kept]
-        lengths = targets.new_zeros(2 * pairs).scatter_reduce(0, of, positions.flatten()[kept] + 1, "amax")
-        tokens = tokens[:, :-1]
-        if self.packed:
-            tokens, positions, kept = pack(tokens, positions, owners, kept, lengths)
-        inputs = {"input_ids": tokens, "position_ids": positions, "use_cache": False, "return_dict": True}
+    def _of_each(self, inputs: dict[str, Any], kept: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """float32[n]: log p of each target."""
+        head = self.model.get_output_embeddings()
         if isinstance(head, AnswerHead):
-            head.targets, head.kept = wanted, kept
-            each = self.model(**inputs).logits
-        else:
-            logits = self.model(**inputs).logits.flatten(0, 1)[kept]
-            each = functional.log_softmax(logits.float(), 1).gather(1, wanted[:, None]).squeeze(1)
-        return each.new_zeros(2 * pairs).index_add(0, of, each).view(pairs, 2), lengths
+            head.targets, head.kept = targets, kept
+            found: torch.Tensor = self.model(**inputs).logits
+            return found
+        logits = self.model(**inputs).logits.flatten(0, 1)[kept]
+        return functional.log_softmax(logits.float(), 1).gather(1, targets[:, None]).squeeze(1)
 
 
 class AnswerHead(nn.Module):

@@ -1,4 +1,11 @@
-"""Rows of the stream as the tensors that the loss takes."""
+"""Rows of the stream as the tensors that the loss takes.
+
+    batch = make_batch(rows, mask_documents=True)
+    loss(*batch.inputs(device))
+
+A batch is on the host. What follows from its tokens and marks is found there, micro-batch by micro-batch, before it is sent: a GPU that was
+asked for it would have to be waited for.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,11 +16,13 @@ import torch
 from numpy.typing import NDArray
 
 from distlm.corpus.stream import START, silent
-from distlm.model.loss import IGNORED
+from distlm.model.encoder import lengths_of
+from distlm.model.loss import IGNORED, places_with_loss, trimmed
+from distlm.model.masks import holds_several
 
 
 class Batch(Protocol):
-    """Some sequences of a rank, as an objective makes them of the stream's rows."""
+    """Some sequences of a rank, as an objective makes them of the stream's rows, on the host."""
 
     @property
     def tokens(self) -> torch.Tensor:
@@ -22,9 +31,8 @@ class Batch(Protocol):
     @property
     def sequences(self) -> int: ...
 
-    @property
-    def inputs(self) -> tuple[torch.Tensor, ...]:
-        """What the objective's module is called with."""
+    def inputs(self, device: torch.device) -> tuple[Any, ...]:
+        """What the objective's module is called with, on its device."""
 
     def num_targets(self) -> int:
         """What the sum of their losses is divided by for a mean."""
@@ -52,10 +60,15 @@ class TokenBatch:
     def sequences(self) -> int:
         return len(self.tokens)
 
-    @property
-    def inputs(self) -> tuple[torch.Tensor, ...]:
-        """What the loss is called with."""
-        return tuple(one for one in (self.tokens, self.targets, self.positions) if one is not None)
+    def inputs(self, device: torch.device) -> tuple[Any, ...]:
+        """What the loss is called with, on its device: tokens, the targets that give loss, positions, where those targets stand, and
+        whether a window holds several documents."""
+        targets = kept = None
+        if self.targets is not None:
+            kept = places_with_loss(self.targets)
+            targets = self.targets.flatten()[kept]
+        several = self.positions is not None and holds_several(self.positions)
+        return *(send(one, device) for one in (self.tokens, targets, self.positions, kept)), several
 
     def num_targets(self) -> int:
         """Predictions that give loss."""
@@ -67,15 +80,16 @@ class TokenBatch:
             return self
         size = (self.tokens.shape[1] - 1) // parts
         mine = slice(index * size, (index + 1) * size)
-        whole = torch.arange(size * parts, device=self.tokens.device).expand(self.sequences, -1)
+        whole = torch.arange(size * parts).expand(self.sequences, -1)
         targets = self.tokens[:, 1:] if self.targets is None else self.targets
         places = whole if self.positions is None else self.positions
         return TokenBatch(self.tokens[:, mine.start:mine.stop + 1], targets[:, mine], places[:, mine])
 
     def split(self, sequences: int) -> Iterator["TokenBatch"]:
         """Micro-batches of so many sequences."""
-        parts = [one.split(sequences) for one in self.inputs]
-        yield from (TokenBatch(*each) for each in zip(*parts, strict=True))
+        for start in range(0, self.sequences, sequences):
+            here = slice(start, start + sequences)
+            yield TokenBatch(self.tokens[here], *(None if one is None else one[here] for one in (self.targets, self.positions)))
 
 
 @dataclass(frozen=True)
@@ -86,14 +100,16 @@ class LabelledBatch:
     """int64[sequences, context]."""
     labels: torch.Tensor
     """int64[sequences, 1], each one's number; or [sequences, labels], 1 for each that it has."""
+    padding: int
+    """The token behind a document's end."""
 
     @property
     def sequences(self) -> int:
         return len(self.tokens)
 
-    @property
-    def inputs(self) -> tuple[torch.Tensor, ...]:
-        return self.tokens, self.labels
+    def inputs(self, device: torch.device) -> tuple[Any, ...]:
+        lengths = lengths_of(self.tokens, self.padding)
+        return tuple(send(one, device) for one in (trimmed(self.tokens, lengths), self.labels, lengths))
 
     def num_targets(self) -> int:
         return self.sequences
@@ -105,17 +121,24 @@ class LabelledBatch:
     def split(self, sequences: int) -> Iterator["LabelledBatch"]:
         """Micro-batches of so many sequences."""
         for tokens, labels in zip(self.tokens.split(sequences), self.labels.split(sequences), strict=True):
-            yield LabelledBatch(tokens, labels)
+            yield LabelledBatch(tokens, labels, self.padding)
 
 
-def make_batch(rows: NDArray[Any], mask_documents: bool, device: torch.device) -> TokenBatch:
+def send(tensor: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+    """The tensor there. A GPU takes it from pinned memory by itself, once it has done what it was given before: nobody waits."""
+    if tensor is None or device.type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def make_batch(rows: NDArray[Any], mask_documents: bool) -> TokenBatch:
     """rows: int64[n, context + 1], or with marks int64[n, 2, context + 1], as `corpus.stream.ordered_steps` yields them."""
     if rows.ndim == 2:
-        return TokenBatch(torch.from_numpy(rows).to(device))
+        return TokenBatch(torch.from_numpy(rows))
     tokens, marks = rows[:, 0], rows[:, 1]
     arrays = [tokens, np.where(silent(marks, mask_documents), IGNORED, tokens)[:, 1:]]
     if mask_documents:
         places = np.arange(tokens.shape[1])
         starts = np.maximum.accumulate(np.where(marks & START > 0, places, 0), 1)
         arrays.append((places - starts)[:, :-1])
-    return TokenBatch(*(torch.from_numpy(np.ascontiguousarray(array)).to(device) for array in arrays))
+    return TokenBatch(*(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays))

@@ -49,7 +49,7 @@ class Evaluator:
                           windows.labels(shards, rows) if recipe.shape.labels else None).astype(np.int64)
             size = recipe.micro_sequences
             rounds = -(-part.windows // (size * readers))
-            batches = [self._make(mine[j * size:(j + 1) * size], rank, device) for j in range(rounds)]
+            batches = [self._make(mine[j * size:(j + 1) * size], rank) for j in range(rounds)]
             self._batches += [(i, batch) for batch in batches]
             groups = np.full((len(rows), recipe.shape.context + 1), first_group)
             if part.sources:
@@ -59,18 +59,18 @@ class Evaluator:
             else:
                 self._groups.append(groups[:, 0])
             first_group += max(1, len(part.sources))
-            self._idle = self._make(np.zeros((1, *mine.shape[1:]), np.int64), rank, device)
+            self._idle = self._make(np.zeros((1, *mine.shape[1:]), np.int64), rank)
         self._num_groups = first_group
         self._device = device
         self._prompts = read_prompts(recipe)
 
-    def _make(self, rows: NDArray[np.int64], rank: int, device: torch.device) -> Batch:
-        return self._objective.make_batch(rows, self._recipe, device).part(*self._recipe.part(rank))
+    def _make(self, rows: NDArray[np.int64], rank: int) -> Batch:
+        return self._objective.make_batch(rows, self._recipe).part(*self._recipe.part(rank))
 
     def _predict(self, batch: Batch, groups: NDArray[np.int64], windows: Windows) -> Predictions:
         """groups: [windows, context], of whole windows."""
         assert isinstance(batch, TokenBatch)
-        targets = (batch.tokens[:, 1:] if batch.targets is None else batch.targets).cpu().numpy()
+        targets = (batch.tokens[:, 1:] if batch.targets is None else batch.targets).numpy()
         index, parts = self._recipe.part(self._rank)
         kept, size = targets != IGNORED, groups.shape[1] // parts
         return Predictions(targets[kept], windows.bytes_of(targets[kept]), groups[:, index * size:(index + 1) * size][kept])
@@ -90,7 +90,7 @@ class Evaluator:
         observed = []
         totals = torch.zeros(2, len(self._parts), dtype=torch.float64, device=self._device)
         for i, batch in self._batches:                     # a rank that has run out still takes part: ZeRO-3 gathers in each call
-            value = engine(*(batch if batch.sequences else self._idle).inputs)
+            value = engine(*(batch if batch.sequences else self._idle).inputs(self._device))
             if batch.sequences:
                 totals[0, i] += value.double()
                 totals[1, i] += batch.num_targets()

@@ -138,7 +138,7 @@ def _first_output(engine: Any, micro: Batch) -> str | None:
              for name, module in engine.module.named_modules() if name]
     try:
         with torch.no_grad():
-            loss = engine(*micro.inputs)
+            loss = engine(*micro.inputs(engine.device))
     finally:
         for hook in hooks:
             hook.remove()
@@ -159,7 +159,7 @@ def _first_gradient(engine: Any, micro: Batch) -> str | None:
     named = [(name, p) for name, p in engine.module.named_parameters() if p.requires_grad]
     hooks = [p.register_hook(lambda gradient, name=name: look(name, gradient)) for name, p in named]
     try:
-        loss = engine.module(*micro.inputs)                # not through the engine, which would reduce what is dropped here
+        loss = engine.module(*micro.inputs(engine.device))               # not through the engine, which would reduce what is dropped here
         torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
     finally:
         for hook in hooks:

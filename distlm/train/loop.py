@@ -49,6 +49,7 @@ from distlm.train.dryrun import DryRun
 from distlm.train.evaluate import Evaluator
 from distlm.train.guard import Random, SpikeGuard, finite, nonfinite_gradient, nonfinite_loss, without_update
 from distlm.train.metrics import MetricsWriter, StepResult
+from distlm.train.norm import keeps_norm, known_norm, norm_parts
 from distlm.train.objectives import objective_of
 from distlm.train.optimizer import set_rate
 from distlm.train.phases import Phases
@@ -65,7 +66,6 @@ from distlm.train.zero import (
     loss_scale,
     make_engine,
     set_accumulation,
-    tensor_group,
     update,
 )
 from distlm.train.zeros import keep_zeros
@@ -144,7 +144,7 @@ def _train(engine: Any, recipe: Recipe, folder: RunFolder, steps: Iterator[NDArr
         for step in range(first_step, recipe.num_steps):
             dog.beat(step)
             with phases("data"):
-                batch = objective.make_batch(next(steps), recipe, device).part(*recipe.part(rank))
+                batch = objective.make_batch(next(steps), recipe).part(*recipe.part(rank))
             dog.beat(step, 1)
             started = time.perf_counter()
             rate = learning_rate(spec.schedule, spec.optimizer.lr, step, recipe.num_steps)
@@ -239,21 +239,24 @@ def train_step(engine: Any, batch: Batch, recipe: Recipe, rate: float, step: int
 
     The loss of a step is the sum over its tokens that give loss divided by their global count; DeepSpeed averages over ranks
     and micro-batches, so the sum of a micro-batch is multiplied by both first. All ranks take part. Raises TrainError, on all ranks and
-    before the update, where loss or gradient is not finite, or where the spec says to stop at a spike.
+    before the update, where loss or gradient is not finite, where no token gives loss, or where the spec says to stop at a spike.
+
+    A GPU is given all micro-batches without a wait. The host asks it once, after the last one and before the update, for all that it is to
+    know of the step; so the update and the beginning of the next step are queued while it works.
     """
     accumulation = recipe.micro_batches(step)
     set_accumulation(engine, accumulation)
     set_rate(engine.optimizer, rate)
-    num_targets = count_targets(batch, recipe, step)
-    copies = recipe.spec.sharding.tensor_parallel          # ranks that have the same loss
-    scale = accumulation * (recipe.world // copies) / num_targets
+    device, copies = engine.device, recipe.spec.sharding.tensor_parallel       # `copies` of ranks have the same loss
+    count = count_targets(batch, recipe, step, device)
+    scale = (accumulation * (recipe.world // copies) / count).float()
     means = objective_of(recipe.spec).MEANS
     random = Random.now()
-    totals = torch.tensor([0, 0, written, *(0 for _ in means)], dtype=torch.float64, device=batch.tokens.device)
+    totals = torch.zeros(3 + len(means), dtype=torch.float64, device=device)
     for i, micro in enumerate(batch.split(recipe.micro_sequences)):
         dog.beat(step, i + 1)
         with phases("forward"):
-            loss = engine(*micro.inputs)
+            loss = engine(*micro.inputs(device))
         totals[0] += loss.detach().double()
         if means:
             totals[3:] += engine.module.sums.double()
@@ -261,9 +264,16 @@ def train_step(engine: Any, batch: Batch, recipe: Recipe, rate: float, step: int
             engine.backward(loss * scale)
         if i < accumulation - 1:
             engine.step()
-    totals[1] = leaving()
-    distributed.all_reduce(totals)                         # the one exchange of a step beside the gradients
-    total, leavers, writers, *sums = totals.tolist()
+    totals[1], totals[2] = leaving(), written
+    distributed.all_reduce(totals)
+    parts = norm_parts(engine)
+    told = torch.cat([totals, torch.stack([count, *(part.double() for part in parts)])]).tolist()      # the one wait for the device
+    (total, leavers, writers, *sums), (targets, *norms) = told[:len(totals)], told[len(totals):]
+    num_targets = int(targets)
+    if not num_targets:
+        first, last = recipe.samples(step)
+        raise TrainError(f"no token gives loss at step {step + 1}, samples {first} to {last}",
+                         remedy="raise batch.global_sequences, or leave out what is all padding or prompts", cause="bad_input")
     beside = {name: value / copies / num_targets for name, value in zip(means, sums, strict=True)}
     leave, saved = leavers > 0, writers == recipe.world
     mean = total / copies / num_targets
@@ -272,12 +282,12 @@ def train_step(engine: Any, batch: Batch, recipe: Recipe, rate: float, step: int
         raise nonfinite_loss(engine, batch, recipe, step, random, mean)
     limit = guard.limit(mean)
     skipped = limit is not None and guard.skips(mean, limit, step, recipe)
-    norm = gradient_norm(engine)
+    norm = None if keeps_norm(engine) else norms[0]
     if norm is not None and not finite(norm):
         dog.rest(step)
         raise nonfinite_gradient(engine, batch, recipe, step, random, norm)
     try:
-        with region("optimizer"), without_update(engine) if skipped else contextlib.nullcontext():
+        with region("optimizer"), known_norm(engine, parts, norms), without_update(engine) if skipped else contextlib.nullcontext():
             overflowed = update(engine, recipe.spec.loss_scale.window)   # DeepSpeed itself makes no update of a norm that is not finite
     except OverflowError as error:
         raise TrainError(f"{error}, at step {step + 1}", remedy="lower optimizer.lr", cause="nonfinite_loss") from None
@@ -290,35 +300,15 @@ def train_step(engine: Any, batch: Batch, recipe: Recipe, rate: float, step: int
     return StepResult(mean, norm, num_targets, limit, skipped, leave, saved, beside)
 
 
-def count_targets(batch: Batch, recipe: Recipe, step: int) -> int:
-    """What the loss of the global batch is divided by, known before any is computed: for a language model the tokens that give loss.
-    Where the batches count, all ranks take part."""
+def count_targets(batch: Batch, recipe: Recipe, step: int, device: torch.device) -> torch.Tensor:
+    """What the loss of the global batch is divided by, a float64 scalar on the device, known there before any loss is computed: for a
+    language model the tokens that give loss. Where the batches count, all ranks take part."""
     known = objective_of(recipe.spec).num_targets(recipe, step)
-    if known is not None:
-        return known
-    count = torch.tensor(batch.num_targets(), device=batch.tokens.device)
-    distributed.all_reduce(count)
-    if not count:
-        first, last = recipe.samples(step)
-        raise TrainError(f"no token gives loss at step {step + 1}, samples {first} to {last}",
-                         remedy="raise batch.global_sequences, or leave out what is all padding or prompts", cause="bad_input")
-    return int(count) // recipe.spec.sharding.tensor_parallel
-
-
-def gradient_norm(engine: Any) -> float | None:
-    """The global norm where DeepSpeed does not keep it (no ZeRO, fp32), before the update; else None."""
-    if hasattr(engine.optimizer, "_global_grad_norm") or engine.zero_optimization_stage():
-        return None
-    gradients: dict[bool, list[torch.Tensor]] = {True: [], False: []}
-    for name, parameter in engine.module.named_parameters():
-        if parameter.grad is not None:
-            gradients[engine.autotp_size() > 1 and dimension(name) is not None].append(parameter.grad)
-    norm = torch.nn.utils.get_total_norm(gradients[False])
-    if gradients[True]:                                    # parts of matrices, on each rank of the group its own
-        parts = torch.nn.utils.get_total_norm(gradients[True]).square()
-        distributed.all_reduce(parts, group=tensor_group())
-        norm = (norm.square() + parts).sqrt()
-    return float(norm)
+    count = torch.full((), batch.num_targets() if known is None else known, dtype=torch.float64, device=device)
+    if known is None:
+        distributed.all_reduce(count)
+        count /= recipe.spec.sharding.tensor_parallel
+    return count
 
 
 def gather_weights(engine: Any, rank: int, trained: bool = False) -> dict[str, torch.Tensor]:

@@ -255,7 +255,7 @@ def test_the_targets_of_training_are_the_tokens_of_the_answers_and_nothing_else(
         shards, rows = reader.first(len(reader))
         tokens, marks = reader.read(shards, rows).astype(np.int64), reader.marks(shards, rows)
         assert not (tokens[(marks & START) > 0] > 3).any(), "every conversation begins with a role"
-        batch = make_batch(np.stack([tokens, marks], 1), True, torch.device("cpu"))
+        batch = make_batch(np.stack([tokens, marks], 1), True)
         assert batch.targets is not None and batch.num_targets() == result[f"{split}_loss_tokens"] == int((marks & NO_LOSS == 0).sum())
         for row, targets in zip(batch.tokens[:, 1:], batch.targets, strict=True):
             assert ((targets == IGNORED) | (targets == row)).all()

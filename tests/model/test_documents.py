@@ -63,9 +63,9 @@ def test_a_packed_batch_gives_the_loss_and_gradients_of_its_documents_one_by_one
     expected = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     check_documents_apart(model)
-    batch = make_batch(rows, True, torch.device("cpu"))
+    batch = make_batch(rows, True)
     assert batch.num_targets() == sum(len(document) - 1 for document in documents)
-    ours = loss.CausalLoss(model)(*batch.inputs)
+    ours = loss.CausalLoss(model)(*batch.inputs(torch.device("cpu")))
     ours.backward()
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)
     for name, p in model.named_parameters():

@@ -13,6 +13,7 @@ from distlm.model.build import Shape, build_model, head_names, model_config, ske
 from distlm.model.encoder import FAMILIES, Frame, read_frame, room
 from distlm.model.loss import ClassifierLoss
 from distlm.spec.train import ModelSpec
+from distlm.train.batch import LabelledBatch
 from tests.model.encoders import CLS, MOST, PAD, SEP, WORDS, config_of, make_encoder, make_tokenizer
 
 FRAME, CONTEXT = Frame((CLS,), (SEP,)), 12
@@ -47,9 +48,9 @@ def alone(model: Any, texts: list[torch.Tensor]) -> torch.Tensor:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_text_in_a_batch_is_read_as_it_is_alone(family: str) -> None:
     model, (rows, each) = classifier(family), texts()
-    loss = ClassifierLoss(model, False, None, FRAME, 0).eval()
+    loss = ClassifierLoss(model, False, None, FRAME).eval()
     with torch.no_grad():
-        loss(rows, torch.zeros(len(rows), 1, dtype=torch.int64))
+        loss(*LabelledBatch(rows, torch.zeros(len(rows), 1, dtype=torch.int64), 0).inputs(torch.device("cpu")))
     assert loss.observed is not None
     wanted = alone(model, each)
     torch.testing.assert_close(loss.observed[:, 1:], wanted, rtol=1e-5, atol=1e-5)

@@ -15,7 +15,7 @@ from distlm.model import preference, rows
 from distlm.model.attention import NAME, use_cpu_attention
 from distlm.model.documents import IMPLEMENTATIONS
 from distlm.model.loss import IGNORED
-from distlm.model.preference import PreferenceLoss, Reference, linear_log_probs
+from distlm.model.preference import PreferenceLoss, Reference, lay_out, linear_log_probs
 
 VOCABULARY, CONTEXT = 40, 23
 WINDOWS = [((2, 5), (3, 4)), ((1, 9), (1, 7)), ((4, 1), (4, 2))]
@@ -39,7 +39,7 @@ def make(family: str, attention: str = "eager") -> Any:
     return model
 
 
-def batch() -> tuple[tuple[torch.Tensor, ...], list[list[tuple[torch.Tensor, int]]]]:
+def batch(packed: bool = True) -> tuple[tuple[Any, ...], list[list[tuple[torch.Tensor, int]]]]:
     """The windows as the loss takes them, and each conversation by itself with the length of its prompt."""
     random = torch.Generator().manual_seed(1)
     tokens = torch.zeros(len(WINDOWS), CONTEXT + 1, dtype=torch.int64)
@@ -56,7 +56,7 @@ def batch() -> tuple[tuple[torch.Tensor, ...], list[list[tuple[torch.Tensor, int
             conversations.append((said, prompt))
             place = end
         alone.append(conversations)
-    return (tokens, targets, positions, torch.arange(len(WINDOWS))), alone
+    return (torch.arange(len(WINDOWS)), *lay_out(tokens, targets, positions, packed)), alone
 
 
 def log_prob(model: Any, said: torch.Tensor, prompt: int) -> torch.Tensor:
@@ -128,11 +128,10 @@ def test_loss_and_gradient_are_those_of_trl(family: str, tmp_path: Path) -> None
 def test_pairs_side_by_side_have_the_loss_and_the_gradient_that_they_have_in_their_windows(
         family: str, attention: str, smaller: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows, "TRIM_TOKENS", 1 if smaller else 16)
-    inputs, _ = batch()
     reference = torch.randn(len(WINDOWS), 2, generator=torch.Generator().manual_seed(2)) - 30
     found, shapes = [], list[tuple[int, ...]]()
     for packed in (False, True):
-        ours = PreferenceLoss(make(family, attention), 0.3, packed=packed)
+        ours, (inputs, _) = PreferenceLoss(make(family, attention), 0.3), batch(packed)
         assert ours.model.config._attn_implementation == attention
         ours.model.get_input_embeddings().register_forward_pre_hook(lambda _, given: shapes.append(tuple(given[0].shape)))
         ours.reference = Reference(torch.arange(len(WINDOWS)), reference)
@@ -151,10 +150,11 @@ def test_pairs_side_by_side_have_the_loss_and_the_gradient_that_they_have_in_the
 def test_a_window_without_marks_is_a_chosen_answer_alone() -> None:
     """As what a rank that has run out of windows computes, so that the others can go on."""
     tokens = torch.zeros(1, CONTEXT + 1, dtype=torch.int64)
-    given = (tokens, tokens[:, 1:], torch.arange(CONTEXT)[None], torch.zeros(1, dtype=torch.int64))
-    one, other = (PreferenceLoss(make("llama"), 0.3, packed=packed).eval() for packed in (True, False))
+    given = (tokens, tokens[:, 1:], torch.arange(CONTEXT)[None])
+    one, other = (PreferenceLoss(make("llama"), 0.3).eval() for _ in range(2))
     with torch.no_grad():
-        torch.testing.assert_close(one(*given), other(*given))
+        torch.testing.assert_close(*(loss(torch.zeros(1, dtype=torch.int64), *lay_out(*given, packed))
+                                     for loss, packed in ((one, True), (other, False))))
     torch.testing.assert_close(one.observed, other.observed)
     assert one.observed[0, 0] < 0 == one.observed[0, 1]
 

@@ -279,3 +279,79 @@ def hold_writes(step: int, released: threading.Event) -> None:
         return write(*args)
 
     saver._write = held
+
+
+READ = "before distlm/train/loop.py:train_step tolist"
+"""The one read of a step, as `watch_waits` names it."""
+
+
+def watch_waits() -> None:
+    """Let this rank print of each step "waits: " and JSON of what would wait for a GPU and how often, before the loop's own read and after
+    it: the innermost function that is not PyTorch's, and what it does, a copy of a number to the device among it, for which PyTorch waits.
+
+    A batch is on the host and may be asked; CPU attention is not there on a GPU. Numbers that torch.tensor has made without a device are on
+    the host, with all that is made of them alone."""
+    import json
+    from collections import Counter
+
+    import torch
+    from torch.overrides import TorchFunctionMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+    from torch.utils.weak import WeakIdKeyDictionary
+
+    from distlm.train import loop
+
+    asked, train, aten = Counter[str](), loop.train_step, torch.ops.aten
+    loop_code = train.__code__
+    on_host: Any = WeakIdKeyDictionary()
+
+    def note(what: str, tensors: list[torch.Tensor]) -> None:
+        frame, calls = sys._getframe(2), []
+        while frame is not None and frame.f_code is not loop_code:
+            calls.append((frame.f_code.co_filename, frame.f_code.co_name))
+            frame = frame.f_back  # type: ignore[assignment]
+        calls.append((loop_code.co_filename, loop_code.co_name))
+        ours = [(file, name) for file, name in calls if "/torch/" not in file and file != __file__]
+        file, name = ours[0]
+        if (tensors and all(one in on_host for one in tensors)) or file.endswith(("train/batch.py", "model/attention.py")) \
+                or any(name == "inputs" for _, name in ours):
+            return
+        place = file.split("site-packages/")[-1] if "site-packages" in file else file[file.rindex("distlm/"):]
+        asked[f"{'after' if READ in asked else 'before'} {place}:{name} {what}"] += 1
+
+    class Python(TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            made = function(*args, **(kwargs or {}))
+            name = getattr(function, "__name__", "")
+            if name in ("tolist", "cpu", "numpy"):
+                note(name, [args[0]])
+            elif function is torch.tensor:
+                if (kwargs or {}).get("device") is None:
+                    on_host[made] = True
+                else:
+                    note("copy", [])
+            return made
+
+    class Operators(TorchDispatchMode):
+        def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            given = [one for one in tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor)]
+            packet = operator.overloadpacket
+            masked = packet in (aten.index, aten.index_put, aten.index_put_) and any(one.dtype == torch.bool for one in given[1:])
+            if packet in (aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten._unique2, aten.equal) or masked:
+                note(packet.__name__.strip("_"), given)
+            made = operator(*args, **(kwargs or {}))
+            if given and all(one in on_host for one in given):
+                for one in tree_leaves(made):
+                    if isinstance(one, torch.Tensor):
+                        on_host[one] = True
+            return made
+
+    def watched(*args: Any) -> Any:
+        asked.clear()
+        with Python(), Operators():
+            result = train(*args)
+        print(f"waits: {json.dumps(asked)}", flush=True)
+        return result
+
+    loop.train_step = watched

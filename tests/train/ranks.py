@@ -155,7 +155,8 @@ def run_ranks(runs: dict[Path, TrainSpec], *, device: str = "cpu", kill_before_s
               poison: dict[str, object] | None = None, hold: tuple[int, int] | None = None, slow_s: float = 0,
               watch: bool = False, dry: bool = False, inside: tuple[signal.Signals, str, int] | None = None,
               empty_step: int | None = None, gradients: bool = False, plain_disks: bool = False,
-              environment: dict[str, str] | None = None, block_save: int | None = None, rests: bool = False, start: bool = False) -> str:
+              environment: dict[str, str] | None = None, block_save: int | None = None, rests: bool = False, start: bool = False,
+              waits: bool = False) -> str:
     """Train each run, one after the other in one group of `scale.workers` processes on `device`, from its last committed checkpoint.
 
     `kill_before_step`: the last rank is sent SIGKILL when it asks for that step. `full_before_step`: from
@@ -169,8 +170,8 @@ def run_ranks(runs: dict[Path, TrainSpec], *, device: str = "cpu", kill_before_s
     that step gives loss, on any rank, and the ranks must fail; for corpora with marks. `gradients`: runs take their steps alone, and rank 0
     writes what `watch_gradients` says. `plain_disks`: disks are read and written by `use_plain_op`. `environment`: of the ranks, beside the
     test's. `block_save`: the step whose checkpoint the last of two ranks hangs at, as `faults.block_save` has it, and it must end by
-    SIGKILL. `rests`: every rank prints what `faults.watch_rests` says. `start`: every rank is as `faults.watch_start` has it. Returns what
-    the ranks printed."""
+    SIGKILL. `rests`: every rank prints what `faults.watch_rests` says. `start`: every rank is as `faults.watch_start` has it. `waits`:
+    runs take their steps alone, of which every rank prints what `faults.watch_waits` says. Returns what the ranks printed."""
     for run, spec in runs.items():
         run.mkdir(parents=True, exist_ok=True)
         (run / "spec.yaml").write_text(to_yaml(dump(spec)))
@@ -192,7 +193,7 @@ def run_ranks(runs: dict[Path, TrainSpec], *, device: str = "cpu", kill_before_s
                     target=rank_process, args=(list(runs), own, Path(folder, str(rank))),
                     kwargs={**(alone if rank == world - 1 else {}), "full": full_before_step, "poison": poison, "hold": hold,
                             "watch": watch, "dry": dry, "empty": empty_step, "gradients": gradients, "plain_disks": plain_disks,
-                            "block": block_save, "rests": rests, "start": start}))
+                            "block": block_save, "rests": rests, "start": start, "waits": waits}))
                 ranks[-1].start()
             deadline = time.monotonic() + 240
             for one in ranks:
@@ -272,7 +273,8 @@ def rank_process(runs: list[Path], environment: dict[str, str], output: Path, *,
                  stop: int | None = None, full: int | None = None, poison: dict[str, Any] | None = None,
                  hold: tuple[int, int] | None = None, slow_s: float = 0, watch: bool = False, dry: bool = False,
                  inside: tuple[signal.Signals, str, int] | None = None, empty: int | None = None, gradients: bool = False,
-                 plain_disks: bool = False, block: int | None = None, rests: bool = False, start: bool = False) -> None:
+                 plain_disks: bool = False, block: int | None = None, rests: bool = False, start: bool = False,
+                 waits: bool = False) -> None:
     """One rank. What it prints goes to `output`."""
     os.environ |= environment
     log = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -292,7 +294,17 @@ def rank_process(runs: list[Path], environment: dict[str, str], output: Path, *,
     from distlm.train.dryrun import DryRun
     from distlm.train.recipe import make_recipe
     from tests.train.disks import use_plain_op
-    from tests.train.faults import block_save, hold_writes, strike, watch_base, watch_gradients, watch_poisoned, watch_rests, watch_start
+    from tests.train.faults import (
+        block_save,
+        hold_writes,
+        strike,
+        watch_base,
+        watch_gradients,
+        watch_poisoned,
+        watch_rests,
+        watch_start,
+        watch_waits,
+    )
 
     rank = int(environment["RANK"])
     torch.set_num_threads(1)
@@ -313,6 +325,8 @@ def rank_process(runs: list[Path], environment: dict[str, str], output: Path, *,
         watch_rests()
     if start:
         watch_start()
+    if waits:
+        watch_waits()
     hold_writes(held, released := threading.Event())
     for run in runs:
         recipe = make_recipe(load_spec(run / "spec.yaml").spec, Storage(run.parent))
@@ -350,7 +364,7 @@ def rank_process(runs: list[Path], environment: dict[str, str], output: Path, *,
         try:
             loop.fit(recipe, RunFolder(run), steps(), rank=rank, device=device, first_step=first,
                      resume_from=committed.path if committed else None,
-                     look=DryRun(run / "dry-run", rank) if dry else SimpleNamespace(step=lambda: None) if write else None)
+                     look=DryRun(run / "dry-run", rank) if dry else SimpleNamespace(step=lambda: None) if write or waits else None)
         except DistlmError as error:
             if report is None:
                 raise

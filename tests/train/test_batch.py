@@ -22,15 +22,16 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_window_without_marks_gives_loss_everywhere() -> None:
-    batch = make_batch(np.arange(10).reshape(2, 5), False, CPU)
-    assert batch.targets is None and batch.positions is None and batch.num_targets() == 8 and len(batch.inputs) == 1
+    batch = make_batch(np.arange(10).reshape(2, 5), False)
+    assert batch.targets is None and batch.positions is None and batch.num_targets() == 8
+    assert batch.inputs(CPU) == (batch.tokens, None, None, None, False)
 
 
 @pytest.mark.parametrize("mask", [False, True])
 def test_padding_repeated_tokens_and_first_tokens_give_no_loss(mask: bool) -> None:
     tokens = np.array([[10, 11, 12, 20, 30, 31, 0, 0, 0]])
     marks = np.array([[START, 0, 0, START, START | NO_LOSS, 0, NO_LOSS, NO_LOSS, NO_LOSS]])
-    batch = make_batch(np.stack([tokens, marks], 1), mask, CPU)
+    batch = make_batch(np.stack([tokens, marks], 1), mask)
     no = IGNORED
     assert batch.targets is not None
     assert batch.targets.tolist() == [[11, 12, no if mask else 20, no, 31, no, no, no]]
@@ -39,6 +40,9 @@ def test_padding_repeated_tokens_and_first_tokens_give_no_loss(mask: bool) -> No
     if batch.positions is not None:
         assert batch.positions.tolist() == [[0, 1, 2, 0, 0, 1, 2, 3]]
     assert [part.sequences for part in batch.split(1)] == [1]
+    _, targets, _, kept, several = batch.inputs(CPU)
+    assert (kept.tolist(), targets.tolist()) == (([0, 1, 4], [11, 12, 31]) if mask else ([0, 1, 2, 4], [11, 12, 20, 31]))
+    assert several == mask
 
 
 def test_marks_are_what_the_columns_of_a_shard_say(packed: Path) -> None:
@@ -57,7 +61,7 @@ def test_marks_are_what_the_columns_of_a_shard_say(packed: Path) -> None:
 def test_every_token_but_the_first_of_a_document_gives_loss_once_an_epoch(packed: Path) -> None:
     windows = Windows(packed)
     places = windows.first(len(windows))
-    batch = make_batch(np.stack([windows.read(*places).astype(np.int64), windows.marks(*places)], 1), True, CPU)
+    batch = make_batch(np.stack([windows.read(*places).astype(np.int64), windows.marks(*places)], 1), True)
     split = windows.manifest.splits["train"]
     assert split.repeated_tokens and split.padding_tokens and batch.num_targets() == split.tokens - split.documents
 

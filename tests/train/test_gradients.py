@@ -206,7 +206,7 @@ def test_windows_are_ragged(corpora: Path) -> None:
         reader, order = Windows(corpora / windows), Windows(corpora / windows).order(recipe.spec.seed)
         shards, rows = order.locate(np.arange(SEQUENCES))
         marked = np.stack([reader.read(shards, rows).astype(np.int64), reader.marks(shards, rows)], 1)
-        batch = make_batch(marked, recipe.mask_documents, torch.device("cpu"))
+        batch = make_batch(marked, recipe.mask_documents)
         counts = [one.num_targets() for one in batch.split(recipe.micro_sequences)]
         assert len(counts) == 16 and len(set(counts)) > 4 and (min(counts) == 0) == (windows == "padding"), counts
         assert recipe.mask_documents == (windows == "packing")

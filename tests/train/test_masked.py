@@ -5,14 +5,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
-from distlm.corpus.stream import NO_LOSS
-from distlm.errors import SpecError, TrainError
+from distlm.errors import SpecError
 from distlm.spec import TrainSpec
 from distlm.storage import Storage
-from distlm.train import loop
-from distlm.train.batch import make_batch
 from distlm.train.recipe import make_recipe
 from tests.train.ranks import make_packed_corpus, metrics, run_ranks, spec
 from tests.train.test_gradients import descend, documents, precise
@@ -42,12 +38,10 @@ def test_what_is_evaluated_and_counted_is_that_of_the_documents_one_by_one(conve
     assert 0 < step["loss_tokens"] < step["tokens"]
 
 
-def test_a_step_without_a_token_that_gives_loss_is_an_error(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop.distributed, "all_reduce", lambda count: count)
-    rows = np.zeros((3, 2, 17), np.int64)
-    rows[:, 1] = NO_LOSS
-    with pytest.raises(TrainError, match="no token gives loss at step 3, samples 32 to 47"):
-        loop.count_targets(make_batch(rows, True, torch.device("cpu")), make_recipe(one_step(corpus), Storage(corpus.parent)), 2)
+def test_a_step_without_a_token_that_gives_loss_is_an_error(corpus: Path, tmp_path: Path) -> None:
+    output = run_ranks({tmp_path / "run": one_step(corpus, duration={"steps": 3})}, empty_step=2)
+    assert "TrainError: no token gives loss at step 3, samples 32 to 47" in output
+    assert [record["step"] for record in metrics(tmp_path / "run") if "loss" in record] == [1, 2]
 
 
 def test_sft_asks_for_conversations(corpus: Path, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 is measured of it. The stream, the loop, sharding and checkpoints are the same for all.
 
     objective = objective_of(spec)
-    loss = objective.module(model, recipe)(*objective.make_batch(rows, recipe, device).inputs)
+    loss = objective.module(model, recipe)(*objective.make_batch(rows, recipe).inputs(device))
 """
 
 from collections.abc import Mapping
@@ -53,8 +53,8 @@ class Objective(Protocol):
     def begin(self, engine: Any, recipe: "Recipe", folder: "RunFolder", rank: int, device: "torch.device") -> None:
         """What is to be done before the first step, and before a checkpoint is loaded, with the model as it is at first. All ranks."""
 
-    def make_batch(self, rows: "NDArray[Any]", recipe: "Recipe", device: "torch.device") -> "Batch":
-        """Rows of the stream, as `corpus.stream.ordered_steps` yields them, as tensors."""
+    def make_batch(self, rows: "NDArray[Any]", recipe: "Recipe") -> "Batch":
+        """Rows of the stream, as `corpus.stream.ordered_steps` yields them, as tensors on the host."""
 
     def num_targets(self, recipe: "Recipe", step: int) -> int | None:
         """What the loss of a step is divided by, summed over all ranks, where the recipe alone tells; else None, and the batches count."""

@@ -65,15 +65,15 @@ def begin(engine: Any, recipe: "Recipe", folder: "RunFolder", rank: int, device:
     """There is nothing to be done."""
 
 
-def make_batch(rows: NDArray[Any], recipe: "Recipe", device: "torch.device") -> "LabelledBatch":
+def make_batch(rows: NDArray[Any], recipe: "Recipe") -> "LabelledBatch":
     """rows: int64[n, context + 1 + k], as `corpus.stream.ordered_steps` yields them. The last token of a window is padding or an end."""
     import torch
 
     from distlm.train.batch import LabelledBatch
 
     context = recipe.shape.context
-    arrays = (rows[:, :context], rows[:, context + 1:])
-    return LabelledBatch(*(torch.from_numpy(np.ascontiguousarray(array)).to(device) for array in arrays))
+    tokens, labels = (torch.from_numpy(np.ascontiguousarray(array)) for array in (rows[:, :context], rows[:, context + 1:]))
+    return LabelledBatch(tokens, labels, recipe.shape.eos_id)
 
 
 def module(model: "PreTrainedModel", recipe: "Recipe") -> "ClassifierLoss":
@@ -83,7 +83,7 @@ def module(model: "PreTrainedModel", recipe: "Recipe") -> "ClassifierLoss":
 
     weights, shape = class_weights(recipe), recipe.shape
     return ClassifierLoss(model, shape.multiple_labels, None if weights is None else torch.from_numpy(weights),
-                          *((shape.frame, shape.eos_id) if is_encoder(model.config) else ()))
+                          shape.frame if is_encoder(model.config) else None)
 
 
 def class_weights(recipe: "Recipe") -> NDArray[np.float32] | None:

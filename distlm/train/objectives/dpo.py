@@ -48,16 +48,28 @@ NOTE_S = 10.0
 class PairBatch:
     """Pairs of answers."""
 
-    inputs: "tuple[torch.Tensor, ...]"
-    """What PreferenceLoss takes: tokens, targets, positions, keys."""
-
-    @property
-    def tokens(self) -> "torch.Tensor":
-        return self.inputs[0]
+    tokens: "torch.Tensor"
+    """int64[pairs, context + 1]."""
+    targets: "torch.Tensor"
+    """int64[pairs, context], IGNORED outside of the answers."""
+    positions: "torch.Tensor"
+    """int64[pairs, context]."""
+    keys: "torch.Tensor"
+    """int64[pairs], by which the reference knows them."""
+    packed: bool
+    """Whether the model reads those of a micro-batch side by side."""
 
     @property
     def sequences(self) -> int:
         return len(self.tokens)
+
+    def inputs(self, device: "torch.device") -> tuple[Any, ...]:
+        """What PreferenceLoss takes. The padding is left out here."""
+        from distlm.model.preference import lay_out
+        from distlm.train.batch import send
+
+        *tensors, several = self.keys, *lay_out(self.tokens, self.targets, self.positions, self.packed)
+        return *(send(one, device) for one in tensors), several
 
     def num_targets(self) -> int:
         return self.sequences
@@ -68,7 +80,9 @@ class PairBatch:
 
     def split(self, sequences: int) -> "Iterator[PairBatch]":
         """Micro-batches of so many pairs."""
-        yield from (PairBatch(each) for each in zip(*(one.split(sequences) for one in self.inputs), strict=True))
+        for start in range(0, self.sequences, sequences):
+            here = slice(start, start + sequences)
+            yield PairBatch(self.tokens[here], self.targets[here], self.positions[here], self.keys[here], self.packed)
 
 
 def check(spec: TrainSpec, manifests: list[Manifest]) -> None:
@@ -87,20 +101,20 @@ def shape(manifest: Manifest) -> Shape:
 def module(model: "PreTrainedModel", recipe: "Recipe") -> "PreferenceLoss":
     from distlm.model.preference import PreferenceLoss
 
-    # a compiled layer's kernels depend on the shapes that it has seen: a run that goes on would not be bit-equal
-    return PreferenceLoss(model, recipe.spec.dpo.beta, recipe.spec.dpo.label_smoothing, not recipe.spec.compile and not recipe.whole)
+    return PreferenceLoss(model, recipe.spec.dpo.beta, recipe.spec.dpo.label_smoothing)
 
 
-def make_batch(rows: "NDArray[Any]", recipe: "Recipe", device: "torch.device") -> PairBatch:
-    """rows: int64[n, 2, context + 1], tokens and marks; the second document of a window is the rejected answer's. It is the
-    module that leaves the padding out."""
+def make_batch(rows: "NDArray[Any]", recipe: "Recipe") -> PairBatch:
+    """rows: int64[n, 2, context + 1], tokens and marks; the second document of a window is the rejected answer's."""
     import torch
 
     from distlm.train import batch
 
-    made = batch.make_batch(rows, True, device)
+    made = batch.make_batch(rows, True)
     assert made.targets is not None and made.positions is not None
-    return PairBatch((made.tokens, made.targets, made.positions, torch.from_numpy(keys_of(rows)).to(device)))
+    # a compiled layer's kernels depend on the shapes that it has seen: a run that goes on would not be bit-equal
+    packed = not recipe.spec.compile and not recipe.whole
+    return PairBatch(made.tokens, made.targets, made.positions, torch.from_numpy(keys_of(rows)), packed)
 
 
 def keys_of(rows: "NDArray[Any]") -> "NDArray[np.int64]":
@@ -193,10 +207,10 @@ def _score(engine: Any, recipe: "Recipe", folder: RunFolder, rank: int,
             windows, shards, rows = sources[source]
             here = slice(start, start + size)
             tokens, marks = windows.read(shards[here], rows[here]), windows.marks(shards[here], rows[here])
-            batch = make_batch(np.stack([tokens, marks], 1).astype(np.int64), recipe, device)
-            engine(*batch.inputs)
+            batch = make_batch(np.stack([tokens, marks], 1).astype(np.int64), recipe)
+            engine(*batch.inputs(device))
             if mine < len(parts):
-                keys.append(batch.inputs[3].cpu().numpy())
+                keys.append(batch.keys.numpy())
                 values.append(engine.module.observed[:, :2].float().cpu().numpy())
     engine.train()
     mine_all = (np.concatenate(keys), np.concatenate(values))

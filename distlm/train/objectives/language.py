@@ -55,10 +55,10 @@ def begin(engine: Any, recipe: "Recipe", folder: "RunFolder", rank: int, device:
     """There is nothing to be done."""
 
 
-def make_batch(rows: "NDArray[Any]", recipe: "Recipe", device: "torch.device") -> "TokenBatch":
+def make_batch(rows: "NDArray[Any]", recipe: "Recipe") -> "TokenBatch":
     from distlm.train import batch
 
-    return batch.make_batch(rows, recipe.mask_documents, device)
+    return batch.make_batch(rows, recipe.mask_documents)
 
 
 def num_targets(recipe: "Recipe", step: int) -> int | None:
