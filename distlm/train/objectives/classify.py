@@ -68,8 +68,8 @@ def make_batch(rows: NDArray[Any], recipe: "Recipe") -> "LabelledBatch":
     from distlm.train.batch import LabelledBatch
 
     context = recipe.shape.context
-    arrays = (rows[:, :context], rows[:, context + 1:])
-    return LabelledBatch(*(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays), recipe.shape.eos_id)
+    tokens, labels = (torch.from_numpy(np.ascontiguousarray(array)) for array in (rows[:, :context], rows[:, context + 1:]))
+    return LabelledBatch(tokens, labels, recipe.shape.eos_id)
 
 
 def module(model: "PreTrainedModel", recipe: "Recipe") -> "ClassifierLoss":
