@@ -32,8 +32,11 @@ def documents_known(several: bool | None) -> Iterator[None]:
         return
     from transformers import masking_utils
 
+    def tell(position_ids: torch.Tensor) -> torch.Tensor | None:
+        return document_numbers(position_ids) if several else None
+
     look = masking_utils.find_packed_sequence_indices
-    masking_utils.find_packed_sequence_indices = document_numbers if several else lambda _: None
+    masking_utils.find_packed_sequence_indices = tell
     try:
         yield
     finally:

@@ -154,18 +154,17 @@ def test_every_layout_makes_the_papers_steps(root: Path, tmp_path: Path) -> None
 
 
 def test_micro_batches_are_rows_but_where_shapes_must_not_change(root: Path) -> None:
-    recipe = make_recipe(tuned(root), Storage(root))
-    model = build_model(recipe.spec.model, model_config(recipe.spec.model, recipe.shape), 0)
-    assert dpo.module(model, recipe).packed and not dpo.module(model, trial(recipe, 1)).packed
-    assert not dpo.module(model, make_recipe(tuned(root, compile=True), Storage(root))).packed
+    recipe, compiled = (make_recipe(tuned(root, **more), Storage(root)) for more in ({}, {"compile": True}))
+    rows = np.zeros((1, 2, CONTEXT + 1), np.int64)
+    assert [dpo.make_batch(rows, one).packed for one in (recipe, trial(recipe, 1), compiled)] == [True, False, False]
 
 
 @pytest.mark.parametrize(("note_s", "counts"), [(0.0, range(0, 31, 2)), (1e9, [0])])
 def test_the_reference_tells_how_far_it_is(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, note_s: float,
                                            counts: Sequence[int]) -> None:
     class Engine(torch.nn.Module):
-        def forward(self, tokens: torch.Tensor, *_: torch.Tensor) -> None:
-            self.module = SimpleNamespace(observed=torch.zeros(len(tokens), 4))
+        def forward(self, keys: torch.Tensor, *_: torch.Tensor) -> None:
+            self.module = SimpleNamespace(observed=torch.zeros(len(keys), 4))
 
     monkeypatch.setattr(dpo, "NOTE_S", note_s)
     monkeypatch.setattr(torch.distributed, "gather_object", lambda mine, everyone: everyone.__setitem__(0, mine))

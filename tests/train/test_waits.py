@@ -108,7 +108,7 @@ def test_masks_are_those_that_transformers_makes_when_it_looks() -> None:
 
     look = masking_utils.find_packed_sequence_indices
     for positions in (torch.arange(6)[None], torch.arange(3, 9)[None], torch.tensor([[0, 1, 2, 3, 4, 5], [0, 1, 0, 0, 1, 2]]),
-                      torch.tensor([[4, 5, 6, 0, 1, 2]])):
+                      torch.tensor([[4, 5, 6, 0, 1, 2]]), torch.tensor([[0, 1, 5, 6, 7, 8]])):
         theirs = look(positions)
         assert (theirs is not None) == holds_several(positions)
         assert theirs is None or torch.equal(theirs, document_numbers(positions))
