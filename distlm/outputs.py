@@ -105,8 +105,10 @@ def objective_of(steps: Mapping[str, Any], step: str) -> str:
             objective = data.get("objective", TrainSpec.model_fields["objective"].default) if isinstance(data, dict) else ""
             return objective if isinstance(objective, str) and objective in OBJECTIVES else ""
         given = data.get("model") or data.get("endpoint") if kind in ("evaluate", "serve") else None
-        if kind == "average" and isinstance(data.get("models"), list):
-            given = data["models"][0] if data["models"] else None
+        if kind == "average" and isinstance(data.get("models"), list):                     # none leads back here
+            rest = {name: one for name, one in steps.items() if name != step}
+            made = [split(rest, whole[1])[0] for one in data["models"] if isinstance(one, str) and (whole := REFERENCE.fullmatch(one))]
+            return next((found for one in made if one and (found := objective_of(rest, one))), "")
         whole = REFERENCE.fullmatch(given) if isinstance(given, str) else None
         step = split(steps, whole[1])[0] if whole else ""
         if not step:

@@ -6,14 +6,13 @@ split, or among those that the spec gives.
 
 import json
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
 from distlm.corpus.conversations import Refused
 from distlm.errors import CorpusError
-from distlm.spec.prepare import Labels
+from distlm.spec.prepare import Labels, label_name
 
 MAX_SHOWN = 5
 NUMBER = re.compile("-?[0-9]{1,18}")
@@ -34,16 +33,10 @@ def labels_of(value: Any, rules: Labels) -> list[str]:
 
 
 def _name(value: Any, key: str) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, int):
-        return str(value)
-    if isinstance(value, float) and value.is_integer():    # a column of integers that had none in some row
-        return str(int(value))
-    if not isinstance(value, str) or not value.strip():
-        blank = value is None or (isinstance(value, str) and not value.strip())
-        raise Refused("no_label" if blank else "bad_label", f"{key!r} has {value!r}, which is no label")
-    return unicodedata.normalize("NFC", value.strip())
+    name = label_name(value)
+    if not isinstance(name, str) or not name:
+        raise Refused("no_label" if name is None or name == "" else "bad_label", f"{key!r} has {value!r}, which is no label")
+    return name
 
 
 def labels_in(meta: str, rules: Labels) -> list[str]:

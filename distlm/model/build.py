@@ -10,6 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
 from distlm.errors import InputError, SpecError
@@ -126,14 +127,14 @@ def give_padding(config: Any, token: int) -> None:
     config.pad_token_id = config.get_text_config().pad_token_id = token
 
 
-def check_predicts(config: "PreTrainedConfig", where: str, more: str = "") -> None:
+def check_predicts(config: Any, where: str, more: str = "") -> None:
     """Raises InputError for the configuration of an encoder that is no classifier."""
     if is_encoder(config) and not has_classifier(config):
         raise InputError(f"the checkpoint is an encoder of the {config.model_type} family: it sees the tokens that it would predict",
                          where=where, remedy=f"take a causal family such as llama, qwen3 or gpt2{more}")
 
 
-def has_classifier(config: "PreTrainedConfig") -> bool:
+def has_classifier(config: Any) -> bool:
     """Whether a checkpoint's configuration is that of a classifier of whole texts."""
     return _are_classifiers(config.architectures)
 
@@ -166,10 +167,10 @@ def check_servable(config: Any, where: str) -> None:
 
 def check_served(folder: Path) -> None:
     """Raises InputError for a folder with an encoder that is no classifier, and what `check_servable` does for a classifier."""
-    config = read_config(folder, where := f"model: {folder}")
-    check_predicts(config, where)
+    where, told = f"model: {folder}", read_json(folder / "config.json")
+    check_predicts(SimpleNamespace(**{"model_type": "", "architectures": None, **told}), where)
     if is_classifier(folder):
-        check_servable(config, where)
+        check_servable(read_config(folder, where), where)
 
 
 def settle_kind(config: "PreTrainedConfig") -> None:

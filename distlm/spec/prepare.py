@@ -235,12 +235,18 @@ class Conversations(Part):
         return (self.prompt_key, self.completion_key) if self.prompt_key and self.completion_key else (self.messages_key,)
 
 
+def label_name(value: Any) -> Any:
+    """What a label of this value is called: a text without white space at its ends in Unicode's form NFC, that of a whole number or a truth
+    value. What is none stays as it is."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):        # such as of a column that had none in some row
+        return str(int(value))
+    return unicodedata.normalize("NFC", value.strip()) if isinstance(value, str) else value
+
+
 def _label_names(value: Any) -> Any:
-    """Names as labels have them: of a whole number or a truth value its text, as of a record's."""
-    if not isinstance(value, list):
-        return value
-    texts = [str(one).lower() if isinstance(one, bool) else str(one) if isinstance(one, int) else one for one in value]
-    return [unicodedata.normalize("NFC", one.strip()) if isinstance(one, str) else one for one in texts]
+    return [label_name(one) for one in value] if isinstance(value, list) else value
 
 
 class Labels(Part):

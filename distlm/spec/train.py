@@ -41,7 +41,8 @@ class ModelSpec(Part):
     config: dict[str, Any] | None = None
     """A `transformers` configuration: model_type and whatever that family takes."""
     source: Annotated[str | None, Field(alias="from")] = None
-    """A folder that `AutoModelForCausalLM.from_pretrained` loads, or a run of ours by name or path."""
+    """A folder that `AutoModelForCausalLM.from_pretrained` loads, or a run of ours by name or path. With objective: classify also one of an
+    encoder, such as BERT, RoBERTa or ModernBERT."""
     context: Annotated[int | None, Field(ge=8)] = None
     """Tokens of context. Default, and only value possible: the corpus's. With from it is what lets the corpus have longer windows than the
     checkpoint takes: the positions of a family that rotates by them go on, and the export takes so many."""
