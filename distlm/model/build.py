@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from distlm.errors import InputError, SpecError
 from distlm.model.encoder import FAMILIES as ENCODERS
-from distlm.model.encoder import UNFRAMED, Frame, check_frame, is_encoder, room
+from distlm.model.encoder import UNFRAMED, Frame, check_frame, is_encoder, read_frame, room
 from distlm.model.find import check_loadable, check_whole
 from distlm.model.mup import check_mup, scale_weights
 from distlm.spec.load import nearest
@@ -166,11 +166,14 @@ def check_servable(config: Any, where: str) -> None:
 
 
 def check_served(folder: Path) -> None:
-    """Raises InputError for a folder with an encoder that is no classifier, and what `check_servable` does for a classifier."""
+    """Raises InputError for a folder with an encoder that is no classifier, and what `check_servable` and of
+    an encoder `check_frame` do for a classifier."""
     where, told = f"model: {folder}", read_json(folder / "config.json")
     check_predicts(SimpleNamespace(**{"model_type": "", "architectures": None, **told}), where)
     if is_classifier(folder):
-        check_servable(read_config(folder, where), where)
+        check_servable(config := read_config(folder, where), where)
+        if is_encoder(config):
+            check_frame(config, read_frame(folder), where)
 
 
 def settle_kind(config: "PreTrainedConfig") -> None:

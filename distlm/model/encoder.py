@@ -59,10 +59,12 @@ def is_encoder(config: Any) -> bool:
 
 
 def read_frame(tokenizer: Path) -> Frame:
-    """What the post-processor of the tokenizer in a folder puts around a text; nothing where it has none."""
+    """What the post-processor of the tokenizer in a folder puts around a text; nothing where there is none."""
     import tokenizers
 
-    made = tokenizers.Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
+    if not (file := tokenizer / "tokenizer.json").is_file():
+        return UNFRAMED
+    made = tokenizers.Tokenizer.from_file(str(file))
     made.no_truncation()
     made.no_padding()
     own, whole = (made.encode("a", add_special_tokens=framed).ids for framed in (False, True))

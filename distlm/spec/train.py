@@ -244,7 +244,7 @@ class TrainSpec(Job):
     """What the loss is: the next token's cross-entropy, over the tokens that give one. sft is the same, and asks for corpora of
     conversations. distill learns from a teacher beside it, of texts or conversations. dpo makes the chosen of two answers more likely than
     the rejected one, and asks for corpora of preferences. classify asks for corpora with labels: that of a document's labels, by its last
-    token."""
+    token, or as the encoder of model.from reads it."""
     distill: Distill | None = None
     """With objective: distill, the teacher and what its part of the loss is."""
     dpo: Dpo = Dpo()

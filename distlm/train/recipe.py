@@ -50,8 +50,8 @@ class ValPart:
     name: str
     """That of the corpus; of several of one name, its folder."""
     sources: tuple[str, ...] = ()
-    """The names of its sources by their places, where each is measured by itself, if there are several: not those of pairs, nor of a
-    fold, whose documents are those of two splits."""
+    """The names of its sources by their places, where each is measured by itself, if there are several: not those of a fold, whose
+    documents are those of two splits."""
 
 
 @dataclass(frozen=True)
@@ -341,7 +341,7 @@ def val_parts(recipe: Recipe, manifests: list[Manifest]) -> tuple[ValPart, ...]:
         return ()
     shares = shares / shares.sum()
     wanted = np.maximum(1, np.floor(shares * recipe.spec.evaluate.max_windows)).astype(int)
-    names, known = [manifest.name for manifest in manifests], not recipe.spec.fold and not any(one.pairs for one in manifests)
+    names, known = [manifest.name for manifest in manifests], not recipe.spec.fold
     return tuple(ValPart(str(manifest.path), int(min(want, has)), float(share),
                          manifest.name if names.count(manifest.name) == 1 else str(manifest.path),
                          tuple(manifest.source_names) if known and len(manifest.sources) > 1 and tells_sources(manifest) else ())

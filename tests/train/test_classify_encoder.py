@@ -240,8 +240,10 @@ def test_what_an_encoder_cannot_do_is_refused_before_any_work(root: Path, tmp_pa
     write_json(tmp_path / "bare" / "tokenizer.json", {**bare, "post_processor": None})
     with pytest.raises(InputError, match="the tokenizer of the checkpoint is not that of the corpus c"):
         make_recipe(tuned(root, "bert", model={"from": str(tmp_path / "bare")}), storage)
-    with pytest.raises(InputError, match="its tokenizer puts no special token before a text"):
-        TorchClassifier(stripped(make_encoder(tmp_path / "served", loader=AutoModelForSequenceClassification)))
+    served = stripped(make_encoder(tmp_path / "served", loader=AutoModelForSequenceClassification))
+    for work in (lambda: TorchClassifier(served), lambda: execute.inputs(ServeSpec(name="s", model=str(served)), storage)):
+        with pytest.raises(InputError, match="its tokenizer puts no special token before a text"):
+            work()
 
 
 def stripped(folder: Path) -> Path:

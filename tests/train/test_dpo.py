@@ -11,6 +11,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from torch.nn import functional
@@ -38,8 +40,9 @@ SHARDED = {"zero": 3, "deepspeed": {"zero_optimization": {"stage3_param_persiste
 PAIRS = {"train": 26, "val": 5}
 
 
-def make_pairs(folder: Path) -> Path:
-    """A corpus of random pairs: a prompt of two tokens, and answers of which the chosen one repeats its first token."""
+def make_pairs(folder: Path, sources: Sequence[str] = ()) -> Path:
+    """A corpus of random pairs: a prompt of two tokens, and answers of which the chosen one repeats its first token. Pairs are of the
+    sources in turns."""
     make_corpus(folder, windows=(1,), val=1)
     random, data = np.random.default_rng(1), json.loads((folder / "manifest.json").read_text())
     del data["format"]
@@ -63,6 +66,11 @@ def make_pairs(folder: Path) -> Path:
                                  "windows": windows, "padding_tokens": padding, "repeated_tokens": 0,
                                  "shards": [{"file": f"{split}/00000.arrow", "windows": windows, "bytes": len(content),
                                              "xxh3": file_xxh3(file)}]}
+    data["sources"] = [{"name": name, "format": "auto", "text_key": "text", "files": 1, "bytes": 100, "xxh3": name} for name in sources]
+    if sources:
+        pq.write_table(pa.concat_tables([
+            pa.table({"split": [split] * 2 * count, "origin": pa.array(np.arange(count).repeat(2) % len(sources), pa.int32())})
+            for split, count in PAIRS.items()]), folder / "documents.parquet")
     write_manifest(folder, {**data, "conversations": {"loss": "assistant", "loss_share": 0.5, "pairs": sum(PAIRS.values())},
                             "pack": {"method": "pair", "padding_tokens": 0, "padding_share": 0.1, "repeated_tokens": 0}})
     return folder
@@ -151,6 +159,16 @@ def test_every_layout_makes_the_papers_steps(root: Path, tmp_path: Path) -> None
         made = outcome(make_recipe(tuned(root), Storage(root)), RunFolder(run))
         assert {key: made[key] for key in last if key in METRICS and key != "loss" and key.startswith("val")} == {
             key: value for key, value in last.items() if key.startswith("val")} and set(steps[-1]) | set(last) >= set(METRICS)
+
+
+def test_an_evaluation_has_the_values_of_each_source(root: Path, tmp_path: Path) -> None:
+    corpus = make_pairs(root / "sourced", sources=("news", "mail"))
+    run_ranks({tmp_path / "run": tuned(root, corpus=corpus, scale=TWO, batch={"global_sequences": 12, "micro_sequences": 1})})
+    last = [record for record in metrics(tmp_path / "run") if "val_loss" in record][-1]
+    news, mail = (last["val_by_source"][f"sourced: {name}"] for name in ("news", "mail"))
+    assert news != mail and [*last["val_by_source"]] == ["sourced: news", "sourced: mail"]
+    for name in ("loss", "reward_margin", "reward_accuracy", "chosen_log_prob", "rejected_log_prob"):
+        assert (3 * news[name] + 2 * mail[name]) / PAIRS["val"] == pytest.approx(last[f"val_{name}"], rel=1e-5), name
 
 
 def test_micro_batches_are_rows_but_where_shapes_must_not_change(root: Path) -> None:

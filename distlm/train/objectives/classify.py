@@ -18,7 +18,7 @@ from distlm.errors import SpecError
 from distlm.model.build import Shape
 from distlm.model.encoder import is_encoder, read_frame
 from distlm.spec.train import TrainSpec
-from distlm.train.objectives.metric import Metric
+from distlm.train.objectives.metric import Metric, by_source
 from distlm.train.scores import SCORES, calibration, scores_of
 from distlm.train.totals import BINS
 
@@ -115,19 +115,13 @@ def num_targets(recipe: "Recipe", step: int) -> int | None:
 def measure(observed: Sequence[NDArray[np.float32]], recipe: "Recipe") -> dict[str, Any]:
     """The scores, and the calibration error of the likeliest label where a document has one, as `kind: evaluate` has them; and under
     `val_by_source` those of each corpus, if there are several, and of each source that has documents, with the loss as val_loss has it."""
-    parts, first = dict[str, NDArray[np.float32]](), 0
-    for part in recipe.val:
-        groups = observed[first:first + max(1, len(part.sources))]
-        first += len(groups)
-        if len(recipe.val) > 1:
-            parts[part.name] = np.concatenate(groups)
-        parts |= {f"{part.name}: {name}": rows for name, rows in zip(part.sources, groups, strict=False) if len(rows)}
+    parts = by_source(observed, recipe)
     scores = _scores(np.concatenate(observed), recipe)
     ece = {"val_ece": scores.pop("ece")} if "ece" in scores else {}
     weights = class_weights(recipe) if parts else None
-    by_source = {name: {"loss": _loss(rows, recipe, weights), **{key: value for key, value in _scores(rows, recipe).items()
-                                                                 if not isinstance(value, dict)}} for name, rows in parts.items()}
-    return {**scores, **ece, **({"val_by_source": by_source} if by_source else {})}
+    told = {name: {"loss": _loss(rows, recipe, weights), **{key: value for key, value in _scores(rows, recipe).items()
+                                                            if not isinstance(value, dict)}} for name, rows in parts.items()}
+    return {**scores, **ece, **({"val_by_source": told} if told else {})}
 
 
 def _scores(rows: NDArray[np.float32], recipe: "Recipe") -> dict[str, Any]:

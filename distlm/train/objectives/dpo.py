@@ -22,7 +22,7 @@ from distlm.model.build import Shape
 from distlm.runs import RunFolder
 from distlm.spec.train import TrainSpec
 from distlm.storage import read_json, write_atomic, write_json
-from distlm.train.objectives.metric import Metric
+from distlm.train.objectives.metric import Metric, by_source
 
 if TYPE_CHECKING:
     import torch
@@ -128,11 +128,25 @@ def num_targets(recipe: "Recipe", step: int) -> int:
 
 
 def measure(observed: "Sequence[NDArray[np.float32]]", recipe: "Recipe") -> dict[str, Any]:
-    """The mean margin of the rewards of chosen and rejected answers, and the share of pairs in which it is above 0."""
-    pairs = np.concatenate(observed)
+    """The mean margin of the rewards of chosen and rejected answers, the share of pairs in which it is above 0, and the mean log p of both
+    answers; and under `val_by_source` the same of each corpus, if there are several, and of each source, with the loss as val_loss has
+    it."""
+    told = {name: {"loss": _loss(pairs, recipe), **_means(pairs)} for name, pairs in by_source(observed, recipe).items()}
+    return {**{f"val_{name}": value for name, value in _means(np.concatenate(observed)).items()},
+            **({"val_by_source": told} if told else {})}
+
+
+def _means(pairs: "NDArray[np.float32]") -> dict[str, float]:
+    """pairs: float32[pairs, 4], as PreferenceLoss leaves them."""
     margin = pairs[:, 2] - pairs[:, 3]
-    return {"val_reward_margin": float(margin.mean()), "val_reward_accuracy": float((margin > 0).mean()),
-            "val_chosen_log_prob": float(pairs[:, 0].mean()), "val_rejected_log_prob": float(pairs[:, 1].mean())}
+    return {"reward_margin": float(margin.mean()), "reward_accuracy": float((margin > 0).mean()),
+            "chosen_log_prob": float(pairs[:, 0].mean()), "rejected_log_prob": float(pairs[:, 1].mean())}
+
+
+def _loss(pairs: "NDArray[np.float32]", recipe: "Recipe") -> float:
+    """The mean over pairs, in nats."""
+    margin, smoothing = (pairs[:, 2] - pairs[:, 3]).astype(np.float64), recipe.spec.dpo.label_smoothing
+    return float(((1 - smoothing) * np.logaddexp(0, -margin) + smoothing * np.logaddexp(0, margin)).mean())
 
 
 def begin(engine: Any, recipe: "Recipe", folder: RunFolder, rank: int, device: "torch.device") -> None:
