@@ -61,11 +61,12 @@ from distlm.train.watchdog import Watchdog
 from distlm.train.zero import (
     check_node,
     deepspeed_config,
-    drawn_once,
     gather_parts,
     loss_scale,
+    made_once,
     make_engine,
     set_accumulation,
+    settle_blank,
     update,
 )
 from distlm.train.zeros import keep_zeros
@@ -82,7 +83,7 @@ def fit(recipe: Recipe, folder: RunFolder, steps: Iterator[NDArray[np.int64]], *
     check_node(spec)
     use_deterministic(spec.deterministic)
     config = model_config(spec.model, recipe.shape, spec.regularization.dropout)
-    blank = rank > 0 and drawn_once(spec)
+    blank = rank > 0 and made_once(spec)
     if spec.adapter:                                       # what stands still is held once, in the precision that it is computed with
         place = None if spec.sharding.zero == 3 else device                    # stage 3 divides it first
         model = build_model(spec.model, config, spec.seed, precision_dtype(spec.precision), place, spec.adapter.base == "nf4")
@@ -91,6 +92,8 @@ def fit(recipe: Recipe, folder: RunFolder, steps: Iterator[NDArray[np.int64]], *
         model = blank_model(config)
     else:
         model = build_model(spec.model, config, spec.seed)
+    if made_once(spec) and spec.model.source is not None and not settle_blank(model):
+        model, blank = build_model(spec.model, config, spec.seed), False
     end_at_answers(model, recipe)
     if spec.keep_zeros:
         keep_zeros(model)

@@ -33,7 +33,7 @@ from distlm.spec.optimizer import check_optimizer
 from distlm.spec.sharding import check_tensor_parallel
 from distlm.spec.train import TrainSpec, check_base, check_compile
 from distlm.train.activations import Activations, measure_activations
-from distlm.train.zero import divided_first, drawn_once, zero_options
+from distlm.train.zero import divided_first, made_once, zero_options
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -400,7 +400,7 @@ def start_bytes(load: Load) -> tuple[int, int]:
     if load.spec.sharding.zero < 3:
         return 0, 0
     built = (load.undivided or load.parameters) * (load.weight_bytes if load.spec.adapter else 4)
-    return (0, built) if drawn_once(load.spec) else (built, 0)
+    return (0, built) if made_once(load.spec) else (built, 0)
 
 
 def host_memory(load: Load) -> dict[str, int]:

@@ -152,9 +152,26 @@ def divided_first(spec: TrainSpec) -> bool:
     return spec.sharding.zero == 3 and spec.sharding.tensor_parallel == 1
 
 
-def drawn_once(spec: TrainSpec) -> bool:
-    """Whether rank 0 alone draws the weights: where they are divided first, all ranks have their parts from it."""
-    return divided_first(spec) and spec.model.source is None
+def made_once(spec: TrainSpec) -> bool:
+    """Whether rank 0 alone draws the weights or reads them: where they are divided first, all ranks have their parts from it. What stands
+    still beside an adapter, and zeros that are to stay, each rank has from the checkpoint itself."""
+    return divided_first(spec) and spec.adapter is None and not spec.keep_zeros
+
+
+def settle_blank(model: Any) -> bool:
+    """Give the `blank_model` of each rank but 0 what a checkpoint has decided of rank 0's beside its weights. Returns whether it has the
+    same parameters: a checkpoint may hold two that its configuration ties. All ranks take part."""
+    from torch import distributed
+
+    kept, mine = set(model.state_dict()), [(name, one.shape) for name, one in model.named_parameters()]
+    told = [mine, {name: one for name, one in model.named_buffers() if name in kept}, model.generation_config]
+    distributed.broadcast_object_list(told)
+    if told[0] != mine:
+        return False
+    for name, one in told[1].items():
+        model.get_buffer(name).copy_(one)
+    model.generation_config = told[2]
+    return True
 
 
 def _divide(spec: TrainSpec, module: "torch.nn.Module", config: dict[str, Any]) -> None:

@@ -1,9 +1,11 @@
-"""Under stage 3 no device has the whole model as a run begins, and one rank alone draws it."""
+"""Under stage 3 no device has the whole model as a run begins, and one rank alone draws it or reads it."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.torch import load_file, save_file
 
 from distlm.model.build import build_model, model_config
 from distlm.model.export import export_model
@@ -35,12 +37,24 @@ def test_parameters_are_divided_before_there_is_an_engine_and_rank_0_alone_draws
         np.testing.assert_allclose(losses(run), losses(tmp_path / f"{run.name}-0"), rtol=rtol, err_msg=run.name)
 
 
-def test_a_checkpoint_is_loaded_on_each_rank_and_divided_before_there_is_an_engine(tmp_path: Path) -> None:
+def test_rank_0_alone_reads_a_checkpoint_unless_it_holds_other_parameters_than_its_configuration_has(tmp_path: Path) -> None:
     corpus = make_corpus(tmp_path / "c")
     plain = spec(corpus)
     config = model_config(plain.model, make_recipe(plain, Storage(tmp_path)).shape)
     export_model(build_model(plain.model, config, 3), None, corpus / "tokenizer", tmp_path / "base", {})
     source = {"model": {"from": str(tmp_path / "base")}, "precision": "bf16", **SHORT}
-    printed = run_ranks({tmp_path / "from": spec(corpus, sharding=SHARDED, **source),
-                         tmp_path / "adapter": spec(corpus, sharding=SHARDED, adapter={"rank": 4}, **source)}, start=True)
-    assert printed.count("['torch.bfloat16'], 0 whole, 0.50 held") == 4 and "not drawn" not in printed, printed
+    two = shutil.copytree(tmp_path / "base", tmp_path / "two-base")
+    weights = load_file(two / "model.safetensors")
+    save_file({**weights, "lm_head.weight": weights["model.embed_tokens.weight"] + 1}, two / "model.safetensors", {"format": "pt"})
+    runs = {tmp_path / "from": spec(corpus, sharding=SHARDED, **source),
+            tmp_path / "two": spec(corpus, sharding=SHARDED, **{**source, "model": {"from": str(two)}}),
+            tmp_path / "adapter": spec(corpus, sharding=SHARDED, adapter={"rank": 4}, **source)}
+    printed = run_ranks(runs, start=True)
+    assert printed.count("['torch.bfloat16'], 0 whole, 0.50 held") == 6, printed
+    own = [line for line in printed.splitlines() if line.startswith("rank 1: ")]
+    assert [line == "rank 1: not drawn" for line in own if "parameters in" in line or "not drawn" in line] == [
+        True, False, True, False, False], "it begins with a blank model twice"
+    names = ("from", "two")
+    run_ranks({tmp_path / f"{name}-0": runs[tmp_path / name].model_copy(update={"sharding": plain.sharding}) for name in names})
+    for name in names:
+        np.testing.assert_allclose(losses(tmp_path / name), losses(tmp_path / f"{name}-0"), rtol=5e-3, err_msg=name)
