@@ -164,13 +164,14 @@ def settle_blank(model: Any) -> bool:
     from torch import distributed
 
     kept, mine = set(model.state_dict()), [(name, one.shape) for name, one in model.named_parameters()]
-    told = [mine, {name: one for name, one in model.named_buffers() if name in kept}, model.generation_config]
+    told: list[Any] = [mine, {name: one for name, one in model.named_buffers() if name in kept}, getattr(model, "generation_config", None)]
     distributed.broadcast_object_list(told)
     if told[0] != mine:
         return False
     for name, one in told[1].items():
         model.get_buffer(name).copy_(one)
-    model.generation_config = told[2]
+    if told[2] is not None:                                # an encoder has none
+        model.generation_config = told[2]
     return True
 
 
