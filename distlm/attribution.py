@@ -82,8 +82,8 @@ def explain(model: str, text: str, *, target: str | None = None, steps: int = ST
 
     The path leads over input embeddings, from the mean of all tokens' in every place, at the midpoints of `steps` equal parts, in float32.
     Special tokens around a text that an encoder reads stay as they are. (From zero it would not do, nor from a padding token, which often
-    is zero: a model that begins with a norm sees the same direction all
-    the way.) `model` is a run by name or path, or a folder that transformers loads. Raises InputError."""
+    is zero: a model that begins with a norm sees the same direction all the way.) `model` is a run by name or path, or a folder that
+    transformers loads. Raises InputError."""
     import torch
     from transformers import AutoTokenizer
 

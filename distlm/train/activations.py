@@ -73,13 +73,12 @@ def measure_activations(config: "PreTrainedConfig", shape: Shape, precision: str
     sequences the probabilities; a GPU's fused kernel, and PyTorch's own of an encoder, keeps the first three as they are. Where the
     family's code needs values, and so cannot run there, it is Korthikanti et al. 2022, equation 2, without the scores, which no fused
     kernel keeps: 34 bytes a token and unit of width, at two bytes a number. Where only its backward pass cannot run there, or would take
-    long, a layer takes `BACKWARD` times what it
-    keeps on its way back. `sequence`: ranks that have a part of a sequence each, and in attention all tokens of a part of the heads, with
-    the mask of all tokens. `masked`: documents are kept apart, by a boolean mask for all layers, of which PyTorch's kernels make one of the
-    scores' precision in each layer and keep that; eager attention is given one of these for all layers. `packed`: as many tokens may stand
-    in shorter rows, at most as long as keep the most probabilities. `compiled`: what torch.compile's partitioner would keep of a layer,
-    which computes again what is cheap; gradients on the way back are taken for those of a layer that is not compiled, since between the
-    same matrix products there are the same ones.
+    long, a layer takes `BACKWARD` times what it keeps on its way back. `sequence`: ranks that have a part of a sequence each, and in
+    attention all tokens of a part of the heads, with the mask of all tokens. `masked`: documents are kept apart, by a boolean mask for all
+    layers, of which PyTorch's kernels make one of the scores' precision in each layer and keep that; eager attention is given one of these
+    for all layers. `packed`: as many tokens may stand in shorter rows, at most as long as keep the most probabilities. `compiled`: what
+    torch.compile's partitioner would keep of a layer, which computes again what is cheap; gradients on the way back are taken for those of
+    a layer that is not compiled, since between the same matrix products there are the same ones.
     """
     text = config.get_text_config()
     p = 4 if precision == "fp32" else 2
