@@ -160,16 +160,15 @@ def check_annealing(checkpoint: Checkpoint, recipe: Recipe) -> None:
 OLDER: dict[str, Any] = {"partition": {}, "tensor_parallel": 1, "batch_warmup": [], "adapter": None, "base": None, "teacher": None,
                          "reduce_precision": "same"}
 """What a manifest says that says nothing of it, as those of older versions."""
-LAYOUT = ("workers", "zero", "partition")
+LAYOUT = ("workers", "zero", "tensor_parallel", "partition")
 """What may differ: the state is then divided anew."""
 
 
 def _keeps_layout(checkpoint: Checkpoint, recipe: Recipe) -> bool:
-    """Where the state cannot be divided anew: DeepSpeed's Muon keeps whole matrices of what a partition touches, weights may lie on disks,
-    and of tensor parallelism each part is a file of its own."""
+    """Where the state cannot be divided anew: DeepSpeed's Muon keeps whole matrices of what a partition touches, and weights may lie on
+    disks."""
     options = zero_options(recipe.spec), checkpoint.manifest.get("partition", {})
     return (any(on_disks(one) for one in options)
-            or recipe.spec.sharding.tensor_parallel > 1
             or (recipe.spec.optimizer.name == "muon" and bool(checkpoint.manifest["zero"] or recipe.spec.sharding.zero)))
 
 
@@ -196,16 +195,19 @@ def base_of(recipe: Recipe) -> dict[str, str | None]:
 
 
 def load(engine: Any, checkpoint: Path, recipe: Recipe, rank: int, ema: "Ema | None" = None) -> None:
-    """Restore the engine, this rank's random numbers and its part of `ema` from a verified checkpoint, of any number of ranks and ZeRO
-    stage. With another number of ranks the random numbers begin anew, a function of the seed that the engine began with, the step and
-    the rank. All ranks take part."""
+    """Restore the engine, this rank's random numbers and its part of `ema` from a verified checkpoint, of any number of ranks, ZeRO stage
+    and tensor parallelism. With another number of ranks, or of those that hold a model together, the random numbers begin anew, a function
+    of the seed that the engine began with, the step and the rank. All ranks take part."""
     import torch
 
     from distlm.train.reshard import load_resharded
 
     manifest = read_json(checkpoint / "manifest.json")
-    same_ranks, zero = manifest["workers"] == recipe.world, recipe.spec.sharding.zero
-    if manifest["zero"] != zero or (zero and not (same_ranks and manifest.get("partition", {}) == _partition(recipe.spec))):
+    zero, tensor = recipe.spec.sharding.zero, recipe.spec.sharding.tensor_parallel
+    same_parts = manifest.get("tensor_parallel", 1) == tensor
+    same_ranks = same_parts and manifest["workers"] == recipe.world
+    if manifest["zero"] != zero or not same_parts or (
+            zero and not (same_ranks and manifest.get("partition", {}) == _partition(recipe.spec))):
         load_resharded(engine, checkpoint, manifest, ema)
         if "loss_scale" in manifest:
             engine.optimizer.loss_scaler.cur_scale = manifest["loss_scale"]
@@ -216,7 +218,7 @@ def load(engine: Any, checkpoint: Path, recipe: Recipe, rank: int, ema: "Ema | N
         if path is None:
             raise CheckpointError("DeepSpeed found nothing to load", where=str(checkpoint), cause="internal")
         if ema:
-            saved = torch.load(checkpoint / f"ema-{rank if same_ranks else 0:05d}.pt", weights_only=True, map_location="cpu")
+            saved = torch.load(checkpoint / f"ema-{rank if same_ranks else rank % tensor:05d}.pt", weights_only=True, map_location="cpu")
             for value, part in zip(ema.values, saved, strict=True):
                 value.copy_(part)
     if not same_ranks:

@@ -1,20 +1,21 @@
-"""A checkpoint of one layout in an engine of another: other ranks, another ZeRO stage, the same run.
+"""A checkpoint of one layout in an engine of another: other ranks, another ZeRO stage, a model divided in another way, the same run.
 
-A layout puts every parameter's elements into flat tensors: DeepSpeed's partitions on each rank, or whole parameters without ZeRO. Weights,
-the optimizer's states and the average of `ema` lie in the same places, so one list of fragments describes them all, and reading is to
-find, for each fragment of the new layout, the old ones that overlap it. A rank reads only what it needs: files are mapped.
+A layout puts every parameter's elements into flat tensors: DeepSpeed's partitions on each rank, or whole parameters without ZeRO, or those
+of the rows or columns that tensor parallelism gives to a rank. Weights, the optimizer's states and the average of `ema` lie in the same
+places, so one list of fragments describes them all, and reading is to find, for each fragment of the new layout, the old ones that have
+elements of it. A rank reads only what it needs: files are mapped.
 """
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import distributed
 
 from distlm.errors import CheckpointError
+from distlm.model.tensor import dimension
 from distlm.train.average import masters, spread
 
 if TYPE_CHECKING:
@@ -25,15 +26,43 @@ REMEDY = "resume with the workers and the sharding that it was saved with"
 
 
 @dataclass(frozen=True)
+class Columns:
+    """The columns of a matrix that tensor parallelism gives to a rank."""
+
+    part: int
+    parts: int
+    width: int
+    """Of one part."""
+
+
+@dataclass(frozen=True)
 class Fragment:
     """Some elements of a parameter, in flat tensors of one rank."""
 
     name: str
     offset: int
-    """In the parameter."""
+    """In the parameter, or among the elements of `columns`."""
     start: int
     """In the flat tensors."""
     numel: int
+    columns: Columns | None = None
+
+    def part(self, index: int, parts: int, shape: torch.Size) -> "Fragment":
+        """The same of a rank that tensor parallelism gives one of `parts` of a parameter of this `shape`."""
+        dim = dimension(self.name) if parts > 1 else None
+        if dim is None:
+            return self
+        if dim == 0:
+            return replace(self, offset=index * (shape.numel() // parts) + self.offset)
+        return replace(self, columns=Columns(index, parts, shape[1] // parts))
+
+    def numbers(self, first: int, count: int) -> torch.Tensor:
+        """int64[count]: where in the parameter its elements from `first` on are, which goes up."""
+        found = torch.arange(self.offset + first, self.offset + first + count)
+        if self.columns is None:
+            return found
+        part, parts, width = self.columns.part, self.columns.parts, self.columns.width
+        return found // width * (width * parts) + part * width + found % width
 
 
 @dataclass(frozen=True)
@@ -44,39 +73,60 @@ class Saved:
     values: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Move:
+    """Elements of a checkpoint's fragment that a fragment of the engine asks for, by their places in the flat tensors of each."""
+
+    of: Saved
+    there: slice | torch.Tensor
+    here: slice | torch.Tensor
+    numel: int
+
+
 @torch.no_grad()
 def load_resharded(engine: Any, folder: Path, manifest: dict[str, Any], ema: "Ema | None") -> None:
     """Fill the engine's weights and optimizer, and `ema`, from the checkpoint `folder` of another layout. All ranks take part. Raises
     CheckpointError where it lacks what is asked for."""
+    shapes = _shapes(engine)
     saved: dict[str, list[Saved]] = {}
-    for piece in _saved(folder, manifest, ema is not None):
+    for piece in _saved(folder, manifest, shapes, ema is not None):
         saved.setdefault(piece.at.name, []).append(piece)
-    if unknown := saved.keys() - {name for name, _ in engine.module.named_parameters()}:
-        raise CheckpointError(f"holds {min(unknown)}, which the model has not", where=str(folder), cause="bad_spec", remedy=REMEDY)
     states = getattr(engine.optimizer, "optimizer", engine.optimizer).state
-    for i, (master, fragments) in enumerate(zip(masters(engine), _fragments(engine), strict=True)):
+    for i, (master, fragments) in enumerate(zip(masters(engine), _fragments(engine, shapes), strict=True)):
         for to in fragments:
-            there = [piece for piece in saved.get(to.name, ()) if _overlap(piece.at, to)]
-            found = sum(len(_overlap(piece.at, to)) for piece in there)
-            if found != to.numel or any(piece.values.keys() != there[0].values.keys() for piece in there):
+            moves = [move for piece in saved.get(to.name, ()) if (move := _move(piece, to))]
+            found = sum(move.numel for move in moves)
+            if found != to.numel or any(move.of.values.keys() != moves[0].of.values.keys() for move in moves):
                 raise CheckpointError(f"holds {found:,} of {to.numel:,} elements of {to.name}, or not all of their states",
                                       where=str(folder), cause="storage", remedy=REMEDY)
-            for piece in there:
-                _copy(piece, to, master, states[master], ema.values[i] if ema else None)
+            for move in moves:
+                _copy(move, master, states[master], ema.values[i] if ema else None)
     spread(engine)
     engine.global_steps = manifest["step"]
 
 
-def _overlap(one: Fragment, other: Fragment) -> range:
-    """The elements of their parameter that both hold."""
-    return range(max(one.offset, other.offset), min(one.offset + one.numel, other.offset + other.numel))
+def _move(piece: Saved, to: Fragment) -> Move | None:
+    """What both hold of their parameter; None for nothing."""
+    one, parts = piece.at, [it.columns.parts if it.columns else 1 for it in (piece.at, to)]
+    if one.columns == to.columns:
+        start, stop = max(one.offset, to.offset), min(one.offset + one.numel, to.offset + to.numel)
+        there, here = (slice(start - it.offset + it.start, stop - it.offset + it.start) for it in (one, to))
+        return Move(piece, there, here, stop - start) if stop > start else None
+    if parts[0] == parts[1] or not (one.numel and to.numel):
+        return None
+    ends = [(int(it.numbers(0, 1)), int(it.numbers(it.numel - 1, 1))) for it in (one, to)]
+    if ends[0][1] < ends[1][0] or ends[1][1] < ends[0][0]:
+        return None
+    theirs, ours = one.numbers(0, one.numel), to.numbers(0, to.numel)
+    place = torch.searchsorted(theirs, ours).clamp_(max=one.numel - 1)
+    both = (theirs[place] == ours).nonzero().squeeze(1)
+    return Move(piece, one.start + place[both], to.start + both, len(both)) if len(both) else None
 
 
-def _copy(piece: Saved, to: Fragment, master: torch.Tensor, state: dict[str, Any], average: torch.Tensor | None) -> None:
-    """What the piece holds of `to`: weights into `master`, the optimizer's into its `state`, and the average."""
-    both = _overlap(piece.at, to)
-    there, here = (slice(both.start - one.offset + one.start, both.stop - one.offset + one.start) for one in (piece.at, to))
-    for key, value in piece.values.items():
+def _copy(move: Move, master: torch.Tensor, state: dict[str, Any], average: torch.Tensor | None) -> None:
+    """Weights into `master`, the optimizer's into its `state`, and the average."""
+    there, here = move.there, move.here
+    for key, value in move.of.values.items():
         if key == EMA:
             if average is not None:
                 average.view(-1)[here] = value[there].to(average.device)
@@ -97,8 +147,27 @@ def parameter_names(engine: Any) -> list[str]:
     return [names[id(parameter)] for group in groups for parameter in group]
 
 
-def _fragments(engine: Any) -> Iterator[list[Fragment]]:
+def _shapes(engine: Any) -> dict[str, torch.Size]:
+    """The shape of each parameter as the undivided model has it."""
+    found, parts = {}, max(1, engine.autotp_size())
+    for name, parameter in engine.module.named_parameters():
+        shape, dim = list(getattr(parameter, "ds_shape", parameter.shape)), dimension(name) if parts > 1 else None
+        if dim is not None:
+            shape[dim] *= parts
+        found[name] = torch.Size(shape)
+    return found
+
+
+def _fragments(engine: Any, shapes: dict[str, torch.Size]) -> Iterator[list[Fragment]]:
     """What each of this rank's `masters` holds."""
+    parts = max(1, engine.autotp_size())
+    group, index = divmod(engine.global_rank, parts)
+    for fragments in _own_fragments(engine, group, engine.world_size // parts):
+        yield [one.part(index, parts, shapes[one.name]) for one in fragments]
+
+
+def _own_fragments(engine: Any, rank: int, world: int) -> Iterator[list[Fragment]]:
+    """The same in the places of this rank's part of the model, which `world` ranks have, of which it is number `rank`."""
     optimizer, names = engine.optimizer, {id(parameter): name for name, parameter in engine.module.named_parameters()}
     if engine.zero_optimization_stage() == 0:
         for name, master in zip(parameter_names(engine), masters(engine), strict=True):
@@ -109,7 +178,6 @@ def _fragments(engine: Any) -> Iterator[list[Fragment]]:
             yield [Fragment(name, it.lp_fragment_address.start, it.hp_fragment_address.start, it.lp_fragment_address.numel)
                    for name, it in found]
     else:
-        rank, world = distributed.get_rank(), distributed.get_world_size()
         for group in optimizer.fp16_groups:
             yield list(_partitions([(names[id(parameter)], parameter.ds_numel) for parameter in group], rank, world))
 
@@ -123,17 +191,30 @@ def _partitions(sizes: list[tuple[str, int]], rank: int, world: int) -> Iterator
         start += part
 
 
-def _saved(folder: Path, manifest: dict[str, Any], with_ema: bool) -> Iterator[Saved]:
-    """Every fragment of the checkpoint."""
-    state, zero = folder / "state", manifest["zero"]
-    averages = [read_file(folder / f"ema-{rank:05d}.pt") if with_ema else [] for rank in range(manifest["workers"] if zero else 1)]
+def _saved(folder: Path, manifest: dict[str, Any], shapes: dict[str, torch.Size], with_ema: bool) -> Iterator[Saved]:
+    """Every fragment of the checkpoint; what each rank of a group has whole under tensor parallelism once."""
+    parts = manifest.get("tensor_parallel", 1)
+    groups = manifest["workers"] // parts if manifest["zero"] else 1
+    for index in range(parts):
+        averages = [read_file(folder / f"ema-{group * parts + index:05d}.pt") if with_ema else [] for group in range(groups)]
+        for piece in _saved_part(folder / "state", manifest, index, averages):
+            if piece.at.name not in shapes:
+                raise CheckpointError(f"holds {piece.at.name}, which the model has not", where=str(folder), cause="bad_spec", remedy=REMEDY)
+            if index == 0 or dimension(piece.at.name) is not None:
+                yield replace(piece, at=piece.at.part(index, parts, shapes[piece.at.name]))
+
+
+def _saved_part(state: Path, manifest: dict[str, Any], index: int, averages: list[list[torch.Tensor]]) -> Iterator[Saved]:
+    """The fragments of those ranks that hold one part of the model under tensor parallelism, all of it without, in this part's own places.
+    `averages`: of each of them."""
+    zero, model = manifest["zero"], f"mp_rank_{index:02d}_model_states.pt"
     if zero == 0:
-        yield from _saved_whole(read_file(state / "mp_rank_00_model_states.pt"), manifest, averages[0])
+        yield from _saved_whole(read_file(state / model), manifest, averages[0])
         return
-    files = [one_file(state, f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt") for rank in range(manifest["workers"])]
+    files = [one_file(state, f"*zero_pp_rank_{rank}_mp_rank_{index:02d}_optim_states.pt") for rank in range(len(averages))]
     optimizers = [read_file(file)["optimizer_state_dict"] for file in files]
     if zero == 3:
-        shapes = read_file(one_file(state, "*zero_pp_rank_0_mp_rank_00_model_states.pt"))["param_shapes"]
+        shapes = read_file(one_file(state, f"*zero_pp_rank_0_{model}"))["param_shapes"]
         sizes = [(name, shape.numel()) for group in shapes for name, shape in group.items()]
         for rank, (optimizer, average) in enumerate(zip(optimizers, averages, strict=True)):
             fragments = list(_partitions(sizes, rank, len(files)))

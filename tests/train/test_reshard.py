@@ -1,6 +1,7 @@
-"""A run goes on with other ranks and another ZeRO stage as if nothing had changed."""
+"""A run goes on with other ranks, another ZeRO stage and a model divided in another way as if nothing had changed."""
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,46 +19,87 @@ SHARDED = {"zero": 3, "deepspeed": {"zero_optimization": {"stage3_param_persiste
 """Small parameters are sharded too, and a group has several partitions on a rank."""
 
 
-def layout(workers: int, zero: int) -> dict[str, Any]:
+SIZES = {"hidden_size": 40, "intermediate_size": 52, "num_hidden_layers": 2, "num_attention_heads": 4}
+LLAMA = {"config": {"model_type": "llama", **SIZES, "num_key_value_heads": 4, "attention_bias": True, "mlp_bias": True}}
+NEOX = {"config": {"model_type": "gpt_neox", **SIZES}}
+At = tuple[int, ...]
+"""Workers, the ZeRO stage, and how many hold a model together if not one."""
+
+
+def layout(workers: int, zero: int, tensor: int = 1) -> dict[str, Any]:
     sharding = {30: {"zero": 3}, 3: SHARDED}.get(zero, {"zero": zero})
-    return {"scale": {"workers": workers}, "sharding": sharding}
+    return {"scale": {"workers": workers}, "sharding": {**sharding, "tensor_parallel": tensor}}
 
 
-def case(corpus: Path, workers: int, zero: int, **sections: Any) -> TrainSpec:
+def case(corpus: Path, *at: int, **sections: Any) -> TrainSpec:
     """Six steps, a checkpoint after three; parameters that do not divide evenly over the ranks."""
     model = {"config": {"model_type": "gpt2", "n_embd": 36, "n_layer": 2, "n_head": 4}}
     return spec(corpus, **{"duration": {"steps": 6}, "evaluate": {"every_steps": 3}, "checkpoint": {"every_steps": 3}, "model": model,
-                           "batch": {"global_sequences": 12, "micro_sequences": 1}, **layout(workers, zero), **sections})
+                           "batch": {"global_sequences": 12, "micro_sequences": 1}, **layout(*at), **sections})
 
 
-def check(tmp_path: Path, moves: list[tuple[tuple[int, int], tuple[int, int]]], rtol: float = 1e-5, **sections: Any) -> None:
+def check(tmp_path: Path, moves: Sequence[tuple[At, At]], rtol: float = 1e-5, **sections: Any) -> None:
     """Each run begun in one layout and gone on with in another has the losses of the run that did not move."""
     corpus = make_corpus(tmp_path / "c")
-    begun = {at: tmp_path / f"begun-{at[0]}-{at[1]}" for at in dict.fromkeys(at for at, _ in moves)}
-    for workers in sorted({at[0] for at in begun}):
-        run_ranks({run: case(corpus, *at, **sections) for at, run in begun.items() if at[0] == workers})
-    moved: dict[tuple[int, int], list[Path]] = {}
+    begun = {at: tmp_path / f"begun-{told(at)}" for at in dict.fromkeys(at for at, _ in moves)}
+    for ranks in sorted({together(at) for at in begun}):
+        run_ranks({run: case(corpus, *at, **sections) for at, run in begun.items() if together(at) == ranks})
+    moved: dict[At, list[Path]] = {}
     for at, to in moves:
-        run = tmp_path / f"{at[0]}-{at[1]}-to-{to[0]}-{to[1]}"
+        run = tmp_path / f"{told(at)}-to-{told(to)}"
         shutil.copytree(begun[at], run)
         shutil.rmtree(run / "checkpoints" / "step-000006")
         shutil.rmtree(run / "export")
         for file in run.glob("windows-*.txt"):             # of the steps that are done again
             file.write_text("".join(line for line in file.read_text().splitlines(True) if int(line.split(":")[0]) < 3))
         moved.setdefault(to, []).append(run)
-    for workers in sorted({to[0] for to in moved}):
-        run_ranks({run: case(corpus, *to, **sections) for to, runs in moved.items() if to[0] == workers for run in runs})
+    for ranks in sorted({together(to) for to in moved}):
+        run_ranks({run: case(corpus, *to, **sections) for to, runs in moved.items() if together(to) == ranks for run in runs})
     for at, to in moves:
-        run = tmp_path / f"{at[0]}-{at[1]}-to-{to[0]}-{to[1]}"
-        assert windows_seen(run) == windows_seen(begun[at]), run.name
+        run = tmp_path / f"{told(at)}-to-{told(to)}"
+        ours, theirs = ({step: {*seen} for step, seen in windows_seen(path).items()} for path in (run, begun[at]))
+        assert ours == theirs, run.name                    # those that hold a model together read the same
         for key in ("loss", "val_loss", "grad_norm"):
-            ours, theirs = ([record[key] for record in metrics(path) if key in record] for path in (run, begun[at]))
-            np.testing.assert_allclose(ours, theirs, rtol=rtol, err_msg=f"{run.name}: {key}")
+            values = [[record[key] for record in metrics(path) if key in record] for path in (run, begun[at])]
+            np.testing.assert_allclose(*values, rtol=rtol, err_msg=f"{run.name}: {key}")
         assert losses(run)[-1] < losses(run)[0]
+
+
+def together(at: At) -> tuple[int, int]:
+    """Runs that are alike in it can be of the same processes: DeepSpeed keeps its groups of ranks."""
+    return at[0], at[2] if len(at) > 2 else 1
+
+
+def told(at: At) -> str:
+    return "-".join(map(str, at))
 
 
 def test_ranks_and_stages_change(tmp_path: Path) -> None:
     check(tmp_path, [((2, 1), (1, 3)), ((2, 3), (1, 0)), ((1, 0), (2, 2)), ((1, 2), (2, 1)), ((2, 3), (2, 30))], ema={"decay": 0.9})
+
+
+def test_a_model_is_divided_over_more_or_fewer(tmp_path: Path) -> None:
+    """Rows and columns of a part are found in the whole, those of the averages too; groups come and go."""
+    check(tmp_path, [((1, 0), (2, 1, 2)), ((2, 1, 2), (1, 3)), ((2, 3), (2, 0, 2))], model=LLAMA, ema={"decay": 0.9})
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("precision", "rtol"), [("fp32", 1e-5), ("bf16", 1e-2)])
+def test_every_stage_divides_a_model_in_another_way(tmp_path: Path, precision: str, rtol: float) -> None:
+    moves: list[tuple[At, At]] = [((4, a, 2), (2, b)) for a, b in ((1, 3), (2, 1), (3, 2))]
+    moves += [((2, a), (4, b, 2)) for a, b in ((1, 2), (2, 3), (3, 1))]
+    moves += [((4, 3, 2), (2, 3, 2)), ((2, 1, 2), (4, 2, 4)), ((4, 2, 4), (4, 1, 2)), ((4, 3, 4), (4, 3)), ((4, 2), (4, 2, 2))]
+    if precision == "fp32":
+        moves += [((2, 0, 2), (4, 0, 2)), ((4, 0, 2), (2, 1)), ((4, 0, 4), (4, 0, 2)), ((4, 0, 2), (1, 0))]
+    check(tmp_path, moves, rtol, model=LLAMA, precision=precision, ema={"decay": 0.9})
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("optimizer", "rate"), [("lion", 0.001), ("sgd", 0.1)])
+def test_other_optimizers_are_divided_over_more_or_fewer(tmp_path: Path, optimizer: str, rate: float) -> None:
+    check(tmp_path, [((2, 2, 2), (1, 1)), ((2, 3), (2, 2, 2)), ((1, 0), (2, 3, 2))], model=NEOX, optimizer={"name": optimizer, "lr": rate})
 
 
 @pytest.mark.slow
@@ -88,12 +130,13 @@ def test_a_checkpoint_that_lacks_elements_is_refused(tmp_path: Path) -> None:
     [path] = (run / "checkpoints").glob("step-*")
     manifest = read_json(path / "manifest.json")
     model = torch.nn.Linear(3, 3)
-    engine = SimpleNamespace(module=model, optimizer=torch.optim.SGD(model.parameters()), zero_optimization_stage=lambda: 0)
-    with pytest.raises(CheckpointError, match=r"holds model\.transformer\.h\.0\.attn\.c_attn\.bias, which the model has not"):
+    rank = {"zero_optimization_stage": lambda: 0, "autotp_size": lambda: 0, "global_rank": 0, "world_size": 1}
+    engine = SimpleNamespace(module=model, optimizer=torch.optim.SGD(model.parameters()), **rank)
+    with pytest.raises(CheckpointError, match=r"holds model\.transformer\.wte\.weight, which the model has not"):
         load_resharded(engine, path, manifest, None)
     whole = {name: torch.nn.Parameter(torch.zeros(size)) for name, size in sizes(path).items()}
-    engine = SimpleNamespace(module=SimpleNamespace(named_parameters=lambda: whole.items()), zero_optimization_stage=lambda: 0,
-                             optimizer=torch.optim.SGD(whole.values()))
+    engine = SimpleNamespace(module=SimpleNamespace(named_parameters=lambda: whole.items()), optimizer=torch.optim.SGD(whole.values()),
+                             **rank)
     with pytest.raises(CheckpointError, match=r"holds [\d,]+ of [\d,]+ elements of model"):
         load_resharded(engine, path, {**manifest, "workers": 1}, None)
 

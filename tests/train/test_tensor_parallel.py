@@ -12,13 +12,12 @@ import torch
 from safetensors.torch import load_file
 
 from distlm.corpus.stream import Windows
-from distlm.errors import CheckpointError, SpecError
+from distlm.errors import SpecError
 from distlm.model.build import Shape, model_config, skeleton
 from distlm.model.tensor import FAMILIES, dimension, divide
 from distlm.spec import TrainSpec
 from distlm.spec.load import dump, load_spec
 from distlm.storage import Storage
-from distlm.train import checkpoint
 from distlm.train.memory import make_load, own_states
 from distlm.train.recipe import make_recipe
 from tests.train.ranks import CONTEXT, VOCABULARY, losses, make_corpus, make_packed_corpus, metrics, run_ranks, spec
@@ -214,23 +213,6 @@ def test_what_is_not_finite_is_found_with_its_samples(corpus: Path, tmp_path: Pa
     assert [(rank, cause, kept) for rank, _, cause, kept in ends] == [(rank, "nonfinite_loss", "kept") for rank in "0123"], output[-3000:]
     assert len({error for _, error, *_ in ends}) == 1
     assert re.match(r".* at step 4 on rank 2, first in .*model\.layers\.1\.mlp.*, samples 46 to 47", ends[0][1]), ends[0][1]
-
-
-def test_a_checkpoint_of_another_division_is_refused(corpus: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    given = spec(corpus, scale=TWO, sharding=divided(1), duration={"steps": 2}, schedule={}, checkpoint={"every_steps": 1})
-    run_ranks({run: given})
-    start, _ = checkpoint.latest(run)
-    assert start and sorted(path.name for path in (start.path / "state").glob("mp_rank*")) == [
-        f"mp_rank_0{rank}_model_states.pt" for rank in (0, 1)]
-    checkpoint.check_fits(start, make_recipe(given, Storage(tmp_path)))
-    for sharding, scale, message in (({"zero": 1}, TWO, "was saved with tensor_parallel 2, and the spec says 1"),
-                                     (divided(2), TWO, "was saved with zero 1, and the spec says 2"),
-                                     (divided(1), FOUR, "was saved with workers 2, and the spec says 4")):
-        other = spec(corpus, scale=scale, sharding=sharding, batch={"global_sequences": 12, "micro_sequences": 1})
-        with pytest.raises(CheckpointError) as error:
-            checkpoint.check_fits(start, make_recipe(other, Storage(tmp_path)))
-        assert message in str(error.value)
 
 
 @pytest.mark.parametrize(("sections", "message"), [
