@@ -124,11 +124,23 @@ def check_fits(checkpoint: Checkpoint, recipe: Recipe) -> None:
         raise CheckpointError(f"has {checkpoint.step} steps done, and the spec asks for {recipe.num_steps}", where=str(checkpoint.path),
                               cause="bad_spec", remedy=f"set duration to {checkpoint.step} steps or more, or start a new run")
     for key, value in ours.items():
-        saved = checkpoint.manifest.get(key, OLDER[key]) if key in OLDER else checkpoint.manifest[key]
-        if saved != value and (key not in LAYOUT or _keeps_layout(checkpoint, recipe)):
-            raise CheckpointError(f"was saved with {key} {saved}, and the spec says {value}", where=str(checkpoint.path), cause="bad_spec",
-                                  remedy=f"resume with {key} {saved}, or start a new run")
+        saved = saved_fact(checkpoint.manifest, key)
+        why = _keeps_layout(checkpoint, recipe) if key in LAYOUT else ""
+        if saved != value and (key not in LAYOUT or why):
+            raise CheckpointError(f"was saved with {key} {saved}, and the spec says {value}" + f"; {why}" * bool(why),
+                                  where=str(checkpoint.path), cause="bad_spec", remedy=f"resume with {key} {saved}, or start a new run")
     check_annealing(checkpoint, recipe)
+
+
+def layout_changes(manifest: dict[str, Any], recipe: Recipe) -> list[str]:
+    """What a run divides its state anew for, as people read it: key, what a checkpoint's manifest has, what the recipe has."""
+    ours = facts(recipe)
+    return [f"{key} {saved_fact(manifest, key)} -> {ours[key]}" for key in LAYOUT if saved_fact(manifest, key) != ours[key]]
+
+
+def saved_fact(manifest: dict[str, Any], key: str) -> Any:
+    """What a manifest tells of the run, of older versions too."""
+    return manifest.get(key, OLDER[key]) if key in OLDER else manifest[key]
 
 
 def check_resume(run: Path, recipe: Recipe) -> None:
@@ -164,12 +176,16 @@ LAYOUT = ("workers", "zero", "tensor_parallel", "partition")
 """What may differ: the state is then divided anew."""
 
 
-def _keeps_layout(checkpoint: Checkpoint, recipe: Recipe) -> bool:
-    """Where the state cannot be divided anew: DeepSpeed's Muon keeps whole matrices of what a partition touches, and weights may lie on
-    disks."""
+def _keeps_layout(checkpoint: Checkpoint, recipe: Recipe) -> str:
+    """Why the state cannot be divided anew; empty where it can be."""
     options = zero_options(recipe.spec), checkpoint.manifest.get("partition", {})
-    return (any(on_disks(one) for one in options)
-            or (recipe.spec.optimizer.name == "muon" and bool(checkpoint.manifest["zero"] or recipe.spec.sharding.zero)))
+    if any(on_disks(one) for one in options):
+        return "what lies on disks is not divided anew"
+    if any(one.get("round_robin_gradients") for one in options):
+        return "with round_robin_gradients DeepSpeed does not tell where its parts lie"
+    if recipe.spec.optimizer.name == "muon" and (checkpoint.manifest["zero"] or recipe.spec.sharding.zero):
+        return "DeepSpeed's Muon keeps whole matrices of what a partition touches"
+    return ""
 
 
 def _partition(spec: TrainSpec) -> dict[str, Any]:
@@ -203,11 +219,10 @@ def load(engine: Any, checkpoint: Path, recipe: Recipe, rank: int, ema: "Ema | N
     from distlm.train.reshard import load_resharded
 
     manifest = read_json(checkpoint / "manifest.json")
-    zero, tensor = recipe.spec.sharding.zero, recipe.spec.sharding.tensor_parallel
-    same_parts = manifest.get("tensor_parallel", 1) == tensor
-    same_ranks = same_parts and manifest["workers"] == recipe.world
-    if manifest["zero"] != zero or not same_parts or (
-            zero and not (same_ranks and manifest.get("partition", {}) == _partition(recipe.spec))):
+    ours, tensor = facts(recipe), recipe.spec.sharding.tensor_parallel
+    moved = {key for key in LAYOUT if saved_fact(manifest, key) != ours[key]}
+    same_ranks = not moved & {"workers", "tensor_parallel"}
+    if moved if ours["zero"] else moved & {"zero", "tensor_parallel"}:         # without ZeRO each rank has the same file
         load_resharded(engine, checkpoint, manifest, ema)
         if "loss_scale" in manifest:
             engine.optimizer.loss_scaler.cur_scale = manifest["loss_scale"]

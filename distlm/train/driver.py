@@ -165,8 +165,7 @@ def _resume_point(recipe: Recipe, folder: RunFolder, progress: Progress) -> chec
     if start is not None:
         checkpoint.check_fits(start, recipe)
         progress.note(f"resuming at step {start.step:,} of {recipe.num_steps:,}")
-        ours = {"workers": recipe.world, "zero": recipe.spec.sharding.zero}
-        if moved := [f"{key} {start.manifest[key]} -> {value}" for key, value in ours.items() if start.manifest[key] != value]:
+        if moved := checkpoint.layout_changes(start.manifest, recipe):
             progress.note(text := f"its state is divided anew: {', '.join(moved)}")
             folder.event("note", message=text)
     elif refused:

@@ -10,13 +10,14 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from distlm.errors import CheckpointError
 from distlm.model.tensor import dimension
 from distlm.train.average import masters, spread
+from distlm.train.checkpoint import saved_fact
 
 if TYPE_CHECKING:
     from distlm.train.average import Ema
@@ -35,9 +36,16 @@ class Columns:
     """Of one part."""
 
 
+class Block(NamedTuple):
+    """Some rows and columns of a matrix."""
+
+    rows: range
+    columns: range
+
+
 @dataclass(frozen=True)
 class Fragment:
-    """Some elements of a parameter, in flat tensors of one rank."""
+    """Some elements of a parameter, one after the other in flat tensors of one rank."""
 
     name: str
     offset: int
@@ -47,7 +55,7 @@ class Fragment:
     numel: int
     columns: Columns | None = None
 
-    def part(self, index: int, parts: int, shape: torch.Size) -> "Fragment":
+    def in_whole(self, index: int, parts: int, shape: torch.Size) -> "Fragment":
         """The same of a rank that tensor parallelism gives one of `parts` of a parameter of this `shape`."""
         dim = dimension(self.name) if parts > 1 else None
         if dim is None:
@@ -56,13 +64,25 @@ class Fragment:
             return replace(self, offset=index * (shape.numel() // parts) + self.offset)
         return replace(self, columns=Columns(index, parts, shape[1] // parts))
 
-    def numbers(self, first: int, count: int) -> torch.Tensor:
-        """int64[count]: where in the parameter its elements from `first` on are, which goes up."""
-        found = torch.arange(self.offset + first, self.offset + first + count)
-        if self.columns is None:
-            return found
-        part, parts, width = self.columns.part, self.columns.parts, self.columns.width
-        return found // width * (width * parts) + part * width + found % width
+    def row(self, width: int) -> tuple[int, int]:
+        """What it has of a row of a matrix that is `width` wide: how much, and from which column on."""
+        return (self.columns.width, self.columns.part * self.columns.width) if self.columns else (width, 0)
+
+    def blocks(self, width: int) -> Iterator[Block]:
+        """Its elements in a matrix that is `width` wide: rows that it has whole, and what it has of one before and behind them."""
+        size, first = self.row(width)
+        at, stop = self.offset, self.offset + self.numel
+        while at < stop:
+            row, column = divmod(at, size)
+            rows = max(1, (stop - at) // size) if column == 0 else 1
+            end = min(size, column + stop - at)
+            yield Block(range(row, row + rows), range(first + column, first + end))
+            at += rows * (end - column)
+
+    def place(self, row: int, column: int, width: int) -> int:
+        """Where in the flat tensors an element of a matrix is that is `width` wide."""
+        size, first = self.row(width)
+        return self.start - self.offset + row * size + column - first
 
 
 @dataclass(frozen=True)
@@ -73,14 +93,26 @@ class Saved:
     values: dict[str, Any]
 
 
+class Rows(NamedTuple):
+    """Where rows of equal length lie in flat tensors."""
+
+    start: int
+    stride: int
+    """From the beginning of one row to that of the next."""
+
+    def of(self, flat: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+        flat = flat.view(-1)
+        return flat.as_strided(shape, (self.stride, 1), flat.storage_offset() + self.start)
+
+
 @dataclass(frozen=True)
 class Move:
-    """Elements of a checkpoint's fragment that a fragment of the engine asks for, by their places in the flat tensors of each."""
+    """Elements of a checkpoint's fragment that a fragment of the engine asks for."""
 
-    of: Saved
-    there: slice | torch.Tensor
-    here: slice | torch.Tensor
-    numel: int
+    saved: Saved
+    shape: tuple[int, int]
+    there: Rows
+    here: Rows
 
 
 @torch.no_grad()
@@ -94,9 +126,9 @@ def load_resharded(engine: Any, folder: Path, manifest: dict[str, Any], ema: "Em
     states = getattr(engine.optimizer, "optimizer", engine.optimizer).state
     for i, (master, fragments) in enumerate(zip(masters(engine), _fragments(engine, shapes), strict=True)):
         for to in fragments:
-            moves = [move for piece in saved.get(to.name, ()) if (move := _move(piece, to))]
-            found = sum(move.numel for move in moves)
-            if found != to.numel or any(move.of.values.keys() != moves[0].of.values.keys() for move in moves):
+            moves = [move for piece in saved.get(to.name, ()) for move in _moves(piece, to)]
+            found = sum(math.prod(move.shape) for move in moves)
+            if found != to.numel or any(move.saved.values.keys() != moves[0].saved.values.keys() for move in moves):
                 raise CheckpointError(f"holds {found:,} of {to.numel:,} elements of {to.name}, or not all of their states",
                                       where=str(folder), cause="storage", remedy=REMEDY)
             for move in moves:
@@ -105,39 +137,37 @@ def load_resharded(engine: Any, folder: Path, manifest: dict[str, Any], ema: "Em
     engine.global_steps = manifest["step"]
 
 
-def _move(piece: Saved, to: Fragment) -> Move | None:
-    """What both hold of their parameter; None for nothing."""
-    one, parts = piece.at, [it.columns.parts if it.columns else 1 for it in (piece.at, to)]
+def _moves(piece: Saved, to: Fragment) -> Iterator[Move]:
+    """What both hold of their parameter. Where one has columns of it that the other has not, a block of rows at a time."""
+    one = piece.at
     if one.columns == to.columns:
         start, stop = max(one.offset, to.offset), min(one.offset + one.numel, to.offset + to.numel)
-        there, here = (slice(start - it.offset + it.start, stop - it.offset + it.start) for it in (one, to))
-        return Move(piece, there, here, stop - start) if stop > start else None
-    if parts[0] == parts[1] or not (one.numel and to.numel):
-        return None
-    ends = [(int(it.numbers(0, 1)), int(it.numbers(it.numel - 1, 1))) for it in (one, to)]
-    if ends[0][1] < ends[1][0] or ends[1][1] < ends[0][0]:
-        return None
-    theirs, ours = one.numbers(0, one.numel), to.numbers(0, to.numel)
-    place = torch.searchsorted(theirs, ours).clamp_(max=one.numel - 1)
-    both = (theirs[place] == ours).nonzero().squeeze(1)
-    return Move(piece, one.start + place[both], to.start + both, len(both)) if len(both) else None
+        if start < stop:
+            yield Move(piece, (1, stop - start), *(Rows(start - it.offset + it.start, 0) for it in (one, to)))
+        return
+    width = next(it.parts * it.width for it in (one.columns, to.columns) if it)
+    for theirs in one.blocks(width):
+        for ours in to.blocks(width):
+            rows, columns = (range(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(theirs, ours, strict=True))
+            if rows and columns:
+                yield Move(piece, (len(rows), len(columns)),
+                           *(Rows(it.place(rows.start, columns.start, width), it.row(width)[0]) for it in (one, to)))
 
 
 def _copy(move: Move, master: torch.Tensor, state: dict[str, Any], average: torch.Tensor | None) -> None:
     """Weights into `master`, the optimizer's into its `state`, and the average."""
-    there, here = move.there, move.here
-    for key, value in move.of.values.items():
-        if key == EMA:
-            if average is not None:
-                average.view(-1)[here] = value[there].to(average.device)
-        elif key == WEIGHTS:
-            master.view(-1)[here] = value[there].to(master.device)
+    for key, value in move.saved.values.items():
+        if key in (WEIGHTS, EMA):
+            target = master if key == WEIGHTS else average
         elif not torch.is_tensor(value) or not value.dim():
             state[key] = value.clone() if torch.is_tensor(value) else value
+            continue
         else:
             if key not in state or state[key].shape != master.shape:
                 state[key] = torch.zeros_like(master, dtype=value.dtype)
-            state[key].view(-1)[here] = value[there].to(master.device)
+            target = state[key]
+        if target is not None:
+            move.here.of(target, move.shape).copy_(move.there.of(value, move.shape))
 
 
 def parameter_names(engine: Any) -> list[str]:
@@ -163,7 +193,7 @@ def _fragments(engine: Any, shapes: dict[str, torch.Size]) -> Iterator[list[Frag
     parts = max(1, engine.autotp_size())
     group, index = divmod(engine.global_rank, parts)
     for fragments in _own_fragments(engine, group, engine.world_size // parts):
-        yield [one.part(index, parts, shapes[one.name]) for one in fragments]
+        yield [one.in_whole(index, parts, shapes[one.name]) for one in fragments]
 
 
 def _own_fragments(engine: Any, rank: int, world: int) -> Iterator[list[Fragment]]:
@@ -193,7 +223,7 @@ def _partitions(sizes: list[tuple[str, int]], rank: int, world: int) -> Iterator
 
 def _saved(folder: Path, manifest: dict[str, Any], shapes: dict[str, torch.Size], with_ema: bool) -> Iterator[Saved]:
     """Every fragment of the checkpoint; what each rank of a group has whole under tensor parallelism once."""
-    parts = manifest.get("tensor_parallel", 1)
+    parts = saved_fact(manifest, "tensor_parallel")
     groups = manifest["workers"] // parts if manifest["zero"] else 1
     for index in range(parts):
         averages = [read_file(folder / f"ema-{group * parts + index:05d}.pt") if with_ema else [] for group in range(groups)]
@@ -201,7 +231,7 @@ def _saved(folder: Path, manifest: dict[str, Any], shapes: dict[str, torch.Size]
             if piece.at.name not in shapes:
                 raise CheckpointError(f"holds {piece.at.name}, which the model has not", where=str(folder), cause="bad_spec", remedy=REMEDY)
             if index == 0 or dimension(piece.at.name) is not None:
-                yield replace(piece, at=piece.at.part(index, parts, shapes[piece.at.name]))
+                yield replace(piece, at=piece.at.in_whole(index, parts, shapes[piece.at.name]))
 
 
 def _saved_part(state: Path, manifest: dict[str, Any], index: int, averages: list[list[torch.Tensor]]) -> Iterator[Saved]:

@@ -63,8 +63,17 @@ def test_a_head_by_blocks_gives_the_loss_and_gradients_of_whole_logits(family: s
     model.zero_grad()
     names = set(model.state_dict())
     wrapped = loss.CausalLoss(model)
+    linear, blocks = loss.functional.linear, list[int]()
+
+    def counted(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        if len(weight) == 97:
+            blocks.append(rows.numel() // rows.shape[-1])
+        return linear(rows, weight, bias)
+
+    monkeypatch.setattr(loss.functional, "linear", counted)
     ours = wrapped(tokens)
     (ours / 57).backward()
+    assert max(blocks) <= 7 and sum(blocks) == 57, "logits are never whole"
     assert isinstance(model.get_output_embeddings(), loss.LossHead) and set(model.state_dict()) == names
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)
     for name, p in model.named_parameters():

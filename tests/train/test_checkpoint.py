@@ -1,15 +1,19 @@
 """Only what was committed whole, and is still whole, is a checkpoint."""
 
 import math
+import pickle
 import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from distlm.errors import CheckpointError
 from distlm.runs import RunFolder
+from distlm.spec import TrainSpec
+from distlm.spec.load import load_spec
 from distlm.storage import Storage, read_json, write_json
 from distlm.train import checkpoint
 from distlm.train.recipe import make_recipe
@@ -63,6 +67,24 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_taken(run: Path, 
     found, refused = checkpoint.latest(run)
     assert found and found.step == 15
     assert len(refused) == 1 and str(newest) in str(refused[0])
+
+
+def test_nothing_is_unpickled_before_its_hash_has_been_looked_at(run: Path) -> None:
+    """A shard that does something as it is loaded: the checkpoint before it is taken, and that was never done."""
+    class Trap:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return Path.touch, (run / "sprung",)
+
+    trap = pickle.dumps(Trap())
+    for shard in (run / "checkpoints" / "step-000020").rglob("*.pt"):
+        shard.write_bytes(trap)
+    shutil.rmtree(run / "export")
+    given = load_spec(run / "spec.yaml").spec
+    assert isinstance(given, TrainSpec)
+    run_ranks({run: given})
+    assert not (run / "sprung").exists() and len(losses(run)) == 20
+    pickle.loads(trap)
+    assert (run / "sprung").exists()
 
 
 def test_a_copy_under_another_name_is_left_alone(run: Path) -> None:

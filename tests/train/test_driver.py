@@ -289,8 +289,8 @@ def test_a_run_that_lacks_only_its_export_makes_it_and_a_truncated_shard_costs_t
         train(given, folder, Storage(tmp_path), progress)
     assert losses(folder.path) == losses(undisturbed)
     assert (folder.path / "export" / "model.safetensors").read_bytes() == (undisturbed / "export" / "model.safetensors").read_bytes()
-    refused = [event["message"] for event in folder.events() if "refused" in event["message"]]
-    assert len(refused) == int(damaged) and all(str(newest) in text for text in refused)
+    refused = [event for event in folder.events() if "refused" in event["message"]]
+    assert len(refused) == int(damaged) and all(str(newest) in event["message"] and event["cause"] == "storage" for event in refused)
     assert [note for note in progress.notes if "resuming at step" in note] == [f"resuming at step {100 if damaged else 120} of 120"]
     assert bool([note for note in progress.notes if note.startswith("refused: ")]) == damaged
 

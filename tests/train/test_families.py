@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from distlm.corpus.stream import Windows
+from distlm.storage import read_json
 from tests.train.ranks import losses, make_corpus, metrics, run_ranks, spec
 
 WIDTHS = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -18,6 +19,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llama": GROUPED, "mistral": GROUPED, "qwen3": HEADS, "gemma": HEADS, "olmo2": GROUPED, "gpt_neox": WIDTHS,
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4}, "mixtral": {**GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {**GROUPED, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "decoder_sparse_step": 1}}
+EXPORTED = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "distlm.json"}
+"""What transformers and vLLM load a model from, which is told apart by its `architectures`, and what it is made of."""
 
 
 @pytest.mark.slow
@@ -40,6 +43,8 @@ def test_every_family_trains_goes_on_and_exports_what_was_trained(zero: int, tmp
         assert losses(run) == expected and losses(run)[-1] < losses(run)[0], run.name
         assert (run / "export" / "model.safetensors").read_bytes() == weights, run.name
         model = AutoModelForCausalLM.from_pretrained(run / "export").eval()
+        assert {path.name for path in (run / "export").iterdir()} == EXPORTED, run.name
+        assert read_json(run / "export" / "config.json")["architectures"] == [type(model).__name__], run.name
         assert model.config.model_type == run.name
         with torch.no_grad():
             logits = model(input_ids=tokens[:, :-1]).logits
@@ -48,5 +53,7 @@ def test_every_family_trains_goes_on_and_exports_what_was_trained(zero: int, tmp
             if zero == 0:
                 file = run / "checkpoints" / "step-000004" / "state" / "mp_rank_00_model_states.pt"
                 state = torch.load(file, weights_only=False)["module"]
-                model.load_state_dict({name.removeprefix("model."): value for name, value in state.items()}, strict=False)
+                names = model.load_state_dict({name.removeprefix("model."): value for name, value in state.items()}, strict=False)
+                tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+                assert not names.unexpected_keys and {*names.missing_keys} <= tied, run.name
                 assert torch.equal(model(input_ids=tokens[:, :-1]).logits, logits), run.name

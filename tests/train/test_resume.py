@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from distlm.spec import TrainSpec
+from distlm.spec.train import Duration
 from distlm.train import checkpoint
 from tests.train.ranks import losses, make_corpus, metrics, run_ranks, spec
 
@@ -44,6 +45,18 @@ def check_going_on(runs: dict[Path, TrainSpec]) -> None:
         assert len(losses(run)) == 6 and records(run) == expected, run.name
         assert (run / "export" / "model.safetensors").read_bytes() == weights, run.name
         assert losses(run)[-1] < losses(run)[0], run.name
+
+
+def test_a_run_that_is_made_longer_makes_the_steps_of_one_that_was_as_long(tmp_path: Path) -> None:
+    """With a schedule that does not look at the end: every rate, sample and weight."""
+    corpus, steady = make_corpus(tmp_path / "c"), {"schedule": {"name": "constant", "warmup_steps": 2}, "scale": {"workers": 1}}
+    longer = case(corpus, "adamw", "fp32", 0, **steady)
+    run_ranks({tmp_path / "whole": longer, tmp_path / "run": longer.model_copy(update={"duration": Duration(steps=3)})})
+    shutil.rmtree(tmp_path / "run" / "export")
+    run_ranks({tmp_path / "run": longer})
+    assert len(losses(tmp_path / "run")) == 6 and losses(tmp_path / "run") == losses(tmp_path / "whole")
+    ours, theirs = ((tmp_path / name / "export" / "model.safetensors").read_bytes() for name in ("run", "whole"))
+    assert ours == theirs
 
 
 def test_every_optimizer_and_option(tmp_path: Path) -> None:
