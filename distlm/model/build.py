@@ -166,8 +166,8 @@ def check_servable(config: Any, where: str) -> None:
 
 
 def check_served(folder: Path) -> None:
-    """Raises InputError for a folder with an encoder that is no classifier, and what `check_servable` and of
-    an encoder `check_frame` do for a classifier."""
+    """Raises InputError for a folder with an encoder that is no classifier, and what `check_servable`, and of an encoder `check_frame`, do
+    for a classifier."""
     where, told = f"model: {folder}", read_json(folder / "config.json")
     check_predicts(SimpleNamespace(**{"model_type": "", "architectures": None, **told}), where)
     if is_classifier(folder):

@@ -83,6 +83,7 @@ def test_nothing_is_unpickled_before_its_hash_has_been_looked_at(run: Path) -> N
     assert isinstance(given, TrainSpec)
     run_ranks({run: given})
     assert not (run / "sprung").exists() and len(losses(run)) == 20
+    assert len((run / "windows-0.txt").read_text().splitlines()) == 20 + 5, "it goes on at step 15"
     pickle.loads(trap)
     assert (run / "sprung").exists()
 

@@ -55,6 +55,7 @@ def test_a_run_that_is_made_longer_makes_the_steps_of_one_that_was_as_long(tmp_p
     shutil.rmtree(tmp_path / "run" / "export")
     run_ranks({tmp_path / "run": longer})
     assert len(losses(tmp_path / "run")) == 6 and losses(tmp_path / "run") == losses(tmp_path / "whole")
+    assert len((tmp_path / "run" / "windows-0.txt").read_text().splitlines()) == 6, "no step is made again"
     ours, theirs = ((tmp_path / name / "export" / "model.safetensors").read_bytes() for name in ("run", "whole"))
     assert ours == theirs
 
