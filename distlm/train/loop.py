@@ -17,26 +17,9 @@ from torch import distributed
 
 from distlm.corpus.manifest import read_manifest
 from distlm.errors import TrainError
-from distlm.model.activation import without_tanh
 from distlm.model.adapter import add_adapter, base_hash, merge, put_adapter, save_adapter
-from distlm.model.attention import use_cpu_attention
-from distlm.model.build import (
-    blank_model,
-    buffers,
-    build_model,
-    compile_layers,
-    load_model,
-    model_config,
-    precision_dtype,
-    recompute,
-    restore_buffers,
-)
-from distlm.model.complete import end_ids
-from distlm.model.documents import check_documents_apart
-from distlm.model.encoder import is_encoder
+from distlm.model.build import buffers, load_model, model_config, restore_buffers
 from distlm.model.export import export_model, stored_dtype
-from distlm.model.float8 import use_float8
-from distlm.model.sequence import exchange_in_attention, sequence_group
 from distlm.model.tensor import dimension
 from distlm.runs import RunFolder
 from distlm.text.clean import common
@@ -49,6 +32,7 @@ from distlm.train.dryrun import DryRun
 from distlm.train.evaluate import Evaluator
 from distlm.train.guard import Random, SpikeGuard, finite, nonfinite_gradient, nonfinite_loss, without_update
 from distlm.train.metrics import MetricsWriter, StepResult
+from distlm.train.model import end_at_answers, trained_model
 from distlm.train.norm import keeps_norm, known_norm, norm_parts
 from distlm.train.objectives import objective_of
 from distlm.train.optimizer import set_rate
@@ -58,18 +42,7 @@ from distlm.train.recipe import Recipe, manifest_of
 from distlm.train.saver import Saver
 from distlm.train.schedule import learning_rate
 from distlm.train.watchdog import Watchdog
-from distlm.train.zero import (
-    check_node,
-    deepspeed_config,
-    gather_parts,
-    loss_scale,
-    made_once,
-    make_engine,
-    set_accumulation,
-    settle_blank,
-    update,
-)
-from distlm.train.zeros import keep_zeros
+from distlm.train.zero import check_node, deepspeed_config, gather_parts, loss_scale, make_engine, set_accumulation, update
 
 
 def fit(recipe: Recipe, folder: RunFolder, steps: Iterator[NDArray[np.int64]], *, rank: int, device: torch.device, first_step: int = 0,
@@ -82,36 +55,7 @@ def fit(recipe: Recipe, folder: RunFolder, steps: Iterator[NDArray[np.int64]], *
     spec, objective = recipe.spec, objective_of(recipe.spec)
     check_node(spec)
     use_deterministic(spec.deterministic)
-    config = model_config(spec.model, recipe.shape, spec.regularization.dropout)
-    blank = rank > 0 and made_once(spec)
-    if spec.adapter:                                       # what stands still is held once, in the precision that it is computed with
-        place = None if spec.sharding.zero == 3 else device                    # stage 3 divides it first
-        model = build_model(spec.model, config, spec.seed, precision_dtype(spec.precision), place, spec.adapter.base == "nf4")
-        add_adapter(model, spec.adapter, spec.seed, spec.compile)
-    elif blank:
-        model = blank_model(config)
-    else:
-        model = build_model(spec.model, config, spec.seed)
-    if made_once(spec) and spec.model.source is not None and not settle_blank(model):
-        model, blank = build_model(spec.model, config, spec.seed), False
-    end_at_answers(model, recipe)
-    if spec.keep_zeros:
-        keep_zeros(model)
-    if device.type == "cpu" and not is_encoder(config):   # it is causal
-        use_cpu_attention(model)
-    if recipe.mask_documents and not blank:                # where rank 0 refuses, the others end with it
-        check_documents_apart(model)
-    if spec.sharding.sequence_parallel > 1:
-        group = sequence_group(spec.sharding.sequence_parallel, spec.sharding.tensor_parallel)
-        exchange_in_attention(model, group, recipe.mask_documents)
-    if spec.activation_checkpointing:
-        recompute(model, spec.activation_checkpointing)
-    if spec.precision == "fp8":
-        use_float8(model, emulate=device.type == "cpu")   # no spec asks that of a CPU, tests do
-    if spec.compile:
-        if device.type == "cpu":
-            without_tanh(model)
-        compile_layers(model)
+    model = trained_model(recipe, rank, device)
     kept = buffers(model)
     settings = deepspeed_config(spec, recipe.micro_sequences, recipe.accumulation)
     with own_disks(settings["zero_optimization"], folder.path, rank):
@@ -354,14 +298,6 @@ def export(recipe: Recipe, model: Any, weights: dict[str, torch.Tensor], folder:
 
     held = {"base_held_in": spec.adapter.base, "val_loss": None, "val_loss_as_held": lineage["val_loss"]} if spec.adapter.base else {}
     export_model(whole, None, tokenizer, folder, {**lineage, "base": source, "base_hash": base_hash(source), **held}, adapter)
-
-
-def end_at_answers(model: Any, recipe: Recipe) -> None:
-    """Let what the model says end at the tokens that end an answer by the templates of all corpora, too: completions of prompts, and those
-    of the export."""
-    if ends := [end for corpus in recipe.corpora for end in read_manifest(corpus).ends]:     # a classifier's corpora have none
-        every = [*dict.fromkeys([*end_ids(model.generation_config.eos_token_id), *ends])]
-        model.generation_config.eos_token_id = every if every[1:] else every[0]
 
 
 def export_lineage(recipe: Recipe, folder: RunFolder) -> dict[str, Any]:

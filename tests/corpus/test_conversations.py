@@ -36,7 +36,8 @@ from distlm.spec.curate import Clean
 from distlm.spec.prepare import Conversations, Source
 from distlm.storage import Storage, read_json
 from distlm.train.batch import make_batch
-from distlm.train.loop import end_at_answers, export
+from distlm.train.loop import export
+from distlm.train.model import end_at_answers
 from distlm.train.recipe import make_recipe
 from tests.corpus.test_template import CHATML, NAMES
 from tests.corpus.test_tokenizer import make

@@ -46,6 +46,7 @@ def watch_poisoned(poison: dict[str, Any]) -> Callable[[Exception], None]:
     """Poison the models that are built from here on. Returns what is called with the error that a run ended with: it prints that, and
     whether the masters are the ones from before the step."""
     from distlm.train import loop
+    from distlm.train import model as trained
     from distlm.train.average import masters
 
     make, train = loop.make_engine, loop.train_step
@@ -80,7 +81,7 @@ def watch_poisoned(poison: dict[str, Any]) -> Callable[[Exception], None]:
 
     import torch
 
-    loop.build_model, loop.blank_model = poisoned(loop.build_model), poisoned(loop.blank_model)
+    trained.build_model, trained.blank_model = poisoned(trained.build_model), poisoned(trained.blank_model)
     loop.make_engine, loop.train_step = made, step
     return report
 
@@ -91,9 +92,10 @@ def watch_base() -> Callable[[], str]:
     import torch
 
     from distlm.train import loop
+    from distlm.train import model as trained
     from distlm.train.average import masters
 
-    build, make, state = loop.build_model, loop.make_engine, dict[str, Any]()
+    build, make, state = trained.build_model, loop.make_engine, dict[str, Any]()
 
     def built(*args: Any) -> Any:
         model = build(*args)
@@ -118,7 +120,7 @@ def watch_base() -> Callable[[], str]:
         held = {str(one.dtype) for one in state["engine"].module.parameters() if not one.requires_grad}
         return f"loaded {sorted(state['loaded'])} held {sorted(held)} {'kept' if same else 'changed'}, {trained} in the optimizer"
 
-    loop.build_model, loop.make_engine = built, made
+    trained.build_model, loop.make_engine = built, made
     return report
 
 
@@ -128,9 +130,9 @@ def watch_start() -> None:
     import deepspeed
     import torch
 
-    from distlm.train import loop
+    from distlm.train import model as trained
 
-    initialize, blank, rank = deepspeed.initialize, loop.blank_model, os.environ["RANK"]
+    initialize, blank, rank = deepspeed.initialize, trained.blank_model, os.environ["RANK"]
 
     def made(*, model: Any, **more: Any) -> Any:
         all_of_it = [*model.parameters()]
@@ -149,7 +151,7 @@ def watch_start() -> None:
         print(f"rank {rank}: not drawn", flush=True)
         return model
 
-    deepspeed.initialize, loop.blank_model = made, blanked
+    deepspeed.initialize, trained.blank_model = made, blanked
 
 
 def strike(what: signal.Signals, place: str, number: int) -> None:

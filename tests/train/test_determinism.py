@@ -8,7 +8,7 @@ import torch
 
 from distlm.runs import RunFolder
 from distlm.storage import Storage
-from distlm.train import loop
+from distlm.train import loop, model
 from distlm.train.determinism import use_deterministic
 from distlm.train.recipe import make_recipe
 from tests.train.ranks import losses, make_corpus, run_ranks, spec
@@ -27,7 +27,7 @@ def test_kernels_are_chosen_before_the_model_is_built_and_by_each_run_for_itself
     def build(*_: object) -> None:
         raise Built
 
-    monkeypatch.setattr(loop, "model_config", build)
+    monkeypatch.setattr(model, "model_config", build)
     corpus = make_corpus(tmp_path / "c")
     for wanted in (True, False):
         recipe = make_recipe(spec(corpus, deterministic=wanted), Storage(tmp_path))
