@@ -26,8 +26,10 @@ DATA_CPUS = 1
 
 
 def train_bundles(spec: TrainSpec) -> Bundles:
-    """The workers and the data stream."""
-    return [{"CPU": spec.scale.cpus_per_worker, "GPU": spec.scale.gpus_per_worker}] * spec.scale.workers + [{"CPU": DATA_CPUS}]
+    """The workers, the one that evaluates beside them, and the data stream."""
+    beside = spec.evaluate.worker
+    return [*[{"CPU": spec.scale.cpus_per_worker, "GPU": spec.scale.gpus_per_worker}] * spec.scale.workers,
+            *([{"CPU": beside.cpus, "GPU": beside.gpus}] if beside else []), {"CPU": DATA_CPUS}]
 
 
 def evaluate_bundles(spec: EvaluateSpec) -> Bundles:

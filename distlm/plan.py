@@ -104,7 +104,8 @@ def of_train(spec: TrainSpec, storage: Storage, cluster: "RayUpFile | None" = No
             ("tokens", f"{recipe.tokens(recipe.num_steps):,}"),
             *([("documents", "kept apart: attention stays inside each")] if recipe.mask_documents else []),
             *([("fold", f"{spec.fold.index} of {spec.fold.of}: {recipe.val_windows:,} documents are held out")] if spec.fold else []),
-            ("evaluations", f"every {recipe.evaluate_every:,} steps over {recipe.val_windows:,} windows" if recipe.val else
+            ("evaluations", f"every {recipe.evaluate_every:,} steps over {recipe.val_windows:,} windows"
+             + ", by a worker of their own" * bool(spec.evaluate.worker) if recipe.val else
              f"none: {without_val(read_corpora(spec, storage))[0]}"),
             ("checkpoints", f"every {recipe.checkpoint_every:,} steps" + ", written beside them" * spec.checkpoint.asynchronous),
             *of_model(recipe.spec, recipe.shape, recipe.tokens(recipe.num_steps),
@@ -292,7 +293,8 @@ def of_scale(spec: TrainSpec) -> Rows:
     group = scale.workers // spec.data_workers
     groups = f" in groups of {group}" if group > 1 else ""
     rows = [("workers", f"{scale.workers}{groups}, ZeRO stage {spec.sharding.zero}, {spec.precision}"),
-            ("CPUs", f"{need['CPU']:g}: {scale.cpus_per_worker:g} a worker, {DATA_CPUS} for data")]
+            ("CPUs", f"{need['CPU']:g}: {scale.cpus_per_worker:g} a worker, "
+             + (f"{spec.evaluate.worker.cpus:g} for evaluations, " if spec.evaluate.worker else "") + f"{DATA_CPUS} for data")]
     return rows + ([("GPUs", f"{need['GPU']:g}")] if need["GPU"] else [])
 
 

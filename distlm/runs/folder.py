@@ -133,7 +133,8 @@ class RunFolder:
         self._append("metrics.jsonl", values)
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        return _lines(self.path / "metrics.jsonl")
+        """By step: an evaluation may be recorded after later steps. Of a step, in the order of their writing."""
+        return sorted(_lines(self.path / "metrics.jsonl"), key=lambda record: record.get("step", 0))
 
     def metrics_size(self) -> int:
         """Bytes of metrics.jsonl so far."""

@@ -120,6 +120,15 @@ class Scale(Part):
         return self
 
 
+class EvaluationWorker(Part):
+    """A worker that evaluates checkpoints while the steps go on."""
+
+    cpus: Annotated[float, Field(gt=0)] = 1
+    """Logical CPUs that it reserves beside those of the workers that train. It has as many threads."""
+    gpus: Annotated[int, Field(ge=0, le=1)] = 0
+    """GPUs of its own: 1 where there is one to spare, 0 for CPU."""
+
+
 class Evaluate(Part):
     """Validation loss during training, and beside it what the objective measures: of a language model perplexity, bits per byte, accuracy
     and calibration error of the next token, in all and of each corpus and source."""
@@ -133,6 +142,10 @@ class Evaluate(Part):
     """Texts that the model completes at each evaluation, the likeliest token each time: metrics.jsonl and the report show what it adds."""
     max_tokens: Annotated[int, Field(ge=1)] = 64
     """Tokens of each completion."""
+    worker: EvaluationWorker | None = None
+    """A worker of its own for evaluations, so that the steps do not wait for them: it takes the checkpoints of steps where one is due, all
+    of them unless every_steps says otherwise, and its results come as the run goes on. Before the first step and after the last one those
+    that train evaluate. `{}` takes one CPU. Left out, they evaluate in between too."""
 
     @model_validator(mode="after")
     def _samples(self) -> "Evaluate":
@@ -335,6 +348,7 @@ class TrainSpec(Job):
         if self.evaluate.prompts and self.sharding.sequence_parallel > 1:
             raise Rule("evaluate.prompts", "cannot be with sharding.sequence_parallel, which divides sequences of one length alone; leave "
                                            "them out, and evaluate the run with kind: evaluate")
+        check_evaluation_worker(self)
         check_fold(self)
         check_precision(self)
         check_reduce(self)
@@ -364,6 +378,12 @@ def check_adapter(spec: TrainSpec) -> None:
             raise Rule(where, "is not proved to make the same steps with an adapter; leave one of them out")
     if spec.optimizer.name == "muon":
         raise Rule("optimizer.name", "muon would make an adapter's narrow matrices orthogonal, which lifts their rank; take adamw")
+
+
+def check_evaluation_worker(spec: TrainSpec) -> None:
+    """Raises Rule where a worker cannot evaluate the run's checkpoints."""
+    if spec.evaluate.worker and spec.precision in ("fp16", "fp8") and not spec.evaluate.worker.gpus:
+        raise Rule("evaluate.worker.gpus", f"{spec.precision} needs GPUs, and it is 0; set 1, or take bf16 or fp32")
 
 
 def check_precision(spec: TrainSpec) -> None:

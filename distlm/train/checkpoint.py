@@ -79,7 +79,8 @@ def _manifest(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _step(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """The step whose state a folder holds, by its name."""
     match = NAME.fullmatch(path.name)
     assert match
     return int(match[1])
@@ -255,7 +256,7 @@ def prune(run: Path, keep: int, milestone_steps: int | None = None, keep_best: i
     `keep_best` with the lowest val_loss: that of metrics.jsonl where a run had to end before it was known. One that was not due counts as
     none of these, and is kept while it is the newest. The marker goes first."""
     newest, found = committed(run)[-1:], due(run)
-    kept = {*newest, *found[-keep:], *(path for path in found if milestone_steps and _step(path) % milestone_steps == 0)}
+    kept = {*newest, *found[-keep:], *(path for path in found if milestone_steps and step_of(path) % milestone_steps == 0)}
     if keep_best:
         later = {record["step"]: record["val_loss"] for record in RunFolder(run).read_metrics()
                  if "val_loss" in record and "averaged" not in record}
@@ -268,7 +269,7 @@ def prune(run: Path, keep: int, milestone_steps: int | None = None, keep_best: i
 
 def _val_loss(path: Path, later: dict[int, Any]) -> float:
     """What a checkpoint's manifest says, or else what was found for its step `later`; infinity for none that is finite."""
-    value = _manifest(path).get("val_loss", later.get(_step(path)))
+    value = _manifest(path).get("val_loss", later.get(step_of(path)))
     return value if isinstance(value, float) and math.isfinite(value) else math.inf
 
 

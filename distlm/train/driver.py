@@ -38,6 +38,7 @@ from distlm.train.memory import GIB, make_load, node_advice, node_memory
 from distlm.train.objectives import objective_of
 from distlm.train.recipe import Recipe, make_recipe, read_corpora, without_val
 from distlm.train.track import tracked
+from distlm.train.validation import Validation, forget
 from distlm.train.worker import Task, work
 
 OnMetrics = Callable[[dict[str, Any]], None]
@@ -75,11 +76,11 @@ def _to_the_end(recipe: Recipe, folder: RunFolder, progress: Progress, on_metric
     for attempt in itertools.count():
         start = _resume_point(recipe, folder, progress)
         first_step = start.step if start else 0
-        if first_step == recipe.num_steps and exported(recipe, folder):
-            break
-        before = checkpoint.commits(folder.path)
-        with _following(folder, recipe, progress, first_step, on_metrics):
-            error = _launch(recipe, folder, first_step, start.path if start else None, attempt)
+        before, ended = checkpoint.commits(folder.path), first_step == recipe.num_steps and exported(recipe, folder)
+        with _following(folder, recipe, progress, first_step, on_metrics), Validation(recipe, folder, progress) as validation:
+            error = None if ended else _launch(recipe, folder, first_step, start.path if start else None, attempt)
+            if error is None:
+                validation.finish()
         if error is None:
             break
         if checkpoint.commits(folder.path) - before:
@@ -171,6 +172,7 @@ def _resume_point(recipe: Recipe, folder: RunFolder, progress: Progress) -> chec
     elif refused:
         raise refused[0]
     folder.trim_metrics(start.step if start else -1)
+    forget(folder, start.step if start else -1)
     return start
 
 

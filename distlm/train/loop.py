@@ -125,6 +125,8 @@ def _train(engine: Any, recipe: Recipe, folder: RunFolder, steps: Iterator[NDArr
             taken = {"step_s": seconds, **phases.taken()}  # on every rank: what a GPU has timed is held until then
             if writer:
                 writer.step(done, result, rate, taken, measured, loss_scale(engine), saver.done())
+                if spec.evaluate.worker:
+                    writer.arrived()
             if due or leaving:
                 dog.rest(step, "save")
                 beside = spec.checkpoint.asynchronous and not leaving and done < recipe.num_steps
@@ -159,9 +161,9 @@ def saved(recipe: Recipe, done: int) -> bool:
 
 
 def evaluated(recipe: Recipe, done: int) -> bool:
-    """Whether an evaluation is due after so many steps."""
-    return (done % recipe.evaluate_every == 0 or done == recipe.num_steps
-            or (bool(recipe.spec.checkpoint.keep_best) and saved(recipe, done)))
+    """Whether the ranks evaluate after so many steps: with a worker for that (train/validation.py) they do after the last alone."""
+    return done == recipe.num_steps or (recipe.spec.evaluate.worker is None and (
+        done % recipe.evaluate_every == 0 or (bool(recipe.spec.checkpoint.keep_best) and saved(recipe, done))))
 
 
 def lacks_evaluation(recipe: Recipe, folder: RunFolder, done: int, rank: int) -> bool:

@@ -11,6 +11,7 @@ from distlm.runs import RunFolder
 from distlm.train.flops import mfu, peak_flops
 from distlm.train.recipe import Recipe
 from distlm.train.saver import Save
+from distlm.train.validation import arrived
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,12 @@ class MetricsWriter:
             self._folder.metrics({"step": self._recipe.num_steps, "averaged": checkpoints, **measured, "time": time.time()})
             self._show(measured, self._recipe.num_steps)
 
+    def arrived(self) -> None:
+        """Record what a worker of its own has measured of checkpoints since."""
+        for record in arrived(self._folder):
+            self._folder.metrics(record)
+            self._show(record, record["step"])
+
     def step(self, done: int, result: StepResult, rate: float, phases: dict[str, float], measured: dict[str, Any],
              loss_scale: float | None = None, save: Save | None = None) -> None:
         """Record a step: its loss, the gradient's norm before clipping, tokens that gave loss where not all do; of a spike the limit that
@@ -97,7 +104,7 @@ class MetricsWriter:
 
     def _show(self, measured: dict[str, Any], done: int) -> None:
         for name, value in measured.items():
-            if isinstance(value, int | float):
+            if isinstance(value, int | float) and name not in ("step", "time"):
                 self._board.add_scalar("loss/val" if name == "val_loss" else f"val/{name.removeprefix('val_')}", value, done)
         for name, value in by_source(measured).items():
             self._board.add_scalar(name, value, done)

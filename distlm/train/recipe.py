@@ -31,10 +31,11 @@ from distlm.spec.mixture import Mixture
 from distlm.spec.optimizer import check_groups
 from distlm.spec.train import Evaluate, TrainSpec, check_steps
 from distlm.storage import Storage, read_json
+from distlm.train.disks import on_disks
 from distlm.train.flops import config_flops, forward_flops
 from distlm.train.memory import check_states, make_load, memory_limit
 from distlm.train.objectives import objective_of
-from distlm.train.zero import check_raw
+from distlm.train.zero import check_raw, zero_options
 
 
 @dataclass(frozen=True)
@@ -222,9 +223,9 @@ def make_recipe(spec: TrainSpec, storage: Storage) -> Recipe:
     taught = check_teacher(spec.distill.teacher, config, manifest, shape, masked) if spec.distill else 0.0
     if spec.sharding.sequence_parallel > 1:
         check_sequence(config, context, spec.sharding.sequence_parallel, spec.sharding.tensor_parallel)
+    every = spec.checkpoint.every_steps or max(1, min(1000, steps // 4))
     recipe = Recipe(spec, str(manifest.path), mixture_hash(spec, manifests), shape, sum({**sizes, **trained}.values()), sequences,
-                    micro, steps, spec.evaluate.every_steps or max(1, steps // 10),
-                    spec.checkpoint.every_steps or max(1, min(1000, steps // 4)), (),
+                    micro, steps, spec.evaluate.every_steps or (every if spec.evaluate.worker else max(1, steps // 10)), every, (),
                     make_mix(spec, manifests, batches.before(steps)), masked, masked or padded,
                     config_flops(config, sizes, context, trained if spec.adapter else None) + taught, warmup)
     if spec.checkpoint.average > (saved := math.ceil(steps / recipe.checkpoint_every)):
@@ -235,6 +236,7 @@ def make_recipe(spec: TrainSpec, storage: Storage) -> Recipe:
         near = -(-milestone // recipe.checkpoint_every) * recipe.checkpoint_every
         raise SpecError(f"{milestone} is no multiple of the {recipe.checkpoint_every:,} steps between checkpoints",
                         where="checkpoint.milestone_steps", remedy=f"try {near}, or set checkpoint.every_steps")
+    check_evaluations(recipe)
     check_epochs(recipe, manifests)
     if memory_limit(spec) is not None:
         check_states(make_load(spec, config, shape, recipe.parameters, micro, recipe.accumulation, masked))
@@ -305,6 +307,21 @@ def _weights(mixture: Mixture) -> tuple[tuple[float, ...], tuple[float, ...]]:
     total = math.fsum(share.weight for share in mixture.mix)
     final = [share.final_weight for share in mixture.mix if share.final_weight is not None]
     return tuple(share.weight / total for share in mixture.mix), tuple(weight / math.fsum(final) for weight in final)
+
+
+def check_evaluations(recipe: Recipe) -> None:
+    """Raises SpecError where a worker of its own cannot evaluate the run's checkpoints when evaluations are due."""
+    spec, every = recipe.spec, recipe.checkpoint_every
+    if spec.evaluate.worker is None:
+        return
+    if recipe.evaluate_every % every:
+        near = -(-recipe.evaluate_every // every) * every
+        raise SpecError(f"{recipe.evaluate_every:,} is no multiple of the {every:,} steps between checkpoints, which evaluate.worker "
+                        "evaluates", where="evaluate.every_steps", remedy=f"try {near}, or set checkpoint.every_steps")
+    options = zero_options(spec)
+    if on_disks(options) or options.get("round_robin_gradients"):
+        raise SpecError("a worker of its own cannot read checkpoints whose states lie on disks, or are dealt in turns by "
+                        "round_robin_gradients", where="evaluate.worker", remedy="leave it out")
 
 
 def check_epochs(recipe: Recipe, manifests: list[Manifest]) -> None:

@@ -127,14 +127,33 @@ def load_resharded(engine: Any, folder: Path, manifest: dict[str, Any], ema: "Em
     for i, (master, fragments) in enumerate(zip(masters(engine), _fragments(engine, shapes), strict=True)):
         for to in fragments:
             moves = [move for piece in saved.get(to.name, ()) for move in _moves(piece, to)]
-            found = sum(math.prod(move.shape) for move in moves)
-            if found != to.numel or any(move.saved.values.keys() != moves[0].saved.values.keys() for move in moves):
-                raise CheckpointError(f"holds {found:,} of {to.numel:,} elements of {to.name}, or not all of their states",
-                                      where=str(folder), cause="storage", remedy=REMEDY)
+            _check_whole(to.name, sum(math.prod(move.shape) for move in moves), to.numel, folder)
+            if any(move.saved.values.keys() != moves[0].saved.values.keys() for move in moves):
+                raise CheckpointError(f"does not hold all states of {to.name}", where=str(folder), cause="storage", remedy=REMEDY)
             for move in moves:
                 _copy(move, master, states[master], ema.values[i] if ema else None)
     spread(engine)
     engine.global_steps = manifest["step"]
+
+
+@torch.no_grad()
+def load_weights(folder: Path, manifest: dict[str, Any], parameters: dict[str, torch.Tensor], average: bool) -> None:
+    """Give whole `parameters`, by their names in a run's module, the weights of the checkpoint `folder`, or their `average` over steps, in
+    one process without an engine. Raises CheckpointError where it lacks some."""
+    found = dict.fromkeys(parameters, 0)
+    for piece in _saved(folder, manifest, {name: parameter.shape for name, parameter in parameters.items()}, average):
+        name = piece.at.name
+        for move in _moves(piece, Fragment(name, 0, 0, parameters[name].numel())):
+            there = piece.values[EMA if average else WEIGHTS]
+            move.here.of(parameters[name], move.shape).copy_(move.there.of(there, move.shape))
+            found[name] += math.prod(move.shape)
+    for name, parameter in parameters.items():
+        _check_whole(name, found[name], parameter.numel(), folder)
+
+
+def _check_whole(name: str, found: int, numel: int, folder: Path) -> None:
+    if found != numel:
+        raise CheckpointError(f"holds {found:,} of {numel:,} elements of {name}", where=str(folder), cause="storage", remedy=REMEDY)
 
 
 def _moves(piece: Saved, to: Fragment) -> Iterator[Move]:

@@ -185,10 +185,13 @@ class Wandb:
         except wandb.errors.Error as error:
             raise OSError(str(error)) from None
         write_json(place, {**known, "wandb": self._run.id})
+        self._last = 0
 
     def send(self, records: list[dict[str, Any]]) -> None:
-        for record in records:
-            self._run.log(numbers(record), step=record["step"])
+        for record in records:                             # steps only go up there: what comes late stands at the last, and names its own
+            late = {"evaluated_step": record["step"]} if record["step"] < self._last else {}
+            self._last = max(self._last, record["step"])
+            self._run.log({**numbers(record), **late}, step=self._last)
 
     def close(self, state: str) -> None:
         self._run.finish(exit_code=int(state != "succeeded"))

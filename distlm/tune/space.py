@@ -105,6 +105,9 @@ def check(spec: TuneSpec, where: Callable[[KeyPath], str], *, references: Refere
     if spec.asha and spec.asha.grace_steps >= longest:
         raise SpecError(f"{spec.asha.grace_steps} has no effect where no trial takes more than {longest} steps: none would stop early",
                         where=where(("asha", "grace_steps")), remedy="lower it, or leave asha out")
+    if any(train and train.evaluate.worker for train in trains):
+        raise SpecError("a trial is judged as it evaluates, and an evaluation beside its steps comes later", remedy="leave it out",
+                        where=where(("train", "evaluate", "worker")))
     check_comparable(spec, [train for train in trains[len(ends):] if train is not None], where)
 
 

@@ -72,6 +72,7 @@ def test_a_value_that_breaks_the_spec_is_refused(values: dict[str, Any], what: s
 @pytest.mark.parametrize(("keys", "what"), [
     ({"asha": {"grace_steps": 10}}, "asha.grace_steps: 10 has no effect where no trial takes more than 10 steps: none would stop early"),
     ({"asha": {}}, "asha.grace_steps: 50 has no effect"),
+    ({"train": {**TRAIN, "evaluate": {"worker": {}}}}, "train.evaluate.worker: a trial is judged as it evaluates"),
     ({"asha": {"grace_steps": 20}, "space": {"duration.steps": {"grid": [10, 20]}}}, "no trial takes more than 20 steps"),
     ({"space": {"optimizer": {"grid": [{"lr": 1}]}, "optimizer.lr": {"grid": [2]}}},
      "space.optimizer.lr: it lies in optimizer, which the space sets as a whole; leave one of the two out"),
