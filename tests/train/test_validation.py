@@ -15,6 +15,8 @@ import ray
 
 from distlm.autoscale import total, train_bundles
 from distlm.errors import SpecError
+from distlm.model.build import build_model, model_config
+from distlm.model.export import export_model
 from distlm.runs import RunFolder
 from distlm.spec import TrainSpec
 from distlm.spec.load import load_spec
@@ -25,6 +27,7 @@ from distlm.train.recipe import make_recipe
 from distlm.train.validation import FOLDER, arrived, due, forget
 from tests.records import Records
 from tests.train.ranks import losses, make_corpus, make_labelled_corpus, metrics, run_ranks, spec
+from tests.train.test_dpo import make_pairs
 from tests.train.test_driver import make_run, wait_for
 
 STEPS, EVERY = 6, 2
@@ -34,12 +37,16 @@ CASES: dict[str, dict[str, Any]] = {
     "bf16": {"precision": "bf16"}, "bf16-zero-2": {"precision": "bf16", "sharding": {"zero": 2}},
     "bf16-zero-3": {"precision": "bf16", "sharding": {"zero": 3}},
     "muon": {"optimizer": {"name": "muon", "lr": 0.01, "clip": 0}, "sharding": {"zero": 2}},
-    "sequence": {"sharding": {"zero": 1, "sequence_parallel": 2}}, "labels": {"corpus": "l", "objective": "classify", **ZERO_1}}
+    "sequence": {"sharding": {"zero": 1, "sequence_parallel": 2}}, "labels": {"corpus": "l", "objective": "classify", **ZERO_1},
+    "adapter": {"model": {"from": "base"}, "adapter": {"rank": 4}, "sharding": {"zero": 2}},
+    "preferences": {"corpus": "p", "model": {"from": "base"}, "objective": "dpo", **ZERO_1}}
 """Runs of two workers."""
 
 
 def case(root: Path, **sections: Any) -> TrainSpec:
     corpus = root / sections.pop("corpus", "c")
+    if source := sections.get("model", {}).get("from"):
+        sections["model"] = {"from": str(root / source)}
     return spec(corpus, **{"duration": {"steps": STEPS}, "evaluate": {"every_steps": EVERY}, "scale": {"workers": 2},
                            "checkpoint": {"every_steps": EVERY, "keep": 3}, **sections})
 
@@ -55,6 +62,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("validation")
     make_corpus(root / "c")
     make_labelled_corpus(root / "l")
+    make_pairs(root / "p")
+    given = spec(root / "c")
+    config = model_config(given.model, make_recipe(given, Storage(root)).shape)
+    export_model(build_model(given.model, config, 3), None, root / "c" / "tokenizer", root / "base", {})
     run_ranks({root / name: case(root, **sections) for name, sections in CASES.items()})
     run_ranks({root / "tensor": case(root, sharding={"zero": 1, "tensor_parallel": 2})})
     return root
@@ -89,7 +100,7 @@ def test_a_worker_measures_what_those_that_train_do(root: Path) -> None:
             assert found.pop("evaluation_s") > 0
             assert found.keys() <= theirs.keys() and "val_loss" in found
             assert found["val_loss"] == pytest.approx(theirs["val_loss"], rel=1e-4 if "bf16" in name else 1e-6), (name, step)
-            for key in ("val_accuracy", "val_bits_per_byte", "val_ece", "accuracy", "f1_macro"):
+            for key in ("val_accuracy", "val_bits_per_byte", "val_ece", "accuracy", "f1_macro", "val_reward_margin"):
                 if key in theirs:
                     assert found[key] == pytest.approx(theirs[key], rel=1e-2 if "bf16" in name else 1e-5), (name, step, key)
 
