@@ -16,7 +16,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from distlm.errors import DistlmError
 from distlm.progress import Progress
 from distlm.runs import RunFolder
 from distlm.spec.sharding import Sharding
@@ -130,14 +129,14 @@ class Validation:
                 if self._stopped.is_set():
                     return
             write_json(self._folder.path / FOLDER / f"{path.name}.json", {"step": step, **ray.get(answer), "time": time.time()})
-        except (ray.exceptions.RayError, DistlmError) as error:
-            found = error if isinstance(error, DistlmError) else diagnose(error)
+        except Exception as error:                         # whatever it is, no step is to end for it
+            found = diagnose(error) if isinstance(error, ray.exceptions.RayError) else error
             if not isinstance(error, ray.exceptions.RayTaskError):
                 self._end_worker()
             gone = not (path / checkpoint.MARKER).exists()
             why = "it has made room for newer ones: evaluate less often, or raise checkpoint.keep" if gone else f"{found}"
             self._progress.note(told := f"{path.name} is not evaluated: {why}")
-            self._folder.event("note", "" if gone else found.cause, told, step=step)
+            self._folder.event("note", "" if gone else getattr(found, "cause", "internal"), told, step=step)
 
     def _start_worker(self) -> Any:
         import ray
