@@ -1,12 +1,15 @@
-"""The blocks of a plan as a Ray dataset: one task reads each. It needs Ray, which `corpus.stream` does not.
+"""The blocks of a plan as streams of Ray Data: one task reads each. It needs Ray, which `corpus.stream` does not.
 
-    dataset = plan_dataset(plan, first_step=120, tasks=2)
+    with plan_streams(plan, first_step=120, tasks=2) as streams:
+        ...                                                # rank r iterates over streams[r], in whatever process
 """
 
+import contextlib
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+import ray
 import ray.data
 from ray.data.block import Block, BlockAccessor, BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
@@ -15,11 +18,20 @@ from distlm.corpus.manifest import read_manifest
 from distlm.corpus.stream import Plan, read_block
 
 
-def plan_dataset(plan: Plan, first_step: int, tasks: int) -> ray.data.Dataset:
-    """A dataset of the blocks from `first_step` on, in order, block j for rank j mod world, of which `tasks` are read at a time. Each task
-    is a process that Ray starts first, seconds of a core."""
+@contextlib.contextmanager
+def plan_streams(plan: Plan, first_step: int, tasks: int) -> Iterator[list[ray.data.DataIterator]]:
+    """A stream for each rank, until the block ends, of the blocks from `first_step` on, in order, block j for rank j mod world, of which
+    `tasks` are read at a time. Each task is a process that Ray starts first, seconds of a core."""
     blocks = Blocks(plan, first_step)
-    return ray.data.read_datasource(blocks, num_cpus=0.25, concurrency=tasks, override_num_blocks=len(blocks.chunks) * plan.world)
+    dataset = ray.data.read_datasource(blocks, num_cpus=0.25, concurrency=tasks, override_num_blocks=len(blocks.chunks) * plan.world)
+    dataset.context.enable_progress_bars = False
+    dataset.context.execution_no_progress_timeout_s = -1   # a step may be slower than Ray's idea of progress
+    dataset.context.execution_options = ray.data.ExecutionOptions(preserve_order=True)
+    streams: list[Any] = dataset.streaming_split(plan.world, equal=True)       # begins as an actor's process at once
+    try:
+        yield streams
+    finally:
+        ray.kill(streams[0]._coord_actor)
 
 
 class Blocks(Datasource):

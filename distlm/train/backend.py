@@ -1,9 +1,10 @@
-"""Ray Train's backend for PyTorch, with what only the main thread of a worker may do. Imports Ray."""
+"""Ray Train for PyTorch, with what only the main thread of a worker may do, and without what a run has no use for. Imports Ray."""
 
 from dataclasses import dataclass
 from typing import Any
 
-from ray.train.torch import TorchConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 
 from distlm.train import preempt
 
@@ -20,3 +21,12 @@ class RankConfig(TorchConfig):
                 worker_group.execute(preempt.install)
 
         return RankBackend
+
+
+class Trainer(TorchTrainer):
+    """Without the actor that divides datasets among workers, a process that takes seconds of a core to start: the driver has divided its
+    own by `corpus.blocks.plan_streams`, beside the start of the workers."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        return [callback for callback in super()._create_default_callbacks()  # type: ignore[misc]
+                if not isinstance(callback, DatasetsCallback)]

@@ -180,12 +180,10 @@ def _launch(recipe: Recipe, folder: RunFolder, first_step: int, resume_from: Pat
             look: Literal["", "profile", "dry_run"] = "") -> DistlmError | None:
     """Run one worker group to its end, or look at steps alone. Returns what stopped it, if it is not done. Raises KeyboardInterrupt after
     Ctrl-C."""
-    import ray
-    from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
-    from ray.train.torch import TorchTrainer
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 
-    from distlm.corpus.blocks import plan_dataset
-    from distlm.train.backend import RankConfig
+    from distlm.corpus.blocks import plan_streams
+    from distlm.train.backend import RankConfig, Trainer
     from distlm.train.watchdog import FOLDER, collective_timeout, verdict
 
     scale, folder_ray = recipe.spec.scale, folder.path / "ray"
@@ -196,27 +194,27 @@ def _launch(recipe: Recipe, folder: RunFolder, first_step: int, resume_from: Pat
                    **({name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()} if recipe.spec.deterministic else {})}
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")          # a process that nothing here asks
-    data_context = ray.data.DataContext.get_current()
-    data_context.enable_progress_bars = False
-    data_context.execution_no_progress_timeout_s = -1      # a step may be slower than Ray's idea of progress
     # beside GPUs cores are idle; of a CPU's workers as many as there are cores for would take the cores (docs/experiments.md)
     readers = 4 * scale.workers if scale.gpus_per_worker else scale.workers + 1
-    trainer = TorchTrainer(
-        work, train_loop_config={"task": Task(recipe, folder.path, first_step, resume_from, look)},
-        torch_config=RankConfig(backend="nccl" if scale.gpus_per_worker else "gloo",
-                                timeout_s=collective_timeout(recipe.spec.guard.step_timeout_s)),
-        scaling_config=ScalingConfig(num_workers=scale.workers, use_gpu=bool(scale.gpus_per_worker), resources_per_worker=resources),
-        datasets={"train": plan_dataset(recipe.plan(), first_step, readers)} if first_step < recipe.num_steps else {},
-        dataset_config=DataConfig(execution_options=ray.data.ExecutionOptions(preserve_order=True), enable_shard_locality=False),
-        run_config=RunConfig(name=f"{folder.name}-{os.getpid()}-{look}{recipe.micro_sequences}-{attempt}", storage_path=str(folder_ray),
-                             failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),  # type: ignore[call-arg]
-                             worker_runtime_env={"env_vars": environment}))
     shutil.rmtree(folder.path / FOLDER, ignore_errors=True)
     folder.event("running", message=f"from step {first_step}")
     nodes = alive_nodes()
+    run_config = RunConfig(name=f"{folder.name}-{os.getpid()}-{look}{recipe.micro_sequences}-{attempt}", storage_path=str(folder_ray),
+                           failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),  # type: ignore[call-arg]
+                           worker_runtime_env={"env_vars": environment})
+    torch_config = RankConfig(backend="nccl" if scale.gpus_per_worker else "gloo",
+                              timeout_s=collective_timeout(recipe.spec.guard.step_timeout_s))
     try:
-        with _sigint_kept(), contextlib.nullcontext() if look else _sigterm_passed_on(folder):
-            trainer.fit()
+        with contextlib.ExitStack() as ends:
+            steps_left = first_step < recipe.num_steps
+            streams = ends.enter_context(plan_streams(recipe.plan(), first_step, readers)) if steps_left else []
+            ends.enter_context(_sigint_kept())
+            if not look:
+                ends.enter_context(_sigterm_passed_on(folder))
+            Trainer(work, train_loop_config={"task": Task(recipe, folder.path, first_step, resume_from, look, streams)},
+                    torch_config=torch_config, run_config=run_config,
+                    scaling_config=ScalingConfig(num_workers=scale.workers, use_gpu=bool(scale.gpus_per_worker),
+                                                 resources_per_worker=resources)).fit()
     except TrainingFailedError as error:
         found = verdict(folder.path) or diagnose(error, folder.path)
         lost = lost_nodes(nodes) if found.cause == "worker_died" else []       # what took the worker along

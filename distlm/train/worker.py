@@ -5,11 +5,11 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,9 @@ from numpy.typing import NDArray
 from distlm.train.dryrun import FOLDER, DryRun
 from distlm.train.profile import StepProfile
 from distlm.train.recipe import Recipe
+
+if TYPE_CHECKING:
+    from ray.data import DataIterator
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,8 @@ class Task:
     resume_from: Path | None
     look: Literal["", "profile", "dry_run"] = ""
     """Look at the steps alone, and leave a profile or the memory that they take."""
+    streams: Sequence["DataIterator"] = ()
+    """That of each rank; none where no step is left."""
 
 
 def work(config: dict[str, Task]) -> None:
@@ -46,8 +51,8 @@ def work(config: dict[str, Task]) -> None:
     cores = os.cpu_count() or 1
     torch.set_num_threads(recipe.spec.scale.threads_per_worker or max(1, cores // context.get_local_world_size()))
     steps: Iterator[NDArray[np.int64]] = iter(())
-    if task.first_step < recipe.num_steps:                 # else only the export is left to be made
-        batches = ray.train.get_dataset_shard("train").iter_batches(batch_size=plan.piece, batch_format="numpy", prefetch_batches=2)
+    if task.streams:                                       # else only the export is left to be made
+        batches = task.streams[rank].iter_batches(batch_size=plan.piece, batch_format="numpy", prefetch_batches=2)
         steps = begun(ordered_steps(batches, plan, rank, task.first_step))
     # the stream's processes start while these load
     from distlm.runs import RunFolder

@@ -19,7 +19,7 @@ import pytest
 import ray
 from ray.util import placement_group_table
 
-from distlm.corpus.blocks import plan_dataset
+from distlm.corpus.blocks import plan_streams
 from distlm.corpus.stream import START, Plan, local_steps, ordered_steps
 from distlm.errors import ClusterError, SpecError, StorageError, TrainError
 from distlm.execute import profile
@@ -458,19 +458,17 @@ def test_ray_data_deals_the_planned_blocks_to_the_ranks(cluster: str, corpus: Pa
                                                         monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("distlm.corpus.stream.MAX_CHUNK_STEPS", 1)             # 28 blocks for each rank, of which tasks end in any order
     plan = Plan(str(corpus), 12, world, 35, 0, marked=marked, group=group)
-    dataset = plan_dataset(plan, 7, 3)
-    dataset.context.enable_progress_bars = False
-    dataset.context.execution_options.preserve_order = True
     got: dict[int, list[np.ndarray]] = {}
 
     def consume(rank: int, shard: "ray.data.DataIterator") -> None:
         got[rank] = list(ordered_steps(shard.iter_batches(batch_size=plan.piece, batch_format="numpy"), plan, rank, 7))
 
-    threads = [Thread(target=consume, args=pair) for pair in enumerate(dataset.streaming_split(world, equal=True))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
+    with plan_streams(plan, 7, 3) as streams:
+        threads = [Thread(target=consume, args=pair) for pair in enumerate(streams)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(120)
     for rank in range(world):
         np.testing.assert_array_equal(got[rank], got[rank // group * group])
     got = {rank // group: got[rank] for rank in range(0, world, group)}
