@@ -3,6 +3,7 @@
 import json
 import math
 import multiprocessing
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -116,6 +117,34 @@ def validators() -> list[psutil.Process]:
     return [one for one in psutil.Process().children(recursive=True) if "ray::Validator" in " ".join(one.cmdline())]
 
 
+def test_ranks_record_what_has_come_and_evaluate_at_the_ends_alone(root: Path, tmp_path: Path) -> None:
+    run, given = tmp_path / "run", beside(case(root))
+    write_json(run / FOLDER / "step-000000.json", {"step": 0, "val_loss": 9.0, "val_by_source": {"c": {"loss": 9.0}}})
+    run_ranks({run: given})
+    found = [(record["step"], record["val_loss"]) for record in metrics(run) if "val_loss" in record]
+    assert [step for step, _ in found] == [0, 0, STEPS] and found[1][1] == 9.0 and not [*(run / FOLDER).iterdir()]
+    assert losses(run) == losses(root / "zero-0"), "to the bit"
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(run / "tensorboard")).Reload()
+    assert 9.0 in [event.value for event in board.Scalars("loss/val")]
+
+
+def test_what_a_driver_left_unmeasured_is_measured_when_the_run_is_taken_up_again(cluster: None, root: Path, tmp_path: Path) -> None:
+    folder, given = RunFolder(tmp_path / "run"), beside(case(root))
+    shutil.copytree(root / "zero-0", folder.path)
+    expected = {record["step"]: record["val_loss"] for record in metrics(folder.path) if "val_loss" in record}
+    lines = [{key: value for key, value in record.items() if not key.startswith("val_") or record["step"] in (0, STEPS)}
+             for record in metrics(folder.path)]
+    (folder.path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    progress = Records()
+    train(given, folder, Storage(tmp_path), progress)
+    found = {record["step"]: record["val_loss"] for record in folder.read_metrics() if "val_loss" in record}
+    assert found == pytest.approx(expected, rel=1e-6) and sorted(found) == [0, 2, 4, 6]
+    assert folder.launches() == 0 and any("waiting for the evaluation of step-000002, step-000004" in note for note in progress.notes)
+
+
+@pytest.mark.slow
 def test_no_step_waits_for_an_evaluation_and_none_is_lost(cluster: None, root: Path, tmp_path: Path) -> None:
     given = case(root, name="beside", corpus="c", duration={"steps": 24}, sharding={"zero": 2},
                  evaluate={"worker": {}}, checkpoint={"every_steps": 4, "keep": 6, "keep_best": 1})
