@@ -120,7 +120,6 @@ class Validation:
         import ray
 
         step = checkpoint.step_of(path)
-        self._known.add(step)
         try:
             if self._worker is None:
                 self._worker = self._start_worker()
@@ -137,6 +136,8 @@ class Validation:
             why = "it has made room for newer ones: evaluate less often, or raise checkpoint.keep" if gone else f"{found}"
             self._progress.note(told := f"{path.name} is not evaluated: {why}")
             self._folder.event("note", "" if gone else getattr(found, "cause", "internal"), told, step=step)
+        finally:
+            self._known.add(step)
 
     def _start_worker(self) -> Any:
         import ray

@@ -141,7 +141,7 @@ def test_what_a_driver_left_unmeasured_is_measured_when_the_run_is_taken_up_agai
     train(given, folder, Storage(tmp_path), progress)
     found = {record["step"]: record["val_loss"] for record in folder.read_metrics() if "val_loss" in record}
     assert found == pytest.approx(expected, rel=1e-6) and sorted(found) == [0, 2, 4, 6]
-    assert folder.launches() == 0 and any("waiting for the evaluation of step-000002, step-000004" in note for note in progress.notes)
+    assert folder.launches() == 0 and "waiting for the evaluation of step-000002, step-000004" in progress.notes
 
 
 @pytest.mark.slow
