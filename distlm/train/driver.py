@@ -70,7 +70,7 @@ def train(spec: TrainSpec, folder: RunFolder, storage: Storage, progress: Progre
 def _to_the_end(recipe: Recipe, folder: RunFolder, progress: Progress, on_metrics: list[OnMetrics]) -> None:
     """Launch worker groups until one has come to the end, or no retry is left: those of a cause count since the last group that committed a
     checkpoint of the schedule. Raises what stopped the last."""
-    retry = recipe.spec.retry.model_dump()
+    retry, grace_s = recipe.spec.retry.model_dump(), recipe.spec.guard.grace_period_s
     failures: dict[str, int] = {}
     for attempt in itertools.count():
         start = _resume_point(recipe, folder, progress)
@@ -78,7 +78,8 @@ def _to_the_end(recipe: Recipe, folder: RunFolder, progress: Progress, on_metric
         if first_step == recipe.num_steps and exported(recipe, folder):
             break
         before = checkpoint.commits(folder.path)
-        with _following(folder, recipe, progress, first_step, on_metrics):
+        fits = [preempt.GraceCheck(folder, progress, grace_s)] if grace_s else []
+        with _following(folder, recipe, progress, first_step, [*on_metrics, *fits]):
             error = _launch(recipe, folder, first_step, start.path if start else None, attempt)
         if error is None:
             break
