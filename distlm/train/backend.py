@@ -1,16 +1,20 @@
 """Ray Train's backend for PyTorch, with what only the main thread of a worker may do. Imports Ray."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ray.train.torch import TorchConfig
 
-from distlm.train import preempt
+from distlm.train import drain, preempt
 
 
 @dataclass
 class RankConfig(TorchConfig):
-    """The process group, and a handler for SIGTERM: the training function itself runs on another thread."""
+    """The process group, and a handler for SIGTERM: the training function itself runs on another thread. On which nodes the ranks are is
+    written to the run's folder, `run`."""
+
+    run: Path = Path()
 
     @property
     def backend_cls(self) -> Any:
@@ -18,5 +22,6 @@ class RankConfig(TorchConfig):
             def on_start(self, worker_group: Any, backend_config: Any) -> None:
                 super().on_start(worker_group, backend_config)
                 worker_group.execute(preempt.install)
+                drain.write_nodes(backend_config.run, worker_group.execute(drain.node_id))
 
         return RankBackend

@@ -31,6 +31,7 @@ from distlm.storage import Storage, read_json
 from distlm.train import checkpoint, preempt
 from distlm.train import profile as profiles
 from distlm.train.determinism import ENVIRONMENT
+from distlm.train.drain import drains_passed_on
 from distlm.train.dryrun import FOLDER as DRY_RUN
 from distlm.train.dryrun import choose_micro
 from distlm.train.failures import alive_nodes, diagnose, lost_nodes
@@ -79,7 +80,7 @@ def _to_the_end(recipe: Recipe, folder: RunFolder, progress: Progress, on_metric
             break
         before = checkpoint.commits(folder.path)
         fits = [preempt.GraceCheck(folder, progress, grace_s)] if grace_s else []
-        with _following(folder, recipe, progress, first_step, [*on_metrics, *fits]):
+        with _following(folder, recipe, progress, first_step, [*on_metrics, *fits]), drains_passed_on(folder, progress):
             error = _launch(recipe, folder, first_step, start.path if start else None, attempt)
         if error is None:
             break
@@ -194,7 +195,7 @@ def _launch(recipe: Recipe, folder: RunFolder, first_step: int, resume_from: Pat
     environment = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **({} if scale.gpus_per_worker else on_cpu),
                    **({name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()} if recipe.spec.deterministic else {})}
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")          # a process that nothing here asks
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")          # a process of its own, where this one can look
     data_context = ray.data.DataContext.get_current()
     data_context.enable_progress_bars = False
     data_context.execution_no_progress_timeout_s = -1      # a step may be slower than Ray's idea of progress
@@ -203,7 +204,7 @@ def _launch(recipe: Recipe, folder: RunFolder, first_step: int, resume_from: Pat
     trainer = TorchTrainer(
         work, train_loop_config={"task": Task(recipe, folder.path, first_step, resume_from, look)},
         torch_config=RankConfig(backend="nccl" if scale.gpus_per_worker else "gloo",
-                                timeout_s=collective_timeout(recipe.spec.guard.step_timeout_s)),
+                                timeout_s=collective_timeout(recipe.spec.guard.step_timeout_s), run=folder.path),
         scaling_config=ScalingConfig(num_workers=scale.workers, use_gpu=bool(scale.gpus_per_worker), resources_per_worker=resources),
         datasets={"train": plan_dataset(recipe.plan(), first_step, readers)} if first_step < recipe.num_steps else {},
         dataset_config=DataConfig(execution_options=ray.data.ExecutionOptions(preserve_order=True), enable_shard_locality=False),
