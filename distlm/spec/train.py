@@ -210,6 +210,11 @@ class Guard(Part):
     write their stacks to their logs and end with the cause hang, naming the rank that hangs. Evaluation, checkpoints and the export may
     take longer, as long as every rank answers and none waits for another for about half an hour, or twice this where that is more. 0 turns
     it off."""
+    grace_period_s: Annotated[float | None, Field(gt=0)] = None
+    """Seconds from SIGTERM to the end of a machine, as its scheduler has them: terminationGracePeriodSeconds of Kubernetes is 30, KillWait
+    of Slurm 30, and AWS takes a spot instance two minutes after its notice. A run says once if a step, or an evaluation, and the checkpoint
+    after it take longer, and how long they took when it was preempted; where Ray drains a node with a deadline, that holds. Default: not
+    known."""
 
 
 class Track(Part):
@@ -224,7 +229,7 @@ class Track(Part):
 
 class Retry(Part):
     """How often a run is resumed from its last checkpoint, by cause. It counts anew after a checkpoint of checkpoint.every_steps that was
-    committed since; what is saved because of SIGTERM is none."""
+    committed since; what is saved because of SIGTERM, or of a node that is drained, is none."""
 
     worker_died: Annotated[int, Field(ge=0)] = 2
     """A worker process ended."""
@@ -233,8 +238,8 @@ class Retry(Part):
     hang: Annotated[int, Field(ge=0)] = 2
     """A rank stood still for longer than guard.step_timeout_s, and all have been ended."""
     preempted: Annotated[int, Field(ge=0)] = 10
-    """A worker was sent SIGTERM: all have saved at the end of their step. So often between two checkpoints of checkpoint.every_steps. A
-    driver that is sent it ends with them and is not retried."""
+    """A worker was sent SIGTERM, or Ray drains its node: all have saved at the end of their step. So often between two checkpoints of
+    checkpoint.every_steps. A driver that is sent SIGTERM ends with them and is not retried."""
 
 
 class TrainSpec(Job):

@@ -31,6 +31,7 @@ from distlm.storage import Storage, read_json
 from distlm.train import checkpoint, preempt
 from distlm.train import profile as profiles
 from distlm.train.determinism import ENVIRONMENT
+from distlm.train.drain import drains_passed_on
 from distlm.train.dryrun import FOLDER as DRY_RUN
 from distlm.train.dryrun import choose_micro
 from distlm.train.failures import alive_nodes, diagnose, lost_nodes
@@ -71,13 +72,15 @@ def train(spec: TrainSpec, folder: RunFolder, storage: Storage, progress: Progre
 def _to_the_end(recipe: Recipe, folder: RunFolder, progress: Progress, on_metrics: list[OnMetrics]) -> None:
     """Launch worker groups until one has come to the end, or no retry is left: those of a cause count since the last group that committed a
     checkpoint of the schedule. Raises what stopped the last."""
-    retry = recipe.spec.retry.model_dump()
+    retry, grace_s = recipe.spec.retry.model_dump(), recipe.spec.guard.grace_period_s
     failures: dict[str, int] = {}
     for attempt in itertools.count():
         start = _resume_point(recipe, folder, progress)
         first_step = start.step if start else 0
         before, ended = checkpoint.commits(folder.path), first_step == recipe.num_steps and exported(recipe, folder)
-        with _following(folder, recipe, progress, first_step, on_metrics), Validation(recipe, folder, progress) as validation:
+        fits = [preempt.GraceCheck(folder, progress, grace_s)] if grace_s else []
+        with (_following(folder, recipe, progress, first_step, [*on_metrics, *fits]), drains_passed_on(folder, progress),
+              Validation(recipe, folder, progress) as validation):
             error = None if ended else _launch(recipe, folder, first_step, start.path if start else None, attempt)
             if error is None:
                 validation.finish()
@@ -193,7 +196,7 @@ def _launch(recipe: Recipe, folder: RunFolder, first_step: int, resume_from: Pat
     environment = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **({} if scale.gpus_per_worker else on_cpu),
                    **({name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()} if recipe.spec.deterministic else {})}
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")          # a process that nothing here asks
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")          # a process of its own, where this one can look
     # beside GPUs cores are idle; of a CPU's workers as many as there are cores for would take the cores (docs/experiments.md)
     readers = 4 * scale.workers if scale.gpus_per_worker else scale.workers + 1
     shutil.rmtree(folder.path / FOLDER, ignore_errors=True)
@@ -203,7 +206,7 @@ def _launch(recipe: Recipe, folder: RunFolder, first_step: int, resume_from: Pat
                            failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),  # type: ignore[call-arg]
                            worker_runtime_env={"env_vars": environment})
     torch_config = RankConfig(backend="nccl" if scale.gpus_per_worker else "gloo",
-                              timeout_s=collective_timeout(recipe.spec.guard.step_timeout_s))
+                              timeout_s=collective_timeout(recipe.spec.guard.step_timeout_s), run=folder.path)
     try:
         with contextlib.ExitStack() as ends:
             steps_left = first_step < recipe.num_steps

@@ -134,8 +134,7 @@ def _train(engine: Any, recipe: Recipe, folder: RunFolder, steps: Iterator[NDArr
             if leaving:
                 if writer:
                     writer.close()
-                raise TrainError(f"a worker or the driver was sent SIGTERM, and the state after step {done} is saved", cause="preempted",
-                                 remedy="go on with --resume")
+                raise request.ended(done, spec.guard.grace_period_s)
         if look:
             return
         dog.rest(recipe.num_steps - 1, "export")

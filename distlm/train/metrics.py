@@ -73,7 +73,7 @@ class MetricsWriter:
         phases on rank 0, fp16's loss scale after it, its memory, and its MFU where the processor's peak is known. `measured` is what an
         evaluation after it found, empty without one. Of pairs, whose padding is not computed, tokens a second and MFU count `pair_tokens`,
         those of a pair on average. `save` is a checkpoint that has been committed since the step before: its step, its seconds from begin
-        to marker, and those for which the steps stood still."""
+        to marker, those for which the steps stood still, and those that it takes where it waits for no step."""
         seconds = phases["step_s"]
         tokens, targets = self._recipe.tokens_of(done - 1), "pairs" if self._recipe.spec.objective == "dpo" else "loss_tokens"
         if "pair_tokens" in result.beside:
@@ -85,7 +85,8 @@ class MetricsWriter:
                       "mfu": mfu(tokens / seconds, self._recipe.flops_per_token, self._peak * self._recipe.world)}),
                   "time": time.time(), **measured, **result.beside,
                   **({targets: result.num_targets} if self._recipe.marked else {}),
-                  **({} if save is None else {"checkpoint": save.step, "checkpoint_s": save.seconds, "checkpoint_stall_s": save.stall_s})}
+                  **({} if save is None else {"checkpoint": save.step, "checkpoint_s": save.seconds, "checkpoint_stall_s": save.stall_s,
+                                            "checkpoint_alone_s": save.alone_s})}
         self._folder.metrics(record)
         if result.limit is not None:
             self._folder.event("note", "loss_spike", f"the loss is {result.loss:.4g} at step {done}, above {result.limit:.4g}: "

@@ -62,6 +62,10 @@ class Save:
     """The steps have stood still for so long."""
     seconds: float = 0.0
     """From its begin to its marker."""
+    written_s: float = 0.0
+    """From its begin to the last of this rank's files."""
+    alone_s: float = 0.0
+    """What it takes without the wait between those and the commit, for a step that goes on beside it."""
 
 
 class Saver:
@@ -112,6 +116,7 @@ class Saver:
         distributed.barrier()
         self._now = now = Save(step, path, _manifest(self._engine, self._recipe, step, recent_losses, val_loss, due), beside, began)
         self._take(path, ema)
+        now.files[-1].add_done_callback(lambda _: setattr(now, "written_s", time.perf_counter() - began))
         if not beside:
             self.finish()
         now.stall_s = time.perf_counter() - began
@@ -206,6 +211,7 @@ class Saver:
 
     def _seal(self, now: Save, entries: list[dict[str, Any]]) -> None:
         """Manifest, then marker, then what is to go. Files that DeepSpeed has copied itself are not among `entries`."""
+        began = time.perf_counter()
         with _told(now.path):
             known = {entry["file"] for entry in entries}
             more = [checkpoint.entry(file, now.path) for file in now.path.rglob("*") if file.is_file()
@@ -217,7 +223,7 @@ class Saver:
             write_atomic(now.path / checkpoint.MARKER, hashlib.sha256(text).hexdigest() + "\n")
             for folder in (*(path for path in now.path.rglob("*") if path.is_dir()), now.path, now.path.parent):
                 flush_folder(folder)                       # before an earlier one goes
-            now.seconds = time.perf_counter() - now.began
+            now.seconds, now.alone_s = time.perf_counter() - now.began, now.written_s + time.perf_counter() - began
         kept = self._recipe.spec.checkpoint
         checkpoint.prune(self._run, kept.keep, kept.milestone_steps, kept.keep_best)
         self._done.append(now)

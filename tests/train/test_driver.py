@@ -151,7 +151,8 @@ def test_sigterm_to_a_worker_and_then_to_the_driver_costs_nothing_but_time(clust
 
     thread = Thread(target=preempt)
     thread.start()
-    with pytest.raises(TrainError, match=r"was sent SIGTERM, and the state after step \d+ is saved; go on with --resume"), folder.running():
+    with pytest.raises(TrainError, match=r"was sent SIGTERM, and the state after step \d+ is saved, \S+ s later; go on with --resume"), \
+            folder.running():
         train(given, folder, Storage(tmp_path), Records())
     thread.join()
     assert sent == ["worker", "driver"], "the faults fired"

@@ -1,5 +1,6 @@
 """Whatever decides a run's future is in its checkpoint: with any optimizer and option it goes on bit-equal."""
 
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -103,10 +104,13 @@ def test_muon_makes_the_same_steps_of_experts_under_every_stage(tmp_path: Path) 
 def test_sigterm_to_a_rank_saves_after_its_step_and_costs_nothing(tmp_path: Path) -> None:
     corpus = make_corpus(tmp_path / "c")
     whole, run = tmp_path / "whole", tmp_path / "run"
-    given = spec(corpus, scale={"workers": 2}, sharding={"zero": 2}, duration={"steps": 12}, checkpoint={"every_steps": 4, "average": 2})
+    given = spec(corpus, scale={"workers": 2}, sharding={"zero": 2}, duration={"steps": 12}, checkpoint={"every_steps": 4, "average": 2},
+                 guard={"grace_period_s": 30})
     run_ranks({whole: given})
     output = run_ranks({run: given}, preempt_before_step=9, hold=(8, 9))          # the one before is on its way, an evaluation is due
-    assert output.count("TrainError: a worker or the driver was sent SIGTERM, and the state after step 10 is saved") >= 2, "on both ranks"
+    text = r"TrainError: a worker was sent SIGTERM, and the state after step 10 is saved, (\S+) s later, where there were 30 s; go on with"
+    seconds = [float(one) for one in re.findall(text, output)]
+    assert len(seconds) >= 2 and len({*seconds}) == 1 and 0 < seconds[0] < 30, "on both ranks"
     assert [path.name for path in checkpoint.committed(run)] == ["step-000004", "step-000008", "step-000010"]
     assert len(losses(run)) == 10 and not (run / "export").exists()
     assert evaluations(run) == evaluations(whole)[:1], "there is no time for one"

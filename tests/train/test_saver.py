@@ -56,6 +56,16 @@ def test_its_files_are_those_of_the_moment_and_a_run_goes_on_from_it_bit_equal(t
         assert records(run) == expected and files(run / "export")["model.safetensors"] == weights, run.name
 
 
+def test_what_a_save_takes_alone_is_told_without_the_slow_steps_beside_it(tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path / "c")
+    runs = {tmp_path / name: spec(corpus, scale={"workers": 2}, duration={"steps": 3}, evaluate={"every_steps": 3},
+                                  checkpoint={"every_steps": 1, "asynchronous": name == "beside"}) for name in ("beside", "still")}
+    run_ranks(runs, slow_s=2)
+    beside, still = (saves(run)[1] for run in runs)
+    assert 0 < beside["checkpoint_alone_s"] < beside["checkpoint_s"] - 1, "it is committed in the next step's exchange"
+    assert 0 < still["checkpoint_alone_s"] <= still["checkpoint_s"] < still["checkpoint_alone_s"] + 1
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two ranks that nothing happens to."""
