@@ -70,7 +70,8 @@ def workers(pid: int | None = None) -> list[psutil.Process]:
     return found
 
 
-def wait_for(condition: Callable[[], object], what: str, seconds: float = 120) -> None:
+def wait_for(condition: Callable[[], object], what: str, seconds: float = 300) -> None:
+    """`seconds` are for workers that start on a machine under load; where all is well none of them passes."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"{what} did not happen in {seconds} s"
