@@ -280,7 +280,7 @@ def test_a_tokenizer_that_is_not_there_is_found(storage: Storage, tmp_path: Path
 
 THEIR_OWN = ("classify-stdlib.yaml", "docstrings.yaml", "prepare-chat.yaml", "prepare-preferences.yaml", "prepare-web.yaml",
              "shakespeare.yaml", "shakespeare-gpu.yaml")
-"""Read what only the reader has."""
+"""Read what only the reader has; planned below over files of the tests' own."""
 
 
 def test_a_pipeline_with_a_classifier_is_planned_before_its_corpus_is_there(tmp_path: Path) -> None:
@@ -290,6 +290,34 @@ def test_a_pipeline_with_a_classifier_is_planned_before_its_corpus_is_there(tmp_
     rows = dict(plan.needs(loaded, Storage(tmp_path)))
     language = num_parameters(model_config(ModelSpec(preset="llama-tiny"), Shape(4096, 256, 0)))
     assert rows["prepare: labels"] == "label" and rows["train: parameters"] == f"{language + 2 * 64:,}", "with a head of two labels"
+
+
+@pytest.mark.parametrize(("name", "train"), [
+    ("shakespeare.yaml", {"parameters": "304,512", "workers": "1, ZeRO stage 0, bf16", "CPUs": "2: 1 a worker, 1 for data"}),
+    ("shakespeare-gpu.yaml", {"parameters": "10,747,392", "workers": "1, ZeRO stage 0, bf16", "GPUs": "1"})])
+def test_specs_of_two_files_are_planned_where_those_lie(name: str, train: dict[str, str], tmp_path: Path,
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any two will do, and no GPU is needed for it."""
+    monkeypatch.chdir(tmp_path)
+    for file in ("train.txt", "val.txt"):
+        (tmp_path / file).write_text("ROMEO:\nBut soft!\n" * 50)
+    rows = dict(plan.needs(resolve(SPECS / name), Storage(tmp_path)))
+    assert rows["prepare: files"] == "2" and rows["prepare: bytes"] == "1.7 kB" and rows["prepare: vocabulary"] == "256 bytes"
+    assert {key: rows[f"train: {key}"] for key in train} == train
+
+
+@pytest.mark.parametrize(("name", "overrides", "expected"), [
+    ("prepare-chat.yaml", ["sources=[records.jsonl]", "tokenizer={train: bytes}"], {"files": "1", "loss": "conversations: assistant"}),
+    ("prepare-preferences.yaml", ["sources=[records.jsonl]", "tokenizer={train: bytes}"], {"files": "1", "context": "2,048 tokens"}),
+    ("prepare-web.yaml", ["sources=[records.jsonl]"], {"files": "1", "vocabulary": "32,000 tokens, trained"}),
+    ("docstrings.yaml", ["steps.prepare.sources.0.path=records.jsonl", "steps.prepare.tokenizer={train: bytes}"],
+     {"prepare: files": "1", "train: workers": "1, ZeRO stage 0, bf16", "serve: model": "what another step makes"})])
+def test_specs_of_other_places_are_planned_over_a_file(name: str, overrides: list[str], expected: dict[str, str], tmp_path: Path,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "records.jsonl").write_text("{}\n")
+    rows = dict(plan.needs(resolve(SPECS / name, overrides), Storage(tmp_path)))
+    assert {key: rows[key] for key in expected} == expected
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in SPECS.glob("*.yaml") if path.name not in THEIR_OWN))

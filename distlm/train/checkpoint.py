@@ -130,6 +130,11 @@ def check_fits(checkpoint: Checkpoint, recipe: Recipe) -> None:
         if saved != value and (key not in LAYOUT or why):
             raise CheckpointError(f"was saved with {key} {saved}, and the spec says {value}" + f"; {why}" * bool(why),
                                   where=str(checkpoint.path), cause="bad_spec", remedy=f"resume with {key} {saved}, or start a new run")
+    if divided_anew(checkpoint.manifest, recipe) and not checkpoint.manifest["zero"] and "parameters" not in checkpoint.manifest:
+        tensor, changes = saved_fact(checkpoint.manifest, "tensor_parallel"), ", ".join(layout_changes(checkpoint.manifest, recipe))
+        raise CheckpointError(f"is of an older version, which does not tell its parameters' names, and would be divided anew: {changes}",
+                              where=str(checkpoint.path), cause="bad_spec",
+                              remedy=f"resume with zero 0 and tensor_parallel {tensor}, or start a new run")
     check_annealing(checkpoint, recipe)
 
 
@@ -137,6 +142,13 @@ def layout_changes(manifest: dict[str, Any], recipe: Recipe) -> list[str]:
     """What a run divides its state anew for, as people read it: key, what a checkpoint's manifest has, what the recipe has."""
     ours = facts(recipe)
     return [f"{key} {saved_fact(manifest, key)} -> {ours[key]}" for key in LAYOUT if saved_fact(manifest, key) != ours[key]]
+
+
+def divided_anew(manifest: dict[str, Any], recipe: Recipe) -> bool:
+    """Whether the ranks of a run cannot take the files of a checkpoint as they are. Without ZeRO each rank has the same one."""
+    ours = facts(recipe)
+    moved = {key for key in LAYOUT if saved_fact(manifest, key) != ours[key]}
+    return bool(moved if ours["zero"] else moved & {"zero", "tensor_parallel"})
 
 
 def saved_fact(manifest: dict[str, Any], key: str) -> Any:
@@ -221,9 +233,8 @@ def load(engine: Any, checkpoint: Path, recipe: Recipe, rank: int, ema: "Ema | N
 
     manifest = read_json(checkpoint / "manifest.json")
     ours, tensor = facts(recipe), recipe.spec.sharding.tensor_parallel
-    moved = {key for key in LAYOUT if saved_fact(manifest, key) != ours[key]}
-    same_ranks = not moved & {"workers", "tensor_parallel"}
-    if moved if ours["zero"] else moved & {"zero", "tensor_parallel"}:         # without ZeRO each rank has the same file
+    same_ranks = all(saved_fact(manifest, key) == ours[key] for key in ("workers", "tensor_parallel"))
+    if divided_anew(manifest, recipe):
         load_resharded(engine, checkpoint, manifest, ema)
         if "loss_scale" in manifest:
             engine.optimizer.loss_scaler.cur_scale = manifest["loss_scale"]

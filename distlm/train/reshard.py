@@ -285,9 +285,7 @@ def _saved_part(state: Path, manifest: dict[str, Any], index: int, averages: lis
 
 
 def _saved_whole(model: dict[str, Any], manifest: dict[str, Any], average: list[torch.Tensor]) -> Iterator[Saved]:
-    if "parameters" not in manifest:
-        raise CheckpointError("does not tell its parameters' names, as those of older versions", where="checkpoint", cause="bad_spec",
-                              remedy=REMEDY)
+    assert "parameters" in manifest, "one of an older version, which check_fits refuses"
     optimizer = model["optimizer"]
     precise = [part for group in optimizer.get("fp32_groups", []) for part in group]
     states = optimizer["optimizer_state_dict" if precise else "state"]

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from distlm.errors import CheckpointError
+from distlm.errors import CheckpointError, SpecError
 from distlm.spec import TrainSpec
-from distlm.storage import Storage, read_json
+from distlm.storage import Storage, read_json, write_json
 from distlm.train import checkpoint, reshard
 from distlm.train.recipe import make_recipe
 from distlm.train.reshard import WEIGHTS, Fragment, Saved, load_resharded
@@ -173,6 +173,26 @@ def test_a_state_that_cannot_be_divided_anew_is_refused_with_the_reason(tmp_path
         checkpoint.check_fits(checkpoint.Checkpoint(tmp_path, 3, saved), moved)
     if not sections:
         checkpoint.check_fits(checkpoint.Checkpoint(tmp_path, 3, {**saved, "partition": {}}), moved)
+
+
+@pytest.mark.parametrize(("to", "changes"), [((1, 2), "workers 2 -> 1, zero 0 -> 2"), ((2, 0, 2), "tensor_parallel 1 -> 2"), ((1, 0), "")])
+def test_one_of_an_older_version_without_zero_is_refused_before_any_work_where_it_would_be_divided_anew(tmp_path: Path, to: At,
+                                                                                                      changes: str) -> None:
+    """By its manifest alone, which does not tell the parameters' names."""
+    corpus, path = make_corpus(tmp_path / "c"), tmp_path / "run" / "checkpoints" / "step-000003"
+    path.mkdir(parents=True)
+    saved = {**checkpoint.facts(make_recipe(case(corpus, 2, 0, model=LLAMA), Storage(tmp_path))), "base": None, "teacher": None, "step": 3}
+    moved = make_recipe(case(corpus, *to, model=LLAMA), Storage(tmp_path))
+    (path / checkpoint.MARKER).touch()
+    write_json(path / "manifest.json", {**saved, "parameters": []})
+    checkpoint.check_resume(tmp_path / "run", moved)
+    write_json(path / "manifest.json", saved)
+    if not changes:
+        checkpoint.check_resume(tmp_path / "run", moved)   # each rank takes the same file
+        return
+    with pytest.raises(SpecError, match=rf"step-000003: is of an older version, .* anew: {changes}; resume with zero 0 and "
+                                        "tensor_parallel 1, or start a new run"):
+        checkpoint.check_resume(tmp_path / "run", moved)
 
 
 def test_a_checkpoint_that_lacks_elements_is_refused(tmp_path: Path) -> None:

@@ -154,6 +154,6 @@ def test_wandb_writes_its_files_where_it_is_offline(folder: RunFolder, tmp_path:
     monkeypatch.setenv("WANDB_MODE", "offline")
     progress = Records()
     with tracked(spec(tmp_path, track={"wandb": "p"}), folder, progress) as log:
-        log(record(1))
+        log({**record(1), "grad_norm": 1.0625})
     [file] = folder.path.glob("wandb/offline-run-*/*.wandb")
-    assert b"loss" in file.read_bytes() and progress.notes == []
+    assert b"grad_norm" in (content := file.read_bytes()) and b"1.0625" in content and progress.notes == [], "no key of a spec"
