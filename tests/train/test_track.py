@@ -18,6 +18,7 @@ from distlm.train.recipe import make_recipe
 from distlm.train.track import tracked
 from tests.records import Records
 from tests.train.ranks import make_corpus, spec
+from tests.train.test_driver import wait_for
 
 
 class Server(ThreadingHTTPServer):
@@ -156,4 +157,5 @@ def test_wandb_writes_its_files_where_it_is_offline(folder: RunFolder, tmp_path:
     with tracked(spec(tmp_path, track={"wandb": "p"}), folder, progress) as log:
         log({**record(1), "grad_norm": 1.0625})
     [file] = folder.path.glob("wandb/offline-run-*/*.wandb")
-    assert b"grad_norm" in (content := file.read_bytes()) and b"1.0625" in content and progress.notes == [], "no key of a spec"
+    wait_for(lambda: b"1.0625" in file.read_bytes(), "what its process writes after it has answered", 30)
+    assert b"grad_norm" in file.read_bytes() and progress.notes == [], "no key of a spec"
