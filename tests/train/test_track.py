@@ -156,6 +156,8 @@ def test_wandb_writes_its_files_where_it_is_offline(folder: RunFolder, tmp_path:
     progress = Records()
     with tracked(spec(tmp_path, track={"wandb": "p"}), folder, progress) as log:
         log({**record(1), "grad_norm": 1.0625})
+        log({"step": 0, "time": 9.0, "val_loss": 7.03125})             # measured beside the steps, where W&B would drop what comes late
     [file] = folder.path.glob("wandb/offline-run-*/*.wandb")
-    wait_for(lambda: b"1.0625" in file.read_bytes(), "what its process writes after it has answered", 30)
+    wait_for(lambda: all(part in file.read_bytes() for part in (b"1.0625", b"7.03125", b"evaluated_step")),
+             "what its process writes after it has answered", 30)
     assert b"grad_norm" in file.read_bytes() and progress.notes == [], "no key of a spec"
