@@ -45,7 +45,7 @@ class Nodes:
         """Address -> Ray's id, of those that are alive."""
         with client(self.head.dashboard_url, self.head.token_file) as http:
             found = http.get("/nodes", params={"view": "summary"}).json()["data"]["summary"]
-        return {node["ip"]: node["raylet"]["nodeId"] for node in found if node["raylet"].get("state") == "ALIVE"}
+        return {node["ip"]: node["raylet"]["nodeId"] for node in found if "ip" in node and node["raylet"].get("state") == "ALIVE"}
 
     def drain(self, node: str) -> None:
         """Say that it will be gone in two minutes, as an autoscaler does."""
