@@ -31,7 +31,8 @@ def plan_streams(plan: Plan, first_step: int, tasks: int) -> Iterator[list[ray.d
     try:
         yield streams
     finally:
-        ray.kill(streams[0]._coord_actor)
+        with contextlib.suppress(Exception):               # the cluster may have gone, which is not to hide why
+            ray.kill(streams[0]._coord_actor)
 
 
 class Blocks(Datasource):

@@ -145,7 +145,8 @@ class Evaluate(Part):
     worker: EvaluationWorker | None = None
     """A worker of its own for evaluations, so that the steps do not wait for them: it takes the checkpoints of steps where one is due, all
     of them unless every_steps says otherwise, and its results come as the run goes on. Before the first step and after the last one those
-    that train evaluate. `{}` takes one CPU. Left out, they evaluate in between too."""
+    that train evaluate. A loss that is not finite there is noted, and ends nothing. Its memory is not counted in a plan. `{}` takes one
+    CPU. Left out, they evaluate in between too."""
 
     @model_validator(mode="after")
     def _samples(self) -> "Evaluate":
@@ -168,7 +169,8 @@ class Checkpoints(Part):
     """Those of every so many steps are kept for ever; a multiple of every_steps. Default: none are."""
     keep_best: Annotated[int, Field(ge=0)] = 0
     """So many with the lowest val_loss are kept beside the newest; every checkpoint is then evaluated before it is saved, or, where
-    SIGTERM leaves no time to, when the run is taken up again."""
+    SIGTERM leaves no time to, when the run is taken up again. With evaluate.worker it is evaluated while it is among the newest, and those
+    that it has no time for are not among the best."""
     average: Annotated[int, Field(ge=1)] = 1
     """The newest ones whose mean is exported, in fp32. It is evaluated as the run's model: metrics.jsonl has a second record of the last
     step, with their names as `averaged`. 1 exports the last step."""

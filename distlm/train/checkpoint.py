@@ -6,6 +6,7 @@ file is neither written nor read.
     checkpoints/step-000100/state/...  rng-00000.pt ...  ema-00000.pt ...  manifest.json  COMMITTED
 """
 
+import contextlib
 import hashlib
 import math
 import os
@@ -32,6 +33,10 @@ if TYPE_CHECKING:
 MARKER = "COMMITTED"
 NAME = re.compile(r"step-(\d{6,})")
 TAG = "state"
+EVALUATIONS = "evaluations"
+"""The folder of a run with what a worker of its own has measured of checkpoints, and has no record yet (train/validation.py)."""
+MEASURING = f"{EVALUATIONS}/measuring"
+"""The file with the name of the checkpoint that it measures."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +59,16 @@ def committed(run: Path) -> list[Path]:
 
 
 def commits(run: Path) -> set[tuple[str, int]]:
-    """The names of those that the schedule has made, each with the time of its marker in nanoseconds: a step that is committed again is
-    another one."""
-    return {(path.name, (path / MARKER).stat().st_mtime_ns) for path in due(run)}
+    """The names of those that the schedule has made, each with `committed_at`."""
+    return {(path.name, committed_at(path)) for path in due(run)}
+
+
+def committed_at(path: Path) -> int:
+    """The time of its marker in nanoseconds, 0 where it has gone: a step that is committed again is another one."""
+    try:
+        return (path / MARKER).stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def _steps(run: Path) -> list[Path]:
@@ -264,13 +276,20 @@ def recent_losses(checkpoint: Path) -> list[float]:
 
 def prune(run: Path, keep: int, milestone_steps: int | None = None, keep_best: int = 0) -> None:
     """Delete what was never committed, and all committed checkpoints but the newest `keep`, those of every `milestone_steps`, and the
-    `keep_best` with the lowest val_loss: that of metrics.jsonl where a run had to end before it was known. One that was not due counts as
-    none of these, and is kept while it is the newest. The marker goes first."""
+    `keep_best` with the lowest val_loss: that of metrics.jsonl where it was not known yet, and the one that is measured just now. One that
+    was not due counts as none of these, and is kept while it is the newest. The marker goes first."""
     newest, found = committed(run)[-1:], due(run)
     kept = {*newest, *found[-keep:], *(path for path in found if milestone_steps and step_of(path) % milestone_steps == 0)}
     if keep_best:
         later = {record["step"]: record["val_loss"] for record in RunFolder(run).read_metrics()
                  if "val_loss" in record and "averaged" not in record}
+        for file in (run / EVALUATIONS).glob("step-*.json"):
+            with contextlib.suppress(StorageError):        # rank 0 may take it just now
+                record = read_json(file)
+                later[record["step"]] = record.get("val_loss")
+        with contextlib.suppress(OSError):
+            measured = (run / MEASURING).read_text()
+            kept.update(path for path in found if path.name == measured)
         kept.update(sorted(found, key=lambda path: _val_loss(path, later))[:keep_best])
     for path in _steps(run):
         if path not in kept:

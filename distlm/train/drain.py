@@ -42,8 +42,8 @@ def drains_passed_on(folder: RunFolder, progress: Progress) -> Iterator[None]:
     """Let the ranks of one group know, once, that a node of theirs will be drained, by preempt.DRAIN. A cluster that does not tell which
     nodes are drained is noted once, and asked again."""
     nodes, flag, stop = folder.path / NODES, folder.path / preempt.DRAIN, threading.Event()
-    for file in (nodes, flag):                             # those of the group before
-        file.unlink(missing_ok=True)
+    nodes.unlink(missing_ok=True)                          # those of a driver that was killed
+    flag.unlink(missing_ok=True)
 
     def watch() -> None:
         said = False
@@ -67,6 +67,8 @@ def drains_passed_on(folder: RunFolder, progress: Progress) -> Iterator[None]:
     finally:
         stop.set()
         thread.join(timeout=10)
+        nodes.unlink(missing_ok=True)
+        flag.unlink(missing_ok=True)
 
 
 def draining_nodes() -> dict[str, int]:

@@ -39,7 +39,7 @@ from distlm.train.memory import GIB, make_load, node_advice, node_memory
 from distlm.train.objectives import objective_of
 from distlm.train.recipe import Recipe, make_recipe, read_corpora, without_val
 from distlm.train.track import tracked
-from distlm.train.validation import Validation, forget
+from distlm.train.validation import Validation, settle
 from distlm.train.worker import Task, work
 
 OnMetrics = Callable[[dict[str, Any]], None]
@@ -79,9 +79,10 @@ def _to_the_end(recipe: Recipe, folder: RunFolder, progress: Progress, on_metric
         first_step = start.step if start else 0
         before, ended = checkpoint.commits(folder.path), first_step == recipe.num_steps and exported(recipe, folder)
         fits = [preempt.GraceCheck(folder, progress, grace_s)] if grace_s else []
-        with (_following(folder, recipe, progress, first_step, [*on_metrics, *fits]), drains_passed_on(folder, progress),
+        with (_following(folder, recipe, progress, first_step, [*on_metrics, *fits]),
               Validation(recipe, folder, progress) as validation):
-            error = None if ended else _launch(recipe, folder, first_step, start.path if start else None, attempt)
+            with drains_passed_on(folder, progress):
+                error = None if ended else _launch(recipe, folder, first_step, start.path if start else None, attempt)
             if error is None:
                 validation.finish()
         if error is None:
@@ -103,7 +104,7 @@ def profile(spec: TrainSpec, folder: RunFolder, storage: Storage, progress: Prog
     recipe = make_recipe(spec.model_copy(update={"duration": duration, "schedule": Schedule(), "evaluate": Evaluate(),
                                                  "batch": spec.batch.model_copy(update={"warmup": None}), "checkpoint": Checkpoints()}),
                          storage)
-    require_workers(spec, progress)
+    require_workers(recipe.spec, progress)
     recipe = _cut(recipe, folder, progress)
     progress.note(f"{profiles.STEPS} steps of {recipe.tokens_of(0):,} tokens under the profiler, after {profiles.WARM_UP}")
     error = _launch(recipe, folder, 0, None, 0, "profile")
@@ -135,8 +136,9 @@ def machine_room(spec: TrainSpec) -> int | None:
 def require_workers(spec: TrainSpec, progress: Progress) -> None:
     """Raises ClusterError where the cluster cannot hold the job, and does not grow to it."""
     workers = f"{spec.scale.workers} worker{'s' * (spec.scale.workers > 1)}"
-    require(train_bundles(spec), f"{workers} and the data stream", progress, where="scale",
-            remedy="lower scale.workers or scale.cpus_per_worker, or take a larger cluster")
+    beside = spec.evaluate.worker is not None
+    require(train_bundles(spec), f"{workers}{', the one that evaluates' * beside} and the data stream", progress, where="scale",
+            remedy=f"lower scale.workers or scale.cpus_per_worker,{' leave out evaluate.worker,' * beside} or take a larger cluster")
 
 
 def short_nodes(recipe: Recipe) -> list[str]:
@@ -175,7 +177,7 @@ def _resume_point(recipe: Recipe, folder: RunFolder, progress: Progress) -> chec
     elif refused:
         raise refused[0]
     folder.trim_metrics(start.step if start else -1)
-    forget(folder, start.step if start else -1)
+    settle(folder, start.step if start else -1)
     return start
 
 
@@ -270,7 +272,7 @@ def _sigterm_passed_on(folder: RunFolder) -> Iterator[None]:
 @contextlib.contextmanager
 def _following(folder: RunFolder, recipe: Recipe, progress: Progress, first_step: int, on_metrics: list[OnMetrics]) -> Iterator[None]:
     """Show and pass on each record of metrics.jsonl as rank 0 writes it: the file is the truth, wherever the ranks run."""
-    stop, latest_val = threading.Event(), {"val_loss": math.nan}
+    stop, latest_val, steps = threading.Event(), {"val_loss": math.nan}, {"done": 0, "evaluated": 0}
 
     to_prometheus = gauges(folder.name)
     began: dict[str, float] = {}                           # the first step: what comes before it is no training
@@ -281,14 +283,17 @@ def _following(folder: RunFolder, recipe: Recipe, progress: Progress, first_step
         return {"eta_s": since / done * (recipe.num_steps - record["step"])} if done else {}
 
     def handle(record: dict[str, Any]) -> None:
-        if "val_loss" in record:
-            latest_val["val_loss"] = record["val_loss"]
+        newest = {} if record["step"] < steps["done"] else record              # what was measured beside later steps sets no clock back
+        steps["done"] = max(steps["done"], record["step"])
+        if "val_loss" in record and record["step"] >= steps["evaluated"]:
+            latest_val["val_loss"], steps["evaluated"] = record["val_loss"], record["step"]
+            newest = {**newest, "val_loss": record["val_loss"]}
         if "loss" in record:
             shown = {} if math.isnan(latest_val["val_loss"]) else latest_val
             keys = ("lr", "grad_norm", "tokens_per_s", "mfu", "memory_bytes")
             progress.update("steps", record["step"], recipe.num_steps, loss=record["loss"], **shown,
                             **{key: record[key] for key in keys if key in record}, **eta(record))
-        to_prometheus(record)
+        to_prometheus(newest)
         for also in on_metrics:
             also(record)
 

@@ -9,6 +9,7 @@
 Schedulers send SIGTERM, to a rank or to the driver, and Ray drains a node (`drain.py`); the driver passes both on by files.
 """
 
+import contextlib
 import signal
 import time
 from collections import deque
@@ -88,9 +89,15 @@ class Request:
         from torch import distributed
 
         mine = self._notice
+        own = mine and (time.time() - mine.time, mine.what, mine.left_s)
         everyone: list[Any] = [None] * distributed.get_world_size()
-        distributed.all_gather_object(everyone, mine and (time.time() - mine.time, mine.what, mine.left_s))
-        seconds, what, left_s = max(filter(None, everyone), key=lambda one: one[0])
+        with contextlib.suppress(RuntimeError):            # a machine may have gone already: the state is saved all the same
+            distributed.all_gather_object(everyone, own)
+        told = [one for one in (*everyone, own) if one]
+        if not told:
+            return TrainError(f"another worker was asked to end, and the state after step {done} is saved", cause="preempted",
+                              remedy="go on with --resume")
+        seconds, what, left_s = max(told, key=lambda one: one[0])
         limit = grace_s if left_s is None else left_s
         return TrainError(f"{what}, and the state after step {done} is saved, {max(seconds, 0):.4g} s later"
                           + ("" if limit is None else f", where there were {limit:.4g} s"), cause="preempted", remedy="go on with --resume")

@@ -185,7 +185,7 @@ class Wandb:
         except wandb.errors.Error as error:
             raise OSError(str(error)) from None
         write_json(place, {**known, "wandb": self._run.id})
-        self._last = 0
+        self._last = self._run.step
 
     def send(self, records: list[dict[str, Any]]) -> None:
         for record in records:                             # steps only go up there: what comes late stands at the last, and names its own

@@ -8,19 +8,25 @@ The driver gives each committed checkpoint for which an evaluation is due to one
 has measured into the run's folder. Rank 0 makes a record of it: while ranks train nobody else writes metrics.jsonl.
 """
 
+import contextlib
+import shutil
+import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from distlm.errors import EvaluationError, StorageError
 from distlm.progress import Progress
 from distlm.runs import RunFolder
 from distlm.spec.sharding import Sharding
-from distlm.storage import read_json, write_json
+from distlm.storage import read_json, write_atomic, write_json
 from distlm.train import checkpoint
+from distlm.train.checkpoint import EVALUATIONS as FOLDER
 from distlm.train.failures import diagnose
 from distlm.train.recipe import Recipe
 from distlm.train.worker import log_to
@@ -28,10 +34,10 @@ from distlm.train.worker import log_to
 if TYPE_CHECKING:
     import torch
 
-FOLDER = "evaluations"
-"""Of a run's folder: what is measured and has no record yet."""
 LOOK_S = 0.5
 """Seconds between looks for a new checkpoint, and for an answer."""
+LAST_S = 1800
+"""Seconds that an evaluation may take once the run has ended, its wait for a place in the cluster included."""
 
 
 def due(recipe: Recipe, done: int) -> bool:
@@ -43,16 +49,19 @@ def due(recipe: Recipe, done: int) -> bool:
 def arrived(folder: RunFolder) -> Iterator[dict[str, Any]]:
     """The records that have come since, each once: it is gone from the folder when the next one is asked for."""
     for file in sorted((folder.path / FOLDER).glob("step-*.json")):
-        yield read_json(file)
-        file.unlink(missing_ok=True)
+        with contextlib.suppress(StorageError):            # a network file system may be late with it
+            record = read_json(file)
+            yield record
+            file.unlink(missing_ok=True)
 
 
-def forget(folder: RunFolder, last_step: int) -> None:
-    """Drop what was measured after `last_step`, from where a run goes on, and what has a record already."""
+def settle(folder: RunFolder, last_step: int) -> None:
+    """Before ranks begin: record what has come, but for what was measured after `last_step`, from where the run goes on."""
     known = _recorded(folder)
-    for file in (folder.path / FOLDER).glob("step-*.json"):
-        if (step := read_json(file)["step"]) > last_step or step in known:
-            file.unlink()
+    (folder.path / checkpoint.MEASURING).unlink(missing_ok=True)
+    for record in arrived(folder):
+        if record["step"] <= last_step and record["step"] not in known:
+            folder.metrics(record)
 
 
 def _recorded(folder: RunFolder) -> set[int]:
@@ -65,8 +74,9 @@ class Validation:
     def __init__(self, recipe: Recipe, folder: RunFolder, progress: Progress) -> None:
         self._recipe, self._folder, self._progress = recipe, folder, progress
         self._log = folder.path / "logs" / "evaluation.log"
-        self._known = _recorded(folder) | {read_json(file)["step"] for file in (folder.path / FOLDER).glob("step-*.json")}
-        """The steps that are measured, or cannot be."""
+        self._measured = _recorded(folder)
+        self._failed: Counter[tuple[str, int]] = Counter()
+        """How often, by the name of a checkpoint and the time of its marker: one that is made again is another."""
         self._worker: Any = None
         self._ending, self._stopped = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._work, daemon=True, name="validation")
@@ -83,32 +93,40 @@ class Validation:
             self._thread.join(timeout=10)
 
     def finish(self) -> None:
-        """Wait for what is still to come, and record it: no rank writes any more."""
+        """Wait for what is still to come, and record it: no rank writes any more. SIGTERM ends the wait; what is not measured then is when
+        the run is taken up again."""
         if not self._recipe.spec.evaluate.worker:
             return
         if waiting := self._waiting():
             self._progress.note(f"waiting for the evaluation of {', '.join(path.name for path in waiting)}")
         self._ending.set()
+        main = threading.current_thread() is threading.main_thread()
+        before = signal.signal(signal.SIGTERM, lambda *_: self._stopped.set()) if main else None
         while self._thread.is_alive():
             self._thread.join(timeout=LOOK_S)              # Ctrl-C comes through
-        from distlm.train.metrics import MetricsWriter
+        if main:
+            signal.signal(signal.SIGTERM, before)
+        if any((self._folder.path / FOLDER).glob("step-*.json")):
+            from distlm.train.metrics import MetricsWriter
 
-        writer = MetricsWriter(self._folder, self._recipe, 0)
-        writer.arrived()
-        writer.close()
+            writer = MetricsWriter(self._folder, self._recipe, 0)
+            writer.arrived()
+            writer.close()
+        shutil.rmtree(self._folder.path / FOLDER, ignore_errors=True)
         kept = self._recipe.spec.checkpoint
         checkpoint.prune(self._folder.path, kept.keep, kept.milestone_steps, kept.keep_best)
 
     def _waiting(self) -> list[Path]:
-        """Checkpoints that are to be evaluated, oldest first."""
-        return [path for path in checkpoint.due(self._folder.path)
-                if (step := checkpoint.step_of(path)) not in self._known and due(self._recipe, step)]
+        """Checkpoints that are to be evaluated, oldest first. A worker that has died is given one once more."""
+        return [path for path in checkpoint.committed(self._folder.path)
+                if (step := checkpoint.step_of(path)) not in self._measured and due(self._recipe, step)
+                and self._failed[path.name, checkpoint.committed_at(path)] < 2]
 
     def _work(self) -> None:
         try:
             while not self._stopped.is_set():
                 if waiting := self._waiting():
-                    self._evaluate(waiting[0])
+                    self._evaluate(waiting[0], checkpoint.committed_at(waiting[0]))
                 elif self._ending.is_set():
                     return
                 else:
@@ -116,28 +134,47 @@ class Validation:
         finally:
             self._end_worker()
 
-    def _evaluate(self, path: Path) -> None:
+    def _evaluate(self, path: Path, committed_at: int) -> None:
         import ray
 
-        step = checkpoint.step_of(path)
+        step, key = checkpoint.step_of(path), (path.name, committed_at)
         try:
+            write_atomic(self._folder.path / checkpoint.MEASURING, path.name)
             if self._worker is None:
                 self._worker = self._start_worker()
-            answer = self._worker.measure.remote(path)
-            while not ray.wait([answer], timeout=LOOK_S)[0]:
-                if self._stopped.is_set():
-                    return
-            write_json(self._folder.path / FOLDER / f"{path.name}.json", {"step": step, **ray.get(answer), "time": time.time()})
+            measured = self._answer(self._worker.measure.remote(path))
+            if measured is not None:
+                write_json(self._folder.path / FOLDER / f"{path.name}.json", {"step": step, **measured, "time": time.time()})
+                self._measured.add(step)
         except Exception as error:                         # whatever it is, no step is to end for it
-            found = diagnose(error) if isinstance(error, ray.exceptions.RayError) else error
+            found, died = diagnose(error) if isinstance(error, ray.exceptions.RayError) else error, False
             if not isinstance(error, ray.exceptions.RayTaskError):
+                died = isinstance(error, ray.exceptions.RayError)
                 self._end_worker()
-            gone = not (path / checkpoint.MARKER).exists()
+            gone = checkpoint.committed_at(path) != committed_at
+            self._failed[key] += 1 if died else 2
+            again = not gone and self._failed[key] < 2
             why = "it has made room for newer ones: evaluate less often, or raise checkpoint.keep" if gone else f"{found}"
-            self._progress.note(told := f"{path.name} is not evaluated: {why}")
+            self._progress.note(told := f"{path.name} is not evaluated{' yet' * again}: {why}")
             self._folder.event("note", "" if gone else getattr(found, "cause", "internal"), told, step=step)
-        finally:
-            self._known.add(step)
+
+    def _answer(self, reference: Any) -> dict[str, Any] | None:
+        """What the worker answers; None where nobody waits for it any more. Raises what it raises, and EvaluationError where it does not
+        answer in time, once the run has ended."""
+        import ray
+
+        since = None
+        while not ray.wait([reference], timeout=LOOK_S)[0]:
+            if self._stopped.is_set():
+                return None
+            if self._ending.is_set():
+                since = since or time.monotonic()
+                if time.monotonic() - since > LAST_S:
+                    self._stopped.set()
+                    raise EvaluationError(f"the worker has not answered in {LAST_S / 60:.0f} minutes", cause="timeout",
+                                          remedy=f"its log is {self._log}; --resume evaluates what is left")
+        found: dict[str, Any] = ray.get(reference)
+        return found
 
     def _start_worker(self) -> Any:
         import ray
@@ -152,7 +189,8 @@ class Validation:
         import ray
 
         if self._worker is not None:
-            ray.kill(self._worker)
+            with contextlib.suppress(Exception):           # the cluster may have gone
+                ray.kill(self._worker)
             self._worker = None
 
 
