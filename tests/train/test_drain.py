@@ -74,7 +74,9 @@ def test_a_node_that_stays_drained_stops_no_group_that_is_elsewhere(tmp_path: Pa
         assert not (tmp_path / preempt.DRAIN).exists() and not shown.notes
         looks += [{"2": 0, "3": 0}]
         until((tmp_path / preempt.DRAIN).exists)
-    assert read_json(tmp_path / preempt.DRAIN)["left_s"] is None and "10.0.0.3, without a deadline" in shown.text
+        assert read_json(tmp_path / preempt.DRAIN)["left_s"] is None
+        until(lambda: "10.0.0.3, without a deadline" in shown.text)
+    assert not [*tmp_path.glob("*.json")], "nothing is left behind"
 
 
 def test_a_cluster_that_does_not_tell_is_noted_once_and_ends_nothing(tmp_path: Path, looks: Answers) -> None:
