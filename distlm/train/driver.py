@@ -1,4 +1,4 @@
-"""The train job: a TorchTrainer over the plan-block stream, resumed by cause from our own checkpoints.
+"""The train job: a Trainer of Ray Train over the plan-block stream, resumed by cause from our own checkpoints.
 
 Ray Train restarts nothing by itself: a data stream that it restarts would begin at the first sample again. After a
 failure the driver takes the last committed checkpoint, starts the plan at its sample, and launches a new group.
@@ -12,6 +12,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -185,10 +186,11 @@ def _launch(recipe: Recipe, folder: RunFolder, first_step: int, resume_from: Pat
             look: Literal["", "profile", "dry_run"] = "") -> DistlmError | None:
     """Run one worker group to its end, or look at steps alone. Returns what stopped it, if it is not done. Raises KeyboardInterrupt after
     Ctrl-C."""
+    from ray.exceptions import RayActorError
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 
     from distlm.corpus.blocks import plan_streams
-    from distlm.train.backend import RankConfig, Trainer
+    from distlm.train import backend
     from distlm.train.watchdog import FOLDER, collective_timeout, verdict
 
     scale, folder_ray = recipe.spec.scale, folder.path / "ray"
@@ -207,8 +209,9 @@ def _launch(recipe: Recipe, folder: RunFolder, first_step: int, resume_from: Pat
     run_config = RunConfig(name=f"{folder.name}-{os.getpid()}-{look}{recipe.micro_sequences}-{attempt}", storage_path=str(folder_ray),
                            failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),  # type: ignore[call-arg]
                            worker_runtime_env={"env_vars": environment})
-    torch_config = RankConfig(backend="nccl" if scale.gpus_per_worker else "gloo",
-                              timeout_s=collective_timeout(recipe.spec.guard.step_timeout_s), run=folder.path)
+    ranks = backend.RankConfig("nccl" if scale.gpus_per_worker else "gloo", collective_timeout(recipe.spec.guard.step_timeout_s),
+                               folder.path)
+    reserved = backend.reserved()
     try:
         with contextlib.ExitStack() as ends:
             steps_left = first_step < recipe.num_steps
@@ -216,11 +219,13 @@ def _launch(recipe: Recipe, folder: RunFolder, first_step: int, resume_from: Pat
             ends.enter_context(_sigint_kept())
             if not look:
                 ends.enter_context(_sigterm_passed_on(folder))
-            Trainer(work, train_loop_config={"task": Task(recipe, folder.path, first_step, resume_from, look, streams)},
-                    torch_config=torch_config, run_config=run_config,
-                    scaling_config=ScalingConfig(num_workers=scale.workers, use_gpu=bool(scale.gpus_per_worker),
-                                                 resources_per_worker=resources)).fit()
-    except TrainingFailedError as error:
+            backend.Trainer(partial(work, Task(recipe, folder.path, first_step, resume_from, look, streams)),
+                            backend_config=ranks, run_config=run_config,
+                            scaling_config=ScalingConfig(num_workers=scale.workers, use_gpu=bool(scale.gpus_per_worker),
+                                                         resources_per_worker=resources)).fit()
+    except (TrainingFailedError, RayActorError) as error:  # the latter where the controller was killed
+        if backend.drives():
+            backend.give_back(backend.reserved() - reserved)
         found = verdict(folder.path) or diagnose(error, folder.path)
         lost = lost_nodes(nodes) if found.cause == "worker_died" else []       # what took the worker along
         return TrainError(f"a node was lost: {', '.join(lost)}", cause="node_lost") if lost else found

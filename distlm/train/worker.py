@@ -36,15 +36,14 @@ class Task:
     """That of each rank; none where no step is left."""
 
 
-def work(config: dict[str, Task]) -> None:
-    """The function that Ray Train runs on all ranks; it has made the process group already."""
+def work(task: Task) -> None:
+    """The function that Ray Train runs on all ranks, which have joined their process group already (`backend.join`)."""
     import ray.train
     import ray.train.torch
     import torch
 
     from distlm.corpus.stream import ordered_steps
 
-    task = config["task"]
     recipe, context = task.recipe, ray.train.get_context()
     rank, plan = context.get_world_rank(), recipe.plan()
     log_to(worker_log(task.folder, rank))
@@ -59,6 +58,8 @@ def work(config: dict[str, Task]) -> None:
     from distlm.train.loop import fit
 
     device = ray.train.torch.get_device()
+    if device.type == "cuda":                              # of this thread
+        torch.cuda.set_device(device)
     look = (StepProfile(task.folder / "profile", rank, device.type == "cuda") if task.look == "profile" else
             DryRun(task.folder / FOLDER, rank, recipe.held) if task.look else None)
     fit(recipe, RunFolder(task.folder), steps, rank=rank, device=device, first_step=task.first_step, resume_from=task.resume_from,

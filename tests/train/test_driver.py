@@ -62,12 +62,12 @@ def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-def workers(pid: int | None = None) -> list[psutil.Process]:
-    """The training workers of the Ray that this process, or the one of that number, has started, and of no other."""
+def workers(pid: int | None = None, title: str = "RayTrainWorker") -> list[psutil.Process]:
+    """The training workers, or other actors, of the Ray that this process, or the one of that number, has started, and of no other."""
     found = []
     for process in psutil.Process(pid).children(recursive=True):
         with contextlib.suppress(psutil.Error):            # it may end while it is looked at
-            if "RayTrainWorker" in " ".join(process.cmdline()):
+            if title in " ".join(process.cmdline()):
                 found.append(process)
     return found
 
@@ -167,6 +167,31 @@ def test_sigterm_to_a_worker_and_then_to_the_driver_costs_nothing_but_time(clust
     assert len(began := start_of(folder)) == 3 and any(step % 20 for step in began), "not only from checkpoints that were due"
     assert losses(folder.path) == losses(undisturbed)
     assert (folder.path / "export" / "model.safetensors").read_bytes() == (undisturbed / "export" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+def test_a_controller_that_is_killed_costs_nothing_but_time_and_keeps_no_resources(cluster: str, corpus: Path, undisturbed: Path,
+                                                                                   tmp_path: Path) -> None:
+    given = spec(corpus, **{**LONG, "scale": {"workers": 2, "cpus_per_worker": 2}})        # two groups would not fit
+    folder, killed = make_run(tmp_path, given), list[int]()
+
+    def kill() -> None:
+        wait_for(lambda: workers() and steps_done(folder.path) >= 50, "step 50")
+        [victim] = workers(title="TrainController")
+        victim.send_signal(signal.SIGKILL)
+        killed.append(victim.pid)
+
+    thread = Thread(target=kill)
+    thread.start()
+    with folder.running():
+        train(given, folder, Storage(tmp_path), Records())
+    thread.join()
+    assert killed, "the fault fired"
+    assert [event["cause"] for event in folder.events() if event["state"] == "note"] == ["worker_died"]
+    assert folder.state() == ("succeeded", "completed") and losses(folder.path) == losses(undisturbed)
+    assert len(began := start_of(folder)) == 2 and began[1] >= 40
+    wait_for(lambda: not workers() and all(group["state"] == "REMOVED" for group in placement_group_table().values()),
+             "the end of all that the run had started", 30)
 
 
 @pytest.mark.slow
@@ -433,6 +458,7 @@ def test_a_profile_tells_where_ten_steps_go_and_saves_nothing_else(cluster: str,
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)                                 # it launches workers five times
 def test_micro_batches_are_as_large_as_the_memory_of_a_worker_allows(cluster: str, tmp_path: Path) -> None:
     corpus = make_corpus(tmp_path / "c", context=256)
     wide = {"config": {"model_type": "llama", "hidden_size": 256, "intermediate_size": 2048, "num_hidden_layers": 4,

@@ -29,14 +29,19 @@ class Nodes:
     environment: dict[str, str]
 
     def join(self, address: str) -> "subprocess.Popen[bytes]":
-        """One more node that has room for one worker, when it is alive: two that start at once may choose the same ports."""
+        """One more node that has room for one worker, when it is alive: two that start at once may choose the same ports. One that Ray
+        gives up, as it does after 30 s of a machine under load, is started again."""
         before = self.alive()
-        node = subprocess.Popen(
-            [sys.executable, "-m", "ray.scripts.scripts", "start", f"--address={self.head.address}", f"--node-ip-address={address}",
-             "--num-cpus=1", "--object-store-memory=100000000", "--block", "--disable-usage-stats"],
-            env=self.environment, start_new_session=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        wait_for(lambda: self.alive() > before, f"the start of the node {address}")
-        return node
+        for _ in range(3):
+            node = subprocess.Popen(
+                [sys.executable, "-m", "ray.scripts.scripts", "start", f"--address={self.head.address}", f"--node-ip-address={address}",
+                 "--num-cpus=1", "--object-store-memory=100000000", "--block", "--disable-usage-stats"],
+                env=self.environment, start_new_session=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL)
+            wait_for(lambda: self.alive() > before or node.poll() is not None, f"the start of the node {address}")  # noqa: B023
+            if node.poll() is None:
+                return node
+        raise AssertionError(f"the node {address} does not start")
 
     def alive(self) -> int:
         return len(self.ids())
