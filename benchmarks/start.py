@@ -72,7 +72,7 @@ def start(root: Path, run: str, code: Path, *, resume: bool) -> dict[str, Any]:
     environment = {**os.environ, "DISTLM_STORAGE": str(root), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(code), "OMP_NUM_THREADS": "2"}
     began = time.time()
     process = subprocess.Popen([sys.executable, "-m", "distlm", "run", str(root / f"{run}.json"), *(["--resume"] * resume)], cwd=root,
-                               env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+                               env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     while not (steps := [record for record in lines(folder / "metrics.jsonl")[known:] if "loss" in record]):
         if process.poll() is not None or time.time() > began + LONGEST_S:
             process.send_signal(signal.SIGINT)
