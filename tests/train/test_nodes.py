@@ -126,6 +126,8 @@ def test_a_node_that_ray_drains_is_left_after_a_step_and_costs_nothing_but_time(
     address = next(one for one, node in joined.items() if workers(node.pid))
     ids = nodes.ids()
     nodes.drain(ids[address])
+    wait_for(lambda: job.poll() is not None or (len(start_of(folder)) == 2 and (folder.path / NODES).exists()), "the next group")
+    assert ids[address] not in read_json(folder.path / NODES), "the group that goes on is elsewhere"
     output = job.communicate(timeout=300)[0].decode()
     assert job.returncode == 0, output
     notes = [event for event in folder.events() if event["state"] == "note"]
@@ -137,7 +139,7 @@ def test_a_node_that_ray_drains_is_left_after_a_step_and_costs_nothing_but_time(
     assert f"where there were {told['left_s']:.4g} s" in resumed["message"], "the deadline of this one, and not that of SIGTERM"
     assert len([note for note in notes if "guard.grace_period_s: 0.001 s are too few for" in note["message"]]) == 1
     assert [(note["cause"], note["attempt"]) for note in notes if note["cause"]] == [("preempted", 1)], "not once more for the same node"
-    assert ids[address] not in read_json(folder.path / NODES), "the group that went on is elsewhere"
+    assert not (folder.path / NODES).exists(), "nothing of it is left"
     assert folder.state() == ("succeeded", "completed") and losses(folder.path) == losses(tmp_path / "undisturbed")
     ours, theirs = ((run / "export" / "model.safetensors").read_bytes() for run in (folder.path, tmp_path / "undisturbed"))
     assert ours == theirs
