@@ -224,8 +224,9 @@ def _launch(recipe: Recipe, folder: RunFolder, first_step: int, resume_from: Pat
                             scaling_config=ScalingConfig(num_workers=scale.workers, use_gpu=bool(scale.gpus_per_worker),
                                                          resources_per_worker=resources)).fit()
     except (TrainingFailedError, RayActorError) as error:  # the latter where the controller was killed
-        if backend.drives():
-            backend.give_back(backend.reserved() - reserved)
+        with contextlib.suppress(Exception):               # the cluster may have gone, which is not to hide why
+            if backend.drives():
+                backend.give_back(backend.reserved() - reserved)
         found = verdict(folder.path) or diagnose(error, folder.path)
         lost = lost_nodes(nodes) if found.cause == "worker_died" else []       # what took the worker along
         return TrainError(f"a node was lost: {', '.join(lost)}", cause="node_lost") if lost else found
