@@ -92,14 +92,17 @@ def main() -> None:
 def measure(side: str, storage: str, options: argparse.Namespace) -> list[float]:
     """Seconds of every step of one side, in a process of its own."""
     settings = {name: getattr(options, name) for name in ("steps", "preset", "context", "sequences", "micro", "vocab", "threads")}
-    return run_side(__file__, side, storage, settings, keep_memory=side in ("kept", "twin", "twin-workers", "engine"))["seconds"]
-
-
-def run_side(script: str, side: str, storage: str, settings: dict[str, Any], keep_memory: bool = False) -> dict[str, Any]:
-    """What a script prints as JSON of one side, in a process of its own. `keep_memory`: with distlm's settings of the C library."""
+    from distlm.head import HUGE_PAGES
     from distlm.train.driver import KEEP_MEMORY
 
-    kept = {"GLIBC_TUNABLES": KEEP_MEMORY} if keep_memory else {}
+    # a loop alone gains 1 to 2 % by huge pages, distlm's workers do not
+    tunables = {"kept": KEEP_MEMORY, "engine": KEEP_MEMORY, **dict.fromkeys(("twin", "twin-workers"), f"{KEEP_MEMORY}:{HUGE_PAGES}")}
+    return run_side(__file__, side, storage, settings, tunables.get(side))["seconds"]
+
+
+def run_side(script: str, side: str, storage: str, settings: dict[str, Any], tunables: str | None = None) -> dict[str, Any]:
+    """What a script prints as JSON of one side, in a process of its own. `tunables`: settings of the C library."""
+    kept = {"GLIBC_TUNABLES": tunables} if tunables else {}
     environment = {**os.environ, **kept, "OMP_NUM_THREADS": str(settings["threads"]), "DISTLM_STORAGE": storage, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, script, f"--side={side}", f"--storage={storage}",
                            *(f"--{name}={value}" for name, value in settings.items())], env=environment, text=True, capture_output=True)

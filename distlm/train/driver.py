@@ -44,9 +44,10 @@ from distlm.train.validation import Validation, settle
 from distlm.train.worker import Task, work
 
 OnMetrics = Callable[[dict[str, Any]], None]
-KEEP_MEMORY = ":".join(f"glibc.malloc.{name}" for name in ("mmap_max=0", "trim_threshold=17179869184", "top_pad=268435456", "hugetlb=1"))
-"""A worker on CPU keeps what it frees for the next step, in huge pages: 100,000 page faults a step cost a fifth of it, where glibc
-gives every large tensor back to the system (docs/experiments.md). Other C libraries ignore it."""
+KEEP_MEMORY = ":".join(f"glibc.malloc.{name}" for name in ("mmap_max=0", "trim_threshold=17179869184", "top_pad=268435456"))
+"""A worker on CPU keeps what it frees for the next step: 100,000 page faults a step cost a fifth of it, where glibc gives every large
+tensor back to the system. Huge pages would make it start later and its steps no shorter (docs/experiments.md). Other C libraries ignore
+it."""
 
 
 def train(spec: TrainSpec, folder: RunFolder, storage: Storage, progress: Progress, *,
