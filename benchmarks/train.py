@@ -245,7 +245,7 @@ def twin(rank: int, world: int, options: argparse.Namespace, results: Any = None
     from distlm.model.loss import CausalLoss
 
     if world > 1:
-        distributed.init_process_group("gloo", init_method=f"file://{options.storage}/twin", rank=rank, world_size=world)
+        distributed.init_process_group("gloo", init_method=f"file://{options.storage}/twin-{os.getppid()}", rank=rank, world_size=world)
     model, vocab = make_model(options)
     if device() == "cpu":
         use_cpu_attention(model)
