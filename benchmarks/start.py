@@ -81,7 +81,9 @@ def start(root: Path, run: str, code: Path, *, resume: bool) -> dict[str, Any]:
     driver = psutil.Process(process.pid)
     taken = by_kind([driver, *driver.children(recursive=True)])
     process.send_signal(signal.SIGTERM)
-    process.communicate()
+    said = process.communicate()[0]
+    if not any((folder / "checkpoints").glob("step-*/COMMITTED")):
+        sys.exit(f"{run} has not saved at SIGTERM, so that nothing would be resumed:\n{said[-3000:]}")
     events = [event for event in lines(folder / "events.jsonl") if event["time"] > began and event["state"] in AT]
     return {**{event["state"]: event["time"] - began for event in events}, "first step": steps[0]["time"] - began,
             "cpu_s": sum(taken.values()), "processes": taken.total_processes, "by_kind": taken}

@@ -185,9 +185,8 @@ def _resume_point(recipe: Recipe, folder: RunFolder, progress: Progress) -> chec
 
 def _launch(recipe: Recipe, folder: RunFolder, first_step: int, resume_from: Path | None, attempt: int,
             look: Literal["", "profile", "dry_run"] = "") -> DistlmError | None:
-    """Run one worker group to its end, or look at steps alone. Returns what stopped it, if it is not done. Raises KeyboardInterrupt after
-    Ctrl-C."""
-    from ray.exceptions import RayActorError
+    """Run one worker group to its end, or look at steps alone. Returns what stopped it, if it is not done. Raises KeyboardInterrupt."""
+    from ray.exceptions import RayError
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 
     from distlm.corpus.blocks import plan_streams
@@ -212,43 +211,26 @@ def _launch(recipe: Recipe, folder: RunFolder, first_step: int, resume_from: Pat
                            worker_runtime_env={"env_vars": environment})
     ranks = backend.RankConfig("nccl" if scale.gpus_per_worker else "gloo", collective_timeout(recipe.spec.guard.step_timeout_s),
                                folder.path)
-    reserved = backend.reserved()
     try:
         with contextlib.ExitStack() as ends:
+            ends.enter_context(backend.given_back(lambda text: folder.event("note", message=text)))
             steps_left = first_step < recipe.num_steps
             streams = ends.enter_context(plan_streams(recipe.plan(), first_step, readers)) if steps_left else []
-            ends.enter_context(_sigint_kept())
             if not look:
                 ends.enter_context(_sigterm_passed_on(folder))
             backend.Trainer(partial(work, Task(recipe, folder.path, first_step, resume_from, look, streams)),
                             backend_config=ranks, run_config=run_config,
                             scaling_config=ScalingConfig(num_workers=scale.workers, use_gpu=bool(scale.gpus_per_worker),
                                                          resources_per_worker=resources)).fit()
-    except (TrainingFailedError, RayActorError) as error:  # the latter where the controller was killed
-        with contextlib.suppress(Exception):               # the cluster may have gone, which is not to hide why
-            if backend.drives():
-                backend.give_back(backend.reserved() - reserved)
-        found = verdict(folder.path) or diagnose(error, folder.path)
+    except (TrainingFailedError, RayError) as error:
+        who = {} if isinstance(error, TrainingFailedError) else {"process": "Ray Train's controller"}
+        found = verdict(folder.path) or diagnose(error, folder.path, **who)
         lost = lost_nodes(nodes) if found.cause == "worker_died" else []       # what took the worker along
         return TrainError(f"a node was lost: {', '.join(lost)}", cause="node_lost") if lost else found
     done = {"": lambda: exported(recipe, folder), "profile": (folder.path / "profile" / "profile.json").exists,
             "dry_run": lambda: len([*(folder.path / DRY_RUN).glob("*.json")]) == scale.workers}[look]()
-    if not done:                                           # Ray returns normally from an abort
-        raise KeyboardInterrupt
-    return None
-
-
-@contextlib.contextmanager
-def _sigint_kept() -> Iterator[None]:
-    """Ray Train sets a handler of its own for Ctrl-C and leaves it there."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
+    return None if done else TrainError("the workers ended as if they were done, and are not", cause="internal",
+                                        remedy=f"their logs are in {folder.path / 'logs'}")
 
 
 @contextlib.contextmanager

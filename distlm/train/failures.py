@@ -20,15 +20,17 @@ ANSWER_S = 2
 """Within which a node's raylet takes a connection, if there is one."""
 
 
-def diagnose(error: BaseException, folder: Path | None = None) -> DistlmError:
+def diagnose(error: BaseException, folder: Path | None = None, process: str = "a worker process") -> DistlmError:
     """The error of ours that tells most: our own one from a rank first, then a lost node, a killed worker, memory, the rest.
 
     A rank that survives another reports a broken connection: that counts as a worker that died. One that died without a word has its
-    log named, where it lies in the run's `folder`.
+    log named, where it lies in the run's `folder`. What no rank failed of is `process`'s.
     """
-    found = {rank: _explain(inner) for rank, inner in _causes(error).items()}
-    rank = min(found, key=lambda rank: found[rank][0])
-    _, explained = found[rank]
+    ranks = {rank: _explain(inner, "a worker process") for rank, inner in getattr(error, "worker_failures", {}).items()}
+    if not ranks:
+        return _explain(getattr(error, "controller_failure", None) or error, process)[1]
+    rank = min(ranks, key=lambda rank: ranks[rank][0])
+    _, explained = ranks[rank]
     if folder and explained.remedy == RAYS_LOG and (log := worker_log(folder, rank)).exists():
         explained.remedy = f"its log is {log}"
     return explained
@@ -69,20 +71,16 @@ def timed_out(error: BaseException) -> bool:
     return "application timeout" in text or ("timed out" in text and ("gloo" in text or "nccl" in text))
 
 
-def _causes(error: BaseException) -> dict[int, BaseException]:
-    """Rank -> what it failed of; what no rank failed of under 0."""
-    failures = getattr(error, "worker_failures", None) or {0: getattr(error, "controller_failure", None) or error}
-    return {rank: getattr(item, "_base_exc", item) for rank, item in failures.items()}
-
-
-def _explain(error: BaseException) -> tuple[int, DistlmError]:
+def _explain(error: BaseException, process: str) -> tuple[int, DistlmError]:
+    """(how little it tells, the error of ours), of what `process` ended by."""
     import ray.exceptions
 
+    error = getattr(error, "_base_exc", error)
     cause = getattr(error, "cause", None)
     if isinstance(error, ray.exceptions.RayTaskError) and isinstance(cause, BaseException):
-        return _explain(cause)
+        return _explain(cause, process)
     if isinstance(failure := getattr(error, "health_check_failure", None), BaseException):
-        return _explain(failure)                           # Ray Train was polling the worker when it ended
+        return _explain(failure, process)                  # Ray Train was polling the worker when it ended
     line = next((text for text in reversed(str(error).splitlines()) if text.strip()), type(error).__name__).strip()[:300]
     if isinstance(error, DistlmError):
         return int(REMOVED in error.message), error        # the other rank's error says why
@@ -94,7 +92,7 @@ def _explain(error: BaseException) -> tuple[int, DistlmError]:
                                                           and "node has died" in str(error).lower()):
         return 2, TrainError(f"a node was lost: {line}", cause="node_lost")
     if isinstance(error, ray.exceptions.RayActorError | ray.exceptions.WorkerCrashedError):
-        return 3, TrainError("a worker process ended unexpectedly", cause="worker_died", remedy=RAYS_LOG)
+        return 3, TrainError(f"{process} ended unexpectedly", cause="worker_died", remedy=RAYS_LOG)
     if peer_lost(error):
         return 4, TrainError(f"a worker lost another: {line}", cause="worker_died")
     if timed_out(error):

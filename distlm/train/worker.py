@@ -44,6 +44,9 @@ def work(task: Task) -> None:
 
     from distlm.corpus.stream import ordered_steps
 
+    device = ray.train.torch.get_device()
+    if device.type == "cuda":                              # of this thread, and before anything asks for the current one
+        torch.cuda.set_device(device)
     recipe, context = task.recipe, ray.train.get_context()
     rank, plan = context.get_world_rank(), recipe.plan()
     log_to(worker_log(task.folder, rank))
@@ -57,9 +60,6 @@ def work(task: Task) -> None:
     from distlm.runs import RunFolder
     from distlm.train.loop import fit
 
-    device = ray.train.torch.get_device()
-    if device.type == "cuda":                              # of this thread
-        torch.cuda.set_device(device)
     look = (StepProfile(task.folder / "profile", rank, device.type == "cuda") if task.look == "profile" else
             DryRun(task.folder / FOLDER, rank, recipe.held) if task.look else None)
     fit(recipe, RunFolder(task.folder), steps, rank=rank, device=device, first_step=task.first_step, resume_from=task.resume_from,

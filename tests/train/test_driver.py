@@ -17,7 +17,7 @@ import numpy as np
 import psutil
 import pytest
 import ray
-from ray.util import placement_group_table
+from ray.util import placement_group, placement_group_table, remove_placement_group
 
 from distlm.corpus.blocks import plan_streams
 from distlm.corpus.stream import START, Plan, local_steps, ordered_steps
@@ -28,10 +28,11 @@ from distlm.runs import RunFolder
 from distlm.spec import TrainSpec
 from distlm.spec.load import dump, to_yaml
 from distlm.storage import Storage, write_json
-from distlm.train import checkpoint, driver
+from distlm.train import backend, checkpoint, driver
 from distlm.train.determinism import ENVIRONMENT
 from distlm.train.driver import KEEP_MEMORY, gauges, train
 from distlm.train.recipe import make_recipe
+from tests.codes import INTERRUPTED
 from tests.records import Records
 from tests.train.ranks import VOCABULARY, losses, make_corpus, make_labelled_corpus, metrics, run_ranks, spec
 from tests.train.test_dpo import make_pairs
@@ -113,7 +114,7 @@ def test_a_job_that_is_killed_whole_and_then_a_worker_cost_nothing_but_time(clus
         victim = workers()[0]
         killed.append(victim.pid)
         environment = Path(f"/proc/{victim.pid}/environ").read_text().replace("\0", ":")   # glibc cuts its own variable into pieces
-        tunables.append(f"GLIBC_TUNABLES={KEEP_MEMORY}" in environment)
+        tunables.append(f"GLIBC_TUNABLES={KEEP_MEMORY}" in environment and "hugetlb" not in environment)
         victim.send_signal(signal.SIGKILL)
 
     killer = Thread(target=kill)
@@ -187,11 +188,68 @@ def test_a_controller_that_is_killed_costs_nothing_but_time_and_keeps_no_resourc
         train(given, folder, Storage(tmp_path), Records())
     thread.join()
     assert killed, "the fault fired"
-    assert [event["cause"] for event in folder.events() if event["state"] == "note"] == ["worker_died"]
+    [note] = [event for event in folder.events() if event["state"] == "note"]
+    assert note["cause"] == "worker_died" and "Ray Train's controller ended unexpectedly; its log is in Ray's log folder" in note["message"]
     assert folder.state() == ("succeeded", "completed") and losses(folder.path) == losses(undisturbed)
     assert len(began := start_of(folder)) == 2 and began[1] >= 40
     wait_for(lambda: not workers() and all(group["state"] == "REMOVED" for group in placement_group_table().values()),
              "the end of all that the run had started", 30)
+
+
+@pytest.mark.slow
+def test_an_interrupted_training_is_stopped_by_the_user_keeps_nothing_and_goes_on(cluster: str, corpus: Path, undisturbed: Path,
+                                                                                  tmp_path: Path) -> None:
+    given, storage = spec(corpus, **LONG), Storage(tmp_path)
+    file, folder = tmp_path / "run.yaml", RunFolder(storage.run("run"))
+    file.write_text(to_yaml(dump(given)))
+
+    def run(*options: str) -> subprocess.Popen[str]:
+        return subprocess.Popen([sys.executable, "-m", "distlm", "run", str(file), *options], stdout=subprocess.PIPE, text=True,
+                                stderr=subprocess.STDOUT, env={**os.environ, "RAY_ADDRESS": cluster, "DISTLM_STORAGE": str(tmp_path)})
+
+    def begun() -> bool:
+        return folder.exists() and any(event["state"] == "running" for event in folder.events())
+
+    for condition, options in ((begun, []), (lambda: steps_done(folder.path) >= 25, ["--resume"])):      # no worker is there yet; steps
+        job = run(*options)
+        wait_for(lambda condition=condition, job=job: condition() or job.poll() is not None, "what it is interrupted in")  # type: ignore[misc]
+        job.send_signal(signal.SIGINT)
+        output = job.communicate(timeout=60)[0]
+        assert job.returncode in INTERRUPTED and "Traceback" not in output and "--resume" in output, output
+        assert folder.state() == ("stopped", "user")
+        wait_for(lambda: not workers() and all(group["state"] == "REMOVED" for group in placement_group_table().values()),
+                 "the end of all that the run had started", 30)
+        assert not (folder.path / "export").exists()
+    job = run("--resume")
+    output = job.communicate(timeout=300)[0]
+    assert job.returncode == 0, output
+    assert [start >= 20 for start in start_of(folder)] == [False, False, True], "from its last checkpoint"
+    assert losses(folder.path) == losses(undisturbed)
+
+
+def test_a_job_gives_back_what_it_has_reserved_and_no_other_job_s(cluster: str) -> None:
+    """Another driver in the same cluster has a group meanwhile, and this one had one before."""
+    code = ("import sys, ray\nfrom ray.util import placement_group\nray.init(address=sys.argv[1], log_to_driver=False)\n"
+            "group = placement_group([{'CPU': 1}])\nassert group.wait(60)\nprint(group.id.hex(), flush=True)\nsys.stdin.read()")
+    mine, told = placement_group([{"CPU": 1}]), list[str]()
+    other = subprocess.Popen([sys.executable, "-c", code, cluster], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdin and other.stdout
+    with pytest.raises(KeyboardInterrupt), backend.given_back(told.append):
+        made = placement_group([{"CPU": 1}])
+        theirs = other.stdout.readline().strip()
+        assert made.wait(60) and mine.wait(60) and theirs
+        assert backend.reserved() == {mine.id.hex(), made.id.hex()}
+        raise KeyboardInterrupt
+    states = {name: group["state"] for name, group in placement_group_table().items()}
+    assert [states[name] for name in (mine.id.hex(), made.id.hex(), theirs)] == ["CREATED", "REMOVED", "CREATED"] and not told
+    other.communicate("", timeout=60)
+    remove_placement_group(mine)
+
+    @ray.remote(num_cpus=0)
+    def drives() -> bool:
+        return backend.drives()
+
+    assert backend.drives() and not ray.get(drives.remote()), "what a task has made ends with its driver, which may be long after it"
 
 
 @pytest.mark.slow

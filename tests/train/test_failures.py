@@ -75,6 +75,15 @@ def test_the_log_of_the_rank_that_died_is_named_where_there_is_one(tmp_path: Pat
     assert diagnose(error, tmp_path).remedy == f"its log is {tmp_path}/logs/worker-1.log"
 
 
+def test_what_no_rank_failed_of_is_not_laid_to_one(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "worker-0.log").touch()
+    found = diagnose(ray.exceptions.ActorDiedError(), tmp_path, "Ray Train's controller")
+    assert (found.message, found.cause, found.remedy) == ("Ray Train's controller ended unexpectedly", "worker_died",
+                                                          "its log is in Ray's log folder")
+    assert diagnose(ray.exceptions.OutOfMemoryError("killed"), tmp_path).cause == "oom"
+
+
 def test_ours_comes_through_as_it_was() -> None:
     error = StorageError("full", where="/x", remedy="free space")
     assert diagnose(WorkerGroupError("failed", {0: GLOO, 1: error})) is error

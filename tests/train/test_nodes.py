@@ -127,6 +127,7 @@ def test_a_node_that_ray_drains_is_left_after_a_step_and_costs_nothing_but_time(
     ids = nodes.ids()
     nodes.drain(ids[address])
     wait_for(lambda: job.poll() is not None or (len(start_of(folder)) == 2 and (folder.path / NODES).exists()), "the next group")
+    assert job.poll() is None, job.communicate()[0].decode()
     assert ids[address] not in read_json(folder.path / NODES), "the group that goes on is elsewhere"
     output = job.communicate(timeout=300)[0].decode()
     assert job.returncode == 0, output
