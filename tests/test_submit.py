@@ -152,6 +152,7 @@ def test_submit_runs_a_spec_and_follows_it_to_its_end(up, storage, tmp_path, mon
     assert made.state() == ("succeeded", "completed") and made.read_result()["documents"] == folder.read_result()["documents"] == 6
 
 
+@pytest.mark.slow                                          # tests/serve/test_deploy.py has one that is deployed
 def test_a_followed_endpoint_is_a_success_and_stop_takes_it_down(up, storage, tmp_path):
     make_model(storage.run("tiny") / "export", LLAMA)
     (tmp_path / "ask.yaml").write_text("kind: serve\nname: ask\nmodel: tiny\nport: 0\nthreads: 1\ncpus_per_replica: 0.5\n")

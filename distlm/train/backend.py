@@ -13,7 +13,6 @@ from typing import Any
 import ray
 from ray._raylet import PlacementGroupID
 from ray.exceptions import GetTimeoutError
-from ray.train._internal.utils import get_address_and_port
 from ray.train.backend import Backend, BackendConfig
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
@@ -36,8 +35,8 @@ class RankBackend(Backend):
     share_cuda_visible_devices = True
 
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
-        address, port = worker_group.execute(meet)[0]
         world = len(worker_group)
+        address, port = ray.get([worker_group.execute_single_async(rank, meet, rank) for rank in range(world)])[0]
         ray.get([worker_group.execute_single_async(rank, join, backend_config, rank, world, address, port) for rank in range(world)])
         drain.write_nodes(backend_config.run, worker_group.execute(drain.node_id))
 
@@ -62,11 +61,22 @@ class RankConfig(BackendConfig):
         return RankBackend
 
 
-def meet() -> tuple[str, int]:
-    """In a worker's process: an address of it, and a port that is free. What `join` needs takes seconds to load, in which another process
-    might take the port, and is loaded before."""
+_stores: list[Any] = []
+"""Of rank 0, between `meet` and `join`."""
+
+
+def meet(rank: int) -> tuple[str, int]:
+    """In a worker's process: load what `join` needs, which takes seconds, and where this is rank 0, begin the store at which all meet.
+    Returns its address and port. A port that is chosen and left again may be another process's when it is needed."""
+    from torch.distributed import TCPStore
+
     importlib.import_module("ray.train.torch.config")
-    return get_address_and_port()
+    address = ray.util.get_node_ip_address()
+    if rank:
+        return address, 0
+    # PyTorch's rendezvous of this process, `env://`, takes a store of several tenants at that port, and makes none
+    _stores[:] = [store := TCPStore(address, 0, is_master=True, wait_for_workers=False, multi_tenant=True)]
+    return address, store.port
 
 
 def join(config: RankConfig, rank: int, world: int, address: str, port: int) -> None:
@@ -77,6 +87,7 @@ def join(config: RankConfig, rank: int, world: int, address: str, port: int) -> 
     torch_config._set_torch_distributed_env_vars()
     torch_config._setup_torch_process_group(backend=config.group, world_rank=rank, world_size=world, init_method="env://",
                                             timeout_s=config.timeout_s)
+    _stores.clear()
     preempt.install()
 
 

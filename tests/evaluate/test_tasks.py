@@ -169,6 +169,7 @@ def test_tasks_of_like_names_have_answers_of_their_own(root: Path, tmp_path: Pat
     assert len({answers_file(RunFolder(tmp_path), name) for name in ("a b", "a_b", "a/b", "a%20b")}) == 4
 
 
+@pytest.mark.slow
 @needs_harness
 def test_a_later_step_of_a_pipeline_takes_a_tasks_metric(root: Path, storage: Storage, tmp_path: Path) -> None:
     rows(tmp_path / "texts.jsonl", [{"text": f"{i} is the number of a text that is one of a few"} for i in range(40)])

@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import resource
 import signal
-import socket
 import sys
 import tempfile
 import threading
@@ -176,9 +175,9 @@ def run_ranks(runs: dict[Path, TrainSpec], *, device: str = "cpu", kill_before_s
         run.mkdir(parents=True, exist_ok=True)
         (run / "spec.yaml").write_text(to_yaml(dump(spec)))
     [world] = {spec.scale.workers for spec in runs.values()}
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    from torch.distributed import TCPStore
+
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)   # of this process: no other can take its port meanwhile
     context: Any = multiprocessing.get_context("forkserver" if device == "cpu" else "spawn")
     context.set_forkserver_preload(["tests.train.preload"])
     alone = {"kill": kill_before_step, "preempt": preempt_before_step, "stop": stop_before_step, "slow_s": slow_s, "inside": inside}
@@ -186,8 +185,8 @@ def run_ranks(runs: dict[Path, TrainSpec], *, device: str = "cpu", kill_before_s
     with tempfile.TemporaryDirectory() as folder:
         try:
             for rank in range(world):
-                own = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank),
-                       "LOCAL_RANK": str(rank), "DS_ACCELERATOR": device, **(environment or {}),
+                own = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "RANK": str(rank),
+                       "LOCAL_RANK": str(rank), "TORCHELASTIC_USE_AGENT_STORE": "True", "DS_ACCELERATOR": device, **(environment or {}),
                        **(ENVIRONMENT if any(spec.deterministic for spec in runs.values()) else {})}
                 ranks.append(context.Process(
                     target=rank_process, args=(list(runs), own, Path(folder, str(rank))),
