@@ -51,9 +51,10 @@ it."""
 
 
 def train(spec: TrainSpec, folder: RunFolder, storage: Storage, progress: Progress, *,
-          on_metrics: OnMetrics | None = None) -> dict[str, Any]:
+          on_metrics: OnMetrics | None = None, wanted: Callable[[], bool] = lambda: True) -> dict[str, Any]:
     """Train to the end, from the last committed checkpoint where the folder holds one. `on_metrics` gets every record of
-    metrics.jsonl as it is written, on another thread. Raises SpecError, InputError, ClusterError, CheckpointError, TrainError."""
+    metrics.jsonl as it is written, on another thread; `wanted` is asked before workers that failed are followed by others. Raises
+    SpecError, InputError, ClusterError, CheckpointError, TrainError."""
     recipe = make_recipe(spec, storage)
     require_workers(spec, progress)
     for text in short_nodes(recipe):
@@ -66,14 +67,15 @@ def train(spec: TrainSpec, folder: RunFolder, storage: Storage, progress: Progre
         progress.note(f"nothing is evaluated: {without_val(read_corpora(spec, storage))[0]}")
     recipe = _cut(recipe, folder, progress)
     with tracked(spec, folder, progress) as track:
-        _to_the_end(recipe, folder, progress, [track, *([on_metrics] if on_metrics else [])])
+        _to_the_end(recipe, folder, progress, [track, *([on_metrics] if on_metrics else [])], wanted)
     write_report(folder)
     return outcome(recipe, folder)
 
 
-def _to_the_end(recipe: Recipe, folder: RunFolder, progress: Progress, on_metrics: list[OnMetrics]) -> None:
-    """Launch worker groups until one has come to the end, or no retry is left: those of a cause count since the last group that committed a
-    checkpoint of the schedule. Raises what stopped the last."""
+def _to_the_end(recipe: Recipe, folder: RunFolder, progress: Progress, on_metrics: list[OnMetrics],
+                wanted: Callable[[], bool] = lambda: True) -> None:
+    """Launch worker groups until one has come to the end, is `wanted` no more, or no retry is left: those of a cause count since the last
+    group that committed a checkpoint of the schedule. Raises what stopped the last."""
     retry, grace_s = recipe.spec.retry.model_dump(), recipe.spec.guard.grace_period_s
     failures: dict[str, int] = {}
     for attempt in itertools.count():
@@ -93,7 +95,7 @@ def _to_the_end(recipe: Recipe, folder: RunFolder, progress: Progress, on_metric
             failures.clear()
         failures[error.cause] = failures.get(error.cause, 0) + 1
         allowed = retry.get(error.cause, 0)
-        if failures[error.cause] > allowed or (folder.path / preempt.FLAG).exists():
+        if failures[error.cause] > allowed or (folder.path / preempt.FLAG).exists() or not wanted():
             raise error
         progress.note(f"{error.cause}: {error.message}; resuming from the last checkpoint, try {failures[error.cause]} of {allowed}")
         folder.event("note", error.cause, f"resuming: {error}", attempt=failures[error.cause])

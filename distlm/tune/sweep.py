@@ -196,7 +196,7 @@ def run_trial(trial: Trial, spec: TuneSpec, storage: Storage, records: Any, stop
         folder = RunFolder.create(trial.folder.path, to_yaml(data), made_of, resume=True)
         folder.event("starting")
         with Logged(Progress(), folder.path / "logs" / "driver.log") as shown:
-            outputs = train(trial.spec, folder, storage, shown, on_metrics=records.put)
+            outputs = train(trial.spec, folder, storage, shown, on_metrics=records.put, wanted=lambda: not stopped.is_set())
         if not stopped.is_set():                           # Tune's word stands, even where the trial got to its end meanwhile
             folder.result(outputs)
             folder.event("succeeded", "completed")

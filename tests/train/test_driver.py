@@ -471,6 +471,10 @@ def test_failures_of_a_cause_count_since_the_last_checkpoint(corpus: Path, tmp_p
     assert run("other", ("oom", 5)) == ("oom", [])
     assert run("taken", ("preempted", 3), ("preempted", 4), ("preempted", 6)) == ("preempted", [("preempted", 1), ("preempted", 2)]), \
         "what it saves itself does not count"
+    with pytest.raises(TrainError), monkeypatch.context() as patch:
+        patch.setattr(driver, "_launch", lambda *_: TrainError("the trial's process ends", cause="worker_died"))
+        driver._to_the_end(recipe, folder := make_run(tmp_path / "stopped", given), Records(), [], wanted=lambda: False)
+    assert not folder.events(), "what a sweep has stopped is not taken up again"
     assert run("goes on", ("preempted", 4), ("preempted", 5), ("preempted", 7)) == ("", [("preempted", n) for n in (1, 1, 2)])
 
 
